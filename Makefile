@@ -1,0 +1,47 @@
+PYTHON ?= python3.12
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Tests and the demo must give the same numbers on a machine that happens to have an accelerator.
+CPU := JAX_PLATFORMS=cpu
+
+.PHONY: help venv demo test test-all check lint format lock clean
+
+help:  ## say what each target does
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+venv: $(STAMP)  ## make .venv and install everything that is pinned in requirements.lock
+
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.12, or make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: venv  ## train a small model on real pictures, score it, convert it, ask it (about 15 minutes)
+	$(CPU) $(BIN)/python demo.py
+
+test: venv  ## run the tests (minutes)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: venv  ## run every test, the long ones too
+	$(BIN)/python -m pytest
+
+check: venv lint  ## lint, types and the quick tests, while you work (< 90 s)
+	$(BIN)/python -m pytest -q --durations=0 -m "not slow" tests/test_batch.py tests/test_config.py tests/models tests/images tests/text
+
+lint: venv  ## ruff (lint and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:  ## pin the newest versions again (needs uv)
+	uv pip compile --quiet --universal --upgrade --python-version 3.12 --no-annotate --no-header --no-emit-index-url \
+		--extra dev --extra demo --extra hub pyproject.toml -o requirements.lock
+
+clean:  ## remove what make made, data and runs included
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache data runs

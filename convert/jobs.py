@@ -1,0 +1,248 @@
+"""The two conversions as functions: plan, say the plan, stage a directory, stream, finish. `cli` is their front.
+
+Every check that can be made from headers is made before the destination is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from convert import ours
+from convert.files import copy_file, human, require_space, staged
+from convert.hf import INDEX, HFDirectory, HFSink, HFSource, plan_shards
+from convert.mapping import (
+    SIGLIP2_PREFIX,
+    SIGLIP2_UNUSED,
+    Leaf,
+    Shape,
+    check,
+    decoder_leaves,
+    hf_shapes,
+    model_leaves,
+    projector_leaves,
+    vision_leaves,
+)
+from convert.stream import FreshProjector, Parts, Source, copy
+from phivision_jax.config import ModelConfig, ProjectorConfig, decoder_from_hf, read_json, vision_from_hf
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+CASTS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def say(line: str) -> None:
+    console.print(line, markup=False)
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr while the block runs, and a line with time and rate after it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    start = time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.advance(task, done)
+    seconds = time.perf_counter() - start
+    say(f"{label}: {human(total)} in {seconds:.1f} s, {total / seconds / 1e6:.0f} MB/s")
+
+
+def dtypes_of(source: Source, leaves: list[Leaf], dtype: str) -> dict[str, np.dtype]:
+    """What each leaf will be stored as: as it is ("keep"), or all as one."""
+    return {leaf.path: CASTS[dtype] if dtype != "keep" else source.dtype(leaf) for leaf in leaves}
+
+
+def count_bytes(leaves: list[Leaf], dtypes: Mapping[str, np.dtype]) -> int:
+    return sum(int(np.prod(leaf.shape)) * dtypes[leaf.path].itemsize for leaf in leaves)
+
+
+def tensors_of(leaves: list[Leaf], dtypes: Mapping[str, np.dtype]) -> dict[str, tuple[np.dtype, Shape]]:
+    """Their tensors with shape and dtype.
+
+    Raises:
+      ValueError: when the parts of a fused tensor are of different dtypes.
+    """
+    found: dict[str, np.dtype] = {}
+    for leaf in leaves:
+        for name in leaf.names:
+            if found.setdefault(name, dtypes[leaf.path]) != dtypes[leaf.path]:
+                raise ValueError(f"{leaf.path} is {dtypes[leaf.path]}, the rest of {name} {found[name]}; pass --dtype")
+    return {name: (found[name], shape) for name, shape in hf_shapes(leaves).items()}
+
+
+def _plan(verb: str, source: str, out: Path, leaves: list[Leaf], dtypes: Mapping[str, np.dtype], sidecars: int) -> int:
+    """Print what will happen, and refuse what cannot fit."""
+    total, shapes = count_bytes(leaves, dtypes), hf_shapes(leaves)
+    kinds = ", ".join(sorted({dtype.name for dtype in dtypes.values()}))
+    numbers = sum(int(np.prod(shape)) for shape in shapes.values())
+    say(f"{verb}: {source} -> {out}")
+    say(f"  {len(shapes)} tensors, {numbers:,} parameters, {human(total)} as {kinds}; {sidecars} other files")
+    require_space(total + total // 100, out)
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face → ours.
+
+
+def to_jax(hf_dir: Path, out: Path, dtype: str, overwrite: bool) -> None:
+    hf = HFDirectory(hf_dir)
+    config = ModelConfig.from_hf(hf_dir)
+    leaves = model_leaves(config)
+    with closing(HFSource(hf, leaves)) as source:
+        meta = {"step": 0, "source": {"kind": "huggingface", "directory": hf_dir.resolve().name}}
+        assets: dict[Path, Path | bytes] = {path: hf_dir / path for path in hf.sidecars()}
+        _write_ours(source, leaves, config, out, dtype, overwrite, [hf_dir], meta, assets)
+
+
+def compose(decoder_dir: Path, vision_dir: Path, out: Path, dtype: str, overwrite: bool, seed: int) -> None:
+    """A start for training: a text-only Phi-4, a SigLIP-2, and a projector that was never trained."""
+    text, siglip = HFDirectory(decoder_dir), HFDirectory(vision_dir)
+    vision_json = read_json(vision_dir / "config.json")
+    config = ModelConfig(
+        decoder=decoder_from_hf(read_json(decoder_dir / "config.json")),
+        vision=vision_from_hf(vision_json.get("vision_config", vision_json)),
+    )
+    decoder, vision = decoder_leaves(config.decoder), vision_leaves(config.vision, SIGLIP2_PREFIX)
+    leaves = decoder + vision + projector_leaves(config)
+    decoder_source = HFSource(text, decoder)
+    vision_source = HFSource(siglip, vision, SIGLIP2_UNUSED)
+    kept = CASTS[dtype] if dtype != "keep" else decoder_source.dtype(decoder[0])
+    fresh = FreshProjector(kept, seed)
+    parts = Parts({"decoder": decoder_source, "vision": vision_source, "projector": fresh})
+    with closing(parts):
+        names = {"decoder": decoder_dir.resolve().name, "vision": vision_dir.resolve().name}
+        meta = {"step": 0, "source": {"kind": "composed", **names, "projector_seed": seed}}
+        assets: dict[Path, Path | bytes] = {path: decoder_dir / path for path in text.sidecars()}
+        # The decoder's own config.json describes another model.
+        assets[Path("config.json")] = json_bytes(config.to_hf())
+        if vision_source.unused:
+            prefixes = ", ".join(SIGLIP2_UNUSED)
+            say(f"ignoring {len(vision_source.unused)} tensors of {vision_dir} that have no place here ({prefixes})")
+        say(f"projector: LeCun-normal kernels, zero biases, seed {seed}")
+        _write_ours(parts, leaves, config, out, dtype, overwrite, [decoder_dir, vision_dir], meta, assets)
+
+
+def _write_ours(
+    source: Source,
+    leaves: list[Leaf],
+    config: ModelConfig,
+    out: Path,
+    dtype: str,
+    overwrite: bool,
+    sources: list[Path],
+    meta: Mapping[str, Any],
+    assets: Mapping[Path, Path | bytes],
+) -> None:
+    dtypes = dtypes_of(source, leaves, dtype)
+    total = _plan("to-jax", " + ".join(map(str, sources)), out, leaves, dtypes, len(assets))
+    with progress("to-jax", total) as advance, staged(out, overwrite, sources, say) as tmp:
+        sink = ours.OursSink(tmp, dtypes, leaves)
+        copy(source, sink, leaves, dtypes, advance)
+        _put(assets, tmp / "assets")
+        sink.finish(config, meta)
+    say(f"wrote {out}")
+
+
+def _put(files: Mapping[Path, Path | bytes], directory: Path) -> None:
+    for name, content in files.items():
+        if isinstance(content, Path):
+            copy_file(content, directory / name)
+        else:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content)
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours → Hugging Face.
+
+
+def to_hf(
+    checkpoint: Path, out: Path, like: Path | None, dtype: str, shard_bytes: int, overwrite: bool, force: bool
+) -> None:
+    found, remark = ours.find(checkpoint)
+    if remark:
+        say(remark)
+    config, _ = ours.read_meta(found)
+    expressible = config
+    if force:
+        expressible = dataclasses.replace(config, image_attention="causal", projector=ProjectorConfig())
+    expressible.to_hf()  # raises for what config.json cannot say
+    leaves = model_leaves(config)
+    with closing(ours.OursSource(found, leaves)) as source:
+        dtypes = dtypes_of(source, leaves, dtype)
+        tensors = tensors_of(leaves, dtypes)
+        if like is None:
+            headers, files = _new_layout(expressible, tensors, found / "assets", shard_bytes)
+        else:
+            headers, files = _layout_like(HFDirectory(like), expressible, tensors)
+        total = _plan("to-hf", str(found), out, leaves, dtypes, len(files))
+        sources = [found] if like is None else [found, like]
+        with progress("to-hf", total) as advance, staged(out, overwrite, sources, say) as tmp:
+            with closing(HFSink(tmp, headers)) as sink:
+                copy(source, sink, leaves, dtypes, advance)
+            _put(files, tmp)
+    say(f"wrote {out}")
+
+
+type Files = dict[Path, Path | bytes]
+type Tensors = Mapping[str, tuple[np.dtype, Shape]]
+
+
+def _new_layout(
+    config: ModelConfig, tensors: Tensors, assets: Path, shard_bytes: int
+) -> tuple[dict[str, bytes], Files]:
+    headers, index = plan_shards(tensors, shard_bytes)
+    found = (path for path in sorted(assets.rglob("*")) if path.is_file())
+    files: Files = {path.relative_to(assets): path for path in found}
+    if index is not None:
+        files[Path(INDEX)] = index
+    base = read_json(assets / "config.json") if (assets / "config.json").exists() else None
+    values = config.to_hf(base)
+    kinds = {dtype.name for dtype, _ in tensors.values()}
+    if len(kinds) == 1:  # mixed dtypes are for the tensors themselves to say
+        key = "torch_dtype" if "torch_dtype" in values else "dtype"
+        values[key] = kinds.pop()
+    if values != base:
+        files[Path("config.json")] = json_bytes(values)
+    return headers, files
+
+
+def _layout_like(hf: HFDirectory, config: ModelConfig, tensors: Tensors) -> tuple[dict[str, bytes], Files]:
+    """The headers, index and other files of ``hf``, byte for byte."""
+    where = f"--like {hf.directory}"
+    check(
+        {name: entry.shape for name, entry in hf.entries.items()},
+        {n: shape for n, (_, shape) in tensors.items()},
+        where,
+    )
+    for name, entry in hf.entries.items():
+        if entry.dtype != tensors[name][0]:
+            raise ValueError(
+                f"{where} has {name} as {entry.dtype}, this checkpoint as {tensors[name][0]}; pass --dtype"
+            )
+    if ModelConfig.from_hf(hf.directory) != config:
+        raise ValueError(f"{where}: its config.json describes another model than this checkpoint's")
+    files: Files = {path: hf.directory / path for path in hf.sidecars()}
+    if (hf.directory / INDEX).exists():
+        files[Path(INDEX)] = hf.directory / INDEX
+    return hf.headers, files

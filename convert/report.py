@@ -1,0 +1,122 @@
+"""Looking without changing: `verify` two checkpoints of either kind, `inspect` one."""
+
+from __future__ import annotations
+
+import dataclasses
+import filecmp
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from convert import ours
+from convert.files import human
+from convert.hf import INDEX, HFDirectory, HFSource
+from convert.jobs import count_bytes, dtypes_of, progress, say, tensors_of
+from convert.mapping import Leaf, model_leaves
+from convert.stream import Source, compare
+from phivision_jax.config import ModelConfig
+
+_out = Console(highlight=False, soft_wrap=True)
+_LISTED = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint of either kind."""
+
+    path: Path
+    kind: str
+    config: ModelConfig
+    leaves: list[Leaf]
+    source: Source
+    hf: HFDirectory | None = None
+
+
+def open_checkpoint(path: Path) -> Opened:
+    """Raises ValueError when ``path`` is neither kind of checkpoint, or not a whole one."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a directory")
+    if (path / "config.json").is_file():
+        hf = HFDirectory(path)
+        config = ModelConfig.from_hf(path)
+        leaves = model_leaves(config)
+        return Opened(path, "Hugging Face", config, leaves, HFSource(hf, leaves), hf)
+    if any(path.glob("*.safetensors*")):
+        raise ValueError(f"{path} has no config.json: without it the tensors have no meaning")
+    found, remark = ours.find(path)
+    if remark:
+        say(remark)
+    config, _ = ours.read_meta(found)
+    leaves = model_leaves(config)
+    return Opened(found, "phivision_jax", config, leaves, ours.OursSource(found, leaves))
+
+
+def verify(path_a: Path, path_b: Path) -> bool:
+    """Print how two checkpoints differ; True when no value does (and between two Hugging Face directories, no file)."""
+    a, b = open_checkpoint(path_a), open_checkpoint(path_b)
+    if [(leaf.path, leaf.shape) for leaf in a.leaves] != [(leaf.path, leaf.shape) for leaf in b.leaves]:
+        raise ValueError(f"{a.path} and {b.path} are different architectures; `inspect` shows each")
+    with progress("verify", count_bytes(a.leaves, dtypes_of(a.source, a.leaves, "keep"))) as advance:
+        found = compare(a.source, b.source, a.leaves, advance)
+    differing = {name: d for name, d in found.items() if not d.same_values}
+    same_bytes = sum(d.same_bytes for d in found.values())
+    table = Table("tensors", "count", title=f"{a.path} ({a.kind})  |  {b.path} ({b.kind})")
+    table.add_row("identical bytes", str(same_bytes))
+    table.add_row("equal values, other bytes", str(len(found) - same_bytes - len(differing)))
+    table.add_row("different", str(len(differing)))
+    _out.print(table)
+    for name, d in list(differing.items())[:_LISTED]:
+        _out.print(f"different: {name}, max abs error {d.max_error:.3g}", markup=False)
+    if len(differing) > _LISTED:
+        _out.print(f"… and {len(differing) - _LISTED} more")
+    if a.config != b.config:
+        _out.print("configurations differ (inspect shows each)")
+    same_files = a.hf is None or b.hf is None or _verify_files(a.hf, b.hf)
+    same = not differing and a.config == b.config and same_files
+    _out.print("same" if same else "NOT the same")
+    return same
+
+
+def _verify_files(a: HFDirectory, b: HFDirectory) -> bool:
+    def names(hf: HFDirectory) -> set[Path]:
+        return {*hf.sidecars(), *(path.relative_to(hf.directory) for path in hf.shards)} | (
+            {Path(INDEX)} if (hf.directory / INDEX).exists() else set()
+        )
+
+    both = sorted(names(a) & names(b))
+    differing = [name for name in both if not filecmp.cmp(a.directory / name, b.directory / name, shallow=False)]
+    alone = sorted(names(a) ^ names(b))
+    _out.print(
+        f"files: {len(both) - len(differing)} byte-identical, {len(differing)} different, {len(alone)} on one side only"
+    )
+    for name in (*differing, *alone)[:_LISTED]:
+        _out.print(f"  {name}", markup=False)
+    return not differing and not alone
+
+
+def inspect(path: Path, as_json: bool) -> None:
+    """Print what a checkpoint of either kind is and holds."""
+    opened = open_checkpoint(path)
+    dtypes = dtypes_of(opened.source, opened.leaves, "keep")
+    tensors = tensors_of(opened.leaves, dtypes)
+    total = count_bytes(opened.leaves, dtypes)
+    count = sum(math.prod(shape) for _, shape in tensors.values())
+    config: dict[str, Any] = dataclasses.asdict(opened.config)
+    if as_json:
+        listed = {name: {"shape": list(shape), "dtype": dtype.name} for name, (dtype, shape) in tensors.items()}
+        head = {"path": str(opened.path), "kind": opened.kind, "config": config}
+        print(json.dumps({**head, "tensors": listed, "num_tensors": len(tensors), "parameters": count, "bytes": total}))
+        return
+    table = Table("tensor", "shape", "dtype")
+    for name, (dtype, shape) in tensors.items():
+        table.add_row(name, str(list(shape)), np.dtype(dtype).name)
+    _out.print(table)
+    _out.print(json.dumps(config, indent=2), markup=False)
+    _out.print(
+        f"{opened.path}: {opened.kind}, {len(tensors)} tensors, {count:,} parameters, {human(total)}", markup=False
+    )

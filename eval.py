@@ -1,0 +1,61 @@
+"""Score a checkpoint on a dataset: generate every answer, compare it with the reference, write a report.
+
+    python eval.py --checkpoint=runs/tiny --data=data/easy_vqa/test --out=runs/tiny/eval
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+import phivision_jax
+from phivision_jax import progress
+from phivision_jax.data.records import Dataset
+from phivision_jax.evaluation import report
+from phivision_jax.evaluation.runner import Evaluator
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run, a checkpoint of ours, or a Hugging Face directory.")
+_DATA = flags.DEFINE_string("data", None, "Dataset directory (phivision data import).")
+_OUT = flags.DEFINE_string("out", None, "Directory for report.json and answers.jsonl; default: only print.")
+_MODE = flags.DEFINE_enum("mode", "auto", ["auto", "think", "nothink"], "Whether answers think.")
+_EXAMPLES = flags.DEFINE_integer("examples", 0, "Score an even sample of this many; 0 for all.", lower_bound=0)
+_BATCH = flags.DEFINE_integer("batch", 64, "Questions at a time.", lower_bound=1)
+_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 8, "Where an answer ends at the latest.", lower_bound=1)
+
+
+def evaluate(checkpoint: str | Path, data: str | Path, **settings) -> report.Report:
+    """Load, answer, score. ``settings`` are ``Evaluator``'s."""
+    model, processor = phivision_jax.load(checkpoint)
+    evaluator = Evaluator(Dataset.open(data), processor, **settings)
+    with progress.bar("evaluate", len(evaluator.records)) as bar:
+        result = evaluator(model, lambda n: bar.advance(bar.task_ids[0], n))
+    return report.make_report(result, checkpoint=str(checkpoint), data=str(data), mode=evaluator.mode)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    try:
+        if not _CHECKPOINT.value or not _DATA.value:
+            raise ValueError("both --checkpoint and --data are needed")
+        made = evaluate(
+            _CHECKPOINT.value,
+            _DATA.value,
+            rows=_BATCH.value,
+            max_new_tokens=_NEW_TOKENS.value,
+            num_examples=_EXAMPLES.value or None,
+            mode=_MODE.value,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"eval.py: {error}")
+    report.print_report(made)
+    if _OUT.value:
+        report.write_report(made, Path(_OUT.value))
+        print(f"written: {_OUT.value}/report.json, answers.jsonl")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,35 @@
+"""phivision_jax: Phi-4-reasoning-vision in JAX.
+
+model, processor = phivision_jax.load("path/to/checkpoint")
+answer = phivision_jax.generate(model, processor, "What is in the picture?", images=[image])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phivision_jax.batch import Batch
+    from phivision_jax.config import ModelConfig
+    from phivision_jax.inference.generate import generate
+    from phivision_jax.loading import load
+    from phivision_jax.processor import Processor
+
+__all__ = ["Batch", "ModelConfig", "Processor", "generate", "load"]
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Batch": "batch",
+    "ModelConfig": "config",
+    "Processor": "processor",
+    "generate": "inference.generate",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: reading a config or patching an image must not wait for the whole model.
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"phivision_jax.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'phivision_jax' has no attribute {name!r}")

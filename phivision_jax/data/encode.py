@@ -1,0 +1,75 @@
+"""From a record to an ``Example``: the processor's tokens and patches, and the group that metrics are split by."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from phivision_jax.batch import IGNORE, IMAGE_TOKEN, PLACEHOLDER, Example, PatchedImage
+from phivision_jax.data.records import MODES, TASKS, Mode, Record
+from phivision_jax.text import chat
+
+if TYPE_CHECKING:
+    from phivision_jax.processor import Processor
+
+GROUP_NAMES: tuple[str, ...] = tuple(f"{mode}/{task}" for mode in MODES for task in TASKS)
+"""Name of each group id, for metrics: "think/general", "think/math", …, "nothink/general", …"""
+
+
+def group_id(mode: Mode, task: str) -> int:
+    """The ``Batch.group_ids`` value of an example: mode × task, as a position in ``GROUP_NAMES``."""
+    return MODES.index(mode) * len(TASKS) + TASKS.index(task)
+
+
+def mode_of(record: Record) -> Mode:
+    """The record's mode; where it states none, "think" if an assistant turn holds ``<think>``, else "nothink"."""
+    if record.mode is not None:
+        return record.mode
+    thinks = any("<think>" in message["content"] for message in record.messages if message["role"] == "assistant")
+    return "think" if thinks else "nothink"
+
+
+def encode_record(record: Record, processor: Processor) -> Example:
+    """Decode the images, resize them to patches, and lay out the conversation.
+
+    Raises:
+      ValueError: for a record that cannot be encoded: a broken image, markers and images that do not match, an
+        answer that is not of its mode. The same record fails the same way each time.
+      OSError: when an image's file cannot be read.
+    """
+    mode = mode_of(record)
+    return processor.encode(record.messages, record.images, mode=mode, group=group_id(mode, record.task))
+
+
+def count_text_tokens(record: Record, processor: Processor) -> int:
+    """Tokens of the conversation, image columns not counted; no image is opened.
+
+    Raises:
+      ValueError: for messages that cannot be encoded, or not as many markers as images.
+    """
+    ids, _ = chat.encode(processor.tokenizer, processor.template, record.messages, mode=mode_of(record))
+    markers = ids.count(IMAGE_TOKEN)
+    if markers != len(record.images):
+        raise ValueError(f"{markers} {chat.IMAGE_MARKER} markers in the messages, but {len(record.images)} images")
+    return len(ids) - markers
+
+
+def hole(text_tokens: int, grids: Sequence[tuple[int, int]], patch_dim: int) -> Example:
+    """Stands for a record that cannot be encoded: the size that was planned for it, nothing in it, no loss.
+
+    It keeps the planned columns and patches, so that every other example of the row stays where it is.
+    """
+    counts = [rows * columns for rows, columns in grids]
+    length = text_tokens + sum(counts)
+    return Example(
+        tokens=np.full(length, PLACEHOLDER, np.int32),
+        labels=np.full(length, IGNORE, np.int32),
+        image_starts=tuple(itertools.accumulate(counts, initial=0))[:-1],
+        images=tuple(
+            PatchedImage(np.zeros((count, patch_dim), np.uint8), grid)
+            for count, grid in zip(counts, grids, strict=True)
+        ),
+    )

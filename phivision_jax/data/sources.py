@@ -1,0 +1,91 @@
+"""Where records come from. So far: easy-VQA, questions about one coloured shape in a 64x64 picture.
+
+The pictures come with the package ``easy_vqa`` and are read from it; none of its data belongs to this project.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from phivision_jax.data.records import Record
+from phivision_jax.data.shuffle import permutation
+
+
+def easy_vqa(
+    split: Literal["train", "test"], *, questions_per_record: int = 1, seed: int = 0, max_images: int | None = None
+) -> list[Record]:
+    """The questions of one split, each exactly once: 38,575 on 4,000 images (train), 9,673 on 1,000 (test).
+
+    Args:
+      split: "train" or "test".
+      questions_per_record: how many questions about one image follow each other in one conversation (the last record
+        of an image may have fewer). An answer sees the questions and answers before it, so scoring wants 1.
+      seed: shuffles the questions of each image before they are grouped; with one question per record nothing moves.
+      max_images: only the first images, for quick tries.
+
+    Raises:
+      ModuleNotFoundError: when the package is not installed.
+    """
+    try:
+        import easy_vqa as package
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("easy-VQA needs its package: pip install easy-vqa") from None
+    if questions_per_record < 1:
+        raise ValueError(f"questions_per_record must be at least 1, not {questions_per_record}")
+    if split == "train":
+        questions, paths = package.get_train_questions(), package.get_train_image_paths()
+    elif split == "test":
+        questions, paths = package.get_test_questions(), package.get_test_image_paths()
+    else:
+        raise ValueError(f"easy-VQA has the splits 'train' and 'test', not {split!r}")
+    by_image: dict[int, list[tuple[str, str]]] = {image: [] for image in sorted(paths)[:max_images]}
+    for question, answer, image in zip(*questions, strict=True):
+        if image in by_image:
+            by_image[image].append((question, answer))
+    records = []
+    for image, pairs in by_image.items():
+        picture = Path(paths[image]).read_bytes()
+        if questions_per_record > 1:
+            pairs = [pairs[i] for i in permutation(len(pairs), seed, image)]
+        for first in range(0, len(pairs), questions_per_record):
+            messages = []
+            for question, answer in pairs[first : first + questions_per_record]:
+                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            messages[0]["content"] = "<image>\n" + messages[0]["content"]
+            records.append(
+                Record(
+                    id=f"{split}/{image:04d}/{first:02d}",
+                    source=f"easy_vqa/{split}",
+                    images=(picture,),
+                    messages=tuple(messages),
+                    mode="nothink",
+                    task="general",
+                )
+            )
+    return records
+
+
+def question_only_baseline(train: Sequence[Record], test: Sequence[Record]) -> float:
+    """Accuracy on ``test`` of answering each question with its most frequent answer in ``train``, images unseen.
+
+    A question that ``train`` never asks gets the most frequent answer of all. Ties go to the answer met first.
+    """
+    seen: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    overall: collections.Counter[str] = collections.Counter()
+    for record in train:
+        for question, answer in _pairs(record):
+            seen[question][answer] += 1
+            overall[answer] += 1
+    pairs = [pair for record in test for pair in _pairs(record)]
+    if not pairs or not overall:
+        raise ValueError("the baseline needs at least one question in each of train and test")
+    return sum(answer == seen.get(q, overall).most_common(1)[0][0] for q, answer in pairs) / len(pairs)
+
+
+def _pairs(record: Record) -> list[tuple[str, str]]:
+    """Question and answer of each turn, the image marker taken off."""
+    texts = [message["content"].removeprefix("<image>\n") for message in record.messages]
+    return list(zip(texts[::2], texts[1::2], strict=True))

@@ -1,0 +1,137 @@
+"""From an image file to pixels: open, turn upright, and reduce any pixel mode to 8-bit RGB.
+
+Training data holds broken, rotated, transparent and 16-bit images. What happens to each is decided here, once:
+
+* A file that cannot be decoded is a ``ValueError`` that names it; a disk that cannot be read stays an ``OSError``,
+  so that a caller can tell a bad record (skip it) from a bad moment (try again).
+* Images are turned by their EXIF orientation. The released processor leaves that to its caller; but people who wrote
+  a question about a photo saw it upright, and boxes and "left of" mean nothing on a photo lying on its side.
+* An image that is already open (a PIL image) is taken as it stands, as the released processor takes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+type ImageSource = Image.Image | bytes | str | Path
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SIDES_SWAP = (5, 6, 7, 8)
+
+
+def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Image:
+    """Decode the first frame of an image, turned upright.
+
+    Args:
+      source: the bytes of an image file, or its path.
+      name: what errors call it; default: the path, or "image".
+
+    Returns:
+      The decoded image in the file's own pixel mode (``to_rgb`` reduces it).
+
+    Raises:
+      ValueError: for bytes that are empty, not an image, cut short, or larger than Pillow agrees to decode.
+      OSError: when the file cannot be read.
+    """
+    with _opened(source, name) as image:
+        # Before decoding: what a PNG says after its pixels must not count here, since image_size never gets there.
+        orientation = _orientation(image)
+        image.load()
+        # transpose() gives an image apart from the file; a copy does so for the upright.
+        return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image.copy()
+
+
+def image_size(source: bytes | str | Path, name: str | None = None) -> tuple[int, int]:
+    """Width and height that ``open_image`` would give, from the header alone: no pixel is decoded.
+
+    Raises:
+      ValueError: for bytes that are empty, not an image, or larger than Pillow agrees to decode.
+      OSError: when the file cannot be read.
+    """
+    with _opened(source, name) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in _SIDES_SWAP else (width, height)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow image as 8-bit RGB.
+
+    =====================  ============================================================================================
+    RGB                    as it is, its pixels untouched (what the released processor takes)
+    alpha or transparency  composited on white: RGBA, LA, PA, P, L and 1 with a transparent colour. Pixels under alpha 0
+                           hold whatever the editor left there, often black; charts, icons and scans are meant for paper
+    L, 1, I;16             the grey in all three channels; 16 bits are scaled so that 65535 becomes 255
+    P                      the palette's colours
+    CMYK, YCbCr, HSV       Pillow's conversion; colour profiles are not applied
+    =====================  ============================================================================================
+
+    Raises:
+      ValueError: for a mode with no stated range (I, F: 32-bit numbers) or no conversion.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        # (v + 128) // 257 is the nearest integer to v / 257.
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8), "L").convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"an image of mode {image.mode!r} states no range for its numbers: scale it to 8 bits first")
+    try:
+        if image.mode == "La":
+            image = image.convert("LA")
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        rgba = image.convert("RGBA")
+    except ValueError as error:
+        raise ValueError(f"an image of mode {image.mode!r} cannot be converted to RGB: {error}") from None
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+@contextlib.contextmanager
+def _opened(source: bytes | str | Path, name: str | None) -> Iterator[Image.Image]:
+    """The image with its header read; whatever its decoder raises inside the block becomes a ValueError with a name."""
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
+        if not file.read(1):
+            raise ValueError(f"{name} is empty (0 bytes)")
+        file.seek(0)
+        try:
+            with Image.open(file) as image:
+                yield image
+        except Image.UnidentifiedImageError:
+            raise ValueError(f"{name} is not an image of a known format, or its header is broken") from None
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{name} is too large to decode: {error}") from None
+        except MemoryError:
+            raise
+        except Exception as error:
+            # Decoders raise anything: SyntaxError, struct.error, EOFError, OSError without a number...
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise ValueError(f"{name} cannot be decoded: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of an image of which only the header is read; 1 is upright."""
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFF itself, its size included.
+    try:
+        # The base class's method: PngImageFile.getexif would decode all pixels to look behind them.
+        return int(Image.Image.getexif(image).get(_ORIENTATION_TAG, 1))
+    except Exception:
+        return 1  # Unreadable EXIF says nothing; the pixels may well be sound.

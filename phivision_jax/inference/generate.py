@@ -1,0 +1,201 @@
+"""Generation: prompts and pictures in, answers out, in batches.
+
+Each row's answer is what it would be alone: padding is never attended to, and a row may hold any number of images or
+none (the released code's batched generation is wrong there).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from phivision_jax.batch import Batch
+from phivision_jax.inference.cache import empty_cache, extend_segments, write_segment
+from phivision_jax.inference.sampling import sample
+from phivision_jax.models import phivision
+from phivision_jax.models.phivision import PhiVision
+
+if TYPE_CHECKING:
+    from phivision_jax.images.decode import ImageSource
+    from phivision_jax.processor import Processor
+    from phivision_jax.text.chat import Mode
+
+LENGTH_MULTIPLE = 128
+"""Prompts and patches are padded to multiples of this, so that few shapes are ever compiled."""
+
+
+def generate(
+    model: PhiVision,
+    processor: Processor,
+    prompt: str | Sequence[Any],
+    images: Sequence[Any] | None = None,
+    *,
+    mode: Mode = "auto",
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str | list[str]:
+    """Answer a prompt about some pictures, or a batch of them.
+
+        generate(model, processor, "What colour is the car?", images=[photo])           # one answer
+        generate(model, processor, ["What is this?", "And 2 + 2?"], images=[[photo], []])  # a list of answers
+
+    Args:
+      prompt: a question, or a list of questions or of conversations (lists of messages, see ``text.chat``).
+      images: PIL images, paths or bytes; for a list of prompts, one list each. They fill ``<image>`` markers in order;
+        a question without markers gets its images in front.
+      mode: "auto" leaves it to the model whether to think, "think" and "nothink" begin the answer so.
+      max_new_tokens: where to stop if the model does not.
+      temperature: 0 takes the likeliest token each time (as the published evaluations do).
+      top_p: nucleus of the distribution to draw from.
+      seed: of the draws.
+
+    Returns:
+      The answer, or one per prompt. Thoughts come as ``<think>…</think>``; control tokens do not.
+
+    Raises:
+      ValueError: for images that do not match, or a prompt that leaves no room in the model's positions.
+    """
+    single = isinstance(prompt, str)
+    prompts = [prompt] if single else list(prompt)
+    if images is None:
+        images_of: list[list[ImageSource]] = [[] for _ in prompts]
+    else:
+        images_of = [list(images)] if single else [list(some) for some in images]
+    if len(images_of) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(images_of)} lists of images: give one list per prompt")
+    conversations = [_conversation(p, len(i)) for p, i in zip(prompts, images_of, strict=True)]
+    batch = processor.batch(conversations, images_of, mode=mode, multiple=LENGTH_MULTIPLE)
+    longest, limit = int((batch.segment_ids > 0).sum(1).max()), processor.config.decoder.max_positions
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, images included: with max_new_tokens={max_new_tokens} that "
+            f"exceeds the model's {limit} positions"
+        )
+    ids = generate_ids(
+        model,
+        batch,
+        max_new_tokens=max_new_tokens,
+        eos_id=processor.tokenizer.eos_id,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    answers = [answer_text(processor, row, mode) for row in ids]
+    return answers[0] if single else answers
+
+
+def generate_ids(
+    model: PhiVision,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> np.ndarray:
+    """Continue each row of a batch of prompts.
+
+    Args:
+      batch: one example per row, at the row's beginning.
+      eos_id: ends a row; None never ends one.
+
+    Returns:
+      [B, max_new_tokens] i32; after a row's ``eos_id``, ``eos_id`` again.
+
+    Raises:
+      ValueError: for a batch with several examples in a row, or an empty one.
+    """
+    segments = np.asarray(batch.segment_ids)
+    if segments.max(initial=0) > 1 or not (segments[:, 0] == 1).all():
+        raise ValueError("generation takes one example per row, from column 0: this batch is packed or has an empty row")
+    graphdef, params = model.split()
+    ids = _generate(
+        graphdef, params, batch, jax.random.key(seed), max_new_tokens, -1 if eos_id is None else eos_id, temperature, top_p
+    )
+    return np.asarray(ids)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
+def _generate(
+    graphdef: nnx.GraphDef,
+    params: phivision.Params,
+    batch: Batch,
+    key: jax.Array,
+    max_new_tokens: int,
+    eos_id: int,
+    temperature: float,
+    top_p: float,
+) -> jax.Array:
+    model = phivision.merge(graphdef, params)
+    decoder = model.decoder
+    B, T = batch.tokens.shape
+    lengths = (batch.segment_ids > 0).sum(1)  # [B]
+
+    def choose(hidden: jax.Array, step: jax.Array | int) -> jax.Array:
+        """hidden [B, 1, D] → the next token [B]"""
+        step_key = jax.random.fold_in(key, step)
+        return sample(decoder.lm_head(hidden)[:, 0], step_key, temperature=temperature, top_p=top_p)
+
+    segments = extend_segments(batch.segment_ids, max_new_tokens)
+    cache = empty_cache(model.config.decoder, B, T + max_new_tokens, decoder.dtype)
+    hidden, cache = decoder(
+        model.embeds(batch),
+        batch.positions,
+        batch.span_end,
+        batch.segment_ids,
+        cache=cache,
+        cache_segments=segments,
+    )
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
+    token = choose(last, 0)
+    out = jnp.full((B, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
+
+    def unfinished(carry: tuple) -> jax.Array:
+        i, token, done, *_ = carry
+        return (i < max_new_tokens) & ~done.all()
+
+    def decode(carry: tuple) -> tuple:
+        """Feed token i−1 at column T+i−1, choose token i."""
+        i, token, done, out, segments, cache = carry
+        column = T + i - 1
+        segments = write_segment(segments, column)
+        hidden, cache = decoder(
+            decoder.embed_tokens(token[:, None]),
+            (lengths + i - 1)[:, None],
+            jnp.full((B, 1), column),
+            jnp.ones((B, 1), jnp.int32),
+            cache=cache,
+            cache_segments=segments,
+            column=column,
+        )
+        token = jnp.where(done, eos_id, choose(hidden, i))
+        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1)
+        return i + 1, token, done | (token == eos_id), out, segments, cache
+
+    carry = (jnp.int32(1), token, token == eos_id, out, segments, cache)
+    return jax.lax.while_loop(unfinished, decode, carry)[3]
+
+
+def answer_text(processor: Processor, ids: np.ndarray, mode: Mode = "auto") -> str:
+    """The text of generated ids up to the end token; thoughts keep their tags."""
+    eos = np.flatnonzero(ids == processor.tokenizer.eos_id)
+    text = processor.decode(ids[: eos[0]] if len(eos) else ids)
+    # A forced "think" opens the thought in the prompt; the answer shows the whole of it.
+    return ("<think>" + text if mode == "think" else text).strip()
+
+
+def _conversation(prompt: Any, num_images: int) -> list[dict[str, Any]]:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    marked = prompt if "<image>" in prompt else "<image>\n" * num_images + prompt
+    return [{"role": "user", "content": marked}]
+

@@ -1,0 +1,100 @@
+"""``load``: a model and its processor from wherever its weights are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from phivision_jax import checkpoint, sharding
+from phivision_jax.config import ModelConfig
+from phivision_jax.models import phivision
+from phivision_jax.models.phivision import PhiVision
+from phivision_jax.processor import Processor
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    mesh: Mesh | None = None,
+    remat: str = "none",
+) -> tuple[PhiVision, Processor]:
+    """Load a model for inference, analysis or further training.
+
+    Args:
+      path_or_hub_id: a Hugging Face directory, a checkpoint of ours, a training run (its newest step), or, with the
+        ``[hub]`` extra, a Hugging Face id.
+      dtype: of the computation; default: float32 on CPU, bfloat16 elsewhere.
+      param_dtype: of the parameters in memory; default: ``dtype``.
+      mesh: to shard the parameters over (``sharding.make_mesh``); default: one device.
+      remat: as in ``PhiVision``.
+
+    Returns:
+      The model and its processor, which has no tokenizer where the checkpoint has none.
+
+    Raises:
+      ValueError: when there is nothing to load there, or it is damaged; the message names the file or tensor.
+    """
+    dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+    param_dtype = jnp.dtype(param_dtype or dtype)
+    path = locate(path_or_hub_id)
+    config = config_of(path)
+    graphdef, state = phivision.abstract(config, dtype=dtype, remat=remat)
+    at = sharding.param_shardings(state, mesh or sharding.make_mesh(devices=jax.devices()[:1]))
+    target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, param_dtype, sharding=place), nnx.to_pure_dict(state), at
+    )
+    return phivision.merge(graphdef, read_params(path, config, target)), processor_of(path, config)
+
+
+def locate(path_or_hub_id: str | Path) -> Path:
+    """A directory with weights: a Hugging Face one, or a checkpoint of ours (of a run, the newest step).
+
+    Raises:
+      ValueError: when there is no such directory, or nothing in it.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path if is_hf(path) else checkpoint.find(path)
+    name = str(path_or_hub_id)
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"{name} is not a directory; give a checkpoint, a Hugging Face directory, or an id like org/name")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(
+            f"{name} is not a directory here; to download it from the Hugging Face hub: pip install 'phivision_jax[hub]'"
+        ) from None
+    # Weights and text files only: remote code is never fetched, let alone run.
+    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]))
+
+
+def is_hf(path: Path) -> bool:
+    return (path / "config.json").is_file()
+
+
+def config_of(path: Path) -> ModelConfig:
+    """The configuration of a located directory."""
+    return ModelConfig.from_hf(path) if is_hf(path) else checkpoint.read_meta(path)[0]
+
+
+def processor_of(path: Path, config: ModelConfig) -> Processor:
+    """The processor of a located directory."""
+    return Processor.from_directory(path if is_hf(path) else checkpoint.assets_of(path), config)
+
+
+def read_params(path: Path, config: ModelConfig, target: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of a located directory, in ``target``'s dtype and shardings; its vision_tail if ``target`` has one."""
+    if is_hf(path):
+        from convert import load_hf_params
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+        dtype = jax.tree.leaves(target)[0].dtype
+        return load_hf_params(path, config, shardings, dtype, vision_tail="vision_tail" in target)
+    return checkpoint.restore_params(path, target)

@@ -1,0 +1,104 @@
+"""The pieces both towers are made of. Each parameter is declared once: shape, logical axes and initialiser together.
+
+Axis legend, used in every einsum and shape comment of the models:
+
+    B batch row     T query position   S key position   N query heads   K kv heads    G N/K        H head dim
+    D model dim     F ffn dim          V vocab          L layers        R vision rows P patches    M vision tokens
+    I images        C channels (the vision width)
+
+Compute follows the dtype of the activations: a parameter is cast where it is used, norms and angles work in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer
+
+ONES, ZEROS = jax.nn.initializers.ones, jax.nn.initializers.zeros
+
+
+def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer) -> nnx.Param:
+    """One parameter with the *logical* names of its axes; ``sharding.py`` alone maps those to a mesh."""
+    # Without eager_sharding=False, building a model outside a mesh raises.
+    return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
+
+
+def truncated_normal(stddev: float) -> Initializer:
+    return jax.nn.initializers.truncated_normal(stddev)
+
+
+class Linear(nnx.Module):
+    """y = x · kernel (+ bias), contracting the last ``len(inputs)`` axes of x: heads keep axes of their own."""
+
+    def __init__(
+        self,
+        inputs: tuple[int, ...],
+        outputs: tuple[int, ...],
+        axes: tuple[str | None, ...],
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        init_scale: float = 1.0,
+    ) -> None:
+        self.num_inputs = len(inputs)
+        # LeCun: variance 1/fan_in keeps the scale of activations; residual outputs shrink it by their depth.
+        init = truncated_normal(init_scale / math.sqrt(math.prod(inputs)))
+        self.kernel = param(rngs, (*inputs, *outputs), axes, init)
+        self.bias = param(rngs, outputs, axes[self.num_inputs :], ZEROS) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        n = self.num_inputs
+        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=n)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, dim: int, axis: str, eps: float, *, rngs: nnx.Rngs) -> None:
+        self.eps = eps
+        self.scale = param(rngs, (dim,), (axis,), ONES)
+        self.bias = param(rngs, (dim,), (axis,), ZEROS)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, dim: int, axis: str, eps: float, *, rngs: nnx.Rngs) -> None:
+        self.eps = eps
+        self.scale = param(rngs, (dim,), (axis,), ONES)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.scale[...]).astype(x.dtype)
+
+
+def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of the rotary angles, each [..., H/2] in fp32.
+
+    fp32 matters: inverse frequencies rounded to bf16 put the angle 0.11 rad off at position 64, 14.7 rad at 8,192.
+    """
+    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate x [B, T, N, H] by angles [B, T, H/2]; the halves of H are the pairs (not neighbours)."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def stack[M: nnx.Module](make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
+    """``num_layers`` modules in one, every parameter with a leading "layer" axis, to be scanned over."""
+    # The "layer" entry matters: without it the specs of the unstacked axes would shift left by one, in silence.
+    return nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layer"})(rngs.split(num_layers))

@@ -1,0 +1,237 @@
+"""The processor: messages and images to a ``Batch``, ids back to text.
+
+    processor = Processor.from_directory("checkpoint/", ModelConfig.from_hf("checkpoint/"))
+    batch = processor.batch([[{"role": "user", "content": [{"type": "image", "image": "cat.jpg"},
+                                                           {"type": "text", "text": "What is this?"}]}]])
+
+It holds the three things that decide what the model is fed: the tokenizer, the chat template, and the patch range.
+Their ``fingerprint`` is part of a data plan's hash: a plan made with other ones has other lengths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from phivision_jax.batch import Batch, Example, PatchedImage, expand, fill_rows
+from phivision_jax.config import ModelConfig, read_json
+from phivision_jax.images.decode import ImageSource, open_image
+from phivision_jax.images.naflex import preprocess
+from phivision_jax.text import chat
+from phivision_jax.text.chat import ChatTemplate, Message, Mode
+from phivision_jax.text.tokenizer import Tokenizer
+
+# preprocessor_config.json: what its other keys must say, since only this arithmetic is computed (2 is bilinear).
+_FIXED_PIXELS = {
+    "resample": 2,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+class Processor:
+    """Tokenizer, chat template and patch settings of one model.
+
+    Without a tokenizer or a template (a checkpoint that ships none) images still work; what needs the missing one
+    raises a ValueError that says which file it is.
+
+    Raises:
+      ValueError: when the tokenizer and the model's configuration do not belong together.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None, config: ModelConfig) -> None:
+        self._tokenizer, self._template, self.config = tokenizer, template, config
+        if tokenizer is not None:
+            decoder = config.decoder
+            if tokenizer.vocab_size > decoder.vocab_size:
+                raise ValueError(
+                    f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {decoder.vocab_size}: "
+                    "they do not belong together"
+                )
+            if tokenizer.eos_id != decoder.eos_token_id:
+                raise ValueError(
+                    f"the tokenizer ends a turn with token {tokenizer.eos_id}, config.decoder.eos_token_id is "
+                    f"{decoder.eos_token_id}: generation would not stop; give the model the tokenizer's"
+                )
+
+    @classmethod
+    def from_directory(cls, path: str | Path, config: ModelConfig) -> Processor:
+        """The processor of a Hugging Face directory, or of the assets of a checkpoint.
+
+        Args:
+          path: holds ``tokenizer.json`` and ``chat_template.jinja``, either of which may be missing, and perhaps
+            ``tokenizer_config.json`` and ``preprocessor_config.json``.
+          config: the model's configuration. Its patch settings count; the file may only confirm them.
+
+        Raises:
+          ValueError: for a broken file, or one that contradicts ``config``.
+        """
+        path = Path(path)
+        if (file := path / "preprocessor_config.json").is_file():
+            _check_pixels(file, config)
+        tokenizer: Tokenizer | None = None
+        template: ChatTemplate | None = None
+        with contextlib.suppress(FileNotFoundError):
+            tokenizer = Tokenizer.from_directory(path)
+        with contextlib.suppress(FileNotFoundError):
+            template = ChatTemplate.from_directory(path)
+        return cls(tokenizer, template, config)
+
+    @classmethod
+    def small(cls, config: ModelConfig) -> Processor:
+        """With the project's own 512 tokens and template: for models that start from no checkpoint."""
+        return cls(Tokenizer.small(), ChatTemplate.small(), config)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError("this checkpoint came without tokenizer.json: text needs one; Batch.from_ids takes ids")
+        return self._tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        if self._template is None:
+            raise ValueError("this checkpoint came without chat_template.jinja: messages need one")
+        return self._template
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageSource] | None = None,
+        *,
+        mode: Mode | None = None,
+        generation_prompt: bool = False,
+        group: int = 0,
+    ) -> Example:
+        """One conversation, its images cut into patches and its image columns laid out.
+
+        Args:
+          messages: as ``text.chat`` describes them.
+          images: for each ``<image>`` without an image of its own, in order: a PIL image (taken as it stands), or the
+            bytes or path of an image file (turned by its EXIF orientation).
+          mode, generation_prompt: as in ``text.chat.encode``.
+          group: mode × task, for metrics.
+
+        Raises:
+          ValueError: when images and ``<image>`` markers do not match, an image is broken, or the messages are.
+        """
+        ids, labels = chat.encode(
+            self.tokenizer, self.template, messages, mode=mode, generation_prompt=generation_prompt
+        )
+        _, inline = chat.flatten(messages)
+        given = list(images or ())
+        if (missing := inline.count(None)) != len(given):
+            raise ValueError(f"{missing} <image> markers without an image of their own, but {len(given)} images given")
+        following = iter(given)
+        sources = [next(following) if source is None else source for source in inline]
+        return expand(ids, [self.patch(source, f"image {i}") for i, source in enumerate(sources)], labels, group)
+
+    def patch(self, source: ImageSource, name: str = "image") -> PatchedImage:
+        """One image as the encoder takes it, at this model's patch settings.
+
+        Raises:
+          ValueError: for an image that cannot be decoded or converted, with ``name`` and the reason.
+        """
+        if not isinstance(source, Image.Image):
+            source = open_image(source, name if isinstance(source, bytes) else None)
+        config = self.config
+        try:
+            return PatchedImage(*preprocess(source, config.vision.patch_size, config.min_patches, config.max_patches))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+    def batch(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[ImageSource]] | None = None,
+        *,
+        mode: Mode = "auto",
+        generation_prompt: bool = True,
+        length: int | None = None,
+        num_patches: int | None = None,
+        multiple: int = 1,
+    ) -> Batch:
+        """A Batch of one conversation per row, by default prompts to be answered.
+
+        Args:
+          images: per conversation, as in ``encode``.
+          length: T; default: the longest conversation.
+          num_patches: P (R is 1); default: the most patches of any conversation.
+          multiple: those defaults are rounded up to a multiple of this, so that few shapes are ever compiled.
+
+        Raises:
+          ValueError: as ``encode``, naming the conversation; or when one does not fit.
+        """
+        images = images if images is not None else [()] * len(conversations)
+        if not conversations:
+            raise ValueError("a batch needs at least one conversation")
+        if len(images) != len(conversations):
+            raise ValueError(f"{len(conversations)} conversations but {len(images)} lists of images: need one each")
+        examples = []
+        for i, (messages, row_images) in enumerate(zip(conversations, images, strict=True)):
+            try:
+                examples.append(self.encode(messages, row_images, mode=mode, generation_prompt=generation_prompt))
+            except ValueError as error:
+                raise ValueError(f"conversation {i}: {error}") from None
+        config = self.config
+        return fill_rows(
+            [[example] for example in examples],
+            length=_round_up(max(len(e.tokens) for e in examples), multiple) if length is None else length,
+            vision_rows=1,
+            num_patches=(
+                _round_up(max(e.num_patches for e in examples), multiple) if num_patches is None else num_patches
+            ),
+            patch_dim=config.vision.patch_dim,
+            image_attention=config.image_attention,
+            pad_token_id=config.decoder.pad_token_id,
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of generated ids, control tokens left out."""
+        return self.tokenizer.decode(ids)
+
+    @property
+    def text_fingerprint(self) -> str:
+        """SHA-256 over tokenizer and template, what token counts depend on; a missing part counts as such."""
+        parts = [part and part.fingerprint for part in (self._tokenizer, self._template)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over tokenizer, template and patch settings, what a plan depends on."""
+        config = self.config
+        parts = [self.text_fingerprint, config.vision.patch_size, config.min_patches, config.max_patches]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer's and the template's files into a directory, made if need be."""
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for part in (self._tokenizer, self._template):
+            if part is not None:
+                part.save(path)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _check_pixels(file: Path, config: ModelConfig) -> None:
+    """Refuse a ``preprocessor_config.json`` that asks for other pixels than ``config`` gives."""
+    values = read_json(file)
+    ours = {
+        "patch_size": config.vision.patch_size,
+        "min_num_patches": config.min_patches,
+        "max_num_patches": config.max_patches,
+        **_FIXED_PIXELS,
+    }
+    for key, value in ours.items():
+        if values.get(key, value) != value:
+            raise ValueError(f"{file}: {key} is {values[key]!r}, the model's configuration computes {value!r}")

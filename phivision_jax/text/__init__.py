@@ -1,0 +1,1 @@
+"""Text on the host: from messages to token ids and labels, and back."""

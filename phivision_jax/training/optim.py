@@ -1,0 +1,93 @@
+"""The optimizer: AdamW with warm-up and cosine, clipping, and a learning rate per parameter pattern."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from phivision_jax.training.config import OptimConfig
+
+flatten, unflatten = nnx.traversals.flatten_mapping, nnx.traversals.unflatten_mapping
+"""Nested dicts to {path: leaf} and back; partitions of the parameters are dicts of paths."""
+
+
+def path_name(path: tuple) -> str:
+    return "/".join(map(str, path))
+
+
+def multipliers(params: dict[str, Any], cfg: OptimConfig) -> dict[tuple, float]:
+    """The learning-rate multiplier of every parameter path.
+
+    Raises:
+      ValueError: for a pattern that is no regular expression, or that matches no parameter.
+    """
+    names = {path: path_name(path) for path in flatten(params)}
+    for pattern, _ in cfg.lr_rules:
+        try:
+            matches = any(re.search(pattern, name) for name in names.values())
+        except re.error as error:
+            raise ValueError(f"optim.lr_rules: {pattern!r} is not a regular expression: {error}") from None
+        if not matches:
+            example = next(iter(names.values()))
+            raise ValueError(f"optim.lr_rules: {pattern!r} matches no parameter (they look like {example!r})")
+    return {
+        path: next((float(m) for pattern, m in cfg.lr_rules if re.search(pattern, name)), 1.0)
+        for path, name in names.items()
+    }
+
+
+def partition(params: dict[str, Any], cfg: OptimConfig) -> tuple[dict[tuple, Any], dict[tuple, Any]]:
+    """(trainable, frozen), each {path: leaf}: gradients are taken with respect to the first alone.
+
+    Raises:
+      ValueError: when every parameter is frozen.
+    """
+    scale, flat = multipliers(params, cfg), flatten(params)
+    trainable = {path: leaf for path, leaf in flat.items() if scale[path] != 0.0}
+    if not trainable:
+        raise ValueError("optim.lr_rules freeze every parameter: there is nothing to train")
+    return trainable, {path: leaf for path, leaf in flat.items() if scale[path] == 0.0}
+
+
+def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear from 0 to the peak, then a cosine to ``final_lr_ratio`` of it."""
+    warmup = min(cfg.warmup_steps, max(steps - 1, 0))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.learning_rate * cfg.final_lr_ratio
+    )
+
+
+def is_decayed(path: tuple) -> bool:
+    """Weight decay is for kernels of linear layers; the head's kernel is a table of embeddings and is spared."""
+    return path[-1] == "kernel" and "lm_head" not in path
+
+
+def make_optimizer(params: dict[str, Any], cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """The transformation for the trainable partition of ``params`` (flat dicts of paths)."""
+    scale = multipliers(params, cfg)
+
+    def scale_by_rule(updates: dict, state: optax.EmptyState, params: Any = None) -> tuple[dict, optax.EmptyState]:
+        return {path: update * scale[path] for path, update in updates.items()}, state
+
+    return optax.chain(
+        optax.clip_by_global_norm(cfg.clip_norm),
+        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+        optax.add_decayed_weights(cfg.weight_decay, mask=lambda flat: {path: is_decayed(path) for path in flat}),
+        optax.GradientTransformation(lambda _: optax.EmptyState(), scale_by_rule),
+        optax.scale_by_learning_rate(schedule(cfg, steps)),
+    )
+
+
+def optimizer_shardings(tx: optax.GradientTransformation, params: dict, shardings: dict, other: Any) -> Any:
+    """Shardings of ``tx``'s state: moments live where their parameters do, everything else at ``other``.
+
+    Left to the compiler, the moments come out replicated.
+    """
+    state = jax.eval_shape(tx.init, params)
+    return optax.tree_map_params(
+        tx, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: other
+    )

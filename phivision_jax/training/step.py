@@ -1,0 +1,112 @@
+"""The training step: a pure function of (state, batch), jitted once, its state donated and its shardings pinned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from phivision_jax import sharding
+from phivision_jax.batch import Batch
+from phivision_jax.models import phivision
+from phivision_jax.training import optim
+from phivision_jax.training.config import OptimConfig, RunConfig
+from phivision_jax.training.loss import batch_loss
+
+State = dict[str, Any]
+"""{"params": nested dict, "opt_state": of the trainable partition, "step": i32 scalar}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """How to train one model on one mesh. Shapes first: nothing here holds an array."""
+
+    graphdef: nnx.GraphDef
+    tx: optax.GradientTransformation
+    cfg: OptimConfig
+    learning_rate: optax.Schedule
+    num_groups: int
+    mesh: Mesh
+    abstract_state: State
+    """ShapeDtypeStructs that carry the shardings."""
+
+    @property
+    def shardings(self) -> State:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+    def init(self, params: phivision.Params) -> State:
+        """The state around these parameters, placed and sharded."""
+        shardings = self.shardings
+
+        def make(params):
+            trainable, _ = optim.partition(params, self.cfg)
+            return {"params": params, "opt_state": self.tx.init(trainable), "step": jnp.zeros((), jnp.int32)}
+
+        params = jax.device_put(params, shardings["params"])
+        return jax.jit(make, out_shardings=shardings)(params)
+
+    def compile(self, batch: Batch) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+        """Compile for this batch's shapes (``batch_spec``). The result refuses any other shape, so a run that gets
+        through has compiled once."""
+        placed = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            batch,
+            sharding.batch_shardings(self.mesh, batch),
+        )
+        metrics = sharding.replicated(self.mesh)
+        with jax.set_mesh(self.mesh):
+            step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, metrics))
+            return step.lower(self.abstract_state, placed).compile()
+
+    def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        """One update. Frozen parameters enter as constants: no gradient of theirs is ever computed."""
+        trainable, frozen = optim.partition(state["params"], self.cfg)
+
+        def loss_of(trainable: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+            model = phivision.merge(self.graphdef, optim.unflatten({**trainable, **frozen}))
+            return batch_loss(model, batch, self.num_groups)
+
+        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+        updates, opt_state = self.tx.update(grads, state["opt_state"], trainable)
+        params = optim.unflatten({**optax.apply_updates(trainable, updates), **frozen})
+        metrics = {"loss": loss, **aux, "grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+        return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
+
+
+def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1) -> TrainStep:
+    """Everything that follows from the configuration, without allocating a parameter."""
+    graphdef, state = phivision.abstract(cfg.model, dtype=jnp.dtype(cfg.dtype), remat=cfg.remat)
+    params, at = nnx.to_pure_dict(state), sharding.param_shardings(state, mesh)
+    tx = optim.make_optimizer(params, cfg.optim, steps)
+    trainable, _ = optim.partition(params, cfg.optim)
+    flat_at = optim.flatten(at)
+    opt_at = optim.optimizer_shardings(
+        tx, trainable, {path: flat_at[path] for path in trainable}, sharding.replicated(mesh)
+    )
+    shapes = {
+        "params": params,
+        "opt_state": jax.eval_shape(tx.init, trainable),
+        "step": jax.ShapeDtypeStruct((), np.int32),
+    }
+    shardings = {"params": at, "opt_state": opt_at, "step": sharding.replicated(mesh)}
+    abstract_state = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings
+    )
+    return TrainStep(graphdef, tx, cfg.optim, optim.schedule(cfg.optim, steps), num_groups, mesh, abstract_state)
+
+
+def init_params(cfg: RunConfig, step: TrainStep) -> phivision.Params:
+    """Random parameters, made where they will live (the same numbers on any mesh)."""
+
+    def make():
+        model = phivision.PhiVision(cfg.model, rngs=nnx.Rngs(cfg.seed), dtype=jnp.dtype(cfg.dtype), remat=cfg.remat)
+        return model.split()[1]
+
+    return jax.jit(make, out_shardings=step.shardings["params"])()

@@ -1,0 +1,267 @@
+"""Whole conversions, in this process, on small checkpoints in the released layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from released_layout import (
+    SMALL,
+    random_tensors,
+    read_tensors,
+    same_directories,
+    shapes_of,
+    text_shapes,
+    vision_shapes,
+    write_hf,
+    write_small,
+)
+from test_mapping import configs
+
+import convert
+from convert import jobs, ours
+from convert.mapping import flatten
+from phivision_jax.config import ModelConfig
+
+Run = Callable[..., tuple[int, str]]
+BF16 = ml_dtypes.bfloat16
+
+
+def ok(result: tuple[int, str]) -> str:
+    code, text = result
+    assert code == 0, text
+    return text
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_there_and_back_is_byte_for_byte(tmp_path: Path, run: Run, dtype: Any, shards: int) -> None:
+    hf = write_small(tmp_path / "hf", dtype, shards)
+    text = ok(run("to-jax", hf, tmp_path / "ours"))
+    assert f"{len(shapes_of(SMALL))} tensors" in text and str(tmp_path / "ours") in text  # the plan
+    ok(run("to-hf", tmp_path / "ours", tmp_path / "back", "--like", hf))
+    assert same_directories(hf, tmp_path / "back")
+    files = {1: 5, 3: 8}[shards]  # four sidecars, the shards, and their index if there are several
+    assert f"{files} byte-identical, 0 different, 0 on one" in ok(run("verify", hf, tmp_path / "back"))
+    ok(run("verify", hf, tmp_path / "ours"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "ours"]
+
+
+@settings(max_examples=15, deadline=None)
+@given(configs(), st.integers(1, 5), st.sampled_from([np.float32, BF16]), st.sampled_from([1, 40, 300, 32_000_000]))
+def test_any_size_sharding_and_block(values: dict[str, Any], shards: int, dtype: Any, block_bytes: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours, "BLOCK_BYTES", block_bytes)
+        work = Path(folder)
+        hf = write_hf(work / "hf", values, random_tensors(shapes_of(values), dtype), shards)
+        jobs.to_jax(hf, work / "ours", "keep", overwrite=False)
+        jobs.to_hf(work / "ours", work / "back", hf, "keep", 10**9, overwrite=False, force=False)
+        assert same_directories(hf, work / "back")
+
+
+def test_odd_bits_survive(tmp_path: Path, run: Run) -> None:
+    """NaNs with payloads, infinities, −0 and denormals; also an array of zeros, which a store may leave out."""
+    tensors = random_tensors(shapes_of(SMALL), np.float32)
+    bits = np.array([0x7FC00001, 0xFF800001, 0x7F800000, 0x80000000, 1], np.uint32).view(np.float32)
+    tensors["lm_head.weight"].reshape(-1)[:5] = bits
+    tensors["model.norm.weight"][:] = 0
+    hf = write_hf(tmp_path / "hf", SMALL, tensors)
+    ok(run("to-jax", hf, tmp_path / "ours"))
+    ok(run("to-hf", tmp_path / "ours", tmp_path / "back", "--like", hf))
+    assert same_directories(hf, tmp_path / "back")
+    ok(run("verify", hf, tmp_path / "ours"))
+
+
+def test_assets_and_metadata(tmp_path: Path, run: Run) -> None:
+    hf = write_small(tmp_path / "hf")
+    ok(run("to-jax", hf, tmp_path / "ours"))
+    assets = tmp_path / "ours" / "assets"
+    found = sorted(str(p.relative_to(assets)) for p in assets.rglob("*") if p.is_file())
+    assert found == ["config.json", "figures/a.bin", "modeling_phi4_visionr.py", "tokenizer.json"]
+    for name in found:
+        assert (assets / name).read_bytes() == (hf / name).read_bytes()
+    meta = json.loads((tmp_path / "ours" / "meta" / "metadata").read_text())
+    assert (meta["format"], meta["step"]) == (1, 0)
+    assert ModelConfig.from_dict(meta["model"]) == ModelConfig.from_hf(SMALL)
+
+
+def test_orbax_restores_onto_eight_devices(tmp_path: Path, run: Run) -> None:
+    hf = write_small(tmp_path / "hf")
+    ok(run("to-jax", hf, tmp_path / "ours"))
+    assert jax.device_count() == 8, "tests run with --xla_force_host_platform_device_count=8"
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def sharded(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes: list[str | None] = [None] * len(leaf.shape)
+        for i in range(len(axes)):
+            for axis, size in mesh.shape.items():
+                if axes[i] is None and axis not in axes and leaf.shape[i] % size == 0:
+                    axes[i] = axis
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    config, tensors = ModelConfig.from_hf(hf), read_tensors(hf)
+    target = jax.tree.map(sharded, convert.abstract_params(config))
+    want = dict(flatten(convert.tree_from_hf(tensors.__getitem__, config, vision_tail=True)))
+    restored = ocp.StandardCheckpointer().restore(tmp_path / "ours" / "params", target)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    loaded = convert.load_hf_params(hf, config, shardings, vision_tail=True)
+    for tree in (restored, loaded):
+        flat = dict(flatten(tree))
+        assert flat.keys() == want.keys()
+        for path, leaf in flatten(target):
+            assert flat[path].sharding == leaf.sharding, path
+            np.testing.assert_array_equal(flat[path], want[path], err_msg=path)
+    composite = ocp.CompositeCheckpointHandler(params=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
+    args = ocp.args.Composite(params=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+    whole = ocp.Checkpointer(composite).restore(tmp_path / "ours", args=args)
+    assert whole.meta["step"] == 0
+    assert jax.tree.structure(whole.params) == jax.tree.structure(target)
+
+
+def test_load_hf_params_casts_and_leaves_the_tail_out(tmp_path: Path) -> None:
+    hf = write_small(tmp_path / "hf")
+    params = convert.load_hf_params(hf, ModelConfig.from_hf(hf), dtype=BF16)
+    assert set(params) == {"vision", "projector", "decoder"}
+    want = read_tensors(hf)["model.mm_projector.0.weight"].T.astype(BF16)
+    np.testing.assert_array_equal(params["projector"]["fc1"]["kernel"], want)
+    with pytest.raises(ValueError, match="mis-shaped"):
+        convert.load_hf_params(hf, ModelConfig.from_hf({**SMALL, "intermediate_size": 28}))
+
+
+@pytest.mark.parametrize(
+    "save_args", [None, ocp.SaveArgs(chunk_byte_size=512, shard_axes=(0,)), ocp.SaveArgs(chunk_byte_size=64)]
+)
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_a_training_run_saved_by_orbax_comes_out(tmp_path: Path, run: Run, save_args: Any, ocdbt: bool) -> None:
+    hf = write_small(tmp_path / "hf")
+    config = ModelConfig.from_hf(hf)
+    params = jax.tree.map(
+        jax.numpy.asarray, convert.tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True)
+    )
+    for step, tree in ((9, jax.tree.map(lambda x: x * 0, params)), (10, params)):
+        folder = tmp_path / "run" / "checkpoints" / str(step)
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)).save(
+            folder / "params", tree, save_args=jax.tree.map(lambda _: save_args, tree) if save_args else None
+        )
+        meta = {"format": 1, "model": dataclasses.asdict(config), "step": step, "plan": "abc"}
+        ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "meta", meta)
+    text = ok(run("to-hf", tmp_path / "run", tmp_path / "back", "--like", hf))
+    assert "taking the newest, 10" in text
+    assert same_directories(hf, tmp_path / "back")
+
+
+def test_new_shards_are_read_by_the_safetensors_library(tmp_path: Path, run: Run) -> None:
+    hf = write_small(tmp_path / "hf")
+    ok(run("to-jax", hf, tmp_path / "ours"))
+    ok(run("to-hf", tmp_path / "ours", tmp_path / "new", "--max-shard-size", "1e-5"))
+    index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+    want, got = read_tensors(hf), read_tensors(tmp_path / "new")
+    assert index["weight_map"].keys() == got.keys() == want.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in want.values())
+    for file in set(index["weight_map"].values()):
+        held = [name for name, where in index["weight_map"].items() if where == file]
+        assert len(held) == 1 or sum(want[name].nbytes for name in held) <= 10_000
+    for name in want:
+        np.testing.assert_array_equal(got[name], want[name])
+    assert (tmp_path / "new" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+    ok(run("to-jax", tmp_path / "new", tmp_path / "again"))
+    ok(run("verify", tmp_path / "ours", tmp_path / "again"))
+
+
+def test_dtype(tmp_path: Path, run: Run) -> None:
+    hf = write_small(tmp_path / "hf")
+    ok(run("to-jax", hf, tmp_path / "ours", "--dtype", "bfloat16"))
+    ok(run("to-hf", tmp_path / "ours", tmp_path / "new"))
+    want = read_tensors(hf)
+    for name, tensor in read_tensors(tmp_path / "new").items():
+        np.testing.assert_array_equal(tensor, want[name].astype(BF16))
+    assert json.loads((tmp_path / "new" / "config.json").read_text()) == {**SMALL, "dtype": "bfloat16"}
+    code, text = run("verify", hf, tmp_path / "ours")
+    assert code == 1 and "max abs error" in text
+    ok(run("to-hf", tmp_path / "ours", tmp_path / "wide", "--dtype", "float32"))
+    assert "identical bytes                   │ 0" in ok(run("verify", tmp_path / "wide", tmp_path / "ours"))
+    code, text = run("to-hf", tmp_path / "ours", tmp_path / "x", "--like", hf)
+    assert code == 2 and "pass --dtype" in text
+
+
+def test_compose_from_a_text_model_and_a_siglip2(tmp_path: Path, run: Run) -> None:
+    v = SMALL["vision_config"]
+    text = {k: x for k, x in SMALL.items() if k != "vision_config" and "mm_" not in k and "patches" not in k}
+    text["model_type"] = "phi3"
+    decoder = random_tensors(text_shapes(16, 24, 3, 4, 2, 48), BF16)
+    vision = random_tensors(vision_shapes(12, 20, 3, 2, 4, prefix="vision_model"), np.float32)
+    other = {"text_model.head.weight": np.ones((2, 2), np.float32), "logit_scale": np.ones(1, np.float32)}
+    write_hf(tmp_path / "phi4", text, decoder, 2)
+    write_hf(tmp_path / "siglip2", {"model_type": "siglip2", "vision_config": v}, vision | other, 1)
+    parts = ("--decoder", tmp_path / "phi4", "--vision", tmp_path / "siglip2")
+    said = ok(run("to-jax", tmp_path / "start", *parts, "--seed", "7"))
+    assert "ignoring 2 tensors" in said
+    ok(run("to-hf", tmp_path / "start", tmp_path / "hf"))
+    got = read_tensors(tmp_path / "hf")
+    assert got.keys() == shapes_of(SMALL).keys()
+    for name, tensor in decoder.items():
+        np.testing.assert_array_equal(got.pop(name), tensor)
+    for name, tensor in vision.items():
+        np.testing.assert_array_equal(got.pop(f"model.vision_tower.vision_tower.{name}"), tensor)
+    assert not got["model.mm_projector.0.bias"].any() and not got["model.mm_projector.2.bias"].any()
+    for name, inputs in (("model.mm_projector.0.weight", 12), ("model.mm_projector.2.weight", 16)):
+        assert got[name].dtype == BF16
+        assert 0.8 < got[name].astype(np.float32).std() * inputs**0.5 < 1.2
+    ok(run("to-jax", tmp_path / "same", *parts, "--seed", "7"))
+    ok(run("verify", tmp_path / "start", tmp_path / "same"))
+    ok(run("to-jax", tmp_path / "other", *parts, "--seed", "8"))
+    code, said = run("verify", tmp_path / "start", tmp_path / "other")
+    assert code == 1 and said.count("different: model.mm_projector") == 2
+    extra = random_tensors({"text_extra.weight": (2, 2)}, np.float32)
+    write_hf(tmp_path / "bad", {"model_type": "siglip2", "vision_config": v}, vision | extra, 1)
+    code, said = run("to-jax", tmp_path / "x", "--decoder", tmp_path / "phi4", "--vision", tmp_path / "bad")
+    assert code == 2 and "1 extra: text_extra.weight" in said
+
+
+def test_what_config_json_cannot_say_is_refused_unless_forced(tmp_path: Path, run: Run) -> None:
+    hf = write_small(tmp_path / "hf")
+    ok(run("to-jax", hf, tmp_path / "ours"))
+    path = tmp_path / "ours" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["model"]["image_attention"] = "bidirectional"
+    path.write_text(json.dumps(meta))
+    for like in ((), ("--like", hf)):
+        code, text = run("to-hf", tmp_path / "ours", tmp_path / "back", *like)
+        assert code == 2 and "bidirectional" in text and not (tmp_path / "back").exists()
+        ok(run("to-hf", tmp_path / "ours", tmp_path / "back", "--force", "--overwrite", *like))
+        assert read_tensors(tmp_path / "back").keys() == shapes_of(SMALL).keys()
+        shutil.rmtree(tmp_path / "back")
+
+
+def test_inspect_and_verify_name_what_differs(tmp_path: Path, run: Run) -> None:
+    hf = write_small(tmp_path / "hf")
+    tensors = read_tensors(hf)
+    tensors["model.layers.1.mlp.gate_up_proj.weight"][30, 3] += 0.5
+    other = write_hf(tmp_path / "other", SMALL, tensors)
+    (other / "tokenizer.json").write_text("{}")
+    code, text = run("verify", hf, other)
+    assert code == 1
+    assert text.count("different: ") == 1
+    assert "different: model.layers.1.mlp.gate_up_proj.weight, max abs error 0.5" in text
+    assert "2 different" in text and "tokenizer.json" in text  # a shard, and this
+    ok(run("to-jax", hf, tmp_path / "ours"))
+    for path in (hf, tmp_path / "ours"):
+        code, text = run("inspect", path, "--json")
+        found = json.loads(text)
+        shapes = {name: tuple(value["shape"]) for name, value in found["tensors"].items()}
+        assert shapes == shapes_of(SMALL)
+        assert found["parameters"] * 4 == found["bytes"]
+        assert f"{len(shapes)} tensors" in ok(run("inspect", path))

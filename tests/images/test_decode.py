@@ -1,0 +1,151 @@
+"""Opening images: conversions by hand, orientation on every format that states one, errors that name the file."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from phivision_jax.images import decode
+from phivision_jax.images.decode import image_size, open_image, to_rgb
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def rgb_at_origin(image: Image.Image) -> tuple[int, ...]:
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    return tuple(np.asarray(rgb)[0, 0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGB", (1, 2, 3), (1, 2, 3)),
+        ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (200, 100, 0, 255), (200, 100, 0)),
+        ("RGBA", (0, 0, 0, 51), (204, 204, 204)),  # a fifth of black on white
+        ("LA", (0, 0), (255, 255, 255)),
+        ("La", (0, 0), (255, 255, 255)),
+        ("LA", (7, 255), (7, 7, 7)),
+        ("L", 7, (7, 7, 7)),
+        ("1", 1, (255, 255, 255)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16", 257 * 9, (9, 9, 9)),
+        ("I;16", 257 * 9 + 128, (9, 9, 9)),
+        ("I;16", 257 * 9 + 129, (10, 10, 10)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("YCbCr", (128, 128, 128), (128, 128, 128)),
+    ],
+)
+def test_modes(mode: str, colour: Any, expected: tuple[int, ...]) -> None:
+    assert rgb_at_origin(Image.new(mode, (3, 2), colour)) == expected
+
+
+def test_palettes() -> None:
+    image = Image.new("P", (2, 2), 1)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    assert rgb_at_origin(image) == (40, 50, 60)
+    image.info["transparency"] = 1
+    assert rgb_at_origin(image) == (255, 255, 255)
+
+
+def test_rgb_is_untouched() -> None:
+    image = Image.new("RGB", (2, 2), (0, 0, 0))
+    image.info["transparency"] = (0, 0, 0)
+    assert to_rgb(image) is image
+
+
+def test_sixteen_bit_png_from_bytes() -> None:
+    grey = Image.fromarray(np.full((4, 5), 257 * 77, np.uint16))
+    assert rgb_at_origin(open_image(encoded(grey, "PNG"))) == (77, 77, 77)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_numbers_without_a_range(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"mode '{mode}' states no range"):
+        to_rgb(Image.new(mode, (2, 2)))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(format: str, orientation: int) -> None:
+    """The upright image is 48x32 with a red top-left quarter; the file holds it turned the other way."""
+    upright = Image.new("RGB", (48, 32), "blue")
+    upright.paste("red", (0, 0, 24, 16))
+    undo = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    turned = decode._UPRIGHT.get(orientation)
+    stored = upright if turned is None else upright.transpose(undo.get(orientation, turned))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(stored, format, exif=exif)
+    image = open_image(data)
+    assert image.size == image_size(data) == (48, 32)
+    pixels = np.asarray(image.convert("RGB")).astype(int)
+    assert pixels[4, 4, 0] > 200 > 50 > pixels[4, 4, 2]
+    assert all(pixels[y, x, 2] > 200 > 50 > pixels[y, x, 0] for y, x in ((28, 4), (4, 44), (28, 44)))
+
+
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def test_exif_behind_the_pixels_of_a_png_does_not_part_size_from_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    png = encoded(Image.new("RGB", (6, 4)), "PNG")
+    end = png.index(b"IEND") - 4
+    late = png[:end] + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + png[end:]
+    assert open_image(late).size == image_size(late)
+
+
+def test_size_reads_the_header_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.effect_noise((400, 300), 50), "PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were decoded"))
+        assert image_size(data) == (400, 300)
+    assert image_size(data[:2000]) == (400, 300)
+    path = tmp_path / "noise.png"
+    path.write_bytes(data)
+    assert image_size(path) == image_size(str(path)) == (400, 300)
+    assert open_image(path).tobytes() == open_image(data).tobytes()
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    data = encoded(Image.effect_noise((64, 64), 50), "JPEG")
+    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    for content, reason in [
+        (b"", r"is empty \(0 bytes\)"),
+        (b"<html>not found</html>", "is not an image"),
+        (data[: len(data) // 2], "cannot be decoded: .*truncated"),
+        (bomb, "is too large to decode"),
+    ]:
+        path = tmp_path / "broken.jpg"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"^{path} {reason}"):
+            open_image(path)
+        with pytest.raises(ValueError, match=f"^record 7 {reason}"):
+            open_image(content, "record 7")
+
+
+def test_a_disk_error_is_not_a_broken_image(tmp_path: Path) -> None:
+    for function in (open_image, image_size):
+        with pytest.raises(FileNotFoundError):
+            function(tmp_path / "absent.png")
+
+
+def test_first_frame_of_an_animation() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert rgb_at_origin(open_image(data)) == (255, 0, 0)

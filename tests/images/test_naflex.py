@@ -1,0 +1,95 @@
+"""NaFlex sizes and pixels against the released processor: arithmetic by hand, its size table, its pixels bitwise."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from phivision_jax.images.naflex import grid_of, normalize, preprocess, target_size
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
+
+
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [
+        ((1280, 720), (1280, 720)),
+        ((1920, 1080), (1280, 720)),
+        ((333, 500), (320, 496)),
+        ((3000, 2000), (1168, 784)),
+        ((4000, 300), (3424, 256)),
+        ((961, 959), (960, 944)),
+        ((16, 3000), (16, 3008)),  # 188 patches: the minimum is a target, not a floor
+        ((100, 100), (256, 256)),
+        ((4988, 3019), (1216, 736)),  # the search stops 1e-5 short of the scale at which 77 columns fit
+        ((5915, 5438), (992, 912)),  # likewise 58 rows
+        ((1, 1), (112, 112)),  # the search ends at a scale of 100
+    ],
+)
+def test_known_sizes(size: tuple[int, int], target: tuple[int, int]) -> None:
+    assert target_size(*size) == target
+
+
+def test_size_table() -> None:
+    rows = json.loads((GOLDEN / "size_table.json").read_text())["rows"]
+    assert len(rows) == 321
+    for width, height, _, h, w, _, tiny_h, tiny_w in rows:
+        assert grid_of(width, height) == (h, w), (width, height)
+        assert grid_of(width, height, 16, 4, 64) == (tiny_h, tiny_w), (width, height)
+
+
+@given(
+    st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from([14, 16]), st.integers(1, 400), st.integers(0, 4000)
+)
+def test_grid_stays_within_the_target(width: int, height: int, patch: int, least: int, more: int) -> None:
+    h, w = grid_of(width, height, patch, least, least + more)
+    natural = (width // patch) * (height // patch)
+    assert 1 <= h * w <= min(max(natural, least), least + more)
+    assert grid_of(height, width, patch, least, least + more) == (w, h)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_no_pixels(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="no patches"):
+        grid_of(*size)
+
+
+@pytest.mark.parametrize("name", ["noise_37x91", "chart_333x777", "gradient_400x30"])
+def test_pixels_bit_for_bit(name: str) -> None:
+    golden = np.load(GOLDEN / f"tiny_{name}.npz")
+    with Image.open(GOLDEN / f"{name}.png") as image:
+        patches, grid = preprocess(image, 16, 4, 64)
+    assert patches.dtype == np.uint8
+    assert grid == tuple(golden["spatial_shapes"][0])
+    n = golden["pixel_attention_mask"].sum()
+    expected = golden["pixel_values"][0, :n]
+    np.testing.assert_array_equal(normalize(patches).view(np.int32), expected.view(np.int32))
+
+
+def test_normalize_table_bit_for_bit() -> None:
+    ours = normalize(np.arange(256, dtype=np.uint8))
+    assert ours.dtype == np.float32
+    np.testing.assert_array_equal(ours.view(np.int32), np.load(GOLDEN / "lut.npz")["lut"].view(np.int32))
+
+
+def test_order_of_patches_by_hand() -> None:
+    """A 4x4 image of patches of 2: pixel (y, x) holds (10 y + x, 0, 255); nothing is resized."""
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    pixels[..., 0], pixels[..., 2] = 10 * np.arange(4)[:, None] + np.arange(4), 255
+    patches, grid = preprocess(Image.fromarray(pixels), 2, 4, 4)
+    assert grid == (2, 2)
+    assert patches[:, 0::3].tolist() == [[0, 1, 10, 11], [2, 3, 12, 13], [20, 21, 30, 31], [22, 23, 32, 33]]
+    assert patches[1].reshape(2, 2, 3)[1, 0].tolist() == [12, 0, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "1", "I;16", "CMYK"])
+def test_every_mode_gives_patches(mode: str) -> None:
+    image = Image.new(mode, (40, 20))
+    patches, grid = preprocess(image, 16, 1, 16)
+    assert patches.shape == (grid[0] * grid[1], 768)

@@ -1,0 +1,244 @@
+"""Train Phi-4-reasoning-vision: configuration → mesh → data → state → loop.
+
+    python train.py --config=configs/tiny.py --run=runs/tiny
+    python train.py --config=configs/tiny.py --run=runs/tiny --config.optim.learning_rate=1e-3
+
+A run's directory holds its configuration, plan, metrics (JSONL and TensorBoard) and checkpoints. Started again with the
+same directory, training goes on from the newest checkpoint, to the same numbers that it would have reached undisturbed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from ml_collections import config_flags
+
+from phivision_jax import loading, sharding
+from phivision_jax.batch import batch_spec
+from phivision_jax.checkpoint import RunCheckpoints
+from phivision_jax.data.encode import GROUP_NAMES
+from phivision_jax.data.pipeline import batches, rows_of_process, to_device
+from phivision_jax.data.plan import Plan, make_plan
+from phivision_jax.data.records import Dataset
+from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.models import phivision
+from phivision_jax.models.vision_tail import VisionTail
+from phivision_jax.processor import Processor
+from phivision_jax.progress import training_bar
+from phivision_jax.training.config import RunConfig
+from phivision_jax.training.metrics import MetricsWriter, batch_metrics, group_metrics
+from phivision_jax.training.step import State, TrainStep, init_params, make_train_step
+
+config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/tiny.py or configs/tiny.py:long.")
+flags.DEFINE_string("run", None, "Directory of the run: made if new, continued if it holds checkpoints.")
+
+
+def train(cfg: RunConfig, run: Path) -> dict[str, float]:
+    """Run one training to its end and return the last metrics.
+
+    Raises:
+      ValueError: when something in the configuration, the data or an earlier start of this run does not fit; nothing
+        has been trained then.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+
+    # Mesh, data.
+    mesh = sharding.make_mesh(cfg.mesh.sizes(jax.device_count()))
+    processor, assets = make_processor(cfg, run)
+    dataset = Dataset.open(cfg.data.path)
+    plan = make_or_load_plan(cfg, dataset, processor, run)
+    available = plan.num_steps(cfg.data.batch_rows)
+    steps = cfg.optim.steps or available
+    if steps > available:
+        raise ValueError(f"optim.steps is {steps}, but data.epochs={cfg.data.epochs} gives {available}; raise data.epochs")
+    evaluator = make_evaluator(cfg, processor, mesh)
+
+    # Shapes, then the compiled step, then arrays.
+    step = make_train_step(cfg, mesh, steps, len(GROUP_NAMES))
+    spec = batch_spec(
+        rows=cfg.data.batch_rows,
+        length=cfg.data.length,
+        vision_rows=cfg.data.vision_rows,
+        num_patches=cfg.data.num_patches,
+        patch_dim=cfg.model.vision.patch_dim,
+    )
+    began = time.monotonic()
+    compiled = step.compile(spec)
+    say(f"{describe(step, plan, mesh)}; compiled in {time.monotonic() - began:.1f} s")
+    checkpoints = RunCheckpoints(run, cfg.keep_checkpoints)
+    state, vision_tail = start(cfg, step, checkpoints, plan)
+    first = int(state["step"])
+
+    # The loop.
+    meta = {"model": dataclasses.asdict(cfg.model), "plan": plan.hash, "run": dataclasses.asdict(cfg)}
+    writer = MetricsWriter(run, first)
+    batch_at = sharding.batch_shardings(mesh, spec)
+    rows_here = rows_of_process(batch_at.tokens, cfg.data.batch_rows)
+    rows = batches(
+        dataset,
+        plan,
+        processor,
+        batch_rows=cfg.data.batch_rows,
+        rows_here=rows_here,
+        start_step=first,
+        num_threads=cfg.data.num_threads,
+    )
+    last: dict[str, float] = {}
+    since, seen = time.monotonic(), 0
+    with training_bar(steps, first) as bar:
+        for batch, info in rows:
+            if info.step >= steps:
+                break
+            state, metrics = compiled(state, to_device(batch, batch_at, cfg.data.batch_rows))
+            done, seen = info.step + 1, seen + int((batch.segment_ids > 0).sum())
+            if done % cfg.log_every == 0 or done == steps:
+                last = log_row(metrics, step, done) | batch_metrics(batch)
+                last |= {"tokens_per_s": seen * jax.process_count() / (time.monotonic() - since)}
+                writer.write(done, last)
+                bar.update(done, loss=last["loss"], tokens_per_s=last["tokens_per_s"])
+                since, seen = time.monotonic(), 0
+            if evaluator and ((cfg.eval_every and done % cfg.eval_every == 0) or done == steps):
+                accuracy = evaluate(evaluator, step, state)
+                last |= accuracy
+                writer.write(done, accuracy)
+                bar.update(done, accuracy=accuracy["eval/accuracy"])
+                since, seen = time.monotonic(), 0
+            if done % cfg.checkpoint_every == 0 or done == steps:
+                checkpoints.save(state, vision_tail, meta, assets)
+    checkpoints.close()
+    writer.close()
+    return last
+
+
+def make_processor(cfg: RunConfig, run: Path) -> tuple[Processor, Path]:
+    """The processor of the starting checkpoint, or the project's small one; and its files, kept with the run."""
+    assets = run / "assets"
+    if cfg.init_from:
+        where = loading.locate(cfg.init_from)
+        processor = loading.processor_of(where, cfg.model)
+    else:
+        processor = Processor.small(cfg.model)
+    if jax.process_index() == 0:
+        processor.save(assets)
+    return processor, assets
+
+
+def make_or_load_plan(cfg: RunConfig, dataset: Dataset, processor: Processor, run: Path) -> Plan:
+    """The run's plan, which is made once and must be the same at every start."""
+    data = cfg.data
+    plan = make_plan(
+        dataset,
+        processor,
+        length=data.length,
+        vision_rows=data.vision_rows,
+        num_patches=data.num_patches,
+        seed=data.seed,
+        epochs=data.epochs,
+    )
+    where = run / "plan"
+    if where.exists():
+        before = Plan.load(where)
+        if before.hash != plan.hash:
+            raise ValueError(
+                f"{run} was started with another plan ({before.hash[:12]}, now {plan.hash[:12]}): data, tokenizer, row "
+                "sizes, seed and epochs must stay as they were; continue with them, or take a new --run directory"
+            )
+    elif jax.process_index() == 0:
+        plan.save(where)
+    return plan
+
+
+def make_evaluator(cfg: RunConfig, processor: Processor, mesh: jax.sharding.Mesh) -> Evaluator | None:
+    if not cfg.data.eval_path:
+        return None
+    return Evaluator(
+        Dataset.open(cfg.data.eval_path),
+        processor,
+        rows=cfg.eval_batch,
+        max_new_tokens=cfg.max_new_tokens,
+        num_examples=cfg.eval_examples,
+        mesh=mesh,
+    )
+
+
+def start(cfg: RunConfig, step: TrainStep, checkpoints: RunCheckpoints, plan: Plan) -> tuple[State, Any]:
+    """The state to begin with: this run's newest checkpoint, else ``init_from``, else random; and the vision tail."""
+    tail = jax.eval_shape(lambda: VisionTail(cfg.model.vision, rngs=nnx.Rngs(cfg.seed)))
+    tail_target = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.replicated(step.mesh)),
+        nnx.to_pure_dict(nnx.state(tail, nnx.Param)),
+    )
+    if checkpoints.latest is not None:
+        meta = checkpoints.meta()
+        if meta["plan"] != plan.hash:
+            raise ValueError(f"step {meta['step']} of this run was trained on plan {meta['plan'][:12]}, not {plan.hash[:12]}")
+        if meta["model"] != json.loads(json.dumps(dataclasses.asdict(cfg.model))):
+            raise ValueError("this run's checkpoints hold another model than the configuration says; take a new --run")
+        state, tail, meta = checkpoints.restore(step.abstract_state, tail_target)
+        say(f"continuing from step {meta['step']}")
+        return state, tail
+    if cfg.init_from:
+        where = loading.locate(cfg.init_from)
+        if (found := loading.config_of(where)) != dataclasses.replace(cfg.model, image_attention=found.image_attention):
+            raise ValueError(f"{where} holds another model than the configuration's: {found} against {cfg.model}")
+        target = step.abstract_state["params"] | {"vision_tail": tail_target}
+        params = loading.read_params(where, cfg.model, target)
+        tail = params.pop("vision_tail")
+        return step.init(params), tail
+    tail = jax.jit(lambda: VisionTail(cfg.model.vision, rngs=nnx.Rngs(cfg.seed)))()
+    return step.init(init_params(cfg, step)), nnx.to_pure_dict(nnx.state(tail, nnx.Param))
+
+
+def log_row(metrics: dict[str, jax.Array], step: TrainStep, done: int) -> dict[str, float]:
+    """One line of metrics, fetched from the device."""
+    host: dict[str, Any] = jax.device_get(metrics)
+    if not np.isfinite(host["loss"]):
+        raise FloatingPointError(f"the loss of step {done} is {host['loss']}; the last checkpoint is from before it")
+    groups = group_metrics(host.pop("group_loss"), host.pop("group_weight"), GROUP_NAMES)
+    accuracy = float(host.pop("correct")) / max(float(host["weight"]), 1.0)
+    scalars = {name: float(value) for name, value in host.items()}
+    return scalars | {"token_accuracy": accuracy, "learning_rate": float(step.learning_rate(done - 1))} | groups
+
+
+def evaluate(evaluator: Evaluator, step: TrainStep, state: State) -> dict[str, float]:
+    with jax.set_mesh(step.mesh):
+        result = evaluator(phivision.merge(step.graphdef, state["params"]))
+    return {"eval/accuracy": result.accuracy, "eval/examples": len(result.answers)}
+
+
+def describe(step: TrainStep, plan: Plan, mesh: jax.sharding.Mesh) -> str:
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(step.abstract_state["params"]))
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    return f"{count:,} parameters on {axes}; plan {plan.hash[:12]}: {plan.summary}"
+
+
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    config = flags.FLAGS.config
+    try:
+        if config is None or flags.FLAGS.run is None:
+            raise ValueError("both --config and --run are needed: python train.py --config=configs/tiny.py --run=runs/tiny")
+        cfg = RunConfig.from_dict(config.to_dict())
+        last = train(cfg, Path(flags.FLAGS.run))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"train.py: {error}")
+    say(", ".join(f"{name} {value:.4g}" for name, value in last.items() if name in ("loss", "eval/accuracy")))
+
+
+if __name__ == "__main__":
+    app.run(main)
