@@ -1,6 +1,6 @@
 """Directories that appear whole or not at all.
 
-Output is written to ``OUT.tmp-<pid>`` beside its destination, flushed to disk, and renamed as the last act. Whatever
+Output is written to ``OUT.tmp-<random>`` beside its destination, flushed to disk, and renamed as the last act. Whatever
 happens before (an error, Ctrl-C, SIGKILL, a power cut), nothing stands at OUT that was not finished. The writer holds
 a lock on its directory that dies with it, so the next run can tell an abandoned one and clears it away.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -36,32 +37,36 @@ def staged(
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f"{out.name}.tmp-*"):
-        if _abandoned(left):
+        if abandoned(left):
             say(f"removing {left}, left by a conversion that was interrupted")
             shutil.rmtree(left)
-    tmp = out.parent / f"{out.name}.tmp-{os.getpid()}"
-    tmp.mkdir()
-    lock = os.open(tmp, os.O_RDONLY)
+    unique = secrets.token_hex(4)
+    tmp, lock = out.parent / f"{out.name}.tmp-{unique}", None
     try:
+        tmp.mkdir()
+        lock = os.open(tmp, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield tmp
         flush(tmp)
-        # Not a tmp name: killed between the two renames, the old checkpoint is still there for its owner to find.
-        replaced = out.parent / f"{out.name}.old-{os.getpid()}"
         if os.path.lexists(out):
+            if not overwrite:
+                raise ValueError(f"{out} appeared meanwhile; not replacing it")
+            # Not a tmp name: killed between the two renames, the old checkpoint is still there for its owner to find.
+            replaced = out.parent / f"{out.name}.old-{unique}"
             out.rename(replaced)
-        tmp.rename(out)
-        _flush_entry(out.parent)
-        if replaced.is_dir() and not replaced.is_symlink():
+            tmp.rename(out)
             shutil.rmtree(replaced)
         else:
-            replaced.unlink(missing_ok=True)
+            tmp.rename(out)
+        _flush_entry(out.parent)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
-def _abandoned(directory: Path) -> bool:
+def abandoned(directory: Path) -> bool:
+    """Whether the process that made this tmp directory is gone."""
     with suppress(OSError):
         file = os.open(directory, os.O_RDONLY)
         try:

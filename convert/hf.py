@@ -152,7 +152,7 @@ class HFSource:
     def dtype(self, leaf: Leaf) -> np.dtype:
         dtypes = {self.hf.entries[name].dtype for name in leaf.names}
         if len(dtypes) > 1:
-            raise ValueError(f"{leaf.names[0]} … are of several dtypes over layers; convert to one with --dtype")
+            raise ValueError(f"{leaf.names[0]} … are of several dtypes over layers; one array has one, pass --dtype")
         return dtypes.pop()
 
     def grain(self, leaf: Leaf) -> tuple[int, int]:

@@ -37,6 +37,10 @@ from convert.stream import FreshProjector, Parts, Source, copy
 from phivision_jax.config import ModelConfig, ProjectorConfig, decoder_from_hf, read_json, vision_from_hf
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
+type Files = dict[Path, Path | bytes]
+"""Other files to write: name → where to copy from, or the bytes."""
+type Tensors = Mapping[str, tuple[np.dtype, Shape]]
+
 CASTS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -71,7 +75,7 @@ def count_bytes(leaves: list[Leaf], dtypes: Mapping[str, np.dtype]) -> int:
     return sum(int(np.prod(leaf.shape)) * dtypes[leaf.path].itemsize for leaf in leaves)
 
 
-def tensors_of(leaves: list[Leaf], dtypes: Mapping[str, np.dtype]) -> dict[str, tuple[np.dtype, Shape]]:
+def tensors_of(leaves: list[Leaf], dtypes: Mapping[str, np.dtype]) -> Tensors:
     """Their tensors with shape and dtype.
 
     Raises:
@@ -106,7 +110,7 @@ def to_jax(hf_dir: Path, out: Path, dtype: str, overwrite: bool) -> None:
     leaves = model_leaves(config)
     with closing(HFSource(hf, leaves)) as source:
         meta = {"step": 0, "source": {"kind": "huggingface", "directory": hf_dir.resolve().name}}
-        assets: dict[Path, Path | bytes] = {path: hf_dir / path for path in hf.sidecars()}
+        assets = _assets(hf)
         _write_ours(source, leaves, config, out, dtype, overwrite, [hf_dir], meta, assets)
 
 
@@ -128,7 +132,7 @@ def compose(decoder_dir: Path, vision_dir: Path, out: Path, dtype: str, overwrit
     with closing(parts):
         names = {"decoder": decoder_dir.resolve().name, "vision": vision_dir.resolve().name}
         meta = {"step": 0, "source": {"kind": "composed", **names, "projector_seed": seed}}
-        assets: dict[Path, Path | bytes] = {path: decoder_dir / path for path in text.sidecars()}
+        assets = _assets(text)
         # The decoder's own config.json describes another model.
         assets[Path("config.json")] = json_bytes(config.to_hf())
         if vision_source.unused:
@@ -147,7 +151,7 @@ def _write_ours(
     overwrite: bool,
     sources: list[Path],
     meta: Mapping[str, Any],
-    assets: Mapping[Path, Path | bytes],
+    assets: Files,
 ) -> None:
     dtypes = dtypes_of(source, leaves, dtype)
     total = _plan("to-jax", " + ".join(map(str, sources)), out, leaves, dtypes, len(assets))
@@ -159,7 +163,12 @@ def _write_ours(
     say(f"wrote {out}")
 
 
-def _put(files: Mapping[Path, Path | bytes], directory: Path) -> None:
+def _assets(hf: HFDirectory) -> Files:
+    """What is kept of a Hugging Face directory besides its tensors; a shard that no index names is not."""
+    return {path: hf.directory / path for path in hf.sidecars() if path.suffix != ".safetensors"}
+
+
+def _put(files: Files, directory: Path) -> None:
     for name, content in files.items():
         if isinstance(content, Path):
             copy_file(content, directory / name)
@@ -202,10 +211,6 @@ def to_hf(
                 copy(source, sink, leaves, dtypes, advance)
             _put(files, tmp)
     say(f"wrote {out}")
-
-
-type Files = dict[Path, Path | bytes]
-type Tensors = Mapping[str, tuple[np.dtype, Shape]]
 
 
 def _new_layout(

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phivision_jax.batch import IGNORE, IMAGE_TOKEN, PLACEHOLDER, Example, PatchedImage
-from phivision_jax.data.records import MODES, TASKS, Mode, Record
-from phivision_jax.text import chat
+from phivision_jax.batch import IGNORE, PLACEHOLDER, Example, PatchedImage
+from phivision_jax.data.records import MODES, TASKS, Mode, Record, mode_of
 
 if TYPE_CHECKING:
     from phivision_jax.processor import Processor
@@ -24,14 +23,6 @@ def group_id(mode: Mode, task: str) -> int:
     return MODES.index(mode) * len(TASKS) + TASKS.index(task)
 
 
-def mode_of(record: Record) -> Mode:
-    """The record's mode; where it states none, "think" if an assistant turn holds ``<think>``, else "nothink"."""
-    if record.mode is not None:
-        return record.mode
-    thinks = any("<think>" in message["content"] for message in record.messages if message["role"] == "assistant")
-    return "think" if thinks else "nothink"
-
-
 def encode_record(record: Record, processor: Processor) -> Example:
     """Decode the images, resize them to patches, and lay out the conversation.
 
@@ -42,19 +33,6 @@ def encode_record(record: Record, processor: Processor) -> Example:
     """
     mode = mode_of(record)
     return processor.encode(record.messages, record.images, mode=mode, group=group_id(mode, record.task))
-
-
-def count_text_tokens(record: Record, processor: Processor) -> int:
-    """Tokens of the conversation, image columns not counted; no image is opened.
-
-    Raises:
-      ValueError: for messages that cannot be encoded, or not as many markers as images.
-    """
-    ids, _ = chat.encode(processor.tokenizer, processor.template, record.messages, mode=mode_of(record))
-    markers = ids.count(IMAGE_TOKEN)
-    if markers != len(record.images):
-        raise ValueError(f"{markers} {chat.IMAGE_MARKER} markers in the messages, but {len(record.images)} images")
-    return len(ids) - markers
 
 
 def hole(text_tokens: int, grids: Sequence[tuple[int, int]], patch_dim: int) -> Example:

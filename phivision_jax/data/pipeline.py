@@ -22,7 +22,7 @@ import numpy as np
 
 from phivision_jax.batch import Batch, Example, fill_rows
 from phivision_jax.data.encode import encode_record, hole
-from phivision_jax.data.plan import Plan, check_processor, grids_of
+from phivision_jax.data.plan import Plan, grids_of
 
 if TYPE_CHECKING:
     from phivision_jax.data.records import Dataset, Record
@@ -82,7 +82,8 @@ def batches(
     """
     if plan.inputs["sources"] != [dataset.hash]:
         raise ValueError(f"the plan was made from another dataset than {dataset.directory}; make it again")
-    check_processor(dataset, processor)
+    if plan.inputs["processor"] != processor.fingerprint:
+        raise ValueError("the plan was made with another tokenizer, chat template or patch settings; make it again")
     steps = plan.num_steps(batch_rows)
     if not 0 <= start_step <= steps:
         raise IndexError(f"start_step {start_step} of a plan with {steps} steps of {batch_rows} rows")

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phivision_jax.data.packing import Capacity, Lengths, pack, place
+from phivision_jax.data.records import text_fingerprint
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.images.naflex import grid_of
 
@@ -202,7 +203,7 @@ def make_plan(
 
     Args:
       dataset: what to train on.
-      processor: its fingerprint must be the one the dataset was counted with.
+      processor: with the tokenizer and template that the dataset was counted with; its patch settings are free.
       length: T, text columns of a row.
       vision_rows: R.
       num_patches: P, patches of a vision row.
@@ -212,7 +213,7 @@ def make_plan(
       window: examples packed at a time. Windows end with the epoch.
 
     Raises:
-      ValueError: when the dataset was counted with another processor, or no record fits a row.
+      ValueError: when the dataset was counted with another tokenizer, or no record fits a row.
     """
     if epochs is not None and num_examples is not None:
         raise ValueError("give epochs or num_examples, not both")
@@ -282,11 +283,12 @@ def lengths_of(index: Index, config: ModelConfig) -> Lengths:
 
 
 def check_processor(dataset: Dataset, processor: Processor) -> None:
-    """Raise ValueError when the dataset's token counts were made with another processor."""
-    if dataset.manifest["processor"] != processor.fingerprint:
+    """Raise ValueError when the dataset's tokens were counted with another tokenizer or chat template."""
+    ours = text_fingerprint(processor)
+    if dataset.manifest["text"] != ours:
         raise ValueError(
-            f"{dataset.directory}: tokens were counted with processor {dataset.manifest['processor'][:12]}, "
-            f"this one is {processor.fingerprint[:12]}; import the records again with this processor"
+            f"{dataset.directory}: tokens were counted with another tokenizer or chat template "
+            f"({dataset.manifest['text'][:12]}, this processor's are {ours[:12]}); import the records again with it"
         )
 
 

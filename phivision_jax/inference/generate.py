@@ -7,7 +7,7 @@ none (the released code's batched generation is wrong there).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -48,7 +48,7 @@ def generate(
         generate(model, processor, ["What is this?", "And 2 + 2?"], images=[[photo], []])  # a list of answers
 
     Args:
-      prompt: a question, or a list of questions or of conversations (lists of messages, see ``text.chat``).
+      prompt: a question or a conversation (a list of messages, see ``text.chat``); or a list of either.
       images: PIL images, paths or bytes; for a list of prompts, one list each. They fill ``<image>`` markers in order;
         a question without markers gets its images in front.
       mode: "auto" leaves it to the model whether to think, "think" and "nothink" begin the answer so.
@@ -63,7 +63,7 @@ def generate(
     Raises:
       ValueError: for images that do not match, or a prompt that leaves no room in the model's positions.
     """
-    single = isinstance(prompt, str)
+    single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
     prompts = [prompt] if single else list(prompt)
     if images is None:
         images_of: list[list[ImageSource]] = [[] for _ in prompts]

@@ -6,7 +6,6 @@ Nothing here comes from ``convert``: a test that takes its names from the table 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +132,10 @@ def write_hf(
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         return directory
     names = np.random.default_rng(seed).permutation(sorted(tensors))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, group in enumerate(np.array_split(names, shards), start=1):
         file = f"model-{i:05}-of-{shards:05}.safetensors"
-        save_file({str(n): tensors[n] for n in group}, directory / file, metadata={"format": "pt", "odd": "ü"})
+        save_file({str(n): tensors[n] for n in group}, directory / file, metadata={"note": "ü"})
         weight_map |= {str(n): file for n in group}
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=3))
@@ -158,13 +157,3 @@ def same_directories(a: Path, b: Path) -> bool:
         return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
     return content(a) == content(b)
-
-
-def edit_tensors(directory: Path, edit: Any) -> Path:
-    """Rewrite a copy of a single-shard directory with ``edit(tensors)`` applied."""
-    out = directory.with_name("edited")
-    shutil.copytree(directory, out)
-    tensors = load_file(out / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from released_layout import (
 from test_mapping import configs
 
 import convert
-from convert import jobs, ours
+from convert import files, jobs, ours
 from convert.mapping import flatten
 from phivision_jax.config import ModelConfig
 
@@ -54,17 +55,18 @@ def test_there_and_back_is_byte_for_byte(tmp_path: Path, run: Run, dtype: Any, s
     assert f"{len(shapes_of(SMALL))} tensors" in text and str(tmp_path / "ours") in text  # the plan
     ok(run("to-hf", tmp_path / "ours", tmp_path / "back", "--like", hf))
     assert same_directories(hf, tmp_path / "back")
-    files = {1: 5, 3: 8}[shards]  # four sidecars, the shards, and their index if there are several
-    assert f"{files} byte-identical, 0 different, 0 on one" in ok(run("verify", hf, tmp_path / "back"))
+    count = {1: 5, 3: 8}[shards]  # four sidecars, the shards, and their index if there are several
+    assert f"{count} byte-identical, 0 different, 0 on one" in ok(run("verify", hf, tmp_path / "back"))
     ok(run("verify", hf, tmp_path / "ours"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "ours"]
 
 
-@settings(max_examples=15, deadline=None)
-@given(configs(), st.integers(1, 5), st.sampled_from([np.float32, BF16]), st.sampled_from([1, 40, 300, 32_000_000]))
+@settings(max_examples=12, deadline=None)
+@given(configs(), st.integers(1, 5), st.sampled_from([np.float32, BF16]), st.sampled_from([40, 300, 32_000_000]))
 def test_any_size_sharding_and_block(values: dict[str, Any], shards: int, dtype: Any, block_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "BLOCK_BYTES", block_bytes)
+        patch.setattr(files, "flush", lambda directory: None)  # fsync is most of the time
         work = Path(folder)
         hf = write_hf(work / "hf", values, random_tensors(shapes_of(values), dtype), shards)
         jobs.to_jax(hf, work / "ours", "keep", overwrite=False)
@@ -128,7 +130,7 @@ def test_orbax_restores_onto_eight_devices(tmp_path: Path, run: Run) -> None:
     args = ocp.args.Composite(params=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
     whole = ocp.Checkpointer(composite).restore(tmp_path / "ours", args=args)
     assert whole.meta["step"] == 0
-    assert jax.tree.structure(whole.params) == jax.tree.structure(target)
+    assert dict(flatten(whole.params)).keys() == want.keys()
 
 
 def test_load_hf_params_casts_and_leaves_the_tail_out(tmp_path: Path) -> None:
@@ -192,7 +194,7 @@ def test_dtype(tmp_path: Path, run: Run) -> None:
     code, text = run("verify", hf, tmp_path / "ours")
     assert code == 1 and "max abs error" in text
     ok(run("to-hf", tmp_path / "ours", tmp_path / "wide", "--dtype", "float32"))
-    assert "identical bytes                   │ 0" in ok(run("verify", tmp_path / "wide", tmp_path / "ours"))
+    assert re.search(r"identical bytes +│ 0 ", ok(run("verify", tmp_path / "wide", tmp_path / "ours")))
     code, text = run("to-hf", tmp_path / "ours", tmp_path / "x", "--like", hf)
     assert code == 2 and "pass --dtype" in text
 

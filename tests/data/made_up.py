@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from phivision_jax.data.records import Index, Record
+from phivision_jax.data.records import Index, Record, text_fingerprint
 
 # Patches of 8x8 pixels, so a 64x64 picture is 64 patches and a 24x16 one is 2 rows of 3.
 CONFIG = ModelConfig(
@@ -53,6 +54,15 @@ def mixed_records(n: int) -> list[Record]:
     return [make_record(i, kinds[i % len(kinds)]) for i in range(n)]
 
 
+# As much of a processor as planning looks at.
+BARE_PROCESSOR: Any = SimpleNamespace(
+    config=CONFIG,
+    fingerprint="p" * 64,
+    tokenizer=SimpleNamespace(fingerprint="t" * 64),
+    template=SimpleNamespace(fingerprint="c" * 64),
+)
+
+
 class BareDataset:
     """Lengths without records: all that a plan looks at."""
 
@@ -64,13 +74,10 @@ class BareDataset:
             modes=np.zeros(len(text_tokens), np.int8),
             tasks=np.zeros(len(text_tokens), np.uint8),
         )
-        self.directory, self.hash, self.manifest = Path("bare"), "0" * 64, {"processor": "p" * 64}
+        self.directory, self.hash, self.manifest = Path("bare"), "0" * 64, {"text": text_fingerprint(BARE_PROCESSOR)}
 
     def __len__(self) -> int:
         return len(self.index.text_tokens)
 
     def __getitem__(self, i: int) -> SimpleNamespace:
         return SimpleNamespace(id=f"r{i}")
-
-
-BARE_PROCESSOR = SimpleNamespace(config=CONFIG, fingerprint="p" * 64)

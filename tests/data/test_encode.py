@@ -5,8 +5,8 @@ import pytest
 from made_up import make_record
 
 from phivision_jax.batch import IGNORE
-from phivision_jax.data.encode import GROUP_NAMES, count_text_tokens, encode_record, group_id, hole, mode_of
-from phivision_jax.data.records import MODES, TASKS
+from phivision_jax.data.encode import GROUP_NAMES, encode_record, group_id, hole
+from phivision_jax.data.records import MODES, TASKS, count_text_tokens, mode_of
 
 
 def test_groups_are_mode_by_task():

@@ -18,8 +18,8 @@ from phivision_jax.batch import Batch
 from phivision_jax.data import pipeline
 from phivision_jax.data.pipeline import batches, rows_of_process, to_device
 from phivision_jax.data.plan import make_plan, make_unpacked_plan
+from phivision_jax.data.records import write_dataset
 from phivision_jax.data.sources import easy_vqa
-from phivision_jax.data.writer import write_dataset
 from phivision_jax.processor import Processor
 
 SHAPE = {"length": 160, "vision_rows": 2, "num_patches": 80}
@@ -281,8 +281,13 @@ def test_plan_dataset_and_processor_must_belong_together(tmp_path, dataset, plan
     with pytest.raises(ValueError, match="from another dataset"):
         batches(other, plan, processor, batch_rows=2)
     finer = Processor.small(dataclasses.replace(CONFIG, max_patches=32))
-    with pytest.raises(ValueError, match="import the records again with this processor"):
+    with pytest.raises(ValueError, match="patch settings; make it again"):
         batches(dataset, plan, finer, batch_rows=2)
+    # The dataset itself holds no patches: other patch settings need another plan, not another import.
+    finer_plan = make_plan(dataset, finer, **SHAPE)
+    assert finer_plan.hash != plan.hash
+    batch, _ = next(batches(dataset, finer_plan, finer, batch_rows=2))
+    assert np.unique(batch.patch_grid.prod(axis=-1)).max() <= 32
 
 
 def test_easy_vqa_all_the_way(tmp_path, processor):

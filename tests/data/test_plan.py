@@ -187,6 +187,7 @@ def test_errors():
         made(dataset, epochs=1, num_examples=3)
     with pytest.raises(ValueError, match="at least one example"):
         made(dataset, epochs=0)
-    other = SimpleNamespace(config=BARE_PROCESSOR.config, fingerprint="q" * 64)
-    with pytest.raises(ValueError, match=r"counted with processor pppp.*this one is qqqq.*import"):
+    template = SimpleNamespace(fingerprint="d" * 64)
+    other = SimpleNamespace(**{**vars(BARE_PROCESSOR), "template": template})
+    with pytest.raises(ValueError, match=r"another tokenizer or chat template.*import the records again"):
         make_plan(dataset, other, length=12, vision_rows=1, num_patches=8)

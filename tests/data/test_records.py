@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from made_up import make_record, mixed_records, png
 
-from phivision_jax.data.records import Dataset, Record
-from phivision_jax.data.writer import write_dataset
+from phivision_jax.data.records import Dataset, Record, write_dataset
 
 
 @pytest.fixture

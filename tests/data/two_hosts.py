@@ -1,4 +1,4 @@
-"""One of two processes of ``test_pipeline.test_two_real_processes``: ``python two_hosts.py ADDRESS NUMBER DIRECTORY``."""
+"""One of the two processes of a test in ``test_pipeline``: ``python two_hosts.py ADDRESS NUMBER DIRECTORY``."""
 
 from __future__ import annotations
 

@@ -1,0 +1,78 @@
+"""``attend`` against attention written as loops over what a query may see."""
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phivision_jax.models.attention import attend
+
+
+def by_loops(q, k, v, visible):
+    """[B, T, N, H] in float64; ``visible(b, t, s)`` says whether query t of row b sees key s."""
+    B, T, N, H = q.shape
+    group = N // k.shape[2]
+    out = np.zeros(q.shape)
+    for b, t, n in np.ndindex(B, T, N):
+        seen = [s for s in range(k.shape[1]) if visible(b, t, s)]
+        scores = np.array([q[b, t, n] @ k[b, s, n // group] for s in seen]) / np.sqrt(H)
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights @ np.array([v[b, s, n // group] for s in seen]) / weights.sum()
+    return out
+
+
+def arrays(rng, B, T, N, K, H, S=None):
+    shapes = (B, T, N, H), (B, S or T, K, H), (B, S or T, K, H)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    kv_heads=st.sampled_from([1, 2, 3]),
+    group=st.sampled_from([1, 2]),
+    bidirectional=st.booleans(),
+)
+def test_random_packings(seed, lengths, kv_heads, group, bidirectional):
+    rng = np.random.default_rng(seed)
+    segments = np.repeat(np.arange(len(lengths) + 1), [*[0], *lengths])
+    segments = np.concatenate([segments, [0, 0]])[None]  # two columns of padding
+    T = segments.shape[1]
+    span = np.arange(T)
+    if bidirectional:  # each example begins with an image of half its length
+        start = 0
+        for n in lengths:
+            span[start : start + n // 2] = start + max(n // 2, 1) - 1
+            start += n
+    q, k, v = arrays(rng, 1, T, kv_heads * group, kv_heads, 4)
+    got = attend(q, k, v, segment_ids=jnp.asarray(segments), span_end=jnp.asarray(span[None]))
+    want = by_loops(q, k, v, lambda b, t, s: segments[b, t] == segments[b, s] and s <= span[t])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_without_span_a_segment_sees_itself_whole():
+    rng = np.random.default_rng(0)
+    segments = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 0, 0]])
+    q, k, v = arrays(rng, 2, 6, 2, 2, 8)
+    got = attend(q, k, v, segment_ids=jnp.asarray(segments))
+    want = by_loops(q, k, v, lambda b, t, s: segments[b, t] == segments[b, s])
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_keys_may_have_columns_of_their_own():
+    """A cache: one query at column 3 of 5, whose row's column 1 is padding."""
+    rng = np.random.default_rng(1)
+    kv_segments = np.array([[1, 0, 1, 1, 0]])
+    q, k, v = arrays(rng, 1, 1, 4, 2, 4, S=5)
+    got = attend(
+        q,
+        k,
+        v,
+        segment_ids=jnp.ones((1, 1), int),
+        kv_segment_ids=jnp.asarray(kv_segments),
+        span_end=jnp.asarray([[3]]),
+    )
+    want = by_loops(q, k, v, lambda b, t, s: kv_segments[b, s] == 1 and s <= 3)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert np.isfinite(got).all()

@@ -1,0 +1,166 @@
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.mapping import abstract_params
+from phivision_jax.batch import IGNORE, Batch, PatchedImage, expand, fill_rows
+from phivision_jax.config import ModelConfig
+from phivision_jax.models import phivision
+from phivision_jax.models.phivision import PhiVision, merge_features, splice
+from phivision_jax.models.vision_tail import VisionTail
+from phivision_jax.training.loss import batch_loss
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
+
+
+def test_released_size_and_the_converters_tree_are_the_models():
+    config = ModelConfig()
+    _, state = phivision.abstract(config)
+    tail = nnx.eval_shape(lambda: VisionTail(config.vision, rngs=nnx.Rngs(0)))
+    model = nnx.to_pure_dict(state) | {"vision_tail": nnx.to_pure_dict(nnx.state(tail, nnx.Param))}
+    leaves = jax.tree.leaves(model)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == 15_119_518_144
+    assert shapes(model) == shapes(abstract_params(config))
+
+
+def test_every_parameter_has_one_logical_axis_per_dimension():
+    _, state = phivision.abstract(ModelConfig())
+    for path, variable in nnx.to_flat_state(state):
+        axes = variable.get_metadata()["out_sharding"]
+        assert len(axes) == len(variable.get_value().shape), path
+        assert (axes[0] == "layer") == ("layers" in path), path
+
+
+def test_splice_by_hand():
+    embeds = jnp.arange(8.0).reshape(1, 4, 2)
+    vision = 100 + jnp.arange(4.0).reshape(1, 2, 2)
+    out = splice(embeds, vision, jnp.array([[-1, 1, 0, -1]]))
+    assert out[0].tolist() == [[0, 1], [102, 103], [100, 101], [6, 7]]
+
+
+def test_merge_table_by_hand():
+    features = jnp.array([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])  # R·P = 3, C = 2
+    index = jnp.array([[[[0, 1], [2, -1]], [[-1, -1], [1, 1]]]])  # M 2, G 2, K 2
+    weight = jnp.array([[[[0.5, 0.25], [2.0, 9.0]], [[1.0, 1.0], [1.0, -1.0]]]])
+    out = merge_features(features, index, weight)
+    assert out[0].tolist() == [[0.5 + 0.5, 5.0 + 5.0, 6.0, 60.0], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_identity_merge_table_changes_nothing_and_space_to_channel_runs(tiny):
+    batch = random_rows(np.random.default_rng(5), tiny.config, [[(6, [(2, 3)])]])
+    M = batch.patches.shape[2]
+    identity = dataclasses.replace(
+        batch,
+        merge_index=np.arange(M, dtype=np.int32).reshape(1, M, 1, 1),
+        merge_weight=np.ones((1, M, 1, 1), np.float32),
+    )
+    np.testing.assert_allclose(tiny.vision_tokens(identity), tiny.vision_tokens(batch), atol=1e-6)
+    wide = dataclasses.replace(tiny.config, projector=dataclasses.replace(tiny.config.projector, merge_size=2))
+    model = PhiVision(wide, rngs=nnx.Rngs(0))
+    pairs = dataclasses.replace(
+        batch, merge_index=np.array([[[[0], [1]], [[2], [-1]]]], np.int32), merge_weight=np.ones((1, 2, 2, 1), np.float32)
+    )
+    assert model.vision_tokens(pairs).shape == (1, 2, tiny.config.decoder.hidden_size)
+
+
+def random_rows(rng, config, rows, length=None, num_patches=None, vision_rows=1) -> Batch:
+    """Rows of examples given as (text tokens, [grids]): images stand at random places, half of the text is learnt."""
+
+    def example(text, grids):
+        ids = rng.integers(1, 60, text).tolist()
+        labels = [i if rng.random() < 0.5 else IGNORE for i in ids[:-1]] + [ids[-1]]
+        images = []
+        for grid in grids:
+            at = int(rng.integers(0, len(ids)))
+            ids.insert(at, -200)
+            labels.insert(at, IGNORE)
+            images.append(
+                PatchedImage(rng.integers(0, 256, (grid[0] * grid[1], config.vision.patch_dim), np.uint8), grid)
+            )
+        return expand(ids, images, labels)
+
+    made = [[example(*e) for e in row] for row in rows]
+    return fill_rows(
+        made,
+        length=length or max(sum(len(e.tokens) for e in row) for row in made),
+        vision_rows=vision_rows,
+        num_patches=num_patches or max(1, *(sum(e.num_patches for e in row) for row in made)),
+        patch_dim=config.vision.patch_dim,
+        image_attention=config.image_attention,
+        pad_token_id=config.decoder.pad_token_id,
+    )
+
+
+EXAMPLES = [
+    (9, [(2, 3)]),
+    (12, []),
+    (7, [(1, 4), (3, 2)]),
+    (11, [(2, 2), (1, 1), (4, 1)]),
+    (5, []),
+    (13, [(1, 2), (2, 1), (3, 3), (1, 1)]),
+    (8, [(2, 2), (1, 3), (2, 1), (1, 1), (5, 1)]),
+]
+
+
+@pytest.mark.parametrize("image_attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("vision_rows", [1, 2])
+def test_packed_equals_one_by_one(tiny, image_attention, vision_rows):
+    """The same loss and, per parameter, the same gradient: 0 to 5 images per example, two rows."""
+    config = dataclasses.replace(tiny.config, image_attention=image_attention)
+    graphdef, params = tiny.split()
+
+    def loss_and_grads(batch):
+        def loss(params):
+            value, aux = batch_loss(phivision.merge(graphdef, params), batch)
+            return value * aux["weight"], aux["weight"]
+
+        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return total, weight, grads
+
+    def seeded(rows, **kw):
+        return random_rows(np.random.default_rng(7), config, rows, **kw)
+
+    packed = seeded([EXAMPLES[:4], EXAMPLES[4:]], vision_rows=vision_rows, length=96, num_patches=40)
+    total, weight, grads = loss_and_grads(packed)
+    # The same draws, one example per row, taken row by row.
+    alone = seeded([[e] for e in EXAMPLES], length=48, num_patches=24)
+    singles = [jax.tree.map(lambda x, i=i: x[i : i + 1], alone) for i in range(len(EXAMPLES))]
+    assert float(packed.loss_weights.sum()) == float(alone.loss_weights.sum()) > 20
+    sums = [loss_and_grads(single) for single in singles]
+    total_1, weight_1 = sum(s[0] for s in sums), sum(s[1] for s in sums)
+    assert abs(total / weight - total_1 / weight_1) <= 1e-5
+    grads_1 = jax.tree.map(lambda *g: sum(g), *[s[2] for s in sums])
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        other = grads_1
+        for part in path:
+            other = other[part.key]
+        if path[-2].key == "k_proj" and path[-1].key == "bias":
+            continue  # a key bias moves all scores of a query alike: its gradient is zero up to rounding
+        assert float(jnp.linalg.norm(g)) > 0, path
+        cosine = jnp.vdot(g, other) / (jnp.linalg.norm(g) * jnp.linalg.norm(other))
+        assert cosine >= 0.99999, (path, cosine)
+
+
+def test_bidirectional_differs_from_causal_inside_images_only(tiny):
+    causal = random_rows(np.random.default_rng(3), tiny.config, [[(6, [(2, 2)])]])
+    config = dataclasses.replace(tiny.config, image_attention="bidirectional")
+    both = random_rows(np.random.default_rng(3), config, [[(6, [(2, 2)])]])
+    at_image = causal.vision_index[0] >= 0
+    difference = np.abs(np.asarray(tiny(both) - tiny(causal)))[0].max(-1)
+    assert (difference[: np.argmax(at_image)] < 1e-6).all()
+    assert difference[at_image][:-1].min() > 1e-4
+
+
+def test_a_batch_of_text_needs_no_patches(tiny):
+    batch = Batch.from_ids([[1, 2, 3]], config=tiny.config)
+    padded = Batch.from_ids([[1, 2, 3]], config=tiny.config, num_patches=8)
+    assert batch.patches.shape[2] == 0
+    np.testing.assert_allclose(tiny(batch), tiny(padded), atol=1e-6)

@@ -1,0 +1,102 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from phivision_jax.batch import IGNORE, Batch, PatchedImage, batch_spec, expand, fill_rows
+from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+
+U, A = 7, 9  # a user's token, an assistant's
+PAD = 99
+
+
+def image(rows: int, columns: int, value: int = 1) -> PatchedImage:
+    return PatchedImage(np.full((rows * columns, 12), value, np.uint8), (rows, columns))
+
+
+def fill(rows, length=12, vision_rows=1, num_patches=4, image_attention="causal") -> Batch:
+    return fill_rows(
+        rows,
+        length=length,
+        vision_rows=vision_rows,
+        num_patches=num_patches,
+        patch_dim=12,
+        image_attention=image_attention,
+        pad_token_id=PAD,
+    )
+
+
+def test_the_drawing_in_the_docstring():
+    first = expand([U, -200, A, A], [image(2, 2)], [IGNORE, IGNORE, A, A])
+    second = expand([U, A, A], [], [IGNORE, A, A])
+    batch = fill([[first, second]])
+    assert batch.tokens[0].tolist() == [U, 0, 0, 0, 0, A, A, U, A, A, PAD, PAD]
+    assert batch.segment_ids[0].tolist() == [1] * 7 + [2] * 3 + [0] * 2
+    assert batch.positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 0, 0]
+    assert batch.vision_index[0].tolist() == [-1, 0, 1, 2, 3] + [-1] * 7
+    assert batch.loss_weights[0].tolist() == [0, 0, 0, 0, 1, 1, 0, 1, 1, 0, 0, 0]
+    assert batch.targets[0].tolist() == [0, 0, 0, 0, A, A, 0, A, A, 0, 0, 0]
+    assert batch.span_end[0].tolist() == list(range(12))
+    assert batch.patch_coords[0, 0].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    both = fill([[first, second]], image_attention="bidirectional")
+    assert both.span_end[0].tolist() == [0, 4, 4, 4, 4, 5, 6, 7, 8, 9, 10, 11]
+
+
+def test_images_fill_vision_rows_best_fit_and_are_never_cut():
+    # 3 patches leave 1 of 4 in row 0; 2 go to row 1; the next 1 fits both and takes the fuller row 0.
+    example = expand([-200, -200, -200], [image(1, 3, 10), image(1, 2, 20), image(1, 1, 30)])
+    batch = fill([[example]], vision_rows=2)
+    assert batch.patch_segments[0].tolist() == [[1, 1, 1, 2], [1, 1, 0, 0]]
+    assert batch.vision_index[0, :6].tolist() == [0, 1, 2, 4, 5, 3]
+    assert batch.patches[0, :, :, 0].tolist() == [[10, 10, 10, 30], [20, 20, 0, 0]]
+    with pytest.raises(ValueError, match="row 0: an image of 3 patches does not fit"):
+        fill([[expand([-200, -200], [image(1, 3), image(1, 3)])]], vision_rows=1)
+
+
+def test_too_many_columns_name_the_row_and_the_numbers():
+    with pytest.raises(ValueError, match="row 1: 13 columns do not fit length 12"):
+        fill([[], [expand([U] * 13, [])]])
+
+
+def test_an_empty_row_is_padding_without_loss():
+    batch = fill([[]])
+    assert batch.loss_weights.sum() == 0 and (batch.segment_ids == 0).all() and (batch.tokens == PAD).all()
+
+
+@pytest.mark.parametrize(("ids", "images"), [([U, -200], []), ([U], [image(1, 1)]), ([-200, -200], [image(1, 1)])])
+def test_markers_and_images_must_match(ids, images):
+    with pytest.raises(ValueError, match=r"image markers \(-200\)"):
+        expand(ids, images)
+
+
+def test_labels_and_ids_must_match():
+    with pytest.raises(ValueError, match="3 ids but 2 labels"):
+        expand([U, U, A], [], [IGNORE, A])
+
+
+def test_grid_and_patches_must_match():
+    with pytest.raises(ValueError, match="do not fill a grid of 2x2"):
+        PatchedImage(np.zeros((3, 12), np.uint8), (2, 2))
+
+
+def test_from_ids_takes_pil_images_and_ready_patches():
+    from PIL import Image
+
+    config = ModelConfig(vision=VisionConfig(patch_size=2), min_patches=1, max_patches=16, decoder=DecoderConfig(pad_token_id=5))
+    ready = (np.zeros((6, 12), np.uint8), (2, 3))
+    batch = Batch.from_ids([[1, -200, 2], [3, -200], [4]], [[Image.new("RGB", (4, 4))], [ready], []], config=config)
+    assert batch.patch_grid[:, 0, 0].tolist() == [[2, 2], [2, 3], [1, 1]]
+    assert batch.tokens.shape == (3, 7) and batch.patches.shape == (3, 1, 6, 12)
+    assert batch.segment_ids.sum(1).tolist() == [6, 7, 1]
+    with pytest.raises(ValueError, match="example 1: 1 image markers"):
+        Batch.from_ids([[1], [-200]], [[], []], config=config)
+
+
+def test_spec_is_what_fill_rows_makes():
+    batch = fill([[]], vision_rows=2)
+    spec = batch_spec(rows=1, length=12, vision_rows=2, num_patches=4, patch_dim=12)
+    for field in dataclasses.fields(Batch):
+        made, want = getattr(batch, field.name), getattr(spec, field.name)
+        assert (made is None) == (want is None)
+        if want is not None:
+            assert (made.shape, made.dtype) == (want.shape, want.dtype), field.name
