@@ -20,6 +20,7 @@ from rich.table import Table
 
 from phivision_jax.data.records import Dataset
 from phivision_jax.data.sources import easy_vqa, question_only_baseline
+from phivision_jax.images.decode import open_image
 from phivision_jax.training.metrics import read_metrics
 
 DATA = Path("data/easy_vqa")
@@ -61,15 +62,19 @@ def main() -> None:
     record = Dataset.open(DATA / "test")[0]
     question = record.messages[0]["content"].replace("<image>", "").strip()
     image = run / "question.png"
-    image.write_bytes(record.images[0])
+    open_image(record.images[0]).save(image)
     command("phivision", "chat", hf, question, "--image", image, "--save-picture", picture)
 
     report = json.loads((run / "eval" / "report.json").read_text())
     trained = read_metrics(run)
     console.rule("[bold]summary", align="left")
     table = Table(show_header=False)
-    table.add_row("answering from the question alone", f"{question_only_baseline(easy_vqa('train'), easy_vqa('test')):.1%}")
-    table.add_row("the trained model, on all test questions", f"[bold]{report['accuracy']:.1%}[/bold] of {report['count']:,}")
+    table.add_row(
+        "answering from the question alone", f"{question_only_baseline(easy_vqa('train'), easy_vqa('test')):.1%}"
+    )
+    table.add_row(
+        "the trained model, on all test questions", f"[bold]{report['accuracy']:.1%}[/bold] of {report['count']:,}"
+    )
     table.add_row("training", f"{trained[-1]['step']:,} steps in {seconds / 60:.1f} min")
     table.add_row("as a Hugging Face directory", str(hf))
     table.add_row(f"asked: {question}", f"picture, question and answer: {picture}")

@@ -1,15 +1,14 @@
 """Score a checkpoint on a dataset: generate every answer, compare it with the reference, write a report.
 
-    python eval.py --checkpoint=runs/tiny --data=data/easy_vqa/test --out=runs/tiny/eval
+python eval.py --checkpoint=runs/tiny --data=data/easy_vqa/test --out=runs/tiny/eval
 """
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 
 import phivision_jax
 from phivision_jax import progress
@@ -38,6 +37,7 @@ def evaluate(checkpoint: str | Path, data: str | Path, **settings) -> report.Rep
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)
     try:
         if not _CHECKPOINT.value or not _DATA.value:
             raise ValueError("both --checkpoint and --data are needed")

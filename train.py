@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 
@@ -59,7 +59,9 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
     available = plan.num_steps(cfg.data.batch_rows)
     steps = cfg.optim.steps or available
     if steps > available:
-        raise ValueError(f"optim.steps is {steps}, but data.epochs={cfg.data.epochs} gives {available}; raise data.epochs")
+        raise ValueError(
+            f"optim.steps is {steps}, but data.epochs={cfg.data.epochs} gives {available}; raise data.epochs"
+        )
     evaluator = make_evaluator(cfg, processor, mesh)
 
     # Shapes, then the compiled step, then arrays.
@@ -180,7 +182,9 @@ def start(cfg: RunConfig, step: TrainStep, checkpoints: RunCheckpoints, plan: Pl
     if checkpoints.latest is not None:
         meta = checkpoints.meta()
         if meta["plan"] != plan.hash:
-            raise ValueError(f"step {meta['step']} of this run was trained on plan {meta['plan'][:12]}, not {plan.hash[:12]}")
+            raise ValueError(
+                f"step {meta['step']} of this run was trained on plan {meta['plan'][:12]}, not {plan.hash[:12]}"
+            )
         if meta["model"] != json.loads(json.dumps(dataclasses.asdict(cfg.model))):
             raise ValueError("this run's checkpoints hold another model than the configuration says; take a new --run")
         state, tail, meta = checkpoints.restore(step.abstract_state, tail_target)
@@ -218,7 +222,7 @@ def evaluate(evaluator: Evaluator, step: TrainStep, state: State) -> dict[str, f
 def describe(step: TrainStep, plan: Plan, mesh: jax.sharding.Mesh) -> str:
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(step.abstract_state["params"]))
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    return f"{count:,} parameters on {axes}; plan {plan.hash[:12]}: {plan.summary}"
+    return f"{count:,} parameters on {axes}; plan {plan.hash[:12]}: {plan.summary()}"
 
 
 def say(text: str) -> None:
@@ -229,10 +233,13 @@ def say(text: str) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
     config = flags.FLAGS.config
     try:
         if config is None or flags.FLAGS.run is None:
-            raise ValueError("both --config and --run are needed: python train.py --config=configs/tiny.py --run=runs/tiny")
+            raise ValueError(
+                "both --config and --run are needed: python train.py --config=configs/tiny.py --run=runs/tiny"
+            )
         cfg = RunConfig.from_dict(config.to_dict())
         last = train(cfg, Path(flags.FLAGS.run))
     except (ValueError, FileNotFoundError) as error:

@@ -1,7 +1,7 @@
 """A small model that learns easy-VQA from nothing on two CPU cores: the demo, and the size that tests use.
 
-    python train.py --config=configs/tiny.py --run=runs/tiny            # within 10 minutes
-    python train.py --config=configs/tiny.py:long --run=runs/tiny-long  # within an hour
+python train.py --config=configs/tiny.py --run=runs/tiny            # within 10 minutes
+python train.py --config=configs/tiny.py:long --run=runs/tiny-long  # within an hour
 """
 
 import dataclasses
@@ -20,7 +20,13 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.min_patches = c.model.max_patches = 64
     c.model.vision.update(hidden_size=96, intermediate_size=192, num_layers=4, num_heads=4, patch_size=8)
     c.model.decoder.update(
-        vocab_size=512, hidden_size=96, intermediate_size=256, num_layers=3, num_heads=4, num_kv_heads=2, max_positions=1024
+        vocab_size=512,
+        hidden_size=96,
+        intermediate_size=256,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=2,
+        max_positions=1024,
     )
     # The project's own 512 tokens.
     c.model.decoder.update(rope_theta=10_000.0, bos_token_id=507, eos_token_id=508, pad_token_id=509)

@@ -196,7 +196,9 @@ class Example:
         return sum(len(image.patches) for image in self.images)
 
 
-def expand(ids: Sequence[int], images: Sequence[PatchedImage], labels: Sequence[int] | None = None, group: int = 0) -> Example:
+def expand(
+    ids: Sequence[int], images: Sequence[PatchedImage], labels: Sequence[int] | None = None, group: int = 0
+) -> Example:
     """Replace each −200 in ``ids`` by as many columns as its image has patches.
 
     Raises:
@@ -258,7 +260,7 @@ def fill_rows(
             batch.loss_weights[b, column : column + n - 1] = seen
             for start, image in zip(example.image_starts, example.images, strict=True):
                 k = len(image.patches)
-                r = _fullest_that_fits(used, k, num_patches)
+                r = fullest_vision_row(used, k, num_patches)
                 if r is None:
                     raise ValueError(f"row {b}: an image of {k} patches does not fit ({used} of {num_patches} used)")
                 images_in_row[r] += 1
@@ -276,7 +278,7 @@ def fill_rows(
     return batch
 
 
-def _fullest_that_fits(used: Sequence[int], need: int, capacity: int) -> int | None:
+def fullest_vision_row(used: Sequence[int], need: int, capacity: int) -> int | None:
     """Best fit: the vision row with the least room left that still takes ``need`` patches."""
     fitting = [r for r, u in enumerate(used) if u + need <= capacity]
     return max(fitting, key=lambda r: used[r]) if fitting else None

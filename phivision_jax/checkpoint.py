@@ -133,7 +133,9 @@ class RunCheckpoints:
             ),
         )
 
-    def restore(self, abstract_state: Mapping[str, Any], vision_tail: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    def restore(
+        self, abstract_state: Mapping[str, Any], vision_tail: Any
+    ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
         """(state, vision_tail, meta) of the newest step, sharded as ``abstract_state`` says (on any mesh)."""
         step = self._manager.latest_step()
         params = {**abstract_state["params"], "vision_tail": vision_tail}

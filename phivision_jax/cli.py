@@ -16,19 +16,17 @@ def data_import(
     /,
     checkpoint: Path | None = None,
     questions_per_record: int = 1,
-    patch_size: int = 8,
 ) -> None:
     """Write a source as datasets: ArrayRecord shards, an index with every example's size, a manifest.
 
     Args:
         source: What to import. easy-vqa needs the package of that name (pip install easy-vqa).
         out: Directory to make; OUT/train and OUT/test for a source with splits.
-        checkpoint: Whose tokenizer, template and patch settings to count with; default: the project's small ones.
+        checkpoint: Whose tokenizer and template to count with; default: the project's small ones.
         questions_per_record: Questions about one image per training conversation (test records have one).
-        patch_size: Without --checkpoint: pixels along a patch's side.
     """
     from phivision_jax import loading
-    from phivision_jax.config import ModelConfig, VisionConfig
+    from phivision_jax.config import DecoderConfig, ModelConfig
     from phivision_jax.data.records import write_dataset
     from phivision_jax.data.sources import easy_vqa
     from phivision_jax.processor import Processor
@@ -37,7 +35,9 @@ def data_import(
         path = loading.locate(checkpoint)
         processor = loading.processor_of(path, loading.config_of(path))
     else:
-        processor = Processor.small(ModelConfig(vision=VisionConfig(patch_size=patch_size)))
+        # Patch settings do not matter here: the index holds sizes in pixels.
+        decoder = DecoderConfig(vocab_size=512, bos_token_id=507, eos_token_id=508, pad_token_id=509)
+        processor = Processor.small(ModelConfig(decoder=decoder))
     write_dataset(out / "train", easy_vqa("train", questions_per_record=questions_per_record), processor)
     write_dataset(out / "test", easy_vqa("test"), processor)
 
@@ -86,6 +86,7 @@ def chat(
         top_p=top_p,
         seed=seed,
     )
+    assert isinstance(answer, str)  # one prompt, one answer
     print(answer)
     if save_picture:
         picture_with_answer(images[0], prompt, answer, save_picture, footer=checkpoint)
@@ -93,7 +94,7 @@ def chat(
 
 def main() -> None:
     data = tyro.extras.SubcommandApp()
-    data.command(data_import, name="import")
+    data.command(name="import")(data_import)
     app = tyro.extras.SubcommandApp()
     app.command(data, name="data", help="Datasets: import.")
     app.command(chat)

@@ -40,7 +40,9 @@ class VisionConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"vision.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.position_side**2 != self.num_positions:
-            raise ValueError(f"vision.num_positions must be a square (a table of rows x columns), not {self.num_positions}")
+            raise ValueError(
+                f"vision.num_positions must be a square (a table of rows x columns), not {self.num_positions}"
+            )
         if self.num_layers < 2:
             raise ValueError(f"vision.num_layers must be at least 2 (the last block never runs), not {self.num_layers}")
 
@@ -93,7 +95,9 @@ class DecoderConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"decoder.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"decoder.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(
+                f"decoder.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"decoder head_dim must be even for RoPE, not {self.head_dim}")
 
@@ -164,8 +168,6 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str =
     kwargs = {}
     for name, value in values.items():
         default = fields[name].default
-        if default is dataclasses.MISSING and fields[name].default_factory is not dataclasses.MISSING:
-            default = fields[name].default_factory()
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
             value = dataclass_from_dict(type(default), value, f"{where}{name}.")
         elif isinstance(default, tuple) and isinstance(value, list):
@@ -269,7 +271,7 @@ def vision_from_hf(values: Mapping[str, Any]) -> VisionConfig:
     """A ``vision_config`` of a released ``config.json`` or of a SigLIP-2 checkpoint."""
     _require(values, _FIXED_VISION, "vision_config.")
     # SigLIP-2's class defaults are the base model's, and every size the released file omits has this one default.
-    base = dict(hidden_size=768, intermediate_size=3072, num_layers=12, num_heads=12)
+    base = {"hidden_size": 768, "intermediate_size": 3072, "num_layers": 12, "num_heads": 12}
     known = {ours: values[theirs] for theirs, ours in _VISION_KEYS.items() if values.get(theirs) is not None}
     return VisionConfig(**{**base, **known})
 
@@ -280,12 +282,14 @@ def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
         config = read_json(path / "config.json" if path.is_dir() else path)
     if "vision_config" not in config:
         kind = config.get("model_type", "unknown")
-        raise ValueError(f"config.json (model_type {kind!r}) has no vision_config: not a Phi-4-reasoning-vision checkpoint")
+        raise ValueError(
+            f"config.json (model_type {kind!r}) has no vision_config: not a Phi-4-reasoning-vision checkpoint"
+        )
     _require(config, _FIXED_MULTIMODAL, "")
     vision, decoder = vision_from_hf(config["vision_config"]), decoder_from_hf(config)
     if config.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
         raise ValueError(
-            f"config.json: mm_hidden_size {config['mm_hidden_size']} is not vision_config.hidden_size {vision.hidden_size}"
+            f"config.json: mm_hidden_size is {config['mm_hidden_size']}, vision_config.hidden_size {vision.hidden_size}"
         )
     return ModelConfig(
         vision=vision,

@@ -64,12 +64,14 @@ def locate(path_or_hub_id: str | Path) -> Path:
         return path if is_hf(path) else checkpoint.find(path)
     name = str(path_or_hub_id)
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{name} is not a directory; give a checkpoint, a Hugging Face directory, or an id like org/name")
+        raise ValueError(
+            f"{name} is not a directory; give a checkpoint, a Hugging Face directory, or an id like org/name"
+        )
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(
-            f"{name} is not a directory here; to download it from the Hugging Face hub: pip install 'phivision_jax[hub]'"
+            f"{name} is not a directory; to download it from the Hugging Face hub, pip install 'phivision_jax[hub]'"
         ) from None
     # Weights and text files only: remote code is never fetched, let alone run.
     return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]))
@@ -90,7 +92,10 @@ def processor_of(path: Path, config: ModelConfig) -> Processor:
 
 
 def read_params(path: Path, config: ModelConfig, target: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a located directory, in ``target``'s dtype and shardings; its vision_tail if ``target`` has one."""
+    """The parameters of a located directory, in ``target``'s dtype and shardings.
+
+    The vision tail is read where ``target`` names it.
+    """
     if is_hf(path):
         from convert import load_hf_params
 

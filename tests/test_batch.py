@@ -82,7 +82,9 @@ def test_grid_and_patches_must_match():
 def test_from_ids_takes_pil_images_and_ready_patches():
     from PIL import Image
 
-    config = ModelConfig(vision=VisionConfig(patch_size=2), min_patches=1, max_patches=16, decoder=DecoderConfig(pad_token_id=5))
+    config = ModelConfig(
+        vision=VisionConfig(patch_size=2), min_patches=1, max_patches=16, decoder=DecoderConfig(pad_token_id=5)
+    )
     ready = (np.zeros((6, 12), np.uint8), (2, 3))
     batch = Batch.from_ids([[1, -200, 2], [3, -200], [4]], [[Image.new("RGB", (4, 4))], [ready], []], config=config)
     assert batch.patch_grid[:, 0, 0].tolist() == [[2, 2], [2, 3], [1, 1]]

@@ -60,7 +60,12 @@ def test_to_hf_from_nothing_reads_back():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("partial_rotary_factor", 0.4), ("rope_scaling", {"type": "longrope"}), ("tie_word_embeddings", True), ("use_s2", True)],
+    [
+        ("partial_rotary_factor", 0.4),
+        ("rope_scaling", {"type": "longrope"}),
+        ("tie_word_embeddings", True),
+        ("use_s2", True),
+    ],
 )
 def test_from_hf_refuses_other_arithmetic(key, value):
     with pytest.raises(ValueError, match=key):

@@ -19,7 +19,7 @@ import dataclasses
 
 import numpy as np
 
-from phivision_jax.batch import _fullest_that_fits
+from phivision_jax.batch import fullest_vision_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def place(used: list[int], images: list[int], num_patches: int) -> list[int] | N
     """``used`` patches of each vision row after an example's images are placed; None when one does not fit."""
     after = list(used)
     for patches in images:
-        r = _fullest_that_fits(after, patches, num_patches)
+        r = fullest_vision_row(after, patches, num_patches)
         if r is None:
             return None
         after[r] += patches

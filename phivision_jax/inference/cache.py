@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int32
 
 from phivision_jax.config import DecoderConfig
 from phivision_jax.models.phi4 import LayerCache
 
 
-def empty_cache(cfg: DecoderConfig, rows: int, columns: int, dtype: jnp.dtype) -> LayerCache:
+def empty_cache(cfg: DecoderConfig, rows: int, columns: int, dtype: DTypeLike) -> LayerCache:
     """Keys and values, [L, B, S, K, H] each, of nothing yet."""
     shape = (cfg.num_layers, rows, columns, cfg.num_kv_heads, cfg.head_dim)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)

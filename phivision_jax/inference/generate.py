@@ -116,10 +116,19 @@ def generate_ids(
     """
     segments = np.asarray(batch.segment_ids)
     if segments.max(initial=0) > 1 or not (segments[:, 0] == 1).all():
-        raise ValueError("generation takes one example per row, from column 0: this batch is packed or has an empty row")
+        raise ValueError(
+            "generation takes one example per row, from column 0: this batch is packed or has an empty row"
+        )
     graphdef, params = model.split()
     ids = _generate(
-        graphdef, params, batch, jax.random.key(seed), max_new_tokens, -1 if eos_id is None else eos_id, temperature, top_p
+        graphdef,
+        params,
+        batch,
+        jax.random.key(seed),
+        max_new_tokens,
+        -1 if eos_id is None else eos_id,
+        temperature,
+        top_p,
     )
     return np.asarray(ids)
 
@@ -146,13 +155,12 @@ def _generate(
         return sample(decoder.lm_head(hidden)[:, 0], step_key, temperature=temperature, top_p=top_p)
 
     segments = extend_segments(batch.segment_ids, max_new_tokens)
-    cache = empty_cache(model.config.decoder, B, T + max_new_tokens, decoder.dtype)
     hidden, cache = decoder(
         model.embeds(batch),
         batch.positions,
         batch.span_end,
         batch.segment_ids,
-        cache=cache,
+        cache=empty_cache(model.config.decoder, B, T + max_new_tokens, decoder.dtype),
         cache_segments=segments,
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
@@ -160,7 +168,7 @@ def _generate(
     out = jnp.full((B, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
 
     def unfinished(carry: tuple) -> jax.Array:
-        i, token, done, *_ = carry
+        i, _, done, *_ = carry
         return (i < max_new_tokens) & ~done.all()
 
     def decode(carry: tuple) -> tuple:
@@ -198,4 +206,3 @@ def _conversation(prompt: Any, num_images: int) -> list[dict[str, Any]]:
         return list(prompt)
     marked = prompt if "<image>" in prompt else "<image>\n" * num_images + prompt
     return [{"role": "user", "content": marked}]
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.config import DecoderConfig
@@ -98,8 +99,8 @@ class Head(nnx.Module):
 class Phi4Decoder(nnx.Module):
     """Embeddings to normalised hidden states; ``embed_tokens`` and ``lm_head`` are called around it."""
 
-    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: str) -> None:
-        self.head_dim, self.rope_theta, self.dtype, self.remat = cfg.head_dim, cfg.rope_theta, dtype, remat
+    def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, remat: str) -> None:
+        self.head_dim, self.rope_theta, self.dtype, self.remat = cfg.head_dim, cfg.rope_theta, jnp.dtype(dtype), remat
         self.embed_tokens = Embed(cfg, rngs=rngs)
         self.layers = stack(lambda r: DecoderLayer(cfg, rngs=r), cfg.num_layers, rngs)
         self.norm = RMSNorm(cfg.hidden_size, "embed", cfg.rms_norm_eps, rngs=rngs)

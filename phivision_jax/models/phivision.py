@@ -1,10 +1,10 @@
 """The whole model: patches → features → vision tokens → spliced into text → logits.
 
-    features = model.vision_features(batch)   # [B, R, P, C]
-    vision   = model.vision_tokens(batch)     # [B, M, D]
-    embeds   = model.embeds(batch)            # [B, T, D]  text and vision tokens in their columns
-    hidden   = model.hidden(batch)            # [B, T, D]  after the final norm
-    logits   = model(batch)                   # [B, T, V]  fp32
+features = model.vision_features(batch)   # [B, R, P, C]
+vision   = model.vision_tokens(batch)     # [B, M, D]
+embeds   = model.embeds(batch)            # [B, T, D]  text and vision tokens in their columns
+hidden   = model.hidden(batch)            # [B, T, D]  after the final norm
+logits   = model(batch)                   # [B, T, V]  fp32
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.batch import Batch
@@ -39,7 +39,7 @@ class PhiVision(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32, remat: str = "none"
+        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, remat: str = "none"
     ) -> None:
         self.config = config
         self.vision = Siglip2Encoder(config.vision, rngs=rngs, dtype=dtype, remat=remat)
@@ -63,7 +63,7 @@ class PhiVision(nnx.Module):
         """Features, merged by the batch's table (if it has one), through the projector."""
         B, R, P = batch.patch_segments.shape
         features = self.vision_features(batch).reshape(B, R * P, -1)
-        if batch.merge_index is not None:
+        if batch.merge_index is not None and batch.merge_weight is not None:
             features = merge_features(features, batch.merge_index, batch.merge_weight)
         return self.projector(features)
 
@@ -86,7 +86,9 @@ def merge(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> PhiVision:
     return nnx.merge(graphdef, dict(params))
 
 
-def abstract(config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, remat: str = "none") -> tuple[nnx.GraphDef, nnx.State]:
+def abstract(
+    config: ModelConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+) -> tuple[nnx.GraphDef, nnx.State]:
     """Structure and abstract parameters of a model, logical axes included; allocates nothing."""
     model = nnx.eval_shape(lambda: PhiVision(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
     return nnx.split(model, nnx.Param)
@@ -97,7 +99,7 @@ def splice(
 ) -> Float[Array, "B T D"]:
     """Column t becomes vision token ``vision_index[t]`` of its own row, or stays text where that is −1.
 
-        tokens        u  ▢  ▢  a        vision_index  -1  0  1  -1        out  E[u] v[0] v[1] E[a]
+    tokens        u  ▢  ▢  a        vision_index  -1  0  1  -1        out  E[u] v[0] v[1] E[a]
     """
     landed = jnp.take_along_axis(vision, jnp.maximum(vision_index, 0)[..., None], axis=1)
     out = jnp.where(vision_index[..., None] >= 0, landed.astype(embeds.dtype), embeds)

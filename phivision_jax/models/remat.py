@@ -14,7 +14,7 @@ POLICIES: dict[str, Callable[..., bool] | None] = {
 }
 
 
-def checkpoint[F: Callable[..., Any]](body: F, policy: str) -> F:
+def checkpoint(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """Wrap a scan body so that its backward keeps what ``policy`` names.
 
     Raises:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8
 
 from phivision_jax.config import VisionConfig
@@ -93,8 +94,8 @@ class EncoderLayer(nnx.Module):
 class Siglip2Encoder(nnx.Module):
     """Patches to features; see the module's docstring."""
 
-    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype, remat: str) -> None:
-        self.dtype, self.remat = dtype, remat
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, remat: str) -> None:
+        self.dtype, self.remat = jnp.dtype(dtype), remat
         self.patch_embedding = Linear((cfg.patch_dim,), (cfg.hidden_size,), (None, "patch_embed"), bias=True, rngs=rngs)
         self.position_embedding = PositionEmbedding(cfg, rngs=rngs)
         self.layers = stack(lambda r: EncoderLayer(cfg, rngs=r), cfg.num_active_layers, rngs)

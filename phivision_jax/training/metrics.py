@@ -19,7 +19,7 @@ class MetricsWriter:
 
     Args:
       run: the run's directory.
-      from_step: where training begins. Lines of later steps are a lost continuation of an earlier start and are dropped,
+      from_step: where training begins. Lines of later steps are what an earlier start did and lost; they are dropped,
         so that the file always tells one story.
     """
 

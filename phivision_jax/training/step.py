@@ -76,7 +76,12 @@ class TrainStep:
         (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(trainable)
         updates, opt_state = self.tx.update(grads, state["opt_state"], trainable)
         params = optim.unflatten({**optax.apply_updates(trainable, updates), **frozen})
-        metrics = {"loss": loss, **aux, "grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+        metrics = {
+            "loss": loss,
+            **aux,
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(updates),
+        }
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
 

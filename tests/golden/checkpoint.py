@@ -147,7 +147,7 @@ def write_checkpoint(directory: Path) -> None:
             "total_parameters": sum(t.size for t in tensors.values()),
             "total_size": sum(t.nbytes for t in tensors.values()),
         },
-        "weight_map": {name: file for name, file in sorted((n, f) for f, part in files.items() for n in part)},
+        "weight_map": dict(sorted((n, f) for f, part in files.items() for n in part)),
     }
     for file, content in (
         ("model.safetensors.index.json", index),

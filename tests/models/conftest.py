@@ -9,7 +9,9 @@ from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.models.phivision import PhiVision
 
 TINY = ModelConfig(
-    vision=VisionConfig(hidden_size=24, intermediate_size=32, num_layers=3, num_heads=2, patch_size=2, num_positions=16),
+    vision=VisionConfig(
+        hidden_size=24, intermediate_size=32, num_layers=3, num_heads=2, patch_size=2, num_positions=16
+    ),
     decoder=DecoderConfig(
         vocab_size=64,
         hidden_size=32,

@@ -66,7 +66,9 @@ def test_identity_merge_table_changes_nothing_and_space_to_channel_runs(tiny):
     wide = dataclasses.replace(tiny.config, projector=dataclasses.replace(tiny.config.projector, merge_size=2))
     model = PhiVision(wide, rngs=nnx.Rngs(0))
     pairs = dataclasses.replace(
-        batch, merge_index=np.array([[[[0], [1]], [[2], [-1]]]], np.int32), merge_weight=np.ones((1, 2, 2, 1), np.float32)
+        batch,
+        merge_index=np.array([[[[0], [1]], [[2], [-1]]]], np.int32),
+        merge_weight=np.ones((1, 2, 2, 1), np.float32),
     )
     assert model.vision_tokens(pairs).shape == (1, 2, tiny.config.decoder.hidden_size)
 
