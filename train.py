@@ -24,7 +24,6 @@ from ml_collections import config_flags
 
 from phivision_jax import loading, sharding
 from phivision_jax.batch import batch_spec
-from phivision_jax.checkpoint import RunCheckpoints
 from phivision_jax.data.encode import GROUP_NAMES
 from phivision_jax.data.pipeline import batches, rows_of_process, to_device
 from phivision_jax.data.plan import Plan, make_plan
@@ -34,6 +33,7 @@ from phivision_jax.models import phivision
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.processor import Processor
 from phivision_jax.progress import training_bar
+from phivision_jax.training.checkpoints import RunCheckpoints
 from phivision_jax.training.config import RunConfig
 from phivision_jax.training.metrics import MetricsWriter, batch_metrics, group_metrics
 from phivision_jax.training.step import State, TrainStep, init_params, make_train_step

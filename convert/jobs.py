@@ -34,6 +34,7 @@ from convert.mapping import (
     vision_leaves,
 )
 from convert.stream import FreshProjector, Parts, Source, copy
+from phivision_jax.checkpoint import find, read_meta
 from phivision_jax.config import ModelConfig, ProjectorConfig, decoder_from_hf, read_json, vision_from_hf
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -185,13 +186,19 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 # Ours → Hugging Face.
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at ``path``; of a training run the newest step, and a line that says so."""
+    found = find(path)
+    if found != path:
+        say(f"{path} is a training run; taking the newest step, {found.name}")
+    return found
+
+
 def to_hf(
     checkpoint: Path, out: Path, like: Path | None, dtype: str, shard_bytes: int, overwrite: bool, force: bool
 ) -> None:
-    found, remark = ours.find(checkpoint)
-    if remark:
-        say(remark)
-    config, _ = ours.read_meta(found)
+    found = find_checkpoint(checkpoint)
+    config, _ = read_meta(found)
     expressible = config
     if force:
         expressible = dataclasses.replace(config, image_attention="causal", projector=ProjectorConfig())

@@ -23,9 +23,9 @@ import numpy as np
 import tensorstore as ts
 
 from convert.mapping import Leaf, check
-from phivision_jax.config import ModelConfig, read_json
+from phivision_jax.checkpoint import FORMAT
+from phivision_jax.config import ModelConfig
 
-FORMAT = 1
 BLOCK_BYTES = 32_000_000
 """The most that one chunk holds: with a few in flight, what a conversion needs of memory."""
 
@@ -37,39 +37,6 @@ _JSON = f"{_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler"
 def _context() -> ts.Context:
     # No cache: every chunk is used once. No fsync per write: `files.staged` flushes everything before the rename.
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
-
-
-def find(path: Path) -> tuple[Path, str | None]:
-    """The checkpoint at ``path``: itself, or the newest step of the training run there (then with a line that says so).
-
-    Raises:
-      ValueError: when there is none.
-    """
-    if is_checkpoint(path):
-        return path, None
-    for folder in (path, path / "checkpoints"):
-        children = folder.iterdir() if folder.is_dir() else ()
-        steps = sorted((d for d in children if d.name.isdecimal() and is_checkpoint(d)), key=lambda d: int(d.name))
-        if steps:
-            return steps[-1], f"{folder} holds {len(steps)} steps; taking the newest, {steps[-1].name}"
-    raise ValueError(f"{path} is not a checkpoint of ours (no params/ and meta/metadata) and holds no training steps")
-
-
-def is_checkpoint(path: Path) -> bool:
-    return (path / "params").is_dir() and (path / "meta" / "metadata").is_file()
-
-
-def read_meta(directory: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's configuration and the rest of ``meta/metadata``.
-
-    Raises:
-      ValueError: when the file is not one of ours or is of a later format.
-    """
-    path = directory / "meta" / "metadata"
-    meta = read_json(path)
-    if meta.get("format") != FORMAT or not isinstance(meta.get("model"), dict):
-        raise ValueError(f"{path}: format {meta.get('format')!r}; this version reads format {FORMAT}")
-    return ModelConfig.from_dict(meta.pop("model")), meta
 
 
 class OursSource:
@@ -155,7 +122,7 @@ class OursSink:
                 chunk[0] = 1
             chunk[leaf.row_axis + leaf.stacked] = block_rows(leaf, dtype.itemsize) // leaf.rows_per_index
             # Weights hardly compress: zstd would cost more time than the bytes it saves.
-            zarr = dict(shape=leaf.shape, chunks=chunk, compressor=None, fill_value=None, order="C")
+            zarr = {"shape": leaf.shape, "chunks": chunk, "compressor": None, "fill_value": None, "order": "C"}
             zarr["dtype"] = "bfloat16" if dtype.name == "bfloat16" else dtype.str
             kvstore = {"driver": "ocdbt", "base": f"file://{self._params.absolute()}/", "path": self._name(leaf) + "/"}
             spec = {"driver": "zarr", "kvstore": kvstore, "metadata": zarr, "store_data_equal_to_fill_value": True}

@@ -16,9 +16,10 @@ from rich.table import Table
 from convert import ours
 from convert.files import human
 from convert.hf import INDEX, HFDirectory, HFSource
-from convert.jobs import count_bytes, dtypes_of, progress, say, tensors_of
+from convert.jobs import count_bytes, dtypes_of, find_checkpoint, progress, tensors_of
 from convert.mapping import Leaf, model_leaves
 from convert.stream import Source, compare
+from phivision_jax.checkpoint import read_meta
 from phivision_jax.config import ModelConfig
 
 _out = Console(highlight=False, soft_wrap=True)
@@ -48,10 +49,8 @@ def open_checkpoint(path: Path) -> Opened:
         return Opened(path, "Hugging Face", config, leaves, HFSource(hf, leaves), hf)
     if any(path.glob("*.safetensors*")):
         raise ValueError(f"{path} has no config.json: without it the tensors have no meaning")
-    found, remark = ours.find(path)
-    if remark:
-        say(remark)
-    config, _ = ours.read_meta(found)
+    found = find_checkpoint(path)
+    config, _ = read_meta(found)
     leaves = model_leaves(config)
     return Opened(found, "phivision_jax", config, leaves, ours.OursSource(found, leaves))
 

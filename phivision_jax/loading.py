@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -102,4 +104,33 @@ def read_params(path: Path, config: ModelConfig, target: dict[str, Any]) -> dict
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
         dtype = jax.tree.leaves(target)[0].dtype
         return load_hf_params(path, config, shardings, dtype, vision_tail="vision_tail" in target)
-    return checkpoint.restore_params(path, target)
+    return restore_params(path, target)
+
+
+def restore_params(directory: Path, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that ``target`` names, in its dtypes and shardings; others in the checkpoint are not read.
+
+    Args:
+      target: nested dict of ``jax.ShapeDtypeStruct`` (with shardings, or all go to one device).
+
+    Raises:
+      ValueError: when an array is missing or has another shape.
+    """
+    handler = ocp.PyTreeCheckpointHandler()
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    with ocp.Checkpointer(handler) as checkpointer:
+        found = checkpointer.metadata(directory.absolute() / checkpoint.PARAMS)
+        _check_shapes(directory, dict(found.item_metadata.tree), target)
+        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
+        return checkpointer.restore(directory.absolute() / checkpoint.PARAMS, args=args)
+
+
+def _check_shapes(directory: Path, found: Mapping[str, Any], target: Mapping[str, Any], prefix: str = "") -> None:
+    for name, wanted in target.items():
+        path = f"{prefix}{name}"
+        if name not in found:
+            raise ValueError(f"{directory}: the model needs {path}, which the checkpoint does not hold")
+        if isinstance(wanted, Mapping):
+            _check_shapes(directory, found[name], wanted, f"{path}/")
+        elif tuple(found[name].shape) != tuple(wanted.shape):
+            raise ValueError(f"{directory}: {path} is {tuple(found[name].shape)}, the model's {tuple(wanted.shape)}")

@@ -1,0 +1,151 @@
+"""Generation against the plain forward, written out: no cache, no padding, one prompt at a time."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import phivision_jax
+from phivision_jax.batch import Batch
+from phivision_jax.inference import generate as generation
+from phivision_jax.inference.generate import generate, generate_ids
+from phivision_jax.inference.sampling import sample
+from phivision_jax.models.phivision import PhiVision
+from phivision_jax.processor import Processor
+
+NEW = 6
+IMAGES = [(6, 4), (2, 8), (4, 4)]
+
+
+def picture(size, seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def prompts(rng):
+    """No image, one, two; of different lengths."""
+    text = [rng.integers(1, 60, n).tolist() for n in (3, 7, 5)]
+    ids = [text[0], [text[1][0], -200, *text[1][1:]], [-200, text[2][0], -200, *text[2][1:]]]
+    images = [[], [picture(IMAGES[0], 0)], [picture(IMAGES[1], 1), picture(IMAGES[2], 2)]]
+    return ids, images
+
+
+def by_forwards(model, ids, images, steps) -> list[int]:
+    """Greedy continuation by running the whole sequence again for each token."""
+    ids, out = list(ids), []
+    for _ in range(steps):
+        batch = Batch.from_ids([ids], [images], config=model.config, length=64, num_patches=64)
+        last = int((batch.segment_ids[0] > 0).sum()) - 1
+        out.append(int(jnp.argmax(model(batch)[0, last])))
+        ids.append(out[-1])
+    return out
+
+
+@pytest.fixture(scope="module", params=["causal", "bidirectional"])
+def model(request, tiny) -> PhiVision:
+    graphdef, params = tiny.split()
+    made = phivision_jax.models.phivision.merge(graphdef, params)
+    made.config = dataclasses.replace(tiny.config, image_attention=request.param)
+    return made
+
+
+def test_batched_greedy_is_what_each_prompt_gives_alone(model):
+    ids, images = prompts(np.random.default_rng(4))
+    batch = Batch.from_ids(ids, images, config=model.config)
+    assert len({int(n) for n in (batch.segment_ids > 0).sum(1)}) == 3  # padding of three lengths
+    got = generate_ids(model, batch, max_new_tokens=NEW, eos_id=None)
+    want = [by_forwards(model, i, p, NEW) for i, p in zip(ids, images, strict=True)]
+    assert got.tolist() == want
+    assert len({tuple(row) for row in want}) == 3
+
+
+def test_eos_ends_a_row_and_not_its_neighbours(tiny):
+    ids, images = prompts(np.random.default_rng(4))
+    batch = Batch.from_ids(ids, images, config=tiny.config)
+    free = generate_ids(tiny, batch, max_new_tokens=NEW, eos_id=None)
+    eos = int(free[1, 2])
+    got = generate_ids(tiny, batch, max_new_tokens=NEW, eos_id=eos)
+    for row, ended in zip(free.tolist(), got.tolist(), strict=True):
+        cut = row.index(eos) if eos in row else NEW
+        assert ended == row[:cut] + [eos] * (NEW - cut)
+    assert (got[1, 2:] == eos).all()
+
+
+def test_a_packed_batch_is_refused(tiny):
+    batch = Batch.from_ids([[1, 2, 3]], config=tiny.config)
+    packed = dataclasses.replace(batch, segment_ids=np.array([[1, 1, 2]], np.int32))
+    with pytest.raises(ValueError, match="one example per row"):
+        generate_ids(tiny, packed, max_new_tokens=2, eos_id=None)
+
+
+def test_nucleus_by_hand():
+    probabilities = np.array([[0.5, 0.3, 0.15, 0.05]])
+    logits = jnp.log(jnp.asarray(probabilities))
+
+    def drawn(**settings):
+        keys = jax.random.split(jax.random.key(0), 2000)
+        return np.bincount(jax.vmap(lambda k: sample(logits, k, **settings)[0])(keys), minlength=4) / 2000
+
+    np.testing.assert_allclose(drawn(temperature=1.0), probabilities[0], atol=0.04)
+    # 0.5 alone does not reach 0.7, with 0.3 it does: two tokens remain, renormalised.
+    np.testing.assert_allclose(drawn(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0], atol=0.04)
+    # Half the temperature squares the odds.
+    np.testing.assert_allclose(drawn(temperature=0.5), probabilities[0] ** 2 / 0.365, atol=0.04)
+    assert sample(logits, jax.random.key(0)).tolist() == [0]
+
+
+class Answering:
+    """Stands for ``generate_ids``: remembers the batch, answers with given ids."""
+
+    def __init__(self, ids):
+        self.ids = ids
+
+    def __call__(self, model, batch, **settings):
+        self.batch, self.settings = batch, settings
+        return np.array([self.ids] * len(batch.tokens))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+
+    config = ModelConfig(
+        vision=VisionConfig(patch_size=2),
+        decoder=DecoderConfig(vocab_size=512, bos_token_id=507, eos_token_id=508, pad_token_id=509, max_positions=256),
+        min_patches=4,
+        max_patches=4,
+    )
+    processor = Processor.small(config)
+    t = processor.tokenizer
+    answer = Answering([t.nothink_id, *t.encode("a circle"), t.eos_id, t.eos_id])
+    monkeypatch.setattr(generation, "generate_ids", answer)
+    return processor, answer
+
+
+def test_one_prompt_gives_one_answer_and_a_list_a_list(asked):
+    processor, answer = asked
+    image = picture((4, 4), 0)
+    assert generate(None, processor, "what shape is this?", images=[image]) == "a circle"
+    assert answer.batch.tokens.shape[1] == 128 and (answer.batch.vision_index >= 0).sum() == 4
+    assert generate(None, processor, ["one", "two"], images=[[image], []]) == ["a circle"] * 2
+    conversation = [{"role": "user", "content": "one"}]
+    assert generate(None, processor, conversation) == "a circle"
+    assert generate(None, processor, [conversation, "two"]) == ["a circle"] * 2
+
+
+@pytest.mark.parametrize(("mode", "token"), [("think", "think_id"), ("nothink", "nothink_id")])
+def test_a_mode_begins_the_answer(asked, mode, token):
+    processor, answer = asked
+    generate(None, processor, "what?", mode=mode)
+    tokens = answer.batch.tokens[0][answer.batch.segment_ids[0] > 0]
+    assert tokens[-1] == getattr(processor.tokenizer, token)
+
+
+def test_what_does_not_fit_is_said(asked):
+    processor, _ = asked
+    with pytest.raises(ValueError, match="2 prompts but 1 lists of images"):
+        generate(None, processor, ["a", "b"], images=[[]])
+    with pytest.raises(ValueError, match="256 positions"):
+        generate(None, processor, "a", max_new_tokens=300)
