@@ -5,3 +5,21 @@ import os
 # Before JAX is imported. A machine with an accelerator must give the same numbers, so only the CPU is asked for.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from phivision_jax.models.phivision import PhiVision
+from tests.made import TINY
+
+
+@pytest.fixture(scope="session")
+def tiny() -> PhiVision:
+    """A model of a few thousand random weights in which every part matters: biases and scales are drawn too."""
+    model = PhiVision(TINY, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    state = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), state))
+    return model

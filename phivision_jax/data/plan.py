@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phivision_jax.data.packing import Capacity, Lengths, pack, place
-from phivision_jax.data.records import text_fingerprint
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.images.naflex import grid_of
 
@@ -284,7 +283,7 @@ def lengths_of(index: Index, config: ModelConfig) -> Lengths:
 
 def check_processor(dataset: Dataset, processor: Processor) -> None:
     """Raise ValueError when the dataset's tokens were counted with another tokenizer or chat template."""
-    ours = text_fingerprint(processor)
+    ours = processor.text_fingerprint
     if dataset.manifest["text"] != ours:
         raise ValueError(
             f"{dataset.directory}: tokens were counted with another tokenizer or chat template "

@@ -222,7 +222,7 @@ def write_dataset(
             "records": len(index.text_tokens),
             "images": len(index.image_sizes),
             "text_tokens": int(index.text_tokens.sum(dtype=np.int64)),
-            "text": text_fingerprint(processor),
+            "text": processor.text_fingerprint,
             "shards": [_describe(path) for path in sorted(partial.glob("*.array_record"))],
             "index": _describe(partial / "index.npz"),
         }
@@ -278,12 +278,6 @@ def count_text_tokens(record: Record, processor: Processor) -> int:
     if markers != len(record.images):
         raise ValueError(f"{markers} {chat.IMAGE_MARKER} markers in the messages, but {len(record.images)} images")
     return len(ids) - markers
-
-
-def text_fingerprint(processor: Processor) -> str:
-    """What token counts depend on: tokenizer and template. Patch settings may change without a new import."""
-    parts = [processor.tokenizer.fingerprint, processor.template.fingerprint]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from phivision_jax.data.records import Index, Record, text_fingerprint
+from phivision_jax.data.records import Index, Record
 
 # Patches of 8x8 pixels, so a 64x64 picture is 64 patches and a 24x16 one is 2 rows of 3.
 CONFIG = ModelConfig(
@@ -58,8 +58,7 @@ def mixed_records(n: int) -> list[Record]:
 BARE_PROCESSOR: Any = SimpleNamespace(
     config=CONFIG,
     fingerprint="p" * 64,
-    tokenizer=SimpleNamespace(fingerprint="t" * 64),
-    template=SimpleNamespace(fingerprint="c" * 64),
+    text_fingerprint="t" * 64,
 )
 
 
@@ -74,7 +73,7 @@ class BareDataset:
             modes=np.zeros(len(text_tokens), np.int8),
             tasks=np.zeros(len(text_tokens), np.uint8),
         )
-        self.directory, self.hash, self.manifest = Path("bare"), "0" * 64, {"text": text_fingerprint(BARE_PROCESSOR)}
+        self.directory, self.hash, self.manifest = Path("bare"), "0" * 64, {"text": BARE_PROCESSOR.text_fingerprint}
 
     def __len__(self) -> int:
         return len(self.index.text_tokens)

@@ -26,7 +26,7 @@ def picture(size, seed):
 
 def prompts(rng):
     """No image, one, two; of different lengths."""
-    text = [rng.integers(1, 60, n).tolist() for n in (3, 7, 5)]
+    text = [rng.integers(1, 60, n).tolist() for n in (3, 7, 8)]
     ids = [text[0], [text[1][0], -200, *text[1][1:]], [-200, text[2][0], -200, *text[2][1:]]]
     images = [[], [picture(IMAGES[0], 0)], [picture(IMAGES[1], 1), picture(IMAGES[2], 2)]]
     return ids, images
@@ -113,7 +113,7 @@ def asked(monkeypatch):
 
     config = ModelConfig(
         vision=VisionConfig(patch_size=2),
-        decoder=DecoderConfig(vocab_size=512, bos_token_id=507, eos_token_id=508, pad_token_id=509, max_positions=256),
+        decoder=DecoderConfig(vocab_size=512, bos_token_id=507, eos_token_id=508, pad_token_id=509, max_positions=512),
         min_patches=4,
         max_patches=4,
     )
@@ -147,5 +147,5 @@ def test_what_does_not_fit_is_said(asked):
     processor, _ = asked
     with pytest.raises(ValueError, match="2 prompts but 1 lists of images"):
         generate(None, processor, ["a", "b"], images=[[]])
-    with pytest.raises(ValueError, match="256 positions"):
-        generate(None, processor, "a", max_new_tokens=300)
+    with pytest.raises(ValueError, match="512 positions"):
+        generate(None, processor, "a", max_new_tokens=510)

@@ -8,12 +8,13 @@ import pytest
 from flax import nnx
 
 from convert.mapping import abstract_params
-from phivision_jax.batch import IGNORE, Batch, PatchedImage, expand, fill_rows
+from phivision_jax.batch import Batch
 from phivision_jax.config import ModelConfig
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision, merge_features, splice
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.training.loss import batch_loss
+from tests.made import EXAMPLES, random_rows
 
 
 def shapes(tree):
@@ -71,45 +72,6 @@ def test_identity_merge_table_changes_nothing_and_space_to_channel_runs(tiny):
         merge_weight=np.ones((1, 2, 2, 1), np.float32),
     )
     assert model.vision_tokens(pairs).shape == (1, 2, tiny.config.decoder.hidden_size)
-
-
-def random_rows(rng, config, rows, length=None, num_patches=None, vision_rows=1) -> Batch:
-    """Rows of examples given as (text tokens, [grids]): images stand at random places, half of the text is learnt."""
-
-    def example(text, grids):
-        ids = rng.integers(1, 60, text).tolist()
-        labels = [i if rng.random() < 0.5 else IGNORE for i in ids[:-1]] + [ids[-1]]
-        images = []
-        for grid in grids:
-            at = int(rng.integers(0, len(ids)))
-            ids.insert(at, -200)
-            labels.insert(at, IGNORE)
-            images.append(
-                PatchedImage(rng.integers(0, 256, (grid[0] * grid[1], config.vision.patch_dim), np.uint8), grid)
-            )
-        return expand(ids, images, labels)
-
-    made = [[example(*e) for e in row] for row in rows]
-    return fill_rows(
-        made,
-        length=length or max(sum(len(e.tokens) for e in row) for row in made),
-        vision_rows=vision_rows,
-        num_patches=num_patches or max(1, *(sum(e.num_patches for e in row) for row in made)),
-        patch_dim=config.vision.patch_dim,
-        image_attention=config.image_attention,
-        pad_token_id=config.decoder.pad_token_id,
-    )
-
-
-EXAMPLES = [
-    (9, [(2, 3)]),
-    (12, []),
-    (7, [(1, 4), (3, 2)]),
-    (11, [(2, 2), (1, 1), (4, 1)]),
-    (5, []),
-    (13, [(1, 2), (2, 1), (3, 3), (1, 1)]),
-    (8, [(2, 2), (1, 3), (2, 1), (1, 1), (5, 1)]),
-]
 
 
 @pytest.mark.parametrize("image_attention", ["causal", "bidirectional"])

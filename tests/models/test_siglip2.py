@@ -1,9 +1,12 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phivision_jax.models.siglip2 import interpolation_weights
+from tests.made import random_rows
 
 
 def test_same_size_is_identity():
@@ -31,14 +34,10 @@ def test_weights_are_an_average(size, data):
 
 
 def test_attention_never_crosses_images_and_packing_changes_nothing(tiny):
-    from tests.models.test_phivision import random_rows
-
     packed = random_rows(np.random.default_rng(1), tiny.config, [[(3, [(2, 3)]), (3, [(3, 1)])]])
     features = tiny.vision_features(packed)
     other = np.array(packed.patches)
     other[0, 0, 6:9] = 255 - other[0, 0, 6:9]  # the second image
-    import dataclasses
-
     changed = tiny.vision_features(dataclasses.replace(packed, patches=other))
     np.testing.assert_array_equal(features[0, 0, :6], changed[0, 0, :6])
     assert np.abs(features[0, 0, 6:9] - changed[0, 0, 6:9]).max() > 1e-3

@@ -1,0 +1,63 @@
+"""Made-up things that several tests share: a configuration with every kind of layer, rows of random examples."""
+
+import numpy as np
+
+from phivision_jax.batch import IGNORE, Batch, PatchedImage, expand, fill_rows
+from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+
+TINY = ModelConfig(
+    vision=VisionConfig(
+        hidden_size=24, intermediate_size=32, num_layers=3, num_heads=2, patch_size=2, num_positions=16
+    ),
+    decoder=DecoderConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        rope_theta=10_000.0,
+        pad_token_id=63,
+    ),
+    min_patches=1,
+    max_patches=64,
+)
+
+
+def random_rows(rng, config, rows, length=None, num_patches=None, vision_rows=1) -> Batch:
+    """Rows of examples given as (text tokens, [grids]): images stand at random places, half of the text is learnt."""
+
+    def example(text, grids):
+        ids = rng.integers(1, 60, text).tolist()
+        labels = [i if rng.random() < 0.5 else IGNORE for i in ids[:-1]] + [ids[-1]]
+        images = []
+        for grid in grids:
+            at = int(rng.integers(0, len(ids)))
+            ids.insert(at, -200)
+            labels.insert(at, IGNORE)
+            images.append(
+                PatchedImage(rng.integers(0, 256, (grid[0] * grid[1], config.vision.patch_dim), np.uint8), grid)
+            )
+        return expand(ids, images, labels)
+
+    made = [[example(*e) for e in row] for row in rows]
+    return fill_rows(
+        made,
+        length=length or max(sum(len(e.tokens) for e in row) for row in made),
+        vision_rows=vision_rows,
+        num_patches=num_patches or max(1, *(sum(e.num_patches for e in row) for row in made)),
+        patch_dim=config.vision.patch_dim,
+        image_attention=config.image_attention,
+        pad_token_id=config.decoder.pad_token_id,
+    )
+
+
+EXAMPLES = [
+    (9, [(2, 3)]),
+    (12, []),
+    (7, [(1, 4), (3, 2)]),
+    (11, [(2, 2), (1, 1), (4, 1)]),
+    (5, []),
+    (13, [(1, 2), (2, 1), (3, 3), (1, 1)]),
+    (8, [(2, 2), (1, 3), (2, 1), (1, 1), (5, 1)]),
+]

@@ -1,0 +1,178 @@
+"""train.py and eval.py as a user runs them: real processes, killed and started again."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from phivision_jax.config import DecoderConfig, ModelConfig
+from phivision_jax.data.records import Record, write_dataset
+from phivision_jax.processor import Processor
+from phivision_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+SIZES = 500
+SMALL = [
+    "--config.model.vision.hidden_size=16",
+    "--config.model.vision.intermediate_size=16",
+    "--config.model.vision.num_layers=2",
+    "--config.model.vision.num_heads=2",
+    "--config.model.vision.patch_size=8",
+    "--config.model.decoder.hidden_size=16",
+    "--config.model.decoder.intermediate_size=16",
+    "--config.model.decoder.num_layers=1",
+    "--config.model.decoder.num_heads=2",
+    "--config.model.decoder.num_kv_heads=1",
+    "--config.model.min_patches=2",
+    "--config.model.max_patches=40",
+    "--config.data.length=128",
+    "--config.data.num_patches=80",
+    "--config.data.batch_rows=8",
+    "--config.data.epochs=1",
+    "--config.optim.steps=0",
+    "--config.optim.warmup_steps=2",
+    "--config.log_every=1",
+    "--config.checkpoint_every=7",
+    "--config.eval_every=0",
+    "--config.eval_examples=20",
+    "--config.eval_batch=8",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """500 pictures of 500 different sizes, each with its question."""
+    folder = tmp_path_factory.mktemp("data")
+    decoder = DecoderConfig(vocab_size=512, bos_token_id=507, eos_token_id=508, pad_token_id=509)
+    rng = random.Random(0)
+    sizes = rng.sample([(w, h) for w in range(1, 90) for h in range(1, 90)], SIZES)
+
+    def record(i: int, size: tuple[int, int]) -> Record:
+        image = Image.new("RGB", size, (i % 256, i // 2 % 256, 7))
+        path = folder / f"{i}.png"
+        image.save(path)
+        return Record(
+            id=str(i),
+            source="made",
+            images=(path.read_bytes(),),
+            messages=(
+                {"role": "user", "content": "<image>\nhow many?"},
+                {"role": "assistant", "content": str(i % 7)},
+            ),
+            mode="nothink",
+            task="general",
+            metadata={},
+        )
+
+    records = [record(i, size) for i, size in enumerate(sizes)]
+    processor = Processor.small(ModelConfig(decoder=decoder))
+    write_dataset(folder / "train", records, processor, progress=False)
+    write_dataset(folder / "test", records[:60], processor, progress=False)
+    return folder
+
+
+def command(data: Path, run: Path, *more: str) -> list[str]:
+    where = [f"--run={run}", f"--config.data.path={data}/train", f"--config.data.eval_path={data}/test"]
+    return [sys.executable, "train.py", "--config=configs/tiny.py", *SMALL, *where, *more]
+
+
+def environment() -> dict[str, str]:
+    """One device, and every compilation told."""
+    return os.environ | {"JAX_LOG_COMPILES": "1", "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def finish(words: list[str]) -> str:
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def compilations(output: str, function: str) -> int:
+    return len(re.findall(rf"Compiling jit\({function}\) ", output))
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_metrics(run) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory) -> tuple[Path, str]:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return run, finish(command(data, run))
+
+
+def test_one_compilation_whatever_the_images(undisturbed, data):
+    """500 image sizes, the last partial step and every evaluation: the step and the evaluation compile once each."""
+    run, output = undisturbed
+    steps = max(losses(run))
+    plan = json.loads((run / "plan" / "plan.json").read_text())
+    rows = len(np.load(run / "plan" / "row_offsets.npy")) - 1
+    assert plan and steps == -(-rows // 8) and rows % 8  # to the end of the plan, whose last step is not full
+    assert compilations(output, "step") == 1
+    assert compilations(output, "_generate") == 1
+    assert {"eval/accuracy", "eval/examples"} <= read_metrics(run)[-1].keys()
+
+
+def test_killed_and_started_again_the_losses_are_bitwise_the_same(undisturbed, data, tmp_path):
+    run, want = tmp_path / "killed", losses(undisturbed[0])
+    kills = sorted(random.Random(time.time_ns()).sample(range(2, len(want) - 1), 2))
+    output = ""
+    for at in kills:
+        with (tmp_path / "log").open("w+") as log:
+            process = subprocess.Popen(command(data, run), cwd=ROOT, env=environment(), stdout=log, stderr=log)
+            while process.poll() is None and max(losses(run), default=0) < at:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    output = finish(command(data, run))
+    assert losses(run) == want, f"killed at steps {kills}"
+    assert compilations(output, "step") <= 1  # none where the kill came after the last checkpoint of the last step
+    first = re.search(r"continuing from step (\d+)", output)
+    assert first or kills[-1] < 7, output[-2000:]
+
+
+def test_a_finished_run_started_again_changes_nothing(undisturbed, data):
+    run, _ = undisturbed
+    before = (run / "metrics.jsonl").read_text()
+    finish(command(data, run))
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_eval_scores_a_run(undisturbed, data, tmp_path):
+    run, _ = undisturbed
+    words = [sys.executable, "eval.py", f"--checkpoint={run}", f"--data={data}/test", f"--out={tmp_path}", "--batch=16"]
+    output = finish(words)
+    assert compilations(output, "_generate") == 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert report["count"] == len(answers) == 60
+    assert report["accuracy"] == np.mean([a["prediction"] == a["reference"] for a in answers])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config.data.path=nowhere"], "nowhere"),
+        (["--config.optim.steps=100000"], "raise data.epochs"),
+        (["--config.data.length=16"], "none of 500 records fits"),
+        (["--config.mesh.fsdp=3"], "needs 3 devices"),
+        (["--config.data.seed=1"], "another plan"),
+        (["--config.optim.learnig_rate=1"], "learning_rate"),
+    ],
+)
+def test_mistakes_get_a_sentence(undisturbed, data, words, message):
+    done = subprocess.run(
+        command(data, undisturbed[0], *words), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode != 0 and message in done.stderr
+    if "learnig" not in words[-1]:  # ml_collections itself answers a flag that does not exist
+        assert "Traceback" not in done.stderr
