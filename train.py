@@ -95,7 +95,8 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
         num_threads=cfg.data.num_threads,
     )
     last: dict[str, float] = {}
-    since, seen = time.monotonic(), 0
+    began = since = time.monotonic()
+    seen = 0
     with training_bar(steps, first) as bar:
         for batch, info in rows:
             if info.step >= steps:
@@ -104,12 +105,13 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
             done, seen = info.step + 1, seen + int((batch.segment_ids > 0).sum())
             if done % cfg.log_every == 0 or done == steps:
                 last = log_row(metrics, step, done) | batch_metrics(batch)
-                last |= {"tokens_per_s": seen * jax.process_count() / (time.monotonic() - since)}
+                now = time.monotonic()
+                last |= {"tokens_per_s": seen * jax.process_count() / (now - since), "elapsed_s": now - began}
                 writer.write(done, last)
                 bar.update(done, loss=last["loss"], tokens_per_s=last["tokens_per_s"])
                 since, seen = time.monotonic(), 0
             if evaluator and ((cfg.eval_every and done % cfg.eval_every == 0) or done == steps):
-                accuracy = evaluate(evaluator, step, state)
+                accuracy = evaluate(evaluator, step, state) | {"elapsed_s": time.monotonic() - began}
                 last |= accuracy
                 writer.write(done, accuracy)
                 bar.update(done, accuracy=accuracy["eval/accuracy"])

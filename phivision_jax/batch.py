@@ -99,6 +99,8 @@ class Batch:
         from phivision_jax.config import ModelConfig
         from phivision_jax.images.naflex import preprocess
 
+        # Any vocabulary has token 0; the released padding id is beyond a small one's end.
+        pad_token_id = config.decoder.pad_token_id if config else PLACEHOLDER
         config = config or ModelConfig()
         images = images if images is not None else [[] for _ in ids]
         labels = labels if labels is not None else [[IGNORE] * len(row) for row in ids]
@@ -123,7 +125,7 @@ class Batch:
             num_patches=max(e.num_patches for e in examples) if num_patches is None else num_patches,
             patch_dim=config.vision.patch_dim,
             image_attention=config.image_attention,
-            pad_token_id=config.decoder.pad_token_id,
+            pad_token_id=pad_token_id,
         )
 
 

@@ -20,7 +20,7 @@ from phivision_jax.processor import Processor
 from phivision_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-SIZES = 500
+SIZES, ROWS = 500, 9
 SMALL = [
     "--config.model.vision.hidden_size=16",
     "--config.model.vision.intermediate_size=16",
@@ -36,13 +36,13 @@ SMALL = [
     "--config.model.max_patches=40",
     "--config.data.length=128",
     "--config.data.num_patches=80",
-    "--config.data.batch_rows=8",
+    f"--config.data.batch_rows={ROWS}",
     "--config.data.epochs=1",
     "--config.optim.steps=0",
     "--config.optim.warmup_steps=2",
     "--config.log_every=1",
     "--config.checkpoint_every=7",
-    "--config.eval_every=0",
+    "--config.eval_every=10",
     "--config.eval_examples=20",
     "--config.eval_batch=8",
 ]
@@ -116,8 +116,10 @@ def test_one_compilation_whatever_the_images(undisturbed, data):
     steps = max(losses(run))
     plan = json.loads((run / "plan" / "plan.json").read_text())
     rows = len(np.load(run / "plan" / "row_offsets.npy")) - 1
-    assert plan and steps == -(-rows // 8) and rows % 8  # to the end of the plan, whose last step is not full
+    assert steps == -(-rows // ROWS) and rows % ROWS  # to the end of the plan, whose last step is not full
+    assert plan["rejected"] == []
     assert compilations(output, "step") == 1
+    assert sum("eval/accuracy" in row for row in read_metrics(run)) > 1
     assert compilations(output, "_generate") == 1
     assert {"eval/accuracy", "eval/examples"} <= read_metrics(run)[-1].keys()
 
@@ -163,7 +165,7 @@ def test_eval_scores_a_run(undisturbed, data, tmp_path):
     [
         (["--config.data.path=nowhere"], "nowhere"),
         (["--config.optim.steps=100000"], "raise data.epochs"),
-        (["--config.data.length=16"], "none of 500 records fits"),
+        (["--config.data.length=8"], "none of 500 records fits"),
         (["--config.mesh.fsdp=3"], "needs 3 devices"),
         (["--config.data.seed=1"], "another plan"),
         (["--config.optim.learnig_rate=1"], "learning_rate"),

@@ -187,7 +187,6 @@ def test_errors():
         made(dataset, epochs=1, num_examples=3)
     with pytest.raises(ValueError, match="at least one example"):
         made(dataset, epochs=0)
-    template = SimpleNamespace(fingerprint="d" * 64)
-    other = SimpleNamespace(**{**vars(BARE_PROCESSOR), "template": template})
+    other = SimpleNamespace(**{**vars(BARE_PROCESSOR), "text_fingerprint": "d" * 64})
     with pytest.raises(ValueError, match=r"another tokenizer or chat template.*import the records again"):
         make_plan(dataset, other, length=12, vision_rows=1, num_patches=8)
