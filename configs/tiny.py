@@ -32,6 +32,6 @@ def get_config(variant: str = "") -> ConfigDict:
     c.update(dtype="float32", remat="none", log_every=25, checkpoint_every=500, eval_every=500, eval_examples=1000)
 
     if variant == "long":
-        c.optim.update(steps=25_000)
+        c.optim.update(steps=24_000)
         c.update(eval_every=1000)
     return c

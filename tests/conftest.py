@@ -7,10 +7,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision
 from tests.made import TINY
 
@@ -18,8 +20,8 @@ from tests.made import TINY
 @pytest.fixture(scope="session")
 def tiny() -> PhiVision:
     """A model of a few thousand random weights in which every part matters: biases and scales are drawn too."""
-    model = PhiVision(TINY, rngs=nnx.Rngs(0))
+    graphdef, _ = phivision.abstract(TINY)
+    params = jax.jit(lambda: PhiVision(TINY, rngs=nnx.Rngs(0)).split()[1])()
     rng = np.random.default_rng(0)
-    state = nnx.state(model, nnx.Param)
-    nnx.update(model, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), state))
-    return model
+    params = jax.tree.map(lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape), jnp.float32), params)
+    return phivision.merge(graphdef, params)

@@ -26,7 +26,7 @@ def arrays(rng, B, T, N, K, H, S=None):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 2**16),
     lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
@@ -37,8 +37,8 @@ def arrays(rng, B, T, N, K, H, S=None):
 def test_random_packings(seed, lengths, kv_heads, group, bidirectional):
     rng = np.random.default_rng(seed)
     segments = np.repeat(np.arange(len(lengths) + 1), [*[0], *lengths])
-    segments = np.concatenate([segments, [0, 0]])[None]  # two columns of padding
-    T = segments.shape[1]
+    T = 17  # the most columns, and two of padding
+    segments = np.pad(segments, (0, T - len(segments)))[None]
     span = np.arange(T)
     if bidirectional:  # each example begins with an image of half its length
         start = 0

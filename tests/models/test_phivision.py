@@ -81,7 +81,8 @@ def test_packed_equals_one_by_one(tiny, image_attention, vision_rows):
     config = dataclasses.replace(tiny.config, image_attention=image_attention)
     graphdef, params = tiny.split()
 
-    def loss_and_grads(batch):
+    @jax.jit
+    def loss_and_grads(params, batch):
         def loss(params):
             value, aux = batch_loss(phivision.merge(graphdef, params), batch)
             return value * aux["weight"], aux["weight"]
@@ -93,12 +94,12 @@ def test_packed_equals_one_by_one(tiny, image_attention, vision_rows):
         return random_rows(np.random.default_rng(7), config, rows, **kw)
 
     packed = seeded([EXAMPLES[:4], EXAMPLES[4:]], vision_rows=vision_rows, length=96, num_patches=40)
-    total, weight, grads = loss_and_grads(packed)
+    total, weight, grads = loss_and_grads(params, packed)
     # The same draws, one example per row, taken row by row.
     alone = seeded([[e] for e in EXAMPLES], length=48, num_patches=24)
     singles = [jax.tree.map(lambda x, i=i: x[i : i + 1], alone) for i in range(len(EXAMPLES))]
     assert float(packed.loss_weights.sum()) == float(alone.loss_weights.sum()) > 20
-    sums = [loss_and_grads(single) for single in singles]
+    sums = [loss_and_grads(params, single) for single in singles]
     total_1, weight_1 = sum(s[0] for s in sums), sum(s[1] for s in sums)
     assert abs(total / weight - total_1 / weight_1) <= 1e-5
     grads_1 = jax.tree.map(lambda *g: sum(g), *[s[2] for s in sums])
