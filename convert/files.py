@@ -11,6 +11,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,9 +61,17 @@ def staged(
             tmp.rename(out)
         _flush_entry(out.parent)
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
+        _remove(tmp)
         if lock is not None:
             os.close(lock)
+
+
+def _remove(directory: Path, seconds: float = 5.0) -> None:
+    """Remove a directory into which writes of TensorStore's own threads may still be on their way."""
+    until = time.monotonic() + seconds
+    while directory.exists() and time.monotonic() < until:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.02)
 
 
 def abandoned(directory: Path) -> bool:

@@ -24,7 +24,7 @@ import tensorstore as ts
 
 from convert.mapping import Leaf, check
 from phivision_jax.checkpoint import FORMAT
-from phivision_jax.config import ModelConfig
+from phivision_jax.config import ModelConfig, read_json
 
 BLOCK_BYTES = 32_000_000
 """The most that one chunk holds: with a few in flight, what a conversion needs of memory."""

@@ -20,7 +20,7 @@ from phivision_jax.processor import Processor
 from phivision_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-SIZES, ROWS = 500, 9
+SIZES, ROWS = 500, 10
 SMALL = [
     "--config.model.vision.hidden_size=16",
     "--config.model.vision.intermediate_size=16",

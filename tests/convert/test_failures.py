@@ -127,7 +127,7 @@ def test_a_bad_source_is_named_and_leaves_nothing(tmp_path: Path, run: Run, faul
 
 def test_a_bad_checkpoint_of_ours_is_named_and_leaves_nothing(tmp_path: Path, run: Run) -> None:
     hf, checkpoint = write_small(tmp_path / "hf"), tmp_path / "ours"
-    said_shortly(run("to-hf", tmp_path / "nowhere", tmp_path / "x"), "nowhere is not a checkpoint of ours")
+    said_shortly(run("to-hf", tmp_path / "nowhere", tmp_path / "x"), "nowhere does not exist")
     assert run("to-jax", hf, checkpoint)[0] == 0
     metadata = checkpoint / "params" / "_METADATA"
     whole = json.loads(metadata.read_text())

@@ -161,7 +161,7 @@ def test_a_training_run_saved_by_orbax_comes_out(tmp_path: Path, run: Run, save_
         meta = {"format": 1, "model": dataclasses.asdict(config), "step": step, "plan": "abc"}
         ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "meta", meta)
     text = ok(run("to-hf", tmp_path / "run", tmp_path / "back", "--like", hf))
-    assert "taking the newest, 10" in text
+    assert "taking the newest step, 10" in text
     assert same_directories(hf, tmp_path / "back")
 
 
