@@ -20,7 +20,7 @@ from phivision_jax.processor import Processor
 from phivision_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-SIZES, ROWS = 500, 10
+SIZES, ROWS, CHECKPOINT_EVERY = 500, 10, 3
 SMALL = [
     "--config.model.vision.hidden_size=16",
     "--config.model.vision.intermediate_size=16",
@@ -41,7 +41,7 @@ SMALL = [
     "--config.optim.steps=0",
     "--config.optim.warmup_steps=2",
     "--config.log_every=1",
-    "--config.checkpoint_every=7",
+    f"--config.checkpoint_every={CHECKPOINT_EVERY}",
     "--config.eval_every=10",
     "--config.eval_examples=20",
     "--config.eval_batch=8",
@@ -90,6 +90,16 @@ def environment() -> dict[str, str]:
     return os.environ | {"JAX_LOG_COMPILES": "1", "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
 
 
+def kill_at(data: Path, run: Path, step: int, log: Path) -> None:
+    """Start the run, wait for the metrics of ``step``, SIGKILL."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command(data, run), cwd=ROOT, env=environment(), stdout=output, stderr=output)
+        while process.poll() is None and max(losses(run), default=0) < step:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, log.read_text()[-2000:]
+
+
 def finish(words: list[str]) -> str:
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -124,22 +134,18 @@ def test_one_compilation_whatever_the_images(undisturbed, data):
     assert {"eval/accuracy", "eval/examples"} <= read_metrics(run)[-1].keys()
 
 
-def test_killed_and_started_again_the_losses_are_bitwise_the_same(undisturbed, data, tmp_path):
+@pytest.mark.parametrize("kills", [1, pytest.param(6, marks=pytest.mark.slow)])
+def test_killed_and_started_again_the_losses_are_bitwise_the_same(undisturbed, data, tmp_path, kills):
     run, want = tmp_path / "killed", losses(undisturbed[0])
-    kills = sorted(random.Random(time.time_ns()).sample(range(2, len(want) - 1), 2))
-    output = ""
-    for at in kills:
-        with (tmp_path / "log").open("w+") as log:
-            process = subprocess.Popen(command(data, run), cwd=ROOT, env=environment(), stdout=log, stderr=log)
-            while process.poll() is None and max(losses(run), default=0) < at:
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+    draw = random.Random(time.time_ns())
+    at = sorted(draw.choices(range(2, len(want) - 1), k=kills))
+    for i, step in enumerate(at):
+        kill_at(data, run, max(step, max(losses(run), default=0) + 1), tmp_path / f"log{i}")
     output = finish(command(data, run))
-    assert losses(run) == want, f"killed at steps {kills}"
-    assert compilations(output, "step") <= 1  # none where the kill came after the last checkpoint of the last step
-    first = re.search(r"continuing from step (\d+)", output)
-    assert first or kills[-1] < 7, output[-2000:]
+    assert losses(run) == want, f"killed at steps {at}"
+    assert compilations(output, "step") == 1
+    continued = re.search(r"continuing from step (\d+)", output)
+    assert continued or at[-1] < 2 * CHECKPOINT_EVERY, output[-2000:]
 
 
 def test_a_finished_run_started_again_changes_nothing(undisturbed, data):
