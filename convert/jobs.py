@@ -34,7 +34,7 @@ from convert.mapping import (
     vision_leaves,
 )
 from convert.stream import FreshProjector, Parts, Source, copy
-from phivision_jax.checkpoint import find, read_meta
+from phivision_jax.checkpoint import ORBAX_MARK, find, read_meta
 from phivision_jax.config import ModelConfig, ProjectorConfig, decoder_from_hf, read_json, vision_from_hf
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -224,7 +224,7 @@ def _new_layout(
     config: ModelConfig, tensors: Tensors, assets: Path, shard_bytes: int
 ) -> tuple[dict[str, bytes], Files]:
     headers, index = plan_shards(tensors, shard_bytes)
-    found = (path for path in sorted(assets.rglob("*")) if path.is_file())
+    found = (path for path in sorted(assets.rglob("*")) if path.is_file() and path.name != ORBAX_MARK)
     files: Files = {path.relative_to(assets): path for path in found}
     if index is not None:
         files[Path(INDEX)] = index

@@ -20,6 +20,8 @@ from phivision_jax.config import ModelConfig, read_json
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
+ORBAX_MARK = "commit_success.txt"
+"""Orbax's own note, which it leaves in every folder of a step."""
 PARAMS, OPT_STATE, META, ASSETS = "params", "opt_state", "meta", "assets"
 
 

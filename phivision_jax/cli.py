@@ -101,7 +101,8 @@ def main() -> None:
     try:
         app.cli(prog="phivision", description=__doc__)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"phivision: {error}")
+        missing = isinstance(error, OSError) and error.strerror
+        sys.exit(f"phivision: {error.filename}: {error.strerror}" if missing else f"phivision: {error}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import textwrap
 from pathlib import Path
@@ -60,14 +61,20 @@ def picture_with_answer(image: Image.Image, question: str, answer: str, path: Pa
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(5, 5.6), layout="constrained")
+    asked = "\n".join(textwrap.wrap(question, 52))
+    answered = "\n".join(textwrap.wrap(answer, 44)) or "(no answer)"
+    # In inches; a strip of a picture is shown within 10, at its own proportions.
+    width, above, below = 5.2, 0.4 + 0.2 * asked.count("\n"), 0.7 + 0.25 * answered.count("\n")
+    middle = min(width * image.height / image.width, 10.0)
+    height = above + middle + below
+    figure = plt.figure(figsize=(width, height))
+    axes = figure.add_axes((0.02, below / height, 0.96, middle / height))
     axes.imshow(image.convert("RGB"), interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title("\n".join(textwrap.wrap(question, 48)), fontsize=12, loc="left")
-    shown = "\n".join(textwrap.wrap(answer, 48)) or "(no answer)"
-    axes.text(0, -0.03, shown, transform=axes.transAxes, fontsize=14, fontweight="bold", va="top", parse_math=False)
-    if footer:
-        figure.supxlabel(footer, fontsize=8, color="0.4")
+    text = functools.partial(figure.text, va="top", parse_math=False)
+    text(0.02, 1 - 0.1 / height, asked, fontsize=12)
+    text(0.02, (below - 0.1) / height, answered, fontsize=14, fontweight="bold")
+    text(0.98, 0.2 / height, footer, fontsize=7, color="0.4", ha="right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
