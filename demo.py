@@ -51,7 +51,7 @@ def main() -> None:
     run = Path("runs") / ("tiny" + (f"-{variant}" if variant else ""))
     hf, picture = run / "hf", run / "answer.png"
 
-    if not DATA.exists():
+    if not all((DATA / split / "manifest.json").exists() for split in ("train", "test")):
         command("phivision", "data", "import", "easy-vqa", DATA, "--questions-per-record", "3")
     shorter = [f"--config.optim.steps={steps}"] if steps else []
     seconds = command("python", "train.py", f"--config={config}", f"--run={run}", *shorter)

@@ -5,10 +5,11 @@ python eval.py --checkpoint=runs/tiny --data=data/easy_vqa/test --out=runs/tiny/
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 
 import phivision_jax
 from phivision_jax import progress
@@ -37,7 +38,7 @@ def evaluate(checkpoint: str | Path, data: str | Path, **settings) -> report.Rep
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every file it reads
     try:
         if not _CHECKPOINT.value or not _DATA.value:
             raise ValueError("both --checkpoint and --data are needed")

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from flax import nnx
 from ml_collections import config_flags
 
@@ -62,6 +64,7 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
         raise ValueError(
             f"optim.steps is {steps}, but data.epochs={cfg.data.epochs} gives {available}; raise data.epochs"
         )
+    check_rows(cfg, mesh)
     evaluator = make_evaluator(cfg, processor, mesh)
 
     # Shapes, then the compiled step, then arrays.
@@ -73,9 +76,9 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
         num_patches=cfg.data.num_patches,
         patch_dim=cfg.model.vision.patch_dim,
     )
-    began = time.monotonic()
+    compiling = time.monotonic()
     compiled = step.compile(spec)
-    say(f"{describe(step, plan, mesh)}; compiled in {time.monotonic() - began:.1f} s")
+    say(f"{describe(step, plan, mesh)}; compiled in {time.monotonic() - compiling:.1f} s")
     checkpoints = RunCheckpoints(run, cfg.keep_checkpoints)
     state, vision_tail = start(cfg, step, checkpoints, plan)
     first = int(state["step"])
@@ -83,6 +86,7 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
     # The loop.
     meta = {"model": dataclasses.asdict(cfg.model), "plan": plan.hash, "run": dataclasses.asdict(cfg)}
     writer = MetricsWriter(run, first)
+    began, holes = time.monotonic() - writer.elapsed, 0
     batch_at = sharding.batch_shardings(mesh, spec)
     rows_here = rows_of_process(batch_at.tokens, cfg.data.batch_rows)
     rows = batches(
@@ -95,18 +99,22 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
         num_threads=cfg.data.num_threads,
     )
     last: dict[str, float] = {}
-    began = since = time.monotonic()
-    seen = 0
+    since, seen = time.monotonic(), 0
     with training_bar(steps, first) as bar:
         for batch, info in rows:
             if info.step >= steps:
                 break
             state, metrics = compiled(state, to_device(batch, batch_at, cfg.data.batch_rows))
             done, seen = info.step + 1, seen + int((batch.segment_ids > 0).sum())
+            holes += len(info.holes)
             if done % cfg.log_every == 0 or done == steps:
                 last = log_row(metrics, step, done) | batch_metrics(batch)
                 now = time.monotonic()
-                last |= {"tokens_per_s": seen * jax.process_count() / (now - since), "elapsed_s": now - began}
+                last |= {
+                    "tokens_per_s": seen * jax.process_count() / (now - since),
+                    "elapsed_s": now - began,
+                    "holes": holes,
+                }
                 writer.write(done, last)
                 bar.update(done, loss=last["loss"], tokens_per_s=last["tokens_per_s"])
                 since, seen = time.monotonic(), 0
@@ -116,6 +124,7 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
                 writer.write(done, accuracy)
                 bar.update(done, accuracy=accuracy["eval/accuracy"])
                 since, seen = time.monotonic(), 0
+            # Last: whatever a resumed run skips has been evaluated and written.
             if done % cfg.checkpoint_every == 0 or done == steps:
                 checkpoints.save(state, vision_tail, meta, assets)
     checkpoints.close()
@@ -124,16 +133,28 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
 
 
 def make_processor(cfg: RunConfig, run: Path) -> tuple[Processor, Path]:
-    """The processor of the starting checkpoint, or the project's small one; and its files, kept with the run."""
+    """The run's processor, and its files: at the first start those of ``init_from``, or the project's small ones."""
     assets = run / "assets"
-    if cfg.init_from:
-        where = loading.locate(cfg.init_from)
-        processor = loading.processor_of(where, cfg.model)
-    else:
-        processor = Processor.small(cfg.model)
-    if jax.process_index() == 0:
-        processor.save(assets)
-    return processor, assets
+    if not assets.exists():
+        partial = run / ".assets.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        if cfg.init_from:
+            loading.copy_assets(loading.locate(cfg.init_from), partial)
+        else:
+            Processor.small(cfg.model).save(partial)
+        partial.rename(assets)
+    return Processor.from_directory(assets, cfg.model), assets
+
+
+def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Rows are split over the data and fsdp axes, in training and in evaluation."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, rows in (("data.batch_rows", cfg.data.batch_rows), ("eval_batch", cfg.eval_batch)):
+        if rows % parts:
+            raise ValueError(
+                f"{name} is {rows}, which does not divide over {parts} devices (mesh axes data and fsdp); "
+                f"take a multiple of {parts}, or set mesh.fsdp"
+            )
 
 
 def make_or_load_plan(cfg: RunConfig, dataset: Dataset, processor: Processor, run: Path) -> Plan:
@@ -169,7 +190,7 @@ def make_evaluator(cfg: RunConfig, processor: Processor, mesh: jax.sharding.Mesh
         processor,
         rows=cfg.eval_batch,
         max_new_tokens=cfg.max_new_tokens,
-        num_examples=cfg.eval_examples,
+        num_examples=cfg.eval_examples or None,
         mesh=mesh,
     )
 
@@ -182,13 +203,7 @@ def start(cfg: RunConfig, step: TrainStep, checkpoints: RunCheckpoints, plan: Pl
         nnx.to_pure_dict(nnx.state(tail, nnx.Param)),
     )
     if checkpoints.latest is not None:
-        meta = checkpoints.meta()
-        if meta["plan"] != plan.hash:
-            raise ValueError(
-                f"step {meta['step']} of this run was trained on plan {meta['plan'][:12]}, not {plan.hash[:12]}"
-            )
-        if meta["model"] != json.loads(json.dumps(dataclasses.asdict(cfg.model))):
-            raise ValueError("this run's checkpoints hold another model than the configuration says; take a new --run")
+        check_unchanged(cfg, checkpoints.meta()["run"])
         state, tail, meta = checkpoints.restore(step.abstract_state, tail_target)
         say(f"continuing from step {meta['step']}")
         return state, tail
@@ -200,15 +215,35 @@ def start(cfg: RunConfig, step: TrainStep, checkpoints: RunCheckpoints, plan: Pl
         params = loading.read_params(where, cfg.model, target)
         tail = params.pop("vision_tail")
         return step.init(params), tail
-    tail = jax.jit(lambda: VisionTail(cfg.model.vision, rngs=nnx.Rngs(cfg.seed)))()
-    return step.init(init_params(cfg, step)), nnx.to_pure_dict(nnx.state(tail, nnx.Param))
+    make_tail = jax.jit(
+        lambda: nnx.to_pure_dict(nnx.state(VisionTail(cfg.model.vision, rngs=nnx.Rngs(cfg.seed)), nnx.Param)),
+        out_shardings=sharding.replicated(step.mesh),
+    )
+    return step.init(init_params(cfg, step)), make_tail()
+
+
+def check_unchanged(cfg: RunConfig, before: dict[str, Any]) -> None:
+    """A run goes on only with what decides its numbers as it was.
+
+    Raises:
+      ValueError: naming the first field that differs.
+    """
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    for name in ("model", "optim", "dtype", "seed"):
+        if now[name] != before[name]:
+            raise ValueError(
+                f"this run was started with {name} = {before[name]}, now it is {now[name]}; take a new --run"
+            )
+    if now["data"]["batch_rows"] != before["data"]["batch_rows"]:
+        rows = before["data"]["batch_rows"]
+        raise ValueError(f"this run was started with data.batch_rows = {rows}; keep it, or take a new --run")
 
 
 def log_row(metrics: dict[str, jax.Array], step: TrainStep, done: int) -> dict[str, float]:
     """One line of metrics, fetched from the device."""
     host: dict[str, Any] = jax.device_get(metrics)
     if not np.isfinite(host["loss"]):
-        raise FloatingPointError(f"the loss of step {done} is {host['loss']}; the last checkpoint is from before it")
+        raise FloatingPointError(f"the loss of step {done} is {host['loss']}: training stops here")
     groups = group_metrics(host.pop("group_loss"), host.pop("group_weight"), GROUP_NAMES)
     accuracy = float(host.pop("correct")) / max(float(host["weight"]), 1.0)
     scalars = {name: float(value) for name, value in host.items()}
@@ -235,7 +270,7 @@ def say(text: str) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every file it writes
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every file it writes
     config = flags.FLAGS.config
     try:
         if config is None or flags.FLAGS.run is None:
@@ -244,7 +279,7 @@ def main(argv: list[str]) -> None:
             )
         cfg = RunConfig.from_dict(config.to_dict())
         last = train(cfg, Path(flags.FLAGS.run))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     say(", ".join(f"{name} {value:.4g}" for name, value in last.items() if name in ("loss", "eval/accuracy")))
 

@@ -136,11 +136,28 @@ def compose(decoder_dir: Path, vision_dir: Path, out: Path, dtype: str, overwrit
         assets = _assets(text)
         # The decoder's own config.json describes another model.
         assets[Path("config.json")] = json_bytes(config.to_hf())
+        assets |= _with_think_tokens(assets)
         if vision_source.unused:
             prefixes = ", ".join(SIGLIP2_UNUSED)
             say(f"ignoring {len(vision_source.unused)} tensors of {vision_dir} that have no place here ({prefixes})")
         say(f"projector: LeCun-normal kernels, zero biases, seed {seed}")
         _write_ours(parts, leaves, config, out, dtype, overwrite, [decoder_dir, vision_dir], meta, assets)
+
+
+def _with_think_tokens(assets: Files) -> Files:
+    """The tokenizer's files with ``<think>`` and ``</think>`` in the two places that Phi-4-reasoning gave them.
+
+    A plain Phi-4 has unused tokens there, of the same ids.
+    """
+    renamed: Files = {}
+    for name in (Path("tokenizer.json"), Path("tokenizer_config.json"), Path("special_tokens_map.json")):
+        content = assets.get(name)
+        text = content.read_bytes() if isinstance(content, Path) else content
+        if text is not None and b"<think>" not in text and b"<|dummy_87|>" in text:
+            renamed[name] = text.replace(b"<|dummy_86|>", b"<think>").replace(b"<|dummy_87|>", b"</think>")
+    if renamed:
+        say("tokenizer: <|dummy_86|> and <|dummy_87|> become <think> and </think>, as in Phi-4-reasoning")
+    return renamed
 
 
 def _write_ours(

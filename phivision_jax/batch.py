@@ -102,25 +102,28 @@ class Batch:
         # Any vocabulary has token 0; the released padding id is beyond a small one's end.
         pad_token_id = config.decoder.pad_token_id if config else PLACEHOLDER
         config = config or ModelConfig()
+        if len(ids) == 0:
+            raise ValueError("a batch needs at least one row of ids")
         images = images if images is not None else [[] for _ in ids]
         labels = labels if labels is not None else [[IGNORE] * len(row) for row in ids]
         if not len(ids) == len(images) == len(labels):
             raise ValueError(f"{len(ids)} rows of ids, {len(images)} of images, {len(labels)} of labels: need one each")
 
         def ready(image: Image | tuple[np.ndarray, tuple[int, int]]) -> PatchedImage:
-            if isinstance(image, tuple):
-                return PatchedImage(np.asarray(image[0], np.uint8), (int(image[1][0]), int(image[1][1])))
+            if isinstance(image, tuple | list):
+                patches, (rows, columns) = image
+                return PatchedImage(np.asarray(patches), (int(rows), int(columns)))
             return PatchedImage(*preprocess(image, config.vision.patch_size, config.min_patches, config.max_patches))
 
         examples = []
         for i, (row_ids, row_images, row_labels) in enumerate(zip(ids, images, labels, strict=True)):
             try:
-                examples.append(expand(row_ids, [ready(image) for image in row_images], row_labels))
+                examples.append(expand(row_ids, [ready(image) for image in row_images or ()], row_labels))
             except ValueError as error:
                 raise ValueError(f"example {i}: {error}") from None
         return fill_rows(
             [[example] for example in examples],
-            length=length or max(len(e.tokens) for e in examples),
+            length=max(len(e.tokens) for e in examples) if length is None else length,
             vision_rows=1,
             num_patches=max(e.num_patches for e in examples) if num_patches is None else num_patches,
             patch_dim=config.vision.patch_dim,
@@ -178,6 +181,8 @@ class PatchedImage:
     def __post_init__(self) -> None:
         if self.patches.ndim != 2 or len(self.patches) != self.grid[0] * self.grid[1]:
             raise ValueError(f"patches {self.patches.shape} do not fill a grid of {self.grid[0]}x{self.grid[1]}")
+        if self.patches.dtype != np.uint8:
+            raise ValueError(f"patches are {self.patches.dtype}; give raw pixels as uint8, the model normalises them")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +209,13 @@ def expand(
     """Replace each −200 in ``ids`` by as many columns as its image has patches.
 
     Raises:
-      ValueError: when the number of markers is not the number of images, or labels and ids differ in length.
+      ValueError: when there are no ids, the number of markers is not the number of images, or labels and ids differ in
+        length.
     """
     given = np.asarray(ids, np.int32).reshape(-1)
     given_labels = np.full_like(given, IGNORE) if labels is None else np.asarray(labels, np.int32).reshape(-1)
+    if len(given) == 0:
+        raise ValueError("an example needs at least one id")
     if given.shape != given_labels.shape:
         raise ValueError(f"{len(given)} ids but {len(given_labels)} labels")
     markers = np.flatnonzero(given == IMAGE_TOKEN)

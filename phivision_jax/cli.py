@@ -38,8 +38,12 @@ def data_import(
         # Patch settings do not matter here: the index holds sizes in pixels.
         decoder = DecoderConfig(vocab_size=512, bos_token_id=507, eos_token_id=508, pad_token_id=509)
         processor = Processor.small(ModelConfig(decoder=decoder))
-    write_dataset(out / "train", easy_vqa("train", questions_per_record=questions_per_record), processor)
-    write_dataset(out / "test", easy_vqa("test"), processor)
+    splits: dict[Literal["train", "test"], int] = {"train": questions_per_record, "test": 1}
+    for split, count in splits.items():
+        if (out / split / "manifest.json").exists():  # written last: what has one is whole
+            print(f"{out / split} is there already")
+        else:
+            write_dataset(out / split, easy_vqa(split, questions_per_record=count), processor)
 
 
 def chat(
@@ -100,9 +104,10 @@ def main() -> None:
     app.command(chat)
     try:
         app.cli(prog="phivision", description=__doc__)
+    except FileNotFoundError as error:
+        sys.exit(f"phivision: {error.filename} does not exist")
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        missing = isinstance(error, OSError) and error.strerror
-        sys.exit(f"phivision: {error.filename}: {error.strerror}" if missing else f"phivision: {error}")
+        sys.exit(f"phivision: {error}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 ImageAttention = Literal["causal", "bidirectional"]
 
@@ -157,7 +157,7 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str =
     """Build a (nested) dataclass from plain dicts, refusing names it does not have.
 
     Raises:
-      ValueError: for an unknown field, with the closest known name.
+      ValueError: for an unknown field, with the closest known name; for a value that is not among a field's choices.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in values:
@@ -165,13 +165,16 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str =
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(fields)}"
             raise ValueError(f"{cls.__name__} has no field {where + name!r}{hint}")
-    kwargs = {}
+    kwargs, hints = {}, get_type_hints(cls)
     for name, value in values.items():
         default = fields[name].default
         if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
             value = dataclass_from_dict(type(default), value, f"{where}{name}.")
         elif isinstance(default, tuple) and isinstance(value, list):
             value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
+        if choices and value not in choices:
+            raise ValueError(f"{where}{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
         kwargs[name] = value
     return cls(**kwargs)
 

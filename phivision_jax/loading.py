@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from phivision_jax import checkpoint, sharding
-from phivision_jax.config import ModelConfig
+from phivision_jax.config import ImageAttention, ModelConfig
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
@@ -26,6 +28,7 @@ def load(
     param_dtype: Any = None,
     mesh: Mesh | None = None,
     remat: str = "none",
+    image_attention: ImageAttention | None = None,
 ) -> tuple[PhiVision, Processor]:
     """Load a model for inference, analysis or further training.
 
@@ -36,6 +39,7 @@ def load(
       param_dtype: of the parameters in memory; default: ``dtype``.
       mesh: to shard the parameters over (``sharding.make_mesh``); default: one device.
       remat: as in ``PhiVision``.
+      image_attention: "causal" or "bidirectional"; default: what the checkpoint says (a Hugging Face one: causal).
 
     Returns:
       The model and its processor, which has no tokenizer where the checkpoint has none.
@@ -47,6 +51,8 @@ def load(
     param_dtype = jnp.dtype(param_dtype or dtype)
     path = locate(path_or_hub_id)
     config = config_of(path)
+    if image_attention is not None:
+        config = dataclasses.replace(config, image_attention=image_attention)
     graphdef, state = phivision.abstract(config, dtype=dtype, remat=remat)
     at = sharding.param_shardings(state, mesh or sharding.make_mesh(devices=jax.devices()[:1]))
     target = jax.tree.map(
@@ -65,7 +71,7 @@ def locate(path_or_hub_id: str | Path) -> Path:
     if path.is_dir():
         return path if is_hf(path) else checkpoint.find(path)
     name = str(path_or_hub_id)
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parent.is_dir():
         raise ValueError(
             f"{name} is not a directory; give a checkpoint, a Hugging Face directory, or an id like org/name"
         )
@@ -76,7 +82,11 @@ def locate(path_or_hub_id: str | Path) -> Path:
             f"{name} is not a directory; to download it from the Hugging Face hub, pip install 'phivision_jax[hub]'"
         ) from None
     # Weights and text files only: remote code is never fetched, let alone run.
-    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"]))
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the hub's many kinds: no network, no such repository, no permission
+        raise ValueError(f"{name} could not be downloaded from the Hugging Face hub: {error}") from error
 
 
 def is_hf(path: Path) -> bool:
@@ -91,6 +101,13 @@ def config_of(path: Path) -> ModelConfig:
 def processor_of(path: Path, config: ModelConfig) -> Processor:
     """The processor of a located directory."""
     return Processor.from_directory(path if is_hf(path) else checkpoint.assets_of(path), config)
+
+
+def copy_assets(path: Path, to: Path) -> None:
+    """Copy what a located directory holds beside its weights, so that what starts from it can be exported again."""
+    weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", ".git", ".cache", checkpoint.ORBAX_MARK)
+    source = path if is_hf(path) else checkpoint.assets_of(path)
+    shutil.copytree(source, to, ignore=shutil.ignore_patterns(*weights), copy_function=shutil.copyfile)
 
 
 def read_params(path: Path, config: ModelConfig, target: dict[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,20 @@ def test_grid_and_patches_must_match():
         PatchedImage(np.zeros((3, 12), np.uint8), (2, 2))
 
 
+def test_from_ids_refuses_what_it_cannot_lay_out():
+    with pytest.raises(ValueError, match="at least one row"):
+        Batch.from_ids([])
+    with pytest.raises(ValueError, match="example 0: an example needs at least one id"):
+        Batch.from_ids([[], [1]])
+    with pytest.raises(ValueError, match="example 0: patches are float32; give raw pixels as uint8"):
+        Batch.from_ids([[-200]], [[(np.zeros((1, 768), np.float32), (1, 1))]])
+
+
+def test_from_ids_takes_arrays_and_no_images():
+    batch = Batch.from_ids(np.array([[1, 2], [3, 4]]), [None, []])
+    assert batch.tokens.tolist() == [[1, 2], [3, 4]] and batch.loss_weights.sum() == 0
+
+
 def test_from_ids_takes_pil_images_and_ready_patches():
     from PIL import Image
 

@@ -166,6 +166,33 @@ def test_eval_scores_a_run(undisturbed, data, tmp_path):
     assert report["accuracy"] == np.mean([a["prediction"] == a["reference"] for a in answers])
 
 
+def test_training_starts_from_an_export_on_eight_devices_as_on_one(undisturbed, data, tmp_path):
+    """A run, exported, starts two trainings, one of them sharded: equal losses, frozen parts untouched."""
+    finish([sys.executable, "-m", "convert", "to-hf", str(undisturbed[0]), str(tmp_path / "hf")])
+    (tmp_path / "hf" / "remote_code.py").write_text("raise SystemExit('never run')")
+    frozen = '--config.optim.lr_rules=(("decoder", 1.0), (".", 0.0))'
+    more = [frozen, f"--config.init_from={tmp_path / 'hf'}", "--config.optim.steps=3", "--config.data.batch_rows=8"]
+    finish(command(data, tmp_path / "one", *more))
+    eight = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    words = command(data, tmp_path / "eight", *more)
+    done = subprocess.run(words, cwd=ROOT, env=eight, capture_output=True, text=True)
+    assert done.returncode == 0 and "fsdp 8" in done.stdout, done.stderr[-2000:]
+    one, many = losses(tmp_path / "one"), losses(tmp_path / "eight")
+    assert len(one) == 3
+    np.testing.assert_allclose(list(many.values()), list(one.values()), atol=1e-5)
+    back = tmp_path / "back"
+    finish(
+        [sys.executable, "-m", "convert", "to-hf", str(tmp_path / "eight"), str(back), "--like", str(tmp_path / "hf")]
+    )
+    differing = subprocess.run(
+        [sys.executable, "-m", "convert", "verify", str(tmp_path / "hf"), str(back)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    names = re.findall(r"different: (\S+),", differing.stdout + differing.stderr)
+    assert names and not [name for name in names if "vision" in name or "projector" in name]
+    assert (tmp_path / "eight" / "assets" / "remote_code.py").exists() and (back / "remote_code.py").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -174,6 +201,9 @@ def test_eval_scores_a_run(undisturbed, data, tmp_path):
         (["--config.data.length=8"], "none of 500 records fits"),
         (["--config.mesh.fsdp=3"], "needs 3 devices"),
         (["--config.data.seed=1"], "another plan"),
+        (["--config.data.batch_rows=20"], "started with data.batch_rows = 10"),
+        (["--config.optim.learning_rate=1"], "started with optim ="),
+        (["--config.dtype=float23"], "dtype must be one of 'float32', 'bfloat16'"),
         (["--config.optim.learnig_rate=1"], "learning_rate"),
     ],
 )

@@ -68,7 +68,7 @@ def batches(
 
     Args:
       dataset: what the plan was made from.
-      plan: packed (training) or unpacked (evaluation); it fixes T, R and P.
+      plan: it fixes T, R and P.
       processor: of the same fingerprint.
       batch_rows: B, rows of a step over all hosts.
       rows_here: which of the B rows to make, in this order; default all. ``rows_of_process`` gives a host's.

@@ -249,23 +249,6 @@ def make_plan(
     )
 
 
-def make_unpacked_plan(
-    dataset: Dataset,
-    processor: Processor,
-    *,
-    length: int,
-    vision_rows: int,
-    num_patches: int,
-    num_examples: int | None = None,
-) -> Plan:
-    """Plan an evaluation: one record per row, in the dataset's order, the first ``num_examples`` of them."""
-    capacity = Capacity(length, vision_rows, num_patches)
-    lengths, fits, rejected = _measure(dataset, processor, capacity)
-    examples = np.flatnonzero(fits)[:num_examples]
-    about = {"order": "unpacked", "num_examples": len(examples)}
-    return _assemble(dataset, processor, capacity, about, lengths, examples, np.ones(len(examples), np.int64), rejected)
-
-
 def grids_of(index: Index, config: ModelConfig) -> np.ndarray:
     """[I, 2] i64: rows and columns of patches of every image, by arithmetic on its size."""
     if not len(index.image_sizes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from phivision_jax.batch import Batch, Example, fill_rows
+from phivision_jax.batch import PLACEHOLDER, Batch, Example, expand, fill_rows
 from phivision_jax.data.encode import mode_of
 from phivision_jax.data.plan import check_processor, lengths_of
 from phivision_jax.evaluation.scoring import exact_match
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from phivision_jax.processor import Processor
     from phivision_jax.text.chat import Mode
 
+_log = logging.getLogger(__name__)
+_NOTHING = expand([PLACEHOLDER], [])
+"""Fills the last batch, and stands for what cannot be asked."""
 ROUND = 16
 """T and P are rounded up to a multiple of this."""
 
@@ -63,8 +67,7 @@ class EvalResult:
 class Evaluator:
     """Scores models on a dataset: what each record's assistant says last, asked again.
 
-    Every batch has the same shapes (the last one is filled with its own first question), so all evaluations of a run
-    compile once.
+    Every batch has the same shapes, the last one too, so all evaluations of a run compile once.
 
     Args:
       dataset: records whose last message is the assistant's.
@@ -113,7 +116,7 @@ class Evaluator:
         def load(start: int) -> tuple[list[Record], Batch]:
             records = [self.dataset[int(i)] for i in self.records[start : start + self.rows]]
             examples = [self._prompt(record) for record in records]
-            examples += [examples[0]] * (self.rows - len(examples))
+            examples += [_NOTHING] * (self.rows - len(examples))
             return records, fill_rows(
                 [[example] for example in examples],
                 length=self.length,
@@ -128,7 +131,12 @@ class Evaluator:
         return iter(starts.map(load).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
     def _prompt(self, record: Record) -> Example:
-        return self.processor.encode(record.messages[:-1], record.images, mode=self.mode, generation_prompt=True)
+        """The question; of a record that cannot be encoded, nothing, whose answer is then wrong."""
+        try:
+            return self.processor.encode(record.messages[:-1], record.images, mode=self.mode, generation_prompt=True)
+        except ValueError as error:
+            _log.warning("record %r of %r cannot be asked and counts as wrong: %s", record.id, record.source, error)
+            return _NOTHING
 
     def _judge(self, record: Record, ids: np.ndarray) -> Answer:
         prediction, reference = answer_text(self.processor, ids, self.mode), record.messages[-1]["content"]

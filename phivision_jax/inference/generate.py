@@ -112,8 +112,12 @@ def generate_ids(
       [B, max_new_tokens] i32; after a row's ``eos_id``, ``eos_id`` again.
 
     Raises:
-      ValueError: for a batch with several examples in a row, or an empty one.
+      ValueError: for a batch with several examples in a row, or an empty one; for settings out of range.
     """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"need temperature >= 0 and 0 < top_p <= 1, not {temperature} and {top_p}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     segments = np.asarray(batch.segment_ids)
     if segments.max(initial=0) > 1 or not (segments[:, 0] == 1).all():
         raise ValueError(
@@ -196,7 +200,9 @@ def _generate(
 def answer_text(processor: Processor, ids: np.ndarray, mode: Mode = "auto") -> str:
     """The text of generated ids up to the end token; thoughts keep their tags."""
     eos = np.flatnonzero(ids == processor.tokenizer.eos_id)
-    text = processor.decode(ids[: eos[0]] if len(eos) else ids)
+    ids = ids[: eos[0]] if len(eos) else ids
+    # A vocabulary padded beyond its tokenizer can yield ids that mean nothing.
+    text = processor.decode(ids[ids < processor.tokenizer.vocab_size])
     # A forced "think" opens the thought in the prompt; the answer shows the whole of it.
     return ("<think>" + text if mode == "think" else text).strip()
 

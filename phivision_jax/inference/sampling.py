@@ -17,7 +17,7 @@ def sample(
     if top_p < 1.0:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probability = jax.nn.softmax(ordered, axis=-1)
-        # A token is in the nucleus while the tokens before it have not reached top_p: the first always is.
+        # A token is in the nucleus while the tokens before it have not reached top_p: the first is, as top_p > 0.
         kept = jnp.cumsum(probability, axis=-1) - probability < top_p
         threshold = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
         logits = jnp.where(logits >= threshold, logits, -jnp.inf)

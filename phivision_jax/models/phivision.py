@@ -54,15 +54,16 @@ class PhiVision(nnx.Module):
 
     def embeds(self, batch: Batch) -> Float[Array, "B T D"]:
         """Token embeddings, replaced by vision tokens where ``vision_index`` points at one."""
-        embeds = self.decoder.embed_tokens(batch.tokens)
-        if batch.patches.shape[2] == 0:  # a batch of text: nothing to encode, and known when tracing
+        # Cast first: vision tokens must not be rounded to the dtype in which the table happens to be kept.
+        embeds = self.decoder.embed_tokens(batch.tokens).astype(self.decoder.dtype)
+        if batch.patches.shape[2] == 0:  # a batch of text: nothing to splice, and known when tracing
             return embeds
         return splice(embeds, self.vision_tokens(batch), batch.vision_index)
 
     def vision_tokens(self, batch: Batch) -> Float[Array, "B M D"]:
         """Features, merged by the batch's table (if it has one), through the projector."""
         B, R, P = batch.patch_segments.shape
-        features = self.vision_features(batch).reshape(B, R * P, -1)
+        features = self.vision_features(batch).reshape(B, R * P, self.config.vision.hidden_size)
         if batch.merge_index is not None and batch.merge_weight is not None:
             features = merge_features(features, batch.merge_index, batch.merge_weight)
         return self.projector(features)
@@ -70,6 +71,8 @@ class PhiVision(nnx.Module):
     def vision_features(self, batch: Batch) -> Float[Array, "B R P C"]:
         """Features of every patch, before the projector (the released code's ``hidden_states[-2]``)."""
         B, R, P = batch.patch_segments.shape
+        if P == 0:
+            return jnp.zeros((B, R, P, self.config.vision.hidden_size), self.vision.dtype)
         inputs = (batch.patches, batch.patch_segments, batch.patch_coords, batch.patch_grid)
         # Vision rows are rows of their own to the encoder: attention never leaves one.
         features = self.vision(*(x.reshape(B * R, *x.shape[2:]) for x in inputs))

@@ -53,6 +53,7 @@ class Tokenizer:
         self.think_id, self.end_think_id = vocabulary[THINK], vocabulary[END_THINK]
         added = self._backend.get_added_tokens_decoder().values()
         self.control_tokens = tuple(token.content for token in added if token.special)
+        self._hidden = {vocabulary[token] for token in self.control_tokens if token not in (THINK, END_THINK)}
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
@@ -90,6 +91,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of the ids (integers of any kind); ``skip_special`` leaves out the control tokens.
 
+        The tags around thoughts stay, whether the checkpoint marks them special or not.
+
         Raises:
           ValueError: for a number that is no id.
         """
@@ -97,7 +100,9 @@ class Tokenizer:
         for i in plain:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"{i} is not a token id: they lie in 0…{self.vocab_size - 1}")
-        return self._backend.decode(plain, skip_special_tokens=skip_special)
+        if skip_special:
+            plain = [i for i in plain if i not in self._hidden]
+        return self._backend.decode(plain, skip_special_tokens=False)
 
     @functools.cached_property
     def fingerprint(self) -> str:

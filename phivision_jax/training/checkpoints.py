@@ -42,7 +42,7 @@ class RunCheckpoints:
         """Begin saving a state under its step; returns once its arrays are copied from the devices.
 
         Args:
-          vision_tail: rides along in params/ (host arrays).
+          vision_tail: rides along in params/.
           meta: JSON values; "model" holds the configuration as a dict.
           assets: directory whose files are copied.
         """

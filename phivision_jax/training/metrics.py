@@ -26,6 +26,8 @@ class MetricsWriter:
     def __init__(self, run: Path, from_step: int = 0) -> None:
         self._path = run / FILE
         kept = [row for row in read_metrics(run) if row["step"] <= from_step] if from_step else []
+        self.elapsed = float(kept[-1].get("elapsed_s", 0.0)) if kept else 0.0
+        """Seconds that training took until ``from_step``."""
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         temporary.replace(self._path)

@@ -17,7 +17,7 @@ from made_up import CONFIG, make_record, mixed_records
 from phivision_jax.batch import Batch
 from phivision_jax.data import pipeline
 from phivision_jax.data.pipeline import batches, rows_of_process, to_device
-from phivision_jax.data.plan import make_plan, make_unpacked_plan
+from phivision_jax.data.plan import make_plan
 from phivision_jax.data.records import write_dataset
 from phivision_jax.data.sources import easy_vqa
 from phivision_jax.processor import Processor
@@ -178,14 +178,6 @@ def test_two_real_processes_hold_what_one_holds(tmp_path, processor):
             held[step, row] = tokens
     whole = list(batches(dataset, plan, processor, batch_rows=4))
     assert held == {(i.step, row): b.tokens[row].tolist() for b, i in whole for row in range(4)}
-
-
-def test_evaluation_is_one_record_per_row_in_order(dataset, processor):
-    plan = make_unpacked_plan(dataset, processor, length=120, vision_rows=1, num_patches=64)
-    out = list(batches(dataset, plan, processor, batch_rows=16))
-    assert [row for _, info in out for row in info.record_ids] == [(f"r{i:03d}",) for i in range(40)] + 8 * [()]
-    assert all(batch.segment_ids.max() == 1 for batch, _ in out)
-    assert len({str(jax.tree.map(np.shape, batch)) for batch, _ in out}) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import BARE_PROCESSOR, BareDataset
 
-from phivision_jax.data.plan import Plan, lengths_of, make_plan, make_unpacked_plan
+from phivision_jax.data.plan import Plan, lengths_of, make_plan
 
 
 def made(dataset, **settings) -> Plan:
@@ -132,7 +132,6 @@ def test_the_hash_is_the_same_everywhere_and_covers_everything():
         made(BareDataset(*SMALL), num_patches=9),
         made(BareDataset(*SMALL), window=3),
         made(other),
-        make_unpacked_plan(BareDataset(*SMALL), BARE_PROCESSOR, length=12, vision_rows=1, num_patches=8),
     ]
     assert len({plan.hash, *(p.hash for p in changed)}) == 1 + len(changed)
     assert made(BareDataset(*SMALL), epochs=1).hash == made(BareDataset(*SMALL), num_examples=5).hash == plan.hash
@@ -174,11 +173,6 @@ def test_load_says_what_is_wrong(tmp_path):
     about.write_text(json.dumps({**json.loads(about.read_text()), "format": 9}))
     with pytest.raises(ValueError, match="format 9"):
         Plan.load(tmp_path / "plan")
-
-
-def test_an_unpacked_plan_is_the_dataset_in_order():
-    plan = make_unpacked_plan(BareDataset(*SMALL), BARE_PROCESSOR, length=12, vision_rows=1, num_patches=8)
-    assert rows(plan) == [[0], [1], [2], [3], [4]] and [r.record for r in plan.rejected] == [5, 6]
 
 
 def test_errors():

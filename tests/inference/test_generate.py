@@ -80,6 +80,13 @@ def test_eos_ends_a_row_and_not_its_neighbours(tiny):
     assert (got[1, 2:] == eos).all()
 
 
+@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.5}])
+def test_settings_out_of_range(tiny, settings):
+    batch = Batch.from_ids([[1, 2, 3]], config=tiny.config)
+    with pytest.raises(ValueError, match="temperature >= 0 and 0 < top_p <= 1"):
+        generate_ids(tiny, batch, max_new_tokens=2, eos_id=None, **settings)
+
+
 def test_a_packed_batch_is_refused(tiny):
     batch = Batch.from_ids([[1, 2, 3]], config=tiny.config)
     packed = dataclasses.replace(batch, segment_ids=np.array([[1, 1, 2]], np.int32))
@@ -148,6 +155,12 @@ def test_a_mode_begins_the_answer(asked, mode, token):
     generate(None, processor, "what?", mode=mode)
     tokens = answer.batch.tokens[0][answer.batch.segment_ids[0] > 0]
     assert tokens[-1] == getattr(processor.tokenizer, token)
+
+
+def test_ids_beyond_the_tokenizer_are_left_out(asked):
+    processor, answer = asked
+    answer.ids = [*answer.ids[:2], 600, *answer.ids[2:]]
+    assert generate(None, processor, "what?") == "a circle"
 
 
 def test_what_does_not_fit_is_said(asked):

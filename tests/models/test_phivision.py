@@ -128,4 +128,16 @@ def test_a_batch_of_text_needs_no_patches(tiny):
     batch = Batch.from_ids([[1, 2, 3]], config=tiny.config)
     padded = Batch.from_ids([[1, 2, 3]], config=tiny.config, num_patches=8)
     assert batch.patches.shape[2] == 0
+    assert tiny.vision_features(batch).shape == (1, 1, 0, tiny.config.vision.hidden_size)
+    assert tiny.vision_tokens(batch).shape == (1, 0, tiny.config.decoder.hidden_size)
     np.testing.assert_allclose(tiny(batch), tiny(padded), atol=1e-6)
+
+
+def test_parameters_may_be_kept_in_bf16_while_computing_in_fp32(tiny):
+    """Equal to the same weights widened beforehand: nothing but the weights is rounded."""
+    graphdef, params = tiny.split()
+    kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    widened = jax.tree.map(lambda x: x.astype(jnp.float32), kept)
+    batch = random_rows(np.random.default_rng(2), tiny.config, [[(6, [(2, 3)])]])
+    logits = [phivision.merge(graphdef, p)(batch) for p in (kept, widened)]
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)

@@ -171,3 +171,14 @@ class TestFiles:
     def test_decoding_what_is_no_id(self, index: int) -> None:
         with pytest.raises(ValueError, match=f"{index} is not a token id"):
             Tokenizer.small().decode([1, index])
+
+
+def test_thoughts_keep_their_tags_even_where_these_are_special(tmp_path):
+    Tokenizer.small().save(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in state["added_tokens"]:
+        token["special"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    special = Tokenizer.from_directory(tmp_path)
+    assert "<think>" in special.control_tokens
+    assert special.decode(special.encode("<think>red</think>yes<|im_end|>")) == "<think>red</think>yes"
