@@ -93,7 +93,11 @@ def test_packed_equals_one_by_one(tiny, image_attention, vision_rows):
     def seeded(rows, **kw):
         return random_rows(np.random.default_rng(7), config, rows, **kw)
 
-    packed = seeded([EXAMPLES[:4], EXAMPLES[4:]], vision_rows=vision_rows, length=96, num_patches=40)
+    # 25 and 29 patches: with two vision rows of 20, images stand in both.
+    packed = seeded(
+        [EXAMPLES[:4], EXAMPLES[4:]], vision_rows=vision_rows, length=96, num_patches={1: 40, 2: 20}[vision_rows]
+    )
+    assert (packed.patch_segments.max(-1) > 0).all()
     total, weight, grads = loss_and_grads(params, packed)
     # The same draws, one example per row, taken row by row.
     alone = seeded([[e] for e in EXAMPLES], length=48, num_patches=24)
