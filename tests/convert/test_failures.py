@@ -200,13 +200,15 @@ def holes_of_ours(directory: Path) -> Path:
 
 
 def start(*argv: object, limit: int | None = None) -> subprocess.Popen[str]:
-    def limited() -> None:
+    def prepare() -> None:
+        # A shell ignores SIGINT for what it runs in the background, and its children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     command = [sys.executable, "-m", "convert", *map(str, argv)]
     root = Path(__file__).parents[2]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, preexec_fn=limited)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=root, preexec_fn=prepare)
 
 
 def wait_for_tmp(folder: Path, process: subprocess.Popen[str]) -> Path:
