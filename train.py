@@ -284,5 +284,13 @@ def main(argv: list[str]) -> None:
     say(", ".join(f"{name} {value:.4g}" for name, value in last.items() if name in ("loss", "eval/accuracy")))
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser; ml_collections raises at a field that does not exist, and names the nearest one."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        sys.exit(f"train.py: {error}")
+
+
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

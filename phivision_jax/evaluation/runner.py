@@ -103,43 +103,52 @@ class Evaluator:
     def __call__(self, model: PhiVision, advance: Callable[[int], None] = lambda _: None) -> EvalResult:
         """Ask all questions; ``advance`` is told how many were answered."""
         answers: list[Answer] = []
-        for records, batch in self._batches():
+        for records, asked, batch in self._batches():
             if self.mesh is not None:
                 batch = jax.device_put(batch, batch_shardings(self.mesh, batch))
             eos = self.processor.tokenizer.eos_id
             ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos)
-            answers += [self._judge(record, row) for record, row in zip(records, ids, strict=False)]
+            answers += [self._judge(*judged) for judged in zip(records, ids, asked, strict=False)]
             advance(len(records))
         return EvalResult(tuple(answers))
 
-    def _batches(self) -> Iterator[tuple[list[Record], Batch]]:
-        def load(start: int) -> tuple[list[Record], Batch]:
+    def _batches(self) -> Iterator[tuple[list[Record], list[bool], Batch]]:
+        """Records, whether each could be asked, and the batch that asks them."""
+
+        def load(start: int) -> tuple[list[Record], list[bool], Batch]:
             records = [self.dataset[int(i)] for i in self.records[start : start + self.rows]]
             examples = [self._prompt(record) for record in records]
+            asked = [example is not _NOTHING for example in examples]
             examples += [_NOTHING] * (self.rows - len(examples))
-            return records, fill_rows(
-                [[example] for example in examples],
-                length=self.length,
-                vision_rows=1,
-                num_patches=self.num_patches,
-                patch_dim=self.processor.config.vision.patch_dim,
-                image_attention=self.processor.config.image_attention,
-                pad_token_id=self.processor.config.decoder.pad_token_id,
+            return (
+                records,
+                asked,
+                fill_rows(
+                    [[example] for example in examples],
+                    length=self.length,
+                    vision_rows=1,
+                    num_patches=self.num_patches,
+                    patch_dim=self.processor.config.vision.patch_dim,
+                    image_attention=self.processor.config.image_attention,
+                    pad_token_id=self.processor.config.decoder.pad_token_id,
+                ),
             )
 
         starts = grain.MapDataset.source(range(0, len(self.records), self.rows))
         return iter(starts.map(load).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
     def _prompt(self, record: Record) -> Example:
-        """The question; of a record that cannot be encoded, nothing, whose answer is then wrong."""
+        """The question; nothing, of a record that cannot be encoded."""
         try:
             return self.processor.encode(record.messages[:-1], record.images, mode=self.mode, generation_prompt=True)
         except ValueError as error:
             _log.warning("record %r of %r cannot be asked and counts as wrong: %s", record.id, record.source, error)
             return _NOTHING
 
-    def _judge(self, record: Record, ids: np.ndarray) -> Answer:
-        prediction, reference = answer_text(self.processor, ids, self.mode), record.messages[-1]["content"]
+    def _judge(self, record: Record, ids: np.ndarray, asked: bool) -> Answer:
+        # What the model says to nothing could be right by chance.
+        prediction = answer_text(self.processor, ids, self.mode) if asked else ""
+        reference = record.messages[-1]["content"]
         question = record.messages[-2]["content"].replace("<image>", "").strip()
-        correct = exact_match(prediction, reference)
+        correct = asked and exact_match(prediction, reference)
         return Answer(record.id, record.task, mode_of(record), question, reference, prediction, correct)

@@ -1,0 +1,45 @@
+"""The evaluator with answers given by hand instead of a model."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.data.records import Record, write_dataset
+from phivision_jax.evaluation import runner
+from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.processor import Processor
+
+CONFIG = ModelConfig(
+    vision=VisionConfig(patch_size=8),
+    decoder=DecoderConfig(vocab_size=512, bos_token_id=507, eos_token_id=508, pad_token_id=509),
+    min_patches=4,
+    max_patches=4,
+)
+
+
+def record(i: int, cut: int = 0) -> Record:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(file, "PNG")
+    picture = file.getvalue()
+    messages = ({"role": "user", "content": "<image>\nred?"}, {"role": "assistant", "content": "yes"})
+    return Record(id=str(i), source="made", images=(picture[: len(picture) - cut],), messages=messages, mode="nothink")
+
+
+def test_what_cannot_be_asked_is_wrong_whatever_is_answered(tmp_path, monkeypatch):
+    """Five questions in batches of two; the third picture is cut off, which its header does not show."""
+    processor = Processor.small(CONFIG)
+    records = [record(i, cut=60 if i == 2 else 0) for i in range(5)]
+    dataset = write_dataset(tmp_path / "set", records, processor, progress=False)
+    yes = [processor.tokenizer.nothink_id, *processor.tokenizer.encode("yes"), processor.tokenizer.eos_id]
+    shapes = set()
+
+    def answer(model, batch, **settings):
+        shapes.add(batch.tokens.shape + batch.patches.shape)
+        return np.array([yes] * len(batch.tokens))
+
+    monkeypatch.setattr(runner, "generate_ids", answer)
+    result = Evaluator(dataset, processor, rows=2, max_new_tokens=4)(None)
+    assert [a.correct for a in result.answers] == [True, True, False, True, True]
+    assert result.answers[2].prediction == "" and result.accuracy == 0.8 and len(shapes) == 1
