@@ -21,6 +21,16 @@ from PIL import Image
 
 type ImageSource = Image.Image | bytes | str | Path
 
+
+class ImageTooLargeError(ValueError):
+    """More pixels than Pillow agrees to decode (a decompression bomb)."""
+
+
+# glibc gives large blocks back to the system when they are freed, and the pages of the next image are faulted in anew,
+# which takes as long as decoding it. It stops doing so for blocks as large as the largest it has seen freed, up to
+# 32 MB (mallopt(3), M_MMAP_THRESHOLD), so one is freed at once; it is never touched, hence costs nothing.
+np.empty(31 << 20, np.uint8)
+
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,8 +62,8 @@ def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Ima
         # Before decoding: what a PNG says after its pixels must not count here, since image_size never gets there.
         orientation = _orientation(image)
         image.load()
-        # transpose() gives an image apart from the file; a copy does so for the upright.
-        return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image.copy()
+        # Once loaded, the pixels need no file: no copy of them is made, which would cost as much as half the decoding.
+        return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def image_size(source: bytes | str | Path, name: str | None = None) -> tuple[int, int]:
@@ -116,7 +126,7 @@ def _opened(source: bytes | str | Path, name: str | None) -> Iterator[Image.Imag
         except Image.UnidentifiedImageError:
             raise ValueError(f"{name} is not an image of a known format, or its header is broken") from None
         except Image.DecompressionBombError as error:
-            raise ValueError(f"{name} is too large to decode: {error}") from None
+            raise ImageTooLargeError(f"{name} is too large to decode: {error}") from None
         except MemoryError:
             raise
         except Exception as error:

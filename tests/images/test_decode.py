@@ -145,6 +145,22 @@ def test_a_disk_error_is_not_a_broken_image(tmp_path: Path) -> None:
             function(tmp_path / "absent.png")
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "AVIF", "GIF", "BMP", "JPEG2000", "ICO"])
+def test_pixels_need_no_file_once_opened(format: str, tmp_path: Path) -> None:
+    frames = [Image.effect_noise((64, 48), 60).convert("RGB"), Image.new("RGB", (64, 48), "red")]
+    several = {"save_all": True, "append_images": frames[1:]} if format in ("TIFF", "MPO", "GIF") else {}
+    data = encoded(frames[0], format, **several)
+    with Image.open(io.BytesIO(data)) as reference:
+        expected = np.asarray(reference.convert("RGB"))
+    path = tmp_path / "image"
+    path.write_bytes(data)
+    for image in (open_image(path), open_image(data)):
+        path.write_bytes(b"\0" * len(data))
+        for _ in range(2):
+            np.testing.assert_array_equal(np.asarray(to_rgb(image)), expected)
+        assert image.resize((5, 7)).size == image.copy().resize((5, 7)).size == (5, 7)
+
+
 def test_first_frame_of_an_animation() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from phivision_jax.images.naflex import grid_of, normalize, preprocess, target_size
+from phivision_jax.images.naflex import grid_of, grids_of, normalize, preprocess, target_size
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
 
@@ -54,10 +54,19 @@ def test_grid_stays_within_the_target(width: int, height: int, patch: int, least
     assert grid_of(height, width, patch, least, least + more) == (w, h)
 
 
+@pytest.mark.parametrize("bounds", [(16, 256, 3600), (14, 1, 400), (8, 4, 64)])
+def test_many_sizes_at_once(bounds: tuple[int, int, int]) -> None:
+    sizes = np.exp(np.random.default_rng(0).uniform(0, np.log(20_000), (3_000, 2))).astype(np.int32) + 1
+    assert grids_of(sizes, *bounds).tolist() == [list(grid_of(w, h, *bounds)) for w, h in sizes.tolist()]
+    assert grids_of(np.zeros((0, 2), np.int32)).shape == (0, 2)
+
+
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
 def test_no_pixels(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="no patches"):
         grid_of(*size)
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels has no patches"):
+        grids_of(np.array([(3, 4), size]))
 
 
 @pytest.mark.parametrize("name", ["noise_37x91", "chart_333x777", "gradient_400x30"])
@@ -93,3 +102,14 @@ def test_every_mode_gives_patches(mode: str) -> None:
     image = Image.new(mode, (40, 20))
     patches, grid = preprocess(image, 16, 1, 16)
     assert patches.shape == (grid[0] * grid[1], 768)
+
+
+def test_an_image_of_the_right_size_is_not_changed_by_being_cut() -> None:
+    """No resizing, hence no copy of the pixels: the patches must not be a view of them, nor the other way round."""
+    image = Image.effect_noise((64, 48), 60).convert("RGB")
+    before = image.tobytes()
+    patches, grid = preprocess(image, 16, 1, 12)
+    assert grid == (3, 4)
+    np.testing.assert_array_equal(patches[5], np.asarray(image)[16:32, 16:32].reshape(-1))
+    patches[...] = 0
+    assert image.tobytes() == before
