@@ -13,7 +13,7 @@ from absl import app, flags
 
 import phivision_jax
 from phivision_jax import progress
-from phivision_jax.data.records import Dataset
+from phivision_jax.data.dataset import Dataset
 from phivision_jax.evaluation import report
 from phivision_jax.evaluation.runner import Evaluator
 
@@ -30,8 +30,8 @@ def evaluate(checkpoint: str | Path, data: str | Path, **settings) -> report.Rep
     """Load, answer, score. ``settings`` are ``Evaluator``'s."""
     model, processor = phivision_jax.load(checkpoint)
     evaluator = Evaluator(Dataset.open(data), processor, **settings)
-    with progress.bar("evaluate", len(evaluator.records)) as bar:
-        result = evaluator(model, lambda n: bar.advance(bar.task_ids[0], n))
+    with progress.bar("evaluate", len(evaluator.records)) as advance:
+        result = evaluator(model, advance)
     return report.make_report(result, checkpoint=str(checkpoint), data=str(data), mode=evaluator.mode)
 
 

@@ -26,10 +26,12 @@ from ml_collections import config_flags
 
 from phivision_jax import loading, sharding
 from phivision_jax.batch import batch_spec
+from phivision_jax.data import quarantine
+from phivision_jax.data.dataset import Dataset
 from phivision_jax.data.encode import GROUP_NAMES
+from phivision_jax.data.mixture import Mixture
 from phivision_jax.data.pipeline import batches, rows_of_process, to_device
-from phivision_jax.data.plan import Plan, make_plan
-from phivision_jax.data.records import Dataset
+from phivision_jax.data.plan import Plan, make_plan, plan_inputs
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.models import phivision
 from phivision_jax.models.vision_tail import VisionTail
@@ -56,8 +58,11 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
     # Mesh, data.
     mesh = sharding.make_mesh(cfg.mesh.sizes(jax.device_count()))
     processor, assets = make_processor(cfg, run)
-    dataset = Dataset.open(cfg.data.path)
-    plan = make_or_load_plan(cfg, dataset, processor, run)
+    mixture = Mixture.read(cfg.data.path, epochs=cfg.data.epochs)
+    if cfg.data.stage:
+        mixture = mixture.only(cfg.data.stage)
+    datasets = [Dataset.open(path) for _, path in mixture.sources]
+    plan = make_or_load_plan(cfg, mixture, datasets, processor, run)
     available = plan.num_steps(cfg.data.batch_rows)
     steps = cfg.optim.steps or available
     if steps > available:
@@ -86,11 +91,12 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
     # The loop.
     meta = {"model": dataclasses.asdict(cfg.model), "plan": plan.hash, "run": dataclasses.asdict(cfg)}
     writer = MetricsWriter(run, first)
-    began, holes = time.monotonic() - writer.elapsed, 0
+    began = time.monotonic() - writer.elapsed
+    bad = quarantine.RunLog(run / quarantine.FILE, cfg.data.max_bad)
     batch_at = sharding.batch_shardings(mesh, spec)
     rows_here = rows_of_process(batch_at.tokens, cfg.data.batch_rows)
     rows = batches(
-        dataset,
+        datasets,
         plan,
         processor,
         batch_rows=cfg.data.batch_rows,
@@ -104,16 +110,16 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
         for batch, info in rows:
             if info.step >= steps:
                 break
+            bad.add(info.holes, sum(map(len, info.record_ids)))
             state, metrics = compiled(state, to_device(batch, batch_at, cfg.data.batch_rows))
             done, seen = info.step + 1, seen + int((batch.segment_ids > 0).sum())
-            holes += len(info.holes)
             if done % cfg.log_every == 0 or done == steps:
                 last = log_row(metrics, step, done) | batch_metrics(batch)
                 now = time.monotonic()
                 last |= {
                     "tokens_per_s": seen * jax.process_count() / (now - since),
                     "elapsed_s": now - began,
-                    "holes": holes,
+                    "holes": len(bad.holes),
                 }
                 writer.write(done, last)
                 bar.update(done, loss=last["loss"], tokens_per_s=last["tokens_per_s"])
@@ -157,27 +163,32 @@ def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
             )
 
 
-def make_or_load_plan(cfg: RunConfig, dataset: Dataset, processor: Processor, run: Path) -> Plan:
-    """The run's plan, which is made once and must be the same at every start."""
+def make_or_load_plan(
+    cfg: RunConfig, mixture: Mixture, datasets: list[Dataset], processor: Processor, run: Path
+) -> Plan:
+    """The run's plan: made at the first start, or taken from ``data.plan``; the same at every other start."""
     data = cfg.data
-    plan = make_plan(
-        dataset,
-        processor,
-        length=data.length,
-        vision_rows=data.vision_rows,
-        num_patches=data.num_patches,
-        seed=data.seed,
-        epochs=data.epochs,
-    )
+    settings: dict[str, Any] = {
+        "length": data.length,
+        "vision_rows": data.vision_rows,
+        "num_patches": data.num_patches,
+        "batch_rows": data.batch_rows,
+        "seed": data.seed,
+        "on_overflow": data.on_overflow,
+    }
     where = run / "plan"
-    if where.exists():
-        before = Plan.load(where)
-        if before.hash != plan.hash:
+    if not where.exists() and not data.plan:
+        plan = make_plan(datasets, mixture, processor, **settings, progress=jax.process_index() == 0)
+    else:
+        found = where if where.exists() else Path(data.plan)
+        plan, now = Plan.load(found), plan_inputs(datasets, mixture, processor, **settings)
+        if changed := [key for key in now if plan.inputs.get(key) != now[key]]:
+            key = changed[0]
             raise ValueError(
-                f"{run} was started with another plan ({before.hash[:12]}, now {plan.hash[:12]}): data, tokenizer, row "
-                "sizes, seed and epochs must stay as they were; continue with them, or take a new --run directory"
+                f"{found} is another plan than this configuration's: {key} is {plan.inputs.get(key)} there, {now[key]} "
+                "here; keep data, tokenizer, row sizes and seed as they were, or take a new --run directory"
             )
-    elif jax.process_index() == 0:
+    if not where.exists() and jax.process_index() == 0:
         plan.save(where)
     return plan
 

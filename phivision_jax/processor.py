@@ -110,6 +110,7 @@ class Processor:
         mode: Mode | None = None,
         generation_prompt: bool = False,
         group: int = 0,
+        max_patches: int | None = None,
     ) -> Example:
         """One conversation, its images cut into patches and its image columns laid out.
 
@@ -119,6 +120,7 @@ class Processor:
             bytes or path of an image file (turned by its EXIF orientation).
           mode, generation_prompt: as in ``text.chat.encode``.
           group: mode × task, for metrics.
+          max_patches: per image, where fewer than the model's are wanted.
 
         Raises:
           ValueError: when images and ``<image>`` markers do not match, an image is broken, or the messages are.
@@ -132,10 +134,11 @@ class Processor:
             raise ValueError(f"{missing} <image> markers without an image of their own, but {len(given)} images given")
         following = iter(given)
         sources = [next(following) if source is None else source for source in inline]
-        return expand(ids, [self.patch(source, f"image {i}") for i, source in enumerate(sources)], labels, group)
+        patched = [self.patch(source, f"image {i}", max_patches) for i, source in enumerate(sources)]
+        return expand(ids, patched, labels, group)
 
-    def patch(self, source: ImageSource, name: str = "image") -> PatchedImage:
-        """One image as the encoder takes it, at this model's patch settings.
+    def patch(self, source: ImageSource, name: str = "image", max_patches: int | None = None) -> PatchedImage:
+        """One image as the encoder takes it, at this model's patch settings or with at most ``max_patches``.
 
         Raises:
           ValueError: for an image that cannot be decoded or converted, with ``name`` and the reason.
@@ -143,8 +146,9 @@ class Processor:
         if not isinstance(source, Image.Image):
             source = open_image(source, name if isinstance(source, bytes) else None)
         config = self.config
+        most = min(max_patches or config.max_patches, config.max_patches)
         try:
-            return PatchedImage(*preprocess(source, config.vision.patch_size, config.min_patches, config.max_patches))
+            return PatchedImage(*preprocess(source, config.vision.patch_size, min(config.min_patches, most), most))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.progress import (
@@ -16,17 +16,17 @@ from rich.progress import (
 )
 
 
-def _progress(*extra: str) -> Progress:
+def _progress(*extra: str, shown: bool = True) -> Progress:
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *map(TextColumn, extra)]
-    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), disable=not shown)
 
 
 @contextmanager
-def bar(description: str, total: int) -> Iterator[Progress]:
-    """A bar over ``total`` things: ``progress.advance(0, n)``."""
-    with _progress() as progress:
-        progress.add_task(description, total=total)
-        yield progress
+def bar(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` things; what it gives is told how many more are done."""
+    with _progress(shown=shown) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda n: progress.advance(task, n)
 
 
 class TrainingBar:

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig
-from phivision_jax.data.records import Record, write_dataset
+from phivision_jax.data.importing import write_dataset
+from phivision_jax.data.records import Record
 from phivision_jax.processor import Processor
 from phivision_jax.training.metrics import read_metrics
 

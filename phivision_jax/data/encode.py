@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phivision_jax.batch import IGNORE, PLACEHOLDER, Example, PatchedImage
+from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS, Mode, Record, mode_of
+from phivision_jax.images.decode import open_image, to_rgb
 
 if TYPE_CHECKING:
     from phivision_jax.processor import Processor
@@ -23,16 +25,32 @@ def group_id(mode: Mode, task: str) -> int:
     return MODES.index(mode) * len(TASKS) + TASKS.index(task)
 
 
-def encode_record(record: Record, processor: Processor) -> Example:
+def encode_record(record: Record, processor: Processor, max_patches: int | None = None) -> Example:
     """Decode the images, resize them to patches, and lay out the conversation.
 
+    Args:
+      record: with its images as bytes or paths.
+      processor: of the model.
+      max_patches: per image, where a plan allows fewer than the processor does.
+
     Raises:
-      ValueError: for a record that cannot be encoded: a broken image, markers and images that do not match, an
-        answer that is not of its mode. The same record fails the same way each time.
+      BadRecord: for a record that cannot be encoded: a broken image, markers and images that do not match, an answer
+        that is not of its mode. The same record fails the same way each time.
       OSError: when an image's file cannot be read.
     """
     mode = mode_of(record)
-    return processor.encode(record.messages, record.images, mode=mode, group=group_id(mode, record.task))
+    pictures = []
+    for i, image in enumerate(record.images):
+        try:
+            pictures.append(to_rgb(open_image(image, f"image {i}")))
+        except ValueError as error:
+            raise BadRecord("image-broken", str(error)) from error
+    try:
+        return processor.encode(
+            record.messages, pictures, mode=mode, group=group_id(mode, record.task), max_patches=max_patches
+        )
+    except ValueError as error:
+        raise BadRecord("fields", str(error)) from error
 
 
 def hole(text_tokens: int, grids: Sequence[tuple[int, int]], patch_dim: int) -> Example:

@@ -1,13 +1,18 @@
-"""Which examples share a row: best-fit-decreasing on two budgets at once.
+"""Which examples share a row: packing on two budgets at once, with attention work spread evenly.
 
 A row has T text columns (image columns count) and R vision rows of P patches. Examples are taken from the largest to
-the smallest; each goes to the row with the fewest columns left among those that still take it, or opens a new one:
+the smallest. As many rows as the sums of both budgets need are open from the start. Large examples (more than T/3
+columns) go where there is the least attention work so far, Σ length², among the rows that still take them, so that rows
+come to hold one long example and some shorter ones rather than long ones here and short ones there. Small examples then
+fill the gaps: each goes to the row with the fewest columns left (best fit). What fits nowhere opens a new row.
 
     T = 10, R = 1, P = 6                       ▢ image column  ▇ text column       columns, patches left
-    a: 4 patches and 3 text tokens    b first (all of P)        row 0  ▢▢▢▢▢▢▇▇▇▇  b d    0, 0
-    b: 6 patches                      a finds no room for 7     row 1  ▢▢▢▢▇▇▇▇▇▇  a c    0, 2
-    c: 3 text tokens                  d fills row 0 (4 left)
-    d: 4 text tokens                  c fills row 1 (3 left)
+    a: 4 patches and 3 text tokens    b first (all of P)         row 0  ▢▢▢▢▢▢▇▇▇▇  b d    0, 0
+    b: 6 patches                      a has room in row 1 alone  row 1  ▢▢▢▢▇▇▇▇▇▇  a c    0, 2
+    c: 3 text tokens                  d joins b: 6² < 7²
+    d: 4 text tokens                  c fits row 1 alone
+
+Where that costs rows, plain best-fit-decreasing is taken (``benchmarks/packing.py`` prints both).
 
 Within a row, images take vision rows exactly as ``batch.fill_rows`` places them (the same function in the same order),
 so a planned row always fits, with R > 1 too.
@@ -73,61 +78,121 @@ def pack(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> tuple[np
       ``(examples, row_offsets)``: [n] the same numbers, row after row in the order in which they fill it, and
       [rows + 1] where each row begins.
     """
-    n, num_patches = len(examples), capacity.num_patches
+    spread = _pack(examples, lengths, capacity, spread_work=True)
+    if _rows(spread) <= _ROWS_FOR_BALANCE * _least_rows(examples, lengths, capacity):
+        return spread
+    tight = best_fit_decreasing(examples, lengths, capacity)
+    return spread if _rows(spread) <= _ROWS_FOR_BALANCE * _rows(tight) else tight
+
+
+def best_fit_decreasing(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> tuple[np.ndarray, np.ndarray]:
+    """As ``pack``, with no eye on attention work."""
+    return _pack(examples, lengths, capacity, spread_work=False)
+
+
+_ROWS_FOR_BALANCE = 1.005
+"""Spreading the work may cost half a percent more rows; past that (T near the longest examples) rows count more."""
+
+
+def _rows(packed: tuple[np.ndarray, np.ndarray]) -> int:
+    return len(packed[1]) - 1
+
+
+def _least_rows(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> int:
+    """As many rows as the sums of both budgets need, at least."""
+    patches = max(capacity.vision_rows * capacity.num_patches, 1)
+    by_columns = -(-int(lengths.columns[examples].sum()) // capacity.length)
+    return min(max(by_columns, -(-int(lengths.patches[examples].sum()) // patches)), len(examples))
+
+
+def _pack(
+    examples: np.ndarray, lengths: Lengths, capacity: Capacity, *, spread_work: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    n, length, total_patches = len(examples), capacity.length, capacity.vision_rows * capacity.num_patches
     columns = lengths.columns[examples]
     begin, end = lengths.offsets[examples], lengths.offsets[examples + 1]
-    sums = np.concatenate([[0], np.cumsum(lengths.image_patches, dtype=np.int64)])
-    patches = sums[end] - sums[begin]
+    patches = lengths.patches[examples]
     # Size is the larger share of the two budgets, compared as integers: shares rounded to floats could tie by accident.
-    size = np.maximum(columns * max(capacity.vision_rows * num_patches, 1), patches * capacity.length)
-    order = np.argsort(-size, kind="stable")
+    order = np.argsort(-np.maximum(columns * max(total_patches, 1), patches * length), kind="stable")
     examples, columns, patches, begin, end = (a[order] for a in (examples, columns, patches, begin, end))
-    # The least that any example from here on needs: a row with less left is closed and no longer searched.
-    least = np.minimum.accumulate(columns[::-1])[::-1]
+    opened = _least_rows(examples, lengths, capacity) if spread_work else 0
+    small = length // 3 if spread_work else length
 
     row_of = np.empty(n, np.int64)
-    used: list[list[int]] = []
-    # Open rows: columns left, patches left, row number. Kept in the order in which they were opened.
-    room, left, number = (np.empty(n, np.int32) for _ in range(3))
-    score = np.empty(n, np.int32)
-    opened, closed_at = 0, 0
-    never = np.int32(np.iinfo(np.int32).max)
+    room, left = np.full(n, length), np.full(n, total_patches)
+    work = np.zeros(n, np.int64)
+    score = np.empty(n, np.int64)
+    used = [[0] * capacity.vision_rows for _ in range(opened)]
+    never = np.iinfo(np.int64).max
     image_patches = lengths.image_patches
-    for i, (t, p, b, e) in enumerate(
-        zip(columns.tolist(), patches.tolist(), begin.tolist(), end.tolist(), strict=True)
-    ):
-        if i - closed_at >= 256:
-            keep = np.flatnonzero(room[:opened] >= least[i])
-            for array in (room, left, number):
-                array[: len(keep)] = array[keep]
-            opened, closed_at = len(keep), i
-        images = image_patches[b:e].tolist()
+    for i, (t, p) in enumerate(zip(columns.tolist(), patches.tolist(), strict=True)):
+        images = image_patches[begin[i] : end[i]].tolist()
         scores = score[:opened]
-        np.copyto(scores, room[:opened])
+        np.copyto(scores, (room if t <= small else work)[:opened])
         scores[room[:opened] < t] = never
         if p:
             scores[left[:opened] < p] = never
-        after = None
-        while opened:
+        after, j = None, opened
+        while opened and after is None:
             j = int(scores.argmin())
             if scores[j] == never:
                 break
-            after = place(used[number[j]], images, num_patches) if p else used[number[j]]
-            if after is not None:
-                break
-            scores[j] = never  # room enough in all, but not in any one vision row
+            after = place(used[j], images, capacity.num_patches)
+            scores[j] = never  # if it did not fit: room enough in all, but not in any one vision row
         if after is None:
             j = opened
-            after = place([0] * capacity.vision_rows, images, num_patches)
-            if after is None or t > capacity.length:
+            after = place([0] * capacity.vision_rows, images, capacity.num_patches)
+            if after is None or t > length:
                 raise ValueError(f"an example of {t} columns and images of {images} patches does not fit {capacity}")
-            room[j], left[j], number[j] = capacity.length, capacity.vision_rows * num_patches, len(used)
             used.append(after)
             opened += 1
-        row_of[i] = number[j]
-        used[number[j]] = after
+        row_of[i], used[j] = j, after
         room[j] -= t
         left[j] -= p
+        work[j] += t * t
     by_row = np.argsort(row_of, kind="stable")
-    counts = np.bincount(row_of, minlength=len(used))
-    return examples[by_row], np.concatenate([[0], np.cumsum(counts)])
+    counts = np.bincount(row_of, minlength=opened)
+    return examples[by_row], np.concatenate([[0], np.cumsum(counts[counts > 0])])
+
+
+def attention_work(examples: np.ndarray, row_offsets: np.ndarray, lengths: Lengths) -> np.ndarray:
+    """[rows] i64: Σ length² over the examples of each row, what its attention costs."""
+    sums = np.concatenate([[0], np.cumsum(lengths.columns[examples] ** 2)])
+    return np.diff(sums[row_offsets])
+
+
+def balance(work: np.ndarray, shuffled: np.ndarray, batch_rows: int, pending: int) -> np.ndarray:
+    """An order of a window's rows in which those of one step have about the same attention work.
+
+    All devices wait for the row with the most work in it. Rows are sorted by work in steps of a tenth, at random inside
+    one, cut into steps, and the steps are shuffled. The rows that share a step with a neighbouring window are taken
+    from the middle, where the neighbour takes its own.
+
+    Args:
+      work: [rows] of each row.
+      shuffled: [rows] the rows in a random order.
+      batch_rows: B.
+      pending: how many rows the step holds that this window begins in the middle of; 0 at a step's beginning.
+
+    Returns:
+      [rows] the rows in order.
+    """
+    level = np.searchsorted(_work_levels(int(work.max(initial=1))), work[shuffled])
+    order = shuffled[np.argsort(level, kind="stable")]
+    head = min(-pending % batch_rows, len(order))
+    steps = (len(order) - head) // batch_rows
+    outside = len(order) - steps * batch_rows  # of the step before and the step behind
+    middle = (len(order) - outside) // 2
+    shared, own = order[middle : middle + outside], np.delete(order, slice(middle, middle + outside))
+    own = own.reshape(steps, batch_rows)
+    place_of = np.argsort(shuffled)  # the inverse permutation: a random place for each step, by its first row
+    own = own[np.argsort(place_of[own[:, 0]])]
+    return np.concatenate([shared[:head], own.reshape(-1), shared[head:]])
+
+
+def _work_levels(most: int) -> np.ndarray:
+    """1, 2, 3, … each a tenth above the last, beyond ``most``: integers, so that every machine sorts alike."""
+    levels = [1]
+    while levels[-1] < most:
+        levels.append(levels[-1] + max(levels[-1] // 10, 1))
+    return np.array(levels)

@@ -22,10 +22,13 @@ import numpy as np
 
 from phivision_jax.batch import Batch, Example, fill_rows
 from phivision_jax.data.encode import encode_record, hole
-from phivision_jax.data.plan import Plan, grids_of
+from phivision_jax.data.plan import Plan
+from phivision_jax.data.quarantine import BadRecord, Quarantined
+from phivision_jax.images.naflex import grid_of
 
 if TYPE_CHECKING:
-    from phivision_jax.data.records import Dataset, Record
+    from phivision_jax.data.dataset import Dataset
+    from phivision_jax.data.records import Record
     from phivision_jax.processor import Processor
 
 IO_ATTEMPTS = 4
@@ -36,25 +39,18 @@ _log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Hole:
-    """A record that could not be encoded."""
-
-    record_id: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
 class BatchInfo:
     """What a batch holds, for the host's eyes only."""
 
     step: int
     record_ids: tuple[tuple[str, ...], ...]
     """Per row of this host's batch, the ids of its records; the n-th is segment n + 1."""
-    holes: tuple[Hole, ...]
+    holes: tuple[Quarantined, ...]
+    """Those of them that could not be encoded."""
 
 
 def batches(
-    dataset: Dataset,
+    datasets: Sequence[Dataset],
     plan: Plan,
     processor: Processor,
     *,
@@ -67,7 +63,7 @@ def batches(
     """The plan's batches from ``start_step`` to its end, as NumPy.
 
     Args:
-      dataset: what the plan was made from.
+      datasets: what the plan was made from, in its order.
       plan: it fixes T, R and P.
       processor: of the same fingerprint.
       batch_rows: B, rows of a step over all hosts.
@@ -80,8 +76,9 @@ def batches(
       ValueError: when plan, dataset and processor do not belong together, or a record is not as long as planned.
       IndexError: when ``start_step`` lies behind the plan's end.
     """
-    if plan.inputs["sources"] != [dataset.hash]:
-        raise ValueError(f"the plan was made from another dataset than {dataset.directory}; make it again")
+    if plan.inputs["sources"] != [dataset.hash for dataset in datasets]:
+        given = ", ".join(str(dataset.directory) for dataset in datasets)
+        raise ValueError(f"the plan was made from other datasets than {given}; make it again")
     if plan.inputs["processor"] != processor.fingerprint:
         raise ValueError("the plan was made with another tokenizer, chat template or patch settings; make it again")
     steps = plan.num_steps(batch_rows)
@@ -89,15 +86,16 @@ def batches(
         raise IndexError(f"start_step {start_step} of a plan with {steps} steps of {batch_rows} rows")
     here = list(range(batch_rows)) if rows_here is None else list(rows_here)
     capacity, config = plan.capacity, processor.config
-    grids = grids_of(dataset.index, config)
 
     def load(step: int) -> tuple[Batch, BatchInfo]:
         rows = plan.rows(step, batch_rows)
-        holes: list[Hole] = []
+        holes: list[Quarantined] = []
         filled: list[list[Example]] = []
         record_ids: list[tuple[str, ...]] = []
         for row in (rows[j] for j in here):
-            encoded = [_load_example(dataset, int(i), processor, grids, holes) for _, i in row]
+            encoded = [
+                _load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), holes) for s, i in row.tolist()
+            ]
             filled.append([example for example, _ in encoded])
             record_ids.append(tuple(record_id for _, record_id in encoded))
         batch = fill_rows(
@@ -118,19 +116,22 @@ def batches(
 
 
 def _load_example(
-    dataset: Dataset, i: int, processor: Processor, grids: np.ndarray, holes: list[Hole]
+    dataset: Dataset, i: int, processor: Processor, max_patches: int | None, holes: list[Quarantined]
 ) -> tuple[Example, str]:
     """Record ``i`` encoded, or the hole that it leaves; and its id."""
-    index = dataset.index
-    planned_text = int(index.text_tokens[i])
-    planned_grids = [(h, w) for h, w in grids[index.image_offsets[i] : index.image_offsets[i + 1]].tolist()]
+    config = processor.config
+    most = max_patches or config.max_patches
+    bounds = config.vision.patch_size, min(config.min_patches, most), most
+    planned_text = int(dataset.index.text_tokens[i])
+    planned_grids = [grid_of(*size, *bounds) for size in dataset.index.sizes_of(i)]
     record = _read(dataset, i)
     try:
-        example = encode_record(record, processor)
-    except ValueError as error:
+        example = encode_record(record, processor, max_patches)
+    except BadRecord as error:
         _log.warning("record %r of %r cannot be encoded and leaves a hole: %s", record.id, record.source, error)
-        holes.append(Hole(record.id, str(error)))
-        return hole(planned_text, planned_grids, processor.config.vision.patch_dim), record.id
+        where = f"{dataset.directory}, record {i}"
+        holes.append(Quarantined(record.id, record.source, error.reason, str(error), where))
+        return hole(planned_text, planned_grids, config.vision.patch_dim), record.id
     text = len(example.tokens) - example.num_patches
     if text != planned_text or [image.grid for image in example.images] != planned_grids:
         raise ValueError(

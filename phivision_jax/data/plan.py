@@ -1,16 +1,17 @@
 """What is in which row, as a file: the order of a whole training, fixed before it starts.
 
-A plan is a pure function of (dataset, processor, seed, T, R, P, epochs or number of examples), never the state of an
-iterator. Whoever holds the plan and a step number knows every example of that step, on any number of hosts, so a
-resume is a plan hash and a step.
+A plan is a pure function of (datasets, mixture, processor, seed, T, R, P, B), never the state of an iterator. Whoever
+holds the plan and a step number knows every example of that step, on any number of hosts, so a resume is a plan hash
+and a step.
 
-    epoch 0: permutation of the records ──► windows of 16,384 ──► pack each ──► shuffle its rows ──► rows 0, 1, 2, …
-    epoch 1: another permutation, …                 (nothing is carried from one window into the next)
+    stage 0: draw examples in their shares ──► windows of 16,384 ──► pack each ──► shuffle, balance its rows ──► rows
+    stage 1: …                                 (nothing is carried from one window into the next)
 
-    DIR/plan.json           inputs, hash, counts, rejected records
+    DIR/plan.json           inputs, hash, what was drawn, rejected records
     DIR/row_offsets.npy     [rows + 1] i64: row j holds examples row_offsets[j] … row_offsets[j + 1] − 1
     DIR/examples.npy        [examples] u32: number of the record in its source
     DIR/sources.npy         [examples] u8: number of the source
+    DIR/resized.npy         [k, 3] i64: source, record and most patches per image of each record that was too large
 """
 
 from __future__ import annotations
@@ -22,27 +23,33 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from phivision_jax.data.packing import Capacity, Lengths, pack, place
+from phivision_jax.data.mixture import Mixture, Pool, Stage, draw
+from phivision_jax.data.packing import Capacity, Lengths, attention_work, balance, pack, place
+from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.shuffle import permutation
-from phivision_jax.images.naflex import grid_of
+from phivision_jax.images import naflex
+from phivision_jax.progress import bar
 
 if TYPE_CHECKING:
     from phivision_jax.config import ModelConfig
-    from phivision_jax.data.records import Dataset, Index
+    from phivision_jax.data.dataset import Dataset, Index
     from phivision_jax.processor import Processor
 
-FORMAT = 1
+FORMAT = 2
 WINDOW = 16_384
 """Examples packed at a time: more fills rows better, but mixes the order less than a window's worth of shuffling."""
-_ARRAYS = {"row_offsets": "<i8", "examples": "<u4", "sources": "u1"}
-# What a seed is used for.
-_EPOCH_ORDER, _ROW_ORDER = 0, 1
+_ARRAYS = {"row_offsets": "<i8", "examples": "<u4", "sources": "u1", "resized": "<i8"}
+_MOST_SOURCES = 256
+# What a seed is used for; ``mixture`` has a number of its own.
+_ROW_ORDER = 1
+
+Overflow = Literal["drop", "resize", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +64,23 @@ class Rejected:
 
 
 @dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What one stage took from one group of records: a source, a mode or a task."""
+
+    stage: str
+    kind: str
+    """"source", "mode" or "task"."""
+    name: str
+    examples: int
+    tokens: int
+    example_share: float
+    token_share: float
+    """Of the stage."""
+    passes: float | None = None
+    """Of a source: how often its records that fit were gone through."""
+
+
+@dataclasses.dataclass(frozen=True)
 class PlanSummary:
     rows: int
     examples: int
@@ -65,6 +89,8 @@ class PlanSummary:
     patch_padding: float
     rejected: Mapping[str, int]
     """Number of records by reason; which ones is in ``Plan.rejected``."""
+    resized: int
+    drawn: tuple[Drawn, ...]
 
     def __str__(self) -> str:
         lines = [
@@ -72,6 +98,17 @@ class PlanSummary:
             f"padding: text {self.text_padding:.2%}, patches {self.patch_padding:.2%}",
         ]
         lines += [f"rejected for {reason}: {count:,} records" for reason, count in self.rejected.items()]
+        if self.resized:
+            lines.append(f"resized to fewer patches: {self.resized:,} records")
+        stages = list(dict.fromkeys(d.stage for d in self.drawn))
+        for stage in stages:
+            lines.append(f"drawn{f' in stage {stage!r}' if len(stages) > 1 else ''}:")
+            for d in (d for d in self.drawn if d.stage == stage):
+                passes = f"  {d.passes:.2f} passes" if d.passes is not None else ""
+                lines.append(
+                    f"  {d.kind:<6} {d.name:<20} {d.examples:>12,} examples {d.example_share:7.2%}"
+                    f" {d.tokens:>16,} tokens {d.token_share:7.2%}{passes}"
+                )
         return "\n".join(lines)
 
 
@@ -82,7 +119,9 @@ class Plan:
     row_offsets: np.ndarray
     examples: np.ndarray
     sources: np.ndarray
+    resized: np.ndarray
     rejected: tuple[Rejected, ...]
+    drawn: tuple[Drawn, ...]
     columns_used: int
     patches_used: int
 
@@ -116,6 +155,11 @@ class Plan:
         return np.split(pairs, offsets[1:-1] - offsets[0])
 
     @functools.cached_property
+    def patch_limits(self) -> Mapping[tuple[int, int], int]:
+        """(source, record) → most patches per image, for the records that are resized to fit."""
+        return {(s, i): limit for s, i, limit in self.resized.tolist()}
+
+    @functools.cached_property
     def hash(self) -> str:
         """sha256 over the inputs and the arrays, the same on every machine."""
         digest = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode())
@@ -132,6 +176,8 @@ class Plan:
             text_padding=1 - self.columns_used / columns if columns else 0.0,
             patch_padding=1 - self.patches_used / patches if patches else 0.0,
             rejected=dict(collections.Counter(r.reason for r in self.rejected)),
+            resized=len(self.resized),
+            drawn=self.drawn,
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -148,6 +194,7 @@ class Plan:
             "inputs": self.inputs,
             "columns_used": self.columns_used,
             "patches_used": self.patches_used,
+            "drawn": [dataclasses.asdict(d) for d in self.drawn],
             "rejected": [dataclasses.asdict(r) for r in self.rejected],
         }
         (partial / "plan.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -178,6 +225,7 @@ class Plan:
             inputs=about["inputs"],
             **arrays,
             rejected=tuple(Rejected(**r) for r in about["rejected"]),
+            drawn=tuple(Drawn(**d) for d in about["drawn"]),
             columns_used=about["columns_used"],
             patches_used=about["patches_used"],
         )
@@ -186,76 +234,193 @@ class Plan:
         return plan
 
 
-def make_plan(
-    dataset: Dataset,
+def plan_inputs(
+    datasets: Sequence[Dataset],
+    mixture: Mixture,
     processor: Processor,
     *,
     length: int,
     vision_rows: int,
     num_patches: int,
+    batch_rows: int = 1,
     seed: int = 0,
-    epochs: int | None = None,
-    num_examples: int | None = None,
+    on_overflow: Overflow = "drop",
     window: int = WINDOW,
-) -> Plan:
-    """Plan a training: every epoch all records in a new order, packed into rows.
-
-    Args:
-      dataset: what to train on.
-      processor: with the tokenizer and template that the dataset was counted with; its patch settings are free.
-      length: T, text columns of a row.
-      vision_rows: R.
-      num_patches: P, patches of a vision row.
-      seed: of the epochs' orders and of the rows' order within a window.
-      epochs: how often each record is used; default 1. Give this or ``num_examples``.
-      num_examples: how many examples in all, the last epoch cut short.
-      window: examples packed at a time. Windows end with the epoch.
+) -> dict[str, Any]:
+    """Everything that a plan is a function of, as JSON values: two plans with equal inputs are the same plan.
 
     Raises:
-      ValueError: when the dataset was counted with another tokenizer, or no record fits a row.
+      ValueError: when a dataset was counted with another tokenizer, or datasets and mixture do not belong together.
     """
-    if epochs is not None and num_examples is not None:
-        raise ValueError("give epochs or num_examples, not both")
-    capacity = Capacity(length, vision_rows, num_patches)
-    lengths, fits, rejected = _measure(dataset, processor, capacity)
-    total = num_examples if num_examples is not None else int(fits.sum()) * (1 if epochs is None else epochs)
-    if total < 1:
-        raise ValueError(f"a plan needs at least one example, not {total}")
+    if len(datasets) != len(mixture.sources):
+        raise ValueError(f"{len(datasets)} datasets for a mixture of {len(mixture.sources)}")
+    if len(datasets) > _MOST_SOURCES:
+        raise ValueError(f"a plan numbers its sources in one byte: {len(datasets)} are more than {_MOST_SOURCES}")
+    for dataset in datasets:
+        check_processor(dataset, processor)
+    for stage in mixture.stages:
+        stage.chosen(mixture.names)
+    inputs = {
+        "format": FORMAT,
+        "sources": [dataset.hash for dataset in datasets],
+        "names": list(mixture.names),
+        "processor": processor.fingerprint,
+        **dataclasses.asdict(Capacity(length, vision_rows, num_patches)),
+        "batch_rows": batch_rows,
+        "stages": [dataclasses.asdict(stage) for stage in mixture.stages],
+        "seed": seed,
+        "on_overflow": on_overflow,
+        "window": window,
+    }
+    return json.loads(json.dumps(inputs))
 
-    examples: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
-    drawn, epoch = 0, 0
-    while drawn < total:
-        order = permutation(len(dataset), seed, _EPOCH_ORDER, epoch)
-        order = order[fits[order]][: total - drawn]
-        for first in range(0, len(order), window):
-            packed, offsets = pack(order[first : first + window], lengths, capacity)
-            shuffled = permutation(len(offsets) - 1, seed, _ROW_ORDER, len(examples))
-            sizes = np.diff(offsets)[shuffled]
-            # Row j of the window moves as a whole: its examples' places are its begin plus 0, 1, 2, …
-            within = np.arange(len(packed)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-            examples.append(packed[np.repeat(offsets[:-1][shuffled], sizes) + within])
-            counts.append(sizes)
-        drawn, epoch = drawn + len(order), epoch + 1
-    return _assemble(
-        dataset,
-        processor,
-        capacity,
-        {"order": "packed", "seed": seed, "num_examples": total, "window": window},
-        lengths,
-        np.concatenate(examples),
-        np.concatenate(counts),
-        rejected,
+
+def make_plan(
+    datasets: Sequence[Dataset],
+    mixture: Mixture,
+    processor: Processor,
+    *,
+    progress: bool = False,
+    **settings: Any,
+) -> Plan:
+    """Plan a training: draw every stage's examples in their shares and pack them into rows.
+
+    Args:
+      datasets: of the mixture's sources, in their order.
+      mixture: what to draw.
+      processor: with the tokenizer and template that the datasets were counted with; its patch settings are free.
+      progress: show a bar.
+      settings: of ``plan_inputs``. length: T, text columns of a row; vision_rows: R; num_patches: P, patches of a
+        vision row; batch_rows: B, rows of a step, between which attention work is balanced; seed: of all orders;
+        on_overflow: what happens to records that no row takes: "drop" counts and names them, "resize" gives their
+        images fewer patches where that helps, "error" stops; window: examples packed at a time.
+
+    Raises:
+      ValueError: as ``plan_inputs`` and ``mixture.draw``; when no record fits a row; by on_overflow="error".
+    """
+    inputs = plan_inputs(datasets, mixture, processor, **settings)
+    capacity = Capacity(inputs["length"], inputs["vision_rows"], inputs["num_patches"])
+    measured = [
+        _measure(s, dataset, processor.config, capacity, inputs["on_overflow"]) for s, dataset in enumerate(datasets)
+    ]
+    if not any(m.fits.any() for m in measured):
+        shortest = min((m.lengths.columns.min(), m.lengths.patches[m.lengths.columns.argmin()]) for m in measured)
+        raise ValueError(
+            f"{', '.join(str(d.directory) for d in datasets)}: none of {sum(map(len, datasets))} records fits a row of "
+            f"{capacity.length} columns and {capacity.vision_rows} x {capacity.num_patches} patches; the smallest "
+            f"needs {shortest[0]} columns and {shortest[1]} patches"
+        )
+    lengths, first = _joined([m.lengths for m in measured])
+    pools = []
+    for m, dataset in zip(measured, datasets, strict=True):
+        which = np.flatnonzero(m.fits)
+        index = dataset.index
+        pools.append(Pool(which, m.lengths.columns[which], index.modes[which], index.tasks[which]))
+
+    rows = _Rows(lengths, capacity, inputs["seed"], inputs["batch_rows"])
+    drawn: list[Drawn] = []
+    for number, stage in enumerate(mixture.stages):
+        sources, records, one_pass = draw(pools, mixture.names, stage, inputs["seed"], number)
+        numbers = first[sources] + records
+        drawn += _account(stage, mixture.names, sources, records, pools, datasets, lengths.columns[numbers])
+        with bar(f"plan {stage.name}", len(numbers), shown=progress) as advance:
+            for begin in range(0, len(numbers), one_pass):  # windows end with the pass
+                in_pass = numbers[begin : begin + one_pass]
+                for window in range(0, len(in_pass), inputs["window"]):
+                    taken = in_pass[window : window + inputs["window"]]
+                    rows.add(taken)
+                    advance(len(taken))
+    numbers = np.concatenate(rows.examples)
+    sources = np.searchsorted(first, numbers, side="right") - 1
+    return Plan(
+        inputs=inputs,
+        row_offsets=np.concatenate([[0], np.cumsum(np.concatenate(rows.counts))]).astype(_ARRAYS["row_offsets"]),
+        examples=(numbers - first[sources]).astype(_ARRAYS["examples"]),
+        sources=sources.astype(_ARRAYS["sources"]),
+        resized=np.concatenate([m.resized for m in measured]).astype(_ARRAYS["resized"]),
+        rejected=tuple(r for m in measured for r in m.rejected),
+        drawn=tuple(drawn),
+        columns_used=int(lengths.columns[numbers].sum()),
+        patches_used=int(lengths.patches[numbers].sum()),
     )
+
+
+class _Rows:
+    """The plan's rows as they come to be, window after window."""
+
+    def __init__(self, lengths: Lengths, capacity: Capacity, seed: int, batch_rows: int) -> None:
+        self.lengths, self.capacity, self.seed, self.batch_rows = lengths, capacity, seed, batch_rows
+        self.examples: list[np.ndarray] = []
+        self.counts: list[np.ndarray] = []
+        self.total = 0
+
+    def add(self, window: np.ndarray) -> None:
+        packed, offsets = pack(window, self.lengths, self.capacity)
+        shuffled = permutation(len(offsets) - 1, self.seed, _ROW_ORDER, len(self.examples))
+        work = attention_work(packed, offsets, self.lengths)
+        order = balance(work, shuffled, self.batch_rows, self.total % self.batch_rows)
+        sizes = np.diff(offsets)[order]
+        # Row j of the window moves as a whole: its examples' places are its begin plus 0, 1, 2, …
+        within = np.arange(len(packed)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        self.examples.append(packed[np.repeat(offsets[:-1][order], sizes) + within])
+        self.counts.append(sizes)
+        self.total += len(sizes)
+
+
+def _joined(parts: Sequence[Lengths]) -> tuple[Lengths, np.ndarray]:
+    """The lengths of all sources as one, and the number of each source's first record in it."""
+    first = np.concatenate([[0], np.cumsum([len(part.columns) for part in parts])])[:-1]
+    images = np.concatenate([[0], np.cumsum([len(part.image_patches) for part in parts])])[:-1]
+    joined = Lengths(
+        np.concatenate([part.columns for part in parts]),
+        np.concatenate([part.image_patches for part in parts]),
+        np.concatenate([[0], *(part.offsets[1:] + at for part, at in zip(parts, images, strict=True))]),
+    )
+    return joined, first
+
+
+def _account(
+    stage: Stage,
+    names: Sequence[str],
+    sources: np.ndarray,
+    records: np.ndarray,
+    pools: Sequence[Pool],
+    datasets: Sequence[Dataset],
+    tokens: np.ndarray,
+) -> list[Drawn]:
+    """What a stage drew, by source, mode and task."""
+    modes, tasks = np.empty(len(records), np.int64), np.empty(len(records), np.int64)
+    for s, dataset in enumerate(datasets):
+        at = sources == s
+        modes[at], tasks[at] = dataset.index.modes[records[at]], dataset.index.tasks[records[at]]
+    drawn = []
+    for kind, numbers, labels in (("source", sources, names), ("mode", modes, MODES), ("task", tasks, TASKS)):
+        examples = np.bincount(numbers, minlength=len(labels))
+        # Weights of bincount are floats: exact below 2⁵³ tokens.
+        columns = np.bincount(numbers, weights=tokens, minlength=len(labels)).astype(np.int64)
+        for i in np.flatnonzero(examples).tolist():
+            drawn.append(
+                Drawn(
+                    stage=stage.name,
+                    kind=kind,
+                    name=labels[i],
+                    examples=int(examples[i]),
+                    tokens=int(columns[i]),
+                    example_share=int(examples[i]) / len(records),
+                    token_share=int(columns[i]) / int(tokens.sum()),
+                    passes=int(examples[i]) / len(pools[i].records) if kind == "source" else None,
+                )
+            )
+    return drawn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes, and what does not fit.
 
 
 def grids_of(index: Index, config: ModelConfig) -> np.ndarray:
     """[I, 2] i64: rows and columns of patches of every image, by arithmetic on its size."""
-    if not len(index.image_sizes):
-        return np.zeros((0, 2), np.int64)
-    sizes, which = np.unique(index.image_sizes, axis=0, return_inverse=True)
-    bounds = config.vision.patch_size, config.min_patches, config.max_patches
-    return np.array([grid_of(int(w), int(h), *bounds) for w, h in sizes], np.int64)[which.reshape(-1)]
+    return naflex.grids_of(index.image_sizes, config.vision.patch_size, config.min_patches, config.max_patches)
 
 
 def lengths_of(index: Index, config: ModelConfig) -> Lengths:
@@ -274,53 +439,72 @@ def check_processor(dataset: Dataset, processor: Processor) -> None:
         )
 
 
-def _measure(dataset: Dataset, processor: Processor, capacity: Capacity) -> tuple[Lengths, np.ndarray, list[Rejected]]:
-    """Lengths, which records [N] bool fit an empty row, and the others."""
-    check_processor(dataset, processor)
-    lengths = lengths_of(dataset.index, processor.config)
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """One source against the rows."""
+
+    lengths: Lengths
+    fits: np.ndarray
+    """[N] bool: an empty row takes it."""
+    rejected: list[Rejected]
+    resized: np.ndarray
+    """[k, 3]."""
+
+
+def _measure(source: int, dataset: Dataset, config: ModelConfig, capacity: Capacity, overflow: Overflow) -> _Measured:
+    lengths = lengths_of(dataset.index, config)
     too_long = lengths.columns > capacity.length
     too_many = lengths.patches > capacity.vision_rows * capacity.num_patches
     if capacity.vision_rows > 1:  # with one, the sum says it all
         empty = [0] * capacity.vision_rows
-        for i in np.flatnonzero(~too_many & (dataset.index.num_images > 0)):
+        for i in np.flatnonzero(~too_many & (dataset.index.num_images > 0)).tolist():
             images = lengths.image_patches[lengths.offsets[i] : lengths.offsets[i + 1]].tolist()
             too_many[i] = place(empty, images, capacity.num_patches) is None
-    rejected = [
-        Rejected(0, int(i), dataset[int(i)].id, "columns" if too_long[i] else "patches")
-        for i in np.flatnonzero(too_long | too_many)
-    ]
     fits = ~(too_long | too_many)
-    if not fits.any():
+    resized = []
+    if overflow == "resize":
+        for i in np.flatnonzero(~fits & (dataset.index.num_images > 0)).tolist():
+            limit = _patch_limit(int(dataset.index.text_tokens[i]), dataset.index.sizes_of(i), config, capacity)
+            if limit is not None:
+                patches = [_patches(size, config, limit) for size in dataset.index.sizes_of(i)]
+                lengths.image_patches[lengths.offsets[i] : lengths.offsets[i + 1]] = patches
+                lengths.columns[i] = dataset.index.text_tokens[i] + sum(patches)
+                fits[i] = True
+                resized.append((source, i, limit))
+    rejected = [
+        Rejected(source, int(i), dataset[int(i)].id, "columns" if too_long[i] else "patches")
+        for i in np.flatnonzero(~fits)
+    ]
+    if rejected and overflow == "error":
         raise ValueError(
-            f"{dataset.directory}: none of {len(dataset)} records fits a row of {capacity.length} columns and "
-            f"{capacity.vision_rows} x {capacity.num_patches} patches; the smallest needs "
-            f"{lengths.columns.min()} columns and {lengths.patches[lengths.columns.argmin()]} patches"
+            f"{dataset.directory}: {len(rejected):,} records do not fit a row of {capacity.length} columns and "
+            f"{capacity.vision_rows} x {capacity.num_patches} patches, the first is {rejected[0].id!r} "
+            f"({lengths.columns[rejected[0].record]} columns, {lengths.patches[rejected[0].record]} patches): "
+            "take longer rows, or on_overflow drop or resize"
         )
-    return lengths, fits, rejected
+    return _Measured(lengths, fits, rejected, np.array(resized, np.int64).reshape(-1, 3))
 
 
-def _assemble(
-    dataset: Dataset,
-    processor: Processor,
-    capacity: Capacity,
-    how: Mapping[str, Any],
-    lengths: Lengths,
-    examples: np.ndarray,
-    counts: np.ndarray,
-    rejected: list[Rejected],
-) -> Plan:
-    return Plan(
-        inputs={
-            "format": FORMAT,
-            "sources": [dataset.hash],
-            "processor": processor.fingerprint,
-            **dataclasses.asdict(capacity),
-            **how,
-        },
-        row_offsets=np.concatenate([[0], np.cumsum(counts)]).astype(_ARRAYS["row_offsets"]),
-        examples=examples.astype(_ARRAYS["examples"]),
-        sources=np.zeros(len(examples), _ARRAYS["sources"]),
-        rejected=tuple(rejected),
-        columns_used=int(lengths.columns[examples].sum()),
-        patches_used=int(lengths.patches[examples].sum()),
-    )
+def _patches(size: tuple[int, int], config: ModelConfig, limit: int) -> int:
+    rows, columns = naflex.grid_of(*size, config.vision.patch_size, min(config.min_patches, limit), limit)
+    return rows * columns
+
+
+def _patch_limit(text: int, sizes: Sequence[tuple[int, int]], config: ModelConfig, capacity: Capacity) -> int | None:
+    """The most patches per image with which a record fits an empty row; None when even ``min_patches`` are too many."""
+
+    def fits(limit: int) -> bool:
+        patches = [_patches(size, config, limit) for size in sizes]
+        placed = place([0] * capacity.vision_rows, patches, capacity.num_patches)
+        return text + sum(patches) <= capacity.length and placed is not None
+
+    low, high = config.min_patches, config.max_patches
+    if not fits(low):
+        return None
+    while low < high:  # low fits; fewer patches never fit worse, but for the rounding of grids, so low is kept proven
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -22,7 +22,8 @@ from phivision_jax.models.phivision import PhiVision
 from phivision_jax.sharding import batch_shardings
 
 if TYPE_CHECKING:
-    from phivision_jax.data.records import Dataset, Record
+    from phivision_jax.data.dataset import Dataset
+    from phivision_jax.data.records import Record
     from phivision_jax.processor import Processor
     from phivision_jax.text.chat import Mode
 

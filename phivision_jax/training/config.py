@@ -15,7 +15,9 @@ class DataConfig:
     """What is read and how it is packed: B rows of T columns, each with R vision rows of P patches."""
 
     path: str = ""
-    """Dataset directory (``phivision data import``) to train on."""
+    """What to train on: a dataset directory (``phivision data import``), or a mixture of several (.toml)."""
+    stage: str = ""
+    """Only this stage of the mixture; empty: all of them, one after the other."""
     eval_path: str = ""
     """Dataset directory to score answers on; empty for none."""
     batch_rows: int = 8
@@ -27,7 +29,13 @@ class DataConfig:
     num_patches: int = 7168
     """P."""
     epochs: int = 1
-    """Passes over the data; the plan is as long as this, training as ``optim.steps`` says."""
+    """Passes over the data, where a mixture says nothing else; training is as long as ``optim.steps`` says."""
+    on_overflow: Literal["drop", "resize", "error"] = "drop"
+    """Records that no row takes: left out and named, given fewer patches where that helps, or an error."""
+    max_bad: float = 0.01
+    """Training stops when more than this share of the examples cannot be decoded."""
+    plan: str = ""
+    """Directory of a plan made beforehand (``phivision data plan``) with these settings; empty: made at the start."""
     seed: int = 0
     num_threads: int = 4
     """Threads that decode images on each host."""

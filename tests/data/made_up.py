@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from phivision_jax.data.records import Index, Record
+from phivision_jax.data.dataset import Index
+from phivision_jax.data.records import Record
 
 # Patches of 8x8 pixels, so a 64x64 picture is 64 patches and a 24x16 one is 2 rows of 3.
 CONFIG = ModelConfig(
@@ -65,12 +66,14 @@ BARE_PROCESSOR: Any = SimpleNamespace(
 class BareDataset:
     """Lengths without records: all that a plan looks at."""
 
-    def __init__(self, text_tokens: list[int], image_sizes: list[list[tuple[int, int]]]) -> None:
+    def __init__(
+        self, text_tokens: list[int], image_sizes: list[list[tuple[int, int]]], modes: np.ndarray | None = None
+    ) -> None:
         self.index = Index(
             text_tokens=np.asarray(text_tokens, np.int32),
             num_images=np.asarray([len(sizes) for sizes in image_sizes], np.int32),
             image_sizes=np.asarray([s for sizes in image_sizes for s in sizes], np.int32).reshape(-1, 2),
-            modes=np.zeros(len(text_tokens), np.int8),
+            modes=np.zeros(len(text_tokens), np.int8) if modes is None else modes.astype(np.int8),
             tasks=np.zeros(len(text_tokens), np.uint8),
         )
         self.directory, self.hash, self.manifest = Path("bare"), "0" * 64, {"text": BARE_PROCESSOR.text_fingerprint}

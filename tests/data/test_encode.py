@@ -5,8 +5,10 @@ import pytest
 from made_up import make_record
 
 from phivision_jax.batch import IGNORE
+from phivision_jax.data.check import count_text_tokens
 from phivision_jax.data.encode import GROUP_NAMES, encode_record, group_id, hole
-from phivision_jax.data.records import MODES, TASKS, count_text_tokens, mode_of
+from phivision_jax.data.quarantine import BadRecord
+from phivision_jax.data.records import MODES, TASKS, mode_of
 
 
 def test_groups_are_mode_by_task():
@@ -45,7 +47,16 @@ def test_a_hole_keeps_the_planned_size():
     assert hole(7, [], patch_dim=192).image_starts == ()
 
 
-@pytest.mark.parametrize("images", [(b"not an image",), (), (b"",)])
-def test_a_bad_record_is_a_value_error(processor, images):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    "images, reason", [((b"not an image",), "image-broken"), ((), "fields"), ((b"",), "image-broken")]
+)
+def test_a_bad_record_says_why(processor, images, reason):
+    with pytest.raises(BadRecord) as error:
         encode_record(make_record(0, images=images), processor)
+    assert error.value.reason == reason
+
+
+def test_fewer_patches_where_a_plan_allows_no_more(processor):
+    record = make_record(0, ((64, 64),))
+    (whole,), (fewer,) = (encode_record(record, processor, most).images for most in (None, 20))
+    assert whole.grid == (8, 8) and fewer.grid == (4, 4)

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phivision_jax.batch import IGNORE, Example, PatchedImage, fill_rows
-from phivision_jax.data.packing import Capacity, Lengths, pack, place
+from phivision_jax.data.packing import (
+    Capacity,
+    Lengths,
+    attention_work,
+    balance,
+    best_fit_decreasing,
+    pack,
+    place,
+)
 
 
 def lengths_from(text: list[int], images: list[list[int]]) -> Lengths:
@@ -127,3 +137,57 @@ def test_a_window_of_mixed_lengths_is_packed_tightly(vision_rows, num_patches):
     filled = np.add.reduceat(lengths.columns[packed], row_offsets[:-1])
     assert filled.max() <= 8192
     assert 1 - filled.mean() / 8192 <= 0.01
+
+
+def test_attention_work_is_spread_over_the_rows():
+    """As many rows as long examples, nearly: two in a row and none in the next is as full as one in each."""
+    rng = np.random.default_rng(0)
+    kinds = [rng.integers(340, 480, 600), rng.integers(10, 200, 3000)]
+    columns = np.concatenate(kinds).astype(np.int64)
+    lengths = Lengths(columns, np.zeros(0, np.int64), np.zeros(len(columns) + 1, np.int64))
+    made = {f: f(np.arange(len(columns)), lengths, Capacity(1000, 1, 0)) for f in (pack, best_fit_decreasing)}
+    rows = {f: len(offsets) - 1 for f, (_, offsets) in made.items()}
+    spread = {f: np.std(w) / np.mean(w) for f in made for w in [attention_work(*made[f], lengths)]}
+    assert spread[pack] < 0.5 * spread[best_fit_decreasing]
+    assert rows[pack] <= 1.005 * rows[best_fit_decreasing]
+
+
+def test_spreading_never_costs_more_than_half_a_percent_of_rows():
+    """Many examples between a third and a half of a row: two of them leave gaps if the long ones are not paired."""
+    rng = np.random.default_rng(1)
+    columns = np.concatenate([rng.integers(340, 660, 900), rng.integers(20, 200, 100)]).astype(np.int64)
+    lengths = Lengths(columns, np.zeros(0, np.int64), np.zeros(1001, np.int64))
+    capacity = Capacity(1000, 1, 0)
+    tight = best_fit_decreasing(np.arange(1000), lengths, capacity)
+    assert len(pack(np.arange(1000), lengths, capacity)[1]) - 1 <= 1.005 * (len(tight[1]) - 1)
+
+
+def test_attention_work_on_paper():
+    lengths = lengths_from([3, 1, 2], [[], [], []])
+    assert attention_work(np.array([2, 0, 1]), np.array([0, 1, 3]), lengths).tolist() == [4, 10]
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    work=st.lists(st.integers(1, 10**8), max_size=60),
+    batch_rows=st.integers(1, 9),
+    pending=st.integers(0, 8),
+    seed=st.integers(0, 3),
+)
+def test_balance_is_an_order_of_all_rows(work, batch_rows, pending, seed):
+    shuffled = np.random.default_rng(seed).permutation(len(work))
+    order = balance(np.array(work, np.int64), shuffled, batch_rows, pending % batch_rows)
+    assert sorted(order.tolist()) == list(range(len(work)))
+
+
+def test_balanced_steps_are_alike_and_shared_ones_from_the_middle():
+    work = np.arange(1, 101) ** 3
+    order = balance(work, np.random.default_rng(0).permutation(100), batch_rows=8, pending=5)
+    head, tail = order[:3], order[3 + 96 :]
+    assert ((work[[*head, *tail]] > 40**3) & (work[[*head, *tail]] < 60**3)).all()
+    steps = work[order[3:99]].reshape(-1, 8)
+    assert sorted(s.min() for s in steps) != [s.min() for s in steps]  # at random among themselves
+    ranges = sorted((s.min(), s.max()) for s in steps)
+    assert all(
+        a[1] <= 1.11 * b[0] for a, b in itertools.pairwise(ranges)
+    )  # but for a level of a tenth, they do not mix

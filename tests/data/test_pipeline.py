@@ -2,11 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,12 +11,14 @@ from made_up import CONFIG, make_record, mixed_records
 
 from phivision_jax.batch import Batch
 from phivision_jax.data import pipeline
+from phivision_jax.data.formats.easy_vqa import easy_vqa
+from phivision_jax.data.importing import write_dataset
+from phivision_jax.data.mixture import Mixture
 from phivision_jax.data.pipeline import batches, rows_of_process, to_device
 from phivision_jax.data.plan import make_plan
-from phivision_jax.data.records import write_dataset
-from phivision_jax.data.sources import easy_vqa
 from phivision_jax.processor import Processor
 
+ONE, TWO_EPOCHS = Mixture.of("set"), Mixture.of("set", epochs=2)
 SHAPE = {"length": 160, "vision_rows": 2, "num_patches": 80}
 
 
@@ -32,7 +29,7 @@ def dataset(tmp_path_factory, processor):
 
 @pytest.fixture(scope="module")
 def plan(dataset, processor):
-    return make_plan(dataset, processor, **SHAPE, epochs=2)
+    return make_plan([dataset], TWO_EPOCHS, processor, **SHAPE)
 
 
 def assert_same(a, b) -> None:
@@ -46,7 +43,7 @@ def rows_in(batch: Batch, which: list[int]) -> Batch:
 
 
 def test_every_record_is_seen_and_the_last_step_is_filled_with_empty_rows(dataset, plan, processor):
-    whole = list(batches(dataset, plan, processor, batch_rows=3))
+    whole = list(batches([dataset], plan, processor, batch_rows=3))
     assert [info.step for _, info in whole] == list(range(plan.num_steps(3)))
     seen = [record_id for _, info in whole for row in info.record_ids for record_id in row]
     assert sorted(seen) == sorted(2 * [f"r{i:03d}" for i in range(40)])
@@ -61,7 +58,7 @@ def test_every_record_is_seen_and_the_last_step_is_filled_with_empty_rows(datase
 
 
 def test_a_row_holds_what_its_record_ids_say(dataset, plan, processor):
-    batch, info = next(batches(dataset, plan, processor, batch_rows=2))
+    batch, info = next(batches([dataset], plan, processor, batch_rows=2))
     by_id = {record.id: record for record in mixed_records(40)}
     for j, row in enumerate(info.record_ids):
         for segment, record_id in enumerate(row, start=1):
@@ -74,11 +71,11 @@ def test_a_row_holds_what_its_record_ids_say(dataset, plan, processor):
 
 
 def test_resume_at_any_step_is_the_tail_of_the_whole(dataset, plan, processor):
-    whole = list(batches(dataset, plan, processor, batch_rows=2, num_threads=0))
+    whole = list(batches([dataset], plan, processor, batch_rows=2, num_threads=0))
     for start in range(len(whole) + 1):
-        assert_same(list(batches(dataset, plan, processor, batch_rows=2, start_step=start)), whole[start:])
+        assert_same(list(batches([dataset], plan, processor, batch_rows=2, start_step=start)), whole[start:])
     with pytest.raises(IndexError, match="start_step"):
-        batches(dataset, plan, processor, batch_rows=2, start_step=len(whole) + 1)
+        batches([dataset], plan, processor, batch_rows=2, start_step=len(whole) + 1)
 
 
 class Host:
@@ -124,10 +121,10 @@ def test_rows_of_hosts_by_hand():
 @pytest.mark.parametrize("name", ["rows", "few", "crossed"])
 def test_two_hosts_make_the_rows_of_one(dataset, plan, processor, name):
     sharding = shardings()[name]
-    whole = list(batches(dataset, plan, processor, batch_rows=4))
+    whole = list(batches([dataset], plan, processor, batch_rows=4))
     for devices in (jax.devices()[0:8:2], jax.devices()[1:8:2], jax.devices()[:4], jax.devices()[4:8]):
         here = rows_of_process(Host(sharding, devices), 4)
-        mine = list(batches(dataset, plan, processor, batch_rows=4, rows_here=here))
+        mine = list(batches([dataset], plan, processor, batch_rows=4, rows_here=here))
         expected = [
             (rows_in(b, here), dataclasses.replace(i, record_ids=tuple(i.record_ids[j] for j in here)))
             for b, i in whole
@@ -137,7 +134,7 @@ def test_two_hosts_make_the_rows_of_one(dataset, plan, processor, name):
 
 @pytest.mark.parametrize("name", ["rows", "few", "crossed", "context", "replicated"])
 def test_to_device_puts_each_row_where_the_sharding_says(dataset, plan, processor, name):
-    batch, _ = next(batches(dataset, plan, processor, batch_rows=8))
+    batch, _ = next(batches([dataset], plan, processor, batch_rows=8))
     sharding = shardings()[name]
     on_device = to_device(batch, sharding, 8)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, on_device), batch)
@@ -146,38 +143,35 @@ def test_to_device_puts_each_row_where_the_sharding_says(dataset, plan, processo
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, per_field), batch)
 
 
-def test_two_real_processes_hold_what_one_holds(tmp_path, processor):
-    dataset = write_dataset(tmp_path / "set", mixed_records(24), processor, progress=False)
-    plan = make_plan(dataset, processor, **SHAPE)
-    plan.save(tmp_path / "plan")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    here = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-    }
-    hosts = [
-        subprocess.Popen(
-            [sys.executable, here / "two_hosts.py", address, str(number), tmp_path],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
+def test_images_that_were_too_large_come_with_fewer_patches(dataset, processor):
+    small = {"length": 60, "vision_rows": 1, "num_patches": 40}
+    plan = make_plan([dataset], ONE, processor, **small, on_overflow="resize")
+    assert plan.patch_limits and not plan.rejected
+    limits = {dataset[i].id: limit for (_, i), limit in plan.patch_limits.items()}
+    seen = []
+    for batch, info in batches([dataset], plan, processor, batch_rows=2):
+        assert not info.holes
+        for j, row in enumerate(info.record_ids):
+            for segment, record_id in enumerate(row, start=1):
+                mine = batch.vision_index[j][(batch.segment_ids[j] == segment) & (batch.vision_index[j] >= 0)]
+                grids = batch.patch_grid[j].reshape(-1, 2)[mine].prod(axis=1)
+                assert (grids <= limits.get(record_id, 64)).all()
+                seen.append(record_id)
+    assert sorted(seen) == sorted(f"r{i:03d}" for i in range(40))
+
+
+def test_two_datasets_share_rows(tmp_path, processor):
+    records = mixed_records(40)
+    parts = [
+        write_dataset(tmp_path / name, part, processor, progress=False)
+        for name, part in (("a", records[:25]), ("b", records[25:]))
     ]
-    held: dict[tuple[int, int], list[int]] = {}
-    for number, host in enumerate(hosts):
-        out, _ = host.communicate(timeout=120)
-        assert host.returncode == 0
-        for step, row, *tokens in (map(int, line.split()) for line in out.splitlines()):
-            assert row % 2 == number
-            held[step, row] = tokens
-    whole = list(batches(dataset, plan, processor, batch_rows=4))
-    assert held == {(i.step, row): b.tokens[row].tolist() for b, i in whole for row in range(4)}
+    plan = make_plan(parts, Mixture.of(tmp_path / "a", tmp_path / "b"), processor, **SHAPE)
+    rows = [row for _, info in batches(parts, plan, processor, batch_rows=2) for row in info.record_ids]
+    assert sorted(record_id for row in rows for record_id in row) == sorted(r.id for r in records)
+    assert any(len({record_id < "r025" for record_id in row}) == 2 for row in rows)
+    with pytest.raises(ValueError, match="from other datasets"):
+        batches(parts[::-1], plan, processor, batch_rows=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,14 +189,16 @@ def spoiled(record_id: str):
 
 def test_a_bad_record_leaves_a_hole_and_moves_nothing(tmp_path, dataset, plan, processor, caplog):
     bad = write_dataset(tmp_path / "set", map(spoiled("r004"), mixed_records(40)), processor, progress=False)
-    bad_plan = make_plan(bad, processor, **SHAPE, epochs=2)
+    bad_plan = make_plan([bad], TWO_EPOCHS, processor, **SHAPE)
     caplog.set_level(logging.WARNING)
     out, sound = (
-        list(batches(bad, bad_plan, processor, batch_rows=2)),
-        list(batches(dataset, plan, processor, batch_rows=2)),
+        list(batches([bad], bad_plan, processor, batch_rows=2)),
+        list(batches([dataset], plan, processor, batch_rows=2)),
     )
-    assert [hole.record_id for _, info in out for hole in info.holes] == ["r004", "r004"]
-    assert "image 0" in next(hole.reason for _, info in out for hole in info.holes)
+    assert [hole.id for _, info in out for hole in info.holes] == ["r004", "r004"]
+    hole = next(hole for _, info in out for hole in info.holes)
+    assert (hole.source, hole.reason, hole.where) == ("made-up", "image-broken", f"{tmp_path / 'set'}, record 4")
+    assert "image 0" in hole.detail
     assert "'r004' of 'made-up' cannot be encoded" in caplog.text
     for (batch, info), (expected, expected_info) in zip(out, sound, strict=True):
         assert info.record_ids == expected_info.record_ids
@@ -247,47 +243,47 @@ def test_io_errors_are_tried_again_then_raised(dataset, plan, processor, monkeyp
     monkeypatch.setattr(pipeline.time, "sleep", waits.append)
     flaky = Flaky(dataset, failures=3)
     assert_same(
-        list(batches(flaky, plan, processor, batch_rows=2, num_threads=0)),
-        list(batches(dataset, plan, processor, batch_rows=2)),
+        list(batches([flaky], plan, processor, batch_rows=2, num_threads=0)),
+        list(batches([dataset], plan, processor, batch_rows=2)),
     )
     assert waits == [0.5, 1.0, 2.0]
     with pytest.raises(OSError, match="4 attempts to read it failed"):
-        list(batches(Flaky(dataset, failures=4), plan, processor, batch_rows=2, num_threads=0))
+        list(batches([Flaky(dataset, failures=4)], plan, processor, batch_rows=2, num_threads=0))
 
 
 def test_an_error_on_a_thread_reaches_the_caller(dataset, plan, processor, monkeypatch):
     monkeypatch.setattr(pipeline.time, "sleep", lambda _: None)
     with pytest.raises(OSError, match="attempts to read it failed"):
-        list(batches(Flaky(dataset, failures=10**6), plan, processor, batch_rows=2, num_threads=2))
+        list(batches([Flaky(dataset, failures=10**6)], plan, processor, batch_rows=2, num_threads=2))
 
 
 def test_an_index_that_does_not_describe_the_records_is_an_error(dataset, plan, processor):
     wrong = Flaky(dataset, failures=0)
     wrong.index = dataclasses.replace(dataset.index, text_tokens=dataset.index.text_tokens + 1)
     with pytest.raises(ValueError, match=r"text tokens.*its index says.*import the dataset again"):
-        next(batches(wrong, plan, processor, batch_rows=2, num_threads=0))
+        next(batches([wrong], plan, processor, batch_rows=2, num_threads=0))
 
 
 def test_plan_dataset_and_processor_must_belong_together(tmp_path, dataset, plan, processor):
     other = write_dataset(tmp_path / "other", [make_record(0)], processor, progress=False)
-    with pytest.raises(ValueError, match="from another dataset"):
-        batches(other, plan, processor, batch_rows=2)
+    with pytest.raises(ValueError, match="from other datasets"):
+        batches([other], plan, processor, batch_rows=2)
     finer = Processor.small(dataclasses.replace(CONFIG, max_patches=32))
     with pytest.raises(ValueError, match="patch settings; make it again"):
-        batches(dataset, plan, finer, batch_rows=2)
+        batches([dataset], plan, finer, batch_rows=2)
     # The dataset itself holds no patches: other patch settings need another plan, not another import.
-    finer_plan = make_plan(dataset, finer, **SHAPE)
+    finer_plan = make_plan([dataset], ONE, finer, **SHAPE)
     assert finer_plan.hash != plan.hash
-    batch, _ = next(batches(dataset, finer_plan, finer, batch_rows=2))
+    batch, _ = next(batches([dataset], finer_plan, finer, batch_rows=2))
     assert np.unique(batch.patch_grid.prod(axis=-1)).max() <= 32
 
 
 def test_easy_vqa_all_the_way(tmp_path, processor):
     records = easy_vqa("train", questions_per_record=4, max_images=12)
     dataset = write_dataset(tmp_path / "easy", records, processor, progress=False)
-    plan = make_plan(dataset, processor, length=512, vision_rows=1, num_patches=384)
+    plan = make_plan([dataset], ONE, processor, length=512, vision_rows=1, num_patches=384)
     seen = 0
-    for batch, info in batches(dataset, plan, processor, batch_rows=2):
+    for batch, info in batches([dataset], plan, processor, batch_rows=2):
         seen += sum(map(len, info.record_ids))
         images = [row[row >= 0] for row in batch.vision_index]
         assert [len(of) for of in images] == [64 * len(row) for row in info.record_ids]

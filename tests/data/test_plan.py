@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,17 +15,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import BARE_PROCESSOR, BareDataset
 
-from phivision_jax.data.plan import Plan, lengths_of, make_plan
+from phivision_jax.data.mixture import Mixture, Stage
+from phivision_jax.data.plan import Plan, lengths_of, make_plan, plan_inputs
+from phivision_jax.data.records import MODES
+from phivision_jax.images.naflex import grid_of
+
+STAGE_FIELDS = {f.name for f in dataclasses.fields(Stage)}
 
 
 def made(dataset, **settings) -> Plan:
-    return make_plan(dataset, BARE_PROCESSOR, **{"length": 12, "vision_rows": 1, "num_patches": 8} | settings)
+    """One source, one stage; what is a stage's goes into it."""
+    stage = Stage(**{k: v for k, v in settings.items() if k in STAGE_FIELDS})
+    rest = {k: v for k, v in settings.items() if k not in STAGE_FIELDS}
+    mixture = Mixture((("bare", Path("bare")),), (stage,))
+    sizes = {"length": 12, "vision_rows": 1, "num_patches": 8}
+    return make_plan([dataset], mixture, BARE_PROCESSOR, **sizes | rest)
 
 
 def rows(plan: Plan) -> list[list[int]]:
     assert not plan.sources.any()
     return [row[:, 1].tolist() for row in plan.rows(0, plan.num_rows)]
 
+
+VISION = {"vision_rows": 1, "num_patches": 8}
 
 # Images of 24x16 pixels are 6 patches of 8x8, of 16x16 four. With text: 4+6, 2, 5+4, 3, 12, 13, and 1 + two of six.
 SMALL = ([4, 2, 5, 3, 12, 13, 1], [[(24, 16)], [], [(16, 16)], [], [], [], [(24, 16), (24, 16)]])
@@ -98,7 +111,7 @@ def test_each_epoch_uses_each_record_once(text, picture, every, seed, epochs, wi
 
 
 def test_number_of_examples_cuts_the_last_epoch_short():
-    plan = made(BareDataset([5] * 10, [[]] * 10), num_examples=25)
+    plan = made(BareDataset([5] * 10, [[]] * 10), examples=25)
     counts = collections.Counter(i for row in rows(plan) for i in row)
     assert sum(counts.values()) == 25 and set(counts.values()) == {2, 3}
 
@@ -117,7 +130,7 @@ def test_seed_epoch_and_window_change_the_order():
     assert 8 < large[:30].sum() < 22
 
 
-HASH = "21d8c397850e42cd97995f5b7d68114e8593e6f5498023eed1041741255d6479"
+HASH = "74687c43d6d5824f3a473ec239637b7d7ea11ee1232d7413173ce5c0d474d062"
 
 
 def test_the_hash_is_the_same_everywhere_and_covers_everything():
@@ -131,10 +144,18 @@ def test_the_hash_is_the_same_everywhere_and_covers_everything():
         made(BareDataset(*SMALL), epochs=2),
         made(BareDataset(*SMALL), num_patches=9),
         made(BareDataset(*SMALL), window=3),
+        made(BareDataset(*SMALL), batch_rows=2),
+        made(BareDataset(*SMALL), on_overflow="resize"),
         made(other),
     ]
     assert len({plan.hash, *(p.hash for p in changed)}) == 1 + len(changed)
-    assert made(BareDataset(*SMALL), epochs=1).hash == made(BareDataset(*SMALL), num_examples=5).hash == plan.hash
+
+
+def test_the_inputs_say_what_the_plan_is_without_making_it():
+    mixture = Mixture((("bare", Path("bare")),))
+    sizes = {"length": 12, "vision_rows": 1, "num_patches": 8}
+    inputs = plan_inputs([BareDataset(*SMALL)], mixture, BARE_PROCESSOR, **sizes)
+    assert inputs == made(BareDataset(*SMALL)).inputs == json.loads(json.dumps(inputs))
 
 
 def test_the_hash_is_the_same_in_a_fresh_process():
@@ -177,10 +198,101 @@ def test_load_says_what_is_wrong(tmp_path):
 
 def test_errors():
     dataset = BareDataset(*SMALL)
-    with pytest.raises(ValueError, match="epochs or num_examples, not both"):
-        made(dataset, epochs=1, num_examples=3)
-    with pytest.raises(ValueError, match="at least one example"):
+    with pytest.raises(ValueError, match="epochs or examples, not both"):
+        made(dataset, epochs=1, examples=3)
+    with pytest.raises(ValueError, match="epochs must be more than 0"):
         made(dataset, epochs=0)
+    with pytest.raises(ValueError, match=r"2 records do not fit.*the first is 'r5' \(13 columns, 0 patches\)"):
+        made(dataset, on_overflow="error")
+    with pytest.raises(ValueError, match="1 datasets for a mixture of 2"):
+        make_plan([dataset], Mixture((("a", Path("a")), ("b", Path("b")))), BARE_PROCESSOR, length=1, **VISION)
     other = SimpleNamespace(**{**vars(BARE_PROCESSOR), "text_fingerprint": "d" * 64})
     with pytest.raises(ValueError, match=r"another tokenizer or chat template.*import the records again"):
-        make_plan(dataset, other, length=12, vision_rows=1, num_patches=8)
+        make_plan([dataset], Mixture((("bare", Path("bare")),)), other, length=12, **VISION)
+
+
+def test_too_large_images_get_fewer_patches():
+    """60 patches of 64x60 pixels do not fit P = 30, nor, with 20 tokens, T = 40."""
+    dataset = BareDataset([5, 20, 39, 3], [[(64, 60)], [(64, 60), (24, 16)], [(64, 60)], [(24, 16)]])
+    plan = made(dataset, length=40, num_patches=30, on_overflow="resize")
+    assert [(r.record, r.reason) for r in plan.rejected] == [(2, "columns")]  # no room for a picture of any size
+    assert sorted(plan.patch_limits) == [(0, 0), (0, 1)]
+    for i, text, sizes in ((0, 5, [(64, 60)]), (1, 20, [(64, 60), (24, 16)])):
+        limit = plan.patch_limits[0, i]
+
+        def patches(limit: int, sizes=sizes) -> int:
+            return sum(int(np.prod(grid_of(*size, 8, min(4, limit), limit))) for size in sizes)
+
+        assert patches(limit) <= min(30, 40 - text) < patches(limit + 1)  # the largest that fits
+    assert plan.summary().resized == 2 and "resized to fewer patches: 2 records" in str(plan.summary())
+    total = (
+        5
+        + 20
+        + 3
+        + 6
+        + sum(
+            int(np.prod(grid_of(w, h, 8, min(4, lim), lim)))
+            for i, sizes in ((0, [(64, 60)]), (1, [(64, 60), (24, 16)]))
+            for w, h in sizes
+            for lim in [plan.patch_limits[0, i]]
+        )
+    )
+    assert plan.columns_used == total
+
+
+def test_rows_of_one_step_have_about_the_same_attention_work():
+    rng = np.random.default_rng(0)
+    lengths = np.concatenate([rng.integers(1, 5, 900), rng.integers(6, 12, 300)])
+    dataset = BareDataset(lengths.tolist(), [[]] * len(lengths))
+
+    def spread(plan: Plan) -> float:
+        work = np.array([(lengths[row[:, 1]] ** 2).sum() for row in plan.rows(0, plan.num_rows)])
+        steps = work[: len(work) // 8 * 8].reshape(-1, 8)
+        return float((steps.max(axis=1) / steps.mean(axis=1)).mean())
+
+    assert spread(made(dataset, batch_rows=8)) < 1.1 < 1.3 < spread(made(dataset))
+    # Every window begins in the middle of a step; that one too is kept close.
+    assert spread(made(dataset, batch_rows=8, window=150)) < 1.15
+
+
+@pytest.mark.parametrize("unit", ["examples", "tokens"])
+def test_the_shares_of_a_plan_are_those_asked_for(unit):
+    """The seed's recipe, 20 % reasoning, of sources that hold 5 % to 60 %; thoughts are several times as long."""
+    rng = np.random.default_rng(0)
+    datasets = []
+    for think in (0.05, 0.2, 0.4, 0.6):
+        modes = np.where(rng.random(3000) < think, MODES.index("think"), MODES.index("nothink"))
+        text = np.where(modes == MODES.index("think"), rng.integers(100, 400, 3000), rng.integers(5, 100, 3000))
+        datasets.append(BareDataset(text.tolist(), [[(24, 16)] if i % 3 else [] for i in range(3000)], modes))
+    names = ("a", "b", "c", "d")
+    weights = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}
+    stage = Stage(reasoning_share=0.2, reasoning_unit=unit, unit=unit, weights=weights, examples=12_000)
+    mixture = Mixture(tuple((name, Path(name)) for name in names), (stage,))
+    plan = make_plan(datasets, mixture, BARE_PROCESSOR, length=512, vision_rows=1, num_patches=64, batch_rows=8)
+    # Counted from the rows themselves, not from what the plan says of itself.
+    pairs = np.concatenate(plan.rows(0, plan.num_rows))
+    tokens = np.array([lengths_of(d.index, BARE_PROCESSOR.config).columns for d in datasets])[pairs[:, 0], pairs[:, 1]]
+    modes = np.array([d.index.modes for d in datasets])[pairs[:, 0], pairs[:, 1]]
+    amount = tokens if unit == "tokens" else np.ones(len(pairs))
+    assert amount[modes == MODES.index("think")].sum() / amount.sum() == pytest.approx(0.2, abs=0.005)
+    for s, name in enumerate(names):
+        assert amount[pairs[:, 0] == s].sum() / amount.sum() == pytest.approx(weights[name], abs=0.005)
+        drawn = next(d for d in plan.drawn if (d.kind, d.name) == ("source", name))
+        share = drawn.token_share if unit == "tokens" else drawn.example_share
+        assert share == pytest.approx(amount[pairs[:, 0] == s].sum() / amount.sum())
+        assert drawn.passes == pytest.approx((pairs[:, 0] == s).sum() / 3000)
+    assert "mode   think" in str(plan.summary()) and "passes" in str(plan.summary())
+
+
+def test_stages_follow_each_other():
+    datasets = [BareDataset([6] * 40, [[]] * 40), BareDataset([6] * 20, [[]] * 20)]
+    stages = (Stage("first", sources=("b",), examples=10), Stage("second"))
+    plan = make_plan(
+        datasets, Mixture((("a", Path("a")), ("b", Path("b"))), stages), BARE_PROCESSOR, length=12, **VISION
+    )
+    order = np.concatenate(plan.rows(0, plan.num_rows))
+    assert (order[:10, 0] == 1).all() and len(order) == 70
+    assert sorted(map(tuple, order[10:].tolist())) == [(0, i) for i in range(40)] + [(1, i) for i in range(20)]
+    assert [(d.stage, d.name, d.examples) for d in plan.drawn if d.kind == "source"] == [
+        ("first", "b", 10), ("second", "a", 40), ("second", "b", 20),
+    ]  # fmt: skip

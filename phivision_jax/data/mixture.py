@@ -1,0 +1,442 @@
+"""How much of what: several datasets drawn in stated proportions, as a file.
+
+    reasoning_share = 0.2                 # of examples: 20 % think, whatever the sources hold
+
+    [[sources]]
+    path = "math"                         # a dataset directory, from this file on; its name is the folder's
+    repeat = 3                            # each of its records three times
+
+    [[sources]]
+    path = "gui"
+
+    [[stages]]                            # optional; one after the other, each with settings of its own
+    name = "align"
+    sources = ["gui"]
+    examples = 100_000
+
+    [[stages]]
+    name = "instruct"
+    weights = { math = 0.3, gui = 0.7 }   # shares; without any, sources count by their size
+    epochs = 2
+
+Records of one source, mode and task (as far as the settings tell these apart) are a cell. Each cell gets a share of the
+examples: its size at first, then scaled until the sources' weights, the tasks' caps or temperature and the reasoning
+share hold at once (iterative proportional fitting; Deming and Stephan 1940). Where they cannot all hold, the reasoning
+share does, then the tasks', and the plan's summary says what was drawn.
+
+The k-th record of a cell is due at time (k + ½) / share, or at the tokens drawn so far / share of tokens; the plan
+takes records in the order of these times. So every stretch of the plan has the shares, not only the whole, and inside
+a cell records follow a permutation of the epoch: none comes again before all have come once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from phivision_jax.config import dataclass_from_dict
+from phivision_jax.data.records import MODES, TASKS
+from phivision_jax.data.shuffle import permutation
+
+Unit = Literal["examples", "tokens"]
+_FITTING_ROUNDS = 2_000
+_THINK = MODES.index("think")
+# What a seed is used for; ``plan`` has a number of its own.
+CELL_ORDER = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """How examples are drawn for one stretch of a plan."""
+
+    name: str = "all"
+    sources: tuple[str, ...] = ()
+    """Names of the sources to draw from; none: all."""
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Share of each source, in any scale; none: by size times ``repeat``."""
+    repeat: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """How often each record of a source counts; 1 for those not named."""
+    unit: Unit = "examples"
+    """What the weights, caps and temperature count: examples, or tokens (text columns, images included)."""
+    reasoning_share: float | None = None
+    """Share that thinks; None: as the sources hold it."""
+    reasoning_unit: Unit = "examples"
+    task_temperature: float = 1.0
+    """Task shares to this power: 1 leaves them, 0 makes all tasks alike; against over-represented ones."""
+    task_caps: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """The largest share of a task; what is cut goes to the others in proportion."""
+    epochs: float | None = None
+    """Passes over the sources (times ``repeat``); default 1. Give this or ``examples``."""
+    examples: int | None = None
+
+    def __post_init__(self) -> None:
+        where = f"stage {self.name!r}"
+        if self.epochs is not None and self.examples is not None:
+            raise ValueError(f"{where}: give epochs or examples, not both")
+        for field, value in (("epochs", self.epochs), ("examples", self.examples)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{where}: {field} must be more than 0, not {value}")
+        if self.reasoning_share is not None and not 0 <= self.reasoning_share <= 1:
+            raise ValueError(f"{where}: reasoning_share is a share from 0 to 1, not {self.reasoning_share}")
+        for field in ("weights", "repeat"):
+            for name, value in getattr(self, field).items():
+                if not (value >= 0 and math.isfinite(value)):
+                    raise ValueError(f"{where}: {field} of {name!r} must be 0 or more, not {value}")
+        if self.task_temperature < 0:
+            raise ValueError(f"{where}: task_temperature must be 0 or more, not {self.task_temperature}")
+        for task, cap in self.task_caps.items():
+            if task not in TASKS:
+                raise ValueError(f"{where}: unknown task {task!r} in task_caps; known are {', '.join(TASKS)}")
+            if not 0 < cap <= 1:
+                raise ValueError(f"{where}: the cap of task {task!r} is a share above 0, at most 1, not {cap}")
+
+    def chosen(self, names: Sequence[str]) -> list[int]:
+        """Numbers of the sources that this stage draws from.
+
+        Raises:
+          ValueError: for a name that is no source's, or weights for some sources but not for all.
+        """
+        for field in ("sources", "weights", "repeat"):
+            for name in getattr(self, field):
+                if name not in names:
+                    raise ValueError(f"stage {self.name!r}: {field} names {name!r}; the sources are {', '.join(names)}")
+        chosen = [s for s, name in enumerate(names) if not self.sources or name in self.sources]
+        if self.weights and (missing := [names[s] for s in chosen if names[s] not in self.weights]):
+            raise ValueError(f"stage {self.name!r}: weights leave out {', '.join(missing)}; weigh all sources or none")
+        return [s for s in chosen if self.weights.get(names[s], 1) > 0 and self.repeat.get(names[s], 1) > 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Named datasets, and the stages that draw from them."""
+
+    sources: tuple[tuple[str, Path], ...]
+    """Name and directory of each."""
+    stages: tuple[Stage, ...] = (Stage(),)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.sources)
+
+    def only(self, stage: str) -> Mixture:
+        """With one of the stages alone.
+
+        Raises:
+          ValueError: when there is none of that name.
+        """
+        kept = tuple(s for s in self.stages if s.name == stage)
+        if not kept:
+            raise ValueError(f"no stage {stage!r}; the mixture has {', '.join(s.name for s in self.stages)}")
+        return dataclasses.replace(self, stages=kept)
+
+    @classmethod
+    def of(cls, *directories: str | os.PathLike[str], **settings: Any) -> Mixture:
+        """Datasets by their directories, in one stage of these ``settings``."""
+        return cls(_named([{"path": Path(d)} for d in directories]), (Stage(**settings),))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], **settings: Any) -> Mixture:
+        """A dataset directory alone, or a ``.toml`` file as the module's docstring shows; ``settings`` are defaults.
+
+        Raises:
+          FileNotFoundError: when there is no such file.
+          ValueError: for a file that is not TOML, and for a field that does not exist, with the nearest that does.
+        """
+        path = Path(path)
+        if path.suffix != ".toml":
+            return cls.of(path, **settings)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not TOML: {error}") from None
+        try:
+            return cls._of_dict(values, path.parent, settings)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def _of_dict(cls, values: Mapping[str, Any], folder: Path, defaults: Mapping[str, Any]) -> Mixture:
+        values = _over(defaults, values)
+        entries, stages = values.pop("sources", []), values.pop("stages", [{}])
+        if not entries:
+            raise ValueError("a mixture needs [[sources]], each with a path")
+        for entry in entries:
+            if not isinstance(entry, dict) or "path" not in entry:
+                raise ValueError("each of [[sources]] needs a path")
+            if unknown := entry.keys() - {"path", "name", "weight", "repeat"}:
+                raise ValueError(f"a source has path, name, weight and repeat, not {', '.join(sorted(unknown))}")
+        sources = _named([{**entry, "path": folder / entry["path"]} for entry in entries])
+        for field, key in (("weights", "weight"), ("repeat", "repeat")):
+            own = {name: e[key] for (name, _), e in zip(sources, entries, strict=True) if key in e}
+            values[field] = own | values.get(field, {})
+        made = []
+        for i, stage in enumerate(stages):
+            settings = _over({**values, "name": f"stage {i + 1}" if len(stages) > 1 else "all"}, stage)
+            if settings.get("sources"):
+                kept = set(settings["sources"])
+                for field in ("weights", "repeat"):
+                    if field not in stage:  # what the file says of all sources, as far as this stage has them
+                        settings[field] = {n: v for n, v in settings[field].items() if n in kept}
+            made.append(dataclass_from_dict(Stage, settings))
+        return cls(sources, tuple(made))
+
+
+def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` over ``defaults``; epochs and examples are two ways to say one thing."""
+    if "epochs" in values or "examples" in values:
+        defaults = {key: value for key, value in defaults.items() if key not in ("epochs", "examples")}
+    return {**defaults, **values}
+
+
+def _named(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Path], ...]:
+    """Name and path of each source; of folders with one name, with their parents' names in front."""
+    paths = [Path(entry["path"]) for entry in entries]
+    depth = 1
+    while True:
+        names = [
+            str(entry.get("name") or "/".join(path.resolve().parts[-depth:]))
+            for entry, path in zip(entries, paths, strict=True)
+        ]
+        doubled = {name for name in names if names.count(name) > 1}
+        if not doubled:
+            return tuple(zip(names, paths, strict=True))
+        if depth > max(len(path.resolve().parts) for path in paths):
+            raise ValueError(f"two sources are called {min(doubled)!r}; give each a name of its own")
+        depth += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a stage to an order of examples.
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """The records of one source that can be drawn: all of equal length [n]."""
+
+    records: np.ndarray
+    """[n] i64: numbers in the source."""
+    tokens: np.ndarray
+    """[n] i64: columns of each."""
+    modes: np.ndarray
+    tasks: np.ndarray
+    """[n]: positions in ``MODES`` and ``TASKS``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    source: int
+    mode: int | None
+    task: int | None
+    """None: not told apart."""
+    records: np.ndarray
+    tokens: np.ndarray
+    size: float
+    """Examples times ``repeat``."""
+
+    @property
+    def mean_tokens(self) -> float:
+        return int(self.tokens.sum()) / len(self.tokens)
+
+
+def draw(
+    pools: Sequence[Pool], names: Sequence[str], stage: Stage, seed: int, number: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The examples of a stage in order.
+
+    Args:
+      pools: one per source.
+      names: of the sources.
+      stage: what to draw.
+      seed: of the permutations.
+      number: of the stage in its mixture, so that stages differ.
+
+    Returns:
+      ``(sources, records, length of a pass)``: [N] and [N] i64; the pass is what ``epochs`` counts.
+
+    Raises:
+      ValueError: when there is nothing to draw from, or a reasoning share is asked of sources without such records.
+    """
+    chosen = stage.chosen(names)
+    cells = _cells(pools, names, chosen, stage)
+    if not cells:
+        raise ValueError(f"stage {stage.name!r} has no records to draw from")
+    one_pass = max(1, round(math.fsum(cell.size for cell in cells)))
+    total = stage.examples or max(1, round(one_pass * (stage.epochs or 1)))
+    shares = cell_shares(cells, names, stage)
+    modes: dict[int | None, list[int]] = {}
+    for c, cell in enumerate(cells):
+        if shares[c] > 0:
+            modes.setdefault(cell.mode, []).append(c)
+    streams = [
+        _merge(
+            [_cell_stream(cells[c], c, seed, number) for c in of_mode],
+            [shares[c] * (cells[c].mean_tokens if stage.unit == "tokens" else 1) for c in of_mode],
+            stage.unit,
+        )
+        for of_mode in modes.values()
+    ]
+    mode_shares = [
+        math.fsum(shares[c] * (cells[c].mean_tokens if stage.reasoning_unit == "tokens" else 1) for c in of_mode)
+        for of_mode in modes.values()
+    ]
+    sources, records, _ = _merge(streams, mode_shares, stage.reasoning_unit)(total)
+    return sources, records, one_pass
+
+
+def _cells(pools: Sequence[Pool], names: Sequence[str], chosen: Sequence[int], stage: Stage) -> list[_Cell]:
+    by_mode = stage.reasoning_share is not None
+    by_task = bool(stage.task_caps) or stage.task_temperature != 1
+    cells = []
+    for s in chosen:
+        pool = pools[s]
+        modes = np.where(pool.modes == _THINK, 0, 1) if by_mode else np.zeros(len(pool.records), np.int64)
+        tasks = pool.tasks.astype(np.int64) if by_task else np.zeros(len(pool.records), np.int64)
+        label = modes * len(TASKS) + tasks
+        for value in np.unique(label).tolist():
+            inside = np.flatnonzero(label == value)
+            cells.append(
+                _Cell(
+                    source=s,
+                    mode=value // len(TASKS) if by_mode else None,
+                    task=value % len(TASKS) if by_task else None,
+                    records=pool.records[inside],
+                    tokens=pool.tokens[inside],
+                    size=len(inside) * stage.repeat.get(names[s], 1),
+                )
+            )
+    if by_mode and stage.reasoning_share not in (None, 0.0, 1.0):
+        for mode, name in ((0, "think"), (1, "nothink")):
+            if not any(cell.mode == mode for cell in cells):
+                raise ValueError(
+                    f"stage {stage.name!r}: reasoning_share is {stage.reasoning_share:g}, but no record of its sources "
+                    f"is of mode {name}; add a source that has them, or leave reasoning_share out"
+                )
+    if stage.reasoning_share in (0.0, 1.0):
+        cells = [cell for cell in cells if cell.mode == (0 if stage.reasoning_share else 1)]
+    return cells
+
+
+def cell_shares(cells: Sequence[_Cell], names: Sequence[str], stage: Stage) -> list[float]:
+    """The share of the examples that each cell gets; they add up to 1."""
+    shares = [cell.size for cell in cells]
+    in_tokens = [cell.mean_tokens for cell in cells]
+    ones = [1.0] * len(cells)
+    amounts = in_tokens if stage.unit == "tokens" else ones
+
+    def scale(groups: Sequence[Any], target: Mapping[Any, float], amounts: Sequence[float]) -> float:
+        """Scale the cells of each group to its target share, of the total in ``amounts``; the largest change."""
+        amount_of = list(zip(shares, amounts, groups, strict=True))
+        held = {g: math.fsum(share * amount for share, amount, group in amount_of if group == g) for g in target}
+        total, asked = math.fsum(held.values()), math.fsum(target[g] for g in target if held[g])
+        factors = {g: target[g] / asked * total / held[g] for g in target if held[g]}
+        for c, group in enumerate(groups):
+            shares[c] *= factors.get(group, 1.0)
+        return max(abs(factor - 1) for factor in factors.values())
+
+    constraints: list[tuple[Sequence[Any], Mapping[Any, float], Sequence[float]]] = []
+    if stage.weights:
+        of_source = [cell.source for cell in cells]
+        constraints.append((of_source, {s: stage.weights[names[s]] for s in of_source}, amounts))
+        scale(*constraints[0])
+    tasks = [cell.task for cell in cells]
+    if tasks[0] is not None:
+        held: dict[Any, float] = dict.fromkeys(tasks, 0.0)
+        for share, amount, task in zip(shares, amounts, tasks, strict=True):
+            held[task] += share * amount
+        constraints.append((tasks, task_shares(held, stage), amounts))
+    if stage.reasoning_share is not None and cells[0].mode is not None:
+        target = {0: stage.reasoning_share, 1: 1 - stage.reasoning_share}
+        present = {cell.mode for cell in cells}
+        constraints.append((
+            [cell.mode for cell in cells],
+            {mode: share for mode, share in target.items() if mode in present},
+            in_tokens if stage.reasoning_unit == "tokens" else ones,
+        ))  # fmt: skip
+    for _ in range(_FITTING_ROUNDS):
+        if max((scale(*constraint) for constraint in constraints), default=0.0) < 1e-13:
+            break
+    total = math.fsum(shares)
+    # Twelve digits: the last ones of a power or a sum need not be the same on every machine.
+    return [float(f"{share / total:.12g}") for share in shares]
+
+
+def task_shares(held: Mapping[int, float], stage: Stage) -> dict[int, float]:
+    """Shares of tasks by position in ``TASKS`` after temperature, then caps.
+
+    Raises:
+      ValueError: when the caps of all tasks present add up to less than 1.
+    """
+    total = math.fsum(held.values())
+    shares = {task: (amount / total) ** stage.task_temperature for task, amount in held.items()}
+    total = math.fsum(shares.values())
+    shares = {task: share / total for task, share in shares.items()}
+    caps = {task: stage.task_caps.get(TASKS[task], 1.0) for task in shares}
+    if math.fsum(caps.values()) < 1 - 1e-9:
+        raise ValueError(
+            f"stage {stage.name!r}: the caps of the tasks present ({', '.join(TASKS[t] for t in shares)}) add up to "
+            f"{math.fsum(caps.values()):.2f}, less than 1; leave one of them without a cap"
+        )
+    capped: set[int] = set()
+    while over := {task for task, share in shares.items() if share > caps[task] + 1e-12 and task not in capped}:
+        capped |= over
+        left = 1 - math.fsum(caps[task] for task in capped)
+        free = math.fsum(share for task, share in shares.items() if task not in capped)
+        shares = {
+            task: caps[task] if task in capped else share * left / free if free else 0.0
+            for task, share in shares.items()
+        }
+    return shares
+
+
+type _Stream = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""An endless sequence of examples, of which any beginning can be had: sources, records and tokens, each [n] i64."""
+
+
+def _cell_stream(cell: _Cell, c: int, seed: int, stage: int) -> _Stream:
+    """The records of one cell, a new permutation each epoch."""
+
+    def first(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        size = len(cell.records)
+        epochs = [permutation(size, seed, CELL_ORDER, stage, c, epoch) for epoch in range(-(-n // size))]
+        order = np.concatenate(epochs)[:n] if epochs else np.zeros(0, np.int64)
+        return np.full(n, cell.source, np.int64), cell.records[order], cell.tokens[order]
+
+    return first
+
+
+def _merge(streams: Sequence[_Stream], shares: Sequence[float], unit: Unit) -> _Stream:
+    """One stream of several, each by its share in ``unit``: ordered by the time at which each example is due."""
+    if len(streams) == 1:
+        return streams[0]
+
+    def first(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        total = math.fsum(shares)
+        counts = [min(n, math.ceil(n * share / total) + 1) for share in shares]
+        while True:
+            taken = [stream(count) for stream, count in zip(streams, counts, strict=True)]
+            due = [_due(tokens, share, unit) for (_, _, tokens), share in zip(taken, shares, strict=True)]
+            order = np.argsort(np.concatenate(due), kind="stable")[:n]
+            last = np.concatenate(due)[order[-1]] if len(order) == n else math.inf
+            # A stream that ends before the last example is due has to be longer.
+            short = [k for k, times in enumerate(due) if counts[k] < n and (not len(times) or times[-1] < last)]
+            if not short:
+                break
+            for k in short:
+                counts[k] = min(n, counts[k] + counts[k] // 4 + 16)
+        columns = [np.concatenate(column)[order] for column in zip(*taken, strict=True)]
+        return columns[0], columns[1], columns[2]
+
+    return first
+
+
+def _due(tokens: np.ndarray, share: float, unit: Unit) -> np.ndarray:
+    if unit == "examples":
+        return (np.arange(len(tokens)) + 0.5) / share
+    return (np.cumsum(tokens) - tokens / 2) / share
