@@ -18,7 +18,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from phivision_jax.data.sources import easy_vqa, question_only_baseline
+from phivision_jax.data.formats.easy_vqa import easy_vqa, question_only_baseline
 from phivision_jax.training.metrics import read_metrics
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"

@@ -2,48 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg
 
-
-def data_import(
-    source: Positional[Literal["easy-vqa"]],
-    out: Positional[Path],
-    /,
-    checkpoint: Path | None = None,
-    questions_per_record: int = 1,
-) -> None:
-    """Write a source as datasets: ArrayRecord shards, an index with every example's size, a manifest.
-
-    Args:
-        source: What to import. easy-vqa needs the package of that name (pip install easy-vqa).
-        out: Directory to make; OUT/train and OUT/test for a source with splits.
-        checkpoint: Whose tokenizer and template to count with; default: the project's small ones.
-        questions_per_record: Questions about one image per training conversation (test records have one).
-    """
-    from phivision_jax import loading
-    from phivision_jax.config import DecoderConfig, ModelConfig
-    from phivision_jax.data.records import write_dataset
-    from phivision_jax.data.sources import easy_vqa
-    from phivision_jax.processor import Processor
-
-    if checkpoint:
-        path = loading.locate(checkpoint)
-        processor = loading.processor_of(path, loading.config_of(path))
-    else:
-        # Patch settings do not matter here: the index holds sizes in pixels.
-        decoder = DecoderConfig(vocab_size=512, bos_token_id=507, eos_token_id=508, pad_token_id=509)
-        processor = Processor.small(ModelConfig(decoder=decoder))
-    splits: dict[Literal["train", "test"], int] = {"train": questions_per_record, "test": 1}
-    for split, count in splits.items():
-        if (out / split / "manifest.json").exists():  # written last: what has one is whole
-            print(f"{out / split} is there already")
-        else:
-            write_dataset(out / split, easy_vqa(split, questions_per_record=count), processor)
+from phivision_jax.data.cli import COMMANDS as data_commands
 
 
 def chat(
@@ -96,18 +63,32 @@ def chat(
         picture_with_answer(images[0], prompt, answer, save_picture, footer=checkpoint)
 
 
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     data = tyro.extras.SubcommandApp()
-    data.command(name="import")(data_import)
+    for name, function in data_commands.items():
+        data.command(name=name)(function)
     app = tyro.extras.SubcommandApp()
-    app.command(data, name="data", help="Datasets: import.")
+    app.command(data, name="data", help="Datasets: " + ", ".join(data_commands) + ".")
     app.command(chat)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app.cli(prog="phivision", description=__doc__)
+        app.cli(prog="phivision", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    except KeyboardInterrupt as error:
+        _fail("interrupted", error, 130)
     except FileNotFoundError as error:
-        sys.exit(f"phivision: {error.filename} does not exist")
+        _fail(f"{error.filename} does not exist" if error.filename else str(error), error, 1)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"phivision: {error}")
+        _fail(str(error), error, 1)
+
+
+def _fail(what: str, error: BaseException, code: int) -> NoReturn:
+    """One sentence, and what the library has to add to it."""
+    print("\n".join([f"phivision: {what}", *getattr(error, "__notes__", ())]), file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,18 @@ _TEMPLATE_FILE = "chat_template.jinja"
 _SMALL = Path(__file__).parent / "small"
 
 
+class ModeError(ValueError):
+    """An answer that is not of its mode."""
+
+
+class ControlTokenError(ValueError):
+    """Content with a control token written in it: it would be obeyed, not read."""
+
+
+class UnmarkedTemplateError(ValueError):
+    """A template that does not say which text is the assistant's: nothing can be learned with it."""
+
+
 class ChatTemplate:
     """A checkpoint's jinja template, rendered as transformers renders it; see ``from_directory`` and ``small``.
 
@@ -169,9 +181,10 @@ def encode(
 
     Args:
       messages: see the module's docstring. What the template drops (the released one drops system messages) is gone.
-      mode: of a training example, what every assistant message must be: "nothink" begins with the no-think token
-        (put there where it is missing), "think" begins with ``<think>`` and contains ``</think>``. Of a prompt, how
-        the answer begins: "nothink" and "think" append that first token. "auto" and None leave both as they stand.
+      mode: of a training example: "nothink": no answer begins with ``<think>``; "think": at least one does, and those
+        that do contain ``</think>`` once. In both, every other answer begins with the no-think token, put there where
+        it is missing: each answer carries one mode tag. Of a prompt, how the answer begins: "nothink" and "think"
+        append that first token. "auto" and None leave both as they stand.
       generation_prompt: end with the beginning of the assistant's next turn; such a prompt has no labels.
 
     Returns:
@@ -179,9 +192,11 @@ def encode(
       ``{% generation %}`` (the assistant's content and its end token), −100 (``IGNORE``) elsewhere.
 
     Raises:
-      ValueError: for a message of the wrong form; for content with a control token written in it, by which a user
-        could close the turn (``<think>`` and ``</think>`` are let through); for an answer that is not of its mode; when
-        labels are needed and the template marks no assistant text.
+      ControlTokenError: for content with a control token written in it, by which a user could close the turn
+        (``<think>`` and ``</think>`` are let through).
+      ModeError: for an answer that is not of its mode.
+      UnmarkedTemplateError: when labels are needed and the template marks no assistant text.
+      ValueError: for a message of the wrong form.
     """
     if mode not in _ANSWER_BEGINS:
         raise ValueError(f"mode must be auto, think or nothink, not {mode!r}")
@@ -193,9 +208,9 @@ def encode(
         text += _ANSWER_BEGINS[mode]
         spans: list[tuple[int, int]] = []
     else:
-        text, spans = template.render([_in_mode(message, i, mode) for i, message in enumerate(plain)])
+        text, spans = template.render(_in_mode(plain, mode))
         if not spans and any(message["role"] == "assistant" for message in plain):
-            raise ValueError(
+            raise UnmarkedTemplateError(
                 "the chat template marks no assistant text, so there is nothing to learn from: in chat_template.jinja "
                 "put {% generation %} and {% endgeneration %} around the assistant's content and its end token"
             )
@@ -260,20 +275,34 @@ def _refuse_control_tokens(message: Message, where: str, control_tokens: Sequenc
         content = content.removeprefix(NOTHINK)
     for token in control_tokens:
         if token in content and token not in (THINK, END_THINK):
-            raise ValueError(f"{where} contains the control token {token}: it would be obeyed, not read; reword it")
+            raise ControlTokenError(
+                f"{where} contains the control token {token}: it would be obeyed, not read; reword it"
+            )
 
 
-def _in_mode(message: Message, index: int, mode: Mode | None) -> Message:
-    content = message["content"]
-    if message["role"] != "assistant" or mode in (None, "auto"):
-        return message
-    if mode == "nothink":
-        if content.startswith(THINK):
-            raise ValueError(f"message {index}: mode is nothink, but the answer begins with {THINK}")
-        return message if content.startswith(NOTHINK) else {**message, "content": NOTHINK + content}
-    if not content.startswith(THINK) or END_THINK not in content:
-        raise ValueError(f"message {index}: mode is think, but the answer is not {THINK} thoughts {END_THINK} answer")
-    return message
+def _in_mode(messages: list[dict[str, Any]], mode: Mode | None) -> list[dict[str, Any]]:
+    """The messages with one mode tag at the beginning of each answer."""
+    if mode in (None, "auto"):
+        return messages
+    tagged, thinks = [], False
+    for i, message in enumerate(messages):
+        content = message["content"]
+        if message["role"] != "assistant":
+            tagged.append(message)
+        elif content.startswith(THINK):
+            if mode == "nothink":
+                raise ModeError(f"message {i}: mode is nothink, but the answer begins with {THINK}")
+            if (ends := content.count(END_THINK)) != 1:
+                raise ModeError(
+                    f"message {i}: mode is think, but the answer begins with {THINK} and has {ends} {END_THINK}"
+                )
+            tagged.append(message)
+            thinks = True
+        else:
+            tagged.append({**message, "content": NOTHINK + content.removeprefix(NOTHINK)})
+    if mode == "think" and not thinks:
+        raise ModeError(f"mode is think, but no answer is {THINK} thoughts {END_THINK} answer")
+    return tagged
 
 
 # ---------------------------------------------------------------------------------------------------------------------

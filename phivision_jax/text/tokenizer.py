@@ -105,6 +105,11 @@ class Tokenizer:
         return self._backend.decode(plain, skip_special_tokens=False)
 
     @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters in the longest token: a text of n characters has at least n / longest_token tokens."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over what determines the ids: normaliser, pre-tokenizer, model, added tokens."""
         state = json.loads(self._backend.to_str())

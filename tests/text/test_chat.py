@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phivision_jax.batch import IGNORE, IMAGE_TOKEN
-from phivision_jax.text.chat import ChatTemplate, encode, flatten
+from phivision_jax.text.chat import ChatTemplate, ControlTokenError, ModeError, encode, flatten
 from phivision_jax.text.tokenizer import Tokenizer
 
 SMALL, TEMPLATE = Tokenizer.small(), ChatTemplate.small()
@@ -202,14 +202,41 @@ class TestEncode:
         thought = "<think>red</think>yes"
         assert text("think", thought) == text(None, thought) == thought + "<|im_end|>"
         for mode, answer, reason in [
-            ("think", "yes", "mode is think"),
-            ("think", "<think>yes", "mode is think"),
-            ("think", "yes <think></think>", "mode is think"),
-            ("nothink", thought, "mode is nothink"),
-            ("slow", "yes", "must be auto, think or nothink"),
+            ("think", "yes", "mode is think, but no answer is <think> thoughts"),
+            ("think", "<think>yes", "message 1: mode is think, .* has 0 </think>"),
+            ("think", "<think>a</think>b</think>yes", "message 1: mode is think, .* has 2 </think>"),
+            ("think", "yes <think></think>", "mode is think, but no answer"),
+            ("think", " " + thought, "mode is think, but no answer"),
+            ("think", "<|dummy_84|>" + thought, "mode is think, but no answer"),
+            ("nothink", thought, "message 1: mode is nothink"),
         ]:
-            with pytest.raises(ValueError, match=reason):
+            with pytest.raises(ModeError, match=reason):
                 text(mode, answer)
+        with pytest.raises(ValueError, match="must be auto, think or nothink"):
+            text("slow", "yes")
+        with pytest.raises(ModeError, match="no answer"):
+            encode(SMALL, TEMPLATE, [user("a")], mode="think")
+
+    def test_one_mode_tag_per_answer(self) -> None:
+        """In a conversation that thinks, the answers that do not are learned as such; all is tagged, nothing twice."""
+        thought = "<think>red</think>yes"
+        messages = [
+            user("a"),
+            assistant(thought),
+            user("b"),
+            assistant("no"),
+            user("c"),
+            assistant("<|dummy_84|><think>"),
+        ]
+        ids, labels = encode(SMALL, TEMPLATE, messages, mode="think")
+        assert learned_text(ids, labels) == f"{thought}<|im_end|><|dummy_84|>no<|im_end|><|dummy_84|><think><|im_end|>"
+        assert (labels.count(NOTHINK), ids.count(NOTHINK)) == (2, 2)
+        assert messages[3] == assistant("no")
+        with pytest.raises(ModeError, match=r"message 3: .* has 0 </think>"):
+            encode(SMALL, TEMPLATE, [*messages[:3], assistant("<think>cut off")], mode="think")
+        # A tag mentioned inside an answer, or by the user, decides nothing.
+        said = [user("<think>?"), assistant("write <think> and </think> and </think>")]
+        assert learned_text(*encode(SMALL, TEMPLATE, said, mode="nothink")).startswith("<|dummy_84|>write")
 
     def test_generation_modes(self) -> None:
         def end(mode: Any) -> list[int]:
@@ -236,7 +263,7 @@ class TestEncode:
         ],
     )
     def test_content_may_not_steer(self, message: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match=r"message 1 \(\w+\) contains the control token"):
+        with pytest.raises(ControlTokenError, match=r"message 1 \(\w+\) contains the control token"):
             encode(SMALL, TEMPLATE, [user("a"), message], generation_prompt=True)
 
     def test_a_question_may_speak_of_thinking(self) -> None:

@@ -1,4 +1,4 @@
-"""Where records come from. So far: easy-VQA, questions about one coloured shape in a 64x64 picture.
+"""easy-VQA: questions about one coloured shape in a 64x64 picture, as records in memory; the demo's data.
 
 The pictures come with the package ``easy_vqa`` and are read from it; none of its data belongs to this project.
 """

@@ -6,8 +6,8 @@ import io
 import pytest
 from PIL import Image
 
+from phivision_jax.data.formats.easy_vqa import easy_vqa, question_only_baseline
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources import easy_vqa, question_only_baseline
 
 
 def pairs(records: list[Record]) -> collections.Counter:

@@ -1,0 +1,136 @@
+"""Boxes and points as shares of their image, [0,1] with three decimals: what the model was trained on.
+
+    text     "<ref> is at <bbox>, its handle at <point>."
+    objects  {"ref": ["the cup"], "bbox": [[64, 30, 128, 90]], "point": [[128, 60]]}        on an image of 640 x 300
+    record   "the cup is at [0.100, 0.100, 0.200, 0.300], its handle at [0.200, 0.200]."
+
+Placeholders are replaced in order. ``image_id`` says in which image each box and then each point lies; with one image
+it may be missing. Numbers up to 1 % outside are clipped: annotations round. Anything farther out, or a box whose
+corners are the wrong way round (x, y, width, height, likely), is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from phivision_jax.data.quarantine import BadRecord
+
+Unit = Literal["pixels", "thousand", "unit"]
+"""Pixels of the upright image; thousandths of its sides; shares of its sides."""
+TOLERANCE = 0.01
+
+_PLACEHOLDER = re.compile("<(ref|bbox|point)>")
+_NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+_LIST = re.compile(rf"\[{_NUMBER},{_NUMBER}(?:,{_NUMBER},{_NUMBER})?\]")
+
+
+def normalised(numbers: Sequence[float], unit: Unit, size: Callable[[], tuple[int, int]]) -> str:
+    """ "[x, y]" or "[x1, y1, x2, y2]" in shares of the image.
+
+    Raises:
+      BadRecord: "coordinates".
+    """
+    width, height = size() if unit == "pixels" else (1000, 1000) if unit == "thousand" else (1, 1)
+    shares = [number / side for number, side in zip(numbers, (width, height) * 2, strict=False)]
+    shown = f"[{', '.join(f'{number:g}' for number in numbers)}]"
+    if not all(math.isfinite(share) and -TOLERANCE <= share <= 1 + TOLERANCE for share in shares):
+        what = f"its image of {width}x{height} pixels" if unit == "pixels" else f"its image, in units of {unit}"
+        raise BadRecord("coordinates", f"{shown} lies outside {what}")
+    if len(shares) == 4 and (shares[0] > shares[2] or shares[1] > shares[3]):
+        raise BadRecord("coordinates", f"{shown} is no box [x1, y1, x2, y2]: its first corner must be the upper left")
+    return f"[{', '.join(f'{min(max(0.0, share), 1.0):.3f}' for share in shares)}]"
+
+
+def fill_placeholders(
+    messages: Sequence[dict[str, str]],
+    objects: Any,
+    unit: Unit,
+    num_images: int,
+    size_of: Callable[[int], tuple[int, int]],
+) -> None:
+    """Replace the placeholders in the messages, in place.
+
+    Args:
+      messages: with string contents.
+      objects: the field of that name.
+      unit: of its numbers.
+      num_images: images of the record.
+      size_of: width and height of one of them.
+
+    Raises:
+      BadRecord: "fields" for a field of another form; "coordinates" for more or fewer placeholders than objects, or
+        for one outside its image.
+    """
+    if not isinstance(objects, Mapping):
+        raise BadRecord("fields", f"objects is {type(objects).__name__}: it must be a dict of lists")
+    kinds = ("ref", "bbox", "point")
+    given = {kind: _list(objects.get(kind), kind) for kind in kinds}
+    boxes = [_numbers(box, "bbox", 4) for box in given["bbox"]]
+    points = [_numbers(point, "point", 2) for point in given["point"]]
+    if not all(isinstance(ref, str) for ref in given["ref"]):
+        raise BadRecord("fields", "objects: ref must be a list of strings")
+    found = [match[1] for message in messages for match in _PLACEHOLDER.finditer(message["content"])]
+    for kind in kinds:
+        if found.count(kind) != len(given[kind]):
+            raise BadRecord(
+                "coordinates", f"{found.count(kind)} <{kind}> in the messages, but {len(given[kind])} in objects"
+            )
+    where = _images(_list(objects.get("image_id"), "image_id"), len(boxes) + len(points), num_images, unit)
+    shares = [
+        normalised(numbers, unit, functools.partial(size_of, image))
+        for numbers, image in zip(boxes + points, where, strict=True)
+    ]
+    values = {"ref": iter(given["ref"]), "bbox": iter(shares[: len(boxes)]), "point": iter(shares[len(boxes) :])}
+    for message in messages:
+        message["content"] = _PLACEHOLDER.sub(lambda match: next(values[match[1]]), message["content"])
+
+
+def rewrite_lists(messages: Sequence[dict[str, str]], unit: Unit, size: Callable[[], tuple[int, int]]) -> None:
+    """Rewrite every bracketed list of 2 or 4 numbers in the messages, in place.
+
+    Raises:
+      BadRecord: "coordinates" for one outside the image.
+    """
+
+    def share(match: re.Match[str]) -> str:
+        return normalised([float(number) for number in match.groups() if number is not None], unit, size)
+
+    for message in messages:
+        message["content"] = _LIST.sub(share, message["content"])
+
+
+def _list(value: Any, kind: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise BadRecord("fields", f"objects: {kind} is {type(value).__name__}: it must be a list")
+    return value
+
+
+def _numbers(box: Any, kind: str, length: int) -> list[float]:
+    numbers = isinstance(box, list) and all(isinstance(n, int | float) and not isinstance(n, bool) for n in box)
+    if not numbers:
+        raise BadRecord("fields", f"objects: a {kind} must be a list of {length} numbers")
+    if len(box) != length:
+        raise BadRecord("coordinates", f"objects: a {kind} has {length} numbers, not {len(box)}")
+    try:
+        return [float(n) for n in box]
+    except OverflowError:
+        raise BadRecord("coordinates", f"objects: a {kind} with a number beyond all images") from None
+
+
+def _images(image_id: list[Any], count: int, num_images: int, unit: Unit) -> list[int]:
+    """The image of each box and point."""
+    if not image_id:
+        if count and unit == "pixels" and num_images != 1:
+            raise BadRecord("coordinates", f"objects in pixels, with {num_images} images: image_id must say in which")
+        return [0] * count
+    if len(image_id) != count:
+        raise BadRecord("coordinates", f"objects: {len(image_id)} numbers in image_id for {count} boxes and points")
+    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_images for i in image_id):
+        raise BadRecord("coordinates", f"objects: image_id names an image beyond the {num_images} of the record")
+    return image_id

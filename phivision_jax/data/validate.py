@@ -1,0 +1,208 @@
+"""Is a dataset still what was imported? Every byte, every record and every pixel is looked at again.
+
+An import vouches for what it wrote; this is for afterwards: a copy over a network, a disk that forgets, records whose
+pixels no one has decoded yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+
+from phivision_jax import progress as bars
+from phivision_jax.data import workers as processes
+from phivision_jax.data.check import measure, measure_images
+from phivision_jax.data.dataset import Dataset, Index, describe_file
+from phivision_jax.data.quarantine import BadRecord
+from phivision_jax.data.records import MODES, TASKS, Record, mode_of
+from phivision_jax.data.workers import Stop, Stopped
+
+if TYPE_CHECKING:
+    from phivision_jax.processor import Processor
+
+_NAMED = 10  # Duplicate ids that are named.
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A file or a record that is not as it should be."""
+
+    where: str
+    """The file, and the record's number in the dataset."""
+    id: str
+    """The record's; empty where it cannot be read, and for files."""
+    reason: str
+    """A reason of the quarantine, or "file", "unreadable" or "index"."""
+    detail: str
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    files: int
+    records: int
+    images: int
+    problems: list[Problem]
+    duplicates: int
+    """Records whose id an earlier one has: harmless to training, but two records are then called alike."""
+    duplicate_ids: list[str]
+    """Some of these ids."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    name: str
+    sha256: str
+    first: int
+    """Number of its first record in the dataset."""
+    records: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShardReport:
+    shard: _Shard
+    images: int
+    problems: list[Problem]
+    id_hashes: bytes
+    """[records] u64, 0 where a record cannot be read."""
+
+
+def validate(
+    directory: str | os.PathLike[str],
+    processor: Processor | None = None,
+    *,
+    decode: bool = True,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Report:
+    """Look at everything again.
+
+    Args:
+      directory: of a dataset.
+      processor: of the import, to count the text tokens again; None: texts are left alone.
+      decode: decode every image; else only their headers are read.
+      workers: processes; default: one per core; 0: in this one.
+
+    Raises:
+      FileNotFoundError: when there is no dataset, or a file of it is missing.
+      ValueError: when a file is cut off, or the dataset was imported with another tokenizer or template.
+    """
+    dataset = Dataset.open(directory)
+    manifest = dataset.manifest
+    if processor is not None and processor.text_fingerprint != manifest["text"]:
+        raise ValueError(
+            f"{directory} was imported with another tokenizer or chat template: validate it with the checkpoint that "
+            "it was imported with, or import it again with this one"
+        )
+    problems = list(_index_problems(dataset))
+    counts = [s["records"] for s in manifest["shards"]]
+    firsts = itertools.accumulate(counts, initial=0)
+    shards = [_Shard(s["file"], s["sha256"], n, s["records"]) for s, n in zip(manifest["shards"], firsts, strict=False)]
+    reports: list[_ShardReport] = []
+    count = min(os.cpu_count() or 1 if workers is None else workers, len(shards))
+    if not problems:  # With another index every record would differ from it.
+        results = processes.run(_check_shard, (dataset.directory, processor, decode), shards, count)
+        with (
+            bars.bar(f"validate {dataset.directory.name}", len(dataset), shown=progress) as advance,
+            contextlib.closing(results),
+        ):
+            for report in results:
+                reports.append(report)
+                advance(report.shard.records)
+    reports.sort(key=lambda report: report.shard.first)
+    hashes = np.frombuffer(b"".join(r.id_hashes for r in reports), np.uint64)
+    duplicates, examples = _duplicates(hashes)
+    return Report(
+        files=len(manifest["shards"]) + len(manifest["index"]),
+        records=sum(r.shard.records for r in reports),
+        images=sum(r.images for r in reports),
+        problems=problems + [problem for report in reports for problem in report.problems],
+        duplicates=duplicates,
+        duplicate_ids=[dataset[i].id for i in examples],
+    )
+
+
+def _index_problems(dataset: Dataset) -> Iterator[Problem]:
+    manifest, index = dataset.manifest, dataset.index
+    for file in manifest["index"]:
+        if describe_file(dataset.directory, file["file"])["sha256"] != file["sha256"]:
+            yield Problem(file["file"], "", "file", "its sha256 differs from the manifest's")
+    lengths = {f.name: len(getattr(index, f.name)) for f in dataclasses.fields(Index)}
+    images = lengths.pop("image_sizes")
+    says = {name: length for name, length in lengths.items() if length != manifest["records"]}
+    if says or images != manifest["images"] or images != int(index.num_images.sum(dtype=np.int64)):
+        yield Problem("index", "", "index", "its columns are not as long as the manifest and each other say")
+    if sum(s["records"] for s in manifest["shards"]) != manifest["records"]:
+        yield Problem("manifest.json", "", "file", "its shards do not add up to its records")
+
+
+def _duplicates(hashes: np.ndarray) -> tuple[int, list[int]]:
+    """How many of these occurred before, and where the first few of them are."""
+    order = np.argsort(hashes, kind="stable")
+    again = order[1:][(hashes[order][1:] == hashes[order][:-1]) & (hashes[order][1:] != 0)]
+    return len(again), sorted(again.tolist())[:_NAMED]
+
+
+def _check_shard(
+    directory: Path, processor: Processor | None, decode: bool, shard: _Shard, stopped: Stopped
+) -> _ShardReport:
+    problems: list[Problem] = []
+    hashes = np.zeros(shard.records, np.uint64)
+    images = 0
+    index = Index.open(directory)  # mapped: no index travels to the workers
+    if describe_file(directory, shard.name)["sha256"] != shard.sha256:
+        problems.append(Problem(shard.name, "", "file", "its sha256 differs from the manifest's"))
+    try:
+        reader = ArrayRecordReader(str(directory / shard.name))
+        if reader.num_records() != shard.records:
+            raise ValueError(f"it holds {reader.num_records()} records, the manifest says {shard.records}")
+    except (RuntimeError, ValueError) as error:
+        problems.append(Problem(shard.name, "", "file", f"it cannot be read: {error}"))
+        return _ShardReport(shard, 0, problems, hashes.tobytes())
+    for i in range(shard.records):
+        if stopped():
+            raise Stop
+        number, record_id, reason = shard.first + i, "", "unreadable"
+        try:
+            record = Record.from_bytes(reader.read([i])[0])
+            record_id, reason = record.id, "index"
+            digest = hashlib.blake2b(record.id.encode(), digest_size=8).digest()
+            hashes[i] = max(1, int.from_bytes(digest, "little"))
+            images += len(record.images)
+            _compare(record, index, number, processor, decode)
+        except BadRecord as bad:
+            reason, detail = bad.reason, str(bad)
+        except Exception as error:  # Of bytes that are not what was written, anything.
+            detail = f"{error}" or type(error).__name__
+        else:
+            continue
+        problems.append(Problem(f"{shard.name}, record {number} of the dataset", record_id, reason, detail))
+    return _ShardReport(shard, images, problems, hashes.tobytes())
+
+
+def _compare(record: Record, index: Index, i: int, processor: Processor | None, decode: bool) -> None:
+    """A record as its row of the index says, or a ValueError; BadRecord when it could not be imported today."""
+    now: dict[str, Any] = {"mode": mode_of(record), "task": record.task}
+    then: dict[str, Any] = {"mode": MODES[index.modes[i]], "task": TASKS[index.tasks[i]]}
+    if processor is None:
+        now["image sizes"] = list(measure_images(record, decode=decode))
+    else:
+        measured = measure(record, processor, decode=decode)
+        now |= {"image sizes": list(measured.image_sizes), "text tokens": measured.text_tokens}
+        then["text tokens"] = int(index.text_tokens[i])
+    then["image sizes"] = index.sizes_of(i)
+    for name, value in now.items():
+        if value != then[name]:
+            raise ValueError(f"{name}: {value}, the index says {then[name]}")
