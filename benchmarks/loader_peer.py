@@ -1,0 +1,104 @@
+"""The other side of ``loader.py``: the image processors of transformers, run in an environment of their own.
+
+Reads one JSON request per line on stdin and answers with one JSON line on stdout. Python 3.11 suffices here, and
+nothing of this project is imported.
+
+    {"do": "versions"}                                      the versions that matter, and which processors there are
+    {"do": "load", "files": [...]}                          read the files into memory, keep them decoded as well
+    {"do": "patches", "processor": "pil", "out": "x.npy"}   [N patches of all files, 768] f32, one after the other
+    {"do": "time", "processor": "pil", "decode": true, "which": [...]}   CPU seconds for those files
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from typing import Any
+
+try:
+    import numpy as np
+    import PIL
+    import torch
+    import transformers
+    from PIL import Image
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+except ImportError as error:
+    sys.exit(f"loader_peer.py needs transformers 5, torch and Pillow: {error}")
+
+try:  # what AutoImageProcessor gives by default; needs torchvision
+    import torchvision
+    from transformers.models.siglip2.image_processing_siglip2 import Siglip2ImageProcessor
+except (ImportError, RuntimeError):
+    torchvision = Siglip2ImageProcessor = None
+
+PATCH, MIN_PATCHES, MAX_PATCHES = 16, 256, 3600
+
+
+class Peer:
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self.processors: dict[str, Any] = {"pil": Siglip2ImageProcessorPil()}
+        if Siglip2ImageProcessor is not None:
+            self.processors["torchvision"] = Siglip2ImageProcessor()
+        self.files: list[bytes] = []
+        self.decoded: list[Image.Image] = []
+
+    def versions(self) -> dict[str, Any]:
+        return {
+            "processors": list(self.processors),
+            "versions": {
+                "python": sys.version.split()[0],
+                "pillow": PIL.__version__,
+                "numpy": np.__version__,
+                "torch": torch.__version__,
+                "torchvision": getattr(torchvision, "__version__", None),
+                "transformers": transformers.__version__,
+            },
+        }
+
+    def load(self, files: list[str]) -> dict[str, Any]:
+        for name in files:
+            with open(name, "rb") as file:
+                self.files.append(file.read())
+        self.decoded = [self.decode(content) for content in self.files]
+        return {}
+
+    def decode(self, content: bytes) -> Image.Image:
+        return Image.open(io.BytesIO(content)).convert("RGB")
+
+    def process(self, processor: str, image: Image.Image) -> Any:
+        """As the released model does it: the patch count follows the image between two bounds."""
+        width, height = image.size
+        patches = min(max((width // PATCH) * (height // PATCH), MIN_PATCHES), MAX_PATCHES)
+        kind = "np" if processor == "pil" else "pt"  # what each has without a conversion
+        return self.processors[processor](images=image, max_num_patches=patches, return_tensors=kind)
+
+    def patches(self, processor: str, out: str) -> dict[str, Any]:
+        parts = []
+        for image in self.decoded:
+            result = self.process(processor, image)
+            count = int(np.prod(np.asarray(result["spatial_shapes"])[0]))
+            parts.append(np.asarray(result["pixel_values"])[0, :count])
+        np.save(out, np.concatenate(parts))
+        return {}
+
+    def time(self, processor: str, decode: bool, which: list[int]) -> dict[str, Any]:
+        start = time.process_time()
+        for i in which:
+            self.process(processor, self.decode(self.files[i]) if decode else self.decoded[i])
+        return {"seconds": time.process_time() - start}
+
+
+def main() -> None:
+    peer = Peer()
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed stays out of the answers
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(peer, request.pop("do"))(**request)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""How full rows are, and how fast they are planned: ours beside Grain's packers, on the same examples in one run.
+
+    python benchmarks/packing.py                                   # a table
+    python benchmarks/packing.py --out docs/results/packing.json   # the committed numbers
+
+The examples are made up after the mix of the design: 15 % text alone, 75 % one image, 10 % two or three; images from
+thumbnails to 4,000 pixels, resized to 256…3,600 patches; on average about 1,820 patches and 740 text tokens. Only
+lengths are packed: Grain gets arrays of the right lengths (one byte a token), so its times are its algorithm's and not
+those of copying pixels. Turns alternate; each figure is the median of its turns. One thread.
+
+Beside padding: what a step waits for its fullest row. Rows of a step are on different devices, and all wait for the
+one with the most attention work (Σ length²): its work over the mean row's is what attention costs more than it must.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from phivision_jax.data.packing import Capacity, Lengths, attention_work, balance, best_fit_decreasing, pack
+from phivision_jax.data.plan import WINDOW
+from phivision_jax.data.shuffle import permutation
+from phivision_jax.images.naflex import grid_of
+
+TURNS = 3
+BATCH_ROWS = 256
+
+
+def made_up(n: int, seed: int = 0) -> Lengths:
+    """``n`` examples of the mix; those that are longer than a row among them."""
+    rng = np.random.default_rng(seed)
+    kind = rng.choice(3, n, p=[0.15, 0.75, 0.10])
+    images = np.where(kind == 0, 0, np.where(kind == 1, 1, rng.integers(2, 4, n)))
+    text = np.where(kind == 0, rng.lognormal(6.8, 0.9, n), rng.lognormal(6.0, 1.0, n)).astype(int).clip(16, 7000)
+    width = rng.lognormal(6.6, 0.55, images.sum()).clip(100, 4000).astype(int)
+    height = (width * rng.lognormal(-0.2, 0.35, len(width))).clip(64, 4000).astype(int)
+    patches = np.array([np.prod(grid_of(int(w), int(h))) for w, h in zip(width, height, strict=True)], np.int64)
+    offsets = np.concatenate([[0], np.cumsum(images)])
+    lengths = Lengths(text.astype(np.int64), patches, offsets)
+    return Lengths(lengths.columns + lengths.patches, patches, offsets)
+
+
+def ours(packer: Callable[..., tuple[np.ndarray, np.ndarray]]) -> Callable[..., list[list[int]]]:
+    """Windows packed one by one, as a plan does it."""
+
+    def rows(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> list[list[int]]:
+        made: list[list[int]] = []
+        for first in range(0, len(examples), WINDOW):
+            packed, offsets = packer(examples[first : first + WINDOW], lengths, capacity)
+            made += [row.tolist() for row in np.split(packed, offsets[1:-1])]
+        return made
+
+    return rows
+
+
+def grains(packer: Any, bins: int) -> Callable[..., list[list[int]]]:
+    """Grain's; a third feature, one number per example, tells which example went where."""
+
+    def rows(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> list[list[int]]:
+        patches = lengths.patches
+
+        def element(i: int) -> dict[str, np.ndarray]:
+            return {
+                "tokens": np.zeros(lengths.columns[i], np.uint8),
+                "patches": np.zeros(patches[i], np.uint8),
+                "number": np.array([i]),
+            }
+
+        total = capacity.vision_rows * capacity.num_patches
+        source = grain.MapDataset.source(examples).map(element).to_iter_dataset(grain.ReadOptions(num_threads=0))
+        packed = packer(
+            source,
+            length_struct={"tokens": capacity.length, "patches": total, "number": 4096},
+            num_packing_bins=bins,
+            shuffle_bins=False,
+        )
+        return [row["number"][: row["number_segment_ids"].astype(bool).sum()].tolist() for row in packed]
+
+    return rows
+
+
+def padding(rows: Iterable[list[int]], lengths: Lengths, capacity: Capacity) -> dict[str, float]:
+    rows = list(rows)
+    columns = sum(int(lengths.columns[row].sum()) for row in rows)
+    patches = sum(int(lengths.patches[row].sum()) for row in rows)
+    total = capacity.vision_rows * capacity.num_patches
+    return {
+        "rows": len(rows),
+        "text_padding": 1 - columns / (len(rows) * capacity.length),
+        "patch_padding": 1 - patches / (len(rows) * total),
+    }
+
+
+def waiting(examples: np.ndarray, lengths: Lengths, capacity: Capacity, *, balanced: bool) -> float:
+    """Attention work of a step's fullest row over the mean row, as a sum over the steps of one window."""
+    packed, offsets = pack(examples[:WINDOW], lengths, capacity)
+    work = attention_work(packed, offsets, lengths)
+    order = permutation(len(work), 0)
+    if balanced:
+        order = balance(work, order, BATCH_ROWS, 0)
+    steps = work[order][: len(work) // BATCH_ROWS * BATCH_ROWS].reshape(-1, BATCH_ROWS)
+    return float(steps.max(axis=1).sum() / steps.mean(axis=1).sum())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=2 * WINDOW, help="how many (default: two windows)")
+    parser.add_argument("--length", type=int, default=8192, help="T")
+    parser.add_argument("--vision-rows", type=int, default=1, help="R")
+    parser.add_argument("--num-patches", type=int, default=7168, help="P")
+    parser.add_argument("--turns", type=int, default=TURNS)
+    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    args = parser.parse_args()
+    capacity = Capacity(args.length, args.vision_rows, args.num_patches)
+    lengths = made_up(args.examples + args.examples // 8)
+    fits = (lengths.columns <= capacity.length) & (lengths.patches <= capacity.num_patches)
+    examples = np.flatnonzero(fits)[: args.examples]
+    text = lengths.columns - lengths.patches
+    print(
+        f"{len(examples):,} examples, on average {lengths.patches[examples].mean():,.0f} patches and "
+        f"{text[examples].mean():,.0f} text tokens; T {capacity.length}, R {capacity.vision_rows}, "
+        f"P {capacity.num_patches}; {1 - fits.mean():.1%} of the mix are longer and left out"
+    )
+    packers = {
+        "ours": ours(pack),
+        "ours, best fit alone": ours(best_fit_decreasing),
+        "Grain FirstFit, 64 bins": grains(grain.experimental.FirstFitPackIterDataset, 64),
+        "Grain BestFit, 64 bins": grains(grain.experimental.BestFitPackIterDataset, 64),
+        "Grain BestFit, 512 bins": grains(grain.experimental.BestFitPackIterDataset, 512),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in packers}
+    found: dict[str, dict[str, float]] = {}
+    for _ in range(args.turns):
+        for name, packer in packers.items():
+            began = time.perf_counter()
+            rows = packer(examples, lengths, capacity)
+            seconds[name].append(time.perf_counter() - began)
+            assert sorted(i for row in rows for i in row) == sorted(examples.tolist()), f"{name} lost examples"
+            found[name] = padding(rows, lengths, capacity)
+    print(f"{'':<26}{'rows':>8}{'text padding':>14}{'patch padding':>15}{'examples/s':>12}")
+    for name, row in found.items():
+        row["examples_per_s"] = len(examples) / statistics.median(seconds[name])
+        print(
+            f"{name:<26}{row['rows']:>8,}{row['text_padding']:>14.2%}{row['patch_padding']:>15.2%}"
+            f"{row['examples_per_s']:>12,.0f}"
+        )
+    shuffled, balanced = (waiting(examples, lengths, capacity, balanced=b) for b in (False, True))
+    print(
+        f"attention work of a step's fullest of {BATCH_ROWS} rows over the mean: {balanced:.3f} balanced, "
+        f"{shuffled:.3f} shuffled"
+    )
+    if args.out:
+        result = {
+            "capacity": {"length": args.length, "vision_rows": args.vision_rows, "num_patches": args.num_patches},
+            "examples": len(examples),
+            "turns": args.turns,
+            "cores": os.cpu_count(),
+            "packers": found,
+            "work_fullest_over_mean": {"batch_rows": BATCH_ROWS, "balanced": balanced, "shuffled": shuffled},
+        }
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
