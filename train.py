@@ -245,9 +245,6 @@ def check_unchanged(cfg: RunConfig, before: dict[str, Any]) -> None:
             raise ValueError(
                 f"this run was started with {name} = {before[name]}, now it is {now[name]}; take a new --run"
             )
-    if now["data"]["batch_rows"] != before["data"]["batch_rows"]:
-        rows = before["data"]["batch_rows"]
-        raise ValueError(f"this run was started with data.batch_rows = {rows}; keep it, or take a new --run")
 
 
 def log_row(metrics: dict[str, jax.Array], step: TrainStep, done: int) -> dict[str, float]:

@@ -35,7 +35,7 @@ from phivision_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["red", "green", "blue", "dark", "light", "small", "large", "round", "square", "open", "full", "quiet"]
-ROW = {"length": 240, "vision_rows": 1, "num_patches": 128}
+ROW: dict[str, Any] = {"length": 240, "vision_rows": 1, "num_patches": 128}
 BATCH_ROWS = 8
 TRAIN = {
     "model.vision.hidden_size": 16, "model.vision.intermediate_size": 16, "model.vision.num_layers": 2,
@@ -97,7 +97,7 @@ def train(dataset: Path, run: Path, steps: int) -> list[tuple[int, float]]:
             continue
     if process.returncode:
         sys.exit(f"train.py ended with {process.returncode}")
-    return [(step, mb) for step, mb in seen if step]
+    return [(int(step), mb) for step, mb in seen if step]
 
 
 def plot(memory: list[tuple[int, float]], path: Path) -> None:

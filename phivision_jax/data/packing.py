@@ -184,10 +184,10 @@ def balance(work: np.ndarray, shuffled: np.ndarray, batch_rows: int, pending: in
     outside = len(order) - steps * batch_rows  # of the step before and the step behind
     middle = (len(order) - outside) // 2
     shared, own = order[middle : middle + outside], np.delete(order, slice(middle, middle + outside))
-    own = own.reshape(steps, batch_rows)
+    cut = own.reshape(steps, batch_rows)
     place_of = np.argsort(shuffled)  # the inverse permutation: a random place for each step, by its first row
-    own = own[np.argsort(place_of[own[:, 0]])]
-    return np.concatenate([shared[:head], own.reshape(-1), shared[head:]])
+    cut = cut[np.argsort(place_of[cut[:, 0]])]
+    return np.concatenate([shared[:head], cut.reshape(-1), shared[head:]])
 
 
 def _work_levels(most: int) -> np.ndarray:

@@ -12,6 +12,7 @@ Training data holds broken, rotated, transparent and 16-bit images. What happens
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,12 +87,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     alpha or transparency  composited on white: RGBA, LA, PA, P, L and 1 with a transparent colour. Pixels under alpha 0
                            hold whatever the editor left there, often black; charts, icons and scans are meant for paper
     L, 1, I;16             the grey in all three channels; 16 bits are scaled so that 65535 becomes 255
+    I, F                   grey of 32 bits, whose files seldom say a range: whole numbers are taken as 16 bits, others
+                           as shares of white if all lie in 0…1, else as 8 bits; what is beyond is clipped, NaN is black
     P                      the palette's colours
     CMYK, YCbCr, HSV       Pillow's conversion; colour profiles are not applied
     =====================  ============================================================================================
 
     Raises:
-      ValueError: for a mode with no stated range (I, F: 32-bit numbers) or no conversion.
+      ValueError: for a mode that has no conversion.
     """
     if image.mode == "RGB":
         return image
@@ -100,7 +103,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide + 128) // 257).astype(np.uint8), "L").convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(f"an image of mode {image.mode!r} states no range for its numbers: scale it to 8 bits first")
+        return Image.fromarray(_in_8_bits(np.asarray(image)), "L").convert("RGB")
     try:
         if image.mode == "La":
             image = image.convert("LA")
@@ -112,6 +115,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
+def _in_8_bits(grey: np.ndarray) -> np.ndarray:
+    if grey.dtype.kind != "f":
+        return ((np.clip(grey, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
+    grey = np.nan_to_num(grey.astype(np.float64))
+    if grey.size and grey.min() >= 0 and grey.max() <= 1:
+        grey = grey * 255
+    return np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """What Pillow reads by itself: not EPS, for which it starts an interpreter of programs (Ghostscript)."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
 @contextlib.contextmanager
 def _opened(source: bytes | str | Path, name: str | None) -> Iterator[Image.Image]:
     """The image with its header read; whatever its decoder raises inside the block becomes a ValueError with a name."""
@@ -121,7 +140,7 @@ def _opened(source: bytes | str | Path, name: str | None) -> Iterator[Image.Imag
             raise ValueError(f"{name} is empty (0 bytes)")
         file.seek(0)
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=_formats()) as image:
                 yield image
         except Image.UnidentifiedImageError:
             raise ValueError(f"{name} is not an image of a known format, or its header is broken") from None

@@ -61,7 +61,7 @@ def test_there_and_back_is_byte_for_byte(tmp_path: Path, run: Run, dtype: Any, s
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "ours"]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(configs(), st.integers(1, 5), st.sampled_from([np.float32, BF16]), st.sampled_from([40, 300, 32_000_000]))
 def test_any_size_sharding_and_block(values: dict[str, Any], shards: int, dtype: Any, block_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:

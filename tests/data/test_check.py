@@ -125,7 +125,7 @@ def test_what_only_decoding_shows(processor):
     truncated, sound = png(24, 16)[:-100], png(24, 16)
     at = sound.index(b"IDAT") + 10
     corrupt = sound[:at] + bytes([sound[at] ^ 255]) + sound[at + 1 :]
-    for image in (truncated, corrupt, encoded("I", format="TIFF"), encoded("F", format="TIFF")):
+    for image in (truncated, corrupt):
         assert measure(with_image(image), processor, decode=False).image_sizes == ((24, 16),)
         assert reason(with_image(image), processor, decode=True) == "image-broken"
 

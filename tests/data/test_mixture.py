@@ -60,7 +60,7 @@ def test_sources_interleave_by_weight_from_the_first_example_on():
         assert [s for s, _ in examples[first : first + 4]].count(1) == 1
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=4),
     repeat=st.lists(st.integers(1, 3), min_size=4, max_size=4),

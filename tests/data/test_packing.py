@@ -89,7 +89,7 @@ def example_of(text: int, images: list[int]) -> Example:
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(packings())
 def test_rows_fit_and_no_example_is_lost_or_doubled(case):
     capacity, examples = case
@@ -167,7 +167,7 @@ def test_attention_work_on_paper():
     assert attention_work(np.array([2, 0, 1]), np.array([0, 1, 3]), lengths).tolist() == [4, 10]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     work=st.lists(st.integers(1, 10**8), max_size=60),
     batch_rows=st.integers(1, 9),

@@ -264,6 +264,19 @@ def test_an_index_that_does_not_describe_the_records_is_an_error(dataset, plan, 
         next(batches([wrong], plan, processor, batch_rows=2, num_threads=0))
 
 
+def test_pixels_of_another_size_than_the_header_said_are_a_hole(dataset, plan, processor):
+    """A header may lie; the row was planned for what it said."""
+    lying = Flaky(dataset, failures=0)
+    sizes = np.array(dataset.index.image_sizes)
+    at = int(dataset.index.image_offsets[1])
+    sizes[at] = sizes[at][::-1]
+    lying.index = dataclasses.replace(dataset.index, image_sizes=sizes)
+    found = list(batches([lying], plan, processor, batch_rows=2))
+    holes = [hole for _, info in found for hole in info.holes]
+    assert [(hole.id, hole.reason) for hole in holes] == [("r001", "image-broken")] * 2
+    assert "images decode to grids [(2, 3)], their headers say [(3, 2)]" in holes[0].detail
+
+
 def test_plan_dataset_and_processor_must_belong_together(tmp_path, dataset, plan, processor):
     other = write_dataset(tmp_path / "other", [make_record(0)], processor, progress=False)
     with pytest.raises(ValueError, match="from other datasets"):

@@ -82,7 +82,7 @@ def test_steps_cover_all_rows_and_the_last_is_filled_up():
         plan.rows(3, 2)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     text=st.lists(st.integers(1, 14), min_size=1, max_size=40),
     picture=st.sampled_from([(24, 16), (16, 16), (8, 16)]),

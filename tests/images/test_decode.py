@@ -71,10 +71,25 @@ def test_sixteen_bit_png_from_bytes() -> None:
     assert rgb_at_origin(open_image(encoded(grey, "PNG"))) == (77, 77, 77)
 
 
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_numbers_without_a_range(mode: str) -> None:
-    with pytest.raises(ValueError, match=f"mode '{mode}' states no range"):
-        to_rgb(Image.new(mode, (2, 2)))
+@pytest.mark.parametrize(
+    ("grey", "expected"),
+    [
+        (np.array([[-5, 0, 257 * 77, 65535, 10**6]], np.int32), [0, 0, 77, 255, 255]),
+        (np.array([[0.0, 0.2, 0.5, 1.0]], np.float32), [0, 51, 128, 255]),
+        (np.array([[-1.0, 7.4, 200.0, 300.0, np.nan]], np.float32), [0, 7, 200, 255, 0]),
+    ],
+)
+def test_numbers_of_32_bits(grey: np.ndarray, expected: list[int]) -> None:
+    rgb = np.asarray(to_rgb(Image.fromarray(grey)))
+    assert rgb[0].tolist() == [[value] * 3 for value in expected]
+    # As files hold them, too.
+    file = encoded(Image.fromarray(grey), "TIFF")
+    assert np.array_equal(np.asarray(to_rgb(open_image(file))), rgb)
+
+
+def test_no_program_is_run_for_a_file() -> None:
+    with pytest.raises(ValueError, match="not an image of a known format"):
+        open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "AVIF"])

@@ -26,7 +26,7 @@ def arrays(rng, B, T, N, K, H, S=None):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**16),
     lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3),

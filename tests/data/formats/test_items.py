@@ -361,7 +361,7 @@ ODD = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(ODD)
 def test_anything_is_a_record_or_quarantined(item):
     result = read(item, Path("/nonexistent"), boxes="unit", inline_boxes="unit", system="user")

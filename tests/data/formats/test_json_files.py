@@ -199,7 +199,7 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.lists(json_values, max_size=6), st.integers(1, 40), st.booleans(), st.sampled_from([None, 1]))
 def test_any_array_is_split_as_json_reads_it(values, window, ascii, indent):
     raw = json.dumps(values, ensure_ascii=ascii, indent=indent).encode(errors="replace")
@@ -209,7 +209,7 @@ def test_any_array_is_split_as_json_reads_it(values, window, ascii, indent):
     assert all(raw[p.offset :].startswith(p.raw) for p in pieces)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.integers(0, len(ARRAY)), st.integers(0, 40), st.binary(max_size=5), st.integers(1, 60))
 def test_however_an_array_is_damaged_the_window_does_not_matter(at, cut, put, window):
     raw = ARRAY[:at] + put + ARRAY[at + cut :]
@@ -229,7 +229,7 @@ def test_however_an_array_is_damaged_the_window_does_not_matter(at, cut, put, wi
         assert set(found) >= {f"r{i}" for i in untouched if i > 0}
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.data())
 def test_ranges_add_up(tmp_path_factory, data):
     n = data.draw(st.integers(1, 40))

@@ -110,7 +110,7 @@ def test_a_folder_of_parts(tmp_path):
         open_(tmp_path / "made", split="dev")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 150), min_size=1, max_size=3), st.integers(1, 200), st.data())
 def test_ranges_add_up(tmp_path_factory, parts, group, data):
     folder = tmp_path_factory.mktemp("x")
