@@ -4,8 +4,8 @@
                                    (from the sharding)        a bad record leaves a hole
 
 A step is made from the plan alone, so iteration can begin at any step, on any number of hosts, and gives exactly what
-an uninterrupted run gives. A record that cannot be encoded is replaced by a hole of its planned size, logged and
-counted in ``BatchInfo``; an I/O error is tried again, then raised.
+an uninterrupted run gives. A record that cannot be encoded is replaced by a hole of its planned size and named in
+``BatchInfo``; an I/O error is tried again, then raised.
 """
 
 from __future__ import annotations
@@ -131,7 +131,6 @@ def _load_example(
         if found != planned_grids:
             raise BadRecord("image-broken", f"images decode to grids {found}, their headers say {planned_grids}")
     except BadRecord as error:
-        _log.warning("record %r of %r cannot be encoded and leaves a hole: %s", record.id, record.source, error)
         where = f"{dataset.directory}, record {i}"
         holes.append(Quarantined(record.id, record.source, error.reason, str(error), where))
         return hole(planned_text, planned_grids, config.vision.patch_dim), record.id

@@ -11,9 +11,9 @@ run. Both stop with a summary once more than a stated share is bad: then it is t
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -40,6 +40,9 @@ REASONS: tuple[str, ...] = get_args(Reason)
 MAX_SHARE = 0.01
 """The share of bad records that stops an import or a training, by default."""
 FILE = "quarantine.jsonl"
+
+
+_log = logging.getLogger(__name__)
 
 
 class BadRecord(ValueError):
@@ -79,6 +82,7 @@ class RunLog:
     """
 
     _FIRST_CHECK = 1_000
+    _LOGGED = 10
 
     def __init__(self, file: Path, max_share: float) -> None:
         self.file, self.max_share = file, max_share
@@ -86,9 +90,12 @@ class RunLog:
         """All of them since this process began, repeated ones too."""
         self._seen = 0
         self._named: set[tuple[str, str]] = set()
-        for line in file.read_text().splitlines() if file.is_file() else []:
-            with contextlib.suppress(ValueError, KeyError):  # a line that a kill cut short
-                bad = json.loads(line)
+        if file.is_file():
+            content = file.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1]
+            if whole != content:  # a kill cut the last line short
+                file.write_bytes(whole)
+            for bad in map(json.loads, whole.splitlines()):
                 self._named.add((bad["id"], bad["where"]))
 
     def add(self, holes: Iterable[Quarantined], examples: int) -> None:
@@ -102,8 +109,14 @@ class RunLog:
             self.holes.append(hole)
             if (hole.id, hole.where) not in self._named:
                 self._named.add((hole.id, hole.where))
-                with self.file.open("a") as file:
+                with self.file.open("a", encoding="utf-8") as file:
                     file.write(hole.to_json() + "\n")
+                if len(self._named) <= self._LOGGED:
+                    _log.warning(
+                        "record %r of %r leaves a hole (%s): %s", hole.id, hole.source, hole.reason, hole.detail
+                    )
+                if len(self._named) == self._LOGGED:
+                    _log.warning("further holes are named in %s alone", self.file)
         check_share(self.holes, max(self._seen, self._FIRST_CHECK), self.max_share, self.file)
 
 

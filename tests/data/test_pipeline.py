@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 import jax
 import numpy as np
@@ -187,10 +186,9 @@ def spoiled(record_id: str):
     )
 
 
-def test_a_bad_record_leaves_a_hole_and_moves_nothing(tmp_path, dataset, plan, processor, caplog):
+def test_a_bad_record_leaves_a_hole_and_moves_nothing(tmp_path, dataset, plan, processor):
     bad = write_dataset(tmp_path / "set", map(spoiled("r004"), mixed_records(40)), processor, progress=False)
     bad_plan = make_plan([bad], TWO_EPOCHS, processor, **SHAPE)
-    caplog.set_level(logging.WARNING)
     out, sound = (
         list(batches([bad], bad_plan, processor, batch_rows=2)),
         list(batches([dataset], plan, processor, batch_rows=2)),
@@ -199,7 +197,6 @@ def test_a_bad_record_leaves_a_hole_and_moves_nothing(tmp_path, dataset, plan, p
     hole = next(hole for _, info in out for hole in info.holes)
     assert (hole.source, hole.reason, hole.where) == ("made-up", "image-broken", f"{tmp_path / 'set'}, record 4")
     assert "image 0" in hole.detail
-    assert "'r004' of 'made-up' cannot be encoded" in caplog.text
     for (batch, info), (expected, expected_info) in zip(out, sound, strict=True):
         assert info.record_ids == expected_info.record_ids
         segments = np.zeros_like(batch.segment_ids, bool)
