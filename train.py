@@ -31,7 +31,7 @@ from phivision_jax.data.dataset import Dataset
 from phivision_jax.data.encode import GROUP_NAMES
 from phivision_jax.data.mixture import Mixture
 from phivision_jax.data.pipeline import batches, rows_of_process, to_device
-from phivision_jax.data.plan import Plan, make_plan, plan_inputs
+from phivision_jax.data.plan import Plan, differing, make_plan, plan_inputs
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.models import phivision
 from phivision_jax.models.vision_tail import VisionTail
@@ -92,7 +92,7 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
     meta = {"model": dataclasses.asdict(cfg.model), "plan": plan.hash, "run": dataclasses.asdict(cfg)}
     writer = MetricsWriter(run, first)
     began = time.monotonic() - writer.elapsed
-    bad = quarantine.RunLog(run / quarantine.FILE, cfg.data.max_bad)
+    bad = quarantine.RunLog(run / quarantine.file_of_process(jax.process_index()), cfg.data.max_bad)
     batch_at = sharding.batch_shardings(mesh, spec)
     rows_here = rows_of_process(batch_at.tokens, cfg.data.batch_rows)
     rows = batches(
@@ -119,7 +119,7 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
                 last |= {
                     "tokens_per_s": seen * jax.process_count() / (now - since),
                     "elapsed_s": now - began,
-                    "holes": len(bad.holes),
+                    "holes": bad.holes,
                 }
                 writer.write(done, last)
                 bar.update(done, loss=last["loss"], tokens_per_s=last["tokens_per_s"])
@@ -182,11 +182,10 @@ def make_or_load_plan(
     else:
         found = where if where.exists() else Path(data.plan)
         plan, now = Plan.load(found), plan_inputs(datasets, mixture, processor, **settings)
-        if changed := [key for key in now if plan.inputs.get(key) != now[key]]:
-            key = changed[0]
+        if changed := differing(now, plan.inputs):
             raise ValueError(
-                f"{found} is another plan than this configuration's: {key} is {plan.inputs.get(key)} there, {now[key]} "
-                "here; keep data, tokenizer, row sizes and seed as they were, or take a new --run directory"
+                f"{found} is another plan than this configuration's: {changed}; keep data, tokenizer, patch settings, "
+                "row sizes and seed as they were, or take a new --run directory"
             )
     if not where.exists() and jax.process_index() == 0:
         plan.save(where)

@@ -11,6 +11,7 @@ Their ``fingerprint`` is part of a data plan's hash: a plan made with other ones
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -89,6 +90,19 @@ class Processor:
     def small(cls, config: ModelConfig) -> Processor:
         """With the project's own 512 tokens and template: for models that start from no checkpoint."""
         return cls(Tokenizer.small(), ChatTemplate.small(), config)
+
+    def with_patches(
+        self, patch_size: int | None = None, min_patches: int | None = None, max_patches: int | None = None
+    ) -> Processor:
+        """The same with other patch settings, as far as they are given."""
+        config = self.config
+        config = dataclasses.replace(
+            config,
+            vision=dataclasses.replace(config.vision, patch_size=patch_size or config.vision.patch_size),
+            min_patches=min_patches or config.min_patches,
+            max_patches=max_patches or config.max_patches,
+        )
+        return Processor(self._tokenizer, self._template, config)
 
     @property
     def tokenizer(self) -> Tokenizer:

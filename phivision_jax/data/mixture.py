@@ -26,12 +26,13 @@ share does, then the tasks', and the plan's summary says what was drawn.
 
 The k-th record of a cell is due at time (k + ½) / share, or at the tokens drawn so far / share of tokens; the plan
 takes records in the order of these times. So every stretch of the plan has the shares, not only the whole, and inside
-a cell records follow a permutation of the epoch: none comes again before all have come once.
+a cell records follow a permutation of the epoch: none comes again before all of the cell have come once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 import tomllib
@@ -78,24 +79,29 @@ class Stage:
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a stage's name must be a text, not {self.name!r}")
         if self.epochs is not None and self.examples is not None:
             raise ValueError(f"{where}: give epochs or examples, not both")
-        for field, value in (("epochs", self.epochs), ("examples", self.examples)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{where}: {field} must be more than 0, not {value}")
-        if self.reasoning_share is not None and not 0 <= self.reasoning_share <= 1:
-            raise ValueError(f"{where}: reasoning_share is a share from 0 to 1, not {self.reasoning_share}")
-        for field in ("weights", "repeat"):
-            for name, value in getattr(self, field).items():
-                if not (value >= 0 and math.isfinite(value)):
-                    raise ValueError(f"{where}: {field} of {name!r} must be 0 or more, not {value}")
-        if self.task_temperature < 0:
-            raise ValueError(f"{where}: task_temperature must be 0 or more, not {self.task_temperature}")
-        for task, cap in self.task_caps.items():
+        if self.examples is not None and not (isinstance(self.examples, int) and self.examples > 0):
+            raise ValueError(f"{where}: examples must be a whole number above 0, not {self.examples!r}")
+        limits: list[tuple[str, Any, float, float]] = [
+            ("reasoning_share", self.reasoning_share, 0, 1),
+            ("task_temperature", self.task_temperature, 0, math.inf),
+            *((f"weights of {name!r}", value, 0, math.inf) for name, value in self.weights.items()),
+            *((f"repeat of {name!r}", value, 0, math.inf) for name, value in self.repeat.items()),
+            *((f"the cap of task {task!r}", cap, 1e-9, 1) for task, cap in self.task_caps.items()),
+            ("epochs", self.epochs, 1e-9, math.inf),
+        ]
+        for what, value, low, high in limits:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and low <= value <= high and math.isfinite(value)):
+                kind = "a share" if high == 1 else "a number"
+                least = "above 0" if low else "from 0 to 1" if high == 1 else "of 0 or more"
+                raise ValueError(f"{where}: {what} must be {kind} {least}, not {value!r}")
+        for task in self.task_caps:
             if task not in TASKS:
                 raise ValueError(f"{where}: unknown task {task!r} in task_caps; known are {', '.join(TASKS)}")
-            if not 0 < cap <= 1:
-                raise ValueError(f"{where}: the cap of task {task!r} is a share above 0, at most 1, not {cap}")
 
     def chosen(self, names: Sequence[str]) -> list[int]:
         """Numbers of the sources that this stage draws from.
@@ -165,11 +171,12 @@ class Mixture:
     def _of_dict(cls, values: Mapping[str, Any], folder: Path, defaults: Mapping[str, Any]) -> Mixture:
         values = _over(defaults, values)
         entries, stages = values.pop("sources", []), values.pop("stages", [{}])
-        if not entries:
-            raise ValueError("a mixture needs [[sources]], each with a path")
+        for name, tables in (("sources", entries), ("stages", stages)):
+            if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+                raise ValueError(f"a mixture needs [[{name}]], tables of which each begins with that line")
         for entry in entries:
-            if not isinstance(entry, dict) or "path" not in entry:
-                raise ValueError("each of [[sources]] needs a path")
+            if not isinstance(entry.get("path"), str):
+                raise ValueError("each of [[sources]] needs a path, as text")
             if unknown := entry.keys() - {"path", "name", "weight", "repeat"}:
                 raise ValueError(f"a source has path, name, weight and repeat, not {', '.join(sorted(unknown))}")
         sources = _named([{**entry, "path": folder / entry["path"]} for entry in entries])
@@ -185,6 +192,9 @@ class Mixture:
                     if field not in stage:  # what the file says of all sources, as far as this stage has them
                         settings[field] = {n: v for n, v in settings[field].items() if n in kept}
             made.append(dataclass_from_dict(Stage, settings))
+        called = [stage.name for stage in made]
+        if doubled := {name for name in called if called.count(name) > 1}:
+            raise ValueError(f"two stages are called {min(doubled)!r}; give each a name of its own")
         return cls(sources, tuple(made))
 
 
@@ -245,17 +255,14 @@ class _Cell:
         return int(self.tokens.sum()) / len(self.tokens)
 
 
-def draw(
-    pools: Sequence[Pool], names: Sequence[str], stage: Stage, seed: int, number: int
-) -> tuple[np.ndarray, np.ndarray, int]:
+def draw(pools: Sequence[Pool], names: Sequence[str], stage: Stage, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
     """The examples of a stage in order.
 
     Args:
       pools: one per source.
       names: of the sources.
       stage: what to draw.
-      seed: of the permutations.
-      number: of the stage in its mixture, so that stages differ.
+      seed: of the permutations; stages of other names have other ones.
 
     Returns:
       ``(sources, records, length of a pass)``: [N] and [N] i64; the pass is what ``epochs`` counts.
@@ -269,14 +276,14 @@ def draw(
         raise ValueError(f"stage {stage.name!r} has no records to draw from")
     one_pass = max(1, round(math.fsum(cell.size for cell in cells)))
     total = stage.examples or max(1, round(one_pass * (stage.epochs or 1)))
-    shares = cell_shares(cells, names, stage)
+    shares = cell_shares(cells, names, stage).tolist()
     modes: dict[int | None, list[int]] = {}
     for c, cell in enumerate(cells):
         if shares[c] > 0:
             modes.setdefault(cell.mode, []).append(c)
     streams = [
         _merge(
-            [_cell_stream(cells[c], c, seed, number) for c in of_mode],
+            [_cell_stream(cells[c], c, seed, stage.name) for c in of_mode],
             [shares[c] * (cells[c].mean_tokens if stage.unit == "tokens" else 1) for c in of_mode],
             stage.unit,
         )
@@ -311,9 +318,10 @@ def _cells(pools: Sequence[Pool], names: Sequence[str], chosen: Sequence[int], s
                     size=len(inside) * stage.repeat.get(names[s], 1),
                 )
             )
-    if by_mode and stage.reasoning_share not in (None, 0.0, 1.0):
+    if by_mode and cells:
+        wanted = {"think": stage.reasoning_share != 0, "nothink": stage.reasoning_share != 1}
         for mode, name in ((0, "think"), (1, "nothink")):
-            if not any(cell.mode == mode for cell in cells):
+            if wanted[name] and not any(cell.mode == mode for cell in cells):
                 raise ValueError(
                     f"stage {stage.name!r}: reasoning_share is {stage.reasoning_share:g}, but no record of its sources "
                     f"is of mode {name}; add a source that has them, or leave reasoning_share out"
@@ -323,48 +331,44 @@ def _cells(pools: Sequence[Pool], names: Sequence[str], chosen: Sequence[int], s
     return cells
 
 
-def cell_shares(cells: Sequence[_Cell], names: Sequence[str], stage: Stage) -> list[float]:
-    """The share of the examples that each cell gets; they add up to 1."""
-    shares = [cell.size for cell in cells]
-    in_tokens = [cell.mean_tokens for cell in cells]
-    ones = [1.0] * len(cells)
-    amounts = in_tokens if stage.unit == "tokens" else ones
+def cell_shares(cells: Sequence[_Cell], names: Sequence[str], stage: Stage) -> np.ndarray:
+    """[cells] f64: the share of the examples that each cell gets; they add up to 1."""
+    shares = np.array([cell.size for cell in cells], np.float64)
+    in_tokens = np.array([cell.mean_tokens for cell in cells])
+    amounts = in_tokens if stage.unit == "tokens" else np.ones(len(cells))
 
-    def scale(groups: Sequence[Any], target: Mapping[Any, float], amounts: Sequence[float]) -> float:
-        """Scale the cells of each group to its target share, of the total in ``amounts``; the largest change."""
-        amount_of = list(zip(shares, amounts, groups, strict=True))
-        held = {g: math.fsum(share * amount for share, amount, group in amount_of if group == g) for g in target}
-        total, asked = math.fsum(held.values()), math.fsum(target[g] for g in target if held[g])
-        factors = {g: target[g] / asked * total / held[g] for g in target if held[g]}
-        for c, group in enumerate(groups):
-            shares[c] *= factors.get(group, 1.0)
-        return max(abs(factor - 1) for factor in factors.values())
-
-    constraints: list[tuple[Sequence[Any], Mapping[Any, float], Sequence[float]]] = []
+    # What is to hold: the group of each cell, the share of each group, and what a cell's examples count.
+    constraints: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     if stage.weights:
-        of_source = [cell.source for cell in cells]
-        constraints.append((of_source, {s: stage.weights[names[s]] for s in of_source}, amounts))
-        scale(*constraints[0])
-    tasks = [cell.task for cell in cells]
-    if tasks[0] is not None:
-        held: dict[Any, float] = dict.fromkeys(tasks, 0.0)
-        for share, amount, task in zip(shares, amounts, tasks, strict=True):
-            held[task] += share * amount
-        constraints.append((tasks, task_shares(held, stage), amounts))
-    if stage.reasoning_share is not None and cells[0].mode is not None:
-        target = {0: stage.reasoning_share, 1: 1 - stage.reasoning_share}
-        present = {cell.mode for cell in cells}
-        constraints.append((
-            [cell.mode for cell in cells],
-            {mode: share for mode, share in target.items() if mode in present},
-            in_tokens if stage.reasoning_unit == "tokens" else ones,
-        ))  # fmt: skip
-    for _ in range(_FITTING_ROUNDS):
-        if max((scale(*constraint) for constraint in constraints), default=0.0) < 1e-13:
-            break
-    total = math.fsum(shares)
+        sources, group = np.unique([cell.source for cell in cells], return_inverse=True)
+        constraints.append((group, np.array([stage.weights[names[s]] for s in sources], np.float64), amounts))
+        _scale(shares, *constraints[0])
+    if cells[0].task is not None:
+        tasks, group = np.unique([cell.task for cell in cells], return_inverse=True)
+        held = dict(zip(tasks.tolist(), np.bincount(group, shares * amounts).tolist(), strict=True))
+        wanted = task_shares(held, stage)
+        constraints.append((group, np.array([wanted[task] for task in tasks.tolist()]), amounts))
+    if stage.reasoning_share is not None:
+        modes, group = np.unique([cell.mode for cell in cells], return_inverse=True)
+        wanted = {0: stage.reasoning_share, 1: 1 - stage.reasoning_share}
+        units = in_tokens if stage.reasoning_unit == "tokens" else np.ones(len(cells))
+        constraints.append((group, np.array([wanted[mode] for mode in modes.tolist()]), units))
+    for _ in range(_FITTING_ROUNDS if len(constraints) > 1 else 1):
+        before = shares / shares.sum()
+        for constraint in constraints:
+            _scale(shares, *constraint)
+        if np.abs(shares / shares.sum() - before).max() < 1e-15:
+            break  # all hold; or they contradict each other, and every round ends where the last did
     # Twelve digits: the last ones of a power or a sum need not be the same on every machine.
-    return [float(f"{share / total:.12g}") for share in shares]
+    return np.array([float(f"{share:.12g}") for share in (shares / shares.sum()).tolist()])
+
+
+def _scale(shares: np.ndarray, group: np.ndarray, wanted: np.ndarray, amounts: np.ndarray) -> None:
+    """Scale the cells of each group to its wanted share of the total in ``amounts``, in place."""
+    held = np.bincount(group, shares * amounts, len(wanted))
+    wanted = np.where(held > 0, wanted, 0)
+    factors = np.divide(wanted / wanted.sum() * held.sum(), held, out=np.ones(len(held)), where=held > 0)
+    shares *= factors[group]
 
 
 def task_shares(held: Mapping[int, float], stage: Stage) -> dict[int, float]:
@@ -399,12 +403,14 @@ type _Stream = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
 """An endless sequence of examples, of which any beginning can be had: sources, records and tokens, each [n] i64."""
 
 
-def _cell_stream(cell: _Cell, c: int, seed: int, stage: int) -> _Stream:
+def _cell_stream(cell: _Cell, c: int, seed: int, stage: str) -> _Stream:
     """The records of one cell, a new permutation each epoch."""
+    # By its name, not its place: a stage that is planned alone draws what it draws among the others.
+    purpose = int.from_bytes(hashlib.sha256(stage.encode()).digest()[:4])
 
     def first(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         size = len(cell.records)
-        epochs = [permutation(size, seed, CELL_ORDER, stage, c, epoch) for epoch in range(-(-n // size))]
+        epochs = [permutation(size, seed, CELL_ORDER, purpose, c, epoch) for epoch in range(-(-n // size))]
         order = np.concatenate(epochs)[:n] if epochs else np.zeros(0, np.int64)
         return np.full(n, cell.source, np.int64), cell.records[order], cell.tokens[order]
 

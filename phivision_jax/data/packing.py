@@ -119,7 +119,8 @@ def _pack(
     small = length // 3 if spread_work else length
 
     row_of = np.empty(n, np.int64)
-    room, left = np.full(n, length), np.full(n, total_patches)
+    # Columns left; patches left in all; patches left in the emptiest vision row, since an image lies within one.
+    room, left, widest = np.full(n, length), np.full(n, total_patches), np.full(n, capacity.num_patches)
     work = np.zeros(n, np.int64)
     score = np.empty(n, np.int64)
     used = [[0] * capacity.vision_rows for _ in range(opened)]
@@ -131,14 +132,14 @@ def _pack(
         np.copyto(scores, (room if t <= small else work)[:opened])
         scores[room[:opened] < t] = never
         if p:
-            scores[left[:opened] < p] = never
+            scores[(left[:opened] < p) | (widest[:opened] < max(images))] = never
         after, j = None, opened
         while opened and after is None:
             j = int(scores.argmin())
             if scores[j] == never:
                 break
             after = place(used[j], images, capacity.num_patches)
-            scores[j] = never  # if it did not fit: room enough in all, but not in any one vision row
+            scores[j] = never  # if it did not fit: several images, and room for each but not for all
         if after is None:
             j = opened
             after = place([0] * capacity.vision_rows, images, capacity.num_patches)
@@ -149,6 +150,7 @@ def _pack(
         row_of[i], used[j] = j, after
         room[j] -= t
         left[j] -= p
+        widest[j] = capacity.num_patches - min(after)
         work[j] += t * t
     by_row = np.argsort(row_of, kind="stable")
     counts = np.bincount(row_of, minlength=opened)

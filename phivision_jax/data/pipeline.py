@@ -124,23 +124,25 @@ def _load_example(
     bounds = config.vision.patch_size, min(config.min_patches, most), most
     planned_text = int(dataset.index.text_tokens[i])
     planned_grids = [grid_of(*size, *bounds) for size in dataset.index.sizes_of(i)]
-    record = _read(dataset, i)
+    record_id, source = f"{dataset.directory.name}:{i}", dataset.directory.name
     try:
+        record = _read(dataset, i)
+        record_id, source = record.id, record.source
         example = encode_record(record, processor, max_patches)
         found = [image.grid for image in example.images]
         if found != planned_grids:
             raise BadRecord("image-broken", f"images decode to grids {found}, their headers say {planned_grids}")
     except BadRecord as error:
         where = f"{dataset.directory}, record {i}"
-        holes.append(Quarantined(record.id, record.source, error.reason, str(error), where))
-        return hole(planned_text, planned_grids, config.vision.patch_dim), record.id
+        holes.append(Quarantined(record_id, source, error.reason, str(error), where))
+        return hole(planned_text, planned_grids, config.vision.patch_dim), record_id
     text = len(example.tokens) - example.num_patches
     if text != planned_text:
         raise ValueError(
-            f"record {record.id!r} of {record.source!r} has {text} text tokens, its index says {planned_text}: "
+            f"record {record_id!r} of {source!r} has {text} text tokens, its index says {planned_text}: "
             "it was written by another version of this program; import the dataset again"
         )
-    return example, record.id
+    return example, record_id
 
 
 def _read(dataset: Dataset, i: int) -> Record:

@@ -7,11 +7,12 @@ and a step.
     stage 0: draw examples in their shares ──► windows of 16,384 ──► pack each ──► shuffle, balance its rows ──► rows
     stage 1: …                                 (nothing is carried from one window into the next)
 
-    DIR/plan.json           inputs, hash, what was drawn, rejected records
+    DIR/plan.json           inputs, hash, what was drawn
     DIR/row_offsets.npy     [rows + 1] i64: row j holds examples row_offsets[j] … row_offsets[j + 1] − 1
     DIR/examples.npy        [examples] u32: number of the record in its source
     DIR/sources.npy         [examples] u8: number of the source
     DIR/resized.npy         [k, 3] i64: source, record and most patches per image of each record that was too large
+    DIR/rejected.npy        [k, 3] i64: source, record and reason (0 columns, 1 patches) of each that no row takes
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
 FORMAT = 2
 WINDOW = 16_384
 """Examples packed at a time: more fills rows better, but mixes the order less than a window's worth of shuffling."""
-_ARRAYS = {"row_offsets": "<i8", "examples": "<u4", "sources": "u1", "resized": "<i8"}
+_ARRAYS = {"row_offsets": "<i8", "examples": "<u4", "sources": "u1", "resized": "<i8", "rejected": "<i8"}
+REASONS = ("columns", "patches")
+"""Why no row takes a record: it is longer than T, or its images do not fit R vision rows of P."""
 _MOST_SOURCES = 256
 # What a seed is used for; ``mixture`` has a number of its own.
 _ROW_ORDER = 1
@@ -53,23 +57,12 @@ Overflow = Literal["drop", "resize", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rejected:
-    """A record that no row can take, and why."""
-
-    source: int
-    record: int
-    id: str
-    reason: str
-    """"columns" (longer than T) or "patches" (its images do not fit R vision rows of P)."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What one stage took from one group of records: a source, a mode or a task."""
+    """What one stage took from one group of records."""
 
     stage: str
     kind: str
-    """"source", "mode" or "task"."""
+    """"source", "mode", "task", or "part": a source's records of one mode, where shares tell modes apart."""
     name: str
     examples: int
     tokens: int
@@ -77,7 +70,11 @@ class Drawn:
     token_share: float
     """Of the stage."""
     passes: float | None = None
-    """Of a source: how often its records that fit were gone through."""
+    """Of a source or part: how often its records that fit were gone through."""
+    asked: float | None = None
+    """The share that was asked for, where one was."""
+    asked_in: str = "examples"
+    """What that share counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +85,7 @@ class PlanSummary:
     """Share of the columns of all rows that hold nothing."""
     patch_padding: float
     rejected: Mapping[str, int]
-    """Number of records by reason; which ones is in ``Plan.rejected``."""
+    """Number of records by source and reason; which ones is in ``Plan.rejected``."""
     resized: int
     drawn: tuple[Drawn, ...]
 
@@ -97,7 +94,7 @@ class PlanSummary:
             f"{self.rows:,} rows, {self.examples:,} examples ({self.examples / max(self.rows, 1):.2f} per row)",
             f"padding: text {self.text_padding:.2%}, patches {self.patch_padding:.2%}",
         ]
-        lines += [f"rejected for {reason}: {count:,} records" for reason, count in self.rejected.items()]
+        lines += [f"no row takes: {count:,} records of {which}" for which, count in self.rejected.items()]
         if self.resized:
             lines.append(f"resized to fewer patches: {self.resized:,} records")
         stages = list(dict.fromkeys(d.stage for d in self.drawn))
@@ -105,9 +102,10 @@ class PlanSummary:
             lines.append(f"drawn{f' in stage {stage!r}' if len(stages) > 1 else ''}:")
             for d in (d for d in self.drawn if d.stage == stage):
                 passes = f"  {d.passes:.2f} passes" if d.passes is not None else ""
+                asked = f"  asked {d.asked:.2%} of {d.asked_in}" if d.asked is not None else ""
                 lines.append(
                     f"  {d.kind:<6} {d.name:<20} {d.examples:>12,} examples {d.example_share:7.2%}"
-                    f" {d.tokens:>16,} tokens {d.token_share:7.2%}{passes}"
+                    f" {d.tokens:>16,} tokens {d.token_share:7.2%}{passes}{asked}"
                 )
         return "\n".join(lines)
 
@@ -120,7 +118,7 @@ class Plan:
     examples: np.ndarray
     sources: np.ndarray
     resized: np.ndarray
-    rejected: tuple[Rejected, ...]
+    rejected: np.ndarray
     drawn: tuple[Drawn, ...]
     columns_used: int
     patches_used: int
@@ -175,13 +173,19 @@ class Plan:
             examples=len(self.examples),
             text_padding=1 - self.columns_used / columns if columns else 0.0,
             patch_padding=1 - self.patches_used / patches if patches else 0.0,
-            rejected=dict(collections.Counter(r.reason for r in self.rejected)),
+            rejected={
+                f"{self.inputs['names'][s]} ({REASONS[reason]})": count
+                for (s, reason), count in sorted(
+                    collections.Counter((s, reason) for s, _, reason in self.rejected.tolist()).items()
+                )
+            },
             resized=len(self.resized),
             drawn=self.drawn,
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the plan; it appears under its name only when whole, and replaces a plan that is there."""
+        check_out(directory)
         directory = Path(directory)
         partial = directory.with_name(f".{directory.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -195,11 +199,9 @@ class Plan:
             "columns_used": self.columns_used,
             "patches_used": self.patches_used,
             "drawn": [dataclasses.asdict(d) for d in self.drawn],
-            "rejected": [dataclasses.asdict(r) for r in self.rejected],
         }
         (partial / "plan.json").write_text(json.dumps(about, indent=2) + "\n")
-        if (directory / "plan.json").is_file():  # nothing but a plan is ever replaced
-            shutil.rmtree(directory)
+        shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
 
     @classmethod
@@ -224,7 +226,6 @@ class Plan:
         plan = cls(
             inputs=about["inputs"],
             **arrays,
-            rejected=tuple(Rejected(**r) for r in about["rejected"]),
             drawn=tuple(Drawn(**d) for d in about["drawn"]),
             columns_used=about["columns_used"],
             patches_used=about["patches_used"],
@@ -232,6 +233,27 @@ class Plan:
         if plan.hash != about["hash"]:
             raise ValueError(f"{directory}: the arrays do not have the hash in plan.json; make the plan again")
         return plan
+
+
+def check_out(directory: str | os.PathLike[str]) -> None:
+    """Raise FileExistsError when something that is not a plan is there: only plans are ever replaced."""
+    directory = Path(directory)
+    if not directory.name:
+        raise FileExistsError(f"{directory} is no name for a new directory; choose one for the plan")
+    if directory.exists() and not (directory / "plan.json").is_file():
+        raise FileExistsError(f"{directory} exists and is not a plan; choose another name")
+
+
+def differing(inputs: Any, others: Any, path: str = "") -> str | None:
+    """The first of the inputs that others have otherwise, as "stages.0.epochs is 2.0 there, 1.0 here"; None if none."""
+    for key in inputs if isinstance(inputs, Mapping) else range(len(inputs)):
+        mine, theirs = inputs[key], (others[key] if isinstance(others, list) else others.get(key))
+        if mine == theirs:
+            continue
+        where = f"{path}{key}"
+        alike = isinstance(mine, dict | list) and isinstance(theirs, type(mine)) and len(mine) == len(theirs)
+        return (alike and differing(mine, theirs, f"{where}.")) or f"{where} is {theirs} there, {mine} here"
+    return None
 
 
 def plan_inputs(
@@ -258,8 +280,15 @@ def plan_inputs(
         raise ValueError(f"a plan numbers its sources in one byte: {len(datasets)} are more than {_MOST_SOURCES}")
     for dataset in datasets:
         check_processor(dataset, processor)
+    for name, value, least in (("batch_rows", batch_rows, 1), ("seed", seed, 0), ("window", window, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be {least} or more, not {value}")
     for stage in mixture.stages:
         stage.chosen(mixture.names)
+    stages = [dataclasses.asdict(stage) for stage in mixture.stages]
+    for stage_inputs in stages:
+        if stage_inputs["examples"] is None:  # 1, 1.0 and nothing said are one plan
+            stage_inputs["epochs"] = float(stage_inputs["epochs"] or 1)
     inputs = {
         "format": FORMAT,
         "sources": [dataset.hash for dataset in datasets],
@@ -267,7 +296,7 @@ def plan_inputs(
         "processor": processor.fingerprint,
         **dataclasses.asdict(Capacity(length, vision_rows, num_patches)),
         "batch_rows": batch_rows,
-        "stages": [dataclasses.asdict(stage) for stage in mixture.stages],
+        "stages": stages,
         "seed": seed,
         "on_overflow": on_overflow,
         "window": window,
@@ -319,13 +348,14 @@ def make_plan(
 
     rows = _Rows(lengths, capacity, inputs["seed"], inputs["batch_rows"])
     drawn: list[Drawn] = []
-    for number, stage in enumerate(mixture.stages):
-        sources, records, one_pass = draw(pools, mixture.names, stage, inputs["seed"], number)
+    for stage in mixture.stages:
+        sources, records, one_pass = draw(pools, mixture.names, stage, inputs["seed"])
         numbers = first[sources] + records
+        together = one_pass * _passes_together(lengths.columns[numbers[:one_pass]], capacity)
         drawn += _account(stage, mixture.names, sources, records, pools, datasets, lengths.columns[numbers])
         with bar(f"plan {stage.name}", len(numbers), shown=progress) as advance:
-            for begin in range(0, len(numbers), one_pass):  # windows end with the pass
-                in_pass = numbers[begin : begin + one_pass]
+            for begin in range(0, len(numbers), together):  # windows end with the pass
+                in_pass = numbers[begin : begin + together]
                 for window in range(0, len(in_pass), inputs["window"]):
                     taken = in_pass[window : window + inputs["window"]]
                     rows.add(taken)
@@ -338,11 +368,17 @@ def make_plan(
         examples=(numbers - first[sources]).astype(_ARRAYS["examples"]),
         sources=sources.astype(_ARRAYS["sources"]),
         resized=np.concatenate([m.resized for m in measured]).astype(_ARRAYS["resized"]),
-        rejected=tuple(r for m in measured for r in m.rejected),
+        rejected=np.concatenate([m.rejected for m in measured]).astype(_ARRAYS["rejected"]),
         drawn=tuple(drawn),
         columns_used=int(lengths.columns[numbers].sum()),
         patches_used=int(lengths.patches[numbers].sum()),
     )
+
+
+def _passes_together(columns: np.ndarray, capacity: Capacity) -> int:
+    """1; more for a set so small that a pass of it does not fill two rows: those of several passes then share rows."""
+    rows = int(columns.sum()) / capacity.length
+    return 1 if rows >= 2 else math.ceil(8 / rows)
 
 
 class _Rows:
@@ -393,24 +429,42 @@ def _account(
     for s, dataset in enumerate(datasets):
         at = sources == s
         modes[at], tasks[at] = dataset.index.modes[records[at]], dataset.index.tasks[records[at]]
+    by_mode = stage.reasoning_share is not None
+    asked: dict[tuple[str, str], tuple[float, str]] = {}
+    if stage.weights:
+        total = sum(stage.weights[names[s]] for s in stage.chosen(names))
+        asked |= {("source", names[s]): (stage.weights[names[s]] / total, stage.unit) for s in stage.chosen(names)}
+    if stage.reasoning_share is not None:
+        asked["mode", "think"] = (stage.reasoning_share, stage.reasoning_unit)
+    parts = [f"{name}, {mode}" for name in names for mode in MODES]
+    sizes = {
+        "source": [len(pool.records) for pool in pools],
+        "part": [int((pool.modes == m).sum()) for pool in pools for m in range(len(MODES))],
+    }
+    groups = [("source", sources, names), ("mode", modes, MODES), ("task", tasks, TASKS)]
     drawn = []
-    for kind, numbers, labels in (("source", sources, names), ("mode", modes, MODES), ("task", tasks, TASKS)):
+    for kind, numbers, labels in [*groups, ("part", sources * len(MODES) + modes, parts)] if by_mode else groups:
         examples = np.bincount(numbers, minlength=len(labels))
         # Weights of bincount are floats: exact below 2⁵³ tokens.
         columns = np.bincount(numbers, weights=tokens, minlength=len(labels)).astype(np.int64)
-        for i in np.flatnonzero(examples).tolist():
-            drawn.append(
-                Drawn(
-                    stage=stage.name,
-                    kind=kind,
-                    name=labels[i],
-                    examples=int(examples[i]),
-                    tokens=int(columns[i]),
-                    example_share=int(examples[i]) / len(records),
-                    token_share=int(columns[i]) / int(tokens.sum()),
-                    passes=int(examples[i]) / len(pools[i].records) if kind == "source" else None,
+        for i, label in enumerate(labels):
+            share, unit = asked.get((kind, label), (None, "examples"))
+            if examples[i] or share:
+                size = sizes[kind][i] if kind in sizes else 0
+                drawn.append(
+                    Drawn(
+                        stage=stage.name,
+                        kind=kind,
+                        name=label,
+                        examples=int(examples[i]),
+                        tokens=int(columns[i]),
+                        example_share=int(examples[i]) / len(records),
+                        token_share=int(columns[i]) / int(tokens.sum()),
+                        passes=int(examples[i]) / size if size else None,
+                        asked=share,
+                        asked_in=unit,
+                    )
                 )
-            )
     return drawn
 
 
@@ -446,9 +500,9 @@ class _Measured:
     lengths: Lengths
     fits: np.ndarray
     """[N] bool: an empty row takes it."""
-    rejected: list[Rejected]
+    rejected: np.ndarray
     resized: np.ndarray
-    """[k, 3]."""
+    """Both [k, 3], as in ``Plan``."""
 
 
 def _measure(source: int, dataset: Dataset, config: ModelConfig, capacity: Capacity, overflow: Overflow) -> _Measured:
@@ -471,17 +525,15 @@ def _measure(source: int, dataset: Dataset, config: ModelConfig, capacity: Capac
                 lengths.columns[i] = dataset.index.text_tokens[i] + sum(patches)
                 fits[i] = True
                 resized.append((source, i, limit))
-    rejected = [
-        Rejected(source, int(i), dataset[int(i)].id, "columns" if too_long[i] else "patches")
-        for i in np.flatnonzero(~fits)
-    ]
-    if rejected and overflow == "error":
+    out = np.flatnonzero(~fits)
+    if len(out) and overflow == "error":
         raise ValueError(
-            f"{dataset.directory}: {len(rejected):,} records do not fit a row of {capacity.length} columns and "
-            f"{capacity.vision_rows} x {capacity.num_patches} patches, the first is {rejected[0].id!r} "
-            f"({lengths.columns[rejected[0].record]} columns, {lengths.patches[rejected[0].record]} patches): "
+            f"{dataset.directory}: {len(out):,} records do not fit a row of {capacity.length} columns and "
+            f"{capacity.vision_rows} x {capacity.num_patches} patches, the first is {dataset[int(out[0])].id!r} "
+            f"({lengths.columns[out[0]]} columns, {lengths.patches[out[0]]} patches): "
             "take longer rows, or on_overflow drop or resize"
         )
+    rejected = np.stack([np.full(len(out), source), out, np.where(too_long[out], 0, 1)], axis=1)
     return _Measured(lengths, fits, rejected, np.array(resized, np.int64).reshape(-1, 3))
 
 

@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -69,8 +69,42 @@ class Quarantined:
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
 
 
+def file_of_process(number: int) -> str:
+    """Each host of a run names what it met itself: quarantine.jsonl, quarantine-1.jsonl, …"""
+    return FILE if number == 0 else f"quarantine-{number}.jsonl"
+
+
 class TooManyBadRecords(ValueError):
     """More than the stated share is bad."""
+
+
+class Tally:
+    """How many records are bad, by reason, and the first of each."""
+
+    def __init__(self) -> None:
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._first: dict[str, Quarantined] = {}
+
+    def add(self, bad: Quarantined) -> None:
+        self._counts[bad.reason] += 1
+        self._first.setdefault(bad.reason, bad)
+
+    def check(self, total: int, max_share: float, file: Path) -> None:
+        """Stop when more than ``max_share`` of ``total`` records is bad.
+
+        Raises:
+          TooManyBadRecords: with a summary by reason and an example of each, and where all are named.
+        """
+        if (count := self._counts.total()) <= max_share * total:
+            return
+        lines = [
+            f"  {n:>9,} {reason:<16} e.g. {self._first[reason].id!r}: {self._first[reason].detail}"
+            for reason, n in self._counts.most_common()
+        ]
+        raise TooManyBadRecords(
+            f"{count:,} of {total:,} records are bad, more than the {max_share:.2%} that are let pass; "
+            f"{file} names each:\n" + "\n".join(lines)
+        )
 
 
 class RunLog:
@@ -86,9 +120,10 @@ class RunLog:
 
     def __init__(self, file: Path, max_share: float) -> None:
         self.file, self.max_share = file, max_share
-        self.holes: list[Quarantined] = []
+        self.holes = 0
         """All of them since this process began, repeated ones too."""
         self._seen = 0
+        self._tally = Tally()
         self._named: set[tuple[str, str]] = set()
         if file.is_file():
             content = file.read_bytes()
@@ -106,7 +141,8 @@ class RunLog:
         """
         self._seen += examples
         for hole in holes:
-            self.holes.append(hole)
+            self.holes += 1
+            self._tally.add(hole)
             if (hole.id, hole.where) not in self._named:
                 self._named.add((hole.id, hole.where))
                 with self.file.open("a", encoding="utf-8") as file:
@@ -117,24 +153,12 @@ class RunLog:
                     )
                 if len(self._named) == self._LOGGED:
                     _log.warning("further holes are named in %s alone", self.file)
-        check_share(self.holes, max(self._seen, self._FIRST_CHECK), self.max_share, self.file)
+        self._tally.check(max(self._seen, self._FIRST_CHECK), self.max_share, self.file)
 
 
-def check_share(bad: Sequence[Quarantined], total: int, max_share: float, file: Path) -> None:
-    """Stop when more than ``max_share`` of ``total`` records is bad.
-
-    Raises:
-      TooManyBadRecords: with a summary by reason and an example of each, and where all are named.
-    """
-    if len(bad) <= max_share * total:
-        return
-    reasons = collections.Counter(b.reason for b in bad)
-    example = {b.reason: b for b in reversed(bad)}
-    lines = [
-        f"  {count:>9,} {reason:<16} e.g. {example[reason].id!r}: {example[reason].detail}"
-        for reason, count in reasons.most_common()
-    ]
-    raise TooManyBadRecords(
-        f"{len(bad):,} of {total:,} records are bad, more than the {max_share:.2%} that are let pass; "
-        f"{file} names each:\n" + "\n".join(lines)
-    )
+def check_share(bad: Iterable[Quarantined], total: int, max_share: float, file: Path) -> None:
+    """Stop when more than ``max_share`` of ``total`` records is bad, see ``Tally.check``."""
+    tally = Tally()
+    for quarantined in bad:
+        tally.add(quarantined)
+    tally.check(total, max_share, file)

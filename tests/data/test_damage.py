@@ -33,7 +33,7 @@ def test_every_good_record_is_seen_and_every_bad_one_named_once(tmp_path, proces
     dataset = Dataset.open(tmp_path / "set")
 
     plan = make_plan([dataset], Mixture.of("set"), processor, length=512, vision_rows=1, num_patches=256, batch_rows=8)
-    assert not plan.rejected
+    assert not len(plan.rejected)
     log = quarantine.RunLog(tmp_path / "run.jsonl", 0.2)
     seen: collections.Counter[str] = collections.Counter()
     for _, info in batches([dataset], plan, processor, batch_rows=8):

@@ -25,7 +25,7 @@ def pool(n: int, tokens=10, think: float = 0.0, task=MATH, seed: int = 0) -> Poo
 
 def drawn(pools: list[Pool], stage: Stage, seed: int = 0) -> list[tuple[int, int]]:
     names = [f"s{i}" for i in range(len(pools))]
-    sources, records, _ = draw(pools, names, stage, seed, 0)
+    sources, records, _ = draw(pools, names, stage, seed)
     return list(zip(sources.tolist(), records.tolist(), strict=True))
 
 
@@ -48,8 +48,8 @@ def test_one_source_is_a_permutation_per_epoch():
     assert examples[:50] != examples[50:100]
     assert drawn([pool(50)], Stage(examples=70)) == examples[:70]
     assert drawn([pool(50)], Stage(), seed=1) != examples[:50]
-    later = draw([pool(50)], ["s0"], Stage(), 0, 1)[1].tolist()  # the same seed in another stage
-    assert later != [i for _, i in examples[:50]] and sorted(later) == list(range(50))
+    later = drawn([pool(50)], Stage(name="later"))
+    assert later != examples[:50] and sorted(later) == sorted(examples[:50])
 
 
 def test_sources_interleave_by_weight_from_the_first_example_on():
@@ -204,9 +204,15 @@ def test_the_folder_names_a_source_and_its_parents_where_two_are_alike(tmp_path)
         ("[[sources]]\nname = 'a'", "each of .* needs a path"),
         ("[[sources]]\npath = 'a'\nratio = 2", "a source has path, name, weight and repeat, not ratio"),
         ("reasoning_shre = 1\n[[sources]]\npath = 'a'", "reasoning_share"),
-        ("reasoning_share = 20\n[[sources]]\npath = 'a'", "a share from 0 to 1, not 20"),
+        ("reasoning_share = 20\n[[sources]]\npath = 'a'", "must be a share from 0 to 1, not 20"),
         ("unit = 'rows'\n[[sources]]\npath = 'a'", "unit.*tokens"),
         ("epochs = 1\nexamples = 2\n[[sources]]\npath = 'a'", "epochs or examples, not both"),
+        ("examples = 2.5\n[[sources]]\npath = 'a'", r"examples must be a whole number above 0, not 2\.5"),
+        ("reasoning_share = '0.2'\n[[sources]]\npath = 'a'", "a share from 0 to 1, not '0.2'"),
+        ("weights = {a = 'x'}\n[[sources]]\npath = 'a'", "weights of 'a' must be a number"),
+        ("sources = 3", r"needs \[\[sources\]\]"),
+        ("[[sources]]\npath = 3", "a path, as text"),
+        ("[[sources]]\npath = 'a'\n[[stages]]\nname = 'x'\n[[stages]]\nname = 'x'", "two stages are called 'x'"),
         ("task_caps = {maths = 0.1}\n[[sources]]\npath = 'a'", "unknown task 'maths'"),
     ],
 )
@@ -229,5 +235,5 @@ def test_names_and_weights_are_checked():
     assert {s for s, _ in drawn([pool(3), pool(3)], Stage(weights={"s0": 0, "s1": 2}))} == {1}
     with pytest.raises(ValueError, match="no records to draw from"):
         drawn([pool(3)], Stage(weights={"s0": 0}))
-    with pytest.raises(ValueError, match="must be 0 or more"):
+    with pytest.raises(ValueError, match="weights of 's0' must be a number of 0 or more, not -1"):
         Stage(weights={"s0": -1})

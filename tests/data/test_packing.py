@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phivision_jax.batch import IGNORE, Example, PatchedImage, fill_rows
+from phivision_jax.data import packing
 from phivision_jax.data.packing import (
     Capacity,
     Lengths,
@@ -191,3 +192,22 @@ def test_balanced_steps_are_alike_and_shared_ones_from_the_middle():
     assert all(
         a[1] <= 1.11 * b[0] for a, b in itertools.pairwise(ranges)
     )  # but for a level of a tenth, they do not mix
+
+
+def test_images_of_half_a_vision_row_do_not_search_every_row():
+    """A row whose vision rows are half full has patches left, but for no such image; place() is asked for few rows."""
+    rng = np.random.default_rng(0)
+    n = 2000
+    patches = rng.integers(1950, 2600, n)
+    lengths = Lengths((patches + 40).astype(np.int64), patches.astype(np.int64), np.arange(n + 1))
+    asked = 0
+
+    def counted(*args):
+        nonlocal asked
+        asked += 1
+        return place(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "place", counted)
+        _, offsets = pack(np.arange(n), lengths, Capacity(8192, 2, 3840))
+    assert len(offsets) - 1 == n // 2 and asked < 3 * 2 * n

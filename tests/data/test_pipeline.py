@@ -145,7 +145,7 @@ def test_to_device_puts_each_row_where_the_sharding_says(dataset, plan, processo
 def test_images_that_were_too_large_come_with_fewer_patches(dataset, processor):
     small = {"length": 60, "vision_rows": 1, "num_patches": 40}
     plan = make_plan([dataset], ONE, processor, **small, on_overflow="resize")
-    assert plan.patch_limits and not plan.rejected
+    assert plan.patch_limits and not len(plan.rejected)
     limits = {dataset[i].id: limit for (_, i), limit in plan.patch_limits.items()}
     seen = []
     for batch, info in batches([dataset], plan, processor, batch_rows=2):

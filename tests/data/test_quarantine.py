@@ -27,7 +27,7 @@ def test_a_run_names_each_record_once_over_epochs_and_restarts(tmp_path, caplog)
     log = RunLog(file, 0.5)
     log.add([bad(1), bad(2)], 100)
     log.add([bad(1)], 100)
-    assert len(log.holes) == 3
+    assert log.holes == 3
     with file.open("a") as lines:
         lines.write('{"id": "r9", "sou')  # killed here
     again = RunLog(file, 0.5)
