@@ -193,6 +193,28 @@ def test_training_starts_from_an_export_on_eight_devices_as_on_one(undisturbed, 
     assert (tmp_path / "eight" / "assets" / "remote_code.py").exists() and (back / "remote_code.py").exists()
 
 
+def test_a_mixture_planned_beforehand(data, tmp_path):
+    """Two sources and a stage, planned on the command line; a training takes the plan, and no other one."""
+    mixture = tmp_path / "mix.toml"
+    mixture.write_text(
+        f'[[sources]]\npath = "{data}/train"\nweight = 3\n[[sources]]\npath = "{data}/test"\nweight = 1\n'
+        '[[stages]]\nname = "one"\nexamples = 200\n[[stages]]\nname = "two"\n'
+    )
+    sizes = ["--length", "128", "--num-patches", "80", "--batch-rows", str(ROWS)]
+    patches = ["--patch-size", "8", "--min-patches", "2", "--max-patches", "40"]
+    plan = [sys.executable, "-m", "phivision_jax.cli", "data", "plan", str(mixture), "--out", str(tmp_path / "plan")]
+    printed = finish([*plan, "--stage", "one", *sizes, *patches])
+    assert re.search(r"source train +150 examples +75.00%.*asked 75.00% of examples", printed)
+    words = [f"--config.data.path={mixture}", "--config.data.stage=one", f"--config.data.plan={tmp_path / 'plan'}"]
+    words += ["--config.data.eval_path=", "--config.optim.steps=2"]
+    finish(command(data, tmp_path / "run", *words))
+    made, taken = (json.loads((tmp_path / d / "plan.json").read_text())["hash"] for d in ("plan", "run/plan"))
+    assert made == taken
+    other = command(data, tmp_path / "other", *words, "--config.data.num_patches=96")
+    refused = subprocess.run(other, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert "num_patches is 80 there, 96 here" in refused.stderr and refused.returncode != 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from phivision_jax.processor import Processor
 
 CHUNKS, WORK = "chunks", "work"
-DTYPES = {"text_tokens": "<i4", "num_images": "<i4", "image_sizes": "<i4", "modes": "|i1", "tasks": "|u1"}
+CHUNK, MOST_CHUNKS = 2048, 4096
+"""Items per chunk, and how many chunks there may be before they become longer: a chunk's end closes its shard too."""
+DTYPES = {"text_tokens": "<i4", "image_offsets": "<i8", "image_sizes": "<i4", "modes": "|i1", "tasks": "|u1"}
 """The columns of the index, as NumPy calls their types."""
 IO_ATTEMPTS = 4
 IO_FIRST_WAIT_S = 0.5
@@ -47,6 +49,11 @@ IO_FIRST_WAIT_S = 0.5
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 _log = logging.getLogger(__name__)
+
+
+def default_chunk(items: int) -> int:
+    """Items per chunk: ``CHUNK``, or of more than ``CHUNK * MOST_CHUNKS`` items as many times that as are needed."""
+    return CHUNK * max(1, -(-items // (CHUNK * MOST_CHUNKS)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Chunk:
     """What is done of a chunk: the content of its own file."""
 
     columns: dict[str, bytes]
-    """Of the index, by name; see ``DTYPES``."""
+    """Of the index, by name; see ``DTYPES``. Of ``image_offsets`` the ends, counted from the chunk's first image."""
     shards: list[dict[str, Any]]
     """As in the manifest: file, bytes, sha256, records."""
     quarantine: list[bytes]
@@ -152,8 +159,8 @@ def _write(
         mode = mode_of(record)
         shards.write(dataclasses.replace(record, mode=mode).to_bytes())
         columns["text_tokens"].append(measured.text_tokens)
-        columns["num_images"].append(len(measured.image_sizes))
         columns["image_sizes"] += measured.image_sizes
+        columns["image_offsets"].append(len(columns["image_sizes"]))
         columns["modes"].append(MODES.index(mode))
         columns["tasks"].append(TASKS.index(record.task))
         by_name["modes"][mode] += 1
@@ -196,7 +203,7 @@ def _items(source: Source, start: int, stop: int, stopped: Stopped) -> Iterator[
 
 
 class _Shards:
-    """ArrayRecord files of about ``shard_bytes`` each, opened when there is something to write."""
+    """ArrayRecord files of about ``shard_bytes`` each but the last, opened when there is something to write."""
 
     def __init__(self, directory: Path, prefix: str, shard_bytes: int) -> None:
         self.described: list[dict[str, Any]] = []

@@ -6,8 +6,9 @@
     .OUT.partial/records-…        shards of finished chunks
     .OUT.partial/chunks/00007.msgpack  chunk 7 is finished; its part of the index
 
-Started again with the same key, an import goes on with the chunks that are not finished. When all are, the index, the
-quarantine and last the manifest are written and the directory gets its name; what only the import needed goes then.
+Started again with the same key, an import goes on with the chunks that are not finished; with another it is refused,
+for what is finished may be hours of work. When all chunks are, the index, the quarantine and last the manifest are
+written and the directory gets its name; what only the import needed goes then.
 The same source and options give the same bytes, with however many workers and interruptions.
 """
 
@@ -29,7 +30,7 @@ import numpy as np
 from phivision_jax import progress as bars
 from phivision_jax.data import quarantine
 from phivision_jax.data import workers as processes
-from phivision_jax.data.chunk import CHUNKS, DTYPES, WORK, Chunk, Options, write_chunk
+from phivision_jax.data.chunk import CHUNKS, DTYPES, WORK, Chunk, Options, default_chunk, write_chunk
 from phivision_jax.data.dataset import MANIFEST, SCHEMA, Dataset, describe_file
 from phivision_jax.data.formats import Source
 from phivision_jax.data.quarantine import Quarantined, TooManyBadRecords
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 SHARD_BYTES = 256 * 2**20
 """A shard is closed once it holds this many payload bytes: large enough for few files, small enough to copy."""
 KEY, LOCK = "import.json", "lock"
+_MEANING = {"text": "hash of tokenizer and chat template"}
+_SHOWN, _SHOWN_CHARACTERS = 10, 200
 
 
 def import_source(
@@ -50,10 +53,11 @@ def import_source(
     processor: Processor,
     *,
     workers: int | None = None,
-    chunk: int = 2048,
+    chunk: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     decode: bool = False,
     max_bad: float = quarantine.MAX_SHARE,
+    restart: bool = False,
     progress: bool = True,
 ) -> Dataset:
     """Import a source, or go on with an import that was stopped; an import that is there already is opened.
@@ -63,14 +67,17 @@ def import_source(
       out: the directory to make. Until it is whole it is called ``.NAME.partial``, beside it.
       processor: its tokenizer and template count tokens.
       workers: processes; default: one per core; 0: in this one. A script that asks for some needs a ``__main__`` guard.
-      chunk: items that a worker does at a time, and that an interrupted import may have to do again.
-      shard_bytes: a shard is closed once it holds this many.
+      chunk: items that a worker does at a time, and that an interrupted import may have to do again; default:
+        ``chunk.default_chunk``.
+      shard_bytes: a shard is closed once it holds this many, or its chunk ends.
       decode: also decode every image, so that nothing is left for training to find.
       max_bad: the share of bad items that stops the import.
+      restart: remove what an interrupted import has done, instead of going on with it.
       progress: show a bar, and say when an import goes on.
 
     Raises:
-      FileExistsError: when ``out`` is there and was not made by this import.
+      FileExistsError: when ``out`` is there and was not made by this import, or an interrupted import of other data or
+        with other options is under way there; nothing is removed.
       BlockingIOError: when another import into ``out`` is under way.
       TooManyBadRecords: as soon as it is certain; a larger ``max_bad`` then goes on at once.
       ValueError: when there is no record to import, or no record can be trained on with this template.
@@ -78,11 +85,11 @@ def import_source(
       ChildProcessError: when a worker dies; what is finished stays.
     """
     count = os.cpu_count() or 1 if workers is None else workers
-    key = _key(source, processor, chunk, shard_bytes, decode)
+    partial = _partial(Path(out))
+    key = _key(source, processor, chunk or default_chunk(len(source)), shard_bytes, decode)
     try:
-        return _import(source, Path(out), processor, key, count, max_bad, progress)
+        return _import(source, Path(out), partial, processor, key, count, max_bad, restart, progress)
     except (OSError, TooManyBadRecords, KeyboardInterrupt) as error:
-        partial = _partial(Path(out))
         if (partial / KEY).is_file() and not isinstance(error, FileExistsError | BlockingIOError):
             how = ", with a larger max_bad," if isinstance(error, TooManyBadRecords) else ""
             error.add_note(f"what is done stays in {partial}: the same import{how} goes on there")
@@ -101,6 +108,7 @@ def write_dataset(
 
     Raises:
       FileExistsError: when ``directory`` is there already (nothing is overwritten).
+      BlockingIOError: when it is being written already.
       ValueError: naming the first bad record; when there are none.
     """
     from phivision_jax.data.formats.memory import RecordsSource
@@ -108,17 +116,21 @@ def write_dataset(
     directory, source = Path(directory), RecordsSource(list(records))
     if directory.exists():
         raise FileExistsError(f"{directory} exists; remove it or choose another name")
-    partial = _partial(directory)
-    shutil.rmtree(partial, ignore_errors=True)  # Records in memory have no key by which to go on.
+    # Not the name of an import's: what that has done is not to go, this always is.
+    partial = directory.with_name(f".{directory.name}.writing")
     key = _key(source, processor, max(1, len(source)), shard_bytes, False)
     try:
-        return _import(source, directory, processor, key, 0, 0.0, progress)
+        return _import(source, directory, partial, processor, key, 0, 0.0, True, progress)
+    except BlockingIOError:
+        raise
     except TooManyBadRecords:
         with (partial / quarantine.FILE).open("rb") as lines:
             bad = Quarantined(**json.loads(next(lines)))
-        raise ValueError(f"record {bad.id!r} of {bad.source!r}: {bad.detail} ({bad.reason})") from None
-    finally:
         shutil.rmtree(partial, ignore_errors=True)
+        raise ValueError(f"record {bad.id!r} of {bad.source!r}: {bad.detail} ({bad.reason})") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _partial(out: Path) -> Path:
@@ -144,10 +156,12 @@ def _key(source: Source, processor: Processor, chunk: int, shard_bytes: int, dec
 def _import(
     source: Source,
     out: Path,
+    partial: Path,
     processor: Processor,
     key: dict[str, Any],
     workers: int,
     max_bad: float,
+    restart: bool,
     progress: bool,
 ) -> Dataset:
     if (dataset := _finished(out, key)) is not None:
@@ -157,12 +171,11 @@ def _import(
     # A template that marks no answers would make every record bad: that is one error, not a million.
     probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     chat.encode(processor.tokenizer, processor.template, probe)
-    partial = _partial(out)
     with _lock(partial, out):
         if (dataset := _finished(out, key)) is not None:  # by another import, since we looked
             shutil.rmtree(partial, ignore_errors=True)
             return dataset
-        _prepare(partial, key, progress)
+        _prepare(partial, key, restart)
         _write_chunks(source, partial, processor, key, workers, max_bad, progress)
         _finish(partial, key)
         try:
@@ -184,10 +197,9 @@ def _finished(out: Path, key: dict[str, Any]) -> Dataset | None:
     except (OSError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{out} exists and is no imported dataset; remove it or choose another name") from None
     if there != key:
-        differs = ", ".join(k for k in key if not isinstance(there, dict) or there.get(k) != key[k]) or "its key"
         raise FileExistsError(
-            f"{out} exists and was imported from other data or with other options ({differs}); remove it or choose "
-            "another name"
+            f"{out} exists and was imported from other data or with other options; remove it or choose another name:"
+            + _changed(there, key)
         )
     _clean(out)
     return Dataset.open(out)
@@ -220,15 +232,22 @@ def _lock(partial: Path, out: Path) -> IO[str]:
             file.close()
 
 
-def _prepare(partial: Path, key: dict[str, Any], progress: bool) -> None:
-    """Keep what an import of the same key has finished, remove everything else."""
+def _prepare(partial: Path, key: dict[str, Any], restart: bool) -> None:
+    """Keep what an import of the same key has finished; nothing that is finished goes without being told to."""
     try:
         there = json.loads((partial / KEY).read_bytes())
     except (FileNotFoundError, ValueError):
         there = None
-    if there != key:
-        if there is not None and progress:
-            print(f"{partial} holds an import of other data or with other options: starting over")
+    if there != key or restart:
+        if there is not None and not restart and any((partial / CHUNKS).glob("*")):
+            if isinstance(there, dict) and there.get("schema") == SCHEMA:
+                what = "of other data or with other options; to go on with it, give it those that it was begun with"
+            else:
+                what = "by another version of this program"
+            raise FileExistsError(
+                f"{partial} holds an interrupted import {what}; to begin anew, remove the directory or give --restart "
+                f"(restart=True):{_changed(there, key)}"
+            )
         for path in partial.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
@@ -239,6 +258,25 @@ def _prepare(partial: Path, key: dict[str, Any], progress: bool) -> None:
     shutil.rmtree(partial / WORK, ignore_errors=True)
     for name in (CHUNKS, WORK):
         (partial / name).mkdir(exist_ok=True)
+
+
+def _changed(then: Any, now: Any) -> str:
+    """For a person: a line for each value in which two keys differ, or for the first few of them."""
+    lines = list(_differences(then, now, ""))
+    more = [f"and {len(lines) - _SHOWN:,} more"] if len(lines) > _SHOWN else []
+    return "".join(f"\n  {line}" for line in [*lines[:_SHOWN], *more])
+
+
+def _differences(then: Any, now: Any, name: str) -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for k in dict.fromkeys([*then, *now]):
+            yield from _differences(then.get(k), now.get(k), f"{name}.{k}".lstrip("."))
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        for i, (a, b) in enumerate(zip(then, now, strict=True)):
+            yield from _differences(a, b, f"{name}[{i}]")
+    elif then != now:
+        old, new = (json.dumps(value, ensure_ascii=False) for value in (then, now))
+        yield f"{_MEANING.get(name, name)}: {old[:_SHOWN_CHARACTERS]}, now {new[:_SHOWN_CHARACTERS]}"
 
 
 def _write_chunks(
@@ -312,15 +350,23 @@ def _finish(partial: Path, key: dict[str, Any]) -> None:
             f"there are no records to import: all {key['items']:,} items are bad; {partial / quarantine.FILE}"
         )
     (partial / "index").mkdir(exist_ok=True)
+    shapes = {
+        "image_sizes": (totals["images"], 2),
+        "image_offsets": (totals["records"] + 1,),
+    }
+    images = 0
     with contextlib.ExitStack() as stack:
         columns = {name: stack.enter_context(_appearing(partial / "index" / f"{name}.npy")) for name in DTYPES}
         for name, column in columns.items():
-            shape = (totals["images"], 2) if name == "image_sizes" else (totals["records"],)
+            shape = shapes.get(name, (totals["records"],))
             header = {"descr": DTYPES[name], "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(column, header)
+        columns["image_offsets"].write(bytes(8))  # the first record's images begin at 0
         for chunk in chunks():
+            ends = images + np.frombuffer(chunk.columns["image_offsets"], DTYPES["image_offsets"])
             for name, column in columns.items():
-                column.write(chunk.columns[name])
+                column.write(ends.tobytes() if name == "image_offsets" else chunk.columns[name])
+            images += chunk.counts["images"]
     named = {shard["file"] for shard in shards}
     for path in partial.glob("*.array_record"):
         if path.name not in named:  # of a chunk that was written before its source had changed

@@ -507,17 +507,18 @@ class _Measured:
 
 def _measure(source: int, dataset: Dataset, config: ModelConfig, capacity: Capacity, overflow: Overflow) -> _Measured:
     lengths = lengths_of(dataset.index, config)
+    has_images = dataset.index.num_images > 0
     too_long = lengths.columns > capacity.length
     too_many = lengths.patches > capacity.vision_rows * capacity.num_patches
     if capacity.vision_rows > 1:  # with one, the sum says it all
         empty = [0] * capacity.vision_rows
-        for i in np.flatnonzero(~too_many & (dataset.index.num_images > 0)).tolist():
+        for i in np.flatnonzero(~too_many & has_images).tolist():
             images = lengths.image_patches[lengths.offsets[i] : lengths.offsets[i + 1]].tolist()
             too_many[i] = place(empty, images, capacity.num_patches) is None
     fits = ~(too_long | too_many)
     resized = []
     if overflow == "resize":
-        for i in np.flatnonzero(~fits & (dataset.index.num_images > 0)).tolist():
+        for i in np.flatnonzero(~fits & has_images).tolist():
             limit = _patch_limit(int(dataset.index.text_tokens[i]), dataset.index.sizes_of(i), config, capacity)
             if limit is not None:
                 patches = [_patches(size, config, limit) for size in dataset.index.sizes_of(i)]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Reason = Literal[
+    "unreadable",  # of a dataset, not of a source: bytes on disk that are not what was written
     "syntax",  # not JSON, not a row: nothing can be read
     "encoding",  # broken UTF-8, a lone surrogate
     "fields",  # a field is missing or of the wrong kind

@@ -12,19 +12,19 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 
 from phivision_jax import progress as bars
 from phivision_jax.data import workers as processes
 from phivision_jax.data.check import measure, measure_images
-from phivision_jax.data.dataset import Dataset, Index, describe_file
+from phivision_jax.data.dataset import Dataset, Index, check_size, describe_file, read_manifest
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS, Record, mode_of
+from phivision_jax.data.shards import Shard, open_shard, read_record
 from phivision_jax.data.workers import Stop, Stopped
 
 if TYPE_CHECKING:
@@ -62,17 +62,16 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shard:
-    name: str
-    sha256: str
+class _Job:
+    file: Mapping[str, Any]
+    """The shard's entry in the manifest."""
     first: int
     """Number of its first record in the dataset."""
-    records: int
 
 
 @dataclasses.dataclass(frozen=True)
 class _ShardReport:
-    shard: _Shard
+    job: _Job
     images: int
     problems: list[Problem]
     id_hashes: bytes
@@ -96,54 +95,81 @@ def validate(
       workers: processes; default: one per core; 0: in this one.
 
     Raises:
-      FileNotFoundError: when there is no dataset, or a file of it is missing.
-      ValueError: when a file is cut off, or the dataset was imported with another tokenizer or template.
+      FileNotFoundError: when there is no dataset.
+      ValueError: when its manifest cannot be read, or it was imported with another tokenizer or template.
     """
-    dataset = Dataset.open(directory)
-    manifest = dataset.manifest
+    directory = Path(directory)
+    manifest = read_manifest(directory)
     if processor is not None and processor.text_fingerprint != manifest["text"]:
         raise ValueError(
             f"{directory} was imported with another tokenizer or chat template: validate it with the checkpoint that "
             "it was imported with, or import it again with this one"
         )
-    problems = list(_index_problems(dataset))
-    counts = [s["records"] for s in manifest["shards"]]
-    firsts = itertools.accumulate(counts, initial=0)
-    shards = [_Shard(s["file"], s["sha256"], n, s["records"]) for s, n in zip(manifest["shards"], firsts, strict=False)]
+    problems = list(_index_problems(directory, manifest))
+    firsts = itertools.accumulate((shard["records"] for shard in manifest["shards"]), initial=0)
+    jobs = [_Job(shard, first) for shard, first in zip(manifest["shards"], firsts, strict=False)]
     reports: list[_ShardReport] = []
-    count = min(os.cpu_count() or 1 if workers is None else workers, len(shards))
+    count = min(os.cpu_count() or 1 if workers is None else workers, len(jobs))
     if not problems:  # With another index every record would differ from it.
-        results = processes.run(_check_shard, (dataset.directory, processor, decode), shards, count)
+        results = processes.run(_check_shard, (directory, processor, decode), jobs, count)
         with (
-            bars.bar(f"validate {dataset.directory.name}", len(dataset), shown=progress) as advance,
+            bars.bar(f"validate {directory.name}", manifest["records"], shown=progress) as advance,
             contextlib.closing(results),
         ):
             for report in results:
                 reports.append(report)
-                advance(report.shard.records)
-    reports.sort(key=lambda report: report.shard.first)
+                advance(report.job.file["records"])
+    reports.sort(key=lambda report: report.job.first)
     hashes = np.frombuffer(b"".join(r.id_hashes for r in reports), np.uint64)
     duplicates, examples = _duplicates(hashes)
+    duplicate_ids: list[str] = []
+    if examples:
+        dataset = Dataset(directory, manifest, Index.open(directory))
+        duplicate_ids = [dataset[i].id for i in examples]
     return Report(
         files=len(manifest["shards"]) + len(manifest["index"]),
-        records=sum(r.shard.records for r in reports),
+        records=sum(r.job.file["records"] for r in reports),
         images=sum(r.images for r in reports),
         problems=problems + [problem for report in reports for problem in report.problems],
         duplicates=duplicates,
-        duplicate_ids=[dataset[i].id for i in examples],
+        duplicate_ids=duplicate_ids,
     )
 
 
-def _index_problems(dataset: Dataset) -> Iterator[Problem]:
-    manifest, index = dataset.manifest, dataset.index
+def _file_problem(directory: Path, file: Mapping[str, Any]) -> Problem | None:
+    """Are a file's bytes those of its entry in the manifest?
+
+    Raises:
+      OSError: when it is missing or cannot be read.
+      ValueError: when it is of another size.
+    """
+    check_size(directory, file)
+    if describe_file(directory, file["file"])["sha256"] != file["sha256"]:
+        return Problem(file["file"], "", "file", "its sha256 differs from the manifest's")
+    return None
+
+
+def _unreadable(file: Mapping[str, Any], error: Exception) -> Problem:
+    return Problem(file["file"], "", "file", f"it cannot be read: {error}")
+
+
+def _index_problems(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
+    sound = True
     for file in manifest["index"]:
-        if describe_file(dataset.directory, file["file"])["sha256"] != file["sha256"]:
-            yield Problem(file["file"], "", "file", "its sha256 differs from the manifest's")
-    lengths = {f.name: len(getattr(index, f.name)) for f in dataclasses.fields(Index)}
-    images = lengths.pop("image_sizes")
-    says = {name: length for name, length in lengths.items() if length != manifest["records"]}
-    if says or images != manifest["images"] or images != int(index.num_images.sum(dtype=np.int64)):
-        yield Problem("index", "", "index", "its columns are not as long as the manifest and each other say")
+        try:
+            problem = _file_problem(directory, file)
+        except (OSError, ValueError) as error:
+            problem = _unreadable(file, error)
+        if problem:
+            sound = False
+            yield problem
+    if sound:
+        index, records, images = Index.open(directory), manifest["records"], manifest["images"]
+        lengths = {f.name: len(getattr(index, f.name)) for f in dataclasses.fields(index)}
+        wanted = dict.fromkeys(lengths, records) | {"image_offsets": records + 1, "image_sizes": images}
+        offsets = index.image_offsets
+        if lengths != wanted or offsets[0] != 0 or offsets[-1] != images or np.any(offsets[1:] < offsets[:-1]):
+            yield Problem("index", "", "index", "its columns are not as long as the manifest and each other say")
     if sum(s["records"] for s in manifest["shards"]) != manifest["records"]:
         yield Problem("manifest.json", "", "file", "its shards do not add up to its records")
 
@@ -156,27 +182,26 @@ def _duplicates(hashes: np.ndarray) -> tuple[int, list[int]]:
 
 
 def _check_shard(
-    directory: Path, processor: Processor | None, decode: bool, shard: _Shard, stopped: Stopped
+    directory: Path, processor: Processor | None, decode: bool, job: _Job, stopped: Stopped
 ) -> _ShardReport:
     problems: list[Problem] = []
+    name, shard = job.file["file"], Shard(directory / job.file["file"], job.file["records"])
     hashes = np.zeros(shard.records, np.uint64)
     images = 0
     index = Index.open(directory)  # mapped: no index travels to the workers
-    if describe_file(directory, shard.name)["sha256"] != shard.sha256:
-        problems.append(Problem(shard.name, "", "file", "its sha256 differs from the manifest's"))
     try:
-        reader = ArrayRecordReader(str(directory / shard.name))
-        if reader.num_records() != shard.records:
-            raise ValueError(f"it holds {reader.num_records()} records, the manifest says {shard.records}")
-    except (RuntimeError, ValueError) as error:
-        problems.append(Problem(shard.name, "", "file", f"it cannot be read: {error}"))
-        return _ShardReport(shard, 0, problems, hashes.tobytes())
+        if problem := _file_problem(directory, job.file):
+            problems.append(problem)
+        reader = open_shard(shard)
+    except (OSError, ValueError) as error:
+        problems.append(_unreadable(job.file, error))
+        return _ShardReport(job, 0, problems, hashes.tobytes())
     for i in range(shard.records):
         if stopped():
             raise Stop
-        number, record_id, reason = shard.first + i, "", "unreadable"
+        number, record_id, reason = job.first + i, "", "unreadable"
         try:
-            record = Record.from_bytes(reader.read([i])[0])
+            record = Record.from_bytes(read_record(reader, shard, i))
             record_id, reason = record.id, "index"
             digest = hashlib.blake2b(record.id.encode(), digest_size=8).digest()
             hashes[i] = max(1, int.from_bytes(digest, "little"))
@@ -188,8 +213,8 @@ def _check_shard(
             detail = f"{error}" or type(error).__name__
         else:
             continue
-        problems.append(Problem(f"{shard.name}, record {number} of the dataset", record_id, reason, detail))
-    return _ShardReport(shard, images, problems, hashes.tobytes())
+        problems.append(Problem(f"{name}, record {number} of the dataset", record_id, reason, detail))
+    return _ShardReport(job, images, problems, hashes.tobytes())
 
 
 def _compare(record: Record, index: Index, i: int, processor: Processor | None, decode: bool) -> None:

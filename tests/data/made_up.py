@@ -71,7 +71,7 @@ class BareDataset:
     ) -> None:
         self.index = Index(
             text_tokens=np.asarray(text_tokens, np.int32),
-            num_images=np.asarray([len(sizes) for sizes in image_sizes], np.int32),
+            image_offsets=np.cumsum([0, *map(len, image_sizes)], dtype=np.int64),
             image_sizes=np.asarray([s for sizes in image_sizes for s in sizes], np.int32).reshape(-1, 2),
             modes=np.zeros(len(text_tokens), np.int8) if modes is None else modes.astype(np.int8),
             tasks=np.zeros(len(text_tokens), np.uint8),

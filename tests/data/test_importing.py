@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from made_up_source import KINDS, MadeUpSource
 from phivision_jax.data import chunk as chunk_module
 from phivision_jax.data import importing
 from phivision_jax.data.chunk import CHUNKS, WORK
-from phivision_jax.data.dataset import MANIFEST, Dataset
+from phivision_jax.data.dataset import MANIFEST, SCHEMA, Dataset
 from phivision_jax.data.importing import import_source, write_dataset
 from phivision_jax.data.quarantine import TooManyBadRecords
+from phivision_jax.data.validate import validate
 from phivision_jax.processor import Processor
 from phivision_jax.text.chat import ChatTemplate, UnmarkedTemplateError
 
@@ -70,7 +72,7 @@ def test_everything_good_is_there_and_everything_bad_is_named(undisturbed, proce
         manifest["text_tokens"] == undisturbed.index.text_tokens.sum()
         and manifest["text"] == processor.text_fingerprint
     )
-    undisturbed.verify()
+    assert validate(undisturbed.directory, processor, workers=0, progress=False).problems == []
     assert len(manifest["shards"]) > -(-N // CHUNK)
     assert {p.name for p in undisturbed.directory.iterdir()} == {
         MANIFEST, "index", "quarantine.jsonl", *(s["file"] for s in manifest["shards"])
@@ -88,6 +90,31 @@ def test_chunks_change_files_but_not_records(undisturbed, tmp_path, processor):
     assert len(one.manifest["shards"]) == 1 and one.hash != undisturbed.hash
     assert [one[i] for i in range(len(one))] == [undisturbed[i] for i in range(len(undisturbed))]
     assert content(one.directory)["quarantine.jsonl"] == content(undisturbed.directory)["quarantine.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "items, chunk",
+    [(1, 2048), (2048, 2048), (8_388_608, 2048), (8_388_609, 4096), (60_000_000, 16_384), (10**9, 245_760)],
+)
+def test_large_sets_have_longer_chunks(items, chunk):
+    """A chunk's end closes its shard: by 2,048 items, 60 million would be 29,297 files of whatever size."""
+    assert chunk_module.default_chunk(items) == chunk and -(-items // chunk) <= 4096
+
+
+def test_a_large_set_has_few_files(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr(chunk_module, "CHUNK", 4)
+    monkeypatch.setattr(chunk_module, "MOST_CHUNKS", 3)
+    dataset = import_source(MadeUpSource(N), tmp_path / "set", processor, workers=0, progress=False)
+    assert dataset.manifest["import"]["chunk"] == 20 and len(dataset.manifest["shards"]) == 3
+    assert [dataset[i] for i in range(N)] == [make_record(i, KINDS[i % 6]) for i in range(N)]
+
+
+def test_of_many_differences_the_first_are_shown():
+    then, now = ({"files": [[f"{k}.jsonl", k, time] for k in range(20)]} for time in (1, 2))
+    lines = importing._changed(then, now).split("\n  ")
+    assert lines[1] == "files[0][2]: 1, now 2" and lines[-1] == "and 10 more" and len(lines) == 12
+    assert importing._changed({"a": {"b": None}}, {"a": {"b": ["x"]}}) == '\n  a.b: null, now ["x"]'
+    assert importing._changed({"a": [1]}, {"a": [1, 2], "b": 3}) == "\n  a: [1], now [1, 2]\n  b: null, now 3"
 
 
 def test_text_alone_and_think(tmp_path, processor):
@@ -138,15 +165,67 @@ class TestGoingOn:
         again = import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
 
-    def test_another_key_starts_over(self, undisturbed, tmp_path, processor, capsys):
-        other = MadeUpSource(N - 5, mishap="bug", at=50)
+    def test_other_options_remove_nothing_unless_told_to(self, undisturbed, tmp_path, processor):
+        out, partial = tmp_path / "set", tmp_path / ".set.partial"
+        stopped = MadeUpSource(N, **BAD, mishap="bug", at=50, once=tmp_path / "happened")
         with pytest.raises(KeyError):
-            import_source(other, tmp_path / "set", processor, workers=0, **SMALL)
-        again = import_source(
-            MadeUpSource(N, **BAD), tmp_path / "set", processor, workers=0, **{**SMALL, "progress": True}
-        )
-        assert "starting over" in capsys.readouterr().out
+            import_source(stopped, out, processor, workers=0, **SMALL)
+        before = content(partial)
+        assert len(list((partial / CHUNKS).iterdir())) == 6
+        source = MadeUpSource(N - 1, **BAD)
+        with pytest.raises(FileExistsError) as raised:
+            import_source(source, out, processor, workers=0, decode=True, **SMALL)
+        said, *lines = str(raised.value).splitlines()
+        assert str(partial) in said and "begun with" in said and "remove the directory or give --restart" in said
+        assert lines == ["  source.n: 60, now 59", "  items: 60, now 59", "  decode: false, now true"]
+        assert content(partial) == before and not hasattr(raised.value, "__notes__")
+        # With the options that it was begun with it goes on; with --restart another begins.
+        shutil.copytree(partial, tmp_path / ".other.partial")
+        again = import_source(stopped, out, processor, workers=0, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
+        other = import_source(source, tmp_path / "other", processor, workers=0, restart=True, **SMALL)
+        assert len(other) == N - 1 - 4 and not (tmp_path / ".other.partial").exists()
+
+    def test_restart_does_all_again(self, undisturbed, tmp_path, processor, monkeypatch):
+        source = MadeUpSource(N, **BAD, mishap="bug", at=50, once=tmp_path / "happened")
+        with pytest.raises(KeyError):
+            import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
+        asked = []
+        read = MadeUpSource.read
+        monkeypatch.setattr(MadeUpSource, "read", lambda self, a, b: asked.append(a) or read(self, a, b))
+        again = import_source(source, tmp_path / "set", processor, workers=0, restart=True, **SMALL)
+        assert asked == list(range(0, N, CHUNK)) and content(again.directory) == content(undisturbed.directory)
+
+    def test_where_nothing_is_done_there_is_nothing_to_ask(self, undisturbed, tmp_path, processor):
+        with pytest.raises(KeyError):
+            import_source(MadeUpSource(9, mishap="bug", at=0), tmp_path / "set", processor, workers=0, **SMALL)
+        assert (tmp_path / ".set.partial" / "import.json").exists()
+        again = import_source(MadeUpSource(N, **BAD), tmp_path / "set", processor, workers=0, **SMALL)
+        assert content(again.directory) == content(undisturbed.directory)
+
+    def test_an_import_by_another_version_cannot_be_gone_on_with(self, tmp_path, processor):
+        with pytest.raises(KeyError):
+            import_source(MadeUpSource(N, mishap="bug", at=50), tmp_path / "set", processor, workers=0, **SMALL)
+        path = tmp_path / ".set.partial" / "import.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "schema": SCHEMA - 1}))
+        with pytest.raises(FileExistsError, match="another version of this program; to begin anew") as raised:
+            import_source(MadeUpSource(N), tmp_path / "set", processor, workers=0, **SMALL)
+        assert f"\n  schema: {SCHEMA - 1}, now {SCHEMA}" in str(raised.value) and "begun with" not in str(raised.value)
+
+    def test_what_is_written_from_memory_is_not_in_the_way_of_an_import(self, tmp_path, processor):
+        """Nor does it remove what an import has done, or another is writing."""
+        with pytest.raises(KeyError):
+            import_source(MadeUpSource(N, mishap="bug", at=50), tmp_path / "set", processor, workers=0, **SMALL)
+        before = content(tmp_path / ".set.partial")
+        with importing._lock(tmp_path / ".set.writing", tmp_path / "set"):
+            with pytest.raises(BlockingIOError):
+                write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
+            assert (tmp_path / ".set.writing").exists()
+        with pytest.raises(ValueError, match="r001"):
+            write_dataset(tmp_path / "set", [make_record(0), make_record(1, images=())], processor, progress=False)
+        assert content(tmp_path / ".set.partial") == before and not (tmp_path / ".set.writing").exists()
+        write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
+        assert content(tmp_path / ".set.partial") == before
 
     @pytest.mark.parametrize("place", ["_finish", "_clean", "rename", "manifest"])
     def test_after_a_kill_at_the_end(self, undisturbed, tmp_path, processor, monkeypatch, place):
@@ -177,9 +256,9 @@ class TestGoingOn:
         first = import_source(MadeUpSource(9), tmp_path / "set", processor, workers=0, **SMALL)
         before = content(first.directory)
         assert import_source(MadeUpSource(9), tmp_path / "set", processor, workers=0, **SMALL).hash == first.hash
-        with pytest.raises(FileExistsError, match=r"imported from other data or with other options \(source, items\)"):
+        with pytest.raises(FileExistsError, match=r"imported from other data.*:\n  source.n: 9, now 10\n  items: 9"):
             import_source(MadeUpSource(10), tmp_path / "set", processor, workers=0, **SMALL)
-        with pytest.raises(FileExistsError, match=r"\(decode\); remove it or choose"):
+        with pytest.raises(FileExistsError, match=r"remove it or choose another name:\n  decode: false, now true$"):
             import_source(MadeUpSource(9), tmp_path / "set", processor, workers=0, decode=True, **SMALL)
         assert content(first.directory) == before
         (tmp_path / "mine").mkdir()

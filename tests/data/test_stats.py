@@ -34,7 +34,7 @@ class Counted:
     def __init__(self, name: str, records: list[tuple[int, list[tuple[int, int]], int, int]], **counts: Any) -> None:
         self.index = Index(
             text_tokens=np.array([tokens for tokens, _, _, _ in records], np.int32),
-            num_images=np.array([len(sizes) for _, sizes, _, _ in records], np.int32),
+            image_offsets=np.cumsum([0, *(len(sizes) for _, sizes, _, _ in records)], dtype=np.int64),
             image_sizes=np.array([s for _, sizes, _, _ in records for s in sizes], np.int32).reshape(-1, 2),
             modes=np.array([mode for _, _, mode, _ in records], np.int8),
             tasks=np.array([task for _, _, _, task in records], np.uint8),

@@ -119,12 +119,45 @@ def test_another_tokenizer_or_template(sound, processor):
         found(sound, other)
 
 
-def test_a_file_that_is_missing_or_cut_off(copy, processor):
-    name = Dataset.open(copy).manifest["shards"][0]["file"]
-    content = (copy / name).read_bytes()
-    (copy / name).write_bytes(content[:-1])
-    with pytest.raises(ValueError, match="cut-off copy"):
-        found(copy, processor)
-    (copy / name).unlink()
-    with pytest.raises(FileNotFoundError, match="is missing"):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_that_are_missing_or_cut_off_are_problems_too(copy, processor, workers):
+    shards = Dataset.open(copy).manifest["shards"]
+    first, last = shards[0]["file"], shards[-1]["file"]
+    (copy / first).write_bytes((copy / first).read_bytes()[:-1])
+    (copy / last).unlink()
+    report = found(copy, processor, workers=workers)
+    assert [(p.where, p.reason) for p in report.problems] == [(first, "file"), (last, "file")]
+    assert "cut-off copy" in report.problems[0].detail and "is missing" in report.problems[1].detail
+    # What is whole was looked at, and is not confused with what is not.
+    assert report.records == 14 and 0 < report.images < 13
+    assert set(report.duplicate_ids) <= {"r005", "r007"}
+    shutil.copy(copy / shards[1]["file"], copy / last)  # and a file in the place of another
+    assert [p.where for p in found(copy, processor, workers=workers).problems][:2] == [first, last]
+
+
+def test_an_index_that_is_missing_or_cut_off(copy, processor):
+    modes, tasks = copy / "index" / "modes.npy", copy / "index" / "tasks.npy"
+    modes.unlink()
+    tasks.write_bytes(tasks.read_bytes()[:-1])
+    problems = found(copy, processor).problems
+    assert [(p.where, p.reason) for p in problems] == [("index/modes.npy", "file"), ("index/tasks.npy", "file")]
+
+
+def test_images_that_the_index_gives_to_no_record_or_to_two(copy, processor):
+    path = copy / "index" / "image_offsets.npy"
+    offsets = np.load(path)
+    for at, value in ((slice(0, 2), 1), (-1, 12), (3, 9)):
+        wrong = offsets.copy()
+        wrong[at] = value
+        np.save(path, wrong)
+        rewrite_manifest(copy, "image_offsets")
+        (problem,) = found(copy, processor).problems
+        assert (problem.where, problem.reason) == ("index", "index")
+
+
+def test_without_a_dataset(tmp_path, copy, processor):
+    with pytest.raises(FileNotFoundError, match="no dataset directory"):
+        found(tmp_path / "absent", processor)
+    (copy / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
         found(copy, processor)
