@@ -128,7 +128,7 @@ def _check_storable(record: Record) -> None:
 
 
 def _check_messages(record: Record) -> None:
-    markers = answers = 0
+    markers = answers = learned = 0
     for i, message in enumerate(record.messages):
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
@@ -139,10 +139,13 @@ def _check_messages(record: Record) -> None:
         markers += content.count(chat.IMAGE_MARKER)
         if role == "assistant":
             answers += 1
+            learned += message.get("weight") != 0
             if not _said(content):
                 raise BadRecord("empty-answer", f"message {i}: the answer says nothing")
     if not answers:
         raise BadRecord("empty-answer", "no message is the assistant's")
+    if not learned:
+        raise BadRecord("empty-answer", "every answer has weight 0: there is nothing to learn")
     if markers != len(record.images):
         raise BadRecord(
             "image-count", f"{markers} {chat.IMAGE_MARKER} markers in the messages, but {len(record.images)} images"

@@ -31,6 +31,7 @@ def import_(
     split: str = "train",
     name: str | None = None,
     images: Path | None = None,
+    also_allow: tuple[Path, ...] = (),
     rename: tuple[str, ...] = (),
     task: str = "general",
     default_mode: Literal["nothink", "think", "refuse"] = "nothink",
@@ -44,6 +45,7 @@ def import_(
     workers: int | None = None,
     checkpoint: Path | None = None,
     questions_per_record: int = 1,
+    restart: bool = False,
 ) -> None:
     """Make a dataset of what you have: records with their images, and an index of their lengths.
 
@@ -56,9 +58,10 @@ def import_(
             OUT/test).
         out: Directory to make.
         format: How to read; auto looks at names.
-        split: Of TFDS; of a folder, the files whose names begin with it.
+        split: Of TFDS; of a folder, the files with it in their names; train: those with no split's name too.
         name: Of the source, for mixtures and reports; default: the file's or folder's.
         images: Folder in which the images' paths begin, and which none may leave; default: the data file's own.
+        also_allow: Further folders in which images may lie, for symbolic links that lead there.
         rename: Fields that have other names in the data: theirs=ours, as in question=prompt.
         task: Of records that name none.
         default_mode: Of records that neither state nor show whether the answer comes after thinking.
@@ -72,6 +75,8 @@ def import_(
         workers: Processes; default: one per core. 0 imports in this one.
         checkpoint: Whose tokenizer and template to count with; default: the project's small ones.
         questions_per_record: Of easy-vqa: questions about one image per training conversation (test records have one).
+        restart: Remove what an interrupted import has done, instead of going on with it. Without it one that was begun
+            with other options is an error.
     """
     from phivision_jax.data.dataset import MANIFEST
     from phivision_jax.data.formats import open_source
@@ -86,6 +91,9 @@ def import_(
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
         raise ValueError(f"--task {task}: {f'did you mean {near[0]}?' if near else f'known are {", ".join(TASKS)}'}")
+    for option, folder in (("--images", images), *(("--also-allow", folder) for folder in also_allow)):
+        if folder is not None and not folder.is_dir():
+            raise NotADirectoryError(f"{option} {folder}: there is no such folder")
     if source == "easy-vqa":
         from phivision_jax.data.formats.easy_vqa import easy_vqa
         from phivision_jax.data.formats.memory import RecordsSource
@@ -98,6 +106,7 @@ def import_(
     else:
         options = ItemOptions(
             images=images,
+            also_allow=also_allow,
             default_mode=default_mode,
             task=task,
             system=system,
@@ -107,15 +116,30 @@ def import_(
             allow_urls=allow_urls,
             any_extension=any_extension,
         )
-        todo = [(out, open_source(source, format=format, split=split, options=options, name=name))]
+        opened = open_source(source, format=format, split=split, options=options, name=name)
+        if Path(source).is_dir():
+            _print_files(opened)
+        todo = [(out, opened)]
     processor = processor_for(checkpoint)
     for directory, what in todo:
         there = (directory / MANIFEST).exists()
-        dataset = import_source(what, directory, processor, workers=workers, decode=decode, max_bad=max_bad)
+        dataset = import_source(
+            what, directory, processor, workers=workers, decode=decode, max_bad=max_bad, restart=restart
+        )
         if there:
             print(f"{directory} is there already")
         else:
             _summarise(dataset, processor)
+
+
+def _print_files(source: Source) -> None:
+    """Which files of a folder are read, and which are not: their names decided it."""
+    from phivision_jax.data.formats import Files, shorten
+
+    files: Files | None = getattr(source, "files", None)  # TFDS and ArrayRecord say themselves what belongs to them.
+    if files is not None:
+        left_out = f"; left out: {len(files.left_out):,} ({shorten(files.left_out)})" if files.left_out else ""
+        print(f"reading {len(files.read):,} of its files ({shorten(files.read)}){left_out}")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -218,12 +242,11 @@ def validate(
         workers: Processes; default: one per core.
         out: Also write what is wrong to this file, one JSON object per line.
     """
-    from phivision_jax.data.dataset import Dataset
+    from phivision_jax.data.dataset import read_manifest
     from phivision_jax.data.validate import validate
 
     processor = processor_for(checkpoint)
-    opened = Dataset.open(dataset)
-    counted = checkpoint is not None or opened.manifest["text"] == processor.text_fingerprint
+    counted = checkpoint is not None or read_manifest(dataset)["text"] == processor.text_fingerprint
     report = validate(dataset, processor if counted else None, decode=not headers_only, workers=workers)
     if out is not None:
         out.write_bytes(b"".join(p.to_json().encode(errors="backslashreplace") + b"\n" for p in report.problems))
@@ -258,16 +281,19 @@ def plan(
     stage: str | None = None,
     on_overflow: Literal["drop", "resize", "error"] = "drop",
     seed: int = 0,
+    patch_size: int | None = None,
+    min_patches: int | None = None,
+    max_patches: int | None = None,
 ) -> None:
     """Decide what is in which row of a whole training, and write it down; prints what is drawn and what does not fit.
 
-    train.py makes the same plan at its start; one made beforehand is given with --config.data.plan=OUT, and must have
-    been made with the training's row sizes, seed and mixture.
+    train.py makes its plan at its start; one made beforehand is given with --config.data.plan=OUT, and must have been
+    made with the training's row sizes, patch settings, tokenizer, mixture and seed.
 
     Args:
         sources: A mixture file (docs/data.md says what is in it), or dataset directories, drawn by their size.
         out: Directory to make; a plan that is there is replaced.
-        checkpoint: Whose tokenizer, template and patch settings count; default: the project's small ones, with the
+        checkpoint: Whose tokenizer, template and patch settings count; default: the project's small tokenizer and the
             released patch settings.
         length: T, text columns of a row; image columns count.
         vision_rows: R, vision rows of a row.
@@ -279,10 +305,13 @@ def plan(
         stage: Only this stage of the mixture.
         on_overflow: Records that no row takes: drop and name them, resize to fewer patches where that helps, error.
         seed: Of all orders.
+        patch_size: Side of a patch in pixels, where it is not the checkpoint's.
+        min_patches: The patches that small images are enlarged towards, likewise.
+        max_patches: The most patches of an image, likewise.
     """
     from phivision_jax.data.dataset import Dataset
     from phivision_jax.data.mixture import Mixture
-    from phivision_jax.data.plan import make_plan
+    from phivision_jax.data.plan import check_out, make_plan
 
     given = {"epochs": epochs, "examples": examples, "reasoning_share": reasoning_share}
     settings = {name: value for name, value in given.items() if value is not None}
@@ -294,10 +323,12 @@ def plan(
         raise ValueError("give one mixture file (.toml), or one or more dataset directories")
     if stage is not None:
         mixture = mixture.only(stage)
+    check_out(out)
+    datasets = [Dataset.open(path) for _, path in mixture.sources]
     made = make_plan(
-        [Dataset.open(path) for _, path in mixture.sources],
+        datasets,
         mixture,
-        processor_for(checkpoint),
+        processor_for(checkpoint).with_patches(patch_size, min_patches, max_patches),
         length=length,
         vision_rows=vision_rows,
         num_patches=num_patches,
@@ -308,10 +339,10 @@ def plan(
     )
     made.save(out)
     print(f"{out}: plan {made.hash[:12]}, {made.num_steps(batch_rows):,} steps of {batch_rows} rows\n{made.summary()}")
-    for rejected in made.rejected[:_SHOWN_REJECTED]:
-        print(f"  does not fit ({rejected.reason}): {rejected.id!r} of {mixture.names[rejected.source]}")
+    for s, i, _ in made.rejected[:_SHOWN_REJECTED].tolist():
+        print(f"  does not fit: {datasets[s][i].id!r}, record {i} of {mixture.names[s]}")
     if (more := len(made.rejected) - _SHOWN_REJECTED) > 0:
-        print(f"  and {more:,} more, in {out / 'plan.json'}")
+        print(f"  and {more:,} more, in {out / 'rejected.npy'}")
 
 
 _SHOWN_REJECTED = 5

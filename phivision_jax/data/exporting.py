@@ -13,7 +13,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +71,7 @@ def export(dataset: Dataset, out: Path, format: Literal["llava", "messages"], *,
 
 def _llava(record: Record, paths: Sequence[str]) -> dict[str, Any]:
     image = {"image": paths[0] if len(paths) == 1 else list(paths)} if paths else {}
-    turns = [{"from": _LLAVA_ROLES[m["role"]], "value": m["content"]} for m in record.messages]
+    turns = [{"from": _LLAVA_ROLES[m["role"]], "value": m["content"], **_weight(m)} for m in record.messages]
     return {**image, "conversations": turns}
 
 
@@ -87,8 +87,12 @@ def _messages(record: Record, paths: Sequence[str]) -> dict[str, Any]:
         for piece in others:
             parts += [{"type": "image", "image": next(rest)}, {"type": "text", "text": piece}]
         content = [part for part in parts if part.get("text") != ""] if others else first
-        messages.append({"role": message["role"], "content": content})
+        messages.append({"role": message["role"], "content": content, **_weight(message)})
     return {"messages": messages}
+
+
+def _weight(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {"weight": 0} if message.get("weight") == 0 else {}
 
 
 def _save(image: bytes | str, folder: Path) -> str:

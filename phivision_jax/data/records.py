@@ -25,7 +25,8 @@ class Record:
     """One conversation with its images, before any tokenizer or resizing.
 
     ``images`` are encoded files (bytes) or paths, in the order in which ``<image>`` stands in the messages.
-    ``messages`` are ``{"role": …, "content": str}``. ``mode`` is how the assistant answers; None: to be inferred.
+    ``messages`` are ``{"role": …, "content": str}``; an answer that is not to be learned has ``"weight": 0`` too.
+    ``mode`` is how the assistant answers; None: to be inferred.
 
     Raises:
       ValueError: for an empty id, no messages, an unknown mode or an unknown task (with the closest known one).
@@ -34,7 +35,7 @@ class Record:
     id: str
     source: str
     images: tuple[bytes | str, ...]
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     mode: Mode | None = None
     task: str = "general"
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -48,7 +49,7 @@ class Record:
             raise ValueError(f"record {self.id!r}: mode must be one of {MODES} or None, not {self.mode!r}")
         if self.task not in TASKS:
             near = difflib.get_close_matches(self.task, TASKS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TASKS)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TASKS)}."
             raise ValueError(f"record {self.id!r}: unknown task {self.task!r}; {hint}")
 
     def to_bytes(self) -> bytes:

@@ -10,6 +10,7 @@ The text is rendered first and cut at ``<image>`` afterwards; each chunk is toke
 does (``>`` and a line break are one token: the whole string would give other ids). A message is a dict with ``role``
 (system, user or assistant) and ``content``: a string with a literal ``<image>`` where an image stands, or a list of
 parts, ``{"type": "text", "text": ...}`` and ``{"type": "image"}``, the latter with the image under ``"image"`` or not.
+An assistant message with ``"weight": 0`` is read and not learned.
 """
 
 from __future__ import annotations
@@ -182,21 +183,22 @@ def encode(
     Args:
       messages: see the module's docstring. What the template drops (the released one drops system messages) is gone.
       mode: of a training example: "nothink": no answer begins with ``<think>``; "think": at least one does, and those
-        that do contain ``</think>`` once. In both, every other answer begins with the no-think token, put there where
-        it is missing: each answer carries one mode tag. Of a prompt, how the answer begins: "nothink" and "think"
-        append that first token. "auto" and None leave both as they stand.
+        that do contain ``</think>`` once. In both, every other answer holds neither tag and begins with the no-think
+        token, put there where it is missing: each answer carries one mode tag. Of a prompt, how the answer begins:
+        "nothink" and "think" append that first token. "auto" and None leave both as they stand.
       generation_prompt: end with the beginning of the assistant's next turn; such a prompt has no labels.
 
     Returns:
       ids with −200 (``IMAGE_TOKEN``) at each image; labels, the id itself where the token begins inside
-      ``{% generation %}`` (the assistant's content and its end token), −100 (``IGNORE``) elsewhere.
+      ``{% generation %}`` (the assistant's content and its end token) of an answer whose weight is not 0, −100
+      (``IGNORE``) elsewhere.
 
     Raises:
       ControlTokenError: for content with a control token written in it, by which a user could close the turn
         (``<think>`` and ``</think>`` are let through).
       ModeError: for an answer that is not of its mode.
       UnmarkedTemplateError: when labels are needed and the template marks no assistant text.
-      ValueError: for a message of the wrong form.
+      ValueError: for a message of the wrong form; for weights with a template that marks not one text per answer.
     """
     if mode not in _ANSWER_BEGINS:
         raise ValueError(f"mode must be auto, think or nothink, not {mode!r}")
@@ -214,6 +216,7 @@ def encode(
                 "the chat template marks no assistant text, so there is nothing to learn from: in chat_template.jinja "
                 "put {% generation %} and {% endgeneration %} around the assistant's content and its end token"
             )
+        spans = _weighted(spans, plain)
     learned = bytearray(len(text))
     for start, end in spans:
         learned[start:end] = b"\1" * (end - start)
@@ -254,6 +257,8 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Ima
         content = message["content"]
         if not isinstance(content, str | Sequence):
             raise ValueError(f"message {i}: its content is neither a string nor a list of parts")
+        if message.get("weight") not in (None, 0, 1):
+            raise ValueError(f"message {i}: its weight is {message['weight']!r}: it must be 0 (not learned) or 1")
         texts = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = part.get("type") if isinstance(part, Mapping) else None
@@ -298,11 +303,30 @@ def _in_mode(messages: list[dict[str, Any]], mode: Mode | None) -> list[dict[str
                 )
             tagged.append(message)
             thinks = True
+        elif tag := next((tag for tag in (THINK, END_THINK) if tag in content), None):
+            # A tag in the middle would be learned as the control token that it is, against the answer's own mode.
+            raise ModeError(
+                f"message {i}: mode is {mode}, but the answer holds {tag} without beginning with {THINK}: thoughts "
+                "stand first; reword an answer that only speaks of the tag"
+            )
         else:
             tagged.append({**message, "content": NOTHINK + content.removeprefix(NOTHINK)})
     if mode == "think" and not thinks:
         raise ModeError(f"mode is think, but no answer is {THINK} thoughts {END_THINK} answer")
     return tagged
+
+
+def _weighted(spans: list[tuple[int, int]], messages: Sequence[Message]) -> list[tuple[int, int]]:
+    """The spans of the answers that are learned: those whose weight is not 0."""
+    weights = [message.get("weight") for message in messages if message["role"] == "assistant"]
+    if 0 not in weights:
+        return spans
+    if len(spans) != len(weights):
+        raise ValueError(
+            f"the chat template marks {len(spans)} texts in a conversation of {len(weights)} answers, so it does not "
+            "show which of them has weight 0"
+        )
+    return [span for span, weight in zip(spans, weights, strict=True) if weight != 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

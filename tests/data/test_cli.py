@@ -95,7 +95,8 @@ def test_import_validate_export_import(phivision, tmp_path):
     again = phivision("import", source, tmp_path / "set", "--task", "math", "--name", "shapes")
     assert f"{tmp_path / 'set'} is there already" in again.stdout
     other = phivision("import", source, tmp_path / "set", code=1)
-    assert "imported from other data or with other options (source)" in other.stderr
+    assert "imported from other data or with other options; remove it" in other.stderr
+    assert '  source.name: "shapes", now "data"\n  source.options.task: "math", now "general"' in other.stderr
 
     done = phivision("validate", tmp_path / "set", "--workers", "0")
     assert "wrong            0" in done.stdout and "40 (decoded)" in done.stdout
@@ -110,6 +111,13 @@ def test_bad_records(phivision, tmp_path):
     done = phivision("import", source, tmp_path / "set", "--workers", "0", code=1)
     assert "3 of 40 records are bad, more than the 1.00%" in done.stderr
     assert "e.g. 'item-0'" in done.stderr and "with a larger max_bad, goes on there" in done.stderr
+    other = phivision("import", source, tmp_path / "set", "--workers", "0", "--max-bad", "0.1", "--task", "ocr", code=1)
+    assert f"{tmp_path / '.set.partial'} holds an interrupted import" in other.stderr and "--restart" in other.stderr
+    assert '  source.options.task: "general", now "ocr"' in other.stderr
+    words = ["--workers", "0", "--max-bad", "0", "--task", "ocr", "--restart"]
+    assert "going on" not in phivision("import", source, tmp_path / "set", *words, code=1).stdout
+    words = ["--workers", "0", "--max-bad", "0", "--restart"]
+    assert "going on" not in phivision("import", source, tmp_path / "set", *words, code=1).stdout
     done = phivision("import", source, tmp_path / "set", "--workers", "0", "--max-bad", "0.1")
     assert "going on: 1 of 1 chunks are there already" in done.stdout
     assert f"image-missing 3: {tmp_path / 'set' / 'quarantine.jsonl'}" in done.stdout
@@ -126,6 +134,9 @@ def test_damage_is_named(phivision, tmp_path):
     )
     assert "index/modes.npy: '': file: its sha256 differs" in done.stdout
     assert json.loads((tmp_path / "wrong.jsonl").read_text())["reason"] == "file"
+    index.write_bytes(index.read_bytes()[:-1])
+    done = phivision("validate", tmp_path / "set", "--headers-only", "--workers", "0", code=1)
+    assert "index/modes.npy: '': file: it cannot be read: " in done.stdout and "cut-off copy" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -135,6 +146,12 @@ def test_damage_is_named(phivision, tmp_path):
         (["import", "data.json", "out", "--rename", "question"], 1, "write it as theirs=ours"),
         (["import", "data.json", "out", "--task", "maths"], 1, "did you mean math?"),
         (["import", "data.json", "out", "--max-bad", "2"], 1, "between 0 and 1"),
+        (["import", "data.json", "out", "--images", "nowhere"], 1, "--images nowhere: there is no such folder"),
+        (
+            ["import", "data.json", "out", "--also-allow", ".", "data.json"],
+            1,
+            "--also-allow data.json: there is no such",
+        ),
         (["import", "data.json", "out", "--workers", "-1"], 1, "0 or more"),
         (["import", "data.json", "out", "--formt", "json"], 2, "--formt"),
         (["import", "data.json", "out", "--checkpoint", "nowhere"], 1, "nowhere"),
@@ -149,6 +166,33 @@ def test_mistakes_get_a_sentence(phivision, tmp_path, monkeypatch, words, code, 
     done = phivision(*words, code=code)
     assert message in done.stdout + done.stderr
     assert not (tmp_path / "llava" / "out").exists()
+
+
+def test_which_files_of_a_folder_are_read(phivision, tmp_path):
+    folder = tmp_path / "llava"
+    source = write_llava(folder, 4)
+    (folder / "test-0.json").write_bytes(source.read_bytes())
+    source.rename(folder / "part-0.json")
+    done = phivision("import", folder, tmp_path / "set", "--workers", "0")
+    assert "reading 1 of its files (part-0.json); left out: 1 (test-0.json)" in done.stdout
+    assert len(Dataset.open(tmp_path / "set")) == 4
+    done = phivision("import", folder / "part-0.json", tmp_path / "other", "--workers", "0")
+    assert "of its files" not in done.stdout
+
+
+def test_modes_that_are_not_those_of_the_answers(phivision, tmp_path):
+    answers = {"stated": "<think>a</think>b", "r1": "a</think>b", "said": "<|dummy_84|>write <think>"}
+    items = [
+        {"id": id, "question": "?", "answer": answer, **({"mode": "nothink"} if id == "stated" else {})}
+        for id, answer in answers.items()
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(items))
+    phivision("import", tmp_path / "data.json", tmp_path / "set", "--workers", "0", "--max-bad", "1")
+    lines = map(json.loads, (tmp_path / "set" / "quarantine.jsonl").read_text().splitlines())
+    assert [(line["id"], line["reason"]) for line in lines] == [("stated", "mode"), ("said", "mode")]
+    dataset = Dataset.open(tmp_path / "set")
+    assert dataset[0].messages[1]["content"] == "<think>a</think>b"
+    assert dataset.manifest["counts"]["mode_from"] == {"inferred": 1}
 
 
 def test_system_messages_and_what_the_template_does_with_them(phivision, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -60,6 +61,7 @@ MPO = encoded("MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
 def test_a_dataset_there_and_back(tmp_path, processor, format):
     records = [*mixed_records(12), make_record(20, (), mode="think", task="math", metadata={"a": [1, {"b": None}]},
                messages=({"role": "system", "content": "be kind"}, {"role": "user", "content": "2+2?"},
+                         {"role": "assistant", "content": "5", "weight": 0}, {"role": "user", "content": "no"},
                          {"role": "assistant", "content": "<think>easy</think>4"}))]  # fmt: skip
     dataset = write_dataset(tmp_path / "set", records, processor, progress=False)
     out = tmp_path / "out"
@@ -147,8 +149,14 @@ metadata = st.dictionaries(text, nested, max_size=4)
 @st.composite
 def records(draw) -> Record:
     roles = draw(st.lists(st.sampled_from(["user", "assistant", "system"]), min_size=1, max_size=5))
-    messages = tuple({"role": role, "content": draw(contents)} for role in roles)
+    messages: tuple[dict[str, Any], ...] = tuple({"role": role, "content": draw(contents)} for role in roles)
     count = sum(m["content"].count("<image>") for m in messages)
+    for message in messages:
+        if message["role"] == "assistant":
+            # As a reader leaves it, and with weights.
+            if message["content"].lstrip().startswith("<think>"):
+                message["content"] = message["content"].lstrip()
+            message |= draw(st.sampled_from([{}, {"weight": 0}]))
     return Record(
         id=draw(text.filter(bool)),
         source=draw(text),

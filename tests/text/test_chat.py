@@ -205,10 +205,17 @@ class TestEncode:
             ("think", "yes", "mode is think, but no answer is <think> thoughts"),
             ("think", "<think>yes", "message 1: mode is think, .* has 0 </think>"),
             ("think", "<think>a</think>b</think>yes", "message 1: mode is think, .* has 2 </think>"),
-            ("think", "yes <think></think>", "mode is think, but no answer"),
-            ("think", " " + thought, "mode is think, but no answer"),
-            ("think", "<|dummy_84|>" + thought, "mode is think, but no answer"),
-            ("nothink", thought, "message 1: mode is nothink"),
+            (
+                "think",
+                "yes <think></think>",
+                "message 1: mode is think, .* holds <think> without beginning with <think>",
+            ),
+            ("think", " " + thought, "message 1: mode is think, .* holds <think>"),
+            ("think", "<|dummy_84|>" + thought, "message 1: mode is think, .* holds <think>"),
+            ("think", "red</think>yes", "message 1: mode is think, .* holds </think>"),
+            ("nothink", thought, "message 1: mode is nothink, but the answer begins"),
+            ("nothink", " " + thought, "message 1: mode is nothink, .* holds <think>"),
+            ("nothink", "red</think>yes", "message 1: mode is nothink, .* holds </think>"),
         ]:
             with pytest.raises(ModeError, match=reason):
                 text(mode, answer)
@@ -226,17 +233,36 @@ class TestEncode:
             user("b"),
             assistant("no"),
             user("c"),
-            assistant("<|dummy_84|><think>"),
+            assistant("<|dummy_84|>maybe"),
         ]
         ids, labels = encode(SMALL, TEMPLATE, messages, mode="think")
-        assert learned_text(ids, labels) == f"{thought}<|im_end|><|dummy_84|>no<|im_end|><|dummy_84|><think><|im_end|>"
+        assert learned_text(ids, labels) == f"{thought}<|im_end|><|dummy_84|>no<|im_end|><|dummy_84|>maybe<|im_end|>"
         assert (labels.count(NOTHINK), ids.count(NOTHINK)) == (2, 2)
         assert messages[3] == assistant("no")
         with pytest.raises(ModeError, match=r"message 3: .* has 0 </think>"):
             encode(SMALL, TEMPLATE, [*messages[:3], assistant("<think>cut off")], mode="think")
-        # A tag mentioned inside an answer, or by the user, decides nothing.
-        said = [user("<think>?"), assistant("write <think> and </think> and </think>")]
-        assert learned_text(*encode(SMALL, TEMPLATE, said, mode="nothink")).startswith("<|dummy_84|>write")
+        # A tag mentioned by the user decides nothing; in an answer, only auto leaves it as it stands.
+        said = [user("what are <think> and </think>?"), assistant("tags")]
+        assert learned_text(*encode(SMALL, TEMPLATE, said, mode="nothink")) == "<|dummy_84|>tags<|im_end|>"
+        odd = [user("a"), assistant("write <think> or </think>")]
+        for mode in ("auto", None):
+            assert learned_text(*encode(SMALL, TEMPLATE, odd, mode=mode)) == odd[1]["content"] + "<|im_end|>"
+
+    def test_answers_of_weight_0_are_read_and_not_learned(self) -> None:
+        said = [user("a"), assistant("b"), user("c"), {**assistant("d"), "weight": 0}, assistant("e") | {"weight": 1}]
+        for mode, tag in ((None, ""), ("nothink", "<|dummy_84|>")):
+            ids, labels = encode(SMALL, TEMPLATE, said, mode=mode)
+            assert learned_text(ids, labels) == f"{tag}b<|im_end|>{tag}e<|im_end|>"
+            assert ids == encode(SMALL, TEMPLATE, [{**m, "weight": None} for m in said], mode=mode)[0]
+        with pytest.raises(ValueError, match=r"message 3: its weight is 0\.5"):
+            encode(SMALL, TEMPLATE, [*said[:3], said[3] | {"weight": 0.5}])
+        only_first = ChatTemplate(
+            "{% for m in messages %}{% if loop.index == 2 %}{% generation %}{{ m.content }}{% endgeneration %}"
+            "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        )
+        with pytest.raises(ValueError, match="marks 1 texts in a conversation of 3 answers"):
+            encode(SMALL, only_first, said)
+        assert learned_text(*encode(SMALL, only_first, said[:2])) == "b"
 
     def test_generation_modes(self) -> None:
         def end(mode: Any) -> list[int]:

@@ -19,9 +19,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.records import Record
@@ -82,7 +82,7 @@ def open_source(
     Args:
       spec: what to read.
       format: how; "auto" looks at the file's extension or at what the folder holds.
-      split: of a TFDS data set; of a folder of JSON or parquet files, those whose names begin with it.
+      split: of a TFDS data set; of a folder of JSON or parquet files, see ``files_of``.
       options: how items become records.
       name: of the source; default: the stem of the file or the name of the folder.
 
@@ -131,6 +131,7 @@ _PATTERNS: dict[Format, re.Pattern[str]] = {
     # TFDS and Beam put the number of the shard behind: name-train.array_record-00000-of-00008.
     "array-record": re.compile(r"\.(array_record|arrayrecord)(-\d+-of-\d+)?$", re.IGNORECASE),
 }
+_COMPRESSED = re.compile(r"\.(json|jsonl|ndjson|parquet)\.(gz|zst|bz2|xz|zip|lz4)$", re.IGNORECASE)
 # JSON that describes data and is none.
 _DESCRIPTIONS = {
     "config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "features.json", "manifest.json",
@@ -143,22 +144,47 @@ def _format_of(path: Path) -> Format:
         for format, pattern in _PATTERNS.items():
             if pattern.search(path.name):
                 return format
+        _refuse_compressed([path.name], path)
         raise ValueError(f"the format of {path} cannot be told from its name: {_LOOKED_FOR}")
     # A data set of ours, or of TFDS, holds files of other kinds too.
     if (path / "manifest.json").is_file() and any(path.glob("*.array_record")):
         return "array-record"
     if (path / "dataset_info.json").is_file() and not any(path.glob("*.arrow")):
         return "tfds"
-    found = [format for format in _PATTERNS if candidates(path, format)]
+    found = [format for format in _PATTERNS if _held(path, format)]
+    found = found or [format for format in _PATTERNS if candidates(path, format)]
     if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(f"{path} holds files of more than one format ({', '.join(found)}): say which with --format")
+    _refuse_compressed(sorted(os.listdir(path)), path)
     raise ValueError(f"{path} holds nothing that can be read: {_LOOKED_FOR}")
 
 
+def _refuse_compressed(names: Iterable[str], path: Path) -> None:
+    if name := next((name for name in names if _COMPRESSED.search(name)), None):
+        where = path if path.is_file() else path / name
+        raise ValueError(f"{where} is compressed: unpack it first (gunzip, unzstd, ...)")
+
+
 def candidates(folder: Path, format: Format) -> list[Path]:
-    """The files of a format that lie in a folder, or else in its subfolder ``data``, by name."""
+    """The files of a format that lie in a folder, or in its subfolder ``data``, or in its one subfolder with such.
+
+    Raises:
+      ValueError: when several subfolders hold such files.
+    """
+    if files := _held(folder, format):
+        return files
+    inside = sorted(inner for inner in folder.iterdir() if inner.is_dir() and inner.name[0] != ".")
+    found = [files for inner in inside if (files := _held(inner, format))]
+    if len(found) > 1:
+        names = [files[0].relative_to(folder).parts[0] for files in found]
+        shown = ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+        raise ValueError(f"{folder} holds {format} files in {len(names)} subfolders ({shown}): give one of them")
+    return found[0] if found else []
+
+
+def _held(folder: Path, format: Format) -> list[Path]:
     for where in (folder, folder / "data"):
         names = sorted(os.listdir(where)) if where.is_dir() else []
         files = [where / n for n in names if _PATTERNS[format].search(n) and n not in _DESCRIPTIONS and n[0] != "."]
@@ -167,30 +193,49 @@ def candidates(folder: Path, format: Format) -> list[Path]:
     return []
 
 
-_SPLIT = re.compile(r"(train|validation|valid|val|dev|test|eval)(?![a-zA-Z])")
+# As a word of its own: "test-0", "shapes_test", no "testimony".
+_SPLIT = re.compile(
+    r"(?<![a-z])(train(?:ing)?|validation|valid|val|dev|test(?:ing)?|eval(?:uation)?)(?![a-z])", re.IGNORECASE
+)
 
 
-def files_of(path: Path, format: Format, split: str) -> list[Path]:
-    """The files to read: the one given, or those of a folder whose names begin with the split.
+class Files(NamedTuple):
+    """What of a folder is read, and what of the same format is not."""
 
-    Names that begin with no split at all ("part-0.parquet") count as train.
+    read: list[Path]
+    left_out: list[Path]
+
+
+def files_of(path: Path, format: Format, split: str) -> Files:
+    """The files to read: the one given, or those of a folder that are of the split.
+
+    A file is of the split that stands in its name ("test-0.parquet", "shapes_test.json"), and of train where none does
+    ("part-0.parquet"). Any other ``split`` is what names begin with.
 
     Raises:
       ValueError: when the folder holds none; with the names there are.
     """
     if path.is_file():
-        return [path]
+        return Files([path], [])
     found = candidates(path, format)
-    if any(_SPLIT.match(file.name) for file in found) or split != "train":
-        chosen = [file for file in found if file.name.startswith(split)]
-    else:
-        chosen = found
+    chosen = [file for file in found if _is_of(file.name, split)]
     if not chosen:
-        names = ", ".join(file.name for file in found[:5]) + (" …" if len(found) > 5 else "")
         raise ValueError(
-            f"{path} holds no {format} file whose name begins with {split!r}" + (f", only {names}" if names else "")
+            f"{path} holds no {format} file of split {split!r}" + (f", only {shorten(found)}" if found else "")
         )
-    return chosen
+    return Files(chosen, [file for file in found if file not in chosen])
+
+
+def _is_of(name: str, split: str) -> bool:
+    if not _SPLIT.fullmatch(split):
+        return name.startswith(split)
+    named = _SPLIT.search(name)
+    return named[0].lower().startswith(split.lower()) if named else split == "train"
+
+
+def shorten(files: Sequence[Path]) -> str:
+    """The first names."""
+    return ", ".join(file.name for file in files[:5]) + (" …" if len(files) > 5 else "")
 
 
 def describe(files: list[Path]) -> list[list[Any]]:

@@ -9,8 +9,9 @@
     texts          [{"user": "…", "assistant": "…"}, …]                                              The Cauldron
     question       "…", and an "answer" or the first of "answers"
 
-A list of dicts may also be a dict of lists, as Hugging Face's and TFDS's Sequence keep it. What else a turn holds
-(weights, tool calls) is not kept. In the last two forms images without any ``<image>`` stand before the first question.
+A list of dicts may also be a dict of lists, as Hugging Face's and TFDS's Sequence keep it. An answer in the first two
+forms may have a ``weight``, as OpenAI's have: 0, which is kept, is not learned, 1 is as good as none. What else a turn
+holds (tool calls) is not kept. In the last two forms images without any ``<image>`` stand before the first question.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ NEXT = _Next()
 
 @dataclasses.dataclass
 class Conversation:
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     images: list[Any]
     """For each ``<image>`` in the messages, in order: the image given there, or ``NEXT``."""
     used: tuple[str, ...]
@@ -59,7 +60,7 @@ def conversation_of(item: Mapping[str, Any]) -> Conversation:
     """
     form = next((form for form in FORMS if item.get(form) is not None), None)
     if form is None:
-        raise BadRecord("fields", f"no conversation: none of the fields {', '.join(FORMS)} is there")
+        raise BadRecord("fields", f"no conversation: none of the fields {', '.join(FORMS)} is there{_instead(item)}")
     images: list[Any] = []
     if form == "question":
         used: tuple[str, ...] = ("question", "answer")
@@ -85,7 +86,16 @@ def conversation_of(item: Mapping[str, Any]) -> Conversation:
     return Conversation(messages, images, (form,), may_prepend=form == "texts")
 
 
-def _message(turn: Mapping[str, Any], i: int, images: list[Any]) -> dict[str, str]:
+def _instead(item: Mapping[str, Any]) -> str:
+    """What an item without a conversation has: a name to rename, or a list of the true items."""
+    for name, value in item.items():
+        if isinstance(value, list) and value and _all_mappings(value) and any(form in value[0] for form in FORMS):
+            return f"; if the {len(value):,} objects under {name!r} are the items, make a file of that list alone"
+    names = [str(name)[:40] for name, value in item.items() if value is not None]
+    return f", only {', '.join(names[:8])}{' …' if len(names) > 8 else ''} (--rename theirs=ours)" if names else ""
+
+
+def _message(turn: Mapping[str, Any], i: int, images: list[Any]) -> dict[str, Any]:
     """One turn in LLaVA's or OpenAI's words; the images of its content are appended to ``images``."""
     says = next((name for name in ("from", "role") if turn.get(name) is not None), None)
     holds = next((name for name in ("value", "content") if turn.get(name) is not None), None)
@@ -96,10 +106,14 @@ def _message(turn: Mapping[str, Any], i: int, images: list[Any]) -> dict[str, st
         raise BadRecord("fields", f"message {i}: its role is {type(role).__name__}, not a string")
     if role not in _ROLES:
         raise BadRecord("role", f"message {i} has role {role!r}: it must be one of {', '.join(_ROLES)}")
+    weight = turn.get("weight") if _ROLES[role] == "assistant" else None
+    if weight not in (None, 0, 1):
+        raise BadRecord("fields", f"message {i}: its weight is {weight!r}: it must be 0 (not learned) or 1")
+    kept = {"weight": 0} if weight == 0 else {}
     content = turn[holds]
     if isinstance(content, str):
         images += [NEXT] * content.count(MARKER)
-        return {"role": _ROLES[role], "content": content}
+        return {"role": _ROLES[role], "content": content, **kept}
     texts = []
     for part in _rows(content, f"the content of message {i}"):
         kind = part.get("type")
@@ -112,7 +126,7 @@ def _message(turn: Mapping[str, Any], i: int, images: list[Any]) -> dict[str, st
             images.append(_image_of(part, images, i))
         else:
             raise BadRecord("fields", f"message {i}: a part of type {kind!r}: known are text, image and image_url")
-    return {"role": _ROLES[role], "content": "".join(texts)}
+    return {"role": _ROLES[role], "content": "".join(texts), **kept}
 
 
 def _image_of(part: Mapping[str, Any], images: list[Any], i: int) -> Any:

@@ -46,7 +46,7 @@ def normalised(numbers: Sequence[float], unit: Unit, size: Callable[[], tuple[in
 
 
 def fill_placeholders(
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[dict[str, Any]],
     objects: Any,
     unit: Unit,
     num_images: int,
@@ -89,7 +89,7 @@ def fill_placeholders(
         message["content"] = _PLACEHOLDER.sub(lambda match: next(values[match[1]]), message["content"])
 
 
-def rewrite_lists(messages: Sequence[dict[str, str]], unit: Unit, size: Callable[[], tuple[int, int]]) -> None:
+def rewrite_lists(messages: Sequence[dict[str, Any]], unit: Unit, size: Callable[[], tuple[int, int]]) -> None:
     """Rewrite every bracketed list of 2 or 4 numbers in the messages, in place.
 
     Raises:

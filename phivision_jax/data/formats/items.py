@@ -7,7 +7,9 @@
     conversations, messages,       ``messages``, see ``conversations``
     texts, question + answer(s)
     mode                           ``mode``, "think" or "nothink". None: "think" where an answer begins with <think>,
-                                   "nothink" where one begins with the no-think token, else ``default_mode``
+                                   "nothink" where one begins with the no-think token, else ``default_mode``. White
+                                   space in front of either is taken off. An answer with one </think> and no <think>
+                                   thought all the same, its <think> stood in the prompt (R1's): it is put in front
     task                           ``task``; none: ``ItemOptions.task``
     source                         ``source``; none: the name of the source
     objects                        boxes and points for <bbox>, <point> and <ref> in the text, see ``coordinates``
@@ -22,6 +24,7 @@ is whole and a missing file shows at import; whether they can be decoded is aske
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -31,9 +34,9 @@ from phivision_jax.data.formats.conversations import MARKER, NEXT, conversation_
 from phivision_jax.data.formats.coordinates import Unit, fill_placeholders, rewrite_lists
 from phivision_jax.data.formats.fetch import fetch, is_given
 from phivision_jax.data.quarantine import BadRecord, Quarantined, Reason
-from phivision_jax.data.records import MODES, Mode, Record
+from phivision_jax.data.records import MODES, TASKS, Mode, Record
 from phivision_jax.images.decode import ImageTooLargeError, image_size
-from phivision_jax.text.tokenizer import NOTHINK, THINK
+from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
 IDS = ("id", "uid", "question_id")
 _DEEPEST = 100
@@ -45,6 +48,8 @@ class ItemOptions:
 
     images: Path | None = None
     """Folder in which the images' paths begin, and which none may leave; default: the folder of the data file."""
+    also_allow: tuple[Path, ...] = ()
+    """Further folders in which an image may lie, where symbolic links lead there."""
     default_mode: Literal["nothink", "think", "refuse"] = "nothink"
     """Of records that neither state nor show one; "refuse" quarantines them."""
     task: str = "general"
@@ -64,8 +69,11 @@ class ItemOptions:
 
     def key(self) -> dict[str, Any]:
         """As JSON."""
-        fields = dataclasses.asdict(self)
-        return fields | {"images": self.images and str(self.images.resolve()), "rename": [*map(list, self.rename)]}
+        return dataclasses.asdict(self) | {
+            "images": self.images and str(self.images.resolve()),
+            "also_allow": [str(folder.resolve()) for folder in self.also_allow],
+            "rename": [*map(list, self.rename)],
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,11 +139,12 @@ class ItemReader:
             fill_placeholders(messages, item["objects"], options.boxes, len(images), size_of)
         stated = _optional(item, "mode")
         if stated is not None and stated not in MODES:
-            raise BadRecord("fields", f"the mode is {stated!r}: it must be one of {', '.join(MODES)}")
+            raise BadRecord("fields", f"the mode is {stated!r}: it must be one of {', '.join(MODES)}; {_aside('mode')}")
         mode, mode_from = settle_mode(messages, stated, options.default_mode)  # type: ignore[arg-type]
         system = any(message["role"] == "system" for message in messages)
         if system and options.system != "template":
             messages = _without_system(messages, keep=options.system == "user")
+        task = _optional(item, "task") or options.task
         name = next((name for name in IDS if item.get(name) not in (None, "")), None)
         used = (*conversation.used, name, "image", "images", "mode", "task", "source", "objects", "metadata")
         try:
@@ -145,17 +154,18 @@ class ItemReader:
                 images=tuple(images),
                 messages=tuple(messages),
                 mode=mode,
-                task=_optional(item, "task") or options.task,
+                task=task,
                 metadata=_metadata(item, used),
             )
         except BadRecord:
             raise
         except ValueError as error:
-            raise BadRecord("fields", str(error)) from None
+            aside = "" if task in TASKS else f" {_aside('task')}, and --task then says one for all"
+            raise BadRecord("fields", f"{error}{aside}") from None
         return Read(record, mode_from, system, where)
 
     def _images(
-        self, item: Mapping[str, Any], wanted: list[Any], prepend_to: Sequence[dict[str, str]] | None
+        self, item: Mapping[str, Any], wanted: list[Any], prepend_to: Sequence[dict[str, Any]] | None
     ) -> list[bytes]:
         """The bytes of the images, in the order of the markers.
 
@@ -177,18 +187,21 @@ class ItemReader:
                 + (f" besides the {at_markers} given in the messages" if at_markers else ""),
             )
         rest = iter(listed)
-        folder = self.options.images or self.folder
-        urls, any_extension = self.options.allow_urls, self.options.any_extension
-        return [
-            fetch(next(rest) if image is NEXT else image, folder, allow_urls=urls, any_extension=any_extension)
-            for image in wanted
-        ]
+        options = self.options
+        get = functools.partial(
+            fetch,
+            folder=options.images or self.folder,
+            also_allow=options.also_allow,
+            allow_urls=options.allow_urls,
+            any_extension=options.any_extension,
+        )
+        return [get(next(rest) if image is NEXT else image) for image in wanted]
 
 
 def settle_mode(
-    messages: Sequence[dict[str, str]], stated: Mode | None, default: Literal["nothink", "think", "refuse"]
+    messages: Sequence[dict[str, Any]], stated: Mode | None, default: Literal["nothink", "think", "refuse"]
 ) -> tuple[Mode, ModeFrom]:
-    """The mode of a conversation; no-think tokens in front of answers are taken off, in place.
+    """The mode of a conversation; its answers become what they are in records, in place (see the module's table).
 
     Raises:
       BadRecord: "mode" where nothing says which and ``default`` is "refuse".
@@ -196,13 +209,17 @@ def settle_mode(
     answers = [message for message in messages if message["role"] == "assistant"]
     inferred: Mode | None = None
     for answer in answers:
-        if stated is None and answer["content"].lstrip().startswith((NOTHINK, THINK)):
-            answer["content"] = answer["content"].lstrip()
-        if answer["content"].startswith(NOTHINK):
-            answer["content"] = answer["content"].removeprefix(NOTHINK)
+        content = answer["content"]
+        if content.lstrip().startswith((NOTHINK, THINK)):
+            content = content.lstrip()
+        if content.startswith(NOTHINK):
+            content = content.removeprefix(NOTHINK)
             inferred = inferred or "nothink"
-        if answer["content"].startswith(THINK):
+        elif stated != "nothink" and THINK not in content and content.count(END_THINK) == 1:
+            content = THINK + content
+        if content.startswith(THINK):
             inferred = "think"
+        answer["content"] = content
     if stated is not None:
         return stated, "stated"
     if inferred is not None:
@@ -212,7 +229,7 @@ def settle_mode(
     return default, "default"
 
 
-def _without_system(messages: Sequence[dict[str, str]], keep: bool) -> list[dict[str, str]]:
+def _without_system(messages: Sequence[dict[str, Any]], keep: bool) -> list[dict[str, Any]]:
     """The messages without the system's; ``keep``: their text is put in front of the first user message."""
     system = [message["content"] for message in messages if message["role"] == "system"]
     if any(MARKER in text for text in system):
@@ -257,8 +274,13 @@ def _id(item: Mapping[str, Any]) -> str | None:
 def _optional(item: Mapping[str, Any], name: str) -> str | None:
     value = item.get(name)
     if value is not None and not isinstance(value, str):
-        raise BadRecord("fields", f"the field {name} is {type(value).__name__}: it must be a string")
+        raise BadRecord("fields", f"the field {name} is {type(value).__name__}: it must be a string; {_aside(name)}")
     return value
+
+
+def _aside(name: str) -> str:
+    """How an import goes on with a field that means something else than ours of that name."""
+    return f"--rename {name}=dataset_{name} keeps it as metadata"
 
 
 def _metadata(item: Mapping[str, Any], used: Sequence[str | None]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""JSON: an array in a file, or one object per line; a file, a folder or several files.
+"""JSON: an array in a file, or one object per line, whatever the file's name; a file, a folder or several files.
 
 A first pass counts the items and notes where every 256th begins, so that any range can be read later without what
 stands before it. Nothing else is kept: an array of gigabytes passes through windows of 64 MiB. Items are cut out first
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from phivision_jax.data.formats import Read, describe, files_of
+from phivision_jax.data.formats import Files, Read, describe, files_of
 from phivision_jax.data.formats.conversations import FORMS
 from phivision_jax.data.formats.items import ItemOptions, ItemReader
 from phivision_jax.data.quarantine import Quarantined, Reason
@@ -36,6 +36,10 @@ _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BETWEEN = re.compile(r",[ \t\n\r]*(?=\{)")
 _PEEK = 2**16  # Bytes of broken text in which an id is looked for.
+
+
+# The first line of an object that goes on.
+_OPEN_OBJECT = re.compile(rb'\{\s*("[^"]*"\s*:\s*[\[{]\s*)?')
 
 
 class Piece(NamedTuple):
@@ -58,7 +62,7 @@ class JsonSource:
         Args:
           path: a file; a folder, of which ``split`` chooses the files; or several files.
           options: how items become records.
-          split: what the names of a folder's files begin with.
+          split: of a folder's files, see ``files_of``.
           name: of the source; default: the stem of the file or the name of the folder.
 
         Raises:
@@ -68,7 +72,9 @@ class JsonSource:
         self.name = name or (paths[0].stem if paths[0].is_file() else paths[0].resolve().name)
         self._options = options
         forms = (*FORMS, *(theirs for theirs, ours in options.rename if ours in FORMS))
-        self._files = [_File(file, forms) for p in paths for file in files_of(p, "json", split)]
+        found = [files_of(p, "json", split) for p in paths]
+        self.files = Files(*([file for one in found for file in one[part]] for part in (0, 1)))
+        self._files = [_File(file, forms) for file in self.files.read]
         self._begins = np.cumsum([0, *(file.count for file in self._files)])
         self._key = describe([file.path for file in self._files])
         if not len(self):
@@ -99,18 +105,19 @@ class _File:
             if begin[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise ValueError(f"{path} is UTF-16: JSON is UTF-8; convert it (iconv -f UTF-16 -t UTF-8)")
             offset = 3 if begin == _BOM else 0
-            self.is_array = False
-            if path.suffix.lower() == ".json":
-                file.seek(offset)
-                head = file.read(2**16)
-                body = head.lstrip()
-                self.is_array = body[:1] == b"["
-                if self.is_array:
-                    offset += len(head) - len(body) + 1
-                elif body.partition(b"\n")[0].strip() == b"{":
-                    raise ValueError(
-                        f"{path} is one object over several lines: it must be an array of them, or one per line"
-                    )
+            if begin[:2] == b"\x1f\x8b":
+                raise ValueError(f"{path} is compressed: unpack it first (gunzip)")
+            file.seek(offset)
+            head = file.read(2**16)
+            body = head.lstrip()
+            self.is_array = body[:1] == b"[" and (path.suffix.lower() == ".json" or _ends_as_array(file, size))
+            if self.is_array:
+                offset += len(head) - len(body) + 1
+            elif _OPEN_OBJECT.fullmatch(body.partition(b"\n")[0]):
+                raise ValueError(
+                    f"{path} is one object over several lines: it must be an array of them, or one per line; if the "
+                    "items are a list inside it, make a file of that list alone (jq .data)"
+                )
             offsets: list[int] = []
             lines: list[int] = []
             self.count = 0
@@ -166,6 +173,12 @@ class _File:
         return reader.read(item, place, where)
 
 
+def _ends_as_array(file: BinaryIO, size: int) -> bool:
+    """Whether a file that begins with a bracket ends with one; else that is a bad item on the first of its lines."""
+    file.seek(max(0, size - 2**12))
+    return file.read().rstrip()[-1:] == b"]"
+
+
 def _guess_id(raw: bytes, names: Iterable[str]) -> Any:
     """An item whose id is what can still be read of it."""
     with contextlib.suppress(ValueError, RecursionError):  # Often only its UTF-8 is broken.
@@ -184,7 +197,7 @@ def _lines(file: BinaryIO, offset: int, line: int) -> Iterator[tuple[int, Piece]
         length = len(raw)
         problem = None
         if length > WINDOW and not raw.endswith(b"\n"):
-            problem = f"longer than {WINDOW} bytes"
+            problem = f"longer than {WINDOW} bytes: one object with all items inside? Make a file of their list alone"
             while (rest := file.readline(WINDOW)) and not rest.endswith(b"\n"):
                 length += len(rest)
             length += len(rest)

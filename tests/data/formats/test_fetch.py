@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,18 @@ def test_paths_that_leave_the_folder(folder):
         "/etc/passwd",
     ):
         assert reason(path, folder) == "image-path", path
+
+
+def test_links_may_lead_to_folders_that_are_named(folder):
+    (folder / "file.png").symlink_to(folder.parent / "outside.png")
+    with pytest.raises(BadRecord, match=r"outside\.png, by a symbolic link: --also-allow"):
+        fetch("file.png", folder)
+    with pytest.raises(BadRecord, match=r"leads out of the image folder \S+$"):
+        fetch("../outside.png", folder)
+    assert fetch("file.png", folder, also_allow=(folder / "a", folder.parent)) == PNG
+    assert reason("file.png", folder, also_allow=(folder / "a",)) == "image-path"
+    (folder.parent / "named").symlink_to(folder.parent)
+    assert fetch("file.png", folder, also_allow=(folder.parent / "named",)) == PNG, "the named folder may be a link"
 
 
 def test_missing_files(folder):
@@ -148,12 +161,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
             status, headers = 302, {"Location": "file:///etc/passwd"}
         elif self.path == "/to-ftp":
             status, headers = 302, {"Location": "ftp://127.0.0.1/x"}
+        elif self.path == "/inward":
+            status, headers = 302, {"Location": f"http://127.0.0.1:{self.server.server_address[1]}/fine.jpg"}
+        elif self.path.startswith("/slow"):
+            return self.drip()
         self.send_response(status)
         length = len(body) + 9 * (self.path == "/short")
         for name, value in {**headers, "Content-Length": str(length)}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    def drip(self) -> None:
+        """A byte every 0.05 s, of the headers or of the body: no read ever waits for long."""
+        head = b"HTTP/1.0 200 OK\r\nContent-Length: 40\r\n"
+        self.wfile.write(head + b"\r\n" if self.path == "/slow-body" else head + b"X: ")
+        for _ in range(40):
+            time.sleep(0.05)
+            self.wfile.write(b"x")
+        self.wfile.write(b"\r\n\r\n")
 
     def log_message(self, *_: object) -> None:
         pass
@@ -182,6 +208,49 @@ def test_urls(server, folder):
     for path, tries in (("/big", 1), ("/missing", 1), ("/down", 3), ("/short", 3), ("/to-file", 1), ("/to-ftp", 1)):
         assert reason(server + path, folder, allow_urls=True) == "image-url"
         assert Handler.asked.count(path) == tries, path
+
+
+@pytest.mark.parametrize("path", ["/slow-body", "/slow-headers"])
+def test_a_url_that_drips(server, folder, monkeypatch, path):
+    monkeypatch.setattr(fetching, "DEADLINE", 0.3)
+    begin = time.monotonic()
+    with pytest.raises(BadRecord, match=r"not there within 0\.3 seconds"):
+        fetch(server + path, folder, allow_urls=True)
+    assert time.monotonic() - begin < 1.5, "all of it would take 2 seconds"
+
+
+def test_no_redirect_leads_inward(server, folder, monkeypatch):
+    assert fetch(f"{server}/inward", folder, allow_urls=True) == PNG, "from an address inside it may"
+    monkeypatch.setattr(fetching, "_is_inside", lambda url: "127.0.0.1" in url)
+    Handler.asked.clear()
+    with pytest.raises(BadRecord, match=r"it leads to http://127\.0\.0\.1:\d+/fine\.jpg, inside this network"):
+        fetch(f"{server.replace('127.0.0.1', 'localhost')}/inward", folder, allow_urls=True)
+    assert Handler.asked == ["/inward"]
+
+
+@pytest.mark.parametrize(
+    "host, inside",
+    [
+        ("127.0.0.1", True),
+        ("127.1", True),
+        ("localhost", True),
+        ("[::1]", True),
+        ("[::ffff:10.0.0.1]", True),
+        ("10.1.2.3:80", True),
+        ("192.168.0.1", True),
+        ("169.254.169.254", True),
+        ("[fe80::1]", True),
+        ("0.0.0.0", True),
+        ("8.8.8.8", False),
+        ("user@8.8.8.8:80", False),
+        ("[2606:4700::1111]", False),
+        ("", False),
+        ("[::1", False),
+        ("no name", False),
+    ],
+)
+def test_what_is_inside(host, inside):
+    assert fetching._is_inside(f"http://{host}/x") is inside
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,9 @@ def test_renamed_fields():
         (["<think>x</think>b", "<|dummy_84|>a"], None, "nothink", "think", "inferred"),
         (["<|dummy_84|>a", "<think>x</think>b"], "think", "nothink", "think", "stated"),
         (["<think>x</think>b"], "nothink", "nothink", "nothink", "stated"),
+        (["\n <think>x</think>b"], "think", "nothink", "think", "stated"),
+        (["\n <think>x</think>b"], "nothink", "nothink", "nothink", "stated"),
+        ([" <|dummy_84|>a"], "nothink", "nothink", "nothink", "stated"),
     ],
 )
 def test_modes(answers, stated, default, mode, mode_from):
@@ -164,7 +167,72 @@ def test_modes(answers, stated, default, mode, mode_from):
     result = read({"conversations": turns, "mode": stated}, default_mode=default)
     assert isinstance(result, Read) and (result.record.mode, result.mode_from) == (mode, mode_from)
     given = [m["content"] for m in result.record.messages if m["role"] == "assistant"]
-    assert given == [answer.removeprefix("<|dummy_84|>").lstrip() for answer in answers]
+    assert given == [answer.lstrip().removeprefix("<|dummy_84|>") for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "answer, stated, kept, mode",
+    [
+        ("\nred\n</think>yes", None, "<think>\nred\n</think>yes", "think"),
+        ("</think>yes", "think", "<think></think>yes", "think"),
+        ("red</think>yes", "nothink", "red</think>yes", "nothink"),  # what check then quarantines
+        ("<|dummy_84|>red</think>yes", None, "red</think>yes", "nothink"),
+        ("red</think>or</think>yes", None, "red</think>or</think>yes", "nothink"),
+        ("write <think> and </think>", None, "write <think> and </think>", "nothink"),
+    ],
+)
+def test_thoughts_that_began_in_the_prompt(answer, stated, kept, mode):
+    result = read({"conversations": talk("what is </think>?", answer), "mode": stated})
+    assert isinstance(result, Read) and result.record.messages == said("what is </think>?", kept)
+    assert result.record.mode == mode
+    if kept != answer:
+        assert result.mode_from == ("stated" if stated else "inferred")
+
+
+@pytest.mark.parametrize(
+    "form", [("conversations", "from", "value", "gpt"), ("messages", "role", "content", "assistant")]
+)
+def test_weights(form):
+    field, role, content, assistant = form
+
+    def weighted(weight: Any, of: str = assistant) -> dict[str, Any]:
+        return {field: [*talk(), {role: of, content: "x", "weight": weight}]}
+
+    for weight in (0, 0.0):
+        assert record(weighted(weight)).messages[2] == {"role": "assistant", "content": "x", "weight": 0}
+        assert record(weighted(weight, "user")).messages[2] == {"role": "user", "content": "x"}
+    for weight in (1, None):
+        assert record(weighted(weight)).messages[2] == {"role": "assistant", "content": "x"}
+    for weight in (0.5, -1, "0", [0]):
+        assert refused(weighted(weight)).reason == "fields" and "weight" in refused(weighted(weight)).detail
+
+
+def test_links_into_other_folders(folder):
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "1.png").symlink_to(folder / "in" / "1.png")
+    item = {"image": "1.png", "conversations": talk("<image>")}
+    bad = refused(item, folder / "pictures")
+    assert bad.reason == "image-path" and "--also-allow" in bad.detail
+    assert record(item, folder / "pictures", also_allow=(folder / "x", folder / "in")).images == (PNG[1],)
+
+
+def test_what_to_do_with_other_meanings_of_our_fields():
+    for field, value, says in (
+        ("task", "vqa", "known are general"),
+        ("mode", "cot", "think, nothink"),
+        ("source", [1], "list"),
+    ):
+        item = {"conversations": talk(), field: value}
+        bad = refused(item)
+        assert bad.reason == "fields" and says in bad.detail
+        assert f"--rename {field}=dataset_{field} keeps it as metadata" in bad.detail
+        made = record(item, rename=((field, f"dataset_{field}"),), task="ocr")
+        assert made.metadata == {f"dataset_{field}": value} and made.task == "ocr"
+
+
+def test_an_item_without_a_conversation_is_described():
+    bad = refused({"id": 1, "prompt": "a", "caption": "b", "nothing": None})
+    assert bad.detail.endswith("is there, only id, prompt, caption (--rename theirs=ours)")
 
 
 def test_system_messages():
@@ -253,7 +321,7 @@ def test_a_misspelt_task_is_named():
 
 
 def test_options_as_json():
-    options = ItemOptions(images=Path("x"), rename=(("a", "id"),), inline_boxes="unit")
+    options = ItemOptions(images=Path("x"), also_allow=(Path("y"),), rename=(("a", "id"),), inline_boxes="unit")
     assert json.loads(json.dumps(options.key())) == options.key()
     assert options.key() != dataclasses.replace(options, images=None).key() != ItemOptions().key()
 
@@ -351,7 +419,7 @@ WORDS = ["<image>", "<bbox>", "human", "user", "text", "image", "think", "../x",
 FIELDS = [
     *("id", "image", "images", "conversations", "messages", "texts", "question", "answer", "answers", "mode", "task"),
     *("source", "metadata", "objects", "from", "value", "role", "content", "type", "text", "user", "assistant", "url"),
-    *("image_url", "bytes", "path", "index", "bbox", "point", "ref", "image_id"),
+    *("weight", "image_url", "bytes", "path", "index", "bbox", "point", "ref", "image_id"),
 ]
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
 ODD = st.recursive(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import pickle
@@ -91,8 +92,26 @@ def test_a_folder_and_several_files(tmp_path):
         "r1",
         "r2",
     ]
-    with pytest.raises(ValueError, match=r"begins with 'dev', only test.jsonl, train-a.json, train-b.jsonl"):
+    with pytest.raises(ValueError, match=r"of split 'dev', only test.jsonl, train-a.json, train-b.jsonl"):
         JsonSource(tmp_path, OPTIONS, split="dev")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_array_under_a_name_for_lines(indent, tmp_path):
+    content = json.dumps([item(i) for i in range(3)], indent=indent) + "\n"
+    source = source_of(content, tmp_path / "made.jsonl")
+    assert brief(read(source)) == ["r0", "r1", "r2"]
+    assert read(source, 1, 2)[0].where.startswith("made.jsonl, item 2")
+    # A list on its line is one bad item.
+    lines = b"[1, 2]\n" + as_lines([item(1)])
+    assert brief(read(source_of(lines, tmp_path / "made.jsonl"))) == ["made.jsonl:1:syntax", "r1"]
+    assert brief(read(source_of(b"[" * 200_000 + b"\n" + lines, tmp_path / "made.jsonl")))[2:] == ["r1"]
+
+
+def test_one_object_with_the_items_inside(tmp_path):
+    (bad,) = read(source_of(json.dumps({"version": 1, "data": [item(i) for i in range(3)]}), tmp_path / "made.json"))
+    assert isinstance(bad, Quarantined) and bad.reason == "fields"
+    assert bad.detail.endswith("if the 3 objects under 'data' are the items, make a file of that list alone")
 
 
 def test_the_key_changes_with_the_content_and_the_options(tmp_path):
@@ -217,11 +236,13 @@ def test_however_an_array_is_damaged_the_window_does_not_matter(at, cut, put, wi
     assert pieces == list(elements(io.BytesIO(raw), 1, 10**6))
     offsets = [p.offset for p in pieces]
     assert offsets == sorted(set(offsets))
-    # What the damage did not touch is found, but for what an early ] leaves behind the array.
+    # What the damage did not touch, nor the comma before it, is found, but for what an early ] leaves behind the array.
     if b"]" not in put and b"]" not in ARRAY[at : at + cut] and not pieces[-1].problem:
         begins = [ARRAY.index(f'{{"id": "r{i}'.encode()) for i in range(6)]
         untouched = [
-            i for i, (a, b) in enumerate(zip(begins, [*begins[1:], len(ARRAY)], strict=True)) if b <= at or a > at + cut
+            i
+            for i, (a, b) in enumerate(zip(begins, [*begins[1:], len(ARRAY)], strict=True))
+            if b <= at or a > at + cut + 1
         ]
         found = [
             json.loads(p.raw)["id"] for p in pieces if p.raw in ARRAY and p.raw.startswith(b'{"id"') and not p.problem
@@ -256,7 +277,13 @@ def test_ranges_add_up(tmp_path_factory, data):
         ("a.json", "", "holds no items"),
         ("a.json", "[]", "holds no items"),
         ("a.jsonl", "\n \n", "holds no items"),
-        ("a.json", '{\n "data": []\n}', "one object over several lines"),
+        (
+            "a.json",
+            '{\n "data": []\n}',
+            r"one object over several lines: .*make a file of that list alone \(jq \.data\)",
+        ),
+        ("a.jsonl", '{"data": [\r\n {"id": 1}\r\n]}', "one object over several lines"),
+        ("a.jsonl", gzip.compress(b"{}"), "compressed: unpack it first"),
         ("a.json", "[]".encode("utf-16"), "UTF-16"),
     ],
 )

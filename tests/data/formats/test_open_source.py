@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import pickle
 
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from made_up import make_record, mixed_records
 
-from phivision_jax.data.formats import Read, open_source
+from phivision_jax.data.formats import Read, files_of, open_source, shorten
 from phivision_jax.data.formats.easy_vqa import easy_vqa
 from phivision_jax.data.formats.items import ItemOptions
 from phivision_jax.data.formats.json_files import JsonSource
@@ -54,11 +55,51 @@ def test_folders_by_what_they_hold(tmp_path):
 
 
 def test_splits_of_a_folder(tmp_path):
-    (tmp_path / "testimony.jsonl").write_text(json.dumps(ITEM))
-    assert len(open_source(tmp_path, options=OPTIONS)) == 1, "no name of a split: all is train"
-    (tmp_path / "test.jsonl").write_text(json.dumps(ITEM))
-    with pytest.raises(ValueError, match=r"begins with 'train', only test\.jsonl, testimony\.jsonl"):
+    def names(split: str = "train") -> tuple[str, str]:
+        read, left_out = files_of(tmp_path, "json", split)
+        assert sorted(read + left_out) == sorted(tmp_path.iterdir())
+        return shorten(read), shorten(left_out)
+
+    def add(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).write_text(json.dumps(ITEM))
+
+    add("test.jsonl")
+    with pytest.raises(ValueError, match=r"no json file of split 'train', only test\.jsonl"):
         open_source(tmp_path, options=OPTIONS)
+    add("part-0.jsonl", "testimony.jsonl")
+    assert names() == ("part-0.jsonl, testimony.jsonl", "test.jsonl"), "no name of a split is train"
+    assert names("test") == ("test.jsonl", "part-0.jsonl, testimony.jsonl") and names("part")[0] == "part-0.jsonl"
+    add("train.jsonl", "shapes_test.json", "shapes-Validation.json", "x_val.json")
+    assert names() == (
+        "part-0.jsonl, testimony.jsonl, train.jsonl",
+        "shapes-Validation.json, shapes_test.json, test.jsonl, x_val.json",
+    )
+    assert (
+        names("test")[0] == "shapes_test.json, test.jsonl" and names("val")[0] == "shapes-Validation.json, x_val.json"
+    )
+    source = open_source(tmp_path, options=OPTIONS)
+    assert isinstance(source, JsonSource) and len(source) == 3 and source.files == files_of(tmp_path, "json", "train")
+
+
+def test_files_one_folder_down(tmp_path):
+    for folder in (".cache", "config", "empty"):
+        (tmp_path / folder).mkdir()
+    for folder in (".cache", "config"):
+        write_parquet(tmp_path / folder / "train-0.parquet")
+    assert len(open_source(tmp_path, options=OPTIONS)) == 1
+    write_parquet(tmp_path / "empty" / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"parquet files in 2 subfolders \(config, empty\): give one of them"):
+        open_source(tmp_path, options=OPTIONS)
+    write_parquet(tmp_path / "train-0.parquet")
+    assert len(open_source(tmp_path, options=OPTIONS)) == 1, "what lies in the folder itself comes first"
+
+
+def test_compressed_files(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    for path in (tmp_path, tmp_path / "a.jsonl.gz"):
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz is compressed: unpack it first"):
+            open_source(path, options=OPTIONS)
 
 
 def test_what_is_not_there(tmp_path):

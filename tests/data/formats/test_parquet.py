@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import png
 
-from phivision_jax.data.formats import Read
+from phivision_jax.data.formats import Read, parquet
 from phivision_jax.data.formats.items import ItemOptions
 from phivision_jax.data.formats.parquet import ParquetSource
 from phivision_jax.data.quarantine import Quarantined
@@ -153,6 +153,43 @@ def test_a_row_group_that_cannot_be_read(tmp_path):
     ]
     assert len(bad) == 100 and {b.reason for b in bad} == {"syntax"} and bad[0].where == "made.parquet, row 101"
     assert read(open_(path), 150, 250) == results[150:250]
+
+
+def test_chunks_of_a_large_row_group_are_read_once(tmp_path, monkeypatch):
+    """Whoever reads chunk after chunk decodes each row once, with another worker's chunks between them too."""
+    decoded = []
+    rows_of = parquet._rows
+
+    def count(*args: Any) -> Any:
+        for row in rows_of(*args):
+            decoded.append(row)
+            yield row
+
+    monkeypatch.setattr(parquet, "_rows", count)
+    pq.write_table(questions(0, 1000), tmp_path / "made.parquet")
+    source = ParquetSource(tmp_path / "made.parquet", OPTIONS)
+    for step in (100, 200):
+        decoded.clear()
+        for start in range(0, 1000, step):
+            assert ids(read(source, start, start + 100)) == [f"r{i}" for i in range(start, start + 100)]
+        assert len(decoded) == 1100 - step
+    # Backwards, and after a reader that stopped in the middle, it is read from the beginning again.
+    assert ids(read(source, 50, 52)) == ["r50", "r51"]
+    assert next(source.read(60, 70)).record.id == "r60"  # type: ignore[union-attr]
+    assert ids(read(source, 61, 63)) == ["r61", "r62"] == ids(read(pickle.loads(pickle.dumps(source)), 61, 63))
+
+
+def test_large_rows_are_decoded_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 50_000)
+    asked = []
+    whole = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, n, **k: asked.append(n) or whole(self, n, **k))
+    for k, size in enumerate((10, 10_000, 200_000)):
+        blobs = pa.array([bytes([i]) * size for i in range(20)], pa.binary())
+        table = questions(0, 20).append_column("blob", blobs)
+        pq.write_table(table, tmp_path / f"{k}.parquet", compression="none", use_dictionary=False)
+    assert len(ids(read(ParquetSource(tmp_path, OPTIONS)))) == 60
+    assert asked == [64, 4, 1]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello" * 99, None])
