@@ -76,6 +76,14 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
+def axis_size(axis: str) -> int:
+    """Into how many parts a logical axis is split on the mesh in force (``jax.set_mesh``); 1 without one."""
+    mesh, names = jax.sharding.get_abstract_mesh(), RULES[axis]
+    if mesh.empty or names is None:
+        return 1
+    return int(np.prod([mesh.shape[name] for name in ((names,) if isinstance(names, str) else names)]))
+
+
 def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
     """The sharding of every parameter, as nested plain dicts.
 
