@@ -27,87 +27,28 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phivision_jax.data.mixture import Mixture, Pool, Stage, draw
-from phivision_jax.data.packing import Capacity, Lengths, attention_work, balance, pack, place
-from phivision_jax.data.records import MODES, TASKS
+from phivision_jax.data.drawn import Drawn, PlanSummary, account
+from phivision_jax.data.mixture import Mixture, Pool, draw
+from phivision_jax.data.packing import Capacity, Lengths, attention_work, balance, pack
 from phivision_jax.data.shuffle import permutation
-from phivision_jax.images import naflex
+from phivision_jax.data.sizes import REASONS, Overflow, check_processor, measure
 from phivision_jax.progress import bar
 
 if TYPE_CHECKING:
-    from phivision_jax.config import ModelConfig
-    from phivision_jax.data.dataset import Dataset, Index
+    from phivision_jax.data.dataset import Dataset
     from phivision_jax.processor import Processor
 
 FORMAT = 2
 WINDOW = 16_384
 """Examples packed at a time: more fills rows better, but mixes the order less than a window's worth of shuffling."""
 _ARRAYS = {"row_offsets": "<i8", "examples": "<u4", "sources": "u1", "resized": "<i8", "rejected": "<i8"}
-REASONS = ("columns", "patches")
-"""Why no row takes a record: it is longer than T, or its images do not fit R vision rows of P."""
 _MOST_SOURCES = 256
 # What a seed is used for; ``mixture`` has a number of its own.
 _ROW_ORDER = 1
-
-Overflow = Literal["drop", "resize", "error"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What one stage took from one group of records."""
-
-    stage: str
-    kind: str
-    """"source", "mode", "task", or "part": a source's records of one mode, where shares tell modes apart."""
-    name: str
-    examples: int
-    tokens: int
-    example_share: float
-    token_share: float
-    """Of the stage."""
-    passes: float | None = None
-    """Of a source or part: how often its records that fit were gone through."""
-    asked: float | None = None
-    """The share that was asked for, where one was."""
-    asked_in: str = "examples"
-    """What that share counts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanSummary:
-    rows: int
-    examples: int
-    text_padding: float
-    """Share of the columns of all rows that hold nothing."""
-    patch_padding: float
-    rejected: Mapping[str, int]
-    """Number of records by source and reason; which ones is in ``Plan.rejected``."""
-    resized: int
-    drawn: tuple[Drawn, ...]
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.rows:,} rows, {self.examples:,} examples ({self.examples / max(self.rows, 1):.2f} per row)",
-            f"padding: text {self.text_padding:.2%}, patches {self.patch_padding:.2%}",
-        ]
-        lines += [f"no row takes: {count:,} records of {which}" for which, count in self.rejected.items()]
-        if self.resized:
-            lines.append(f"resized to fewer patches: {self.resized:,} records")
-        stages = list(dict.fromkeys(d.stage for d in self.drawn))
-        for stage in stages:
-            lines.append(f"drawn{f' in stage {stage!r}' if len(stages) > 1 else ''}:")
-            for d in (d for d in self.drawn if d.stage == stage):
-                passes = f"  {d.passes:.2f} passes" if d.passes is not None else ""
-                asked = f"  asked {d.asked:.2%} of {d.asked_in}" if d.asked is not None else ""
-                lines.append(
-                    f"  {d.kind:<6} {d.name:<20} {d.examples:>12,} examples {d.example_share:7.2%}"
-                    f" {d.tokens:>16,} tokens {d.token_share:7.2%}{passes}{asked}"
-                )
-        return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -330,7 +271,7 @@ def make_plan(
     inputs = plan_inputs(datasets, mixture, processor, **settings)
     capacity = Capacity(inputs["length"], inputs["vision_rows"], inputs["num_patches"])
     measured = [
-        _measure(s, dataset, processor.config, capacity, inputs["on_overflow"]) for s, dataset in enumerate(datasets)
+        measure(s, dataset, processor.config, capacity, inputs["on_overflow"]) for s, dataset in enumerate(datasets)
     ]
     if not any(m.fits.any() for m in measured):
         shortest = min((m.lengths.columns.min(), m.lengths.patches[m.lengths.columns.argmin()]) for m in measured)
@@ -352,7 +293,7 @@ def make_plan(
         sources, records, one_pass = draw(pools, mixture.names, stage, inputs["seed"])
         numbers = first[sources] + records
         together = one_pass * _passes_together(lengths.columns[numbers[:one_pass]], capacity)
-        drawn += _account(stage, mixture.names, sources, records, pools, datasets, lengths.columns[numbers])
+        drawn += account(stage, mixture.names, sources, records, pools, datasets, lengths.columns[numbers])
         with bar(f"plan {stage.name}", len(numbers), shown=progress) as advance:
             for begin in range(0, len(numbers), together):  # windows end with the pass
                 in_pass = numbers[begin : begin + together]
@@ -413,151 +354,3 @@ def _joined(parts: Sequence[Lengths]) -> tuple[Lengths, np.ndarray]:
         np.concatenate([[0], *(part.offsets[1:] + at for part, at in zip(parts, images, strict=True))]),
     )
     return joined, first
-
-
-def _account(
-    stage: Stage,
-    names: Sequence[str],
-    sources: np.ndarray,
-    records: np.ndarray,
-    pools: Sequence[Pool],
-    datasets: Sequence[Dataset],
-    tokens: np.ndarray,
-) -> list[Drawn]:
-    """What a stage drew, by source, mode and task."""
-    modes, tasks = np.empty(len(records), np.int64), np.empty(len(records), np.int64)
-    for s, dataset in enumerate(datasets):
-        at = sources == s
-        modes[at], tasks[at] = dataset.index.modes[records[at]], dataset.index.tasks[records[at]]
-    by_mode = stage.reasoning_share is not None
-    asked: dict[tuple[str, str], tuple[float, str]] = {}
-    if stage.weights:
-        total = sum(stage.weights[names[s]] for s in stage.chosen(names))
-        asked |= {("source", names[s]): (stage.weights[names[s]] / total, stage.unit) for s in stage.chosen(names)}
-    if stage.reasoning_share is not None:
-        asked["mode", "think"] = (stage.reasoning_share, stage.reasoning_unit)
-    parts = [f"{name}, {mode}" for name in names for mode in MODES]
-    sizes = {
-        "source": [len(pool.records) for pool in pools],
-        "part": [int((pool.modes == m).sum()) for pool in pools for m in range(len(MODES))],
-    }
-    groups = [("source", sources, names), ("mode", modes, MODES), ("task", tasks, TASKS)]
-    drawn = []
-    for kind, numbers, labels in [*groups, ("part", sources * len(MODES) + modes, parts)] if by_mode else groups:
-        examples = np.bincount(numbers, minlength=len(labels))
-        # Weights of bincount are floats: exact below 2⁵³ tokens.
-        columns = np.bincount(numbers, weights=tokens, minlength=len(labels)).astype(np.int64)
-        for i, label in enumerate(labels):
-            share, unit = asked.get((kind, label), (None, "examples"))
-            if examples[i] or share:
-                size = sizes[kind][i] if kind in sizes else 0
-                drawn.append(
-                    Drawn(
-                        stage=stage.name,
-                        kind=kind,
-                        name=label,
-                        examples=int(examples[i]),
-                        tokens=int(columns[i]),
-                        example_share=int(examples[i]) / len(records),
-                        token_share=int(columns[i]) / int(tokens.sum()),
-                        passes=int(examples[i]) / size if size else None,
-                        asked=share,
-                        asked_in=unit,
-                    )
-                )
-    return drawn
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes, and what does not fit.
-
-
-def grids_of(index: Index, config: ModelConfig) -> np.ndarray:
-    """[I, 2] i64: rows and columns of patches of every image, by arithmetic on its size."""
-    return naflex.grids_of(index.image_sizes, config.vision.patch_size, config.min_patches, config.max_patches)
-
-
-def lengths_of(index: Index, config: ModelConfig) -> Lengths:
-    """Columns and patches of every record."""
-    lengths = Lengths(index.text_tokens.astype(np.int64), grids_of(index, config).prod(axis=1), index.image_offsets)
-    return dataclasses.replace(lengths, columns=lengths.columns + lengths.patches)
-
-
-def check_processor(dataset: Dataset, processor: Processor) -> None:
-    """Raise ValueError when the dataset's tokens were counted with another tokenizer or chat template."""
-    ours = processor.text_fingerprint
-    if dataset.manifest["text"] != ours:
-        raise ValueError(
-            f"{dataset.directory}: tokens were counted with another tokenizer or chat template "
-            f"({dataset.manifest['text'][:12]}, this processor's are {ours[:12]}); import the records again with it"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Measured:
-    """One source against the rows."""
-
-    lengths: Lengths
-    fits: np.ndarray
-    """[N] bool: an empty row takes it."""
-    rejected: np.ndarray
-    resized: np.ndarray
-    """Both [k, 3], as in ``Plan``."""
-
-
-def _measure(source: int, dataset: Dataset, config: ModelConfig, capacity: Capacity, overflow: Overflow) -> _Measured:
-    lengths = lengths_of(dataset.index, config)
-    has_images = dataset.index.num_images > 0
-    too_long = lengths.columns > capacity.length
-    too_many = lengths.patches > capacity.vision_rows * capacity.num_patches
-    if capacity.vision_rows > 1:  # with one, the sum says it all
-        empty = [0] * capacity.vision_rows
-        for i in np.flatnonzero(~too_many & has_images).tolist():
-            images = lengths.image_patches[lengths.offsets[i] : lengths.offsets[i + 1]].tolist()
-            too_many[i] = place(empty, images, capacity.num_patches) is None
-    fits = ~(too_long | too_many)
-    resized = []
-    if overflow == "resize":
-        for i in np.flatnonzero(~fits & has_images).tolist():
-            limit = _patch_limit(int(dataset.index.text_tokens[i]), dataset.index.sizes_of(i), config, capacity)
-            if limit is not None:
-                patches = [_patches(size, config, limit) for size in dataset.index.sizes_of(i)]
-                lengths.image_patches[lengths.offsets[i] : lengths.offsets[i + 1]] = patches
-                lengths.columns[i] = dataset.index.text_tokens[i] + sum(patches)
-                fits[i] = True
-                resized.append((source, i, limit))
-    out = np.flatnonzero(~fits)
-    if len(out) and overflow == "error":
-        raise ValueError(
-            f"{dataset.directory}: {len(out):,} records do not fit a row of {capacity.length} columns and "
-            f"{capacity.vision_rows} x {capacity.num_patches} patches, the first is {dataset[int(out[0])].id!r} "
-            f"({lengths.columns[out[0]]} columns, {lengths.patches[out[0]]} patches): "
-            "take longer rows, or on_overflow drop or resize"
-        )
-    rejected = np.stack([np.full(len(out), source), out, np.where(too_long[out], 0, 1)], axis=1)
-    return _Measured(lengths, fits, rejected, np.array(resized, np.int64).reshape(-1, 3))
-
-
-def _patches(size: tuple[int, int], config: ModelConfig, limit: int) -> int:
-    rows, columns = naflex.grid_of(*size, config.vision.patch_size, min(config.min_patches, limit), limit)
-    return rows * columns
-
-
-def _patch_limit(text: int, sizes: Sequence[tuple[int, int]], config: ModelConfig, capacity: Capacity) -> int | None:
-    """The most patches per image with which a record fits an empty row; None when even ``min_patches`` are too many."""
-
-    def fits(limit: int) -> bool:
-        patches = [_patches(size, config, limit) for size in sizes]
-        placed = place([0] * capacity.vision_rows, patches, capacity.num_patches)
-        return text + sum(patches) <= capacity.length and placed is not None
-
-    low, high = config.min_patches, config.max_patches
-    if not fits(low):
-        return None
-    while low < high:  # low fits; fewer patches never fit worse, but for the rounding of grids, so low is kept proven
-        middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -14,9 +14,10 @@ import numpy as np
 
 from phivision_jax.data.mixture import Mixture
 from phivision_jax.data.packing import Capacity, Lengths, pack, place
-from phivision_jax.data.plan import WINDOW, lengths_of
+from phivision_jax.data.plan import WINDOW
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.shuffle import permutation
+from phivision_jax.data.sizes import lengths_of
 
 if TYPE_CHECKING:
     from phivision_jax.config import ModelConfig

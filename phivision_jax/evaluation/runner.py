@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from phivision_jax.batch import PLACEHOLDER, Batch, Example, expand, fill_rows
 from phivision_jax.data.encode import mode_of
-from phivision_jax.data.plan import check_processor, lengths_of
+from phivision_jax.data.sizes import check_processor, lengths_of
 from phivision_jax.evaluation.scoring import exact_match
 from phivision_jax.inference.generate import answer_text, generate_ids
 from phivision_jax.models.phivision import PhiVision

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from made_up import BARE_PROCESSOR, BareDataset
 
 from phivision_jax.data.mixture import Mixture, Stage
-from phivision_jax.data.plan import Plan, differing, lengths_of, make_plan, plan_inputs
+from phivision_jax.data.plan import Plan, differing, make_plan, plan_inputs
 from phivision_jax.data.records import MODES
+from phivision_jax.data.sizes import lengths_of
 from phivision_jax.images.naflex import grid_of
 
 STAGE_FIELDS = {f.name for f in dataclasses.fields(Stage)}
