@@ -13,13 +13,34 @@ A query may see a key when both are in the same segment and the key's column is 
                                              b    x x x x
                                              c            x        another example: nothing before it
                                              ·              x      padding sees padding, so no softmax is empty
+
+One definition, three ways to compute it, chosen when tracing:
+
+    splash     the TPU's kernel (``models/splash.py``), for self-attention
+    chunked    queries by chunks, where the scores would otherwise fill the memory
+    plain      all scores at once, the definition in code
+
+Padding's own result is finite everywhere and means nothing: splash lets it see itself only.
 """
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractDevice
 from jaxtyping import Array, Float, Int32
+
+backend = jax.make_user_context("auto")
+"""``with backend("xla"):`` computes without kernels, ``"tpu"`` with splash, ``"auto"`` as the platform has it: that of
+the mesh in force (``jax.set_mesh``; its devices need not be here), else JAX's default. Part of jit's cache key."""
+
+CHUNK = 512
+"""Queries per chunk of the chunked form."""
+
+PLAIN_SCORES = 2048 * 2048
+"""The most scores per row and head that are held at once; 16 MiB in fp32, times rows and heads."""
 
 # Large and finite: a query without a visible key averages instead of giving NaN, and its row is never weighed.
 MASKED = -1e30
@@ -39,17 +60,78 @@ def attend(
     Args:
       q, k, v: not yet scaled; scores are scaled by H^-1/2. Softmax in fp32, result in q's dtype.
       segment_ids: segment of each query; ``kv_segment_ids`` of each key (default: the same columns).
-      span_end: last key column that each query may see; None for all.
+      span_end: last key column that each query may see; None for all. Never before the query's own column.
+
+    Raises:
+      ValueError: for a backend that does not exist.
+      ImportError: on TPUs, without the version of tokamax that ``models/splash.py`` names.
     """
+    T, S = q.shape[1], k.shape[1]
+    if kv_segment_ids is None:
+        if T >= 128 and _platform() == "tpu":  # shorter rows do not fill a block
+            from phivision_jax.models.splash import splash  # needs packages that only TPUs need
+
+            return splash(q, k, v, segment_ids=segment_ids, span_end=span_end)
+        kv_segment_ids = segment_ids
+    if span_end is None:
+        span_end = jnp.full_like(segment_ids, S - 1)
+    form = plain if T <= CHUNK or T * S <= PLAIN_SCORES else chunked
+    return form(q, k, v, segment_ids, kv_segment_ids, span_end)
+
+
+def plain(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segment_ids: Int32[Array, "B T"],
+    kv_segment_ids: Int32[Array, "B S"],
+    span_end: Int32[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """``attend`` with all scores at once."""
     B, T, N, H = q.shape
     K = k.shape[2]
-    if kv_segment_ids is None:
-        kv_segment_ids = segment_ids
     visible = segment_ids[:, :, None] == kv_segment_ids[:, None, :]  # [B, T, S]
-    if span_end is not None:
-        visible &= jnp.arange(k.shape[1]) <= span_end[:, :, None]
+    visible &= jnp.arange(k.shape[1]) <= span_end[:, :, None]
     q = q.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * H**-0.5
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
     return out.reshape(B, T, N, H)
+
+
+def chunked(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segment_ids: Int32[Array, "B T"],
+    kv_segment_ids: Int32[Array, "B S"],
+    span_end: Int32[Array, "B T"],
+    chunk: int = CHUNK,
+) -> Float[Array, "B T N H"]:
+    """``attend`` with the scores of ``chunk`` queries at a time, which the backward pass computes again."""
+    T = q.shape[1]
+
+    def split(x: jax.Array) -> jax.Array:
+        """[B, T, ...] to [chunks, B, chunk, ...], the last one filled with zeros; what those see is thrown away."""
+        x = jnp.pad(x, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, segments, span = args
+        return plain(q, k, v, segments, kv_segment_ids, span)
+
+    out = jnp.moveaxis(jax.lax.map(one, (split(q), split(segment_ids), split(span_end))), 0, 1)
+    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :T]
+
+
+def _platform() -> str:
+    if backend.value not in ("auto", "tpu", "xla"):
+        raise ValueError(f"attention backend {backend.value!r} does not exist; choose 'auto', 'tpu' or 'xla'")
+    return target_device().platform if backend.value == "auto" else backend.value
+
+
+def target_device() -> jax.Device | AbstractDevice:
+    """A device (or what describes one) of the mesh in force, else JAX's first: the chip being compiled for."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (None if mesh.empty else mesh.abstract_device) or jax.devices()[0]

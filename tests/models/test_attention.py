@@ -1,11 +1,13 @@
 """``attend`` against attention written as loops over what a query may see."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phivision_jax.models.attention import attend
+from phivision_jax.models.attention import attend, backend, chunked, plain
 
 
 def by_loops(q, k, v, visible):
@@ -76,3 +78,44 @@ def test_keys_may_have_columns_of_their_own():
     want = by_loops(q, k, v, lambda b, t, s: kv_segments[b, s] == 1 and s <= 3)
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("T, chunk", [(7, 4), (12, 4)])
+def test_chunks_change_nothing(T, chunk):
+    """Results and gradients, whether or not the chunk divides the row; the keys are columns of their own."""
+    rng = np.random.default_rng(T)
+    S = 9
+    q, k, v = arrays(rng, 2, T, 4, 2, 4, S=S)
+    masks = rng.integers(0, 3, size=(2, T)), rng.integers(0, 3, size=(2, S)), rng.integers(0, S, size=(2, T))
+    weight = rng.normal(size=q.shape).astype(np.float32)
+
+    def grads(form, **options):
+        def loss(q, k, v):
+            out = form(q, k, v, *map(jnp.asarray, masks), **options)
+            return (out * weight).sum(), out
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    for got, want in zip(jax.tree.leaves(grads(chunked, chunk=chunk)), jax.tree.leaves(grads(plain)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_long_rows_need_little_memory():
+    """4096 columns: all scores at once are 64 MiB, 512 queries' are 8, and backward holds a few of those."""
+
+    def temporary(form):
+        def loss(q):
+            return form(q).sum()
+
+        q = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32)
+        return jax.jit(jax.grad(loss)).lower(q).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+    ids = jnp.ones((1, 4096), jnp.int32)
+    assert temporary(lambda x: attend(x, x, x, segment_ids=ids, span_end=jnp.arange(4096)[None])) < 40
+    assert temporary(lambda x: plain(x, x, x, ids, ids, ids)) > 64
+
+
+def test_a_backend_that_does_not_exist():
+    q = jnp.ones((1, 128, 1, 8))
+    with backend("gpu"), pytest.raises(ValueError, match="'gpu'"):
+        attend(q, q, q, segment_ids=jnp.ones((1, 128), jnp.int32))
