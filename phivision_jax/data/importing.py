@@ -91,7 +91,7 @@ def import_source(
         return _import(source, Path(out), partial, processor, key, count, max_bad, restart, progress)
     except (OSError, TooManyBadRecords, KeyboardInterrupt) as error:
         if (partial / KEY).is_file() and not isinstance(error, FileExistsError | BlockingIOError):
-            how = ", with a larger max_bad," if isinstance(error, TooManyBadRecords) else ""
+            how = ", with a larger max_bad (--max-bad)," if isinstance(error, TooManyBadRecords) else ""
             error.add_note(f"what is done stays in {partial}: the same import{how} goes on there")
         raise
 

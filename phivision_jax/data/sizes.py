@@ -55,6 +55,14 @@ class Measured:
 
 
 def measure(source: int, dataset: Dataset, config: ModelConfig, capacity: Capacity, overflow: Overflow) -> Measured:
+    """Hold a source's records against an empty row, and resize those that ``overflow`` says to.
+
+    Args:
+      source: its number, for ``rejected`` and ``resized``.
+
+    Raises:
+      ValueError: by overflow "error", naming the first record that does not fit.
+    """
     lengths = lengths_of(dataset.index, config)
     has_images = dataset.index.num_images > 0
     too_long = lengths.columns > capacity.length

@@ -110,7 +110,7 @@ def test_bad_records(phivision, tmp_path):
     source = write_llava(tmp_path / "llava", 40, bad=3)
     done = phivision("import", source, tmp_path / "set", "--workers", "0", code=1)
     assert "3 of 40 records are bad, more than the 1.00%" in done.stderr
-    assert "e.g. 'item-0'" in done.stderr and "with a larger max_bad, goes on there" in done.stderr
+    assert "e.g. 'item-0'" in done.stderr and "with a larger max_bad (--max-bad), goes on there" in done.stderr
     other = phivision("import", source, tmp_path / "set", "--workers", "0", "--max-bad", "0.1", "--task", "ocr", code=1)
     assert f"{tmp_path / '.set.partial'} holds an interrupted import" in other.stderr and "--restart" in other.stderr
     assert '  source.options.task: "general", now "ocr"' in other.stderr
