@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,6 @@ from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
     from phivision_jax.data.dataset import Dataset
-    from phivision_jax.processor import Processor
 
 
 def stats(
@@ -35,6 +33,7 @@ def stats(
     """
     from phivision_jax.data.cli import processor_for
     from phivision_jax.data.dataset import Dataset
+    from phivision_jax.data.sizes import check_processor
     from phivision_jax.data.stats import compute
     from phivision_jax.data.stats_tables import print_stats
 
@@ -43,7 +42,8 @@ def stats(
     opened = [Dataset.open(path) for path in datasets]
     processor = processor_for(checkpoint)
     if checkpoint is not None:
-        _check_same_text(opened, processor)
+        for dataset in opened:
+            check_processor(dataset, processor)
     counted = compute(opened, processor.config, length=length, vision_rows=vision_rows, num_patches=num_patches)
     print_stats(counted)
     if out is not None:
@@ -85,12 +85,14 @@ def show(
     from phivision_jax.data.cli import processor_for
     from phivision_jax.data.dataset import Dataset
     from phivision_jax.data.shuffle import permutation
+    from phivision_jax.data.sizes import check_processor
 
     if not datasets:
         raise ValueError("name at least one dataset directory")
     opened = [Dataset.open(path) for path in datasets]
     processor = processor_for(checkpoint)
-    _check_same_text(opened, processor)
+    for dataset in opened:
+        check_processor(dataset, processor)
     if plan is not None:
         from phivision_jax.data.plan import Plan
         from phivision_jax.data.show_rows import rows_sheet
@@ -139,12 +141,3 @@ def _numbers_of(dataset: Dataset, ids: tuple[str, ...]) -> list[int]:
     if missing := [own for own in ids if own not in found]:
         raise ValueError(f"--ids {missing[0]}: {dataset.directory} has no such record")
     return [found[own] for own in ids]
-
-
-def _check_same_text(datasets: Sequence[Dataset], processor: Processor) -> None:
-    for dataset in datasets:
-        if dataset.manifest["text"] != processor.text_fingerprint:
-            raise ValueError(
-                f"{dataset.directory} was imported with another tokenizer or chat template; give the checkpoint that "
-                "it was imported with as --checkpoint, or import it again with this one"
-            )

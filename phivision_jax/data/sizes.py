@@ -38,7 +38,8 @@ def check_processor(dataset: Dataset, processor: Processor) -> None:
     if dataset.manifest["text"] != ours:
         raise ValueError(
             f"{dataset.directory}: tokens were counted with another tokenizer or chat template "
-            f"({dataset.manifest['text'][:12]}, this processor's are {ours[:12]}); import the records again with it"
+            f"({dataset.manifest['text'][:12]}, this processor's are {ours[:12]}); import the records again with it, "
+            "or name the checkpoint that they were imported with"
         )
 
 
