@@ -37,6 +37,7 @@ from phivision_jax.models import phivision
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.processor import Processor
 from phivision_jax.progress import training_bar
+from phivision_jax.training import layouts
 from phivision_jax.training.checkpoints import RunCheckpoints
 from phivision_jax.training.config import RunConfig
 from phivision_jax.training.metrics import MetricsWriter, batch_metrics, group_metrics
@@ -56,7 +57,8 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
     run.mkdir(parents=True, exist_ok=True)
 
     # Mesh, data.
-    mesh = sharding.make_mesh(cfg.mesh.sizes(jax.device_count()))
+    cfg = layouts.resolve(cfg, jax.devices())
+    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     processor, assets = make_processor(cfg, run)
     mixture = Mixture.read(cfg.data.path, epochs=cfg.data.epochs)
     if cfg.data.stage:
@@ -84,7 +86,7 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
     compiling = time.monotonic()
     compiled = step.compile(spec)
     say(f"{describe(step, plan, mesh)}; compiled in {time.monotonic() - compiling:.1f} s")
-    checkpoints = RunCheckpoints(run, cfg.keep_checkpoints)
+    checkpoints = RunCheckpoints(run, cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best, say)
     state, vision_tail = start(cfg, step, checkpoints, plan)
     first = int(state["step"])
 
@@ -122,6 +124,7 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
                     "holes": bad.holes,
                 }
                 writer.write(done, last)
+                checkpoints.check()
                 bar.update(done, loss=last["loss"], tokens_per_s=last["tokens_per_s"])
                 since, seen = time.monotonic(), 0
             if evaluator and ((cfg.eval_every and done % cfg.eval_every == 0) or done == steps):
@@ -132,7 +135,7 @@ def train(cfg: RunConfig, run: Path) -> dict[str, float]:
                 since, seen = time.monotonic(), 0
             # Last: whatever a resumed run skips has been evaluated and written.
             if done % cfg.checkpoint_every == 0 or done == steps:
-                checkpoints.save(state, vision_tail, meta, assets)
+                checkpoints.save(state, vision_tail, meta, assets, last)
     checkpoints.close()
     writer.close()
     return last
@@ -153,12 +156,12 @@ def make_processor(cfg: RunConfig, run: Path) -> tuple[Processor, Path]:
 
 
 def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Rows are split over the data and fsdp axes, in training and in evaluation."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    """Rows are split over the slice, data and fsdp axes, in training and in evaluation."""
+    parts = sharding.parts(mesh, sharding.RULES["batch"])
     for name, rows in (("data.batch_rows", cfg.data.batch_rows), ("eval_batch", cfg.eval_batch)):
         if rows % parts:
             raise ValueError(
-                f"{name} is {rows}, which does not divide over {parts} devices (mesh axes data and fsdp); "
+                f"{name} is {rows}, which does not divide over {parts} devices (mesh axes slice, data and fsdp); "
                 f"take a multiple of {parts}, or set mesh.fsdp"
             )
 

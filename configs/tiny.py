@@ -29,7 +29,15 @@ def get_config(variant: str = "") -> ConfigDict:
     c.data.update(batch_rows=4, length=240, num_patches=128, epochs=40, num_threads=1)
     # Yes-or-no questions stay at their majority for a long time at twice this rate, and learn here.
     c.optim.update(learning_rate=6e-4, steps=5000, warmup_steps=100, final_lr_ratio=0.02, b2=0.95, weight_decay=0.05)
-    c.update(dtype="float32", remat="none", log_every=25, checkpoint_every=500, eval_every=500, eval_examples=1000)
+    c.update(
+        dtype="float32",
+        remat="none",
+        vision_remat="none",
+        log_every=25,
+        checkpoint_every=500,
+        eval_every=500,
+        eval_examples=1000,
+    )
 
     if variant == "long":
         c.optim.update(steps=24_000)

@@ -2,11 +2,14 @@
 
     DIR/params/          every parameter, vision_tail included (Orbax: zarr in OCDBT)
     DIR/opt_state/       optimizer state; training only
-    DIR/meta/metadata    JSON: {"format": 1, "model": …, "step": …, "plan": …, "run": …}
+    DIR/meta/metadata    JSON: {"format": 1, "model": …, "step": …, "plan": …, "run": …, "checksums": {array: hex}}
     DIR/assets/          tokenizer, chat template and whatever else a Hugging Face directory holds beside its weights
 
+    DIR/MANIFEST         CRC-32 and size of every file; a run's steps only
+
 A training run keeps its steps under RUN/checkpoints/<step>/. Orbax writes a step under another name and renames it
-when it is whole, so what bears a step's name is complete.
+when it is whole, so what bears a step's name is complete. Beside them, sealed.json lists the steps that have had a
+MANIFEST, and damaged-<step>/ is a step that was found damaged (``training/checkpoints.py``).
 
 This file knows where things are and imports neither JAX nor Orbax: the converter needs it and must stay small.
 """
@@ -23,6 +26,9 @@ CHECKPOINTS = "checkpoints"
 ORBAX_MARK = "commit_success.txt"
 """Orbax's own note, which it leaves in every folder of a step."""
 PARAMS, OPT_STATE, META, ASSETS = "params", "opt_state", "meta", "assets"
+CHECKSUMS = "checksums"
+"""In the metadata: of every array of params/ and opt_state/ (``training/checksums.py``)."""
+SEALED, DAMAGED = "sealed.json", "damaged-"
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -11,6 +11,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from phivision_jax.data.cli import COMMANDS as data_commands
+from phivision_jax.preflight.cli import preflight
 
 
 def chat(
@@ -74,6 +75,7 @@ def main() -> None:
     app = tyro.extras.SubcommandApp()
     app.command(data, name="data", help="Datasets: " + ", ".join(data_commands) + ".")
     app.command(chat)
+    app.command(preflight)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app.cli(prog="phivision", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))

@@ -38,7 +38,7 @@ def load(
       dtype: of the computation; default: float32 on CPU, bfloat16 elsewhere.
       param_dtype: of the parameters in memory; default: ``dtype``.
       mesh: to shard the parameters over (``sharding.make_mesh``); default: one device.
-      remat: as in ``PhiVision``.
+      remat: as in ``PhiVision``, for both towers.
       image_attention: "causal" or "bidirectional"; default: what the checkpoint says (a Hugging Face one: causal).
 
     Returns:
@@ -53,7 +53,7 @@ def load(
     config = config_of(path)
     if image_attention is not None:
         config = dataclasses.replace(config, image_attention=image_attention)
-    graphdef, state = phivision.abstract(config, dtype=dtype, remat=remat)
+    graphdef, state = phivision.abstract(config, dtype=dtype, remat=remat, vision_remat=remat)
     at = sharding.param_shardings(state, mesh or sharding.make_mesh(devices=jax.devices()[:1]))
     target = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, param_dtype, sharding=place), nnx.to_pure_dict(state), at

@@ -102,7 +102,8 @@ def test_run_config_survives_its_dict_and_is_hashable():
 
 
 def test_mesh_sizes():
-    assert MeshConfig().sizes(8) == {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}
+    assert MeshConfig().sizes(8) == {"slice": 1, "data": 1, "fsdp": 8, "tensor": 1, "context": 1}
+    assert MeshConfig().sizes(256)["fsdp"] == 32
     assert MeshConfig(data=-1, fsdp=4).sizes(8)["data"] == 2
     with pytest.raises(ValueError, match="data, fsdp"):
         MeshConfig(data=-1).sizes(8)

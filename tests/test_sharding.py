@@ -10,7 +10,7 @@ from phivision_jax.models import phivision
 
 
 def test_a_mesh_takes_all_devices_by_default():
-    assert dict(sharding.make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}
+    assert dict(sharding.make_mesh().shape) == {"slice": 1, "data": 1, "fsdp": 8, "tensor": 1, "context": 1}
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_one_compilation_whatever_the_images(undisturbed, data):
     assert not len(np.load(run / "plan" / "rejected.npy"))
     assert compilations(output, "step") == 1
     assert sum("eval/accuracy" in row for row in read_metrics(run)) > 1
-    assert compilations(output, "_generate") == 1
+    assert compilations(output, "generate_tokens") == 1
     assert {"eval/accuracy", "eval/examples"} <= read_metrics(run)[-1].keys()
 
 
@@ -159,7 +159,7 @@ def test_eval_scores_a_run(undisturbed, data, tmp_path):
     run, _ = undisturbed
     words = [sys.executable, "eval.py", f"--checkpoint={run}", f"--data={data}/test", f"--out={tmp_path}", "--batch=16"]
     output = finish(words)
-    assert compilations(output, "_generate") == 1
+    assert compilations(output, "generate_tokens") == 1
     report = json.loads((tmp_path / "report.json").read_text())
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert report["count"] == len(answers) == 60

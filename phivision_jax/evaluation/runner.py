@@ -19,7 +19,7 @@ from phivision_jax.data.sizes import check_processor, lengths_of
 from phivision_jax.evaluation.scoring import exact_match
 from phivision_jax.inference.generate import answer_text, generate_ids
 from phivision_jax.models.phivision import PhiVision
-from phivision_jax.sharding import batch_shardings
+from phivision_jax.sharding import row_sharding
 
 if TYPE_CHECKING:
     from phivision_jax.data.dataset import Dataset
@@ -106,7 +106,7 @@ class Evaluator:
         answers: list[Answer] = []
         for records, asked, batch in self._batches():
             if self.mesh is not None:
-                batch = jax.device_put(batch, batch_shardings(self.mesh, batch))
+                batch = jax.device_put(batch, row_sharding(self.mesh))
             eos = self.processor.tokenizer.eos_id
             ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos)
             answers += [self._judge(*judged) for judged in zip(records, ids, asked, strict=False)]

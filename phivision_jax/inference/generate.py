@@ -124,7 +124,7 @@ def generate_ids(
             "generation takes one example per row, from column 0: this batch is packed or has an empty row"
         )
     graphdef, params = model.split()
-    ids = _generate(
+    ids = generate_tokens(
         graphdef,
         params,
         batch,
@@ -138,7 +138,7 @@ def generate_ids(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))
-def _generate(
+def generate_tokens(
     graphdef: nnx.GraphDef,
     params: phivision.Params,
     batch: Batch,
@@ -148,6 +148,7 @@ def _generate(
     temperature: float,
     top_p: float,
 ) -> jax.Array:
+    """Prefill and decoding in one program, [B, max_new_tokens] i32; ``generate_ids`` checks what goes in."""
     model = phivision.merge(graphdef, params)
     decoder = model.decoder
     B, T = batch.tokens.shape

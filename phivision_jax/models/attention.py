@@ -47,35 +47,39 @@ MASKED = -1e30
 
 
 def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B S K H"],
+    v: Float[Array, "*B S K H"],
     *,
-    segment_ids: Int32[Array, "B T"],
-    kv_segment_ids: Int32[Array, "B S"] | None = None,
-    span_end: Int32[Array, "B T"] | None = None,
-) -> Float[Array, "B T N H"]:
+    segment_ids: Int32[Array, "*B T"],
+    kv_segment_ids: Int32[Array, "*B S"] | None = None,
+    span_end: Int32[Array, "*B T"] | None = None,
+    axes: tuple[str | None, ...] = ("batch", "length", "heads"),
+) -> Float[Array, "*B T N H"]:
     """Softmax attention with grouped heads: N query heads share K key heads, N/K neighbours each.
 
     Args:
       q, k, v: not yet scaled; scores are scaled by H^-1/2. Softmax in fp32, result in q's dtype.
       segment_ids: segment of each query; ``kv_segment_ids`` of each key (default: the same columns).
       span_end: last key column that each query may see; None for all. Never before the query's own column.
+      axes: logical names of q's axes but the last, for kernels, which each device runs on its own part.
 
     Raises:
       ValueError: for a backend that does not exist.
       ImportError: on TPUs, without the version of tokamax that ``models/splash.py`` names.
     """
-    T, S = q.shape[1], k.shape[1]
+    T, S = q.shape[-3], k.shape[-3]
     if kv_segment_ids is None:
         if T >= 128 and _platform() == "tpu":  # shorter rows do not fill a block
             from phivision_jax.models.splash import splash  # needs packages that only TPUs need
 
-            return splash(q, k, v, segment_ids=segment_ids, span_end=span_end)
+            return splash(q, k, v, segment_ids=segment_ids, span_end=span_end, axes=axes)
         kv_segment_ids = segment_ids
     if span_end is None:
         span_end = jnp.full_like(segment_ids, S - 1)
     form = plain if T <= CHUNK or T * S <= PLAIN_SCORES else chunked
+    for _ in range(q.ndim - 4):
+        form = jax.vmap(form)
     return form(q, k, v, segment_ids, kv_segment_ids, span_end)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int32
 from phivision_jax.config import DecoderConfig
 from phivision_jax.models.attention import attend
 from phivision_jax.models.layers import Linear, RMSNorm, apply_rope, param, rope_angles, stack, truncated_normal
-from phivision_jax.models.remat import checkpoint
+from phivision_jax.models.remat import ATTENTION, INPUT, QKV, checkpoint, name
 from phivision_jax.sharding import constrain
 
 LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
@@ -41,13 +41,13 @@ class Attention(nnx.Module):
         column: jax.Array | int,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, T, N or K, H]
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k, v = name(apply_rope(q, *rope), QKV), name(apply_rope(k, *rope), QKV), name(v, QKV)
         if cache is not None:
             k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), column, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), column, axis=1)
             cache = (k, v)
         out = attend(q, k, v, span_end=span_end, segment_ids=segment_ids, kv_segment_ids=cache_segments)
-        return self.o_proj(out), cache
+        return self.o_proj(name(out, ATTENTION)), cache
 
 
 class MLP(nnx.Module):
@@ -69,6 +69,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = MLP(cfg, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], *attention_args) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        x = name(x, INPUT)
         out, cache = self.self_attn(self.input_layernorm(x), *attention_args)
         x = x + out
         x = x + self.mlp(self.post_attention_layernorm(x))

@@ -35,14 +35,23 @@ class PhiVision(nnx.Module):
       config: the architecture.
       rngs: for the initial weights.
       dtype: of the computation; parameters are made in fp32, norms, softmax, angles and logits stay fp32.
-      remat: what a layer keeps for its backward pass (``models/remat.py``).
+      remat: what a decoder layer keeps for its backward pass (``models/remat.py``), ``vision_remat`` a vision block.
+
+    Raises:
+      ValueError: for a policy that does not exist.
     """
 
     def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, remat: str = "none"
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
+        vision_remat: str = "none",
     ) -> None:
         self.config = config
-        self.vision = Siglip2Encoder(config.vision, rngs=rngs, dtype=dtype, remat=remat)
+        self.vision = Siglip2Encoder(config.vision, rngs=rngs, dtype=dtype, remat=vision_remat)
         self.projector = Projector(config, rngs=rngs)
         self.decoder = Phi4Decoder(config.decoder, rngs=rngs, dtype=dtype, remat=remat)
 
@@ -63,20 +72,21 @@ class PhiVision(nnx.Module):
     def vision_tokens(self, batch: Batch) -> Float[Array, "B M D"]:
         """Features, merged by the batch's table (if it has one), through the projector."""
         B, R, P = batch.patch_segments.shape
-        features = self.vision_features(batch).reshape(B, R * P, self.config.vision.hidden_size)
+        features = self.vision_features(batch)
         if batch.merge_index is not None and batch.merge_weight is not None:
-            features = merge_features(features, batch.merge_index, batch.merge_weight)
-        return self.projector(features)
+            features = features.reshape(B, R * P, features.shape[-1])
+            features = constrain(features, "batch", None, None)  # a table names any of them
+            return self.projector(merge_features(features, batch.merge_index, batch.merge_weight))
+        # Each part of the row projects its own vision rows; the splice then needs the tokens of all.
+        tokens = constrain(self.projector(features), "batch", "vision_rows", None, None)
+        return constrain(tokens.reshape(B, R * P, tokens.shape[-1]), "batch", None, None)
 
     def vision_features(self, batch: Batch) -> Float[Array, "B R P C"]:
         """Features of every patch, before the projector (the released code's ``hidden_states[-2]``)."""
         B, R, P = batch.patch_segments.shape
         if P == 0:
             return jnp.zeros((B, R, P, self.config.vision.hidden_size), self.vision.dtype)
-        inputs = (batch.patches, batch.patch_segments, batch.patch_coords, batch.patch_grid)
-        # Vision rows are rows of their own to the encoder: attention never leaves one.
-        features = self.vision(*(x.reshape(B * R, *x.shape[2:]) for x in inputs))
-        return features.reshape(B, R, P, -1)
+        return self.vision(batch.patches, batch.patch_segments, batch.patch_coords, batch.patch_grid)
 
     def split(self) -> tuple[nnx.GraphDef, Params]:
         """The model as (static structure, plain dict of parameters); ``merge`` is the inverse."""
@@ -90,10 +100,12 @@ def merge(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> PhiVision:
 
 
 def abstract(
-    config: ModelConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none"
+    config: ModelConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none", vision_remat: str = "none"
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """Structure and abstract parameters of a model, logical axes included; allocates nothing."""
-    model = nnx.eval_shape(lambda: PhiVision(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+    model = nnx.eval_shape(
+        lambda: PhiVision(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat, vision_remat=vision_remat)
+    )
     return nnx.split(model, nnx.Param)
 
 

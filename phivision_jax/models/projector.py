@@ -16,6 +16,6 @@ class Projector(nnx.Module):
         self.fc1 = Linear((C,), (D,), ("patch_embed", "projector"), bias=True, rngs=rngs)
         self.fc2 = Linear((D,), (D,), ("projector", "embed"), bias=True, rngs=rngs)
 
-    def __call__(self, features: Float[Array, "B M GC"]) -> Float[Array, "B M D"]:
+    def __call__(self, features: Float[Array, "*B M GC"]) -> Float[Array, "*B M D"]:
         # torch.nn.GELU() is the exact one (erf), unlike the encoder's tanh form.
         return self.fc2(jax.nn.gelu(self.fc1(features), approximate=False))

@@ -1,4 +1,15 @@
-"""Rematerialisation policies by name: what a scanned block keeps for its backward pass."""
+"""Rematerialisation policies by name: what a scanned layer keeps for its backward pass, and where.
+
+    policy             kept, per token of a decoder layer (bf16)                                 computed again
+    full               x                                                               10 KiB    the whole layer
+    attention          x; q, k, v; attention's result and its normalisers              35 KiB    o, gate, up; no splash
+    dots               the result of every product with a weight; attention's result  117 KiB    norms, RoPE, SiLU
+    none               everything                                                                nothing
+    offload            x, in the host's memory                                          0 KiB    the whole layer
+    offload_attention  what "attention" keeps, in the host's memory                     0 KiB    o, gate, up
+
+x is the layer's input. Offloading moves it to pinned host memory and back while other layers compute.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +17,54 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
-POLICIES: dict[str, Callable[..., bool] | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep the block's input only, compute the rest again
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep the results of weight products
-    "none": None,  # keep everything
+INPUT = "layer_input"
+QKV = "qkv"
+ATTENTION = "attention"
+"""Names of the values that policies speak of; ``name`` marks them in the layers."""
+
+_policies = jax.checkpoint_policies
+
+
+def _offload(*names: str) -> Callable[..., Any]:
+    return _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(names),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": _policies.nothing_saveable,
+    "attention": _policies.save_only_these_names(QKV, ATTENTION),
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION)
+    ),
+    "none": None,
+    "offload": _offload(INPUT),
+    "offload_attention": _offload(INPUT, QKV, ATTENTION),
 }
 
+name = checkpoint_name
 
-def checkpoint(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """Wrap a scan body so that its backward keeps what ``policy`` names.
+
+def check(policy: str) -> str:
+    """The policy's name again.
 
     Raises:
       ValueError: for a policy that does not exist.
     """
     if policy not in POLICIES:
         raise ValueError(f"remat policy {policy!r} does not exist; choose one of {', '.join(POLICIES)}")
-    if POLICIES[policy] is None:
+    return policy
+
+
+def checkpoint(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """Wrap a scan body so that its backward keeps what ``policy`` names."""
+    keep = POLICIES[check(policy)]
+    if keep is None:
         return body
     # prevent_cse only matters outside of scan, where it costs optimisation barriers.
-    return jax.checkpoint(body, prevent_cse=False, policy=POLICIES[policy])
+    return jax.checkpoint(body, prevent_cse=False, policy=keep)

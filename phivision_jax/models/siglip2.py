@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 from phivision_jax.config import VisionConfig
 from phivision_jax.models.attention import attend
 from phivision_jax.models.layers import LayerNorm, Linear, param, stack, truncated_normal
-from phivision_jax.models.remat import checkpoint
+from phivision_jax.models.remat import ATTENTION, INPUT, QKV, checkpoint, name
 from phivision_jax.sharding import constrain
 
 
@@ -45,7 +45,7 @@ class PositionEmbedding(nnx.Module):
         init = truncated_normal(cfg.hidden_size**-0.5)
         self.embedding = param(rngs, (cfg.num_positions, cfg.hidden_size), (None, "patch_embed"), init)
 
-    def __call__(self, coords: Int32[Array, "B P 2"], grid: Int32[Array, "B P 2"]) -> Float[Array, "B P C"]:
+    def __call__(self, coords: Int32[Array, "*B P 2"], grid: Int32[Array, "*B P 2"]) -> Float[Array, "*B P C"]:
         rows = interpolation_weights(coords[..., 0], grid[..., 0], self.side)
         columns = interpolation_weights(coords[..., 1], grid[..., 1], self.side)
         weights = (rows[..., :, None] * columns[..., None, :]).reshape(*coords.shape[:-1], -1)  # [B, P, 256]
@@ -63,9 +63,10 @@ class Attention(nnx.Module):
             (N, H), (C,), ("patch_heads", "head_dim", "patch_embed"), bias=True, rngs=rngs, init_scale=_residual(cfg)
         )
 
-    def __call__(self, x: Float[Array, "B P C"], segments: Int32[Array, "B P"]) -> Float[Array, "B P C"]:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)  # [B, P, N, H]
-        return self.out_proj(attend(q, k, v, segment_ids=segments))
+    def __call__(self, x: Float[Array, "B R P C"], segments: Int32[Array, "B R P"]) -> Float[Array, "B R P C"]:
+        q, k, v = (name(proj(x), QKV) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, R, P, N, H]
+        out = attend(q, k, v, segment_ids=segments, axes=("batch", "vision_rows", None, "patch_heads"))
+        return self.out_proj(name(out, ATTENTION))
 
 
 class MLP(nnx.Module):
@@ -85,10 +86,11 @@ class EncoderLayer(nnx.Module):
         self.layer_norm2 = LayerNorm(cfg.hidden_size, "patch_embed", cfg.layer_norm_eps, rngs=rngs)
         self.mlp = MLP(cfg, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B P C"], segments: Int32[Array, "B P"]) -> Float[Array, "B P C"]:
+    def __call__(self, x: Float[Array, "B R P C"], segments: Int32[Array, "B R P"]) -> Float[Array, "B R P C"]:
+        x = name(x, INPUT)
         x = x + self.self_attn(self.layer_norm1(x), segments)
         x = x + self.mlp(self.layer_norm2(x))
-        return constrain(x, "batch", None, None)
+        return constrain(x, "batch", "vision_rows", None, None)
 
 
 class Siglip2Encoder(nnx.Module):
@@ -102,15 +104,19 @@ class Siglip2Encoder(nnx.Module):
 
     def __call__(
         self,
-        patches: UInt8[Array, "B P patch_dim"],
-        segments: Int32[Array, "B P"],
-        coords: Int32[Array, "B P 2"],
-        grid: Int32[Array, "B P 2"],
-    ) -> Float[Array, "B P C"]:
-        """Encode packed images. Features of padding (segment 0) are finite and meaningless."""
+        patches: UInt8[Array, "B R P patch_dim"],
+        segments: Int32[Array, "B R P"],
+        coords: Int32[Array, "B R P 2"],
+        grid: Int32[Array, "B R P 2"],
+    ) -> Float[Array, "B R P C"]:
+        """Encode packed images; attention never leaves a vision row, nor an image within it.
+
+        Features of padding (segment 0) are finite and meaningless.
+        """
         pixels = patches.astype(jnp.float32) / 127.5 - 1.0  # (x/255 - 0.5) / 0.5, the released normalisation
         x = self.patch_embedding(pixels.astype(self.dtype))
-        x = constrain(x + self.position_embedding(coords, grid).astype(self.dtype), "batch", None, None)
+        x = x + self.position_embedding(coords, grid).astype(self.dtype)
+        x = constrain(x, "batch", "vision_rows", None, None)
         body = checkpoint(lambda x, layer: (layer(x, segments), None), self.remat)
         return jax.lax.scan(body, x, self.layers)[0]
 

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.attention import target_device
+from phivision_jax.models.remat import ATTENTION
 from phivision_jax.sharding import RULES, axis_size
 
 TOKAMAX = "0.0.17"
@@ -65,19 +66,22 @@ BLOCKS = {
     "TPU v5": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v5p
     "TPU v6 lite": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v6e
 }
+# Without span_end, a block in which two images meet is computed whole: smaller ones waste less on 2,000 patches.
+VISION_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)
 DEFAULT_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)  # fits the smallest scoped VMEM of any chip
 
 
 def splash(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B T K H"],
+    v: Float[Array, "*B T K H"],
     *,
-    segment_ids: Int32[Array, "B T"],
-    span_end: Int32[Array, "B T"] | None = None,
+    segment_ids: Int32[Array, "*B T"],
+    span_end: Int32[Array, "*B T"] | None = None,
+    axes: tuple[str | None, ...] = ("batch", "length", "heads"),
     blocks: Blocks | None = None,
     interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+) -> Float[Array, "*B T N H"]:
     """Self-attention as ``models.attention.attend`` defines it, except in padding (segment 0).
 
     A column of padding sees only itself, so that padding costs nothing; its result is finite and means nothing. Under
@@ -86,35 +90,43 @@ def splash(
     Args:
       segment_ids: from 0 to 2^30; cheapest where they do not decrease along the row, padding last.
       span_end: at least the query's own column.
+      axes: as in ``attend``.
       blocks: None for the table's, made smaller where the row is short.
       interpret: run the kernel's Python on any backend. Slow: for tests.
     """
-    B, T, N, H = q.shape
+    *_, T, N, H = q.shape
+    head_axis = axes[-1] or "head_dim"
     # A device's share of the heads must be whole groups: keys are repeated as often as that takes, or heads not split.
-    repeat = math.lcm(k.shape[2], axis_size("heads")) // k.shape[2]
-    split_heads = N % (k.shape[2] * repeat) == 0
+    repeat = math.lcm(k.shape[-2], axis_size(head_axis)) // k.shape[-2]
+    split_heads = N % (k.shape[-2] * repeat) == 0
     if split_heads and repeat > 1:
-        k, v = jnp.repeat(k, repeat, axis=2), jnp.repeat(v, repeat, axis=2)
+        k, v = jnp.repeat(k, repeat, axis=-2), jnp.repeat(v, repeat, axis=-2)
     ids = jnp.where(segment_ids == 0, PADDING + jnp.arange(T), segment_ids)
     # Scaled and rounded once, in fp32: in bf16 the factors themselves are off by up to 0.2 %, the same way every time.
     q = (q.astype(jnp.float32) * (H**-0.5 * LOG2E)).astype(q.dtype)
     if blocks is None:
-        blocks = BLOCKS.get(target_device().device_kind, DEFAULT_BLOCKS)
+        table = BLOCKS.get(target_device().device_kind, DEFAULT_BLOCKS)
+        blocks = VISION_BLOCKS if span_end is None else table
+
+    lead = q.ndim - 3
 
     def local(q, k, v, q_ids, kv_ids, span_end):
         def row(args):
             return _row(*args, blocks=blocks, interpret=interpret)
 
         # One row at a time: under vmap every row would visit the blocks of all rows.
-        return jax.lax.map(row, (q, k, v, q_ids, kv_ids, span_end))
+        rows = [None if x is None else x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, q_ids, kv_ids, span_end)]
+        return jax.lax.map(row, tuple(rows)).reshape(q.shape)
 
     if jax.sharding.get_abstract_mesh().empty:
         return local(q, k, v, ids, ids, span_end)
-    rows = RULES["batch"] if B % axis_size("batch") == 0 else None
-    length = RULES["length"] if T % axis_size("length") == 0 else None
-    heads = RULES["heads"] if split_heads else None
-    queries, keys = PartitionSpec(rows, length, heads), PartitionSpec(rows, None, heads)
-    query_ids, key_ids = PartitionSpec(rows, length), PartitionSpec(rows)
+    *rows, length = (
+        RULES[axis] if axis and size % axis_size(axis) == 0 else None
+        for axis, size in zip(axes[:-1], q.shape, strict=False)
+    )
+    heads = RULES[head_axis] if split_heads else None
+    queries, keys = PartitionSpec(*rows, length, heads), PartitionSpec(*rows, None, heads)
+    query_ids, key_ids = PartitionSpec(*rows, length), PartitionSpec(*rows)
     # check_vma: the kernel does not say over which mesh axes its results vary.
     sharded = jax.shard_map(
         local,
@@ -155,6 +167,7 @@ def _row(
         block_kv_dkv=bkv_bwd,
         block_kv_dkv_compute=min(bkv_bwd, blocks.kv_bwd_compute),
         q_prescaled_log2e=True,
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
     attention = kernel.SplashAttentionKernel(

@@ -28,6 +28,8 @@ GIB = 2**30
 class Chip:
     """One generation. Rates are per chip and second, in FLOPs or bytes; 1 GB is 1e9 bytes."""
 
+    device_kind: str
+    """As JAX calls it."""
     cloud_prefix: str
     cores_in_cloud_name: int
     """What the number of a Cloud name counts, per chip."""
@@ -53,6 +55,7 @@ _CUBES = ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"
 _SQUARES = ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"]
 CHIPS = {
     "v4": Chip(
+        device_kind="TPU v4",
         cloud_prefix="v4",
         cores_in_cloud_name=2,
         devices=2,
@@ -65,6 +68,7 @@ CHIPS = {
         dcn_bandwidth=None,
     ),
     "v5e": Chip(
+        device_kind="TPU v5 lite",
         cloud_prefix="v5litepod",
         cores_in_cloud_name=1,
         devices=1,
@@ -77,6 +81,7 @@ CHIPS = {
         dcn_bandwidth=6.4e12 / 8 / 256,  # 6.4 Tbit/s per pod of 256
     ),
     "v5p": Chip(
+        device_kind="TPU v5",
         cloud_prefix="v5p",
         cores_in_cloud_name=2,
         devices=1,
@@ -89,6 +94,7 @@ CHIPS = {
         dcn_bandwidth=50e9 / 8,  # 50 Gbit/s per chip
     ),
     "v6e": Chip(
+        device_kind="TPU v6 lite",
         cloud_prefix="v6e",
         cores_in_cloud_name=1,
         devices=1,
@@ -124,6 +130,11 @@ class Topology:
     hbm_bandwidth: float
     ici_bandwidth: float | None
     dcn_bandwidth: float | None
+
+    @property
+    def device_kind(self) -> str:
+        """As JAX calls its devices."""
+        return CHIPS[self.generation].device_kind
 
     @property
     def hbm_bytes_per_device(self) -> int:

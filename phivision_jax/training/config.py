@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from phivision_jax.config import ModelConfig, dataclass_from_dict
+from phivision_jax.sharding import default_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,29 +63,39 @@ class OptimConfig:
     weight_decay: float = 0.0
     """Applied to kernels of linear layers only: no norms, biases, embeddings."""
     clip_norm: float = 1.0
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of both moments as they are kept; bfloat16 halves the optimizer's memory and needs b2 <= 0.99."""
     lr_rules: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; −1 takes what is left."""
+    """Devices along each mesh axis (``sharding.py`` says what each is for).
 
-    data: int = 1
+    −1 takes what is left. Left to themselves, fsdp is groups of at most 32 devices and data the copies beyond.
+    """
+
+    slice: int = -1
+    """As many as the devices are in."""
+    data: int = -1
     fsdp: int = -1
     tensor: int = 1
-    context: int = 1
+    context: int = -1
+    """Devices that share a row; left open: as ``training/layouts.py`` has it, mostly 1."""
 
-    def sizes(self, num_devices: int) -> dict[str, int]:
+    def sizes(self, num_devices: int, slices: int = 1) -> dict[str, int]:
         """Axis sizes with −1 resolved.
 
         Raises:
-          ValueError: when more than one axis is −1.
+          ValueError: for a −1 that nothing resolves; when what is given does not divide the devices.
         """
-        sizes = dataclasses.asdict(self)
-        open_axes = [axis for axis, size in sizes.items() if size == -1]
-        if len(open_axes) > 1:
-            raise ValueError(f"mesh axes {', '.join(open_axes)} are all -1; at most one can take what is left")
-        if open_axes:
+        if self.tensor < 1:
+            raise ValueError(f"mesh.tensor is {self.tensor}; all axes but this one may be -1")
+        slices, context = slices if self.slice == -1 else self.slice, max(self.context, 1)
+        if self.data == -1 and self.fsdp == -1:
+            return default_sizes(num_devices, slices, self.tensor, context)
+        sizes = dataclasses.asdict(self) | {"slice": slices, "context": context}
+        if open_axes := [axis for axis, size in sizes.items() if size == -1]:
             rest = math.prod(size for size in sizes.values() if size != -1)
             sizes[open_axes[0]] = max(num_devices // rest, 1)
         return sizes
@@ -102,12 +113,23 @@ class RunConfig:
     """Checkpoint (ours or a Hugging Face directory) to start from; empty for random weights."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the computation; parameters and optimizer state are fp32."""
-    remat: str = "full"
-    """What a layer keeps for its backward pass (``models/remat.py``)."""
+    remat: str = "auto"
+    """What a decoder layer keeps for its backward pass (``models/remat.py``); "auto": what the devices hold."""
+    vision_remat: str = "auto"
+    """What a vision block keeps."""
+    microbatches: int = 0
+    """Parts into which the rows of a step are cut, one after the other: as many times less memory for activations.
+    0: as many as the devices need (``training/layouts.py``)."""
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 500
     keep_checkpoints: int = 3
+    """The last so many; a damaged one falls back to the one before."""
+    keep_every: int = 0
+    """Steps that are multiples of this keep their checkpoints as well; 0 for none."""
+    keep_best: str = ""
+    """The checkpoint with the highest value of this metric ("eval/accuracy"), or with a minus in front the lowest
+    ("-loss"), is kept as well; empty for none. Steps whose checkpoint has no such value do not count."""
     eval_every: int = 0
     """Steps between evaluations during training; 0 for none. One always follows the last step."""
     eval_examples: int = 1000

@@ -28,8 +28,14 @@ TILE = 8192
 """Most vocabulary entries of a tile: large enough for the matrix units, small enough that its logits are cheap."""
 
 
-def batch_loss(model: PhiVision, batch: Batch, num_groups: int = 1) -> tuple[jax.Array, dict[str, jax.Array]]:
+def batch_loss(
+    model: PhiVision, batch: Batch, num_groups: int = 1, total_weight: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean loss over all weighted targets of the global batch (never a mean of rows' means).
+
+    Args:
+      total_weight: what the sum is divided by; default: the batch's own weights. For a part of a larger batch: the
+        larger batch's, so that the parts' losses and gradients add up to its own.
 
     Returns:
       The scalar loss, and sums to log: ``weight`` (), ``correct`` (), ``group_loss`` and ``group_weight``
@@ -46,7 +52,7 @@ def batch_loss(model: PhiVision, batch: Batch, num_groups: int = 1) -> tuple[jax
         "group_weight": jnp.einsum("BT,BTg->g", batch.loss_weights, groups),
     }
     # A batch of padding alone has loss 0, not 0/0.
-    return token_loss.sum() / jnp.maximum(weight, 1.0), aux
+    return token_loss.sum() / jnp.maximum(weight if total_weight is None else total_weight, 1.0), aux
 
 
 def cross_entropy(

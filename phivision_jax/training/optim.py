@@ -75,11 +75,37 @@ def make_optimizer(params: dict[str, Any], cfg: OptimConfig, steps: int) -> opta
 
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
-        optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps),
+        scale_by_adam(cfg),
         optax.add_decayed_weights(cfg.weight_decay, mask=lambda flat: {path: is_decayed(path) for path in flat}),
         optax.GradientTransformation(lambda _: optax.EmptyState(), scale_by_rule),
         optax.scale_by_learning_rate(schedule(cfg, steps)),
     )
+
+
+def scale_by_adam(cfg: OptimConfig) -> optax.GradientTransformation:
+    """Adam in fp32, its moments kept in ``cfg.moment_dtype``.
+
+    Raises:
+      ValueError: for bfloat16 moments with b2 > 0.99: a change of 1 − b2 would then be lost in their rounding (2^-8).
+    """
+    adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
+    if cfg.moment_dtype == "float32":
+        return adam
+    if cfg.b2 > 0.99:
+        raise ValueError(
+            f"optim.moment_dtype='bfloat16' needs optim.b2 <= 0.99, not {cfg.b2}: smaller changes of the second moment "
+            "are lost in rounding"
+        )
+
+    def cast(state: Any, dtype: str) -> Any:
+        moments = {name: jax.tree.map(lambda x: x.astype(dtype), getattr(state, name)) for name in ("mu", "nu")}
+        return state._replace(**moments)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(updates, cast(state, "float32"), params)
+        return updates, cast(state, cfg.moment_dtype)
+
+    return optax.GradientTransformation(lambda params: cast(adam.init(params), cfg.moment_dtype), update)
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, params: dict, shardings: dict, other: Any) -> Any:

@@ -17,6 +17,7 @@ from phivision_jax import sharding
 from phivision_jax.batch import Batch
 from phivision_jax.models import phivision
 from phivision_jax.training import optim
+from phivision_jax.training.compiler import compiler_options
 from phivision_jax.training.config import OptimConfig, RunConfig
 from phivision_jax.training.loss import batch_loss
 
@@ -33,6 +34,7 @@ class TrainStep:
     cfg: OptimConfig
     learning_rate: optax.Schedule
     num_groups: int
+    microbatches: int
     mesh: Mesh
     abstract_state: State
     """ShapeDtypeStructs that carry the shardings."""
@@ -54,26 +56,49 @@ class TrainStep:
 
     def compile(self, batch: Batch) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
         """Compile for this batch's shapes (``batch_spec``). The result refuses any other shape, so a run that gets
-        through has compiled once."""
-        placed = jax.tree.map(
-            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-            batch,
-            sharding.batch_shardings(self.mesh, batch),
-        )
+        through has compiled once.
+
+        Raises:
+          ValueError: when the rows do not divide over the mesh and the microbatches.
+        """
+        return self.lower(batch).compile(compiler_options=compiler_options(self.mesh))
+
+    def lower(self, batch: Batch) -> jax.stages.Lowered:
+        """The step before it is compiled."""
+        rows, unit = batch.tokens.shape[0], self.microbatches * sharding.parts(self.mesh, sharding.RULES["batch"])
+        if rows % unit:
+            raise ValueError(
+                f"data.batch_rows is {rows}, which does not divide over {unit // self.microbatches} devices (mesh axes "
+                f"slice, data and fsdp) x {self.microbatches} microbatches; take a multiple of {unit}"
+            )
+        at = sharding.batch_shardings(self.mesh, batch)
+        placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), batch, at)
         metrics = sharding.replicated(self.mesh)
         with jax.set_mesh(self.mesh):
             step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, metrics))
-            return step.lower(self.abstract_state, placed).compile()
+            return step.lower(self.abstract_state, placed)
 
     def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """One update. Frozen parameters enter as constants: no gradient of theirs is ever computed."""
         trainable, frozen = optim.partition(state["params"], self.cfg)
+        total_weight = batch.loss_weights.sum()
 
-        def loss_of(trainable: dict) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def loss_of(trainable: dict, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
             model = phivision.merge(self.graphdef, optim.unflatten({**trainable, **frozen}))
-            return batch_loss(model, batch, self.num_groups)
+            return batch_loss(model, batch, self.num_groups, total_weight)
 
-        (loss, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+        grad = jax.value_and_grad(loss_of, has_aux=True)
+        if self.microbatches == 1:
+            (loss, aux), grads = grad(trainable, batch)
+        else:
+
+            def add(sums: Any, part: Batch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, sums, self.pin(grad(trainable, part))), None
+
+            parts = microbatches(batch, self.microbatches)
+            like = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], parts))
+            zeros = self.pin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+            ((loss, aux), grads), _ = jax.lax.scan(add, zeros, parts)
         updates, opt_state = self.tx.update(grads, state["opt_state"], trainable)
         params = optim.unflatten({**optax.apply_updates(trainable, updates), **frozen})
         metrics = {
@@ -84,10 +109,28 @@ class TrainStep:
         }
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
+    def pin(self, value_and_grads: Any) -> Any:
+        """The same, gradients kept where their parameters are: a whole one on every device would not fit."""
+        value, grads = value_and_grads
+        at = optim.flatten(self.shardings["params"])
+        return value, {path: jax.lax.with_sharding_constraint(grad, at[path]) for path, grad in grads.items()}
+
+
+def microbatches(batch: Batch, count: int) -> Batch:
+    """[B, …] as [count, B / count, …], every device's own rows dealt out: row b is in part b mod count."""
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return sharding.constrain(x, None, "batch")
+
+    return jax.tree.map(split, batch)
+
 
 def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1) -> TrainStep:
     """Everything that follows from the configuration, without allocating a parameter."""
-    graphdef, state = phivision.abstract(cfg.model, dtype=jnp.dtype(cfg.dtype), remat=cfg.remat)
+    graphdef, state = phivision.abstract(
+        cfg.model, dtype=jnp.dtype(cfg.dtype), remat=cfg.remat, vision_remat=cfg.vision_remat
+    )
     params, at = nnx.to_pure_dict(state), sharding.param_shardings(state, mesh)
     tx = optim.make_optimizer(params, cfg.optim, steps)
     trainable, _ = optim.partition(params, cfg.optim)
@@ -104,14 +147,14 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1)
     abstract_state = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings
     )
-    return TrainStep(graphdef, tx, cfg.optim, optim.schedule(cfg.optim, steps), num_groups, mesh, abstract_state)
+    rate = optim.schedule(cfg.optim, steps)
+    return TrainStep(graphdef, tx, cfg.optim, rate, num_groups, cfg.microbatches, mesh, abstract_state)
 
 
 def init_params(cfg: RunConfig, step: TrainStep) -> phivision.Params:
     """Random parameters, made where they will live (the same numbers on any mesh)."""
 
     def make():
-        model = phivision.PhiVision(cfg.model, rngs=nnx.Rngs(cfg.seed), dtype=jnp.dtype(cfg.dtype), remat=cfg.remat)
-        return model.split()[1]
+        return phivision.PhiVision(cfg.model, rngs=nnx.Rngs(cfg.seed)).split()[1]
 
     return jax.jit(make, out_shardings=step.shardings["params"])()
