@@ -32,6 +32,7 @@ type MeshAxes = str | tuple[str, ...] | None
 RULES: dict[str, MeshAxes] = {
     # activations
     "batch": ("slice", "data", "fsdp"),
+    "copy": ("slice", "data"),  # rows of all devices that share one copy of the parameters
     "length": "context",
     "vision_rows": "context",
     # parameters: fsdp along the widths, tensor along what a layer fans out to

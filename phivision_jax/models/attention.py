@@ -16,34 +16,28 @@ A query may see a key when both are in the same segment and the key's column is 
 
 One definition, three ways to compute it, chosen when tracing:
 
-    splash     the TPU's kernel (``models/splash.py``), for self-attention
-    chunked    queries by chunks, where the scores would otherwise fill the memory
-    plain      all scores at once, the definition in code
+    splash       the TPU's kernel (``models/splash.py``), for self-attention
+    blockwise    blocks of queries x keys (``models/blockwise.py``), for other long rows: no memory for their scores
+    plain        all scores at once, the definition in code, for short rows and one new token behind a cache
 
-Padding's own result is finite everywhere and means nothing: splash lets it see itself only.
+Padding's own result is finite everywhere and means nothing: splash lets it see itself only, blockwise gives zero.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractDevice
 from jaxtyping import Array, Float, Int32
 
+from phivision_jax.models.blockwise import MASKED, blockwise
+
 backend = jax.make_user_context("auto")
 """``with backend("xla"):`` computes without kernels, ``"tpu"`` with splash, ``"auto"`` as the platform has it: that of
 the mesh in force (``jax.set_mesh``; its devices need not be here), else JAX's default. Part of jit's cache key."""
 
-CHUNK = 512
-"""Queries per chunk of the chunked form."""
-
-PLAIN_SCORES = 2048 * 2048
-"""The most scores per row and head that are held at once; 16 MiB in fp32, times rows and heads."""
-
-# Large and finite: a query without a visible key averages instead of giving NaN, and its row is never weighed.
-MASKED = -1e30
+PLAIN = 256
+"""The most queries whose scores are held at once."""
 
 
 def attend(
@@ -62,7 +56,7 @@ def attend(
       q, k, v: not yet scaled; scores are scaled by H^-1/2. Softmax in fp32, result in q's dtype.
       segment_ids: segment of each query; ``kv_segment_ids`` of each key (default: the same columns).
       span_end: last key column that each query may see; None for all. Never before the query's own column.
-      axes: logical names of q's axes but the last, for kernels, which each device runs on its own part.
+      axes: logical names of q's axes but the last: kernels and blocks run on each device's own part.
 
     Raises:
       ValueError: for a backend that does not exist.
@@ -77,7 +71,9 @@ def attend(
         kv_segment_ids = segment_ids
     if span_end is None:
         span_end = jnp.full_like(segment_ids, S - 1)
-    form = plain if T <= CHUNK or T * S <= PLAIN_SCORES else chunked
+    if T > PLAIN:
+        return blockwise(q, k, v, segment_ids, kv_segment_ids, span_end, axes=axes)
+    form = plain
     for _ in range(q.ndim - 4):
         form = jax.vmap(form)
     return form(q, k, v, segment_ids, kv_segment_ids, span_end)
@@ -101,32 +97,6 @@ def plain(
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
     return out.reshape(B, T, N, H)
-
-
-def chunked(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    segment_ids: Int32[Array, "B T"],
-    kv_segment_ids: Int32[Array, "B S"],
-    span_end: Int32[Array, "B T"],
-    chunk: int = CHUNK,
-) -> Float[Array, "B T N H"]:
-    """``attend`` with the scores of ``chunk`` queries at a time, which the backward pass computes again."""
-    T = q.shape[1]
-
-    def split(x: jax.Array) -> jax.Array:
-        """[B, T, ...] to [chunks, B, chunk, ...], the last one filled with zeros; what those see is thrown away."""
-        x = jnp.pad(x, ((0, 0), (0, -T % chunk)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(args: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q, segments, span = args
-        return plain(q, k, v, segments, kv_segment_ids, span)
-
-    out = jnp.moveaxis(jax.lax.map(one, (split(q), split(segment_ids), split(span_end))), 0, 1)
-    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :T]
 
 
 def _platform() -> str:

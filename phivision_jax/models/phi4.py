@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32
 from phivision_jax.config import DecoderConfig
 from phivision_jax.models.attention import attend
 from phivision_jax.models.layers import Linear, RMSNorm, apply_rope, param, rope_angles, stack, truncated_normal
+from phivision_jax.models.lookup import lookup
 from phivision_jax.models.remat import ATTENTION, INPUT, QKV, checkpoint, name
 from phivision_jax.sharding import constrain
 
@@ -82,7 +83,7 @@ class Embed(nnx.Module):
         self.embedding = param(rngs, (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), init)
 
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-        return self.embedding[...][tokens]
+        return lookup(self.embedding[...], tokens)
 
 
 class Head(nnx.Module):

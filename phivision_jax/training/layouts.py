@@ -37,9 +37,10 @@ class Layout:
 
 # By device kind, as JAX calls them; the first whose columns take a row (or its part along context) is used.
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
-    "TPU v5 lite": (Layout(64, 8192, "offload_attention", "full"),),  # v5e
+    "TPU v5 lite": (Layout(64, 8192, "offload_attention", "offload_attention"),),  # v5e
     "TPU v5": (Layout(32, 8192, "dots", "attention"), Layout(32, 32_768, "full", "full")),  # v5p
-    "TPU v6 lite": (Layout(32, 8192, "attention", "attention"), Layout(32, 16_384, "full", "full")),  # v6e
+    # v6e: the SparseCores gather over one ring of the torus, 16 chips, while products run; over 32 they do not.
+    "TPU v6 lite": (Layout(16, 8192, "offload_attention", "attention"),),
 }
 OTHER = (Layout(32, 1 << 30, "full", "full"),)
 

@@ -1,0 +1,43 @@
+"""Rows of the embedding table, each device looking in the part of it that it holds.
+
+Left to itself, the compiler may give every device the whole gradient of the table (2 GB) and sum it over all of them.
+Written out, a device looks up its columns of D for all rows of the group that shares one copy of the parameters, and
+the results are exchanged:
+
+    tokens [rows of the group, T]     4 bytes each, gathered over the group
+    table  [V / tensor, D / fsdp]  →  [rows of the group, T, D / fsdp]  ⇄  all-to-all  ⇄  [own rows, T, D]
+
+Backward the same way: what a device adds up is its own part of the gradient.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from phivision_jax.sharding import RULES, axis_size, constrain, names_of
+
+
+def lookup(table: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+    """``table[tokens]``, in the table's dtype."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return table[tokens]
+    shards = names_of(RULES["vocab"])
+
+    def local(table: jax.Array, tokens: jax.Array) -> jax.Array:
+        here = tokens - jax.lax.axis_index(shards) * len(table)
+        found = (here >= 0) & (here < len(table))
+        return jax.lax.psum(jnp.where(found[..., None], table[jnp.where(found, here, 0)], 0), shards)
+
+    rows, columns = (
+        RULES[axis] if size % axis_size(axis) == 0 else None
+        for axis, size in zip(("copy", "length"), tokens.shape, strict=True)
+    )
+    part = jax.shard_map(
+        local,
+        in_specs=(PartitionSpec(RULES["vocab"], RULES["embed"]), PartitionSpec(rows, columns)),
+        out_specs=PartitionSpec(rows, columns, RULES["embed"]),
+    )
+    return constrain(part(table, tokens), "batch", "length", None)

@@ -1,0 +1,43 @@
+"""The real step at real widths, two layers of each tower, compiled by the TPU compiler for chips that are not here."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+
+from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.preflight import report
+from phivision_jax.preflight.cli import load_config
+from phivision_jax.preflight.compiling import compile_facts
+from phivision_jax.preflight.topology import parse_topology
+from phivision_jax.training.config import RunConfig
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu exists for Linux on x86-64")
+
+MODEL = ModelConfig(decoder=DecoderConfig(num_layers=2), vision=VisionConfig(num_layers=3))
+TABLE = 100_352 * 5120 * 4
+"""Bytes of the vocabulary table in fp32, in which low effort gathers it."""
+LAYER = 5120 * 17_920 * 2
+"""Bytes of a layer's largest weight in bf16."""
+
+
+def compiled(topology, **changes):
+    cfg = dataclasses.replace(load_config("configs/phi4_rv_15b.py:stage2"), model=MODEL, **changes)
+    where = parse_topology(topology)
+    request = {"what": "train", "config": dataclasses.asdict(cfg), "topology": where.xla_name, "slices": 1}
+    facts = compile_facts(request | {"low_effort": True}, topology, shown=False)
+    return report.summary(RunConfig.from_dict(facts["config"]), where, facts, True), facts, where
+
+
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v6e:16x16", "v5p:4x4x8"])
+def test_the_step_at_real_widths_compiles_and_sends_what_it_should(topology):
+    found, facts, where = compiled(topology)
+    assert found["fits"] and 0 < found["peak_bytes_per_chip"] < where.hbm_bytes_per_chip
+    # Nothing larger than a layer's weight is gathered or summed, but for the vocabulary's tables.
+    large = [one for one in facts["collectives"] if one["result_bytes"] > LAYER]
+    assert all(one["kind"] == "all-gather" and one["result_bytes"] <= TABLE for one in large)
+    assert sum(one["times"] for one in large) <= 2
+    assert not any(one["axes"] and "data" in one["axes"] for one in facts["collectives"] if one["kind"] == "all-gather")
+    # What is multiplied is what the model, its padding and the remat policy imply, and nothing twice.
+    assert found["matmul_flops_compiled"] / found["matmul_flops_implied"] == pytest.approx(1, abs=0.03)
+    assert found["modelled_mfu"] > 0 and "modelled" in report.text(found, where)

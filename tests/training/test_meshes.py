@@ -1,0 +1,152 @@
+"""A step cut up in any way is the same step: meshes, microbatches, rematerialisation."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from phivision_jax import sharding
+from phivision_jax.models import phivision, remat
+from phivision_jax.training.loss import batch_loss
+from phivision_jax.training.step import microbatches
+from tests.made import TINY
+from tests.training.steps import QUICK, ROWS, RUN, SPEC, P, R, T, compile_quickly, rows_across, run, step_on, with_mode
+
+MODES = ("causal", "bidirectional")
+MESHES = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "fsdp 4 x tensor 2": {"fsdp": 4, "tensor": 2},
+    "fsdp 2 x tensor 2 x context 2": {"fsdp": 2, "tensor": 2, "context": 2},
+    "slice 2 x fsdp 4": {"slice": 2, "fsdp": 4},
+}
+STEPS = 10
+
+
+def batches(mode):
+    return [rows_across(seed % 2, mode) for seed in range(STEPS)]  # two, in turn: there is something to learn
+
+
+@pytest.fixture(scope="module")
+def params(tiny):
+    return jax.tree.map(np.asarray, tiny.split()[1])
+
+
+@pytest.fixture(scope="module")
+def alone(params):
+    """By mode, the losses and the first gradients on one device."""
+    step = step_on(RUN, {}, 1)
+    compiled = compile_quickly(step)
+    return {mode: run(step, compiled, params, batches(mode))[:2] for mode in MODES}
+
+
+def assert_same_gradients(got, expected, tolerance):
+    assert got.keys() == expected.keys() and len(got) > 30
+    for path, grad in expected.items():
+        # A bias of the keys changes no softmax: its gradient is rounding, measured by that of the queries' bias.
+        like = (*path[:-2], "q_proj", "bias") if path[-2:] == ("k_proj", "bias") else path
+        scale = np.linalg.norm(expected[like])
+        assert scale > 0, path
+        assert np.linalg.norm(got[path] - grad) <= tolerance * scale, (path, np.linalg.norm(got[path] - grad) / scale)
+
+
+def test_the_mode_is_data_and_images_lie_across_the_middle():
+    """What the other tests here count on: one program serves both modes, and a border along context cuts images."""
+    programs = [step_on(with_mode(RUN, mode), {}, 1).lower(SPEC).as_text() for mode in MODES]
+    assert programs[0] == programs[1]
+    for seed in range(2):
+        causal, both = (rows_across(seed, mode) for mode in MODES)
+        left, right = causal.vision_index[:, T // 2 - 1], causal.vision_index[:, T // 2]
+        assert (left >= 0).all() and (right == left + 1).all()
+        assert (both.span_end[:, T // 2 - 1] > T // 2).all()  # sees beyond the border
+        assert (causal.segment_ids.max(1) == 3).all()
+        assert (causal.patch_segments.max(2) >= 1).all()  # both vision rows of every row hold images
+
+
+@pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
+def test_eight_devices_are_one(alone, params, shape):
+    step = step_on(RUN, shape, 8)
+    compiled = compile_quickly(step)
+    for mode in MODES:
+        losses, grads, state = run(step, compiled, params, batches(mode))
+        np.testing.assert_allclose(losses, alone[mode][0], rtol=0, atol=1e-5)
+        assert_same_gradients(grads, alone[mode][1], 1e-4)
+        assert losses[-1] < losses[0] - 0.5
+    assert jax.tree.map(lambda x: x.sharding, state) == step.shardings
+    # The numbers come out right wherever things are. What a device holds shows in its program alone: its rows of
+    # columns and its vision rows, not those of others.
+    rows, cut = ROWS // sharding.parts(step.mesh, sharding.RULES["batch"]), shape.get("context", 1)
+    program = compiled.as_text()
+    columns, patches = f"f32[{rows},{T // cut},{TINY.decoder.hidden_size}]", f"[{rows},{R // cut},{P},"
+    assert columns in program and f"f32{patches}{TINY.vision.hidden_size}]" in program and f"u8{patches}12]" in program
+    if cut > 1:
+        assert f"f32[{rows},{R},{P},{TINY.vision.hidden_size}]" not in program and f"u8[{rows},{R},{P}," not in program
+
+
+def test_modes_differ(alone):
+    assert abs(alone["causal"][0][0] - alone["bidirectional"][0][0]) > 1e-3
+
+
+def test_microbatches_add_up(alone, params):
+    """Weights of the parts differ 9 to 1: dividing by a part's own weight, not the whole's, would show."""
+    batch = rows_across(0, "causal")
+    weights = [part.sum() for part in microbatches(batch, 2).loss_weights]
+    assert max(weights) > 9 * min(weights) > 0
+    step = step_on(dataclasses.replace(RUN, microbatches=2), {"fsdp": 4}, 4)
+    losses, grads, _ = run(step, compile_quickly(step), params, batches("causal"))
+    np.testing.assert_allclose(losses[:2], alone["causal"][0][:2], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(losses, alone["causal"][0], rtol=0, atol=1e-5)
+    assert_same_gradients(grads, alone["causal"][1], 1e-5)
+
+
+def test_microbatches_deal_out_every_devices_own_rows():
+    parts = microbatches(rows_across(0, "causal"), 2)
+    for part in range(2):
+        for got, all_rows in zip(jax.tree.leaves(parts), jax.tree.leaves(rows_across(0, "causal")), strict=True):
+            np.testing.assert_array_equal(got[part], all_rows[part::2])
+    mesh = sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
+    at = sharding.batch_shardings(mesh, SPEC)
+    placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), SPEC, at)
+    with jax.set_mesh(mesh):
+        program = jax.jit(lambda batch: microbatches(batch, 2)).lower(placed).compile().as_text()
+    for collective in ("all-to-all", "collective-permute", "all-gather", "all-reduce"):
+        assert collective not in program
+
+
+def gradient(policy: str, vision_policy: str) -> Callable:
+    graphdef, _ = phivision.abstract(TINY, remat=policy, vision_remat=vision_policy)
+
+    def loss(params, batch):
+        return batch_loss(phivision.merge(graphdef, params), batch)[0]
+
+    return jax.jit(jax.grad(loss))
+
+
+# Every policy once in each tower.
+PAIRS = [("full", "dots"), ("attention", "offload"), ("offload_attention", "attention")]
+
+
+@pytest.mark.parametrize(("policy", "vision_policy"), PAIRS)
+def test_what_is_computed_again_or_fetched_from_the_host_is_the_same(alone, params, policy, vision_policy):
+    batch = jax.tree.map(jnp.asarray, rows_across(0, "causal"))
+    compiled = gradient(policy, vision_policy).lower(params, batch).compile(compiler_options=QUICK)
+    grads = dict(jax.tree_util.tree_leaves_with_path(compiled(params, batch)))
+    got = {tuple(part.key for part in path): np.asarray(leaf) for path, leaf in grads.items()}
+    assert_same_gradients(got, alone["causal"][1], 1e-5)
+
+
+def test_each_tower_has_a_policy_of_its_own():
+    batch = jax.tree.map(jnp.asarray, rows_across(0, "causal"))
+    _, state = phivision.abstract(TINY)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), phivision.nnx.to_pure_dict(state))
+
+    def moves(policy, vision_policy):
+        return str(jax.make_jaxpr(gradient(policy, vision_policy))(like, batch)).count("host")
+
+    assert moves("none", "none") == 0 and moves("attention", "full") == 0
+    assert 0 < moves("none", "offload") == moves("offload", "none") < moves("offload_attention", "none")
+    assert moves("offload", "offload") == 2 * moves("offload", "none")
+    assert set(remat.POLICIES) == {"none", "full", "attention", "dots", "offload", "offload_attention"}
