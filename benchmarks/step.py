@@ -18,7 +18,8 @@ a mix        15 % text alone, 75 % one image, 10 % two or three, text lengths lo
              small to change a weight, so all three must give the same mean loss over the mix.
 
 Tokens are real ones: columns of text and of images, padding not counted. A ratio is taken within a turn; the median
-over the turns is printed.
+over the turns is printed. Where the peer's slowest turn took ``MOST_SPREAD`` of its fastest or more, something else had
+the cores: the tables are printed, and no file is written.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ from phivision_jax.training.step import TrainStep, init_params, make_train_step
 
 TRAINING_LR, STILL_LR = 1e-4, 1e-12
 OPTIMIZER = OptimConfig(warmup_steps=0, final_lr_ratio=1.0, weight_decay=0.1, clip_norm=1.0)
+MOST_SPREAD = 1.25
 _PEER = Path(__file__).with_name("step_peer.py")
 
 
@@ -205,6 +207,11 @@ def print_table(title: str, sides: Sequence[Side], against: Side) -> None:
         print(f"{side.name:<22}{speed}   {middle:.2f} ({low:.2f}…{high:.2f}), {cpu_ratio(against, side):.2f}")
 
 
+def spread(side: Side) -> float:
+    """Slowest over fastest turn."""
+    return max(side.seconds) / min(side.seconds)
+
+
 def filled(batches: Sequence[Batch]) -> float:
     return float(sum((b.segment_ids > 0).sum() for b in batches) / sum(b.tokens.size for b in batches))
 
@@ -252,6 +259,7 @@ def main(
     """
     if hasattr(os, "sched_setaffinity"):  # before JAX counts the cores; the peers inherit it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    load = {"before": os.getloadavg()}
     ours, rng = Ours(seed), np.random.default_rng(seed)
     full, items = full_rows(rng, rows, batches), mixed_items(rng, examples)
     in_rows = packed(items, rows)
@@ -319,6 +327,12 @@ def main(
     print_table(f"{text}; {len(in_rows)} steps packed, {len(alone.ours)} steps not", mix_sides, mix_sides[2])
     gain, low, high = ratio(mix_sides[1], mix_sides[0])
     print(f"\npacking alone: ours packed over ours unpacked {gain:.2f} ({low:.2f}…{high:.2f})")
+    load["after"] = os.getloadavg()  # holds our own work, too
+    print("load over 1, 5 and 15 minutes: " + ", ".join(f"{when} {values}" for when, values in load.items()))
+    spreads = {"full_rows": spread(best), "mix": spread(mix_sides[2])}
+    print("the peer's slowest turn over its fastest: " + ", ".join(f"{k} {v:.2f}" for k, v in spreads.items()))
+    if out is not None and max(spreads.values()) >= MOST_SPREAD:
+        raise SystemExit(f"{out} is not written: something else had the cores; run again on a machine at rest")
     if out is not None:
         content = {
             "model": dataclasses.asdict(MODEL),
@@ -330,6 +344,8 @@ def main(
             "cpu": cpu_name(),
             "seed": seed,
             "turns": turns,
+            "load": load,
+            "peer_spread": spreads,
             "versions": versions,
             "full_rows": table(full_sides, best),
             "mix": {

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.sharding import MESH_AXES
 from phivision_jax.training.config import MeshConfig, RunConfig
 
 # The decisive keys of the released config.json (microsoft/Phi-4-reasoning-vision-15B), which omits every default.
@@ -101,9 +102,33 @@ def test_run_config_survives_its_dict_and_is_hashable():
     hash(cfg)
 
 
-def test_mesh_sizes():
-    assert MeshConfig().sizes(8) == {"slice": 1, "data": 1, "fsdp": 8, "tensor": 1, "context": 1}
-    assert MeshConfig().sizes(256)["fsdp"] == 32
-    assert MeshConfig(data=-1, fsdp=4).sizes(8)["data"] == 2
-    with pytest.raises(ValueError, match="data, fsdp"):
-        MeshConfig(data=-1).sizes(8)
+@pytest.mark.parametrize(
+    ("mesh", "devices", "slices", "expected"),
+    [
+        (MeshConfig(), 8, 1, (1, 1, 8, 1, 1)),
+        (MeshConfig(), 256, 1, (1, 8, 32, 1, 1)),
+        (MeshConfig(), 256, 2, (2, 4, 32, 1, 1)),
+        (MeshConfig(fsdp=4), 8, 1, (1, 2, 4, 1, 1)),
+        (MeshConfig(data=2), 8, 1, (1, 2, 4, 1, 1)),
+        (MeshConfig(fsdp=2, tensor=2, context=2), 16, 2, (2, 1, 2, 2, 2)),
+        (MeshConfig(slice=2), 8, 1, (2, 1, 4, 1, 1)),  # simulated
+        (MeshConfig(slice=1, data=1, fsdp=8, context=1), 8, 1, (1, 1, 8, 1, 1)),
+    ],
+)
+def test_mesh_sizes(mesh, devices, slices, expected):
+    sizes = mesh.sizes(devices, slices)
+    assert tuple(sizes) == MESH_AXES and tuple(sizes.values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        (MeshConfig(tensor=-1), r"mesh\.tensor is -1"),
+        (MeshConfig(tensor=0), r"mesh\.tensor is 0"),
+        (MeshConfig(tensor=3), "8 devices do not divide into slice 1 x tensor 3 x context 1"),
+        (MeshConfig(context=16), "8 devices do not divide into slice 1 x tensor 1 x context 16"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_devices(mesh, message):
+    with pytest.raises(ValueError, match=message):
+        mesh.sizes(8)

@@ -1,8 +1,8 @@
 """Attention in blocks of queries × keys, in plain JAX: memory grows with T, not with T², forward and backward.
 
 The softmax is made while walking over the keys ("online", Milakov and Gimelshein 2018), and the backward pass makes its
-weights again from their normaliser, as FlashAttention does (Dao 2022, algorithms 1 and 4). A block of queries walks from
-the first block of keys that it may see to the last; here segment 2 begins at column 8:
+weights again from their normaliser, as FlashAttention does (Dao et al. 2022, algorithms 1 and 4). A block of queries
+walks from the first block of keys that it may see to the last; here segment 2 begins at column 8:
 
     keys       0-3   4-7   8-11
     queries 0-3  x                   nothing beyond the largest ``span_end`` of the block
@@ -61,7 +61,7 @@ def blockwise(
       axes: as in ``attend``.
       block: columns of a block; the row need not be a multiple of it.
     """
-    *lead, T, N, H = q.shape
+    *lead, T, N, _ = q.shape
     S, K = k.shape[-3:-1]
     span_end = jnp.minimum(span_end, S - 1)  # a last block of keys is filled with columns from S on
 
@@ -104,16 +104,24 @@ def _attention(
     return _forward(q, k, v, segments, kv_segments, span_end, block)[0]
 
 
-def _forward(*args: object) -> tuple[jax.Array, _Residuals]:
-    *inputs, block = args
+def _forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    kv_segments: jax.Array,
+    span_end: jax.Array,
+    block: int,
+) -> tuple[jax.Array, _Residuals]:
+    inputs = q, k, v, segments, kv_segments, span_end
     # One row at a time: under vmap every row would walk over the blocks of all rows.
-    out, normaliser = jax.lax.map(lambda row: _row(*row, block), tuple(inputs))
+    out, normaliser = jax.lax.map(lambda row: _row(block, *row), inputs)
     out, normaliser = name(out, ATTENTION), name(normaliser, ATTENTION)
-    return out, (*inputs, out, normaliser)  # type: ignore[return-value]
+    return out, (*inputs, out, normaliser)
 
 
 def _backward(block: int, residuals: _Residuals, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
-    d_q, d_k, d_v = jax.lax.map(lambda row: _row_backward(*row, block), (*residuals, d_out))
+    d_q, d_k, d_v = jax.lax.map(lambda row: _row_backward(block, *row), (*residuals, d_out))
     return d_q, d_k, d_v, None, None, None
 
 
@@ -121,13 +129,13 @@ _attention.defvjp(_forward, _backward)
 
 
 def _row(
+    block: int,
     q: Float[Array, "T N H"],
     k: Float[Array, "S K H"],
     v: Float[Array, "S K H"],
     segments: Int32[Array, " T"],
     kv_segments: Int32[Array, " S"],
     span_end: Int32[Array, " T"],
-    block: int,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "I K C"]]:
     """The result, and log Σ exp(score) of each query, in blocks (I blocks, K groups of C queries)."""
     (T, N, _), K = q.shape, k.shape[1]
@@ -155,6 +163,7 @@ def _row(
 
 
 def _row_backward(
+    block: int,
     q: Float[Array, "T N H"],
     k: Float[Array, "S K H"],
     v: Float[Array, "S K H"],
@@ -164,7 +173,6 @@ def _row_backward(
     out: Float[Array, "T N H"],
     normaliser: Float[Array, "I K C"],
     d_out: Float[Array, "T N H"],
-    block: int,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
     """Gradients of q, k and v."""
     (T, N, H), (S, K, _) = q.shape, k.shape
@@ -237,7 +245,7 @@ def _id_blocks(ids: Int32[Array, " T"], block: int) -> Int32[Array, "I Q"]:
     return jnp.pad(ids, (0, -len(ids) % block), mode="edge").reshape(-1, block)
 
 
-def _filled(x: Float[Array, "T *rest"], block: int) -> Float[Array, "I Q *rest"]:
+def _filled(x: Float[Array, "T ..."], block: int) -> Float[Array, "I Q ..."]:
     """Zeros beyond the row: d_out of such a query changes no gradient."""
     return jnp.pad(x, ((0, -len(x) % block), *((0, 0),) * (x.ndim - 1))).reshape(-1, block, *x.shape[1:])
 
@@ -246,7 +254,7 @@ def _key_blocks(x: Float[Array, "S K H"], block: int) -> Float[Array, "J K S H"]
     return jnp.swapaxes(_filled(x, block), 1, 2)
 
 
-def _query_blocks(x: Float[Array, "T N *rest"], K: int, block: int) -> Float[Array, "I K C *rest"]:
+def _query_blocks(x: Float[Array, "T N ..."], K: int, block: int) -> Float[Array, "I K C ..."]:
     """The heads of a group below each other: C = N/K · block."""
     x = _filled(x, block)
     I, _, N, *rest = x.shape  # noqa: E741

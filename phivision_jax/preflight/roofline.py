@@ -12,6 +12,7 @@ error on runs that were held out.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Sequence
 from typing import Self
 
@@ -320,7 +321,7 @@ def executed_work(
     tokens = rows * (vision_rows * num_patches if vision_tokens is None else vision_tokens)
     # All of every row, since padding costs time too; attention is counted by blocks, and here only whether it is there.
     parts = step_flops(config, Workload(rows * length, 1, patches, min(patches, 1), tokens), lr_rules).parts
-    weights = _weights(config, lr_rules)
+    weights = _weights(config, tuple(lr_rules))
     unit = MATRIX_UNIT[generation]
 
     def backward(part: str) -> float:
@@ -368,10 +369,11 @@ def executed_work(
     return work + optimizer(sum(trained for trained, _ in weights.values()), split, moment_bytes)
 
 
-def _weights(config: ModelConfig, lr_rules: Sequence[tuple[str, float]]) -> dict[str, tuple[int, int]]:
+@functools.cache
+def _weights(config: ModelConfig, lr_rules: tuple[tuple[str, float], ...]) -> dict[str, tuple[int, int]]:
     """Trained parameters and all parameters by the first two parts of their names."""
     params = nnx.to_pure_dict(phivision.abstract(config)[1])
-    trainable, frozen = optim.partition(params, OptimConfig(lr_rules=tuple(lr_rules)))
+    trainable, frozen = optim.partition(params, OptimConfig(lr_rules=lr_rules))
     counts: dict[str, tuple[int, int]] = {}
     for leaves, trains in ((trainable, 1), (frozen, 0)):
         for path, leaf in leaves.items():

@@ -2,12 +2,13 @@
 
 import dataclasses
 import importlib.util
+import json
 
 import pytest
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.preflight import report
-from phivision_jax.preflight.cli import load_config
+from phivision_jax.preflight.cli import load_config, preflight
 from phivision_jax.preflight.compiling import compile_facts
 from phivision_jax.preflight.topology import parse_topology
 from phivision_jax.training.config import RunConfig
@@ -41,3 +42,13 @@ def test_the_step_at_real_widths_compiles_and_sends_what_it_should(topology):
     # What is multiplied is what the model, its padding and the remat policy imply, and nothing twice.
     assert found["matmul_flops_compiled"] / found["matmul_flops_implied"] == pytest.approx(1, abs=0.03)
     assert found["modelled_mfu"] > 0 and "modelled" in report.text(found, where)
+
+
+def test_a_step_that_is_too_large_says_so_and_exits_with_3(capsys, tmp_path):
+    sizes = ("model.decoder.num_layers=2", "model.vision.num_layers=3", "microbatches=1", "remat=none")
+    with pytest.raises(SystemExit) as exit_:
+        preflight("configs/phi4_rv_15b.py:stage2", "v5e:16x16", low_effort=True, json=tmp_path / "out.json", set=sizes)
+    assert exit_.value.code == 3
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["fits"] is False and found["peak_bytes_per_chip"] > found["hbm_bytes_per_chip"]
+    assert "DOES NOT FIT" in capsys.readouterr().out

@@ -1,3 +1,6 @@
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -58,3 +61,55 @@ def test_clipping_is_by_the_norm_over_everything():
         {path: jnp.full_like(leaf, 7.0) for path, leaf in trainable.items()}, optax.EmptyState()
     )
     assert float(optax.global_norm(clipped)) == pytest.approx(1.0, abs=1e-5)
+
+
+def minimise(cfg, steps=200):
+    """‖x − target‖² from zero; the optimizer's state and the distance left."""
+    targets = {("fc1", "kernel"): jnp.linspace(-1, 1, 64), ("fc1", "bias"): jnp.linspace(1, 2, 8)}
+    params = {path: jnp.zeros_like(x) for path, x in targets.items()}
+    tx = optim.make_optimizer(optim.unflatten(params), cfg, steps)
+
+    @jax.jit
+    def step(params, state):
+        grads = {path: 2 * (params[path] - x) for path, x in targets.items()}
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(steps):
+        params, state = step(params, state)
+    adam = next(part for part in state if hasattr(part, "mu"))
+    return adam, max(float(jnp.abs(params[path] - x).max()) for path, x in targets.items())
+
+
+def test_bfloat16_moments_stay_so_and_train():
+    cfg = OptimConfig(learning_rate=0.05, warmup_steps=5, moment_dtype="bfloat16", b2=0.95)
+    adam, left = minimise(cfg)
+    assert {x.dtype for x in jax.tree.leaves((adam.mu, adam.nu))} == {jnp.dtype("bfloat16")}
+    _, left_fp32 = minimise(dataclasses.replace(cfg, moment_dtype="float32"))
+    assert left < 0.02 and left_fp32 < 0.02
+
+
+def test_bfloat16_moments_round_once_a_step():
+    """g = 1, b1 = 0.9, b2 = 0.95: 0.1 and 0.05 after a step, in fp32 until they are put away."""
+    tx = optim.scale_by_adam(OptimConfig(moment_dtype="bfloat16", b2=0.95, eps=0.0))
+    updates, state = tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.zeros(2)}))
+    assert updates["w"].dtype == jnp.float32
+    np.testing.assert_allclose(updates["w"], 1.0, rtol=1e-6)  # mu / sqrt(nu), both corrected, before any rounding
+    assert state.mu["w"][0] == jnp.bfloat16(0.1) and state.nu["w"][0] == jnp.bfloat16(0.05)
+
+
+def test_bfloat16_moments_refuse_a_b2_that_they_cannot_follow():
+    """1 − b2 of a moment must exceed half its last place: 2^-9 of it."""
+    with pytest.raises(ValueError, match=r"optim\.b2 <= 0\.99, not 0\.999"):
+        optim.make_optimizer(PARAMS, OptimConfig(moment_dtype="bfloat16", b2=0.999), 10)
+    optim.make_optimizer(PARAMS, OptimConfig(moment_dtype="float32", b2=0.999), 10)
+
+
+def test_moments_live_where_their_parameters_do():
+    tx = optim.make_optimizer(PARAMS, OptimConfig(moment_dtype="bfloat16"), 10)
+    trainable, _ = optim.partition(PARAMS, OptimConfig())
+    at = optim.optimizer_shardings(tx, trainable, {path: optim.path_name(path) for path in trainable}, "everywhere")
+    adam = next(part for part in at if hasattr(part, "mu"))
+    assert adam.mu == adam.nu == {path: optim.path_name(path) for path in trainable}
+    assert adam.count == "everywhere"
