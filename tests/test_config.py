@@ -123,8 +123,6 @@ def test_mesh_sizes(mesh, devices, slices, expected):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (MeshConfig(tensor=-1), r"mesh\.tensor is -1"),
-        (MeshConfig(tensor=0), r"mesh\.tensor is 0"),
         (MeshConfig(tensor=3), "8 devices do not divide into slice 1 x tensor 3 x context 1"),
         (MeshConfig(context=16), "8 devices do not divide into slice 1 x tensor 1 x context 16"),
     ],
@@ -132,3 +130,9 @@ def test_mesh_sizes(mesh, devices, slices, expected):
 def test_a_mesh_that_does_not_divide_the_devices(mesh, message):
     with pytest.raises(ValueError, match=message):
         mesh.sizes(8)
+
+
+@pytest.mark.parametrize(("axis", "size"), [("tensor", -1), ("tensor", 0), ("slice", 0), ("data", 0), ("fsdp", -2)])
+def test_a_mesh_axis_that_cannot_be(axis, size):
+    with pytest.raises(ValueError, match=rf"mesh\.{axis} is {size}"):
+        MeshConfig(**{axis: size})

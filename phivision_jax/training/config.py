@@ -83,14 +83,17 @@ class MeshConfig:
     context: int = -1
     """Devices that share a row; left open: as ``training/layouts.py`` has it, mostly 1."""
 
+    def __post_init__(self) -> None:
+        for axis, size in dataclasses.asdict(self).items():
+            if size < 1 and (size != -1 or axis == "tensor"):
+                raise ValueError(f"mesh.{axis} is {size}; give a positive size" + ", or -1" * (axis != "tensor"))
+
     def sizes(self, num_devices: int, slices: int = 1) -> dict[str, int]:
         """Axis sizes with −1 resolved.
 
         Raises:
           ValueError: for a −1 that nothing resolves; when what is given does not divide the devices.
         """
-        if self.tensor < 1:
-            raise ValueError(f"mesh.tensor is {self.tensor}; all axes but this one may be -1")
         slices, context = slices if self.slice == -1 else self.slice, max(self.context, 1)
         if self.data == -1 and self.fsdp == -1:
             return default_sizes(num_devices, slices, self.tensor, context)

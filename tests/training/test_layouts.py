@@ -66,7 +66,13 @@ def test_microbatches_are_as_few_as_hold():
     assert resolve_for(recipe("stage2"), "TPU v5", 128).microbatches == 6
     assert resolve_for(recipe("stage2"), "TPU v5 lite", 256).microbatches == 3
     short = dataclasses.replace(recipe("stage2"), data=DataConfig(batch_rows=768, length=2048, vision_rows=1))
-    assert resolve_for(short, "TPU v5", 128).microbatches == 2  # 4 x 2,048 are one too many; 3 of 6 rows divide
+    assert resolve_for(short, "TPU v5", 128).microbatches == 2  # 3 of 6 rows: 4 do not divide
+    shared = dataclasses.replace(
+        recipe("stage3"),
+        mesh=MeshConfig(context=4),
+        data=DataConfig(batch_rows=512, length=16_384, vision_rows=4),
+    )
+    assert resolve_for(shared, "TPU v5 lite", 256).microbatches == 4  # 8 rows of 4,096 columns each, two at a time
 
 
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "cpu"])

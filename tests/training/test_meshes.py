@@ -87,7 +87,8 @@ def test_eight_devices_are_one(alone, params, shape):
 
 
 def test_modes_differ(alone):
-    assert abs(alone["causal"][0][0] - alone["bidirectional"][0][0]) > 1e-3
+    """Ten times what a mesh may differ by: had the border hidden half an image, it would show."""
+    assert abs(alone["causal"][0][0] - alone["bidirectional"][0][0]) > 1e-4
 
 
 def test_microbatches_add_up(alone, params):
@@ -125,7 +126,7 @@ def gradient(policy: str, vision_policy: str) -> Callable:
     return jax.jit(jax.grad(loss))
 
 
-# Every policy once in each tower.
+# Every policy in one tower or the other.
 PAIRS = [("full", "dots"), ("attention", "offload"), ("offload_attention", "attention")]
 
 
