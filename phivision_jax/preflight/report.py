@@ -150,6 +150,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     memory = {name: size / GIB for name, size in report["memory_bytes_per_chip"].items()}
     parts = report.get("modelled_parts_seconds") or {}
     figure, axes = plt.subplots(1, 2 if parts else 1, figsize=(11 if parts else 6, 3.6), squeeze=False)
+    figure.subplots_adjust(wspace=0.4)
     top = axes[0][0]
     left = 0.0
     for i, (name, size) in enumerate(memory.items()):

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from phivision_jax import sharding
 from phivision_jax.batch import Batch
 from phivision_jax.models import phivision
-from phivision_jax.training import optim
+from phivision_jax.training import layouts, optim
 from phivision_jax.training.compiler import compiler_options
-from phivision_jax.training.config import OptimConfig, RunConfig
+from phivision_jax.training.config import MeshConfig, OptimConfig, RunConfig
 from phivision_jax.training.loss import batch_loss
 
 State = dict[str, Any]
@@ -127,7 +127,11 @@ def microbatches(batch: Batch, count: int) -> Batch:
 
 
 def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1) -> TrainStep:
-    """Everything that follows from the configuration, without allocating a parameter."""
+    """Everything that follows from the configuration, without allocating a parameter.
+
+    What it leaves open (remat, microbatches) follows from the mesh's devices (``layouts.py``).
+    """
+    cfg = layouts.resolve(dataclasses.replace(cfg, mesh=MeshConfig(**mesh.shape)), list(mesh.devices.flat))
     graphdef, state = phivision.abstract(
         cfg.model, dtype=jnp.dtype(cfg.dtype), remat=cfg.remat, vision_remat=cfg.vision_remat
     )
