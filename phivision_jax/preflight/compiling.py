@@ -83,6 +83,6 @@ def compile_facts(request: Mapping[str, Any], title: str, *, shown: bool = True)
 
 def _last_words(code: int, log: str) -> str:
     lines = [line for line in log.splitlines() if line.strip()]
-    checks = [line for line in lines if "Check failed" in line]
+    checks = [line for line in lines if "Check failed" in line or line.startswith("jax.errors.")]
     died = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with code {code}"
     return f"the compiler {died}: " + ((checks or lines or ["it said nothing"])[-1]).strip()

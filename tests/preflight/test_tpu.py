@@ -45,7 +45,13 @@ def test_the_step_at_real_widths_compiles_and_sends_what_it_should(topology):
 
 
 def test_a_step_that_is_too_large_says_so_and_exits_with_3(capsys, tmp_path):
-    sizes = ("model.decoder.num_layers=2", "model.vision.num_layers=3", "microbatches=1", "remat=none")
+    sizes = (
+        "model.decoder.num_layers=2",
+        "model.vision.num_layers=3",
+        "microbatches=1",
+        "remat=none",
+        "vision_remat=full",
+    )
     with pytest.raises(SystemExit) as exit_:
         preflight("configs/phi4_rv_15b.py:stage2", "v5e:16x16", low_effort=True, json=tmp_path / "out.json", set=sizes)
     assert exit_.value.code == 3
