@@ -31,6 +31,7 @@ from jax.sharding import AbstractDevice
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.blockwise import MASKED, blockwise
+from phivision_jax.models.remat import ATTENTION, name
 
 backend = jax.make_user_context("auto")
 """``with backend("xla"):`` computes without kernels, ``"tpu"`` with splash, ``"auto"`` as the platform has it: that of
@@ -76,7 +77,7 @@ def attend(
     form = plain
     for _ in range(q.ndim - 4):
         form = jax.vmap(form)
-    return form(q, k, v, segment_ids, kv_segment_ids, span_end)
+    return name(form(q, k, v, segment_ids, kv_segment_ids, span_end), ATTENTION)
 
 
 def plain(

@@ -16,7 +16,7 @@ from phivision_jax.config import DecoderConfig
 from phivision_jax.models.attention import attend
 from phivision_jax.models.layers import Linear, RMSNorm, apply_rope, param, rope_angles, stack, truncated_normal
 from phivision_jax.models.lookup import lookup
-from phivision_jax.models.remat import ATTENTION, INPUT, QKV, checkpoint, name
+from phivision_jax.models.remat import INPUT, QKV, checkpoint, name
 from phivision_jax.sharding import constrain
 
 LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
@@ -48,7 +48,7 @@ class Attention(nnx.Module):
             v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), column, axis=1)
             cache = (k, v)
         out = attend(q, k, v, span_end=span_end, segment_ids=segment_ids, kv_segment_ids=cache_segments)
-        return self.o_proj(name(out, ATTENTION)), cache
+        return self.o_proj(out), cache
 
 
 class MLP(nnx.Module):

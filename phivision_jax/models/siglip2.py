@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 from phivision_jax.config import VisionConfig
 from phivision_jax.models.attention import attend
 from phivision_jax.models.layers import LayerNorm, Linear, param, stack, truncated_normal
-from phivision_jax.models.remat import ATTENTION, INPUT, QKV, checkpoint, name
+from phivision_jax.models.remat import INPUT, QKV, checkpoint, name
 from phivision_jax.sharding import constrain
 
 
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B R P C"], segments: Int32[Array, "B R P"]) -> Float[Array, "B R P C"]:
         q, k, v = (name(proj(x), QKV) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, R, P, N, H]
         out = attend(q, k, v, segment_ids=segments, axes=("batch", "vision_rows", None, "patch_heads"))
-        return self.out_proj(name(out, ATTENTION))
+        return self.out_proj(out)
 
 
 class MLP(nnx.Module):

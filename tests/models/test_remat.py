@@ -1,0 +1,49 @@
+"""What each policy keeps of a decoder layer for its backward pass, per token: counted by hand, and asked of JAX."""
+
+import math
+import re
+
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.ad_checkpoint import print_saved_residuals
+
+from phivision_jax.config import DecoderConfig
+from phivision_jax.models import remat
+from phivision_jax.models.attention import backend
+from phivision_jax.models.layers import rope_angles
+from phivision_jax.models.phi4 import DecoderLayer
+
+T, D, F, N, K, H = 512, 384, 512, 3, 1, 128
+CFG = DecoderConfig(
+    vocab_size=64, hidden_size=D, intermediate_size=F, num_layers=1, num_heads=N, num_kv_heads=K, pad_token_id=0
+)
+INPUT, ATTENTION = D, (N + 2 * K) * H + N * H + N  # queries, keys, values; the result and a normaliser per head
+KEPT = {
+    "full": INPUT,
+    "attention": INPUT + ATTENTION,
+    "dots": INPUT + ATTENTION + D + 2 * F,  # o, gate, up. Nothing needs the last product: it only enters a sum.
+}
+
+
+@pytest.mark.parametrize("platform", ["xla", "tpu"])
+@pytest.mark.parametrize("policy", KEPT)
+def test_a_policy_keeps_what_its_docstring_says_once(policy, platform, capsys):
+    layer = nnx.eval_shape(lambda: DecoderLayer(CFG, rngs=nnx.Rngs(0)))
+    columns = jnp.arange(T)[None]
+    rope, segments = rope_angles(columns, H, 10_000.0), jnp.ones((1, T), jnp.int32)
+
+    def run(x, layer):
+        return layer(x, rope, columns, segments, None, None, 0)[0]
+
+    with backend(platform):
+        print_saved_residuals(remat.checkpoint(run, policy), jnp.ones((1, T, D)), layer)
+    lines = capsys.readouterr().out.splitlines()
+    kept = [line for line in lines if "from the argument layer" not in line and "from a constant" not in line]
+    sizes = [math.prod(map(int, re.match(r"f32\[([\d,]+)\]", line)[1].split(","))) for line in kept]
+    assert sum(sizes) == T * KEPT[policy], "\n".join(kept)
+
+
+def test_a_policy_that_does_not_exist_is_an_error_that_names_all():
+    with pytest.raises(ValueError, match=r"'some' does not exist; choose one of full, attention, dots"):
+        remat.check("some")
