@@ -29,18 +29,16 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 import PIL
 import tyro
+from peer_process import Peer, peer_process
 from PIL import Image
 
 from phivision_jax.images.decode import open_image
@@ -95,39 +93,6 @@ def make_file(photos: Sequence[Image.Image], size: tuple[int, int], first: int) 
     file = io.BytesIO()
     image.save(file, "JPEG", quality=QUALITY)
     return file.getvalue()
-
-
-class Peer:
-    """transformers in a process of its own, asked over pipes."""
-
-    def __init__(self, python: Path) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": ""}
-        self._process = subprocess.Popen(
-            [str(python), str(_PEER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
-        try:
-            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise SystemExit(f"the peer stopped ({do}); its own words are above")
-        return json.loads(line)
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
-@contextmanager
-def peer_process(python: Path) -> Iterator[Peer]:
-    peer = Peer(python)
-    try:
-        yield peer
-    finally:
-        peer.close()
 
 
 def largest_difference(ours: Sequence[np.ndarray], theirs: np.ndarray) -> tuple[bool, float]:
@@ -248,7 +213,7 @@ def main(
     bits = sum(map(len, files)) * 8 / sum(w * h for w, h in sizes)
     patches = statistics.mean(grid[0] * grid[1] for grid in (grid_of(*size) for size in sizes))
     print(f"{len(files)} JPEGs of quality {QUALITY}, {bits:.2f} bits per pixel, {patches:,.0f} patches on average")
-    with tempfile.TemporaryDirectory() as folder, peer_process(peer_python) as peer:
+    with tempfile.TemporaryDirectory() as folder, peer_process(peer_python, _PEER, threads=1) as peer:
         names = []
         for i, content in enumerate(files):
             names.append(str(Path(folder) / f"{i}.jpg"))

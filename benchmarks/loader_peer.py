@@ -12,10 +12,11 @@ nothing of this project is imported.
 from __future__ import annotations
 
 import io
-import json
 import sys
 import time
 from typing import Any
+
+from peer_process import serve
 
 try:
     import numpy as np
@@ -91,14 +92,5 @@ class Peer:
         return {"seconds": time.process_time() - start}
 
 
-def main() -> None:
-    peer = Peer()
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed stays out of the answers
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = getattr(peer, request.pop("do"))(**request)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(Peer())

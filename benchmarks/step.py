@@ -30,17 +30,16 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tyro
+from peer_process import Peer, PeerStopped, peer_process
 from step_work import MODEL, T, full_rows, mixed_items, packed, unpacked
 
 from convert.mapping import hf_tensors
@@ -104,54 +103,11 @@ class Ours:
         return {"seconds": sum(seconds), "cpu_seconds": time.process_time() - cpu, "losses": losses}
 
 
-class PeerStopped(RuntimeError):
-    pass
-
-
-class Peer:
-    """PyTorch in a process of its own, asked over pipes."""
-
-    def __init__(self, python: Path, folder: Path, threads: int) -> None:
-        if not python.is_file():
-            raise SystemExit(
-                f"--peer-python: {python} is no file; give the Python of an environment with torch and transformers 5 "
-                "(how to make one stands at the head of this file)"
-            )
-        self.folder = folder
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": ""}
-        self._process = subprocess.Popen(
-            [str(python), str(_PEER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
-        try:
-            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise PeerStopped(f"the peer stopped ({do}); its own words are above")
-        return json.loads(line)
-
-    def give(self, name: str, batches: Sequence[dict[str, np.ndarray]]) -> None:
-        files = [str(self.folder / f"{name}{i}.npz") for i in range(len(batches))]
-        for file, batch in zip(files, batches, strict=True):
-            np.savez(file, **batch)  # type: ignore[arg-type]
-        self.ask("batches", name=name, files=files)
-
-    def close(self) -> None:
-        self._process.communicate()
-
-
-@contextmanager
-def peer_process(python: Path, threads: int) -> Iterator[Peer]:
-    with tempfile.TemporaryDirectory() as folder:
-        peer = Peer(python, Path(folder), threads)
-        try:
-            yield peer
-        finally:
-            peer.close()
+def give(peer: Peer, folder: Path, name: str, batches: Sequence[dict[str, np.ndarray]]) -> None:
+    files = [str(folder / f"{name}{i}.npz") for i in range(len(batches))]
+    for file, batch in zip(files, batches, strict=True):
+        np.savez(file, **batch)  # type: ignore[arg-type]
+    peer.ask("batches", name=name, files=files)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +220,11 @@ def main(
     full, items = full_rows(rng, rows, batches), mixed_items(rng, examples)
     in_rows = packed(items, rows)
     alone = unpacked(items, round(len(items) / len(in_rows)))
-    with peer_process(peer_python, cores) as eager, peer_process(peer_python, cores) as compiled:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        peer_process(peer_python, _PEER, cores) as eager,
+        peer_process(peer_python, _PEER, cores) as compiled,
+    ):
         peers = {"peer": eager, "peer, torch.compile": compiled} if try_compile else {"peer": eager}
         versions = {
             "ours": {"python": platform.python_version(), "numpy": np.__version__, "jax": jax.__version__},
@@ -272,7 +232,7 @@ def main(
         }
         for owner, values in versions.items():
             print(f"{owner}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
-        folder = eager.folder
+        folder = Path(directory)
         tensors = dict(hf_tensors(ours.params, MODEL))
         np.savez(folder / "weights.npz", **tensors)  # type: ignore[arg-type]
         for peer in peers.values():
@@ -280,8 +240,8 @@ def main(
             peer.ask(
                 "load", config=MODEL.to_hf(), weights=str(folder / "weights.npz"), optimizer=optimizer, threads=cores
             )
-            peer.give("full", full.peer)
-            peer.give("mix", alone.peer)
+            give(peer, folder, "full", full.peer)
+            give(peer, folder, "mix", alone.peer)
         parameters = sum(tensor.size for tensor in tensors.values())
         print(f"{parameters / 1e6:.1f} M parameters, {cores} cores, T = {T}")
         rounds = {}

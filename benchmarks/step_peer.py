@@ -17,10 +17,11 @@ the projector and the splice of the released model: features without their paddi
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from typing import Any
+
+from peer_process import serve
 
 try:
     import numpy as np
@@ -158,14 +159,5 @@ class Peer:
         return {"seconds": sum(seconds), "cpu_seconds": time.process_time() - cpu, "losses": losses}
 
 
-def main() -> None:
-    peer = Peer()
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed stays out of the answers
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = getattr(peer, request.pop("do"))(**request)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    serve(Peer())

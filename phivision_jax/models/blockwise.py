@@ -16,15 +16,13 @@ least where segments ascend along the row. On CPUs this beats all scores at once
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from phivision_jax.models.by_device import by_device
 from phivision_jax.models.remat import ATTENTION, name
-from phivision_jax.sharding import RULES, axis_size
 
 BLOCK = 128
 """Columns of a block, queries and keys."""
@@ -61,34 +59,14 @@ def blockwise(
       axes: as in ``attend``.
       block: columns of a block; the row need not be a multiple of it.
     """
-    *lead, T, N, _ = q.shape
-    S, K = k.shape[-3:-1]
-    span_end = jnp.minimum(span_end, S - 1)  # a last block of keys is filled with columns from S on
+    lead = q.ndim - 3
+    span_end = jnp.minimum(span_end, k.shape[-3] - 1)  # a last block of keys is filled with columns from S on
 
     def local(q, k, v, segments, kv_segments, span_end):
-        rows = (x.reshape(-1, *x.shape[len(lead) :]) for x in (q, k, v, segments, kv_segments, span_end))
+        rows = (x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, segments, kv_segments, span_end))
         return _attention(*rows, block).reshape(q.shape)
 
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(q, k, v, segment_ids, kv_segment_ids, span_end)
-    # A loop over a sharded axis would gather it, so that the devices' parts are made by hand.
-    *rows, length = (
-        RULES[axis] if axis and size % axis_size(axis) == 0 else None
-        for axis, size in zip(axes[:-1], (*lead, T), strict=True)
-    )
-    # A device's share of the heads must be whole groups: keys are repeated as often as that takes, or heads not split.
-    head_axis = axes[-1] or "head_dim"
-    repeat = math.lcm(K, axis_size(head_axis)) // K
-    heads = RULES[head_axis] if N % (K * repeat) == 0 else None
-    if heads is not None and repeat > 1:
-        k, v = jnp.repeat(k, repeat, axis=-2), jnp.repeat(v, repeat, axis=-2)
-    queries, keys = PartitionSpec(*rows, length, heads), PartitionSpec(*rows, None, heads)
-    query_ids, key_ids = PartitionSpec(*rows, length), PartitionSpec(*rows)
-    # check_vma: the loops' carries begin as constants, which vary over no mesh axis.
-    sharded = jax.shard_map(
-        local, in_specs=(queries, keys, keys, query_ids, key_ids, query_ids), out_specs=queries, check_vma=False
-    )
-    return sharded(q, k, v, segment_ids, kv_segment_ids, span_end)
+    return by_device(local, q, k, v, segment_ids, kv_segment_ids, span_end, axes=axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

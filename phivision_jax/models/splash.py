@@ -21,12 +21,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.attention import target_device
+from phivision_jax.models.by_device import by_device
 from phivision_jax.models.remat import ATTENTION
-from phivision_jax.sharding import RULES, axis_size
 
 TOKAMAX = "0.0.17"
 
@@ -94,13 +93,7 @@ def splash(
       blocks: None for the table's, made smaller where the row is short.
       interpret: run the kernel's Python on any backend. Slow: for tests.
     """
-    *_, T, N, H = q.shape
-    head_axis = axes[-1] or "head_dim"
-    # A device's share of the heads must be whole groups: keys are repeated as often as that takes, or heads not split.
-    repeat = math.lcm(k.shape[-2], axis_size(head_axis)) // k.shape[-2]
-    split_heads = N % (k.shape[-2] * repeat) == 0
-    if split_heads and repeat > 1:
-        k, v = jnp.repeat(k, repeat, axis=-2), jnp.repeat(v, repeat, axis=-2)
+    T, H = q.shape[-3], q.shape[-1]
     ids = jnp.where(segment_ids == 0, PADDING + jnp.arange(T), segment_ids)
     # Scaled and rounded once, in fp32: in bf16 the factors themselves are off by up to 0.2 %, the same way every time.
     q = (q.astype(jnp.float32) * (H**-0.5 * LOG2E)).astype(q.dtype)
@@ -118,23 +111,7 @@ def splash(
         rows = [None if x is None else x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, q_ids, kv_ids, span_end)]
         return jax.lax.map(row, tuple(rows)).reshape(q.shape)
 
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(q, k, v, ids, ids, span_end)
-    *rows, length = (
-        RULES[axis] if axis and size % axis_size(axis) == 0 else None
-        for axis, size in zip(axes[:-1], q.shape, strict=False)
-    )
-    heads = RULES[head_axis] if split_heads else None
-    queries, keys = PartitionSpec(*rows, length, heads), PartitionSpec(*rows, None, heads)
-    query_ids, key_ids = PartitionSpec(*rows, length), PartitionSpec(*rows)
-    # check_vma: the kernel does not say over which mesh axes its results vary.
-    sharded = jax.shard_map(
-        local,
-        in_specs=(queries, keys, keys, query_ids, key_ids, None if span_end is None else query_ids),
-        out_specs=queries,
-        check_vma=False,
-    )
-    return sharded(q, k, v, ids, ids, span_end)
+    return by_device(local, q, k, v, ids, ids, span_end, axes=axes)
 
 
 def _row(

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib.util
 import json as json_library
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -148,45 +149,19 @@ def _search(cfg: RunConfig, where: Topology) -> dict[str, Any]:
 def _generate(cfg: RunConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
     from phivision_jax.preflight import generation
     from phivision_jax.preflight.compiling import compile_facts
-    from phivision_jax.preflight.topology import GIB
 
     if where.slices > 1:
         raise ValueError("--generate is about one slice: several are so many copies of it")
-    chosen = generation.plan(cfg, where, prompt, new_tokens)
-    while True:
-        request = {
-            "what": "generate",
-            "config": dataclasses.asdict(cfg),
-            "topology": where.xla_name,
-            "mesh": chosen["mesh"],
-            "batch_rows": chosen["batch_rows"],
-            "prompt": prompt,
-            "new_tokens": new_tokens,
-        }
-        facts = compile_facts(request, f"compiling for {chosen['batch_rows']:,} prompts")
-        if facts["fits"] or chosen["rows_per_device"] == 1:
-            break
-        copies = chosen["batch_rows"] // chosen["rows_per_device"]
-        chosen["rows_per_device"] = max(chosen["rows_per_device"] * 3 // 4, 1)
-        chosen["batch_rows"] = copies * chosen["rows_per_device"]
-    peak = facts["peak_bytes"] if facts["fits"] else facts["needed_bytes"]
-    found = chosen | generation.times(cfg, where, chosen)
-    found |= {
-        "topology": where.xla_name,
-        "fits": facts["fits"],
-        "peak_bytes_per_chip": peak and peak * where.devices // where.chips,
-        "hbm_bytes_per_chip": where.hbm_bytes_per_chip,
-        "compile_seconds": facts["compile_seconds"],
-    }
-    print(
-        f"  weights in bf16   {found['weights_bytes_per_chip'] / GIB:.2f} GiB a chip "
-        f"({' x '.join(f'{axis} {size}' for axis, size in chosen['mesh'].items())})\n"
-        f"  KV cache          {found['cache_bytes_per_row'] / GIB:.2f} GiB per prompt of {prompt:,} + {new_tokens:,}\n"
-        f"  largest batch     {found['batch_rows']:,} prompts ({found['rows_per_device']} a chip)\n"
-        f"  {'fits' if found['fits'] else 'DOES NOT FIT'}: peak {(found['peak_bytes_per_chip'] or 0) / GIB:.2f} GiB of "
-        f"{where.hbm_bytes_per_chip / GIB:.2f} GiB a chip\n"
-        f"  prefill           {found['modelled_prefill_seconds']:.2f} s (modelled)\n"
-        f"  one token each    {found['modelled_decode_step_seconds'] * 1000:.1f} ms, "
-        f"{found['modelled_decode_tokens_per_second']:,.0f} tokens/s (modelled)"
-    )
+
+    def attempt(planned: Mapping[str, Any]) -> dict[str, Any]:
+        request = {"what": "generate", "config": dataclasses.asdict(cfg)}
+        request |= {name: planned[name] for name in ("topology", "mesh", "batch_rows", "prompt", "new_tokens")}
+        return compile_facts(request, f"compiling for {planned['batch_rows']:,} prompts")
+
+    found = generation.confirm(generation.plan(cfg, where, prompt, new_tokens), where, attempt)
+    try:
+        found |= generation.times(cfg, where, found)
+    except ValueError as error:
+        found["not_modelled"] = str(error)
+    print(generation.text(found))
     return found

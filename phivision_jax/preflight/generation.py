@@ -7,6 +7,7 @@ by the compiler, prefill and decoding in one program.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from phivision_jax.preflight import roofline
@@ -18,7 +19,6 @@ from phivision_jax.training.config import RunConfig
 TENSOR = 2
 WEIGHTS_SHARE = 0.55
 """Of the HBM, at most: the cache is what makes generation fast."""
-TRAINED_NOTHING = ((".", 0.0),)
 
 
 def parameters(cfg: RunConfig) -> int:
@@ -30,7 +30,7 @@ def parameters(cfg: RunConfig) -> int:
 
 
 def plan(cfg: RunConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
-    """Mesh, bytes per device, and the batch that arithmetic allows.
+    """Mesh, bytes per chip, and the batch that arithmetic allows.
 
     Raises:
       ValueError: when the weights leave no room for a single prompt on all chips together.
@@ -49,10 +49,11 @@ def plan(cfg: RunConfig, where: Topology, prompt: int, new_tokens: int) -> dict[
     per_device = int(room // (2 * row / tensor + working))
     if per_device < 1:
         raise ValueError(
-            f"{where}: weights of {weights / GIB:.1f} GiB over {tensor * fsdp} chips leave no room for one prompt of "
+            f"{where}: weights of {weights / GIB:.1f} GiB over {tensor * fsdp} devices leave no room for one prompt of "
             f"{prompt:,} tokens and {new_tokens:,} new ones; take more chips or fewer tokens"
         )
     return {
+        "topology": where.xla_name,
         "mesh": {"data": copies, "fsdp": fsdp, "tensor": tensor},
         "weights_bytes_per_chip": weights / (tensor * fsdp) * where.devices / where.chips,
         "cache_bytes_per_row": row,
@@ -63,19 +64,82 @@ def plan(cfg: RunConfig, where: Topology, prompt: int, new_tokens: int) -> dict[
     }
 
 
-def times(cfg: RunConfig, where: Topology, chosen: dict[str, Any]) -> dict[str, float]:
-    """Modelled seconds of prefill (products at the fitted efficiency) and of a decoding step (weights, cache once)."""
-    rows, prompt = chosen["batch_rows"], chosen["prompt"]
-    patches = min(cfg.model.max_patches, prompt)
-    work = Workload.of_means(rows, prompt, [patches])
-    forward = step_flops(cfg.model, work, TRAINED_NOTHING).forward / where.chips
-    prefill = forward / (where.peak_bf16_flops * roofline.EFFICIENCY[where.generation])
-    cache = chosen["cache_bytes_per_row"] * chosen["rows_per_device"] / chosen["mesh"]["tensor"]
-    read = (chosen["weights_bytes_per_chip"] * chosen["mesh"]["fsdp"] + cache) / where.hbm_bandwidth
-    gathered = chosen["weights_bytes_per_chip"] * (chosen["mesh"]["fsdp"] - 1) / ((where.ici_bandwidth or 1e12) / 2)
-    step = read + gathered
+def confirm(
+    chosen: dict[str, Any], where: Topology, attempt: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """The plan with the largest batch that the compiler accepts, and what it says of it.
+
+    Args:
+      attempt: compiles generation as planned and gives the worker's facts.
+    """
+    rows = chosen["rows_per_device"]
+    while True:
+        tried = chosen | {"rows_per_device": rows}
+        tried["batch_rows"] = rows * tried["mesh"]["data"] * tried["mesh"]["fsdp"]
+        facts = attempt(tried)
+        if facts["fits"] or rows == 1:
+            break
+        rows = rows * 3 // 4
+    peak = facts["peak_bytes"] if facts["fits"] else facts["needed_bytes"]
+    return tried | {
+        "fits": facts["fits"],
+        "peak_bytes_per_chip": None if peak is None else peak * where.devices // where.chips,
+        "hbm_bytes_per_chip": where.hbm_bytes_per_chip,
+        "compile_seconds": facts["compile_seconds"],
+    }
+
+
+def times(cfg: RunConfig, where: Topology, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Modelled seconds: prefill multiplies while weights are gathered, decoding reads weights and cache for each token.
+
+    Products of new tokens with the cache are left out: reading it takes longer.
+
+    Raises:
+      ValueError: for chips without published runs to fit, or published bandwidths.
+    """
+    rows, mesh = chosen["batch_rows"], chosen["mesh"]
+    image = min(cfg.model.max_patches, chosen["prompt"])
+
+    def flops(work: Workload) -> float:
+        return step_flops(cfg.model, work).forward / where.chips
+
+    gathered = chosen["weights_bytes_per_chip"] * (mesh["fsdp"] - 1)
+    cache = chosen["cache_bytes_per_row"] * chosen["rows_per_device"] / mesh["tensor"] * where.devices / where.chips
+    prefill = roofline.Work(
+        matmul_flops=flops(Workload.of_means(rows, chosen["prompt"], [image])), ici_bytes_overlapped=gathered
+    )
+    token = roofline.Work(
+        matmul_flops=flops(Workload.of_means(rows, 1, [])),
+        hbm_bytes=chosen["weights_bytes_per_chip"] * mesh["fsdp"] + cache,
+        ici_bytes_exposed=gathered,
+    )
+    step = roofline.step_time(token, where.generation).seconds
     return {
-        "modelled_prefill_seconds": prefill,
+        "modelled_prefill_seconds": roofline.step_time(prefill, where.generation).seconds,
         "modelled_decode_step_seconds": step,
         "modelled_decode_tokens_per_second": rows / step,
     }
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """What ``confirm`` and ``times`` found, for a terminal."""
+    peak, hbm = found["peak_bytes_per_chip"], found["hbm_bytes_per_chip"]
+    held = "unknown" if peak is None else f"{peak / GIB:.2f} GiB"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
+    lines = [
+        f"  weights in bf16   {found['weights_bytes_per_chip'] / GIB:.2f} GiB a chip ({mesh})",
+        f"  KV cache          {found['cache_bytes_per_row'] / GIB:.2f} GiB per prompt of {found['prompt']:,} tokens "
+        f"and {found['new_tokens']:,} new ones",
+        f"  largest batch     {found['batch_rows']:,} prompts ({found['rows_per_device']} a device)",
+        f"  {'fits' if found['fits'] else 'DOES NOT FIT'}: peak {held} of {hbm / GIB:.2f} GiB a chip",
+    ]
+    if "not_modelled" in found:
+        return "\n".join([*lines, f"  not modelled: {found['not_modelled']}"])
+    return "\n".join(
+        [
+            *lines,
+            f"  prefill           {found['modelled_prefill_seconds']:.2f} s (modelled)",
+            f"  one token each    {found['modelled_decode_step_seconds'] * 1000:.1f} ms, "
+            f"{found['modelled_decode_tokens_per_second']:,.0f} tokens/s (modelled)",
+        ]
+    )

@@ -124,12 +124,14 @@ def allocations(error: str) -> list[tuple[int, str]]:
     return table
 
 
-def needed(error: str) -> int | None:
+def needed(error: str, held: int) -> int | None:
     """Bytes that a program would have needed, from the text of an out-of-memory error; None where it does not say.
 
-    Where the compiler gives up early, that is its temporaries alone: the least that it can be.
+    Args:
+      held: bytes of the program's arguments, for the early text, which speaks of temporaries alone.
     """
-    for pattern in (r"Used ([\d.]+)([BKMG]) of [\d.]+[BKMG] hbm", r"temporaries \(([\d.]+)([BKMG])\) exceeds"):
-        if match := re.search(pattern, error):
-            return round(float(match[1]) * _UNITS[match[2]])
+    if match := re.search(r"Used ([\d.]+)([BKMG]) of [\d.]+[BKMG] hbm", error):
+        return round(float(match[1]) * _UNITS[match[2]])
+    if match := re.search(r"temporaries \(([\d.]+)([BKMG])\) exceeds", error):
+        return held + round(float(match[1]) * _UNITS[match[2]])
     return None

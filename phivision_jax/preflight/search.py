@@ -18,7 +18,7 @@ from phivision_jax.preflight.report import MARGIN
 from phivision_jax.preflight.topology import Topology
 from phivision_jax.training.config import MeshConfig, RunConfig
 
-GROUPS = (32, 64, 128)
+GROUPS = (16, 32, 64, 128)
 
 
 def candidates(cfg: RunConfig, where: Topology) -> list[list[RunConfig]]:
@@ -58,14 +58,20 @@ def search(
     """The report of the fastest candidate that fits with a margin at default effort; None if none does.
 
     Args:
-      attempt: compiles a configuration, at low effort or not, and gives its report (``report.summary``).
+      attempt: compiles a configuration, at low effort or not, and gives its report (``report.summary``), or raises
+        ValueError where the compiler fails.
       say: told about every attempt, in a sentence.
     """
 
     def fitting(tried: RunConfig, low_effort: bool) -> dict[str, Any] | None:
-        report = attempt(tried, low_effort)
+        effort = "low" if low_effort else "default"
+        try:
+            report = attempt(tried, low_effort)
+        except ValueError as error:  # the compiler itself fails on some: one less, not the end of the search
+            say(f"{_name(tried)}: does not compile at {effort} effort: {error}")
+            return None
         fits = report["fits"] and report["free_share"] >= MARGIN
-        say(f"{_name(tried)}: {'fits' if fits else 'too large'} at {'low' if low_effort else 'default'} effort")
+        say(f"{_name(tried)}: {'fits' if fits else 'too large'} at {effort} effort")
         return report if fits else None
 
     for layouts in candidates(cfg, where):

@@ -2,8 +2,8 @@
 
     python -m phivision_jax.preflight.worker FACTS.json < request.json
 
-The request is what ``compile_for`` takes. While it works, the process says on stdout what it is doing, a line at a
-time; the facts it finds are JSON (``Facts``).
+The request names one of the two functions here (``what``: "train" or "generate") and holds its arguments. While it
+works, the process says on stdout what it is doing, a line at a time; what the function returns is written as JSON.
 """
 
 from __future__ import annotations
@@ -70,9 +70,10 @@ def train_facts(config: dict[str, Any], topology: str, slices: int, low_effort: 
         "checkpoint_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.abstract_state)),
         "memory": held,
     }
-    options = compiler_options(mesh) | ({"optimization_level": "O0"} if low_effort else {})
+    options: dict[str, Any] = compiler_options(mesh) | ({"optimization_level": "O0"} if low_effort else {})
     with tempfile.TemporaryDirectory() as tables:
-        return facts | _compile(lowered, facts["mesh"], options | dump_options(Path(tables)), Path(tables), "jit_step")
+        options |= dump_options(Path(tables))
+        return facts | _compile(lowered, sum(held.values()), facts["mesh"], options, Path(tables), "jit_step")
 
 
 def generate_facts(
@@ -112,16 +113,17 @@ def generate_facts(
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(placed):
         lowered = generate_tokens.lower(graphdef, params, spec, key, new_tokens, -1, 0.0, 1.0)
-    facts = {
-        "memory": {"parameters": _bytes_here(params), "batch": _bytes_here(spec)},
-        "mesh": {name: int(size) for name, size in placed.shape.items()},
-    }
+    held = {"parameters": _bytes_here(params), "batch": _bytes_here(spec)}
+    facts = {"memory": held, "mesh": {name: int(size) for name, size in placed.shape.items()}}
     with tempfile.TemporaryDirectory() as tables:
         options = {"optimization_level": "O0"} | dump_options(Path(tables))
-        return facts | _compile(lowered, facts["mesh"], options, Path(tables), "jit_generate_tokens")
+        module = "jit_generate_tokens"
+        return facts | _compile(lowered, sum(held.values()), facts["mesh"], options, Path(tables), module)
 
 
-def _compile(lowered: Any, mesh: dict[str, int], options: dict[str, Any], tables: Path, module: str) -> dict[str, Any]:
+def _compile(
+    lowered: Any, held_bytes: int, mesh: dict[str, int], options: dict[str, Any], tables: Path, module: str
+) -> dict[str, Any]:
     import jax
 
     from phivision_jax.preflight import memory
@@ -140,7 +142,7 @@ def _compile(lowered: Any, mesh: dict[str, int], options: dict[str, Any], tables
         return {
             "fits": False,
             "compile_seconds": time.monotonic() - began,
-            "needed_bytes": memory.needed(text),
+            "needed_bytes": memory.needed(text, held_bytes),
             "buffers": buffers[:12],
         }
     seconds = time.monotonic() - began

@@ -2,7 +2,7 @@
 
 import pytest
 
-from phivision_jax.preflight.memory import Buffer, allocations, dump_options, dumped, peak_buffers
+from phivision_jax.preflight.memory import Buffer, allocations, dump_options, dumped, needed, peak_buffers
 
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 1000, page 0, parameter 0, shape |f32[250]| at ShapeIndex {}, maybe-live-out:
@@ -89,3 +89,11 @@ def test_the_table_of_an_error():
         (570 * 2**20, "fusion.11 f32[29184,1,2560]"),
     ]
     assert allocations("total memory required for HLO temporaries (32.29G) exceeds available HBM (15.75G).") == []
+
+
+def test_what_is_missing_is_said_by_either_text():
+    late = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    assert needed(late, held=7) == 20.5 * 2**30
+    early = "RESOURCE_EXHAUSTED: the program's temporaries (512.0M) exceeds"
+    assert needed(early, held=7) == 7 + 512 * 2**20
+    assert needed("RESOURCE_EXHAUSTED: something else", held=7) is None

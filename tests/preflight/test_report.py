@@ -114,6 +114,18 @@ def test_the_search_takes_the_fastest_that_fits_and_confirms_it():
     assert search.search(CFG, WHERE, lambda cfg, low: {"fits": False}, said.append) is None
 
 
+def test_what_the_compiler_cannot_compile_does_not_end_the_search():
+    def attempt(cfg, low_effort):
+        if cfg.remat != "full":
+            raise ValueError("the compiler was ended by SIGABRT")
+        return {"fits": True, "free_share": 0.2, "cfg": cfg}
+
+    said = []
+    found = search.search(CFG, WHERE, attempt, said.append)
+    assert found is not None and found["cfg"].remat == "full"
+    assert said[0].endswith("does not compile at low effort: the compiler was ended by SIGABRT")
+
+
 def test_fields_are_changed_by_name():
     cfg = load_config("configs/phi4_rv_15b.py:stage1", ("remat=full", "data.batch_rows=512", "mesh.fsdp=64"))
     assert (cfg.remat, cfg.data.batch_rows, cfg.mesh.fsdp, cfg.data.stage) == ("full", 512, 64, "stage1")

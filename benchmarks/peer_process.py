@@ -1,0 +1,69 @@
+"""A peer of a benchmark in an environment of its own, asked over pipes: a JSON request and a JSON answer a line each.
+
+The benchmark holds a ``Peer``; the peer's script calls ``serve``. Python 3.11 suffices here, with its library alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class PeerStopped(SystemExit):
+    """The peer's process ended before it answered."""
+
+
+class Peer:
+    def __init__(self, python: Path, script: Path, threads: int) -> None:
+        if not python.is_file():
+            raise SystemExit(
+                f"--peer-python: {python} is no file; give the Python of an environment with torch and transformers 5 "
+                "(how to make one stands at the head of the benchmark)"
+            )
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": ""}
+        self._process = subprocess.Popen(
+            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """What the peer's method ``do`` returns.
+
+        Raises:
+          PeerStopped: when the process has ended.
+        """
+        assert self._process.stdin and self._process.stdout
+        try:
+            print(json.dumps({"do": do, **arguments}), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise PeerStopped(f"the peer stopped ({do}); its own words are above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@contextmanager
+def peer_process(python: Path, script: Path, threads: int) -> Iterator[Peer]:
+    peer = Peer(python, script, threads)
+    try:
+        yield peer
+    finally:
+        peer.close()
+
+
+def serve(peer: Any) -> None:
+    """Answer requests with ``peer``'s methods until there are no more."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed stays out of the answers
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = getattr(peer, request.pop("do"))(**request)
+        print(json.dumps(answer), file=answers, flush=True)
