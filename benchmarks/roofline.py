@@ -22,10 +22,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from phivision_jax.config import ModelConfig
+from phivision_jax.flops import Workload, mfu, step_flops
 from phivision_jax.preflight import roofline
-from phivision_jax.preflight.flops import Workload, mfu, step_flops
 from phivision_jax.preflight.roofline import MATRIX_UNIT, RECOMPUTE, Pairs, Split, Stack, Work, step_time, visited_pairs
-from phivision_jax.preflight.topology import CHIPS, parse_topology
+from phivision_jax.topology import CHIPS, parse_topology
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 GENERATIONS = ("v5e", "v5p", "v6e")

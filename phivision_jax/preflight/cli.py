@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 if TYPE_CHECKING:
-    from phivision_jax.preflight.topology import Topology
+    from phivision_jax.topology import Topology
     from phivision_jax.training.config import RunConfig
 
 
@@ -50,7 +50,7 @@ def preflight(
     """
     from phivision_jax.preflight import report
     from phivision_jax.preflight.compiling import check_machine
-    from phivision_jax.preflight.topology import parse_topology
+    from phivision_jax.topology import parse_topology
 
     if sum((generate, search)) > 1:
         raise ValueError("--generate and --search exclude each other: the search is for training steps")

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from phivision_jax.flops import Workload, mfu, step_flops
 from phivision_jax.preflight import roofline
-from phivision_jax.preflight.flops import Workload, mfu, step_flops
-from phivision_jax.preflight.topology import Topology
+from phivision_jax.topology import Topology
 from phivision_jax.training.config import RunConfig
 
 FILLED = 0.99

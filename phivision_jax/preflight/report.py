@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from phivision_jax.preflight import modelled
-from phivision_jax.preflight.topology import GIB, Topology
+from phivision_jax.topology import GIB, Topology
 from phivision_jax.training.config import RunConfig
 
 MARGIN = 0.1

@@ -4,7 +4,7 @@
               + what communication sticks out of half of that, per kind of link, and what cannot hide at all
 
 ``e``, the one fitted number of a generation, comes from published runs of other people's models (``EFFICIENCY``); the
-rest is counted here: what a chip executes, recompute and padding included, unlike ``preflight.flops``, which counts
+rest is counted here: what a chip executes, recompute and padding included, unlike ``flops``, which counts
 what the model asks for. MFU is the latter over these seconds. ``docs/roofline.md`` has every constant's source and the
 error on runs that were held out.
 """
@@ -19,9 +19,9 @@ from typing import Self
 from flax import nnx
 
 from phivision_jax.config import ModelConfig
+from phivision_jax.flops import Workload, step_flops
 from phivision_jax.models import phivision
-from phivision_jax.preflight.flops import Workload, step_flops
-from phivision_jax.preflight.topology import CHIPS
+from phivision_jax.topology import CHIPS
 from phivision_jax.training import optim
 from phivision_jax.training.config import OptimConfig
 

@@ -15,7 +15,7 @@ from typing import Any
 from phivision_jax.models.remat import POLICIES
 from phivision_jax.preflight import modelled
 from phivision_jax.preflight.report import MARGIN
-from phivision_jax.preflight.topology import Topology
+from phivision_jax.topology import Topology
 from phivision_jax.training.config import MeshConfig, RunConfig
 
 GROUPS = (16, 32, 64, 128)

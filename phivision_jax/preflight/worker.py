@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from phivision_jax.preflight.topology import parse_topology
+from phivision_jax.topology import parse_topology
 
 PHASES = ("tracing", "compiling", "reading the program")
 

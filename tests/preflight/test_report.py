@@ -8,7 +8,7 @@ import pytest
 
 from phivision_jax.preflight import modelled, report, search
 from phivision_jax.preflight.cli import load_config
-from phivision_jax.preflight.topology import GIB, parse_topology
+from phivision_jax.topology import GIB, parse_topology
 from phivision_jax.training import layouts
 
 WHERE = parse_topology("v5p:4x4x8")

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks import roofline as benchmark
 from phivision_jax.config import ModelConfig
+from phivision_jax.flops import Workload, step_flops
 from phivision_jax.models import remat
 from phivision_jax.preflight import roofline
-from phivision_jax.preflight.flops import Workload, step_flops
 from phivision_jax.preflight.roofline import (
     RECOMPUTE,
     Pairs,
@@ -25,7 +25,7 @@ from phivision_jax.preflight.roofline import (
     step_time,
     visited_pairs,
 )
-from phivision_jax.preflight.topology import CHIPS
+from phivision_jax.topology import CHIPS
 from tests.made import TINY
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"

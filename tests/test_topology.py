@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from phivision_jax.preflight.topology import CHIPS, parse_topology
+from phivision_jax.topology import CHIPS, parse_topology
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from flax import nnx
 from phivision_jax.batch import batch_spec
 from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from phivision_jax.data.packing import Lengths
+from phivision_jax.flops import Workload, mfu, step_flops
 from phivision_jax.models import phivision
-from phivision_jax.preflight.flops import Workload, mfu, step_flops
 from phivision_jax.training import optim
 from phivision_jax.training.config import OptimConfig
 from phivision_jax.training.loss import batch_loss
