@@ -19,6 +19,17 @@ class DataConfig:
     """What to train on: a dataset directory (``phivision data import``), or a mixture of several (.toml)."""
     stage: str = ""
     """Only this stage of the mixture; empty: all of them, one after the other."""
+    replay_path: str = ""
+    """Dataset directory to rehearse beside ``path``, so that what the starting checkpoint knew is kept."""
+    replay_share: float = 0.0
+    """Share of the examples drawn from ``replay_path``."""
+    validation_path: str = ""
+    """Dataset directory or mixture (.toml) whose loss is taken every ``validate_every`` steps; empty for none."""
+    validation_share: float = 0.0
+    """Share of the records of ``path`` that are kept out of training for the same purpose."""
+    loss_weights: tuple[tuple[str, float], ...] = ()
+    """(regular expression, weight) pairs tried in order on an example's mode and task, like "think/math"; the first
+    that matches anywhere multiplies the weights of its target tokens."""
     eval_path: str = ""
     """Dataset directory to score answers on; empty for none."""
     batch_rows: int = 8
@@ -54,7 +65,11 @@ class OptimConfig:
     learning_rate: float = 2e-5
     steps: int = 0
     """0: to the end of the plan."""
+    tokens: int = 0
+    """Length of the training in tokens, where ``steps`` is 0; a step counts B · T. 0: to the end of the plan."""
     warmup_steps: int = 100
+    warmup_tokens: int = 0
+    """Warm-up in tokens, instead of ``warmup_steps``."""
     final_lr_ratio: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
     b1: float = 0.9
@@ -66,6 +81,30 @@ class OptimConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of both moments as they are kept; bfloat16 halves the optimizer's memory and needs b2 <= 0.99."""
     lr_rules: tuple[tuple[str, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank · A · B, of which A and B alone train."""
+
+    rank: int = 0
+    """0: none, all of the model trains as ``optim.lr_rules`` say."""
+    alpha: float = 32.0
+    targets: str = r"decoder/layers/.*_proj"
+    """Regular expression on the paths of linear layers, like ``decoder/layers/mlp/up_proj``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """Steps that are not taken: a loss or gradient that is not finite, or a loss far above those before it."""
+
+    spike: float = 8.0
+    """A loss is a spike where it exceeds the running mean of accepted losses by so many of their standard deviations;
+    0: no loss is."""
+    warmup: int = 100
+    """Accepted steps before the first spike can be told."""
+    patience: int = 8
+    """Training stops after so many steps in a row that were not taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +150,8 @@ class RunConfig:
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
+    guard: GuardConfig = GuardConfig()
     mesh: MeshConfig = MeshConfig()
     init_from: str = ""
     """Checkpoint (ours or a Hugging Face directory) to start from; empty for random weights."""
@@ -139,6 +180,20 @@ class RunConfig:
     """How many examples of ``data.eval_path`` those score (an even sample)."""
     eval_batch: int = 64
     max_new_tokens: int = 8
+    samples: int = 4
+    """How many of those answers go to TensorBoard with their pictures."""
+    validate_every: int = 0
+    """Steps between measurements of the validation loss; 0 for none. One always follows the last step."""
+    validate_batches: int = 16
+    """Most batches that such a measurement takes."""
+    wandb: str = ""
+    """Project of Weights & Biases to log to as well; empty for none."""
+    profile: str = ""
+    """Steps to trace with ``jax.profiler``, like "100:103"; empty for none."""
+    slow_step: float = 0.0
+    """A step that takes so many times the median has the next three traced, once; 0 for never."""
+    step_timeout_s: float = 600.0
+    """Training stops with a message where nothing has happened for so long after compilation."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
