@@ -211,17 +211,26 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
+def open_ours(path: Path) -> tuple[Path, ModelConfig, list[Leaf], ours.OursSource]:
+    """(where, configuration, table, source) of the checkpoint at ``path``; a line says when adapters are merged."""
+    found = find_checkpoint(path)
+    config, _ = read_meta(found)
+    leaves = model_leaves(config)
+    source = ours.OursSource(found, leaves)
+    if source.adapters is not None:
+        say(f"{found} has {source.adapters}; they are merged as they are read")
+    return found, config, leaves, source
+
+
 def to_hf(
     checkpoint: Path, out: Path, like: Path | None, dtype: str, shard_bytes: int, overwrite: bool, force: bool
 ) -> None:
-    found = find_checkpoint(checkpoint)
-    config, _ = read_meta(found)
-    expressible = config
-    if force:
-        expressible = dataclasses.replace(config, image_attention="causal", projector=ProjectorConfig())
-    expressible.to_hf()  # raises for what config.json cannot say
-    leaves = model_leaves(config)
-    with closing(ours.OursSource(found, leaves)) as source:
+    found, config, leaves, source = open_ours(checkpoint)
+    with closing(source):
+        expressible = config
+        if force:
+            expressible = dataclasses.replace(config, image_attention="causal", projector=ProjectorConfig())
+        expressible.to_hf()  # raises for what config.json cannot say
         dtypes = dtypes_of(source, leaves, dtype)
         tensors = tensors_of(leaves, dtypes)
         if like is None:

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from convert.mapping import Leaf, check
+from convert.adapters import Adapters
+from convert.mapping import Leaf, Shape, check
 from phivision_jax.checkpoint import FORMAT
 from phivision_jax.config import ModelConfig, read_json
 
@@ -40,10 +41,10 @@ def _context() -> ts.Context:
 
 
 class OursSource:
-    """The leaves of a table, read from a checkpoint of ours.
+    """The leaves of a table, read from a checkpoint of ours; where kernels have adapters, merged.
 
     Raises:
-      ValueError: when its arrays are not exactly the table's, in name and shape.
+      ValueError: when its arrays are not exactly the table's (and its adapters'), in name and shape.
     """
 
     def __init__(self, directory: Path, leaves: Iterable[Leaf]) -> None:
@@ -59,7 +60,10 @@ class OursSource:
             self._store = {"driver": "file", "path": base.removeprefix("file://")}
         self._driver = "zarr3" if stored.get("use_zarr3") else "zarr"
         keys = [tuple(k["key"] for k in v["key_metadata"]) for v in stored["tree_metadata"].values()]
-        wanted = {leaf.path: leaf.shape for leaf in leaves}
+        wanted: dict[str, Shape] = {}
+        self.adapters = Adapters.find(directory, map("/".join, keys))
+        for leaf in leaves:
+            wanted |= {leaf.path: leaf.shape, **(self.adapters.shapes(leaf) if self.adapters else {})}
         self._arrays = {"/".join(key): self._open(params, ".".join(key)) for key in keys}
         check({path: tuple(array.shape) for path, array in self._arrays.items()}, wanted, str(params))
 
@@ -82,12 +86,18 @@ class OursSource:
 
     def read(self, leaf: Leaf, layers: range, rows: range) -> list[np.ndarray]:
         """Their rows [rows, …] of ``leaf``, one array per layer."""
-        where = _region(leaf, layers, rows)
+        block = self._read(leaf.path, _region(leaf, layers, rows))
+        theirs = [leaf.to_theirs(layer) for layer in block] if leaf.stacked else [leaf.to_theirs(block)]
+        if self.adapters is None:
+            return theirs
+        pairs = zip(layers, theirs, strict=True)
+        return [self.adapters.merge(kernel, leaf, layer, rows, self._read) for layer, kernel in pairs]
+
+    def _read(self, path: str, where: tuple[int | slice, ...]) -> np.ndarray:
         try:
-            block = self._arrays[leaf.path][where].read().result()
+            return self._arrays[path][where].read().result()
         except ValueError as error:
-            raise ValueError(f"{leaf.path}: {str(error).splitlines()[0][:200]}") from None
-        return [leaf.to_theirs(layer) for layer in block] if leaf.stacked else [leaf.to_theirs(block)]
+            raise ValueError(f"{path}: {str(error).splitlines()[0][:200]}") from None
 
     def close(self) -> None:
         self._arrays.clear()

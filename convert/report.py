@@ -13,13 +13,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from convert import ours
 from convert.files import human
 from convert.hf import INDEX, HFDirectory, HFSource
-from convert.jobs import count_bytes, dtypes_of, find_checkpoint, progress, tensors_of
+from convert.jobs import count_bytes, dtypes_of, open_ours, progress, tensors_of
 from convert.mapping import Leaf, model_leaves
 from convert.stream import Source, compare
-from phivision_jax.checkpoint import read_meta
 from phivision_jax.config import ModelConfig
 
 _out = Console(highlight=False, soft_wrap=True)
@@ -49,10 +47,8 @@ def open_checkpoint(path: Path) -> Opened:
         return Opened(path, "Hugging Face", config, leaves, HFSource(hf, leaves), hf)
     if any(path.glob("*.safetensors*")):
         raise ValueError(f"{path} has no config.json: without it the tensors have no meaning")
-    found = find_checkpoint(path)
-    config, _ = read_meta(found)
-    leaves = model_leaves(config)
-    return Opened(found, "phivision_jax", config, leaves, ours.OursSource(found, leaves))
+    found, config, leaves, source = open_ours(path)
+    return Opened(found, "phivision_jax", config, leaves, source)
 
 
 def verify(path_a: Path, path_b: Path) -> bool:

@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from phivision_jax.data.cli import COMMANDS as data_commands
 from phivision_jax.preflight.cli import preflight
+from phivision_jax.training.cli import goodput
 
 
 def chat(
@@ -76,6 +77,7 @@ def main() -> None:
     app.command(data, name="data", help="Datasets: " + ", ".join(data_commands) + ".")
     app.command(chat)
     app.command(preflight)
+    app.command(goodput)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app.cli(prog="phivision", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))

@@ -22,6 +22,8 @@ The released model, everything trained, in GFLOP (``tests/preflight/test_flops.p
       attention      1.3     at 3,600 patches per image
     vision token     0.2     6 · (1152 · 5120 + 5120²)
 
+With adapters (LoRA) kernels are frozen, and x · A · B counts as two products more, forward and backward.
+
 The head counts at every text column, weighted by the loss or not, as it does in published figures. An image's columns
 are text columns too. Backward work is decided per parameter for the whole batch: where the decoder is frozen, an
 example without images could skip its backward pass, and is counted.
@@ -37,6 +39,7 @@ import numpy as np
 
 from phivision_jax.config import ImageAttention, ModelConfig
 from phivision_jax.data.packing import Lengths
+from phivision_jax.training.config import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,13 +175,26 @@ def mfu(flops: float, seconds: float, chips: int, peak_flops: float) -> float:
     return flops / (seconds * chips * peak_flops)
 
 
-def step_flops(config: ModelConfig, work: Workload, lr_rules: Sequence[tuple[str, float]] = ()) -> StepFlops:
+def step_flops(
+    config: ModelConfig,
+    work: Workload,
+    lr_rules: Sequence[tuple[str, float]] = (),
+    lora: LoraConfig | None = None,
+) -> StepFlops:
     """FLOPs of one training step.
 
     Args:
       lr_rules: as in ``OptimConfig``; what they scale by 0 is frozen.
+      lora: with a rank, adapters alone train.
     """
-    count = _Count(lambda path: next((m for pattern, m in lr_rules if re.search(pattern, path)), 1.0) != 0.0)
+    lora = lora or LoraConfig()
+
+    def is_trainable(path: str) -> bool:
+        if lora.rank and not path.endswith(("/lora_a", "/lora_b")):
+            return False
+        return next((m for pattern, m in lr_rules if re.search(pattern, path)), 1.0) != 0.0
+
+    count = _Count(is_trainable, lora)
     vision, decoder = config.vision, config.decoder
 
     # x: does anything before this point train? Gradients flow back only as far as that.
@@ -234,8 +250,8 @@ def _decoder_layers(count: _Count, config: ModelConfig, columns: float, pairs: f
 class _Count:
     """Adds up the forward and backward FLOPs of products; each product says whether gradients flow through it."""
 
-    def __init__(self, is_trainable: Callable[[str], bool]) -> None:
-        self.is_trainable = is_trainable
+    def __init__(self, is_trainable: Callable[[str], bool], lora: LoraConfig) -> None:
+        self.is_trainable, self.lora = is_trainable, lora
         self.costs = {field.name: Cost() for field in dataclasses.fields(StepFlops)}
 
     def trains(self, module: str, *leaves: str) -> bool:
@@ -248,7 +264,14 @@ class _Count:
         product, kernel = 2.0 * rows * inputs * outputs, self.trains(module, "kernel")
         self.costs[part].forward += product
         self.costs[part].backward += product * (x + kernel)
-        return x or kernel or (bias and self.trains(module, "bias"))
+        y = x or kernel or (bias and self.trains(module, "bias"))
+        if self.lora.rank and re.search(self.lora.targets, module):
+            down, up = (2.0 * rows * self.lora.rank * width for width in (inputs, outputs))
+            a, b = self.trains(module, "lora_a"), self.trains(module, "lora_b")
+            self.costs[part].forward += down + up
+            self.costs[part].backward += down * (x + a) + up * ((x or a) + b)
+            y = y or a or b
+        return y
 
     def attention(self, part: str, q: bool, k: bool, v: bool, pairs: float, width: int) -> bool:
         """softmax(q · k) · v over query heads of ``width`` in all. Returns whether the result needs a gradient."""

@@ -1,4 +1,9 @@
-"""``load``: a model and its processor from wherever its weights are."""
+"""``load``: a model and its processor from wherever its weights are.
+
+A checkpoint of a training with adapters (LoRA) is merged as it is read. So whatever starts from it has one kind of
+model, answers in the time of one, and a training that starts from it begins where that one ended, with or without
+adapters of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phivision_jax import checkpoint, sharding
-from phivision_jax.config import ImageAttention, ModelConfig
-from phivision_jax.models import phivision
+from phivision_jax.config import ImageAttention, ModelConfig, dataclass_from_dict
+from phivision_jax.models import lora, phivision
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
+from phivision_jax.training.config import LoraConfig
 
 
 def load(
@@ -113,7 +119,7 @@ def copy_assets(path: Path, to: Path) -> None:
 def read_params(path: Path, config: ModelConfig, target: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a located directory, in ``target``'s dtype and shardings.
 
-    The vision tail is read where ``target`` names it.
+    The vision tail is read where ``target`` names it; adapters that ``target`` does not name are merged.
     """
     if is_hf(path):
         from convert import load_hf_params
@@ -127,19 +133,59 @@ def read_params(path: Path, config: ModelConfig, target: dict[str, Any]) -> dict
 def restore_params(directory: Path, target: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that ``target`` names, in its dtypes and shardings; others in the checkpoint are not read.
 
+    Adapters that it does not name, to kernels that it does, are merged into these, in fp32.
+
     Args:
       target: nested dict of ``jax.ShapeDtypeStruct`` (with shardings, or all go to one device).
 
     Raises:
-      ValueError: when an array is missing or has another shape.
+      ValueError: when an array is missing or has another shape, or the metadata do not say how to merge.
     """
-    handler = ocp.PyTreeCheckpointHandler()
-    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
-    with ocp.Checkpointer(handler) as checkpointer:
-        found = checkpointer.metadata(directory.absolute() / checkpoint.PARAMS)
-        _check_shapes(directory, dict(found.item_metadata.tree), target)
-        args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
-        return checkpointer.restore(directory.absolute() / checkpoint.PARAMS, args=args)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        found = dict(checkpointer.metadata(directory.absolute() / checkpoint.PARAMS).item_metadata.tree)
+    _check_shapes(directory, found, target)
+    stored, wanted = nnx.traversals.flatten_mapping(found), nnx.traversals.flatten_mapping(target)
+    adapted = [
+        (*path[:-1], "kernel")
+        for path in stored
+        if path[-1] == lora.A and path not in wanted and (*path[:-1], "kernel") in wanted
+    ]
+    # The adapted kernels first and one by one: merging takes twice their size in fp32, while the rest is not there.
+    merged = {kernel: _restore_merged(directory, kernel, stored, wanted[kernel]) for kernel in adapted}
+    others = {path: leaf for path, leaf in wanted.items() if path not in merged}
+    return nnx.traversals.unflatten_mapping({**_restore(directory, others), **merged})
+
+
+def _restore_merged(directory: Path, kernel: tuple, stored: Mapping[tuple, Any], wanted: Any) -> jax.Array:
+    """One kernel with its adapter merged."""
+    cfg = _lora_of(directory, kernel)
+    at = wanted.sharding
+    everywhere = NamedSharding(at.mesh, PartitionSpec()) if isinstance(at, NamedSharding) else at
+    target = {
+        path: jax.ShapeDtypeStruct(tuple(stored[path].shape), jnp.float32, sharding=place)
+        for path, place in ((kernel, at), ((*kernel[:-1], lora.A), everywhere), ((*kernel[:-1], lora.B), everywhere))
+    }
+    make = jax.jit(lambda tree: lora.merge(tree, cfg)["kernel"].astype(wanted.dtype), out_shardings=at)
+    return make({path[-1]: array for path, array in _restore(directory, target).items()})
+
+
+def _lora_of(directory: Path, kernel: tuple) -> LoraConfig:
+    """What a run says of its adapters."""
+    values = checkpoint.read_meta(directory)[1].get("run", {}).get("lora")
+    if values is None:
+        raise ValueError(
+            f"{directory}: {'/'.join(kernel)} has an adapter, but meta/metadata lacks the run's lora (rank, alpha)"
+        )
+    return dataclass_from_dict(LoraConfig, values)
+
+
+def _restore(directory: Path, target: Mapping[tuple, Any]) -> dict[tuple, jax.Array]:
+    """These paths alone."""
+    item = nnx.traversals.unflatten_mapping(target)
+    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
+        return nnx.traversals.flatten_mapping(checkpointer.restore(directory.absolute() / checkpoint.PARAMS, args=args))
 
 
 def _check_shapes(directory: Path, found: Mapping[str, Any], target: Mapping[str, Any], prefix: str = "") -> None:

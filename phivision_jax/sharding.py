@@ -47,6 +47,7 @@ RULES: dict[str, MeshAxes] = {
     "patch_heads": "tensor",
     "head_dim": None,
     "layer": None,
+    "lora": None,  # the rank of an adapter
 }
 
 FSDP_GROUP = 32

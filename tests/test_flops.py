@@ -13,7 +13,7 @@ from phivision_jax.data.packing import Lengths
 from phivision_jax.flops import Workload, mfu, step_flops
 from phivision_jax.models import phivision
 from phivision_jax.training import optim
-from phivision_jax.training.config import OptimConfig
+from phivision_jax.training.config import LoraConfig, OptimConfig
 from phivision_jax.training.loss import batch_loss
 from tests.made import EXAMPLES, TINY, random_rows
 
@@ -53,6 +53,28 @@ def test_everything_trained_by_hand():
     flops = step_flops(TINY, WORK)
     assert flops.forward == sum(forward for forward, _ in parts.values())
     assert flops.total == 3 * flops.forward - pixels
+
+
+def test_adapters_by_hand():
+    lora = LoraConfig(rank=3, targets=r"decoder/layers/mlp/.*_proj")
+    parts, frozen = step_flops(TINY, WORK, (), lora).parts, step_flops(TINY, WORK).parts
+    # Two layers of gate and up, 32 to 48, and down, 48 to 32, each with x · A and · B.
+    adapters = 10 * 2 * 3 * 2 * 3 * (32 + 48)
+    assert parts["decoder"].forward == frozen["decoder"].forward + adapters
+    # Nothing before the first layer's gate and up depends on an adapter: no gradient of their x, nor of attention's.
+    attention = 10 * 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32)
+    through = 10 * COLUMN - attention - 2 * 10 * 2 * 32 * 48
+    first = 10 * 2 * 3 * 2 * 32
+    assert parts["decoder"].backward == through + 2 * adapters - first
+    # Scores and values of the second layer alone; the head passes on what it gets.
+    assert parts["decoder_attention"].backward == frozen["decoder_attention"].backward / 2
+    assert parts["head"].backward == 10 * HEAD
+    assert parts["vision"].backward == parts["vision_attention"].backward == parts["projector"].backward == 0
+    # An adapter in the projector brings gradients back to it, through all of the decoder.
+    lora = LoraConfig(rank=3, targets="projector/fc2")
+    parts = step_flops(TINY, WORK, (), lora).parts
+    assert (parts["projector"].backward, parts["decoder"].backward) == (2 * 3 * 3 * (32 + 2 * 32), 10 * COLUMN)
+    assert step_flops(TINY, WORK, (("lora", 0.0),), lora).total == step_flops(TINY, WORK, ((".", 0.0),), lora).total
 
 
 def test_a_frozen_tower_costs_no_backward_and_a_frozen_decoder_one_forward_more():

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phivision_jax.data.mixture import Pool, Stage
+from phivision_jax.data.mixture import Stage
+from phivision_jax.data.order import Pool
 from phivision_jax.data.records import MODES, TASKS
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ def account(
         asked |= {("source", names[s]): (stage.weights[names[s]] / total, stage.unit) for s in stage.chosen(names)}
     if stage.reasoning_share is not None:
         asked["mode", "think"] = (stage.reasoning_share, stage.reasoning_unit)
+    if stage.replay:  # what else was asked is asked of the rest, and this table is about everything
+        asked = {("source", name): (share, "examples") for name, share in stage.replay.items()}
     parts = [f"{name}, {mode}" for name in names for mode in MODES]
     sizes = {
         "source": [len(pool.records) for pool in pools],

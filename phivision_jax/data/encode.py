@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,35 @@ GROUP_NAMES: tuple[str, ...] = tuple(f"{mode}/{task}" for mode in MODES for task
 def group_id(mode: Mode, task: str) -> int:
     """The ``Batch.group_ids`` value of an example: mode × task, as a position in ``GROUP_NAMES``."""
     return MODES.index(mode) * len(TASKS) + TASKS.index(task)
+
+
+def group_weights(rules: Sequence[tuple[str, float]]) -> np.ndarray:
+    """[groups] f32: what multiplies the weights of an example's target tokens, by its group.
+
+    Args:
+      rules: (regular expression, weight) pairs tried in order on a group's name, like "think/math"; the first that
+        matches anywhere counts, and 1 where none does. 0 leaves a group out of the loss.
+
+    Raises:
+      ValueError: for a pattern that is no regular expression or matches no group; for a weight below 0; when every
+        group would be left out.
+    """
+    for pattern, weight in rules:
+        try:
+            matches = any(re.search(pattern, name) for name in GROUP_NAMES)
+        except re.error as error:
+            raise ValueError(f"data.loss_weights: {pattern!r} is not a regular expression: {error}") from None
+        if not matches:
+            raise ValueError(
+                f"data.loss_weights: {pattern!r} matches no mode and task; modes are {', '.join(MODES)}, tasks are "
+                f"{', '.join(TASKS)}, and names look like {GROUP_NAMES[1]!r}"
+            )
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"data.loss_weights: the weight of {pattern!r} must be 0 or more, not {weight}")
+    weights = [next((w for pattern, w in rules if re.search(pattern, name)), 1.0) for name in GROUP_NAMES]
+    if not any(weights):
+        raise ValueError("data.loss_weights leave nothing to learn: every mode and task has weight 0")
+    return np.array(weights, np.float32)
 
 
 def encode_record(record: Record, processor: Processor, max_patches: int | None = None) -> Example:

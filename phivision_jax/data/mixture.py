@@ -19,38 +19,32 @@
     weights = { math = 0.3, gui = 0.7 }   # shares; without any, sources count by their size
     epochs = 2
 
-Records of one source, mode and task (as far as the settings tell these apart) are a cell. Each cell gets a share of the
-examples: its size at first, then scaled until the sources' weights, the tasks' caps or temperature and the reasoning
-share hold at once (iterative proportional fitting; Deming and Stephan 1940). Where they cannot all hold, the reasoning
-share does, then the tasks', and the plan's summary says what was drawn.
+Beside all that a stage may rehearse: ``replay = { base = 0.1 }`` makes every tenth example one of the source "base",
+and the other nine what the stage says without it. And a share of every source can be held out: which records these are
+follows from their numbers and the seed alone, so no other setting ever moves one between training and validation.
 
-The k-th record of a cell is due at time (k + ½) / share, or at the tokens drawn so far / share of tokens; the plan
-takes records in the order of these times. So every stretch of the plan has the shares, not only the whole, and inside
-a cell records follow a permutation of the epoch: none comes again before all of the cell have come once.
+How an order follows from all this: ``order.py``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import os
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from phivision_jax.config import dataclass_from_dict
-from phivision_jax.data.records import MODES, TASKS
-from phivision_jax.data.shuffle import permutation
+from phivision_jax.data.records import TASKS
+from phivision_jax.data.shuffle import sample
 
 Unit = Literal["examples", "tokens"]
-_FITTING_ROUNDS = 2_000
-_THINK = MODES.index("think")
-# What a seed is used for; ``plan`` has a number of its own.
-CELL_ORDER = 0
+# What a seed is used for; ``order`` and ``plan`` have numbers of their own, 0 and 1.
+HELD_OUT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +53,7 @@ class Stage:
 
     name: str = "all"
     sources: tuple[str, ...] = ()
-    """Names of the sources to draw from; none: all."""
+    """Names of the sources to draw from; none: all that are not replayed."""
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Share of each source, in any scale; none: by size times ``repeat``."""
     repeat: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -73,9 +67,12 @@ class Stage:
     """Task shares to this power: 1 leaves them, 0 makes all tasks alike; against over-represented ones."""
     task_caps: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """The largest share of a task; what is cut goes to the others in proportion."""
+    replay: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Share of the examples that comes from each of these sources, to which nothing else here applies."""
     epochs: float | None = None
-    """Passes over the sources (times ``repeat``); default 1. Give this or ``examples``."""
+    """Passes over the sources (times ``repeat``), not over the replayed ones; default 1. Give this or ``examples``."""
     examples: int | None = None
+    """How many in all, replayed ones included."""
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
@@ -91,6 +88,7 @@ class Stage:
             *((f"weights of {name!r}", value, 0, math.inf) for name, value in self.weights.items()),
             *((f"repeat of {name!r}", value, 0, math.inf) for name, value in self.repeat.items()),
             *((f"the cap of task {task!r}", cap, 1e-9, 1) for task, cap in self.task_caps.items()),
+            *((f"replay of {name!r}", value, 1e-9, 1) for name, value in self.replay.items()),
             ("epochs", self.epochs, 1e-9, math.inf),
         ]
         for what, value, low, high in limits:
@@ -99,21 +97,32 @@ class Stage:
                 kind = "a share" if high == 1 else "a number"
                 least = "above 0" if low else "from 0 to 1" if high == 1 else "of 0 or more"
                 raise ValueError(f"{where}: {what} must be {kind} {least}, not {value!r}")
+        if self.replay and self.share_of_own <= 0:
+            raise ValueError(f"{where}: replay takes every example; its shares must add up to less than 1")
         for task in self.task_caps:
             if task not in TASKS:
                 raise ValueError(f"{where}: unknown task {task!r} in task_caps; known are {', '.join(TASKS)}")
 
+    @property
+    def share_of_own(self) -> float:
+        """Of the examples that are not replayed."""
+        return 1 - math.fsum(self.replay.values())
+
     def chosen(self, names: Sequence[str]) -> list[int]:
-        """Numbers of the sources that this stage draws from.
+        """Numbers of the sources that this stage draws from, replayed ones not counted.
 
         Raises:
           ValueError: for a name that is no source's, or weights for some sources but not for all.
         """
-        for field in ("sources", "weights", "repeat"):
+        for field in ("sources", "weights", "repeat", "replay"):
             for name in getattr(self, field):
                 if name not in names:
                     raise ValueError(f"stage {self.name!r}: {field} names {name!r}; the sources are {', '.join(names)}")
-        chosen = [s for s, name in enumerate(names) if not self.sources or name in self.sources]
+        if both := [name for name in self.replay if name in (*self.sources, *self.weights, *self.repeat)]:
+            raise ValueError(f"stage {self.name!r}: {both[0]!r} is replayed; leave it out of sources, weights, repeat")
+        chosen = [
+            s for s, name in enumerate(names) if (name in self.sources if self.sources else name not in self.replay)
+        ]
         if self.weights and (missing := [names[s] for s in chosen if names[s] not in self.weights]):
             raise ValueError(f"stage {self.name!r}: weights leave out {', '.join(missing)}; weigh all sources or none")
         return [s for s in chosen if self.weights.get(names[s], 1) > 0 and self.repeat.get(names[s], 1) > 0]
@@ -126,10 +135,52 @@ class Mixture:
     sources: tuple[tuple[str, Path], ...]
     """Name and directory of each."""
     stages: tuple[Stage, ...] = (Stage(),)
+    held_out: float = 0.0
+    """Share of the records of each source that is kept for validation."""
+    part: Literal["train", "validation"] = "train"
+    """Whether the stages draw from all other records, or from those."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"the share of records held out must be from 0 to below 1, not {self.held_out!r}")
+        if self.part == "validation" and not self.held_out:
+            raise ValueError("no records are held out, so there are none to validate on")
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.sources)
+
+    def draws(self, records: int, seed: int) -> np.ndarray:
+        """[records] bool: which of a source's records can be drawn at all.
+
+        By their numbers and the seed alone: a dataset that is there under two names holds out the same records.
+        """
+        held = sample(records, self.held_out, seed, HELD_OUT)
+        return held if self.part == "validation" else ~held
+
+    def with_replay(self, path: str | os.PathLike[str], share: float) -> Mixture:
+        """With another dataset, from which this share of the examples of every stage is drawn."""
+        name = f"replay/{Path(path).resolve().name}"
+        if name in self.names:
+            raise ValueError(f"a source is called {name!r} already; give it another name")
+        _check_directory(Path(path))
+        stages = []
+        for stage in self.stages:
+            kept = stage.share_of_own * (1 - share)
+            replay = {**{other: old * (1 - share) for other, old in stage.replay.items()}, name: share}
+            if stage.replay and kept <= 0:
+                raise ValueError(f"stage {stage.name!r}: replay leaves nothing of its own")
+            stages.append(dataclasses.replace(stage, replay=replay))
+        return dataclasses.replace(self, sources=(*self.sources, (name, Path(path))), stages=tuple(stages))
+
+    def validation(self) -> Mixture:
+        """The held-out records of the sources that the stages draw from, each once.
+
+        Those of replayed sources are held out as well (they may be the same data), and not drawn here.
+        """
+        names = {self.names[s] for stage in self.stages for s in stage.chosen(self.names)}
+        stage = Stage("validation", sources=tuple(name for name in self.names if name in names))
+        return dataclasses.replace(self, stages=(stage,), part="validation")
 
     def only(self, stage: str) -> Mixture:
         """With one of the stages alone.
@@ -208,6 +259,8 @@ def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
 def _named(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Path], ...]:
     """Name and path of each source; of folders with one name, with their parents' names in front."""
     paths = [Path(entry["path"]) for entry in entries]
+    for path in paths:
+        _check_directory(path)
     depth = 1
     while True:
         names = [
@@ -222,227 +275,11 @@ def _named(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Path], ...]
         depth += 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a stage to an order of examples.
-
-
-@dataclasses.dataclass(frozen=True)
-class Pool:
-    """The records of one source that can be drawn: all of equal length [n]."""
-
-    records: np.ndarray
-    """[n] i64: numbers in the source."""
-    tokens: np.ndarray
-    """[n] i64: columns of each."""
-    modes: np.ndarray
-    tasks: np.ndarray
-    """[n]: positions in ``MODES`` and ``TASKS``."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cell:
-    source: int
-    mode: int | None
-    task: int | None
-    """None: not told apart."""
-    records: np.ndarray
-    tokens: np.ndarray
-    size: float
-    """Examples times ``repeat``."""
-
-    @property
-    def mean_tokens(self) -> float:
-        return int(self.tokens.sum()) / len(self.tokens)
-
-
-def draw(pools: Sequence[Pool], names: Sequence[str], stage: Stage, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """The examples of a stage in order.
-
-    Args:
-      pools: one per source.
-      names: of the sources.
-      stage: what to draw.
-      seed: of the permutations; stages of other names have other ones.
-
-    Returns:
-      ``(sources, records, length of a pass)``: [N] and [N] i64; the pass is what ``epochs`` counts.
-
-    Raises:
-      ValueError: when there is nothing to draw from, or a reasoning share is asked of sources without such records.
-    """
-    chosen = stage.chosen(names)
-    cells = _cells(pools, names, chosen, stage)
-    if not cells:
-        raise ValueError(f"stage {stage.name!r} has no records to draw from")
-    one_pass = max(1, round(math.fsum(cell.size for cell in cells)))
-    total = stage.examples or max(1, round(one_pass * (stage.epochs or 1)))
-    shares = cell_shares(cells, names, stage).tolist()
-    modes: dict[int | None, list[int]] = {}
-    for c, cell in enumerate(cells):
-        if shares[c] > 0:
-            modes.setdefault(cell.mode, []).append(c)
-    streams = [
-        _merge(
-            [_cell_stream(cells[c], c, seed, stage.name) for c in of_mode],
-            [shares[c] * (cells[c].mean_tokens if stage.unit == "tokens" else 1) for c in of_mode],
-            stage.unit,
-        )
-        for of_mode in modes.values()
-    ]
-    mode_shares = [
-        math.fsum(shares[c] * (cells[c].mean_tokens if stage.reasoning_unit == "tokens" else 1) for c in of_mode)
-        for of_mode in modes.values()
-    ]
-    sources, records, _ = _merge(streams, mode_shares, stage.reasoning_unit)(total)
-    return sources, records, one_pass
-
-
-def _cells(pools: Sequence[Pool], names: Sequence[str], chosen: Sequence[int], stage: Stage) -> list[_Cell]:
-    by_mode = stage.reasoning_share is not None
-    by_task = bool(stage.task_caps) or stage.task_temperature != 1
-    cells = []
-    for s in chosen:
-        pool = pools[s]
-        modes = np.where(pool.modes == _THINK, 0, 1) if by_mode else np.zeros(len(pool.records), np.int64)
-        tasks = pool.tasks.astype(np.int64) if by_task else np.zeros(len(pool.records), np.int64)
-        label = modes * len(TASKS) + tasks
-        for value in np.unique(label).tolist():
-            inside = np.flatnonzero(label == value)
-            cells.append(
-                _Cell(
-                    source=s,
-                    mode=value // len(TASKS) if by_mode else None,
-                    task=value % len(TASKS) if by_task else None,
-                    records=pool.records[inside],
-                    tokens=pool.tokens[inside],
-                    size=len(inside) * stage.repeat.get(names[s], 1),
-                )
-            )
-    if by_mode and cells:
-        wanted = {"think": stage.reasoning_share != 0, "nothink": stage.reasoning_share != 1}
-        for mode, name in ((0, "think"), (1, "nothink")):
-            if wanted[name] and not any(cell.mode == mode for cell in cells):
-                raise ValueError(
-                    f"stage {stage.name!r}: reasoning_share is {stage.reasoning_share:g}, but no record of its sources "
-                    f"is of mode {name}; add a source that has them, or leave reasoning_share out"
-                )
-    if stage.reasoning_share in (0.0, 1.0):
-        cells = [cell for cell in cells if cell.mode == (0 if stage.reasoning_share else 1)]
-    return cells
-
-
-def cell_shares(cells: Sequence[_Cell], names: Sequence[str], stage: Stage) -> np.ndarray:
-    """[cells] f64: the share of the examples that each cell gets; they add up to 1."""
-    shares = np.array([cell.size for cell in cells], np.float64)
-    in_tokens = np.array([cell.mean_tokens for cell in cells])
-    amounts = in_tokens if stage.unit == "tokens" else np.ones(len(cells))
-
-    # What is to hold: the group of each cell, the share of each group, and what a cell's examples count.
-    constraints: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    if stage.weights:
-        sources, group = np.unique([cell.source for cell in cells], return_inverse=True)
-        constraints.append((group, np.array([stage.weights[names[s]] for s in sources], np.float64), amounts))
-        _scale(shares, *constraints[0])
-    if cells[0].task is not None:
-        tasks, group = np.unique([cell.task for cell in cells], return_inverse=True)
-        held = dict(zip(tasks.tolist(), np.bincount(group, shares * amounts).tolist(), strict=True))
-        wanted = task_shares(held, stage)
-        constraints.append((group, np.array([wanted[task] for task in tasks.tolist()]), amounts))
-    if stage.reasoning_share is not None:
-        modes, group = np.unique([cell.mode for cell in cells], return_inverse=True)
-        wanted = {0: stage.reasoning_share, 1: 1 - stage.reasoning_share}
-        units = in_tokens if stage.reasoning_unit == "tokens" else np.ones(len(cells))
-        constraints.append((group, np.array([wanted[mode] for mode in modes.tolist()]), units))
-    for _ in range(_FITTING_ROUNDS if len(constraints) > 1 else 1):
-        before = shares / shares.sum()
-        for constraint in constraints:
-            _scale(shares, *constraint)
-        if np.abs(shares / shares.sum() - before).max() < 1e-15:
-            break  # all hold; or they contradict each other, and every round ends where the last did
-    # Twelve digits: the last ones of a power or a sum need not be the same on every machine.
-    return np.array([float(f"{share:.12g}") for share in (shares / shares.sum()).tolist()])
-
-
-def _scale(shares: np.ndarray, group: np.ndarray, wanted: np.ndarray, amounts: np.ndarray) -> None:
-    """Scale the cells of each group to its wanted share of the total in ``amounts``, in place."""
-    held = np.bincount(group, shares * amounts, len(wanted))
-    wanted = np.where(held > 0, wanted, 0)
-    factors = np.divide(wanted / wanted.sum() * held.sum(), held, out=np.ones(len(held)), where=held > 0)
-    shares *= factors[group]
-
-
-def task_shares(held: Mapping[int, float], stage: Stage) -> dict[int, float]:
-    """Shares of tasks by position in ``TASKS`` after temperature, then caps.
-
-    Raises:
-      ValueError: when the caps of all tasks present add up to less than 1.
-    """
-    total = math.fsum(held.values())
-    shares = {task: (amount / total) ** stage.task_temperature for task, amount in held.items()}
-    total = math.fsum(shares.values())
-    shares = {task: share / total for task, share in shares.items()}
-    caps = {task: stage.task_caps.get(TASKS[task], 1.0) for task in shares}
-    if math.fsum(caps.values()) < 1 - 1e-9:
+def _check_directory(path: Path) -> None:
+    """A file of records is what an import reads, not what it writes."""
+    if path.is_file():
         raise ValueError(
-            f"stage {stage.name!r}: the caps of the tasks present ({', '.join(TASKS[t] for t in shares)}) add up to "
-            f"{math.fsum(caps.values()):.2f}, less than 1; leave one of them without a cap"
+            f"{path} is a file; records are imported once, and the directory that makes is what is drawn from:\n"
+            f"    phivision data import {path} {path.with_suffix('')} --images FOLDER --checkpoint CHECKPOINT\n"
+            f"then give {path.with_suffix('')} instead (docs/data.md)"
         )
-    capped: set[int] = set()
-    while over := {task for task, share in shares.items() if share > caps[task] + 1e-12 and task not in capped}:
-        capped |= over
-        left = 1 - math.fsum(caps[task] for task in capped)
-        free = math.fsum(share for task, share in shares.items() if task not in capped)
-        shares = {
-            task: caps[task] if task in capped else share * left / free if free else 0.0
-            for task, share in shares.items()
-        }
-    return shares
-
-
-type _Stream = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""An endless sequence of examples, of which any beginning can be had: sources, records and tokens, each [n] i64."""
-
-
-def _cell_stream(cell: _Cell, c: int, seed: int, stage: str) -> _Stream:
-    """The records of one cell, a new permutation each epoch."""
-    # By its name, not its place: a stage that is planned alone draws what it draws among the others.
-    purpose = int.from_bytes(hashlib.sha256(stage.encode()).digest()[:4])
-
-    def first(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        size = len(cell.records)
-        epochs = [permutation(size, seed, CELL_ORDER, purpose, c, epoch) for epoch in range(-(-n // size))]
-        order = np.concatenate(epochs)[:n] if epochs else np.zeros(0, np.int64)
-        return np.full(n, cell.source, np.int64), cell.records[order], cell.tokens[order]
-
-    return first
-
-
-def _merge(streams: Sequence[_Stream], shares: Sequence[float], unit: Unit) -> _Stream:
-    """One stream of several, each by its share in ``unit``: ordered by the time at which each example is due."""
-    if len(streams) == 1:
-        return streams[0]
-
-    def first(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        total = math.fsum(shares)
-        counts = [min(n, math.ceil(n * share / total) + 1) for share in shares]
-        while True:
-            taken = [stream(count) for stream, count in zip(streams, counts, strict=True)]
-            due = [_due(tokens, share, unit) for (_, _, tokens), share in zip(taken, shares, strict=True)]
-            order = np.argsort(np.concatenate(due), kind="stable")[:n]
-            last = np.concatenate(due)[order[-1]] if len(order) == n else math.inf
-            # A stream that ends before the last example is due has to be longer.
-            short = [k for k, times in enumerate(due) if counts[k] < n and (not len(times) or times[-1] < last)]
-            if not short:
-                break
-            for k in short:
-                counts[k] = min(n, counts[k] + counts[k] // 4 + 16)
-        columns = [np.concatenate(column)[order] for column in zip(*taken, strict=True)]
-        return columns[0], columns[1], columns[2]
-
-    return first
-
-
-def _due(tokens: np.ndarray, share: float, unit: Unit) -> np.ndarray:
-    if unit == "examples":
-        return (np.arange(len(tokens)) + 0.5) / share
-    return (np.cumsum(tokens) - tokens / 2) / share

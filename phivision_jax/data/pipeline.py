@@ -57,10 +57,12 @@ def batches(
     batch_rows: int,
     rows_here: Sequence[int] | None = None,
     start_step: int = 0,
+    end_step: int | None = None,
+    loss_weights: np.ndarray | None = None,
     num_threads: int = 2,
     prefetch: int = 4,
 ) -> Iterator[tuple[Batch, BatchInfo]]:
-    """The plan's batches from ``start_step`` to its end, as NumPy.
+    """The plan's batches from ``start_step`` to ``end_step`` or its end, as NumPy.
 
     Args:
       datasets: what the plan was made from, in its order.
@@ -69,6 +71,8 @@ def batches(
       batch_rows: B, rows of a step over all hosts.
       rows_here: which of the B rows to make, in this order; default all. ``rows_of_process`` gives a host's.
       start_step: resume here.
+      end_step: the first step that is not wanted.
+      loss_weights: [groups] f32 (``encode.group_weights``): multiplies the weights of an example's target tokens.
       num_threads: how many steps are made at a time; 0 makes them in the caller's thread.
       prefetch: how many steps may be ready ahead of the consumer.
 
@@ -84,6 +88,7 @@ def batches(
     steps = plan.num_steps(batch_rows)
     if not 0 <= start_step <= steps:
         raise IndexError(f"start_step {start_step} of a plan with {steps} steps of {batch_rows} rows")
+    end = steps if end_step is None else min(end_step, steps)
     here = list(range(batch_rows)) if rows_here is None else list(rows_here)
     capacity, config = plan.capacity, processor.config
 
@@ -107,12 +112,14 @@ def batches(
             image_attention=config.image_attention,
             pad_token_id=config.decoder.pad_token_id,
         )
+        if loss_weights is not None:
+            batch = dataclasses.replace(batch, loss_weights=batch.loss_weights * loss_weights[batch.group_ids])
         return batch, BatchInfo(step, tuple(record_ids), tuple(holes))
 
-    if start_step == steps:
+    if start_step >= end:
         return iter(())
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    return iter(grain.MapDataset.range(start_step, steps).map(load).to_iter_dataset(options))
+    return iter(grain.MapDataset.range(start_step, end).map(load).to_iter_dataset(options))
 
 
 def _load_example(

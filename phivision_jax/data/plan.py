@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phivision_jax.data.drawn import Drawn, PlanSummary, account
-from phivision_jax.data.mixture import Mixture, Pool, draw
+from phivision_jax.data.mixture import Mixture
+from phivision_jax.data.order import Pool, draw
 from phivision_jax.data.packing import Capacity, Lengths, attention_work, balance, pack
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.data.sizes import REASONS, Overflow, check_processor, measure
@@ -187,8 +188,8 @@ def check_out(directory: str | os.PathLike[str]) -> None:
 
 def differing(inputs: Any, others: Any, path: str = "") -> str | None:
     """The first of the inputs that others have otherwise, as "stages.0.epochs is 2.0 there, 1.0 here"; None if none."""
-    for key in inputs if isinstance(inputs, Mapping) else range(len(inputs)):
-        mine, theirs = inputs[key], (others[key] if isinstance(others, list) else others.get(key))
+    for key in {**inputs, **others} if isinstance(inputs, Mapping) else range(len(inputs)):
+        mine, theirs = (side[key] if isinstance(side, list) else side.get(key) for side in (inputs, others))
         if mine == theirs:
             continue
         where = f"{path}{key}"
@@ -230,6 +231,8 @@ def plan_inputs(
     for stage_inputs in stages:
         if stage_inputs["examples"] is None:  # 1, 1.0 and nothing said are one plan
             stage_inputs["epochs"] = float(stage_inputs["epochs"] or 1)
+        if not stage_inputs["replay"]:  # and the plan that it was before there was such a thing
+            del stage_inputs["replay"]
     inputs = {
         "format": FORMAT,
         "sources": [dataset.hash for dataset in datasets],
@@ -242,6 +245,8 @@ def plan_inputs(
         "on_overflow": on_overflow,
         "window": window,
     }
+    if mixture.held_out:
+        inputs["held_out"] = {"share": mixture.held_out, "part": mixture.part}
     return json.loads(json.dumps(inputs))
 
 
@@ -281,19 +286,25 @@ def make_plan(
             f"needs {shortest[0]} columns and {shortest[1]} patches"
         )
     lengths, first = _joined([m.lengths for m in measured])
+    names = mixture.names
     pools = []
     for m, dataset in zip(measured, datasets, strict=True):
-        which = np.flatnonzero(m.fits)
+        which = np.flatnonzero(m.fits & mixture.draws(len(dataset), inputs["seed"]) if mixture.held_out else m.fits)
         index = dataset.index
         pools.append(Pool(which, m.lengths.columns[which], index.modes[which], index.tasks[which]))
+    if mixture.held_out and not any(len(pools[s].records) for stage in mixture.stages for s in stage.chosen(names)):
+        raise ValueError(
+            f"{mixture.held_out:g} of the records are held out, which leaves none for {mixture.part}: there are "
+            f"{sum(map(len, datasets)):,}; hold out a {'larger' if mixture.part == 'validation' else 'smaller'} share"
+        )
 
     rows = _Rows(lengths, capacity, inputs["seed"], inputs["batch_rows"])
     drawn: list[Drawn] = []
     for stage in mixture.stages:
-        sources, records, one_pass = draw(pools, mixture.names, stage, inputs["seed"])
+        sources, records, one_pass = draw(pools, names, stage, inputs["seed"])
         numbers = first[sources] + records
         together = one_pass * _passes_together(lengths.columns[numbers[:one_pass]], capacity)
-        drawn += account(stage, mixture.names, sources, records, pools, datasets, lengths.columns[numbers])
+        drawn += account(stage, names, sources, records, pools, datasets, lengths.columns[numbers])
         with bar(f"plan {stage.name}", len(numbers), shown=progress) as advance:
             for begin in range(0, len(numbers), together):  # windows end with the pass
                 in_pass = numbers[begin : begin + together]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import grain
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -105,10 +104,9 @@ class Evaluator:
         """Ask all questions; ``advance`` is told how many were answered."""
         answers: list[Answer] = []
         for records, asked, batch in self._batches():
-            if self.mesh is not None:
-                batch = jax.device_put(batch, row_sharding(self.mesh))
+            at = row_sharding(self.mesh) if self.mesh else None
             eos = self.processor.tokenizer.eos_id
-            ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos)
+            ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos, sharding=at)
             answers += [self._judge(*judged) for judged in zip(records, ids, asked, strict=False)]
             advance(len(records))
         return EvalResult(tuple(answers))

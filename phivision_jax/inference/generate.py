@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from phivision_jax.batch import Batch
 from phivision_jax.inference.cache import empty_cache, extend_segments, write_segment
@@ -101,12 +103,14 @@ def generate_ids(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    sharding: NamedSharding | None = None,
 ) -> np.ndarray:
     """Continue each row of a batch of prompts.
 
     Args:
       batch: one example per row, at the row's beginning.
       eos_id: ends a row; None never ends one.
+      sharding: where rows are computed; the batch is NumPy then, and the same on every process.
 
     Returns:
       [B, max_new_tokens] i32; after a row's ``eos_id``, ``eos_id`` again.
@@ -123,6 +127,8 @@ def generate_ids(
         raise ValueError(
             "generation takes one example per row, from column 0: this batch is packed or has an empty row"
         )
+    if sharding is not None:
+        batch = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
     graphdef, params = model.split()
     ids = generate_tokens(
         graphdef,
@@ -134,7 +140,7 @@ def generate_ids(
         temperature,
         top_p,
     )
-    return np.asarray(ids)
+    return np.asarray(ids if ids.is_fully_addressable else multihost_utils.process_allgather(ids, tiled=True))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))

@@ -33,7 +33,14 @@ def truncated_normal(stddev: float) -> Initializer:
 
 
 class Linear(nnx.Module):
-    """y = x · kernel (+ bias), contracting the last ``len(inputs)`` axes of x: heads keep axes of their own."""
+    """y = x · kernel (+ bias), contracting the last ``len(inputs)`` axes of x: heads keep axes of their own.
+
+    With adapters (``adapt``) also + alpha / rank · (x · A) · B; Hu et al. 2021, arXiv 2106.09685, §4.1.
+    """
+
+    lora_a: nnx.Param | None = None
+    lora_b: nnx.Param | None = None
+    lora_scale: float = 0.0
 
     def __init__(
         self,
@@ -54,7 +61,27 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         n = self.num_inputs
         y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=n)
+        if self.lora_a is not None and self.lora_b is not None:
+            # Never A · B: that would be as large as the kernel.
+            narrow = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), axes=n)
+            y = y + self.lora_scale * jnp.tensordot(narrow, self.lora_b[...].astype(x.dtype), axes=1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def adapt(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
+        """Add a low-rank adapter that changes nothing yet: A [in…, rank] is drawn, B [rank, out…] is zero.
+
+        Where the kernel is stacked over layers, both are too. A is uniform in ±1/√in, as in the paper's own code and
+        in PEFT, so that learning rates found there serve here.
+        """
+        shape, axes = self.kernel.get_value().shape, self.kernel.get_metadata()["out_sharding"]
+        layers = axes.count("layer")
+        n = layers + self.num_inputs
+        draw = jax.nn.initializers.variance_scaling(
+            1 / 3, "fan_in", "uniform", in_axis=range(layers, n), batch_axis=range(layers)
+        )
+        self.lora_a = param(rngs, (*shape[:n], rank), (*axes[:n], "lora"), draw)
+        self.lora_b = param(rngs, (*shape[:layers], rank, *shape[n:]), (*axes[:layers], "lora", *axes[n:]), ZEROS)
+        self.lora_scale = alpha / rank
 
 
 class LayerNorm(nnx.Module):

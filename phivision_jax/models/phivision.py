@@ -19,10 +19,12 @@ from jaxtyping import Array, Float, Int32
 
 from phivision_jax.batch import Batch
 from phivision_jax.config import ModelConfig
+from phivision_jax.models import lora as adapters
 from phivision_jax.models.phi4 import Phi4Decoder
 from phivision_jax.models.projector import Projector
 from phivision_jax.models.siglip2 import Siglip2Encoder
 from phivision_jax.sharding import constrain
+from phivision_jax.training.config import LoraConfig
 
 Params = dict[str, Any]
 """Parameters as nested plain dicts, the form at every jit boundary."""
@@ -36,9 +38,10 @@ class PhiVision(nnx.Module):
       rngs: for the initial weights.
       dtype: of the computation; parameters are made in fp32, norms, softmax, angles and logits stay fp32.
       remat: what a decoder layer keeps for its backward pass (``models/remat.py``), ``vision_remat`` a vision block.
+      lora: adapters to add, which change nothing until they are trained; None or rank 0: none.
 
     Raises:
-      ValueError: for a policy that does not exist.
+      ValueError: for a policy that does not exist, or targets of ``lora`` that match nothing.
     """
 
     def __init__(
@@ -49,11 +52,14 @@ class PhiVision(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
         vision_remat: str = "none",
+        lora: LoraConfig | None = None,
     ) -> None:
         self.config = config
         self.vision = Siglip2Encoder(config.vision, rngs=rngs, dtype=dtype, remat=vision_remat)
         self.projector = Projector(config, rngs=rngs)
         self.decoder = Phi4Decoder(config.decoder, rngs=rngs, dtype=dtype, remat=remat)
+        if lora is not None and lora.rank:
+            adapters.add(self, lora, rngs)  # last, so that the weights are drawn as they are without
 
     def __call__(self, batch: Batch) -> Float[Array, "B T V"]:
         return self.decoder.lm_head(self.hidden(batch))
@@ -100,11 +106,16 @@ def merge(graphdef: nnx.GraphDef, params: Mapping[str, Any]) -> PhiVision:
 
 
 def abstract(
-    config: ModelConfig, *, dtype: DTypeLike = jnp.float32, remat: str = "none", vision_remat: str = "none"
+    config: ModelConfig,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: str = "none",
+    vision_remat: str = "none",
+    lora: LoraConfig | None = None,
 ) -> tuple[nnx.GraphDef, nnx.State]:
     """Structure and abstract parameters of a model, logical axes included; allocates nothing."""
     model = nnx.eval_shape(
-        lambda: PhiVision(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat, vision_remat=vision_remat)
+        lambda: PhiVision(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat, vision_remat=vision_remat, lora=lora)
     )
     return nnx.split(model, nnx.Param)
 

@@ -141,6 +141,7 @@ def _search(cfg: RunConfig, where: Topology) -> dict[str, Any]:
     print(
         f"best: --config.mesh.fsdp={mesh['fsdp']} --config.mesh.data={mesh['data']} "
         f"--config.mesh.context={mesh['context']} --config.remat={found['remat']} "
+        f"--config.vision_remat={found['vision_remat']} "
         f"--config.microbatches={found['microbatches']}\n"
     )
     return found

@@ -33,7 +33,10 @@ def candidates(cfg: RunConfig, where: Topology) -> list[list[RunConfig]]:
         for mesh in _meshes(cfg, where):
             local = cfg.data.batch_rows // (mesh.slice * mesh.data * mesh.fsdp)
             for at_once in (n for n in range(1, min(local, 4) + 1) if local % n == 0):
-                layouts.append(dataclasses.replace(cfg, mesh=mesh, remat=remat, microbatches=local // at_once))
+                # The compiler (libtpu 0.0.50) fails on an offloading tower that takes several rows at a time.
+                vision = "full" if at_once > 1 and "offload" in cfg.vision_remat else cfg.vision_remat
+                one = dataclasses.replace(cfg, mesh=mesh, remat=remat, vision_remat=vision)
+                layouts.append(dataclasses.replace(one, microbatches=local // at_once))
         # Weights are gathered once per microbatch; a larger group gathers more of them from further away.
         layouts.sort(key=lambda one: (one.microbatches, one.mesh.fsdp))
         speed = modelled.speed(layouts[0], where, modelled.Mix.of_recipe(cfg), None)

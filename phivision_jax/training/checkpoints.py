@@ -30,7 +30,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
@@ -40,6 +39,7 @@ from phivision_jax.config import read_json
 from phivision_jax.training import manifest
 from phivision_jax.training.checksums import checksums, differing
 from phivision_jax.training.files_item import FilesSave
+from phivision_jax.training.processes import agree
 
 CHUNK_BYTES = 32_000_000
 """The most that one stored chunk holds. Stacked arrays are also cut by layer, so that the converter can stream them."""
@@ -101,6 +101,10 @@ class RunCheckpoints:
                 "--run to begin anew"
             )
         return max(steps, default=None)
+
+    def has(self, at_most: int | None = None) -> bool:
+        """Whether there is a step, whole or not, that is not newer than that; raises as ``latest``."""
+        return self.latest is not None and any(at_most is None or step <= at_most for step in self._steps())
 
     def _steps(self) -> list[int]:
         """By name alone: what lacks a file is not absent but damaged."""
@@ -258,11 +262,14 @@ class RunCheckpoints:
         return read_json(self._directory / str(self._newest()) / META / "metadata")
 
     def restore(
-        self, abstract_state: Mapping[str, Any], vision_tail: Any
+        self, abstract_state: Mapping[str, Any], vision_tail: Any, *, at_most: int | None = None
     ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
         """(state, vision_tail, meta) of the newest whole step, sharded as ``abstract_state`` says (on any mesh).
 
         Newer ones, which are not whole, are put aside, and ``say`` is told why.
+
+        Args:
+          at_most: the newest that is wanted; the directory is then left as it is.
 
         Raises:
           CheckpointError: when none is whole, saying of each what is wrong; when one is, but holds other arrays than
@@ -270,17 +277,18 @@ class RunCheckpoints:
         """
         params = {**abstract_state["params"], "vision_tail": vision_tail}
         while True:
-            step = self._newest()
+            step = self._newest(at_most)
             meta = read_json(self._directory / str(step) / META / "metadata")
             restored, wrong = self._read(step, params, abstract_state["opt_state"], meta)
             if wrong is None:
                 break
             del restored  # two states at once may not fit
             self._damaged[step] = wrong
-        self._set_aside(step)
+        if at_most is None:
+            self._set_aside(step)
         if CHECKSUMS not in meta:
             self._tell(f"checkpoint {step} was written without checksums; it is taken as it is")
-        if not (self._directory / str(step) / manifest.MANIFEST).exists():
+        if at_most is None and not (self._directory / str(step) / manifest.MANIFEST).exists():
             self._seal(step)
         params = dict(restored[PARAMS])
         tail = params.pop("vision_tail")
@@ -288,10 +296,11 @@ class RunCheckpoints:
         state = {"params": params, "opt_state": restored[OPT_STATE], "step": jax.device_put(jnp.int32(step), at)}
         return state, tail, meta
 
-    def _newest(self) -> int:
+    def _newest(self, at_most: int | None = None) -> int:
         """The newest step in which no damage has been found, its files read."""
-        for step in sorted(set(self._steps()) - self._damaged.keys(), reverse=True):
-            if step not in self._checked and (wrong := _agree(self._damage_of_files(step))):
+        wanted = [step for step in self._steps() if at_most is None or step <= at_most]
+        for step in sorted(set(wanted) - self._damaged.keys(), reverse=True):
+            if step not in self._checked and (wrong := agree(self._damage_of_files(step))):
                 self._damaged[step] = wrong
                 continue
             self._checked.add(step)
@@ -333,7 +342,7 @@ class RunCheckpoints:
         if wrong is None and CHECKSUMS in meta:
             found = checksums({PARAMS: restored[PARAMS], OPT_STATE: restored[OPT_STATE]})
             wrong = differing(meta[CHECKSUMS], {name: f"{value:08x}" for name, value in found.items()})
-        wrong = _agree(wrong)
+        wrong = agree(wrong)
         if wrong is not None and wrong.startswith(_UNREADABLE) and (checkpoint / manifest.MANIFEST).exists():
             raise CheckpointError(f"every file of {checkpoint} is whole, but {wrong}")
         return restored, wrong
@@ -355,16 +364,6 @@ class RunCheckpoints:
     def _tell(self, sentence: str) -> None:
         if self._first:
             self._say(sentence)
-
-
-def _agree(wrong: str | None) -> str | None:
-    """What any process found wrong, on all of them: they must restore the same step."""
-    if jax.process_count() == 1:
-        return wrong
-    mine = np.frombuffer((wrong or "").encode()[:512].ljust(512, b"\0"), np.uint8)
-    everyone = np.asarray(multihost_utils.process_allgather(mine))
-    said = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in everyone)
-    return next((sentence for sentence in said if sentence), None)
 
 
 def _first_line(error: BaseException) -> str:

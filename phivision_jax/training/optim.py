@@ -9,7 +9,8 @@ import jax
 import optax
 from flax import nnx
 
-from phivision_jax.training.config import OptimConfig
+from phivision_jax.models.lora import is_adapter
+from phivision_jax.training.config import OptimConfig, RunConfig
 
 flatten, unflatten = nnx.traversals.flatten_mapping, nnx.traversals.unflatten_mapping
 """Nested dicts to {path: leaf} and back; partitions of the parameters are dicts of paths."""
@@ -20,7 +21,7 @@ def path_name(path: tuple) -> str:
 
 
 def multipliers(params: dict[str, Any], cfg: OptimConfig) -> dict[tuple, float]:
-    """The learning-rate multiplier of every parameter path.
+    """The learning-rate multiplier of every parameter path; where there are adapters (LoRA), they alone train.
 
     Raises:
       ValueError: for a pattern that is no regular expression, or that matches no parameter.
@@ -34,10 +35,14 @@ def multipliers(params: dict[str, Any], cfg: OptimConfig) -> dict[tuple, float]:
         if not matches:
             example = next(iter(names.values()))
             raise ValueError(f"optim.lr_rules: {pattern!r} matches no parameter (they look like {example!r})")
-    return {
-        path: next((float(m) for pattern, m in cfg.lr_rules if re.search(pattern, name)), 1.0)
-        for path, name in names.items()
-    }
+    only_adapters = any(map(is_adapter, names))
+
+    def multiplier(path: tuple, name: str) -> float:
+        if only_adapters and not is_adapter(path):
+            return 0.0
+        return next((float(m) for pattern, m in cfg.lr_rules if re.search(pattern, name)), 1.0)
+
+    return {path: multiplier(path, name) for path, name in names.items()}
 
 
 def partition(params: dict[str, Any], cfg: OptimConfig) -> tuple[dict[tuple, Any], dict[tuple, Any]]:
@@ -49,12 +54,35 @@ def partition(params: dict[str, Any], cfg: OptimConfig) -> tuple[dict[tuple, Any
     scale, flat = multipliers(params, cfg), flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if scale[path] != 0.0}
     if not trainable:
-        raise ValueError("optim.lr_rules freeze every parameter: there is nothing to train")
+        what = "adapter (with lora.rank, they alone train)" if any(map(is_adapter, flat)) else "parameter"
+        raise ValueError(f"optim.lr_rules freeze every {what}: there is nothing to train")
     return trainable, {path: leaf for path, leaf in flat.items() if scale[path] == 0.0}
 
 
+def num_steps(cfg: RunConfig, available: int) -> int:
+    """How many steps training takes: as ``optim.steps`` or ``optim.tokens`` say, else all that the plan has.
+
+    Raises:
+      ValueError: when that is more than ``available``, the plan's; for both steps and tokens.
+    """
+    steps = cfg.in_steps().optim.steps or available
+    if steps > available:
+        what = f"{cfg.optim.tokens:,} tokens" if cfg.optim.tokens else f"optim.steps is {steps}"
+        raise ValueError(
+            f"{what}: {steps:,} steps of {cfg.data.batch_rows} rows of {cfg.data.length}, but data.epochs="
+            f"{cfg.data.epochs} gives {available:,}; raise data.epochs (or the mixture's)"
+        )
+    return steps
+
+
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 to the peak, then a cosine to ``final_lr_ratio`` of it."""
+    """Learning rate by step: linear from 0 to the peak, then a cosine to ``final_lr_ratio`` of it.
+
+    Raises:
+      ValueError: for a warm-up in tokens: how many a step has is not known here (``RunConfig.in_steps``).
+    """
+    if cfg.warmup_tokens:
+        raise ValueError(f"optim.warmup_tokens={cfg.warmup_tokens} must be turned into steps first: RunConfig.in_steps")
     warmup = min(cfg.warmup_steps, max(steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.learning_rate * cfg.final_lr_ratio
@@ -62,8 +90,8 @@ def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def is_decayed(path: tuple) -> bool:
-    """Weight decay is for kernels of linear layers; the head's kernel is a table of embeddings and is spared."""
-    return path[-1] == "kernel" and "lm_head" not in path
+    """Weight decay is for kernels of linear layers and their adapters; the head's is a table of embeddings: spared."""
+    return (path[-1] == "kernel" and "lm_head" not in path) or is_adapter(path)
 
 
 def make_optimizer(params: dict[str, Any], cfg: OptimConfig, steps: int) -> optax.GradientTransformation:

@@ -19,7 +19,10 @@ from phivision_jax.models import phivision
 from phivision_jax.training import layouts, optim
 from phivision_jax.training.compiler import compiler_options
 from phivision_jax.training.config import MeshConfig, OptimConfig, RunConfig
+from phivision_jax.training.guard import guarded
 from phivision_jax.training.loss import batch_loss
+from phivision_jax.training.modules import module_norms
+from phivision_jax.training.speed import batch_work
 
 State = dict[str, Any]
 """{"params": nested dict, "opt_state": of the trainable partition, "step": i32 scalar}."""
@@ -30,7 +33,7 @@ class TrainStep:
     """How to train one model on one mesh. Shapes first: nothing here holds an array."""
 
     graphdef: nnx.GraphDef
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs
     cfg: OptimConfig
     learning_rate: optax.Schedule
     num_groups: int
@@ -99,13 +102,18 @@ class TrainStep:
             like = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], parts))
             zeros = self.pin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
             ((loss, aux), grads), _ = jax.lax.scan(add, zeros, parts)
-        updates, opt_state = self.tx.update(grads, state["opt_state"], trainable)
+        updates, opt_state = self.tx.update(grads, state["opt_state"], trainable, loss=loss)
         params = optim.unflatten({**optax.apply_updates(trainable, updates), **frozen})
         metrics = {
             "loss": loss,
             **aux,
+            **batch_work(batch),
             "grad_norm": optax.global_norm(grads),
             "update_norm": optax.global_norm(updates),
+            **module_norms(grads, "grad_norm"),
+            **module_norms(updates, "update_norm"),
+            "skipped_in_a_row": opt_state.skipped_in_a_row,
+            "skipped": opt_state.skipped,
         }
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
@@ -133,10 +141,10 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1)
     """
     cfg = layouts.resolve(dataclasses.replace(cfg, mesh=MeshConfig(**mesh.shape)), list(mesh.devices.flat))
     graphdef, state = phivision.abstract(
-        cfg.model, dtype=jnp.dtype(cfg.dtype), remat=cfg.remat, vision_remat=cfg.vision_remat
+        cfg.model, dtype=jnp.dtype(cfg.dtype), remat=cfg.remat, vision_remat=cfg.vision_remat, lora=cfg.lora
     )
     params, at = nnx.to_pure_dict(state), sharding.param_shardings(state, mesh)
-    tx = optim.make_optimizer(params, cfg.optim, steps)
+    tx = guarded(optim.make_optimizer(params, cfg.optim, steps), cfg.guard)
     trainable, _ = optim.partition(params, cfg.optim)
     flat_at = optim.flatten(at)
     opt_at = optim.optimizer_shardings(
@@ -155,10 +163,18 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1)
     return TrainStep(graphdef, tx, cfg.optim, rate, num_groups, cfg.microbatches, mesh, abstract_state)
 
 
-def init_params(cfg: RunConfig, step: TrainStep) -> phivision.Params:
-    """Random parameters, made where they will live (the same numbers on any mesh)."""
+def init_params(cfg: RunConfig, step: TrainStep, base: phivision.Params | None = None) -> phivision.Params:
+    """Random parameters, made where they will live (the same numbers on any mesh).
+
+    Args:
+      base: parameters to take instead of random ones, as a checkpoint has them (``lora.without``): then only those it
+        lacks are made, the adapters, and they are the ones that a start from nothing would have made.
+    """
+    given = optim.flatten(base or {})
+    at = {path: at for path, at in optim.flatten(step.shardings["params"]).items() if path not in given}
 
     def make():
-        return phivision.PhiVision(cfg.model, rngs=nnx.Rngs(cfg.seed)).split()[1]
+        params = optim.flatten(phivision.PhiVision(cfg.model, rngs=nnx.Rngs(cfg.seed), lora=cfg.lora).split()[1])
+        return {path: params[path] for path in at}
 
-    return jax.jit(make, out_shardings=step.shardings["params"])()
+    return optim.unflatten({**given, **(jax.jit(make, out_shardings=at)() if at else {})})

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phivision_jax.data.mixture import Mixture, Pool, Stage, draw, task_shares
+from phivision_jax.data.mixture import Mixture, Stage
+from phivision_jax.data.order import Pool, draw, task_shares
 from phivision_jax.data.records import MODES, TASKS
 
 THINK, NOTHINK = MODES.index("think"), MODES.index("nothink")

@@ -101,4 +101,4 @@ def run(
 
 
 def first_moments(state: State) -> dict[tuple, jax.Array]:
-    return next(part.mu for part in state["opt_state"] if hasattr(part, "mu"))
+    return next(part.mu for part in state["opt_state"].inner if hasattr(part, "mu"))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from phivision_jax.training import optim
-from phivision_jax.training.config import OptimConfig
+from phivision_jax.training.config import DataConfig, OptimConfig, RunConfig
 
 PARAMS = {
     "vision": {"mlp": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},
@@ -36,6 +36,60 @@ def test_rules_that_cannot_be_meant(rules, message):
 def test_schedule_by_hand():
     at = optim.schedule(OptimConfig(learning_rate=1.0, warmup_steps=10, final_lr_ratio=0.2), 110)
     np.testing.assert_allclose([at(0), at(5), at(10), at(60), at(110)], [0, 0.5, 1.0, 0.6, 0.2], atol=1e-6)
+
+
+def run_config(**optim_fields) -> RunConfig:
+    """Steps of 4 · 256 = 1,024 tokens."""
+    return RunConfig(data=DataConfig(batch_rows=4, length=256), optim=OptimConfig(**optim_fields))
+
+
+def test_lengths_in_tokens_by_hand():
+    cfg = run_config(tokens=100 * 1024 + 500, warmup_tokens=10 * 1024 - 500)
+    assert optim.num_steps(cfg, 1000) == 100
+    found = cfg.in_steps().optim
+    assert (found.steps, found.warmup_steps, found.tokens, found.warmup_tokens) == (100, 10, 0, 0)
+    assert optim.num_steps(run_config(tokens=1), 1000) == 1  # never none
+    assert optim.num_steps(run_config(tokens=100 * 1024 + 520), 1000) == 101
+    assert optim.num_steps(run_config(), 1000) == 1000  # to the end of the plan
+    assert optim.num_steps(run_config(steps=7), 1000) == 7
+    # Twice the rows: half the steps, for length and warm-up alike.
+    twice = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_rows=8)).in_steps().optim
+    assert (twice.steps, twice.warmup_steps) == (50, 5)
+
+
+def test_the_rate_rises_over_the_tokens_said():
+    cfg = run_config(learning_rate=1.0, tokens=110 * 1024, warmup_tokens=10 * 1024, final_lr_ratio=0.2).in_steps()
+    at = optim.schedule(cfg.optim, optim.num_steps(cfg, 200))
+    np.testing.assert_allclose([at(0), at(5), at(10), at(60), at(110)], [0, 0.5, 1.0, 0.6, 0.2], atol=1e-6)
+
+
+def test_a_configuration_read_has_nothing_left_in_tokens():
+    values = dataclasses.asdict(run_config(tokens=50 * 1024, warmup_tokens=5 * 1024))
+    read = RunConfig.from_dict(values)
+    assert (read.optim.steps, read.optim.warmup_steps) == (50, 5)
+    assert RunConfig.from_dict(dataclasses.asdict(read)) == read  # as a run's metadata have it
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 5, "tokens": 5000}, r"optim\.steps=5 and optim\.tokens=5000 both say how long"),
+        ({"tokens": -1}, r"optim\.tokens is -1"),
+        ({"warmup_tokens": -1}, r"optim\.warmup_tokens is -1"),
+    ],
+)
+def test_lengths_that_cannot_be_meant(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_dict(dataclasses.asdict(run_config(**fields)))
+
+
+def test_more_than_the_plan_has():
+    with pytest.raises(ValueError, match=r"204,800 tokens: 200 steps of 4 rows of 256, but data\.epochs=1 gives 150"):
+        optim.num_steps(run_config(tokens=200 * 1024), 150)
+    with pytest.raises(ValueError, match=r"optim\.steps is 200.*raise data\.epochs"):
+        optim.num_steps(run_config(steps=200), 150)
+    with pytest.raises(ValueError, match=r"warmup_tokens=7 must be turned into steps first"):
+        optim.schedule(OptimConfig(warmup_tokens=7), 10)
 
 
 def test_one_step_by_hand():

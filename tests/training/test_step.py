@@ -33,7 +33,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_has_no_moments(params):
         jax.tree.map(np.testing.assert_array_equal, params[name], after[name])
     assert np.abs(params["projector"]["fc1"]["kernel"] - after["projector"]["fc1"]["kernel"]).max() > 1e-4
     trained = sum(x.size for x in jax.tree.leaves(after["projector"]))
-    assert sum(x.size for x in jax.tree.leaves(state["opt_state"])) <= 2 * trained + 4
+    assert sum(x.size for x in jax.tree.leaves(state["opt_state"])) <= 2 * trained + 9  # and counters
     other = jax.tree.map(lambda x: x[:, : T // 2] if x.shape[1] == T else x, rows_across(0, "causal"))
     with pytest.raises(TypeError):  # compiled once, for one shape
         compiled(state, other)

@@ -1,0 +1,82 @@
+"""One step of a run once more: what was in its batch, and what the model made of each row. Nothing is written.
+
+The state before the step is made as training made it: from the newest checkpoint that is not newer (the run's very
+beginning, where none is old enough) by taking the steps between. So the step's loss and gradients are the run's own,
+also those of a step that was not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from phivision_jax.batch import Batch
+from phivision_jax.models import phivision
+from phivision_jax.progress import bar
+from phivision_jax.training import setup
+from phivision_jax.training.checkpoints import RunCheckpoints
+from phivision_jax.training.config import RunConfig
+from phivision_jax.training.loss import cross_entropy
+
+
+def replay(cfg: RunConfig, run: Path, number: int, say: Callable[[str], None] = print) -> dict[str, float]:
+    """Take a step again and say what came of it.
+
+    Args:
+      number: of the step, from 1, as in ``metrics.jsonl`` and ``skipped.jsonl``.
+
+    Returns:
+      The step's scalar metrics.
+
+    Raises:
+      ValueError: when the run has no such step, or was started with other settings.
+    """
+    if not (run / "plan").is_dir():
+        raise ValueError(f"{run} is not a run's directory (it holds no plan): --replay looks at a run that was started")
+    made = setup.prepare(cfg, run)
+    if not 1 <= number <= made.steps:
+        raise ValueError(f"--replay={number}: the run's steps are 1 to {made.steps}")
+    compiled = made.step.compile(made.spec)
+    row_losses = jax.jit(lambda params, batch: _row_losses(made.step.graphdef, params, batch))
+    checkpoints = RunCheckpoints(run, cfg.keep_checkpoints, say=say)
+    state, _ = setup.start(made, checkpoints, say, at_most=number - 1)
+    first = int(state["step"])
+    with bar(f"to step {number}", number - first, shown=jax.process_index() == 0) as advance:
+        for batch, info in made.batches(first):
+            placed = made.place(batch)
+            if info.step + 1 == number:
+                with jax.set_mesh(made.step.mesh):
+                    losses, weights = jax.device_get(row_losses(state["params"], placed))
+            state, metrics = compiled(state, placed)
+            advance(1)
+            if info.step + 1 == number:
+                break
+    host = {name: float(value) for name, value in jax.device_get(metrics).items() if np.ndim(value) == 0}
+    taken = "not taken" if host["skipped_in_a_row"] else "taken"
+    say(f"step {number} ({taken}): loss {host['loss']:.6g}, gradient norm {host['grad_norm']:.6g}")
+    say("  " + ", ".join(f"{name} {host[name]:.4g}" for name in host if name.startswith("grad_norm/")))
+    for name, bad in _not_finite(batch).items():
+        say(f"  {name} of the batch has {bad:,} values that are not finite")
+    for b, (ids, loss, weight) in enumerate(zip(info.record_ids, losses, weights, strict=True)):
+        say(f"  row {b}: loss {loss / max(weight, 1e-9):.4g} over {weight:g} target tokens; {', '.join(ids)}")
+    return host
+
+
+def _row_losses(graphdef: nnx.GraphDef, params: phivision.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Weighted loss and weight of each row, [B] each."""
+    model = phivision.merge(graphdef, params)
+    losses, _ = cross_entropy(model.hidden(batch), model.decoder.lm_head.kernel[...], batch.targets)
+    return (losses * batch.loss_weights).sum(1), batch.loss_weights.sum(1)
+
+
+def _not_finite(batch: Batch) -> dict[str, int]:
+    """Fields of a host batch that hold such values, and how many."""
+    found = {}
+    for name in ("loss_weights", "merge_weight"):
+        if (values := getattr(batch, name)) is not None and (bad := int((~np.isfinite(values)).sum())):
+            found[name] = bad
+    return found

@@ -1,0 +1,163 @@
+"""A checkpoint of a training with adapters, exported and loaded: merged, it answers as the adapted model does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from released_layout import read_tensors
+
+import convert
+import phivision_jax
+from convert import ours
+from phivision_jax import loading, sharding
+from phivision_jax.models import lora, phivision
+from phivision_jax.models.vision_tail import VisionTail
+from phivision_jax.training import optim
+from phivision_jax.training.config import LoraConfig
+from tests.made import EXAMPLES, TINY, random_rows
+from tests.training.steps import QUICK
+
+Run = Callable[..., tuple[int, str]]
+# Every kind of kernel: [in, out], heads among the outputs, heads among the inputs, stacked and not.
+LORA = LoraConfig(rank=3, alpha=6.0, targets="_proj|fc[12]")
+
+
+@pytest.fixture(scope="module")
+def model(tiny: phivision.PhiVision) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """The structure and parameters of ``tiny`` with adapters that matter."""
+    graphdef, state = phivision.abstract(TINY, lora=LORA)
+    rng = np.random.default_rng(0)
+    params = optim.flatten(tiny.split()[1])
+    for path, leaf in optim.flatten(nnx.to_pure_dict(state)).items():
+        if lora.is_adapter(path):
+            params[path] = jnp.asarray(0.3 * rng.normal(size=leaf.shape), jnp.float32)
+    return graphdef, optim.unflatten(params)
+
+
+@pytest.fixture(scope="module")
+def whole(model: tuple[nnx.GraphDef, dict[str, Any]]) -> dict[str, Any]:
+    """All that a checkpoint's params/ holds."""
+    tail = nnx.eval_shape(lambda: VisionTail(TINY.vision, rngs=nnx.Rngs(0)))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nnx.to_pure_dict(nnx.state(tail, nnx.Param)))
+    return {**model[1], "vision_tail": zeros}
+
+
+def save(folder: Path, params: dict[str, Any], chunk_bytes: int = 32_000_000, run: Any = None) -> Path:
+    """As a step of a training run has it; several chunks to a layer where ``chunk_bytes`` is small."""
+    chunks = ocp.SaveArgs(chunk_byte_size=chunk_bytes, shard_axes=(0,))
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(
+        folder / "params", params, save_args=jax.tree.map(lambda _: chunks, params)
+    )
+    run = {"lora": dataclasses.asdict(LORA)} if run is None else run
+    meta = {"format": 1, "model": dataclasses.asdict(TINY), "step": 7, "run": run}
+    ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "meta", meta)
+    (folder / "assets").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(whole: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("made") / "run" / "checkpoints" / "7", whole, 128)
+
+
+@pytest.fixture
+def checkpoint(made: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return shutil.copytree(made, tmp_path / "checkpoint")
+
+
+def answers(model: phivision.PhiVision) -> np.ndarray:
+    batch = random_rows(np.random.default_rng(3), TINY, [EXAMPLES[:3], EXAMPLES[3:]])
+    return np.asarray(logits(*model.split(), batch))
+
+
+logits = jax.jit(
+    lambda graphdef, params, batch: phivision.merge(graphdef, params)(batch), static_argnums=0, compiler_options=QUICK
+)
+
+
+def test_exported_and_loaded_it_answers_as_the_adapted_model(made: Path, model: Any, tmp_path: Path, run: Run) -> None:
+    code, text = run("to-hf", made.parents[1], tmp_path / "hf")
+    assert code == 0 and "adapters of rank 3, alpha 6, on 15 kernels; they are merged" in text, text
+    want = answers(phivision.merge(*model))
+    for path in (tmp_path / "hf", made.parents[1]):
+        loaded, _ = phivision_jax.load(path)
+        assert not any(map(lora.is_adapter, optim.flatten(loaded.split()[1])))
+        assert np.abs(answers(loaded) - want).max() <= 1e-4
+    code, text = run("verify", made, tmp_path / "hf")
+    assert code == 0 and "same" in text, text
+    code, text = run("inspect", made, "--json")
+    found = json.loads(text.splitlines()[0])
+    assert code == 0 and not any("lora" in name for name in found["tensors"])
+    assert found["num_tensors"] == len(read_tensors(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize(("block_bytes", "dtype"), [(100, "float32"), (700, "bfloat16")])
+def test_every_block_is_merged_where_it_belongs(
+    made: Path, whole: Any, tmp_path: Path, run: Run, monkeypatch: Any, block_bytes: int, dtype: str
+) -> None:
+    monkeypatch.setattr(ours, "BLOCK_BYTES", block_bytes)
+    code, text = run("to-hf", made, tmp_path / "hf", "--dtype", dtype)
+    assert code == 0, text
+    got = read_tensors(tmp_path / "hf")
+    for name, want in convert.hf_tensors(lora.merge(whole, LORA), TINY):
+        # Sums of three products in another order; bf16 is rounded once, from fp32.
+        rtol = 1e-6 if dtype == "float32" else 1.001 * 2**-8
+        np.testing.assert_allclose(got[name].astype(np.float32), want, rtol, atol=1e-6, err_msg=name)
+
+
+def test_who_names_no_adapters_gets_them_merged_where_the_kernels_are(made: Path, whole: Any) -> None:
+    """What a training starts from, on fsdp 4 × tensor 2; as bfloat16, which is rounded to once, from fp32."""
+    _, state = phivision.abstract(TINY)
+    at = optim.flatten(sharding.param_shardings(state, sharding.make_mesh({"fsdp": 4, "tensor": 2})))
+    want = optim.flatten(lora.merge(whole, LORA))
+    names = ("layers/self_attn/o_proj/kernel", "layers/mlp/up_proj/kernel", "norm/scale")
+    paths = [("decoder", *name.split("/")) for name in names] + [("projector", "fc1", "kernel")]
+    target = {path: jax.ShapeDtypeStruct(want[path].shape, jnp.bfloat16, sharding=at[path]) for path in paths}
+    read = optim.flatten(loading.read_params(made, TINY, optim.unflatten(target)))
+    assert read.keys() == set(paths)
+    for path, leaf in read.items():
+        assert leaf.sharding.is_equivalent_to(at[path], leaf.ndim) and leaf.dtype == jnp.bfloat16
+        np.testing.assert_allclose(leaf.astype(np.float32), want[path], 1.001 * 2**-8, atol=1e-6)
+
+
+def test_who_asks_for_the_adapters_gets_them_unmerged(made: Path, model: Any) -> None:
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model[1])
+    jax.tree.map(np.testing.assert_array_equal, loading.restore_params(made, target), model[1])
+
+
+def test_metadata_that_do_not_say_how_to_merge(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    path = checkpoint / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    for spoilt in ({}, {"lora": None}):
+        path.write_text(json.dumps({**meta, "run": spoilt}))
+        code, text = run("to-hf", checkpoint, tmp_path / "hf")
+        assert code == 2 and "kernel has an adapter, but meta/metadata lacks the run's lora (rank, alpha)" in text
+        with pytest.raises(ValueError, match=r"kernel has an adapter, but meta/metadata lacks the run's lora"):
+            phivision_jax.load(checkpoint)
+    path.write_text(json.dumps({**meta, "run": {"lora": {**dataclasses.asdict(LORA), "rank": 2}}}))
+    code, text = run("inspect", checkpoint)
+    assert code == 2 and "30 mis-shaped: " in text and "lora_a [" in text
+    with pytest.raises(ValueError, match=r"lora_a is of rank 3, lora\.rank is 2"):
+        phivision_jax.load(checkpoint)
+
+
+def test_adapters_that_belong_nowhere(whole: dict[str, Any], tmp_path: Path, run: Run) -> None:
+    flat = optim.flatten(whole)
+    del flat["decoder", "layers", "mlp", "up_proj", "lora_b"]
+    for name in ("lora_a", "lora_b"):
+        flat["decoder", "lm_head", name] = jnp.zeros((3, 32))
+    code, text = run("to-hf", save(tmp_path / "bad", optim.unflatten(flat)), tmp_path / "hf")
+    assert code == 2 and "1 missing: decoder/layers/mlp/up_proj/lora_b" in text, text
+    assert "2 extra: decoder/lm_head/lora_a, decoder/lm_head/lora_b" in text

@@ -1,0 +1,199 @@
+"""The validation loss: by hand, however rows are packed, on any mesh; and what it leaves alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from phivision_jax import sharding
+from phivision_jax.batch import fill_rows
+from phivision_jax.data.encode import GROUP_NAMES, encode_record
+from phivision_jax.data.importing import write_dataset
+from phivision_jax.data.mixture import Mixture
+from phivision_jax.data.plan import make_plan
+from phivision_jax.models import phivision
+from phivision_jax.processor import Processor
+from phivision_jax.training import validation
+from phivision_jax.training.config import DataConfig, RunConfig
+from phivision_jax.training.step import make_train_step
+from phivision_jax.training.validation import Validator, means
+from tests.data.made_up import CONFIG, make_record
+from tests.training.steps import QUICK
+
+PROCESSOR = Processor.small(CONFIG)
+# The weights are the training's alone: every loss here is without them.
+WEIGHTS = (("math", 9.0),)
+DATA = DataConfig(batch_rows=4, length=160, vision_rows=2, num_patches=80, num_threads=0, loss_weights=WEIGHTS)
+RUN = RunConfig(model=CONFIG, data=DATA, dtype="float32", remat="none", vision_remat="none", validate_batches=100)
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1e-6
+THOUGHT = {"role": "assistant", "content": "<think>it is red and round</think>yes"}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Three groups whose examples learn very different numbers of tokens."""
+    records = []
+    for i in range(24):
+        record = make_record(i, ((), ((24, 16),), ((32, 32), (8, 8)))[i % 3], task=("math", "ocr")[i % 2])
+        if i % 4 == 0:
+            record = dataclasses.replace(record, mode="think", messages=(record.messages[0], THOUGHT))
+        records.append(record)
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", records, PROCESSOR, progress=False)
+
+
+def random_params() -> phivision.Params:
+    state = phivision.abstract(CONFIG)[1]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(np.float32), nnx.to_pure_dict(state))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params()
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    monkeypatch.setattr(validation, "compiler_options", lambda mesh: QUICK)
+
+
+def validator(dataset, cfg: RunConfig = RUN, devices: int = 1, **shape: int) -> Validator:
+    data = cfg.data
+    sizes = {name: getattr(data, name) for name in ("length", "vision_rows", "num_patches", "batch_rows")}
+    plan = make_plan([dataset], Mixture.of("set"), PROCESSOR, **sizes)
+    mesh = sharding.make_mesh(shape, jax.devices()[:devices])
+    step = make_train_step(dataclasses.replace(cfg, microbatches=cfg.microbatches or 1), mesh, 10, len(GROUP_NAMES))
+    return Validator(cfg, step, [dataset], plan, PROCESSOR)
+
+
+def placed(found: Validator, params: Any) -> Any:
+    return jax.device_put(params, found._step.shardings["params"])
+
+
+def measured_on(dataset, devices: int, **shape: int) -> dict[str, float]:
+    measure = validator(dataset, RUN, devices, **shape)
+    return measure(placed(measure, random_params()))
+
+
+@pytest.fixture(scope="module")
+def by_hand(dataset, params) -> dict[str, float]:
+    """Record after record, each alone in its row: −log p of every target token, from the logits."""
+    graphdef, device_params = phivision.abstract(CONFIG)[0], jax.tree.map(jnp.asarray, params)
+    logits = jax.jit(lambda params, batch: phivision.merge(graphdef, params)(batch))
+    losses: dict[str, list[float]] = {}
+    for i in range(len(dataset)):
+        example = encode_record(dataset[i], PROCESSOR)
+        batch = fill_rows(
+            [[example]],
+            length=100,
+            vision_rows=1,
+            num_patches=64,
+            patch_dim=CONFIG.vision.patch_dim,
+            image_attention="causal",
+            pad_token_id=CONFIG.decoder.pad_token_id,
+        )
+        log_p = np.asarray(jax.nn.log_softmax(logits(device_params, jax.tree.map(jnp.asarray, batch))), np.float64)[0]
+        (at,) = np.nonzero(batch.loss_weights[0])
+        losses.setdefault(GROUP_NAMES[example.group], []).extend(-log_p[at, batch.targets[0, at]])
+    means = {f"validation/loss/{name}": float(np.mean(of)) for name, of in losses.items()}
+    return means | {"validation/loss": float(np.mean([x for of in losses.values() for x in of]))}
+
+
+def test_by_hand(dataset, params, by_hand):
+    measure = validator(dataset)
+    found = measure(placed(measure, params))
+    assert found.keys() == by_hand.keys() | {"validation/token_accuracy"}
+    assert {"validation/loss/think/math", "validation/loss/nothink/math", "validation/loss/nothink/ocr"} <= found.keys()
+    for name, value in by_hand.items():
+        assert found[name] == pytest.approx(value, abs=TOLERANCE), name
+    # A mean of the groups' means, or of the batches', is something else.
+    groups = [value for name, value in found.items() if name.count("/") == 3]
+    assert abs(np.mean(groups) - found["validation/loss"]) > 1e-3
+    assert 0 <= found["validation/token_accuracy"] < 1 and not measure.holes
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "mesh", "microbatches"),
+    [
+        ({"batch_rows": 6, "length": 100, "vision_rows": 1, "num_patches": 64}, 1, {}, 1),
+        ({"batch_rows": 8}, 8, {"fsdp": 4, "data": 2}, 1),
+        ({"batch_rows": 4}, 2, {"fsdp": 2}, 2),
+    ],
+)
+def test_packed_in_other_rows_and_on_other_meshes_it_is_the_same(
+    dataset, params, by_hand, changes, devices, mesh, microbatches
+):
+    cfg = dataclasses.replace(RUN, data=dataclasses.replace(DATA, **changes), microbatches=microbatches)
+    measure = validator(dataset, cfg, devices, **mesh)
+    found = measure(placed(measure, params))
+    for name, value in by_hand.items():
+        assert found[name] == pytest.approx(value, abs=TOLERANCE), name
+
+
+def test_it_is_the_same_each_time_and_leaves_the_parameters(dataset, params):
+    cfg = dataclasses.replace(RUN, validate_batches=2)
+    measure = validator(dataset, cfg)
+    held = placed(measure, params)
+    first = measure(held)
+    assert measure.num_batches == 2 and measure(held) == first
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, held), params)
+    measure.num_batches = 1
+    assert measure(held) != first
+
+
+def test_sums_become_means_once():
+    def part(*groups: tuple[float, float], correct: float) -> dict[str, np.ndarray]:
+        padded = [*groups, *[(0.0, 0.0)] * (len(GROUP_NAMES) - len(groups))]
+        loss, weight = np.array(padded, np.float32).T
+        return {"group_loss": loss, "group_weight": weight, "correct": np.float32(correct)}
+
+    # 2 tokens of loss 3 and 6 of loss 1 in group 0, 8 of loss 0.5 in group 1.
+    found = means([part((6, 2), correct=1), part((6, 6), (4, 8), correct=3)])
+    assert found == {
+        "validation/loss": 1.0,
+        "validation/token_accuracy": 0.25,
+        f"validation/loss/{GROUP_NAMES[0]}": 1.5,
+        f"validation/loss/{GROUP_NAMES[1]}": 0.5,
+    }
+    with pytest.raises(ValueError, match="no target tokens"):
+        means([part((0, 0), correct=0)])
+
+
+@pytest.mark.slow
+def test_two_hosts_say_what_one_says(dataset, by_hand):
+    """Each makes half of the rows, and their examples learn very different numbers of tokens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests/training/validating_host.py", address, str(number), dataset.directory],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = []
+    for host in hosts:
+        out, err = host.communicate(timeout=300)
+        assert host.returncode == 0, err[-2000:]
+        said += [json.loads(line) for line in out.splitlines() if line.startswith("{")]  # the others are Gloo's
+    assert len(said) == 2 and said[0] == said[1]
+    for name, value in by_hand.items():
+        assert said[0][name] == pytest.approx(value, abs=TOLERANCE), name

@@ -1,0 +1,88 @@
+"""Nothing hangs in silence; heartbeats say where a process is."""
+
+import os
+import subprocess
+import sys
+import time
+
+from phivision_jax.training import heartbeat, watchdog
+from phivision_jax.training.heartbeat import HUNG
+from phivision_jax.training.watchdog import Watchdog
+from tests.training.launched import ENVIRONMENT, ROOT
+
+SCRIPT = """
+import ctypes, os, sys, time
+from pathlib import Path
+from phivision_jax.training import watchdog
+watchdog._FROZEN_S, watchdog.HEARTBEAT_S = 3.0, 0.2
+dog = watchdog.Watchdog(Path(sys.argv[1]), limit_s=1.0)
+for i in range(4):
+    dog.alive("step", 10 + i)
+    time.sleep(0.7)  # always within the limit, longer than it in all
+dog.alive("compiling", limit_s=2.5)
+time.sleep(1.5)
+print("so far", flush=True)
+dog.alive("data", 14)
+{then}
+print("never")
+"""
+
+
+def run_script(run, then, **environment):
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(then=then), str(run)],
+        cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "so far\n", done.stderr
+    return done.returncode, done.stderr, time.monotonic() - began
+
+
+def test_a_hang_is_ended_and_told(tmp_path):
+    code, said, seconds = run_script(tmp_path, "time.sleep(60)")
+    assert code == HUNG and seconds < 30
+    assert "process 0 (" in said and "hangs: nothing has happened for 1 s since 'data' of step 14 began" in said
+    assert "no more than 1 s are given to it; step_timeout_s allows more" in said
+    assert "most recent call first" in said and '"<string>", line ' in said  # where the main thread sleeps
+    assert heartbeat.read(tmp_path)[0]["phase"] == "hung in data"
+
+
+def test_a_hang_that_stops_python_is_ended_too(tmp_path):
+    """Native code that keeps the lock: no thread of Python can do anything."""
+    code, said, seconds = run_script(tmp_path, "ctypes.PyDLL(None).sleep(60)")
+    assert code != 0 and seconds < 30 and "Timeout" in said
+
+
+def test_nobody_trains_on_unseen(tmp_path):
+    """The launcher is gone: so is the process."""
+    launcher = subprocess.Popen([sys.executable, "-c", ""])
+    launcher.wait()
+    script = "import sys, time; from pathlib import Path; from phivision_jax.training.watchdog import Watchdog; "
+    script += "dog = Watchdog(Path(sys.argv[1]), 60.0); time.sleep(60)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=ROOT, env=ENVIRONMENT | {heartbeat.LAUNCHER: str(launcher.pid)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == HUNG and "the launcher of this process has died" in done.stderr
+
+
+def test_heartbeats(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
+    assert heartbeat.read(tmp_path) == []
+    dog = Watchdog(tmp_path, 60.0)
+    deadline = time.monotonic() + 20
+    seen = []
+    for phase, step in (("compiling", None), ("step", 7), ("data", None)):
+        dog.alive(phase, step)
+        while not (beats := heartbeat.read(tmp_path)) or beats[0]["phase"] != phase:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (beat,) = beats
+        seen.append((beat["phase"], beat["step"]))
+        assert beat["pid"] == os.getpid() and beat["process"] == 0 and abs(beat["time"] - time.time()) < 20
+    dog.close()
+    assert seen == [("compiling", 0), ("step", 7), ("data", 7)]
+    assert heartbeat.read(tmp_path)[0]["phase"] == "ended"
+    (tmp_path / "heartbeat" / "process_0.json").write_text('{"process":')
+    assert heartbeat.read(tmp_path) == []
