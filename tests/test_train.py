@@ -87,8 +87,9 @@ def command(data: Path, run: Path, *more: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One device, and every compilation told."""
-    return os.environ | {"JAX_LOG_COMPILES": "1", "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    """One device, and every compilation told; LLVM does not optimise, which costs more than these models compute."""
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    return os.environ | {"JAX_LOG_COMPILES": "1", "XLA_FLAGS": quick, "JAX_PLATFORMS": "cpu"}
 
 
 def kill_at(data: Path, run: Path, step: int, log: Path) -> None:
@@ -173,7 +174,8 @@ def test_training_starts_from_an_export_on_eight_devices_as_on_one(undisturbed, 
     frozen = '--config.optim.lr_rules=(("decoder", 1.0), (".", 0.0))'
     more = [frozen, f"--config.init_from={tmp_path / 'hf'}", "--config.optim.steps=3", "--config.data.batch_rows=8"]
     finish(command(data, tmp_path / "one", *more))
-    eight = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    eight = environment()
+    eight["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     words = command(data, tmp_path / "eight", *more)
     done = subprocess.run(words, cwd=ROOT, env=eight, capture_output=True, text=True)
     assert done.returncode == 0 and "fsdp 8" in done.stdout, done.stderr[-2000:]
