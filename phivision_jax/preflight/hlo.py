@@ -60,8 +60,8 @@ class Module:
     def trips(self, loop: Instruction) -> int:
         """How often a ``while`` runs its body.
 
-        XLA:CPU writes the trips beside the loop; for TPU they are the one constant that the condition compares with,
-        since the counter of a scan starts at 0.
+        XLA:CPU writes the trips beside the loop; for TPU they follow from the one constant that the condition compares
+        with, since the counter of a scan starts at 0, and from what the body adds to it: 2, where it was unrolled.
 
         Raises:
           ValueError: when they are not one constant.
@@ -81,7 +81,24 @@ class Module:
                 f"HLO: the loop {loop.name} cannot be counted, since its trips are not one constant: "
                 f"{sorted(constants)}"
             )
-        return constants.pop()
+        return -(-constants.pop() // self._stride(loop))
+
+    def _stride(self, loop: Instruction) -> int:
+        """What the body adds to the element of its state that the condition looks at; 1 where that is not plain."""
+        looked_at = [
+            re.search(r"index=(\d+)", instruction.rest)
+            for instruction in self.computations[loop.attribute("condition")]
+            if instruction.opcode == "get-tuple-element"
+        ]
+        body = {instruction.name: instruction for instruction in self.computations[loop.attribute("body")]}
+        root = next(reversed(body.values()), None)
+        if len(looked_at) != 1 or looked_at[0] is None or root is None or root.opcode != "tuple":
+            return 1
+        counter = body.get(root.operands[int(looked_at[0][1])])
+        if counter is None or counter.opcode != "add":
+            return 1
+        added = (body[name] for name in counter.operands if name in body and body[name].opcode == "constant")
+        return next((int(one.rest.partition(")")[0]) for one in added), 1)
 
 
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")

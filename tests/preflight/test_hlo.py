@@ -44,6 +44,38 @@ def test_parts():
         parse("HloModule empty")
 
 
+UNROLLED = """HloModule jit_g
+
+%body (p: (f32[4], u32[])) -> (f32[4], u32[]) {
+  %p = (f32[4]{0}, u32[]) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%p), index=0
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%i, %two), control-predecessors={%x}
+  ROOT %out = (f32[4]{0}, u32[]{:T(128)}) tuple(%x, %next)
+}
+
+%condition (q: (f32[4], u32[])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(7)
+  %at = u32[]{:T(128)} get-tuple-element(%q), index=1
+  ROOT %less = pred[] compare(%at, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  ROOT %w = (f32[4]{0}, u32[]) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+def test_an_unrolled_loop_runs_its_body_half_as_often():
+    module = parse(UNROLLED)
+    assert module.trips(module.computations["main"][0]) == 4  # at 0, 2, 4 and 6
+    by_one = parse(UNROLLED.replace("constant(2)", "constant(1)"))
+    assert by_one.trips(by_one.computations["main"][0]) == 7
+    unknown = parse(UNROLLED.replace("add(%i, %two)", "fusion(%i)"))  # a scan's, made in a fusion
+    assert unknown.trips(unknown.computations["main"][0]) == 7
+
+
 def test_trips():
     module = parse(TEXT)
     loop = module.computations["main"][0]
