@@ -146,7 +146,8 @@ def test_killed_and_started_again_the_losses_are_bitwise_the_same(undisturbed, d
     assert losses(run) == want, f"killed at steps {at}"
     assert compilations(output, "step") == 1
     continued = re.search(r"continuing from step (\d+)", output)
-    assert continued or at[-1] < 2 * CHECKPOINT_EVERY, output[-2000:]
+    # A checkpoint is certainly there when the next one has begun.
+    assert continued or at[-1] <= 2 * CHECKPOINT_EVERY, output[-2000:]
 
 
 def test_a_finished_run_started_again_changes_nothing(undisturbed, data):

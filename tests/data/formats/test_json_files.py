@@ -256,7 +256,8 @@ def test_ranges_add_up(tmp_path_factory, data):
     n = data.draw(st.integers(1, 40))
     rng = np.random.default_rng(data.draw(st.integers(0, 100)))
     lines = as_lines([item(i) for i in range(n)]).splitlines(keepends=True)
-    for i in rng.choice(n, n // 4, replace=False):
+    # Not the first: what is left of it may look like an object over several lines, which is another error.
+    for i in set(rng.choice(n, n // 4, replace=False)) - {0}:
         lines[i] = lines[i][: rng.integers(1, len(lines[i]) - 1)] + b"\n"
     folder = tmp_path_factory.mktemp("x")
     with pytest.MonkeyPatch.context() as patch:
