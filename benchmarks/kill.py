@@ -222,12 +222,17 @@ def _checksums(run: Path) -> dict[str, str]:
 
 
 def left_over(left: Path, right: Path) -> list[str]:
-    """What lies in the second run and not in the first, by name."""
+    """What lies in the second run and not in the first, by name.
+
+    The last few checkpoints are kept in both; in the second, one that was saved on SIGTERM may be among them.
+    """
     names = [
         {path.relative_to(run).as_posix() for folder in (run, run / CHECKPOINTS) for path in folder.iterdir()}
         for run in (left, right)
     ]
-    return sorted(names[1] - names[0])
+    kept = [{name for name in found if re.fullmatch(rf"{CHECKPOINTS}/\d+", name)} for found in names]
+    more = [] if len(kept[1]) > len(kept[0]) else kept[1]
+    return sorted(names[1] - names[0] - set(more))
 
 
 def training_command(run: Path, data: Path, steps: int, work: Path) -> list[str]:

@@ -29,7 +29,7 @@ RULES = {
     "stage2": '(("projector", 1.0), ("vision", 1.0), ("decoder", 0.5))',
     "stage3": '(("projector", 1.0), ("vision", 1.0), ("decoder", 0.5))',
 }
-SIZES = {"stage1": (8, 240, 128), "stage2": (8, 480, 256), "stage3": (8, 16_384, 4_096)}
+SIZES = {"stage1": (8, 240, 128), "stage2": (8, 480, 256), "stage3": (8, 16_384, 9_984)}
 STEPS = {"stage1": 6, "stage2": 4, "stage3": 2}
 
 

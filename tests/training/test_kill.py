@@ -75,6 +75,12 @@ def test_killed_and_told_to_stop(tmp_path, monkeypatch):
         assert len(found) == 1 and "61" in next(iter(found.values()))
     (runs[1] / "stray").touch()
     assert left_over(runs[0], runs[1]) == ["stray"]
+    # A checkpoint saved on SIGTERM may take the place of another one, but not lie beside as many.
+    newest = max((runs[1] / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    (runs[1] / "checkpoints" / "99999").mkdir()
+    assert left_over(runs[0], runs[1]) == ["checkpoints/99999", "stray"]
+    shutil.rmtree(newest)
+    assert left_over(runs[0], runs[1]) == ["stray"]
 
 
 @pytest.mark.slow
