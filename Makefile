@@ -21,7 +21,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: venv  ## train a small model on real pictures, score it, convert it, ask it (about 15 minutes)
 	$(CPU) $(BIN)/python demo.py
 
-test: venv  ## run the tests (minutes)
+test: venv  ## run the tests (about 15 minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: venv  ## run every test, the long ones too
