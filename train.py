@@ -2,7 +2,7 @@
 
     python train.py --config=configs/tiny.py --run=runs/tiny
     python train.py --config=configs/finetune.py --help                    # every field of a configuration
-    python train.py --config=configs/tiny.py --run=runs/tiny --replay=120  # step 120 once more; nothing is written
+    python train.py --config=configs/tiny.py --run=runs/tiny --replay=120  # step 120 once more; the run stays as it is
 
 A run's directory holds its plan, metrics (JSONL and TensorBoard), checkpoints and where its time went. Started again
 with the same directory, training goes on from the newest checkpoint, to the same numbers that it would have reached
@@ -51,7 +51,7 @@ from phivision_jax.training.watchdog import Watchdog
 
 config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/tiny.py or configs/tiny.py:long.")
 flags.DEFINE_string("run", None, "Directory of the run: made if new, continued if it holds checkpoints.")
-flags.DEFINE_integer("replay", None, "Take this step of the run again and say all about it; nothing is written.", 1)
+flags.DEFINE_integer("replay", None, "Take this step of the run again and say all about it; the run stays as it is.", 1)
 
 EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 """Exceptions whose text is a sentence for the user."""

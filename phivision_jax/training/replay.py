@@ -1,4 +1,4 @@
-"""One step of a run once more: what was in its batch, and what the model made of each row. Nothing is written.
+"""One step of a run once more: what was in its batch, and what the model made of each row. The run stays as it was.
 
 The state before the step is made as training made it: from the newest checkpoint that is not newer (the run's very
 beginning, where none is old enough) by taking the steps between. So the step's loss and gradients are the run's own,
