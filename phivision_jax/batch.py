@@ -60,7 +60,7 @@ class Batch:
     group_ids: Int32[Array, "B T"]
     """Mode × task of the example, for metrics."""
     vision_index: Int32[Array, "B T"]
-    """Which of the row's M vision tokens lands here; −1 for text."""
+    """Which of the row's M vision tokens lands here; −1 for text. A token lands in one column at most."""
     patches: UInt8[Array, "B R P patch_dim"]
     """Raw pixels, flattened (row, column, channel); normalised on the device."""
     patch_segments: Int32[Array, "B R P"]

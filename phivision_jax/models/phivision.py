@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -127,9 +128,33 @@ def splice(
 
     tokens        u  ▢  ▢  a        vision_index  -1  0  1  -1        out  E[u] v[0] v[1] E[a]
     """
-    landed = jnp.take_along_axis(vision, jnp.maximum(vision_index, 0)[..., None], axis=1)
-    out = jnp.where(vision_index[..., None] >= 0, landed.astype(embeds.dtype), embeds)
+    out = jnp.where(vision_index[..., None] >= 0, _land(vision, vision_index).astype(embeds.dtype), embeds)
     return constrain(out, "batch", "length", None)
+
+
+@jax.custom_vjp
+def _land(vision: Float[Array, "B M D"], vision_index: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Each column's vision token; what stands at −1 means nothing, and nothing flows back from there.
+
+    A token lands once at most, so its gradient is picked up from where it has landed. Left to itself, the transpose of
+    a gather is a scatter: on a TPU a sort, a gather of all columns into that order, and then the scatter.
+    """
+    return jnp.take_along_axis(vision, jnp.maximum(vision_index, 0)[..., None], axis=1)
+
+
+def _land_forward(vision: jax.Array, vision_index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _land(vision, vision_index), (vision_index, jnp.arange(vision.shape[1], dtype=jnp.int32))
+
+
+def _land_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None]:
+    vision_index, tokens = saved
+    columns = jnp.arange(vision_index.shape[1], dtype=jnp.int32)
+    column = jnp.where(vision_index[:, None] == tokens[:, None], columns, -1).max(-1)  # [B, M]; -1: nowhere
+    picked = jnp.take_along_axis(gradient, jnp.maximum(column, 0)[..., None], axis=1)
+    return jnp.where(column[..., None] >= 0, picked, 0), None
+
+
+_land.defvjp(_land_forward, _land_backward)
 
 
 def merge_features(

@@ -9,6 +9,7 @@ works, the process says on stdout what it is doing, a line at a time; what the f
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import math
 import sys
@@ -37,7 +38,7 @@ def train_facts(config: dict[str, Any], topology: str, slices: int, low_effort: 
     from phivision_jax.batch import batch_spec
     from phivision_jax.preflight.memory import dump_options
     from phivision_jax.training import layouts
-    from phivision_jax.training.compiler import compiler_options
+    from phivision_jax.training.compiler import LOW_EFFORT, compiler_options
     from phivision_jax.training.config import RunConfig
     from phivision_jax.training.step import make_train_step
 
@@ -70,7 +71,7 @@ def train_facts(config: dict[str, Any], topology: str, slices: int, low_effort: 
         "checkpoint_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(step.abstract_state)),
         "memory": held,
     }
-    options: dict[str, Any] = compiler_options(mesh) | ({"optimization_level": "O0"} if low_effort else {})
+    options: dict[str, Any] = compiler_options(mesh) | (LOW_EFFORT if low_effort else {})
     with tempfile.TemporaryDirectory() as tables:
         options |= dump_options(Path(tables))
         found = _compile(lowered, sum(held.values()), options, Path(tables), "jit_step")
@@ -92,6 +93,7 @@ def generate_facts(
     from phivision_jax.inference.generate import generate_tokens
     from phivision_jax.models import phivision
     from phivision_jax.preflight.memory import dump_options
+    from phivision_jax.training.compiler import LOW_EFFORT
     from phivision_jax.training.config import RunConfig
 
     _say(0)
@@ -118,7 +120,7 @@ def generate_facts(
     held = {"parameters": _bytes_here(params), "batch": _bytes_here(spec)}
     facts = {"memory": held, "mesh": {name: int(size) for name, size in placed.shape.items()}}
     with tempfile.TemporaryDirectory() as tables:
-        options = {"optimization_level": "O0"} | dump_options(Path(tables))
+        options = LOW_EFFORT | dump_options(Path(tables))
         module = "jit_generate_tokens"
         found = _compile(lowered, sum(held.values()), options, Path(tables), module)
     found.pop("hlo", None)  # how often the loop over tokens runs is data
@@ -193,6 +195,7 @@ def _say(phase: int) -> None:
 
 
 def main() -> None:
+    gc.disable()  # tracing makes millions of small objects, nearly all of which stay
     request = json.load(sys.stdin)
     make: Callable[..., dict[str, Any]] = train_facts if request.pop("what") == "train" else generate_facts
     try:

@@ -34,6 +34,14 @@ OPTIONS: dict[str, dict[str, str]] = {"TPU v5 lite": _FUSED, "TPU v5": _SPARSE_C
 """By device kind, as JAX calls it."""
 
 
+LOW_EFFORT = {
+    "optimization_level": "O0",
+    "xla_sc_backend_opt_level": "O2",  # the least it takes: nearly half of the time goes into the SparseCores' programs
+}
+"""On top of a chip's own: programs that are looked at and never run. Memory, products and collectives are nearly those
+of the default."""
+
+
 def compiler_options(mesh: Mesh) -> dict[str, str]:
     """What ``lowered.compile`` takes for the devices of this mesh."""
     device = mesh.devices.flat[0]

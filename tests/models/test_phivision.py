@@ -47,6 +47,17 @@ def test_splice_by_hand():
     assert out[0].tolist() == [[0, 1], [102, 103], [100, 101], [6, 7]]
 
 
+def test_the_gradient_of_a_vision_token_is_that_of_the_column_where_it_landed():
+    index = jnp.array([[-1, 2, 0, -1, 1], [3, -1, -1, -1, -1]])  # tokens that land nowhere: 3 in row 0; 0, 1, 2 in row 1
+    gradient = 1.0 + jnp.arange(20.0).reshape(2, 5, 2)
+    embeds, vision = jnp.zeros((2, 5, 2)), jnp.zeros((2, 4, 2))
+    to_embeds, to_vision = jax.vjp(lambda e, v: splice(e, v, index), embeds, vision)[1](gradient)
+    g = gradient.tolist()
+    none = [0.0, 0.0]
+    assert to_embeds.tolist() == [[g[0][0], none, none, g[0][3], none], [none, *g[1][1:]]]
+    assert to_vision.tolist() == [[g[0][2], g[0][4], g[0][1], none], [none, none, none, g[1][0]]]
+
+
 def test_merge_table_by_hand():
     features = jnp.array([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])  # R·P = 3, C = 2
     index = jnp.array([[[[0, 1], [2, -1]], [[-1, -1], [1, 1]]]])  # M 2, G 2, K 2

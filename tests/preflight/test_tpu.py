@@ -1,5 +1,6 @@
 """The real step at real widths, two layers of each tower, compiled by the TPU compiler for chips that are not here."""
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
@@ -22,17 +23,27 @@ LAYER = 5120 * 17_920 * 2
 """Bytes of a layer's largest weight in bf16."""
 
 
-def compiled(topology, **changes):
-    cfg = dataclasses.replace(load_config("configs/phi4_rv_15b.py:stage2"), model=MODEL, **changes)
+TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:4x4x8")
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """Two at a time: while one is traced, on one core, the other one's programs are compiled on the rest."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield {topology: pool.submit(compiled, topology) for topology in TOPOLOGIES}
+
+
+def compiled(topology):
+    cfg = dataclasses.replace(load_config("configs/phi4_rv_15b.py:stage2"), model=MODEL)
     where = parse_topology(topology)
     request = {"what": "train", "config": dataclasses.asdict(cfg), "topology": where.xla_name, "slices": 1}
     facts = compile_facts(request | {"low_effort": True}, topology, shown=False)
     return report.summary(RunConfig.from_dict(facts["config"]), where, facts, True), facts, where
 
 
-@pytest.mark.parametrize("topology", ["v5e:16x16", "v6e:16x16", "v5p:4x4x8"])
-def test_the_step_at_real_widths_compiles_and_sends_what_it_should(topology):
-    found, facts, where = compiled(topology)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_the_step_at_real_widths_compiles_and_sends_what_it_should(topology, compilations):
+    found, facts, where = compilations[topology].result()
     assert found["fits"] and 0 < found["peak_bytes_per_chip"] < where.hbm_bytes_per_chip
     # Nothing larger than a layer's weight is gathered or summed, but for the vocabulary's tables.
     large = [one for one in facts["collectives"] if one["result_bytes"] > LAYER]
