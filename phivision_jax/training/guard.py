@@ -44,27 +44,28 @@ class GuardState(NamedTuple):
 def guarded(tx: optax.GradientTransformation, cfg: GuardConfig) -> optax.GradientTransformationExtraArgs:
     """``tx``, but a step that is not to be taken has zero updates and leaves ``tx``'s state as it was.
 
-    ``update`` takes the step's ``loss`` besides.
+    ``update`` takes the step's ``loss`` besides, and whatever ``tx`` takes.
 
     Raises:
       ValueError: for settings that cannot be.
     """
     if cfg.spike < 0 or cfg.warmup < 1 or cfg.patience < 1:
         raise ValueError(f"guard: spike must not be negative, warmup and patience at least 1, and they are {cfg}")
+    tx = optax.with_extra_args_support(tx)
 
     def init(params: optax.Params) -> GuardState:
         zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
         return GuardState(tx.init(params), zero, zero, none, none, none)
 
     def update(
-        grads: optax.Updates, state: GuardState, params: optax.Params | None = None, *, loss: jax.Array, **_: Any
+        grads: optax.Updates, state: GuardState, params: optax.Params | None = None, *, loss: jax.Array, **more: Any
     ) -> tuple[optax.Updates, GuardState]:
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
         limit = state.mean + cfg.spike * jnp.sqrt(state.variance)
         known = (state.accepted >= cfg.warmup) & (cfg.spike > 0)
         take = finite & ~(known & (loss > limit))
 
-        updates, inner = tx.update(grads, state.inner, params)
+        updates, inner = tx.update(grads, state.inner, params, **more)
         updates = jax.tree.map(lambda new: jnp.where(take, new, jnp.zeros_like(new)), updates)
         inner = jax.tree.map(lambda new, old: jnp.where(take, new, old), inner, state.inner)
 
@@ -88,7 +89,8 @@ class SkippedSteps:
     """The host's side: names the records of steps that were not taken, and says when it is enough.
 
     Args:
-      run: the run's directory; each process appends its own rows to a file of its own.
+      run: the run's directory; each process appends its own rows to a file of its own (``record_log.cut_all`` drops
+        what an earlier start has lost).
       patience: steps in a row that may be skipped.
       say: told of each skipped step.
       late: steps that may be with the devices; only what is older is looked at, so that nothing is waited for.
@@ -137,6 +139,6 @@ class SkippedSteps:
             raise FloatingPointError(
                 f"{in_a_row} steps in a row were not taken, and training stops here; {what}. All records are in "
                 f"{self.path}. If they are sound, the weights are not: look with --replay={step}, go back to an "
-                "earlier checkpoint, lower the learning rate, or set guard.spike=0 if these are no spikes"
+                "earlier checkpoint, or, if these are no spikes, go on with --config.guard.spike=0"
             )
         self._say(what)

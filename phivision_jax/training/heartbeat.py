@@ -23,6 +23,9 @@ LOST = 77
 
 HEARTBEAT_S = 10.0
 """Seconds between two of them."""
+UNWRITTEN_S = 35.0
+"""Seconds for which a process tries to write one before it ends with a sentence, if a launcher looks after it: sooner
+than the launcher would take it for hung."""
 LAUNCHER = "PHIVISION_LAUNCHER"
 """Environment variable: id of the process that looks after this one. Without it this one would train on unseen."""
 
@@ -42,13 +45,16 @@ class Heartbeat(TypedDict):
 
 
 def write(run: Path, beat: Heartbeat) -> None:
-    """Replace a process's heartbeat. What fails is passed over: a full disk is told by what must be written."""
+    """Replace a process's heartbeat.
+
+    Raises:
+      OSError: when it cannot be written.
+    """
     path = run / _DIRECTORY / f"process_{beat['process']}.json"
     partial = path.with_suffix(".partial")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(beat))
-        partial.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(beat))
+    partial.replace(path)
 
 
 def read(run: Path) -> list[Heartbeat]:

@@ -51,8 +51,9 @@ def batch_loss(
         "group_loss": jnp.einsum("BT,BTg->g", token_loss, groups),
         "group_weight": jnp.einsum("BT,BTg->g", batch.loss_weights, groups),
     }
-    # A batch of padding alone has loss 0, not 0/0.
-    return token_loss.sum() / jnp.maximum(weight if total_weight is None else total_weight, 1.0), aux
+    total = weight if total_weight is None else total_weight
+    # A batch of padding alone has loss 0, not 0/0. Only ratios of weights matter otherwise, however small they are.
+    return token_loss.sum() / jnp.where(total == 0, 1.0, total), aux
 
 
 def cross_entropy(

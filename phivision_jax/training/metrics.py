@@ -7,6 +7,7 @@ them. Weights & Biases keeps what it was once sent, so there steps that were don
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ class MetricsWriter:
 
     Raises:
       ModuleNotFoundError: when ``wandb`` names a project and the package is not installed.
+      ValueError: when W&B does not start.
     """
 
     def __init__(
@@ -56,9 +58,13 @@ class MetricsWriter:
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1, write_to_disk=True)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line, flushed: it is there if the process dies next. Floats are written so that they read back equal."""
+        """One line, flushed: it is there if the process dies next. Floats are written so that they read back equal.
+
+        What is not finite is left out: JSON has no word for it, and ``skipped.jsonl`` tells of the step.
+        """
         if not self._writes:
             return
+        values = {name: value for name, value in values.items() if math.isfinite(value)}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -110,9 +116,15 @@ def _start_wandb(project: str, run: Path, config: Mapping[str, Any]) -> Any:
         temporary = where.with_suffix(".tmp")
         temporary.write_text(secrets.token_hex(4))
         temporary.replace(where)
-    started = wandb.init(
-        project=project, id=where.read_text(), resume="allow", name=run.name, dir=str(run), config=dict(config)
-    )
+    try:
+        started = wandb.init(
+            project=project, id=where.read_text(), resume="allow", name=run.name, dir=str(run), config=dict(config)
+        )
+    except Exception as error:  # no login, no network: a package that is not always here has its own types
+        raise ValueError(
+            f"W&B does not start: {error}; run `wandb login`, set WANDB_API_KEY or WANDB_MODE=offline, or leave "
+            "--config.wandb empty"
+        ) from error
     # Its own counter of steps refuses to go back, and a start after a kill does.
     started.define_metric("step")
     started.define_metric("*", step_metric="step")

@@ -94,19 +94,24 @@ def is_decayed(path: tuple) -> bool:
     return (path[-1] == "kernel" and "lm_head" not in path) or is_adapter(path)
 
 
-def make_optimizer(params: dict[str, Any], cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """The transformation for the trainable partition of ``params`` (flat dicts of paths)."""
-    scale = multipliers(params, cfg)
+def make_optimizer(params: dict[str, Any], cfg: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+    """The transformation for the trainable partition of ``params`` (flat dicts of paths).
 
-    def scale_by_rule(updates: dict, state: optax.EmptyState, params: Any = None) -> tuple[dict, optax.EmptyState]:
-        return {path: update * scale[path] for path, update in updates.items()}, state
+    Its ``update`` takes the run's ``step`` besides: the learning rate follows the schedule also where updates were not
+    taken. Adam's own count is of the updates that were.
+    """
+    scale, rate = multipliers(params, cfg), schedule(cfg, steps)
+
+    def scale_by_rate(
+        updates: dict, state: optax.EmptyState, params: Any = None, *, step: jax.Array, **_: Any
+    ) -> tuple[dict, optax.EmptyState]:
+        return {path: update * -(scale[path] * rate(step)) for path, update in updates.items()}, state
 
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip_norm),
         scale_by_adam(cfg),
         optax.add_decayed_weights(cfg.weight_decay, mask=lambda flat: {path: is_decayed(path) for path in flat}),
-        optax.GradientTransformation(lambda _: optax.EmptyState(), scale_by_rule),
-        optax.scale_by_learning_rate(schedule(cfg, steps)),
+        optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), scale_by_rate),
     )
 
 

@@ -27,10 +27,7 @@ class RecordLog:
 
     def __init__(self, run: Path, process: int, from_step: int) -> None:
         path = path_of(run, process)
-        kept = [line for step, line in _lines(path) if step <= from_step] if from_step else []
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(b"".join(kept))
-        partial.replace(path)
+        cut(path, from_step)
         self._file = path.open("ab")
 
     def write(self, step: int, ids: Sequence[Sequence[str]]) -> None:
@@ -41,7 +38,18 @@ class RecordLog:
         self._file.close()
 
 
-def _lines(path: Path) -> list[tuple[int, bytes]]:
-    """The whole lines of a file and their steps; one that a kill has cut short is left out."""
-    content = path.read_bytes() if path.exists() else b""
-    return [(json.loads(line)["step"], line) for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+def cut(path: Path, from_step: int) -> None:
+    """Drop a file's lines of later steps, and a last one that a kill has cut short; where there is no file, nothing."""
+    if not path.exists():
+        return
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(line for line in lines if json.loads(line)["step"] <= from_step))
+    partial.replace(path)
+
+
+def cut_all(run: Path, from_step: int) -> None:
+    """``cut`` what every process has logged by step: a start with fewer processes goes on with the rows of all."""
+    for pattern in ("records_*.jsonl", "skipped*.jsonl"):
+        for path in run.glob(pattern):
+            cut(path, from_step)

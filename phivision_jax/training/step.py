@@ -102,7 +102,7 @@ class TrainStep:
             like = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], parts))
             zeros = self.pin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
             ((loss, aux), grads), _ = jax.lax.scan(add, zeros, parts)
-        updates, opt_state = self.tx.update(grads, state["opt_state"], trainable, loss=loss)
+        updates, opt_state = self.tx.update(grads, state["opt_state"], trainable, loss=loss, step=state["step"])
         params = optim.unflatten({**optax.apply_updates(trainable, updates), **frozen})
         metrics = {
             "loss": loss,

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from phivision_jax.training import heartbeat
-from phivision_jax.training.heartbeat import HEARTBEAT_S, HUNG, LAUNCHER
+from phivision_jax.training.heartbeat import FAILED, HEARTBEAT_S, HUNG, LAUNCHER, UNWRITTEN_S
 
 _TICK_S = 0.5
 _FROZEN_S = 300.0
@@ -42,6 +42,7 @@ class Watchdog:
         self._launcher = int(os.environ.get(LAUNCHER, 0))
         self._host = socket.gethostname()
         self._last = ("starting", 0, time.monotonic(), self.STARTING_S)
+        self._written = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
@@ -80,17 +81,26 @@ class Watchdog:
                 os._exit(HUNG)
 
     def _beat(self, phase: str, step: int) -> None:
-        heartbeat.write(
-            self._run,
-            {
-                "process": self._process,
-                "phase": phase,
-                "step": step,
-                "time": time.time(),
-                "pid": os.getpid(),
-                "host": self._host,
-            },
-        )
+        beat: heartbeat.Heartbeat = {
+            "process": self._process,
+            "phase": phase,
+            "step": step,
+            "time": time.time(),
+            "pid": os.getpid(),
+            "host": self._host,
+        }
+        try:
+            heartbeat.write(self._run, beat)
+            self._written = time.monotonic()
+        except OSError as error:  # without a launcher nobody reads them: what must be written will tell of the disk
+            if self._launcher and time.monotonic() - self._written > UNWRITTEN_S:
+                print(
+                    f"process {self._process} ({self._host}) has not been able to write its heartbeat for "
+                    f"{time.monotonic() - self._written:.0f} s and ends: {error}; see to the disk and start again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(FAILED)
 
     def _end(self, phase: str, step: int, silent: float, limit: float) -> None:
         raise_it = f"; {self._limit_name} allows more" if limit == self._default_s else ""

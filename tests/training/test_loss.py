@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,21 @@ def test_equals_the_plain_loss(tile, scale):
     assert hits[0].all() and not hits.all()
     for gradient, wanted in zip(*(jax.grad(weighed(f), (0, 1))(*args) for f in (tiled, plain)), strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-3, 1e3])
+def test_only_ratios_of_weights_matter(factor):
+    x, kernel, targets = made()
+    weights = jnp.asarray(np.random.default_rng(2).integers(0, 3, (B, T)), jnp.float32)
+    head = types.SimpleNamespace(kernel=np.asarray(kernel))
+    model = types.SimpleNamespace(hidden=lambda _: x, decoder=types.SimpleNamespace(lm_head=head))
+    groups = jnp.zeros((B, T), jnp.int32)
+    batch = types.SimpleNamespace(targets=targets, loss_weights=factor * weights, group_ids=groups)
+    found, _ = loss.batch_loss(model, batch)
+    wanted = (plain(x, kernel, targets)[0] * weights).sum() / weights.sum()
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+    batch.loss_weights = jnp.zeros((B, T))
+    assert float(loss.batch_loss(model, batch)[0]) == 0.0
 
 
 def test_the_first_of_equal_logits_is_the_likeliest():

@@ -105,6 +105,22 @@ def test_wandb_goes_on_under_one_id(tmp_path, wandb):
     assert wandb[-1] == ("finish",)
 
 
+def test_wandb_that_does_not_start_is_a_sentence(tmp_path, wandb, monkeypatch):
+    def init(**_):
+        raise RuntimeError("No API key configured")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", init)
+    with pytest.raises(ValueError, match=r"W&B does not start: No API key configured; run `wandb login`"):
+        MetricsWriter(tmp_path, 0, wandb="phi")
+
+
+def test_what_is_not_finite_is_left_out(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, {"loss": 1.0, "validation/loss": float("nan"), "grad_norm": float("inf")})
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+
+
 def test_without_the_package_nothing_is_lost(tmp_path, monkeypatch):
     writer = MetricsWriter(tmp_path)
     writer.write(10, {"loss": 1.0})

@@ -100,12 +100,22 @@ def test_one_step_by_hand():
     tx = optim.make_optimizer(PARAMS, cfg, 1000)
     trainable, _ = optim.partition(PARAMS, cfg)
     grads = {path: 3.0 * jnp.ones_like(leaf) for path, leaf in trainable.items()}
-    updates, _ = tx.update(grads, tx.init(trainable), trainable)
+    updates, _ = tx.update(grads, tx.init(trainable), trainable, step=0)
     new = {optim.path_name(p): float(v.ravel()[0]) for p, v in optax.apply_updates(trainable, updates).items()}
     assert new["vision/mlp/kernel"] == pytest.approx(1 - 0.1 * (1 + 0.5), abs=1e-6)
     assert new["projector/fc1/kernel"] == pytest.approx(1 - 0.2 * (1 + 0.5), abs=1e-6)
     for undecayed in ("vision/mlp/bias", "decoder/norm/scale", "decoder/lm_head/kernel"):
         assert new[undecayed] == pytest.approx(0.9, abs=1e-6)
+
+
+def test_the_rate_is_that_of_the_runs_step_whatever_was_taken_before():
+    cfg = OptimConfig(learning_rate=0.1, warmup_steps=4, weight_decay=0.0, clip_norm=1e9, eps=0.0)
+    tx = optim.make_optimizer(PARAMS, cfg, 1000)
+    trainable, _ = optim.partition(PARAMS, cfg)
+    grads, state = {path: jnp.ones_like(leaf) for path, leaf in trainable.items()}, tx.init(trainable)
+    for step, rate in ((0, 0.0), (3, 0.075), (1, 0.025)):
+        updates, state = tx.update(grads, state, trainable, step=step)
+        assert float(updates[("vision", "mlp", "bias")].ravel()[0]) == pytest.approx(-rate, rel=1e-4)
 
 
 def test_clipping_is_by_the_norm_over_everything():
@@ -124,14 +134,14 @@ def minimise(cfg, steps=200):
     tx = optim.make_optimizer(optim.unflatten(params), cfg, steps)
 
     @jax.jit
-    def step(params, state):
+    def step(params, state, i):
         grads = {path: 2 * (params[path] - x) for path, x in targets.items()}
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, step=i)
         return optax.apply_updates(params, updates), state
 
     state = tx.init(params)
-    for _ in range(steps):
-        params, state = step(params, state)
+    for i in range(steps):
+        params, state = step(params, state, i)
     adam = next(part for part in state if hasattr(part, "mu"))
     return adam, max(float(jnp.abs(params[path] - x).max()) for path, x in targets.items())
 

@@ -6,7 +6,7 @@ import sys
 import time
 
 from phivision_jax.training import heartbeat, watchdog
-from phivision_jax.training.heartbeat import HUNG
+from phivision_jax.training.heartbeat import FAILED, HUNG
 from phivision_jax.training.watchdog import Watchdog
 from tests.training.launched import ENVIRONMENT, ROOT
 
@@ -86,3 +86,14 @@ def test_heartbeats(tmp_path, monkeypatch):
     assert heartbeat.read(tmp_path)[0]["phase"] == "ended"
     (tmp_path / "heartbeat" / "process_0.json").write_text('{"process":')
     assert heartbeat.read(tmp_path) == []
+
+
+def test_a_launched_process_that_cannot_say_that_it_lives_says_why(tmp_path):
+    """Its launcher would take it for hung and start it again, for ever."""
+    (tmp_path / "heartbeat" / "process_0.partial").mkdir(parents=True)
+    then = "watchdog.UNWRITTEN_S = 0.5; time.sleep(60)".replace("; ", "\n")
+    code, said, seconds = run_script(
+        tmp_path, "dog.alive('step', 14, limit_s=60.0)\n" + then, PHIVISION_LAUNCHER=str(os.getpid())
+    )
+    assert code == FAILED and seconds < 30
+    assert "has not been able to write its heartbeat for" in said and "process_0.partial" in said
