@@ -4,10 +4,10 @@
     python train.py --config=configs/finetune.py --help                    # every field of a configuration
     python train.py --config=configs/tiny.py --run=runs/tiny --replay=120  # step 120 once more; the run stays as it is
 
-A run's directory holds its plan, metrics (JSONL and TensorBoard), checkpoints and where its time went. Started again
-with the same directory, training goes on from the newest checkpoint, to the same numbers that it would have reached
-undisturbed. Ends with 0 when training is over, 75 when it was told to stop and has saved: start it again
-(docs/launch.md has all codes).
+A run's directory, which may be gs://bucket/folder, holds its plan, metrics (JSONL and TensorBoard), checkpoints and
+where its time went. Started again with the same directory, training goes on from the newest checkpoint, to the same
+numbers that it would have reached undisturbed. Ends with 0 when training is over, 75 when it was told to stop and has
+saved: start it again (docs/launch.md has all codes).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,20 +44,24 @@ from phivision_jax.training.modules import learning_rates
 from phivision_jax.training.profiling import Profiler
 from phivision_jax.training.record_log import RecordLog
 from phivision_jax.training.replay import replay
+from phivision_jax.training.run_directory import RunDirectory
 from phivision_jax.training.samples import pictures
 from phivision_jax.training.speed import Speed
 from phivision_jax.training.watchdog import Watchdog
 
 config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/tiny.py or configs/tiny.py:long.")
-flags.DEFINE_string("run", None, "Directory of the run: made if new, continued if it holds checkpoints.")
+flags.DEFINE_string("run", None, "Directory of the run, or gs://…: made if new, continued if it holds checkpoints.")
 flags.DEFINE_integer("replay", None, "Take this step of the run again and say all about it; the run stays as it is.", 1)
 
 EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 """Exceptions whose text is a sentence for the user."""
 
 
-def train(cfg: RunConfig, run: Path) -> int:
+def train(cfg: RunConfig, where: str) -> int:
     """Run one training to its end, or until it is told to stop.
+
+    Args:
+      where: the run's directory, or its place in a bucket.
 
     Returns:
       0 at the end, ``PREEMPTED`` when it was told to stop and has saved.
@@ -66,16 +69,17 @@ def train(cfg: RunConfig, run: Path) -> int:
     Raises:
       ValueError: when something in the configuration, the data or an earlier start of this run does not fit; nothing
         has been trained then. When a checkpoint could not be written.
+      StorageError: when the bucket cannot be read at the start, or written at the end.
       FloatingPointError: when too many steps in a row were not taken.
     """
     leads = jax.process_index() == 0
-    processes.first_alone("run directory", lambda: run.mkdir(parents=True, exist_ok=True))
     with (
-        contextlib.closing(Watchdog(run, cfg.step_timeout_s)) as watchdog,
-        Goodput(run if leads else None) as goodput,
+        RunDirectory(where, jax.process_index(), jax.process_count(), say) as directory,
+        contextlib.closing(Watchdog(directory.local, cfg.step_timeout_s)) as watchdog,
+        Goodput(directory.local if leads else None) as goodput,
     ):
         # Shapes, then the compiled step, then arrays.
-        made = setup.prepare(cfg, run)
+        made = setup.prepare(cfg, directory)
         cfg, step, steps = made.cfg, made.step, made.steps
         evaluator, validator = setup.make_evaluator(made), setup.make_validator(made)
         watchdog.alive("compiling", limit_s=Watchdog.STARTING_S)
@@ -84,7 +88,8 @@ def train(cfg: RunConfig, run: Path) -> int:
             compiled = step.compile(made.spec)
         say(f"{made.describe()}; compiled in {time.monotonic() - compiling:.1f} s")
         watchdog.alive("restoring", limit_s=Watchdog.STARTING_S)
-        checkpoints = RunCheckpoints(run, cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best, say)
+        keep = (cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
+        checkpoints = RunCheckpoints(directory.url, *keep, say, before_save=directory.push)
         with goodput("restore"):
             state, vision_tail = setup.start(made, checkpoints, say)
         first = int(state["step"])
@@ -95,6 +100,7 @@ def train(cfg: RunConfig, run: Path) -> int:
         }
 
         # What is written of it.
+        run = directory.local
         writer = MetricsWriter(run, first, wandb=cfg.wandb, config=meta["run"])
         records = RecordLog(run, jax.process_index(), first)
         bad = quarantine.RunLog(run / quarantine.file_of_process(jax.process_index()), cfg.data.max_bad)
@@ -165,7 +171,7 @@ def train(cfg: RunConfig, run: Path) -> int:
             ", ".join(f"{name} {row[name]:.4g}" for name in ("loss", "validation/loss", "eval/accuracy") if name in row)
         )
     if leads:
-        say(goodput_report.report(run))
+        say(goodput_report.report(directory.url))
     return PREEMPTED if stopped else 0
 
 
@@ -226,9 +232,9 @@ def main(argv: list[str]) -> None:
         sys.exit(f"train.py: {error}")
     with processes.together("train.py", EXPECTED):
         if flags.FLAGS.replay is not None:
-            replay(cfg, Path(run), flags.FLAGS.replay, say)
+            replay(cfg, run, flags.FLAGS.replay, say)
             return
-        code = train(cfg, Path(run))
+        code = train(cfg, run)
     sys.exit(code)
 
 

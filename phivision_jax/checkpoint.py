@@ -8,53 +8,67 @@
     DIR/MANIFEST         CRC-32 and size of every file; a run's steps only
 
 A training run keeps its steps under RUN/checkpoints/<step>/. Orbax writes a step under another name and renames it
-when it is whole, so what bears a step's name is complete. Beside them, sealed.json lists the steps that have had a
-MANIFEST, and damaged-<step>/ is a step that was found damaged (``training/checkpoints.py``).
+when it is whole, so what bears a step's name is complete; in a bucket (``gs://…``), where a directory cannot be
+renamed at once, it is complete when it holds commit_success.txt, which is written last. Beside them, sealed.json lists
+the steps that have had a MANIFEST, and damaged-<step>/ is a step that was found damaged (``training/checkpoints.py``).
 
 This file knows where things are and imports neither JAX nor Orbax: the converter needs it and must stay small.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from phivision_jax import storage
 from phivision_jax.config import ModelConfig, read_json
+from phivision_jax.storage import Location
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"
 ORBAX_MARK = "commit_success.txt"
-"""Orbax's own note, which it leaves in every folder of a step."""
+"""Orbax's own note, which it leaves in every folder of a step, and at its top when all of it is written."""
 PARAMS, OPT_STATE, META, ASSETS = "params", "opt_state", "meta", "assets"
 CHECKSUMS = "checksums"
 """In the metadata: of every array of params/ and opt_state/ (``training/checksums.py``)."""
 SEALED, DAMAGED = "sealed.json", "damaged-"
 
 
-def is_checkpoint(path: Path) -> bool:
-    return (path / PARAMS).is_dir() and (path / META / "metadata").is_file()
+def is_checkpoint(path: Location) -> bool:
+    return (path / PARAMS).exists() and (path / META / "metadata").exists()
 
 
-def find(path: str | Path) -> Path:
+def is_committed(step: Location) -> bool:
+    """Whether Orbax has written all of a step; if not, it is about it, or was when it was killed."""
+    return not storage.is_remote(step) or (step / ORBAX_MARK).exists()
+
+
+def find(path: str | Location) -> Location:
     """The checkpoint at ``path``: itself, or the newest step of the training run there.
 
     Raises:
       ValueError: when there is none.
+      StorageError: when it is in a bucket that cannot be read.
     """
-    path = Path(path)
+    path = storage.location(path)
+    storage.check(path)
+    with storage.explained(path):
+        return _find(path)
+
+
+def _find(path: Location) -> Location:
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     if is_checkpoint(path):
         return path
     for folder in (path, path / CHECKPOINTS):
-        children = folder.iterdir() if folder.is_dir() else ()
-        steps = [child for child in children if child.name.isdecimal() and is_checkpoint(child)]
+        children = [child for child in storage.children(folder) if child.name.isdecimal()]
+        steps = [child for child in children if is_checkpoint(child) and is_committed(child)]
         if steps:
             return max(steps, key=lambda child: int(child.name))
     raise ValueError(f"{path} is not a checkpoint of ours (no params/ and meta/metadata) and holds no training steps")
 
 
-def read_meta(checkpoint: Path) -> tuple[ModelConfig, dict[str, Any]]:
+def read_meta(checkpoint: Location) -> tuple[ModelConfig, dict[str, Any]]:
     """The model's configuration, and everything else that ``meta/metadata`` says.
 
     Raises:
@@ -67,5 +81,5 @@ def read_meta(checkpoint: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return ModelConfig.from_dict(meta.pop("model")), meta
 
 
-def assets_of(checkpoint: Path) -> Path:
+def assets_of(checkpoint: Location) -> Location:
     return checkpoint / ASSETS

@@ -19,13 +19,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
 import tyro
 
-from phivision_jax.training import heartbeat
+from phivision_jax.training import heartbeat, run_directory
 from phivision_jax.training.heartbeat import HUNG, LAUNCHER, LOST, PREEMPTED, Heartbeat
 
 SETTLE_S = 3.0
@@ -53,7 +52,7 @@ class Child:
             return self.code is not None
         return False
 
-    def describe(self, run: Path | None) -> str:
+    def describe(self, run: str) -> str:
         """What became of it, and its last heartbeat."""
         assert self.code is not None
         if self.code < 0:
@@ -64,12 +63,11 @@ class Child:
             how = f"ended with code {self.code}{meaning}"
         return f"process {self.number} (pid {self.process.pid}) {how}; {describe_beat(self.beat(run))}"
 
-    def beat(self, run: Path | None) -> Heartbeat | None:
+    def beat(self, run: str) -> Heartbeat | None:
         """Its last heartbeat; others in the directory are of other hosts, or of earlier starts."""
         mine = (self.process.pid, socket.gethostname())
-        return (
-            next((beat for beat in heartbeat.read(run) if (beat["pid"], beat["host"]) == mine), None) if run else None
-        )
+        found = (beat for directory in run_directory.local_directories(run) for beat in heartbeat.read(directory))
+        return next((beat for beat in found if (beat["pid"], beat["host"]) == mine), None)
 
 
 def describe_beat(beat: Heartbeat | None) -> str:
@@ -84,11 +82,11 @@ class Launcher:
     Args:
       command: what each process runs.
       processes: how many.
-      run: the training's directory, where the heartbeats are; None: they are not looked at.
+      run: the training's directory, where the heartbeats are, or ``gs://…``; empty: they are not looked at.
       grace_s: how long processes may take to save after SIGTERM.
     """
 
-    def __init__(self, command: list[str], processes: int, run: Path | None, grace_s: float) -> None:
+    def __init__(self, command: list[str], processes: int, run: str, grace_s: float) -> None:
         self.command, self.processes, self.run, self.grace_s = command, processes, run, grace_s
         self._told = 0
 
@@ -220,14 +218,14 @@ def say(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)
 
 
-def run_of(command: list[str]) -> Path | None:
-    """The directory that the command's --run names."""
+def run_of(command: list[str]) -> str:
+    """The directory that the command's --run names; empty: none."""
     for i, word in enumerate(command):
         if word.startswith("--run="):
-            return Path(word.removeprefix("--run="))
+            return word.removeprefix("--run=")
         if word == "--run" and i + 1 < len(command):
-            return Path(command[i + 1])
-    return None
+            return command[i + 1]
+    return ""
 
 
 def main(

@@ -6,6 +6,8 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+from collections.abc import Iterator
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from flax import nnx
 
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision
+from tests.emulator import Emulator
 from tests.made import TINY
 
 # No test judges time: another machine, or a busy one, is slower.
@@ -30,3 +33,17 @@ def tiny() -> PhiVision:
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape), jnp.float32), params)
     return phivision.merge(graphdef, params)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Iterator[Emulator]:
+    with Emulator() as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def bucket(emulator, monkeypatch, request) -> str:
+    """An empty place in a bucket that is served on this machine, to this process and those that it starts."""
+    for name, value in emulator.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"gs://bucket/{request.node.name.replace('[', '_').replace(']', '')}"

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -122,19 +123,19 @@ def test_who_does_not_stop_is_killed_at_the_second_time(folder):
 def test_who_gives_no_heartbeat_is_killed(folder, monkeypatch, capsys):
     monkeypatch.setattr(launch, "SILENT_S", 1.0)
     monkeypatch.setattr(launch, "_LOOK_S", 0.2)
-    monkeypatch.setenv("PYTHONPATH", str(launch.Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     script = "if start: sys.exit(0)\nheartbeat.write(folder, beat); time.sleep(1000)"
     command = [sys.executable, "-c", SCRIPT + script, f"--run={folder}"]
-    assert launch.Launcher(command, 1, folder, grace_s=5.0).launch(restarts=1) == 0
+    assert launch.Launcher(command, 1, str(folder), grace_s=5.0).launch(restarts=1) == 0
     said = capsys.readouterr().err
     assert "process 0 (pid" in said and "is killed: its last heartbeat, 1 s ago: step, step 12" in said
     assert starts(folder) == 2
 
 
 def test_where_the_run_is():
-    assert str(launch.run_of(["python", "train.py", "--run=runs/a"])) == "runs/a"
-    assert str(launch.run_of(["python", "train.py", "--run", "runs/b", "--x"])) == "runs/b"
-    assert launch.run_of(["python", "train.py", "--run"]) is None
+    assert launch.run_of(["python", "train.py", "--run=runs/a"]) == "runs/a"
+    assert launch.run_of(["python", "train.py", "--run", "runs/b", "--x"]) == "runs/b"
+    assert launch.run_of(["python", "train.py", "--run"]) == ""
 
 
 def test_heartbeats_of_other_hosts_are_not_ours(folder):

@@ -34,12 +34,14 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from phivision_jax.checkpoint import ASSETS, CHECKPOINTS, CHECKSUMS, DAMAGED, FORMAT, META, OPT_STATE, PARAMS
-from phivision_jax.config import read_json
+from phivision_jax import storage
+from phivision_jax.checkpoint import ASSETS, CHECKPOINTS, CHECKSUMS, FORMAT, META, OPT_STATE, PARAMS
+from phivision_jax.storage import Location
 from phivision_jax.training import manifest
 from phivision_jax.training.checksums import checksums, differing
 from phivision_jax.training.files_item import FilesSave
 from phivision_jax.training.processes import agree
+from phivision_jax.training.steps import Steps, first_line
 
 CHUNK_BYTES = 32_000_000
 """The most that one stored chunk holds. Stacked arrays are also cut by layer, so that the converter can stream them."""
@@ -54,29 +56,34 @@ class RunCheckpoints:
     """The checkpoints of one training run: saved in the background, kept by rule.
 
     Args:
-      run: the run's directory.
+      run: the run's directory, or its place in a bucket.
       keep: the last so many steps are kept.
       keep_every: multiples of this are kept as well; 0: none.
       keep_best: the step with the best value of this metric is kept as well: "eval/accuracy" keeps the highest, a
         minus in front ("-loss") the lowest; empty: none.
       say: told what happens to damaged checkpoints, on the first process.
+      before_save: brings into safety what a checkpoint must not be without, once it is there.
 
     Raises:
       ValueError: when ``keep`` is not positive.
+      StorageError: when the bucket cannot be read.
     """
 
     def __init__(
         self,
-        run: Path,
+        run: Location,
         keep: int,
         keep_every: int = 0,
         keep_best: str = "",
         say: Callable[[str], None] = print,
+        before_save: Callable[[], None] = lambda: None,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep_checkpoints is {keep}; at least 1 is needed, 2 to survive a damaged one")
-        self._directory = (run / CHECKPOINTS).absolute()
+        self._directory = storage.absolute(run) / CHECKPOINTS
+        self._steps = Steps(self._directory)
         self._keep, self._keep_every, self._keep_best, self._say = keep, keep_every, keep_best, say
+        self._before_save = before_save
         self._first = jax.process_index() == 0
         self._damaged: dict[int, str] = {}
         self._checked: set[int] = set()
@@ -84,7 +91,8 @@ class RunCheckpoints:
         self._error: tuple[int, BaseException] | None = None
         self._manager: ocp.CheckpointManager | None = None
         if self._first:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            if isinstance(self._directory, Path):
+                self._directory.mkdir(parents=True, exist_ok=True)
             manifest.sweep(self._directory)
 
     @property
@@ -95,7 +103,7 @@ class RunCheckpoints:
           CheckpointError: when something was, and no step is left.
         """
         steps = self._steps()
-        if not steps and (gone := manifest.sealed(self._directory)):
+        if not steps and (gone := self._steps.sealed()):
             raise CheckpointError(
                 f"{self._directory} held checkpoint {max(gone)} and now holds none; bring it back, or take a new "
                 "--run to begin anew"
@@ -105,10 +113,6 @@ class RunCheckpoints:
     def has(self, at_most: int | None = None) -> bool:
         """Whether there is a step, whole or not, that is not newer than that; raises as ``latest``."""
         return self.latest is not None and any(at_most is None or step <= at_most for step in self._steps())
-
-    def _steps(self) -> list[int]:
-        """By name alone: what lacks a file is not absent but damaged."""
-        return [int(child.name) for child in self._directory.glob("*") if child.name.isdecimal() and child.is_dir()]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving.
@@ -134,7 +138,11 @@ class RunCheckpoints:
         """
         self.wait()
         step = int(state["step"])
-        if not self._directory.is_dir():
+        try:
+            self._before_save()
+        except OSError as error:
+            raise self._failed(step, error) from error
+        if isinstance(self._directory, Path) and not self._directory.is_dir():
             raise CheckpointError(
                 f"{self._directory} has disappeared while training: checkpoint {step} is not saved, and those before "
                 "it are gone; bring the directory or its disk back and start again"
@@ -189,8 +197,10 @@ class RunCheckpoints:
         for step in self._steps() if self._first else ():
             path = self._directory / str(step) / "metrics" / "metrics"
             try:
-                if path.exists():
-                    self._score(json.loads(path.read_bytes()))
+                with storage.explained(path):
+                    rating = path.read_bytes() if path.exists() else None
+                if rating is not None:
+                    self._score(json.loads(rating))
             except (ValueError, KeyError, TypeError):
                 self._damaged[step] = "its file metrics/metrics is damaged"
         self._set_aside()
@@ -234,10 +244,13 @@ class RunCheckpoints:
     def _failed(self, step: int, error: BaseException) -> CheckpointError:
         if isinstance(error, CheckpointError):
             return error
-        gone = "" if self._directory.is_dir() else " (the directory has disappeared)"
+        lost, where = f"checkpoint {step} could not be written to {self._directory}", "bucket"
+        if isinstance(self._directory, Path):
+            lost += "" if self._directory.is_dir() else " (the directory has disappeared)"
+            where = "disk"
         return CheckpointError(
-            f"checkpoint {step} could not be written to {self._directory}{gone}: {_first_line(error)}; see to the "
-            "disk and start again: training goes on from the checkpoint before"
+            f"{lost}: {first_line(error)}; see to the {where} and start again: training goes on from the checkpoint "
+            "before"
         )
 
     def close(self) -> None:
@@ -259,7 +272,7 @@ class RunCheckpoints:
         Raises:
           CheckpointError: when there is no such step.
         """
-        return read_json(self._directory / str(self._newest()) / META / "metadata")
+        return self._steps.meta(self._newest())
 
     def restore(
         self, abstract_state: Mapping[str, Any], vision_tail: Any, *, at_most: int | None = None
@@ -278,7 +291,7 @@ class RunCheckpoints:
         params = {**abstract_state["params"], "vision_tail": vision_tail}
         while True:
             step = self._newest(at_most)
-            meta = read_json(self._directory / str(step) / META / "metadata")
+            meta = self._steps.meta(step)
             restored, wrong = self._read(step, params, abstract_state["opt_state"], meta)
             if wrong is None:
                 break
@@ -288,7 +301,7 @@ class RunCheckpoints:
             self._set_aside(step)
         if CHECKSUMS not in meta:
             self._tell(f"checkpoint {step} was written without checksums; it is taken as it is")
-        if at_most is None and not (self._directory / str(step) / manifest.MANIFEST).exists():
+        if at_most is None and not self._steps.has_manifest(step):
             self._seal(step)
         params = dict(restored[PARAMS])
         tail = params.pop("vision_tail")
@@ -299,8 +312,9 @@ class RunCheckpoints:
     def _newest(self, at_most: int | None = None) -> int:
         """The newest step in which no damage has been found, its files read."""
         wanted = [step for step in self._steps() if at_most is None or step <= at_most]
+        share = (jax.process_index(), jax.process_count())
         for step in sorted(set(wanted) - self._damaged.keys(), reverse=True):
-            if step not in self._checked and (wrong := agree(self._damage_of_files(step))):
+            if step not in self._checked and (wrong := agree(self._steps.damage(step, *share))):
                 self._damaged[step] = wrong
                 continue
             self._checked.add(step)
@@ -312,19 +326,6 @@ class RunCheckpoints:
             f"{self._directory} holds no checkpoint that is whole: {each}. Nothing was changed. Bring back a copy of "
             "one, or take a new --run to begin anew"
         )
-
-    def _damage_of_files(self, step: int) -> str | None:
-        checkpoint = self._directory / str(step)
-        try:
-            return manifest.damage(checkpoint, jax.process_index(), jax.process_count())
-        except FileNotFoundError:
-            if step in manifest.sealed(self._directory):
-                return f"its file {manifest.MANIFEST} is missing"
-        try:  # killed before it was sealed, or older than manifests: its arrays will tell
-            read_json(checkpoint / META / "metadata")
-        except (FileNotFoundError, ValueError) as error:
-            return _first_line(error)
-        return None
 
     def _read(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> tuple[Any, str | None]:
         """The restored items, and what is wrong with them."""
@@ -338,23 +339,20 @@ class RunCheckpoints:
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
                 restored = checkpointer.restore(checkpoint, args=items)
         except Exception as error:  # Orbax's, TensorStore's, JAX's: each has its own types
-            wrong = f"{_UNREADABLE}: {_first_line(error)}"
+            storage.check(checkpoint)  # a bucket that does not answer is no damage
+            wrong = f"{_UNREADABLE}: {first_line(error)}"
         if wrong is None and CHECKSUMS in meta:
             found = checksums({PARAMS: restored[PARAMS], OPT_STATE: restored[OPT_STATE]})
             wrong = differing(meta[CHECKSUMS], {name: f"{value:08x}" for name, value in found.items()})
         wrong = agree(wrong)
-        if wrong is not None and wrong.startswith(_UNREADABLE) and (checkpoint / manifest.MANIFEST).exists():
+        if wrong is not None and wrong.startswith(_UNREADABLE) and self._steps.has_manifest(step):
             raise CheckpointError(f"every file of {checkpoint} is whole, but {wrong}")
         return restored, wrong
 
     def _set_aside(self, restored: int | None = None) -> None:
         """Rename what is damaged, out of the sight of Orbax and of ``checkpoint.find``."""
         for step, wrong in sorted(self._damaged.items()):
-            name = f"{DAMAGED}{step:06d}"
-            if self._first:
-                while (self._directory / name).exists():
-                    name += "+"
-                (self._directory / str(step)).rename(self._directory / name)
+            name = self._steps.set_aside(step) if self._first else ""
             after = "" if restored is None else f"; training goes on from {restored}"
             self._tell(f"checkpoint {step} is damaged: {wrong}. It is now {CHECKPOINTS}/{name}{after}")
         if jax.process_count() > 1:
@@ -364,12 +362,6 @@ class RunCheckpoints:
     def _tell(self, sentence: str) -> None:
         if self._first:
             self._say(sentence)
-
-
-def _first_line(error: BaseException) -> str:
-    """One line, short enough to be read, of messages that may run over pages: what was tried, and the cause."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :.")
-    return line if len(line) <= 400 else f"{line[:150]} … {line[-250:]}"
 
 
 def _chunks(path: tuple, leaf: Any) -> ocp.SaveArgs:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 
-def goodput(runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")], /) -> None:
+def goodput(runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN...")], /) -> None:
     """Print what the wall time of trainings went to, over all their starts: steps, compiling, saving, lost work.
 
     Args:
-        runs: Directories of runs, as train.py's --run names them; also of one that is still training.
+        runs: Directories of runs, as train.py's --run names them, also gs://…; also of one that is still training.
     """
+    from phivision_jax import storage
     from phivision_jax.training.goodput_report import report
 
     if not runs:
         raise ValueError("name at least one directory of a run")
-    print("\n\n".join(report(run) for run in runs))
+    print("\n\n".join(report(storage.location(run)) for run in runs))

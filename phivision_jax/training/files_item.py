@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,24 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from phivision_jax import storage
+from phivision_jax.storage import Location
+
 
 class FilesHandler(ocp.CheckpointHandler):
     """Copies a directory's files into a checkpoint, so that a step can be loaded and exported without its run."""
 
     def save(self, directory: Any, args: FilesSave) -> None:
-        if jax.process_index() == 0:
-            shutil.copytree(args.source, Path(directory), dirs_exist_ok=True)
+        if jax.process_index() != 0:
+            return
+        target = storage.location(os.fspath(directory))
+        if isinstance(target, Path):
+            shutil.copytree(args.source, target, dirs_exist_ok=True)
+        else:
+            storage.upload(args.source, target)
 
-    def restore(self, directory: Any, args: FilesRestore | None = None) -> Path:
-        return Path(directory)
+    def restore(self, directory: Any, args: FilesRestore | None = None) -> Location:
+        return storage.location(os.fspath(directory))
 
 
 @ocp.args.register_with_handler(FilesHandler, for_save=True)

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from phivision_jax import storage
+from phivision_jax.storage import Location
+
 FILE = "goodput.jsonl"
 MEANING = {
     "step": "steps that count",
@@ -74,11 +77,14 @@ def append_line(run: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line).encode() + b"\n")
 
 
-def read_starts(run: Path) -> list[Start]:
+def read_starts(run: Location) -> list[Start]:
     """The starts of a run, in order; lines that a kill cut off are left out."""
     lines = []
     path = run / FILE
-    for text in path.read_text().splitlines() if path.exists() else ():
+    storage.check(path)
+    with storage.explained(path):
+        texts = path.read_text().splitlines() if path.exists() else []
+    for text in texts:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -115,7 +121,7 @@ def account_of(starts: Sequence[Start], resumed: tuple[int, float] | None = None
     return account
 
 
-def report(run: Path) -> str:
+def report(run: Location) -> str:
     """What a run's time went to, over all its starts, as a table.
 
     Raises:

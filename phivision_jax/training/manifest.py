@@ -12,6 +12,8 @@ against somebody who means harm.
 A checkpoint of a large model is hundreds of gigabytes, so each process of a run reads its share of the files.
 
 ``sealed.json``, beside the steps of a run, lists those that have had a manifest.
+
+In a bucket all is the same: there an object that is written is whole by itself, and files are read range by range.
 """
 
 from __future__ import annotations
@@ -22,24 +24,29 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from phivision_jax import storage
 from phivision_jax.checkpoint import SEALED
+from phivision_jax.storage import Location
 
 MANIFEST = "MANIFEST"
 _READ_BYTES = 1 << 22
-_THREADS = 4
+_FETCH_BYTES = 1 << 25
+"""The same from a bucket, where a request costs tens of milliseconds."""
+_THREADS, _FETCHES = 4, 16
 _WAIT = 1200.0
 """Seconds that the first process waits for the others to have read their share of the files."""
 _WORK = ".sealing-"
 """Where shares are put together, beside the steps."""
 
 
-def describe(checkpoint: Path, share: int = 0, shares: int = 1) -> dict[str, tuple[int, int]]:
+def describe(checkpoint: Location, share: int = 0, shares: int = 1) -> dict[str, tuple[int, int]]:
     """CRC-32 and size of this process's share of the files: {path: (crc, bytes)}."""
-    names = (path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file())
-    return _describe(checkpoint, _share((name for name in names if name != MANIFEST), share, shares))
+    found = storage.files(checkpoint)
+    mine = _share((name for name in found if name != MANIFEST), share, shares)
+    return _describe(checkpoint, {name: found[name] for name in mine})
 
 
 def render(entries: dict[str, tuple[int, int]]) -> bytes:
@@ -63,27 +70,30 @@ def parse(text: bytes) -> dict[str, tuple[int, int]]:
     return entries
 
 
-def damage(checkpoint: Path, share: int = 0, shares: int = 1) -> str | None:
+def damage(checkpoint: Location, share: int = 0, shares: int = 1) -> str | None:
     """What is wrong with this process's share of the files, as half a sentence that names one; None: nothing.
 
     Files that the manifest does not list are none of its business.
 
     Raises:
       FileNotFoundError: when there is no manifest.
+      StorageError: when the bucket does not answer, which is no damage.
     """
     try:
-        wanted = parse((checkpoint / MANIFEST).read_bytes())
+        with storage.explained(checkpoint):
+            wanted = parse((checkpoint / MANIFEST).read_bytes())
     except ValueError:
         return f"its file {MANIFEST} is damaged"
-    mine = _share(wanted, share, shares)
+    mine, sizes = _share(wanted, share, shares), storage.files(checkpoint)
     for name in mine:  # sizes first: they cost nothing
-        path = checkpoint / name
-        if not path.is_file():
+        if name not in sizes:
             return f"its file {name} is missing"
-        if (size := path.stat().st_size) != wanted[name][1]:
-            return f"its file {name} has {size:,} bytes, not the {wanted[name][1]:,} that were written"
+        if sizes[name] != wanted[name][1]:
+            return f"its file {name} has {sizes[name]:,} bytes, not the {wanted[name][1]:,} that were written"
     try:
-        found = _describe(checkpoint, mine)
+        found = _describe(checkpoint, {name: sizes[name] for name in mine})
+    except storage.StorageError:
+        raise
     except OSError as error:
         return f"a file cannot be read: {error}"
     changed = [name for name in mine if found[name] != wanted[name]]
@@ -95,29 +105,45 @@ def _share(names: Iterable[str], share: int, shares: int) -> list[str]:
     return sorted(names)[share::shares]
 
 
-def _describe(checkpoint: Path, names: list[str]) -> dict[str, tuple[int, int]]:
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return dict(zip(names, pool.map(lambda name: _crc(checkpoint / name), names), strict=True))
+def _describe(checkpoint: Location, sizes: dict[str, int]) -> dict[str, tuple[int, int]]:
+    with concurrent.futures.ThreadPoolExecutor(_FETCHES if storage.is_remote(checkpoint) else _THREADS) as pool:
+        return dict(zip(sizes, pool.map(lambda name: _crc(checkpoint / name, sizes[name]), sizes), strict=True))
 
 
-def _crc(path: Path) -> tuple[int, int]:
+def _crc(path: Location, listed: int) -> tuple[int, int]:
     crc = size = 0
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_READ_BYTES):
-            crc, size = zlib.crc32(block, crc), size + len(block)
+    for block in _blocks(path, listed):
+        crc, size = zlib.crc32(block, crc), size + len(block)
     return crc, size
 
 
-def seal(directory: Path, step: int, share: int, shares: int) -> None:
+def _blocks(path: Location, listed: int) -> Iterator[bytes]:
+    if not isinstance(path, Path):
+        for start in range(0, listed, _FETCH_BYTES):
+            yield storage.read_range(path, start, min(_FETCH_BYTES, listed - start))
+        return
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(_READ_BYTES):
+            yield block
+
+
+def seal(directory: Location, step: int, share: int, shares: int) -> None:
     """Read this process's share of a step's files; the first process puts all shares together as the manifest.
 
     The processes meet in the file system alone: this runs beside training, which owns the devices.
 
     Raises:
       TimeoutError: in the first process, when another one does not come.
+      StorageError: when the bucket does not answer.
     """
+    with storage.explained(directory):
+        _seal(directory, step, share, shares)
+
+
+def _seal(directory: Location, step: int, share: int, shares: int) -> None:
     checkpoint, work = directory / str(step), directory / f"{_WORK}{step}"
-    work.mkdir(exist_ok=True)
+    if isinstance(work, Path):
+        work.mkdir(exist_ok=True)
     _replace(work / str(share), render(describe(checkpoint, share, shares)), work / f"{share}.partial")
     if share != 0:
         return
@@ -125,16 +151,17 @@ def seal(directory: Path, step: int, share: int, shares: int) -> None:
     while missing := [i for i in range(shares) if not (work / str(i)).exists()]:
         if time.monotonic() > deadline:
             raise TimeoutError(f"process {missing[0]} has not read its files again after {_WAIT:.0f} s")
-        time.sleep(0.2)
+        time.sleep(1.0 if storage.is_remote(work) else 0.2)
     parts = [parse((work / str(i)).read_bytes()) for i in range(shares)]
     content = render({name: entry for part in parts for name, entry in part.items()})
     _replace(checkpoint / MANIFEST, content, work / MANIFEST)
-    steps = [other for other in {step, *sealed(directory)} if (directory / str(other)).is_dir()]
-    _replace(directory / SEALED, json.dumps(sorted(steps)).encode(), work / SEALED)
-    shutil.rmtree(work)
+    there = {child.name for child in storage.children(directory)}
+    steps = sorted(other for other in {step, *sealed(directory)} if str(other) in there)
+    _replace(directory / SEALED, json.dumps(steps).encode(), work / SEALED)
+    _remove(work)
 
 
-def sealed(directory: Path) -> set[int]:
+def sealed(directory: Location) -> set[int]:
     """The steps that have had a manifest, as far as ``sealed.json`` can say."""
     try:
         return {step for step in json.loads((directory / SEALED).read_bytes()) if isinstance(step, int)}
@@ -142,14 +169,25 @@ def sealed(directory: Path) -> set[int]:
         return set()
 
 
-def sweep(directory: Path) -> None:
+def sweep(directory: Location) -> None:
     """Remove what a kill has left of ``seal``; shares of another time must not be taken for new ones."""
-    for work in directory.glob(f"{_WORK}*"):
+    for work in storage.children(directory):
+        if work.name.startswith(_WORK):
+            _remove(work)
+
+
+def _remove(work: Location) -> None:
+    if isinstance(work, Path):
         shutil.rmtree(work)
+    else:
+        storage.remove(work)
 
 
-def _replace(path: Path, content: bytes, partial: Path) -> None:
+def _replace(path: Location, content: bytes, partial: Location) -> None:
     """Write a file so that it is there whole or not at all; ``partial``, on the same disk, is where it is made."""
+    if not isinstance(path, Path) or not isinstance(partial, Path):
+        path.write_bytes(content)
+        return
     with partial.open("wb") as file:
         file.write(content)
         file.flush()

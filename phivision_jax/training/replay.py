@@ -8,7 +8,6 @@ also those of a step that was not taken.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,12 +20,14 @@ from phivision_jax.training import setup
 from phivision_jax.training.checkpoints import RunCheckpoints
 from phivision_jax.training.config import RunConfig
 from phivision_jax.training.loss import cross_entropy
+from phivision_jax.training.run_directory import RunDirectory
 
 
-def replay(cfg: RunConfig, run: Path, number: int, say: Callable[[str], None] = print) -> dict[str, float]:
+def replay(cfg: RunConfig, run: str, number: int, say: Callable[[str], None] = print) -> dict[str, float]:
     """Take a step again and say what came of it.
 
     Args:
+      run: the run's directory, or its place in a bucket.
       number: of the step, from 1, as in ``metrics.jsonl`` and ``skipped.jsonl``.
 
     Returns:
@@ -35,14 +36,21 @@ def replay(cfg: RunConfig, run: Path, number: int, say: Callable[[str], None] = 
     Raises:
       ValueError: when the run has no such step, or was started with other settings.
     """
-    if not (run / "plan").is_dir():
-        raise ValueError(f"{run} is not a run's directory (it holds no plan): --replay looks at a run that was started")
-    made = setup.prepare(cfg, run)
+    with RunDirectory(run, jax.process_index(), jax.process_count(), say, keeps=False) as directory:
+        return _replay(cfg, directory, number, say)
+
+
+def _replay(cfg: RunConfig, directory: RunDirectory, number: int, say: Callable[[str], None]) -> dict[str, float]:
+    if not (directory.local / "plan").is_dir():
+        raise ValueError(
+            f"{directory.url} is not a run's directory (it holds no plan): --replay looks at a run that was started"
+        )
+    made = setup.prepare(cfg, directory)
     if not 1 <= number <= made.steps:
         raise ValueError(f"--replay={number}: the run's steps are 1 to {made.steps}")
     compiled = made.step.compile(made.spec)
     row_losses = jax.jit(lambda params, batch: _row_losses(made.step.graphdef, params, batch))
-    checkpoints = RunCheckpoints(run, cfg.keep_checkpoints, say=say)
+    checkpoints = RunCheckpoints(directory.url, cfg.keep_checkpoints, say=say)
     state, _ = setup.start(made, checkpoints, say, at_most=number - 1)
     first = int(state["step"])
     with bar(f"to step {number}", number - first, shown=jax.process_index() == 0) as advance:

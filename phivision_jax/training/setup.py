@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from phivision_jax import checkpoint, loading, sharding
+from phivision_jax import checkpoint, loading, sharding, storage
 from phivision_jax.batch import Batch, batch_spec
 from phivision_jax.data.dataset import Dataset
 from phivision_jax.data.encode import GROUP_NAMES, group_weights
@@ -27,14 +27,14 @@ from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.models import lora
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.processor import Processor
+from phivision_jax.storage import Location
 from phivision_jax.training import layouts, mixtures, optim
 from phivision_jax.training.checkpoints import RunCheckpoints
 from phivision_jax.training.config import RunConfig
 from phivision_jax.training.processes import first_alone
+from phivision_jax.training.run_directory import CACHE, RunDirectory
 from phivision_jax.training.step import State, TrainStep, init_params, make_train_step
 from phivision_jax.training.validation import Validator
-
-CACHE = "compilation_cache"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,27 +99,28 @@ class Prepared:
         return f"{count:,} parameters on {axes or 'one device'}; plan {self.plan.hash[:12]}: {self.plan.summary()}"
 
 
-def prepare(cfg: RunConfig, run: Path) -> Prepared:
+def prepare(cfg: RunConfig, directory: RunDirectory) -> Prepared:
     """Everything that needs no parameter; makes the run's processor files and plan where they are not there yet.
 
     Raises:
       ValueError: when something in the configuration, the data or an earlier start of this run does not fit.
     """
-    keep_compilations(run)
-    cfg = layouts.resolve(with_model(cfg, run), jax.devices())
+    keep_compilations(directory.url)
+    cfg = layouts.resolve(with_model(cfg, directory.url), jax.devices())
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     check_rows(cfg, mesh)
-    assets = run / "assets"
-    first_alone("assets", lambda: make_assets(cfg, assets))
+    assets = directory.local / "assets"
+    first_alone("assets", lambda: make_assets(cfg, directory))
+    directory.take("assets")
     processor = Processor.from_directory(assets, cfg.model)
     mixture = mixtures.training_mixture(cfg.data)
     datasets = [Dataset.open(path) for _, path in mixture.sources]
-    plan = make_or_load_plan(cfg, mixture, datasets, processor, run)
+    plan = make_or_load_plan(cfg, mixture, datasets, processor, directory)
     steps = optim.num_steps(cfg, plan.num_steps(cfg.data.batch_rows))
     return Prepared(cfg, processor, assets, datasets, plan, steps, make_train_step(cfg, mesh, steps, len(GROUP_NAMES)))
 
 
-def with_model(cfg: RunConfig, run: Path) -> RunConfig:
+def with_model(cfg: RunConfig, run: Location) -> RunConfig:
     """With the model of the checkpoint that training starts from: the run's own, else ``init_from``."""
     if not cfg.init_from:
         if cfg.model_from == "init_from":
@@ -132,23 +133,24 @@ def with_model(cfg: RunConfig, run: Path) -> RunConfig:
     return cfg.with_model(loading.config_of(where), str(where))
 
 
-def keep_compilations(run: Path) -> None:
+def keep_compilations(run: Location) -> None:
     """Compiled programs are kept in the run's directory, unless JAX was told of another place (or of none)."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str((run / CACHE).absolute()))
+        jax.config.update("jax_compilation_cache_dir", str(storage.absolute(run) / CACHE))
 
 
-def make_assets(cfg: RunConfig, assets: Path) -> None:
+def make_assets(cfg: RunConfig, directory: RunDirectory) -> None:
     """The processor's files: at the first start those of ``init_from``, or the project's small ones."""
-    if assets.exists():
-        return
-    partial = assets.with_name(".assets.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    if cfg.init_from:
-        loading.copy_assets(loading.locate(cfg.init_from), partial)
-    else:
-        Processor.small(cfg.model).save(partial)
-    partial.rename(assets)
+    assets = directory.local / "assets"
+    if not assets.exists():
+        partial = assets.with_name(".assets.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        if cfg.init_from:
+            loading.copy_assets(loading.locate(cfg.init_from), partial)
+        else:
+            Processor.small(cfg.model).save(partial)
+        partial.rename(assets)
+    directory.give("assets")
 
 
 def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
@@ -163,7 +165,7 @@ def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def make_or_load_plan(
-    cfg: RunConfig, mixture: mixtures.Mixture, datasets: list[Dataset], processor: Processor, run: Path
+    cfg: RunConfig, mixture: mixtures.Mixture, datasets: list[Dataset], processor: Processor, directory: RunDirectory
 ) -> Plan:
     """The run's plan: made at the first start, or taken from ``data.plan``; the same at every other start."""
     data = cfg.data
@@ -175,7 +177,7 @@ def make_or_load_plan(
         "seed": data.seed,
         "on_overflow": data.on_overflow,
     }
-    where = run / "plan"
+    where = directory.local / "plan"
     if not where.exists() and not data.plan:
         plan = make_plan(datasets, mixture, processor, **settings, progress=jax.process_index() == 0)
     else:
@@ -186,9 +188,15 @@ def make_or_load_plan(
                 f"{found} is another plan than this configuration's: {changed}; keep data, tokenizer, patch settings, "
                 "row sizes and seed as they were, or take a new --run directory"
             )
+
+    def save() -> None:
+        if not where.exists():
+            plan.save(where)
+        directory.give("plan")
+
     # All look before one of them saves it.
     first_alone("plan is made", lambda: None)
-    first_alone("plan is saved", lambda: None if where.exists() else plan.save(where))
+    first_alone("plan is saved", save)
     return plan
 
 
