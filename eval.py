@@ -12,21 +12,24 @@ from pathlib import Path
 from absl import app, flags
 
 import phivision_jax
-from phivision_jax import progress
+from phivision_jax import progress, storage
 from phivision_jax.data.dataset import Dataset
 from phivision_jax.evaluation import report
 from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.storage import Location
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run, a checkpoint of ours, or a Hugging Face directory.")
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "A run, a checkpoint of ours, a Hugging Face directory; or gs://…"
+)
 _DATA = flags.DEFINE_string("data", None, "Dataset directory (phivision data import).")
-_OUT = flags.DEFINE_string("out", None, "Directory for report.json and answers.jsonl; default: only print.")
+_OUT = flags.DEFINE_string("out", None, "Directory (gs:// too) for report.json and answers.jsonl; default: only print.")
 _MODE = flags.DEFINE_enum("mode", "auto", ["auto", "think", "nothink"], "Whether answers think.")
 _EXAMPLES = flags.DEFINE_integer("examples", 0, "Score an even sample of this many; 0 for all.", lower_bound=0)
 _BATCH = flags.DEFINE_integer("batch", 64, "Questions at a time.", lower_bound=1)
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 8, "Where an answer ends at the latest.", lower_bound=1)
 
 
-def evaluate(checkpoint: str | Path, data: str | Path, **settings) -> report.Report:
+def evaluate(checkpoint: str | Location, data: str | Path, **settings) -> report.Report:
     """Load, answer, score. ``settings`` are ``Evaluator``'s."""
     model, processor = phivision_jax.load(checkpoint)
     evaluator = Evaluator(Dataset.open(data), processor, **settings)
@@ -42,6 +45,9 @@ def main(argv: list[str]) -> None:
     try:
         if not _CHECKPOINT.value or not _DATA.value:
             raise ValueError("both --checkpoint and --data are needed")
+        out = storage.location(_OUT.value) if _OUT.value else None
+        if out:
+            storage.check(out)  # before the work whose fruit would have no place
         made = evaluate(
             _CHECKPOINT.value,
             _DATA.value,
@@ -50,12 +56,12 @@ def main(argv: list[str]) -> None:
             num_examples=_EXAMPLES.value or None,
             mode=_MODE.value,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
     report.print_report(made)
-    if _OUT.value:
-        report.write_report(made, Path(_OUT.value))
-        print(f"written: {_OUT.value}/report.json, answers.jsonl")
+    if out:
+        report.write_report(made, out)
+        print(f"written: {out}/report.json, answers.jsonl")
 
 
 if __name__ == "__main__":

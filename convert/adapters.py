@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 import numpy as np
 
 from convert.mapping import Leaf, Shape
 from phivision_jax.checkpoint import read_meta
+from phivision_jax.storage import Location
 
 _A, _B = "lora_a", "lora_b"  # as models/lora.py has them, which imports JAX
 type Read = Callable[[str, tuple[int | slice, ...]], np.ndarray]
@@ -32,7 +32,7 @@ class Adapters:
     """Paths of leaves."""
 
     @classmethod
-    def find(cls, checkpoint: Path, paths: Iterable[str]) -> Adapters | None:
+    def find(cls, checkpoint: Location, paths: Iterable[str]) -> Adapters | None:
         """Those among a checkpoint's arrays; None when there are none.
 
         Raises:

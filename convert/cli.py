@@ -9,20 +9,21 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from convert import jobs, report
+from phivision_jax.storage import location
 
 type Dtype = Literal["keep", "float32", "bfloat16"]
+type Place = Annotated[str, tyro.conf.arg(metavar="PATH|gs://…")]
 
 
 def to_jax(
-    paths: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[HF_DIR] OUT")],
-    decoder: Path | None = None,
-    vision: Path | None = None,
+    paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[HF_DIR] OUT")],
+    decoder: Place | None = None,
+    vision: Place | None = None,
     dtype: Dtype = "keep",
     seed: int = 0,
     overwrite: bool = False,
@@ -44,16 +45,17 @@ def to_jax(
         raise ValueError("--decoder and --vision go together")
     if len(paths) != (2 if decoder is None else 1):
         raise ValueError("give HF_DIR and OUT, or OUT alone with --decoder and --vision")
+    places = [location(path) for path in paths]
     if decoder is None or vision is None:
-        jobs.to_jax(paths[0], paths[1], dtype, overwrite)
+        jobs.to_jax(places[0], places[1], dtype, overwrite)
     else:
-        jobs.compose(decoder, vision, paths[0], dtype, overwrite, seed)
+        jobs.compose(location(decoder), location(vision), places[0], dtype, overwrite, seed)
 
 
 def to_hf(
-    checkpoint: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
-    like: Path | None = None,
+    checkpoint: tyro.conf.Positional[Place],
+    out: tyro.conf.Positional[Place],
+    like: Place | None = None,
     dtype: Dtype = "keep",
     max_shard_size: float = 5.0,
     overwrite: bool = False,
@@ -73,10 +75,11 @@ def to_hf(
     """
     if max_shard_size <= 0:
         raise ValueError(f"--max-shard-size must be positive, not {max_shard_size}")
-    jobs.to_hf(checkpoint, out, like, dtype, int(max_shard_size * 1e9), overwrite, force)
+    theirs = None if like is None else location(like)
+    jobs.to_hf(location(checkpoint), location(out), theirs, dtype, int(max_shard_size * 1e9), overwrite, force)
 
 
-def verify(a: tyro.conf.Positional[Path], b: tyro.conf.Positional[Path]) -> None:
+def verify(a: tyro.conf.Positional[Place], b: tyro.conf.Positional[Place]) -> None:
     """Compare two checkpoints of either kind, tensor by tensor; between two Hugging Face directories every file too.
 
     Exits with 1 when they differ.
@@ -85,18 +88,18 @@ def verify(a: tyro.conf.Positional[Path], b: tyro.conf.Positional[Path]) -> None
         a: A checkpoint of ours or a Hugging Face directory.
         b: Another.
     """
-    if not report.verify(a, b):
+    if not report.verify(location(a), location(b)):
         sys.exit(1)
 
 
-def inspect(path: tyro.conf.Positional[Path], json: bool = False) -> None:
+def inspect(path: tyro.conf.Positional[Place], json: bool = False) -> None:
     """Print the configuration and the tensors of a checkpoint of either kind.
 
     Args:
         path: A checkpoint of ours or a Hugging Face directory.
         json: As one JSON object.
     """
-    report.inspect(path, json)
+    report.inspect(location(path), json)
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -107,7 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line (``argv`` instead of the process's own arguments, for tests)."""
     signal.signal(signal.SIGTERM, _interrupt)
     commands: dict[str, Callable[..., Any]] = {"to-jax": to_jax, "to-hf": to_hf, "verify": verify, "inspect": inspect}
-    description = "Move weights between Hugging Face safetensors and phivision_jax checkpoints, bit for bit."
+    description = (
+        "Move weights between Hugging Face safetensors and phivision_jax checkpoints, bit for bit. Every directory may "
+        "be a URL, gs://bucket/folder: what is read streams from it, what is written is made on this machine first, in "
+        "PHIVISION_SCRATCH (default: with the temporary files), and uploaded."
+    )
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,

@@ -1,24 +1,28 @@
 """A Hugging Face directory: safetensors shards read by `pread`, and shards written in any order of tensors.
 
 The file format is small (8 bytes of header length, a JSON header, the data), and reading it here rather than through a
-memory map is what keeps memory flat: mapped pages count as resident. Nothing here unpickles or executes anything.
+memory map is what keeps memory flat: mapped pages count as resident. In a bucket the same ranges are requests, and no
+shard is copied to this machine. Nothing here unpickles or executes anything.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from convert.mapping import Leaf, Shape, check, hf_shapes
+from phivision_jax import storage
 from phivision_jax.config import read_json
+from phivision_jax.storage import Location
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,7 +40,7 @@ _HEADER_LIMIT = 100_000_000  # the format's own
 class Entry:
     """Where one tensor lies."""
 
-    file: Path
+    file: Location
     dtype: np.dtype
     shape: Shape
     offset: int
@@ -47,18 +51,16 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(path: Path) -> tuple[bytes, dict[str, Entry]]:
-    """The bytes before the data (length, JSON, padding) and what they say.
+def read_header(path: Location, size: int) -> tuple[bytes, dict[str, Entry]]:
+    """The bytes before the data (length, JSON, padding) of a file of ``size`` bytes, and what they say.
 
     Raises:
       ValueError: when the file is cut short, too long, not safetensors, or holds a dtype that weights do not have.
     """
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
-            raise ValueError(f"{path}: not safetensors, or cut short: {size} bytes with a header length of {length}")
-        raw = f.read(length)
+    length = int.from_bytes(storage.read_range(path, 0, min(size, 8)), "little")
+    if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+        raise ValueError(f"{path}: not safetensors, or cut short: {size} bytes with a header length of {length}")
+    raw = storage.read_range(path, 8, length)
     entries = {}
     try:
         for name, value in json.loads(raw).items():
@@ -90,20 +92,23 @@ class HFDirectory:
       ValueError: when there is no safetensors checkpoint here, or index and shards do not agree.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Location) -> None:
         self.directory = directory
-        if not directory.is_dir():
+        self.files = storage.files(directory)
+        """Every file below: name → bytes."""
+        if not self.files and not directory.is_dir():
             raise ValueError(f"{directory} is not a directory")
         index = directory / INDEX
-        if index.exists():
+        if INDEX in self.files:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise ValueError(f"{index} has no weight_map of tensor names to files")
             names = sorted(set(weight_map.values()))
-        elif (directory / SINGLE).exists():
+        elif SINGLE in self.files:
             weight_map, names = None, [SINGLE]
         else:
-            pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+            top = (name for name in self.files if "/" not in name)
+            pickles = [name for name in top if any(fnmatch.fnmatch(name, pattern) for pattern in _PICKLES)]
             if pickles:
                 raise ValueError(
                     f"{directory} holds pickled weights only ({pickles[0]}): refused, loading them runs code"
@@ -113,9 +118,9 @@ class HFDirectory:
         self.headers: dict[str, bytes] = {}
         self.entries: dict[str, Entry] = {}
         for name, path in zip(names, self.shards, strict=True):
-            if Path(name).name != name or not path.is_file():
+            if "/" in name or name not in self.files:
                 raise ValueError(f"{index} names {name}, which is not a file in {directory}")
-            self.headers[name], entries = read_header(path)
+            self.headers[name], entries = read_header(path, self.files[name])
             if twice := sorted(set(entries) & set(self.entries)):
                 raise ValueError(f"{path}: {twice[0]} is also in {self.entries[twice[0]].file.name}")
             if weight_map is not None:
@@ -127,12 +132,10 @@ class HFDirectory:
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def sidecars(self) -> list[Path]:
+    def sidecars(self) -> list[PurePosixPath]:
         """Every other file, relative to the directory: config, tokenizer, remote code … but no weights and no index."""
-        skip = {self.directory / INDEX, *self.shards}
-        found = (path for path in sorted(self.directory.rglob("*")) if path.is_file() and path not in skip)
-        relative = (path.relative_to(self.directory) for path in found)
-        return [path for path in relative if not {".git", ".cache"} & set(path.parts)]
+        found = (PurePosixPath(name) for name in self.files if name != INDEX and name not in self.headers)
+        return [path for path in found if not {".git", ".cache"} & set(path.parts)]
 
 
 class HFSource:
@@ -147,7 +150,7 @@ class HFSource:
         self.unused = sorted(name for name in hf.entries if name.startswith(unused)) if unused else []
         have = {name: entry.shape for name, entry in hf.entries.items() if name not in set(self.unused)}
         check(have, hf_shapes(leaves), str(hf.directory))
-        self._files = {path: os.open(path, os.O_RDONLY) for path in hf.shards}
+        self._files = {path: os.open(path, os.O_RDONLY) for path in hf.shards if isinstance(path, Path)}
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         dtypes = {self.hf.entries[name].dtype for name in leaf.names}
@@ -164,8 +167,14 @@ class HFSource:
         return [self._read(self.hf.entries[leaf.names[layer]], leaf.start + rows.start, len(rows)) for layer in layers]
 
     def _read(self, entry: Entry, start: int, count: int) -> np.ndarray:
-        out = np.empty((count, *entry.shape[1:]), entry.dtype)
-        row_bytes = out.nbytes // count
+        shape = (count, *entry.shape[1:])
+        row_bytes = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+        if not isinstance(entry.file, Path):
+            data = storage.read_range(entry.file, entry.offset + start * row_bytes, count * row_bytes)
+            if len(data) != count * row_bytes:
+                raise ValueError(f"{entry.file} ended while it was read: truncated meanwhile?")
+            return np.frombuffer(data, entry.dtype).reshape(shape)
+        out = np.empty(shape, entry.dtype)
         view, done = memoryview(out.reshape(-1).view(np.uint8)), 0
         while done < len(view):
             n = os.preadv(self._files[entry.file], [view[done:]], entry.offset + start * row_bytes + done)

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from convert import ours
-from convert.files import copy_file, human, require_space, staged
+from convert.files import copy_file, human, require_space, resolved, staged, uploaded
 from convert.hf import INDEX, HFDirectory, HFSink, HFSource, plan_shards
 from convert.mapping import (
     SIGLIP2_PREFIX,
@@ -34,11 +34,13 @@ from convert.mapping import (
     vision_leaves,
 )
 from convert.stream import FreshProjector, Parts, Source, copy
+from phivision_jax import storage
 from phivision_jax.checkpoint import ORBAX_MARK, find, read_meta
 from phivision_jax.config import ModelConfig, ProjectorConfig, decoder_from_hf, read_json, vision_from_hf
+from phivision_jax.storage import Location
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
-type Files = dict[Path, Path | bytes]
+type Files = dict[PurePosixPath, Location | bytes]
 """Other files to write: name → where to copy from, or the bytes."""
 type Tensors = Mapping[str, tuple[np.dtype, Shape]]
 
@@ -90,7 +92,9 @@ def tensors_of(leaves: list[Leaf], dtypes: Mapping[str, np.dtype]) -> Tensors:
     return {name: (found[name], shape) for name, shape in hf_shapes(leaves).items()}
 
 
-def _plan(verb: str, source: str, out: Path, leaves: list[Leaf], dtypes: Mapping[str, np.dtype], sidecars: int) -> int:
+def _plan(
+    verb: str, source: str, out: Location, leaves: list[Leaf], dtypes: Mapping[str, np.dtype], sidecars: int
+) -> int:
     """Print what will happen, and refuse what cannot fit."""
     total, shapes = count_bytes(leaves, dtypes), hf_shapes(leaves)
     kinds = ", ".join(sorted({dtype.name for dtype in dtypes.values()}))
@@ -105,17 +109,17 @@ def _plan(verb: str, source: str, out: Path, leaves: list[Leaf], dtypes: Mapping
 # Hugging Face → ours.
 
 
-def to_jax(hf_dir: Path, out: Path, dtype: str, overwrite: bool) -> None:
+def to_jax(hf_dir: Location, out: Location, dtype: str, overwrite: bool) -> None:
     hf = HFDirectory(hf_dir)
     config = ModelConfig.from_hf(hf_dir)
     leaves = model_leaves(config)
     with closing(HFSource(hf, leaves)) as source:
-        meta = {"step": 0, "source": {"kind": "huggingface", "directory": hf_dir.resolve().name}}
+        meta = {"step": 0, "source": {"kind": "huggingface", "directory": resolved(hf_dir).name}}
         assets = _assets(hf)
         _write_ours(source, leaves, config, out, dtype, overwrite, [hf_dir], meta, assets)
 
 
-def compose(decoder_dir: Path, vision_dir: Path, out: Path, dtype: str, overwrite: bool, seed: int) -> None:
+def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: str, overwrite: bool, seed: int) -> None:
     """A start for training: a text-only Phi-4, a SigLIP-2, and a projector that was never trained."""
     text, siglip = HFDirectory(decoder_dir), HFDirectory(vision_dir)
     vision_json = read_json(vision_dir / "config.json")
@@ -131,11 +135,11 @@ def compose(decoder_dir: Path, vision_dir: Path, out: Path, dtype: str, overwrit
     fresh = FreshProjector(kept, seed)
     parts = Parts({"decoder": decoder_source, "vision": vision_source, "projector": fresh})
     with closing(parts):
-        names = {"decoder": decoder_dir.resolve().name, "vision": vision_dir.resolve().name}
+        names = {"decoder": resolved(decoder_dir).name, "vision": resolved(vision_dir).name}
         meta = {"step": 0, "source": {"kind": "composed", **names, "projector_seed": seed}}
         assets = _assets(text)
         # The decoder's own config.json describes another model.
-        assets[Path("config.json")] = json_bytes(config.to_hf())
+        assets[PurePosixPath("config.json")] = json_bytes(config.to_hf())
         assets |= _with_think_tokens(assets)
         if vision_source.unused:
             prefixes = ", ".join(SIGLIP2_UNUSED)
@@ -150,9 +154,9 @@ def _with_think_tokens(assets: Files) -> Files:
     A plain Phi-4 has unused tokens there, of the same ids.
     """
     renamed: Files = {}
-    for name in (Path("tokenizer.json"), Path("tokenizer_config.json"), Path("special_tokens_map.json")):
+    for name in map(PurePosixPath, ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")):
         content = assets.get(name)
-        text = content.read_bytes() if isinstance(content, Path) else content
+        text = content if content is None or isinstance(content, bytes) else content.read_bytes()
         if text is not None and b"<think>" not in text and b"<|dummy_87|>" in text:
             renamed[name] = text.replace(b"<|dummy_86|>", b"<think>").replace(b"<|dummy_87|>", b"</think>")
     if renamed:
@@ -164,21 +168,34 @@ def _write_ours(
     source: Source,
     leaves: list[Leaf],
     config: ModelConfig,
-    out: Path,
+    out: Location,
     dtype: str,
     overwrite: bool,
-    sources: list[Path],
+    sources: list[Location],
     meta: Mapping[str, Any],
     assets: Files,
 ) -> None:
     dtypes = dtypes_of(source, leaves, dtype)
     total = _plan("to-jax", " + ".join(map(str, sources)), out, leaves, dtypes, len(assets))
-    with progress("to-jax", total) as advance, staged(out, overwrite, sources, say) as tmp:
+    with _writing("to-jax", total, out, overwrite, sources) as (tmp, advance):
         sink = ours.OursSink(tmp, dtypes, leaves)
         copy(source, sink, leaves, dtypes, advance)
         _put(assets, tmp / "assets")
         sink.finish(config, meta)
     say(f"wrote {out}")
+
+
+@contextmanager
+def _writing(
+    verb: str, total: int, out: Location, overwrite: bool, sources: list[Location]
+) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """The directory to fill, and whom to tell the bytes of tensors that are in it."""
+    with (
+        uploaded(out, overwrite, sources, say) as place,
+        progress(verb, total) as advance,
+        staged(place, overwrite, sources, say) as tmp,
+    ):
+        yield tmp, advance
 
 
 def _assets(hf: HFDirectory) -> Files:
@@ -188,11 +205,11 @@ def _assets(hf: HFDirectory) -> Files:
 
 def _put(files: Files, directory: Path) -> None:
     for name, content in files.items():
-        if isinstance(content, Path):
-            copy_file(content, directory / name)
-        else:
+        if isinstance(content, bytes):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(content)
+        else:
+            copy_file(content, directory / name)
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
@@ -203,7 +220,7 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 # Ours → Hugging Face.
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Location) -> Location:
     """The checkpoint at ``path``; of a training run the newest step, and a line that says so."""
     found = find(path)
     if found != path:
@@ -211,7 +228,7 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def open_ours(path: Path) -> tuple[Path, ModelConfig, list[Leaf], ours.OursSource]:
+def open_ours(path: Location) -> tuple[Location, ModelConfig, list[Leaf], ours.OursSource]:
     """(where, configuration, table, source) of the checkpoint at ``path``; a line says when adapters are merged."""
     found = find_checkpoint(path)
     config, _ = read_meta(found)
@@ -223,7 +240,13 @@ def open_ours(path: Path) -> tuple[Path, ModelConfig, list[Leaf], ours.OursSourc
 
 
 def to_hf(
-    checkpoint: Path, out: Path, like: Path | None, dtype: str, shard_bytes: int, overwrite: bool, force: bool
+    checkpoint: Location,
+    out: Location,
+    like: Location | None,
+    dtype: str,
+    shard_bytes: int,
+    overwrite: bool,
+    force: bool,
 ) -> None:
     found, config, leaves, source = open_ours(checkpoint)
     with closing(source):
@@ -239,7 +262,7 @@ def to_hf(
             headers, files = _layout_like(HFDirectory(like), expressible, tensors)
         total = _plan("to-hf", str(found), out, leaves, dtypes, len(files))
         sources = [found] if like is None else [found, like]
-        with progress("to-hf", total) as advance, staged(out, overwrite, sources, say) as tmp:
+        with _writing("to-hf", total, out, overwrite, sources) as (tmp, advance):
             with closing(HFSink(tmp, headers)) as sink:
                 copy(source, sink, leaves, dtypes, advance)
             _put(files, tmp)
@@ -247,21 +270,21 @@ def to_hf(
 
 
 def _new_layout(
-    config: ModelConfig, tensors: Tensors, assets: Path, shard_bytes: int
+    config: ModelConfig, tensors: Tensors, assets: Location, shard_bytes: int
 ) -> tuple[dict[str, bytes], Files]:
     headers, index = plan_shards(tensors, shard_bytes)
-    found = (path for path in sorted(assets.rglob("*")) if path.is_file() and path.name != ORBAX_MARK)
-    files: Files = {path.relative_to(assets): path for path in found}
+    found = (name for name in map(PurePosixPath, storage.files(assets)) if name.name != ORBAX_MARK)
+    files: Files = {name: assets / name for name in found}
     if index is not None:
-        files[Path(INDEX)] = index
-    base = read_json(assets / "config.json") if (assets / "config.json").exists() else None
+        files[PurePosixPath(INDEX)] = index
+    base = read_json(assets / "config.json") if PurePosixPath("config.json") in files else None
     values = config.to_hf(base)
     kinds = {dtype.name for dtype, _ in tensors.values()}
     if len(kinds) == 1:  # mixed dtypes are for the tensors themselves to say
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
         values[key] = kinds.pop()
     if values != base:
-        files[Path("config.json")] = json_bytes(values)
+        files[PurePosixPath("config.json")] = json_bytes(values)
     return headers, files
 
 
@@ -281,6 +304,6 @@ def _layout_like(hf: HFDirectory, config: ModelConfig, tensors: Tensors) -> tupl
     if ModelConfig.from_hf(hf.directory) != config:
         raise ValueError(f"{where}: its config.json describes another model than this checkpoint's")
     files: Files = {path: hf.directory / path for path in hf.sidecars()}
-    if (hf.directory / INDEX).exists():
-        files[Path(INDEX)] = hf.directory / INDEX
+    if INDEX in hf.files:
+        files[PurePosixPath(INDEX)] = hf.directory / INDEX
     return hf.headers, files

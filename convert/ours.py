@@ -24,8 +24,9 @@ import tensorstore as ts
 
 from convert.adapters import Adapters
 from convert.mapping import Leaf, Shape, check
-from phivision_jax.checkpoint import FORMAT
+from phivision_jax.checkpoint import FORMAT, ORBAX_MARK
 from phivision_jax.config import ModelConfig, read_json
+from phivision_jax.storage import REMOTE, Location
 
 BLOCK_BYTES = 32_000_000
 """The most that one chunk holds: with a few in flight, what a conversion needs of memory."""
@@ -36,8 +37,18 @@ _JSON = f"{_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler"
 
 
 def _context() -> ts.Context:
-    # No cache: every chunk is used once. No fsync per write: `files.staged` flushes everything before the rename.
-    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+    # No cache: every chunk is used once. No fsync per write: `files.staged` flushes everything before the rename. A
+    # request that fails is sent six times, as for all else in a bucket; TensorStore would take a quarter of an hour.
+    retries = {"max_retries": 5}
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False, "gcs_request_retries": retries})
+
+
+def _kvstore(directory: Location) -> dict[str, Any]:
+    """A directory as TensorStore calls it."""
+    if isinstance(directory, Path):
+        return {"driver": "file", "path": f"{directory.absolute()}/"}
+    bucket, _, path = str(directory).removeprefix(REMOTE).partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
 
 class OursSource:
@@ -47,17 +58,13 @@ class OursSource:
       ValueError: when its arrays are not exactly the table's (and its adapters'), in name and shape.
     """
 
-    def __init__(self, directory: Path, leaves: Iterable[Leaf]) -> None:
-        params = directory / "params"
+    def __init__(self, directory: Location, leaves: Iterable[Leaf]) -> None:
+        self._params = params = directory / "params"
         if not (params / "_METADATA").is_file():
             raise ValueError(f"{params} has no _METADATA: not an Orbax checkpoint, or one that was never finished")
         stored = read_json(params / "_METADATA")
-        base = f"file://{params.absolute()}/"
-        self._context = _context()
-        if stored.get("use_ocdbt"):
-            self._store: dict[str, Any] = {"driver": "ocdbt", "base": base}
-        else:
-            self._store = {"driver": "file", "path": base.removeprefix("file://")}
+        self._context, base = _context(), _kvstore(params)
+        self._store = {"driver": "ocdbt", "base": base} if stored.get("use_ocdbt") else base
         self._driver = "zarr3" if stored.get("use_zarr3") else "zarr"
         keys = [tuple(k["key"] for k in v["key_metadata"]) for v in stored["tree_metadata"].values()]
         wanted: dict[str, Shape] = {}
@@ -67,7 +74,7 @@ class OursSource:
         self._arrays = {"/".join(key): self._open(params, ".".join(key)) for key in keys}
         check({path: tuple(array.shape) for path, array in self._arrays.items()}, wanted, str(params))
 
-    def _open(self, params: Path, name: str) -> ts.TensorStore:
+    def _open(self, params: Location, name: str) -> ts.TensorStore:
         kvstore = {**self._store, "path": f"{self._store.get('path', '')}{name}/"}
         try:
             return ts.open({"driver": self._driver, "kvstore": kvstore}, open=True, context=self._context).result()
@@ -97,7 +104,7 @@ class OursSource:
         try:
             return self._arrays[path][where].read().result()
         except ValueError as error:
-            raise ValueError(f"{path}: {str(error).splitlines()[0][:200]}") from None
+            raise ValueError(f"{self._params}: cannot read {path}: {str(error).splitlines()[0][:200]}") from None
 
     def close(self) -> None:
         self._arrays.clear()
@@ -134,7 +141,7 @@ class OursSink:
             # Weights hardly compress: zstd would cost more time than the bytes it saves.
             zarr = {"shape": leaf.shape, "chunks": chunk, "compressor": None, "fill_value": None, "order": "C"}
             zarr["dtype"] = "bfloat16" if dtype.name == "bfloat16" else dtype.str
-            kvstore = {"driver": "ocdbt", "base": f"file://{self._params.absolute()}/", "path": self._name(leaf) + "/"}
+            kvstore = {"driver": "ocdbt", "base": _kvstore(self._params), "path": self._name(leaf) + "/"}
             spec = {"driver": "zarr", "kvstore": kvstore, "metadata": zarr, "store_data_equal_to_fill_value": True}
             self._arrays[leaf.path] = ts.open(spec, create=True, context=context).result()
 
@@ -168,6 +175,8 @@ class OursSink:
         content = {"format": FORMAT, "model": dataclasses.asdict(config), **meta}
         _write_json(root / "meta" / "metadata", content)
         _write_json(root / "_CHECKPOINT_METADATA", _item({"meta": _JSON, "params": _STANDARD}))
+        for folder in (root, self._params, root / "meta"):  # in a bucket, Orbax reads nothing that lacks it
+            (folder / ORBAX_MARK).write_text("converted")
 
 
 def _item(handlers: str | dict[str, str]) -> dict[str, Any]:

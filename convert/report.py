@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import filecmp
 import json
 import math
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,11 @@ from convert.files import human
 from convert.hf import INDEX, HFDirectory, HFSource
 from convert.jobs import count_bytes, dtypes_of, open_ours, progress, tensors_of
 from convert.mapping import Leaf, model_leaves
-from convert.stream import Source, compare
+from convert.ours import BLOCK_BYTES
+from convert.stream import Difference, Source, compare
+from phivision_jax import storage
 from phivision_jax.config import ModelConfig
+from phivision_jax.storage import Location
 
 _out = Console(highlight=False, soft_wrap=True)
 _LISTED = 12
@@ -28,7 +30,7 @@ _LISTED = 12
 class Opened:
     """A checkpoint of either kind."""
 
-    path: Path
+    path: Location
     kind: str
     config: ModelConfig
     leaves: list[Leaf]
@@ -36,8 +38,9 @@ class Opened:
     hf: HFDirectory | None = None
 
 
-def open_checkpoint(path: Path) -> Opened:
+def open_checkpoint(path: Location) -> Opened:
     """Raises ValueError when ``path`` is neither kind of checkpoint, or not a whole one."""
+    storage.check(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
     if (path / "config.json").is_file():
@@ -45,13 +48,13 @@ def open_checkpoint(path: Path) -> Opened:
         config = ModelConfig.from_hf(path)
         leaves = model_leaves(config)
         return Opened(path, "Hugging Face", config, leaves, HFSource(hf, leaves), hf)
-    if any(path.glob("*.safetensors*")):
+    if any(".safetensors" in child.name for child in path.iterdir()):
         raise ValueError(f"{path} has no config.json: without it the tensors have no meaning")
     found, config, leaves, source = open_ours(path)
     return Opened(found, "phivision_jax", config, leaves, source)
 
 
-def verify(path_a: Path, path_b: Path) -> bool:
+def verify(path_a: Location, path_b: Location) -> bool:
     """Print how two checkpoints differ; True when no value does (and between two Hugging Face directories, no file)."""
     a, b = open_checkpoint(path_a), open_checkpoint(path_b)
     if [(leaf.path, leaf.shape) for leaf in a.leaves] != [(leaf.path, leaf.shape) for leaf in b.leaves]:
@@ -71,20 +74,18 @@ def verify(path_a: Path, path_b: Path) -> bool:
         _out.print(f"… and {len(differing) - _LISTED} more")
     if a.config != b.config:
         _out.print("configurations differ (inspect shows each)")
-    same_files = a.hf is None or b.hf is None or _verify_files(a.hf, b.hf)
+    same_files = a.hf is None or b.hf is None or _verify_files(a.hf, b.hf, found)
     same = not differing and a.config == b.config and same_files
     _out.print("same" if same else "NOT the same")
     return same
 
 
-def _verify_files(a: HFDirectory, b: HFDirectory) -> bool:
-    def names(hf: HFDirectory) -> set[Path]:
-        return {*hf.sidecars(), *(path.relative_to(hf.directory) for path in hf.shards)} | (
-            {Path(INDEX)} if (hf.directory / INDEX).exists() else set()
-        )
+def _verify_files(a: HFDirectory, b: HFDirectory, found: dict[str, Difference]) -> bool:
+    def names(hf: HFDirectory) -> set[PurePosixPath]:
+        return {*hf.sidecars(), *(PurePosixPath(name) for name in (*hf.headers, INDEX) if name in hf.files)}
 
     both = sorted(names(a) & names(b))
-    differing = [name for name in both if not filecmp.cmp(a.directory / name, b.directory / name, shallow=False)]
+    differing = [name for name in both if not _same_file(a, b, str(name), found)]
     alone = sorted(names(a) ^ names(b))
     _out.print(
         f"files: {len(both) - len(differing)} byte-identical, {len(differing)} different, {len(alone)} on one side only"
@@ -94,7 +95,19 @@ def _verify_files(a: HFDirectory, b: HFDirectory) -> bool:
     return not differing and not alone
 
 
-def inspect(path: Path, as_json: bool) -> None:
+def _same_file(a: HFDirectory, b: HFDirectory, name: str, found: dict[str, Difference]) -> bool:
+    if name in a.headers and name in b.headers:  # every byte after a header is a tensor's, and these are compared
+        tensors = (tensor for tensor, entry in a.entries.items() if entry.file.name == name)
+        return a.headers[name] == b.headers[name] and all(found[tensor].same_bytes for tensor in tensors)
+    size = a.files[name]
+    return size == b.files[name] and all(
+        storage.read_range(a.directory / name, start, BLOCK_BYTES)
+        == storage.read_range(b.directory / name, start, BLOCK_BYTES)
+        for start in range(0, size, BLOCK_BYTES)
+    )
+
+
+def inspect(path: Location, as_json: bool) -> None:
     """Print what a checkpoint of either kind is and holds."""
     opened = open_checkpoint(path)
     dtypes = dtypes_of(opened.source, opened.leaves, "keep")

@@ -30,7 +30,8 @@ def chat(
     """Ask a checkpoint one question, about pictures or not, and print the answer.
 
     Args:
-        checkpoint: A Hugging Face directory, a checkpoint of ours, a training run, or (with [hub]) an id.
+        checkpoint: A Hugging Face directory, a checkpoint of ours, a training run (each may be gs://…), or (with
+            [hub]) an id.
         prompt: The question. <image> marks where a picture goes; without marks, pictures come first.
         image: Picture files, in order.
         mode: Whether the model thinks first: its own choice, always, never.

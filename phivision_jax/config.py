@@ -13,8 +13,9 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from phivision_jax.storage import Location, explained, location
 
 ImageAttention = Literal["causal", "bidirectional"]
 
@@ -131,7 +132,7 @@ class ModelConfig:
             raise ValueError(f"need 0 < min_patches <= max_patches, not {self.min_patches}, {self.max_patches}")
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any] | str | Path) -> ModelConfig:
+    def from_hf(cls, config: Mapping[str, Any] | str | Location) -> ModelConfig:
         """Read a Hugging Face ``config.json`` (its dict, its path, or the directory that holds it).
 
         Raises:
@@ -234,10 +235,11 @@ _RELEASED_EXTRAS = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Location) -> dict[str, Any]:
     """A JSON file as a dict, with errors that name the file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with explained(path):
+            return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -279,9 +281,9 @@ def vision_from_hf(values: Mapping[str, Any]) -> VisionConfig:
     return VisionConfig(**{**base, **known})
 
 
-def from_hf(config: Mapping[str, Any] | str | Path) -> ModelConfig:
-    if isinstance(config, str | Path):
-        path = Path(config)
+def from_hf(config: Mapping[str, Any] | str | Location) -> ModelConfig:
+    if not isinstance(config, Mapping):
+        path = location(config)
         config = read_json(path / "config.json" if path.is_dir() else path)
     if "vision_config" not in config:
         kind = config.get("model_type", "unknown")

@@ -8,9 +8,9 @@ adapters of its own.
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import fnmatch
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
@@ -19,16 +19,17 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from phivision_jax import checkpoint, sharding
+from phivision_jax import checkpoint, sharding, storage
 from phivision_jax.config import ImageAttention, ModelConfig, dataclass_from_dict
 from phivision_jax.models import lora, phivision
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
+from phivision_jax.storage import Location
 from phivision_jax.training.config import LoraConfig
 
 
 def load(
-    path_or_hub_id: str | Path,
+    path_or_hub_id: str | Location,
     *,
     dtype: Any = None,
     param_dtype: Any = None,
@@ -39,8 +40,8 @@ def load(
     """Load a model for inference, analysis or further training.
 
     Args:
-      path_or_hub_id: a Hugging Face directory, a checkpoint of ours, a training run (its newest step), or, with the
-        ``[hub]`` extra, a Hugging Face id.
+      path_or_hub_id: a Hugging Face directory, a checkpoint of ours, a training run (its newest step), each on this
+        machine or in a bucket (``gs://…``), or, with the ``[hub]`` extra, a Hugging Face id.
       dtype: of the computation; default: float32 on CPU, bfloat16 elsewhere.
       param_dtype: of the parameters in memory; default: ``dtype``.
       mesh: to shard the parameters over (``sharding.make_mesh``); default: one device.
@@ -52,6 +53,7 @@ def load(
 
     Raises:
       ValueError: when there is nothing to load there, or it is damaged; the message names the file or tensor.
+      StorageError: when a bucket cannot be read; the message says what to do.
     """
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
     param_dtype = jnp.dtype(param_dtype or dtype)
@@ -67,16 +69,20 @@ def load(
     return phivision.merge(graphdef, read_params(path, config, target)), processor_of(path, config)
 
 
-def locate(path_or_hub_id: str | Path) -> Path:
+def locate(path_or_hub_id: str | Location) -> Location:
     """A directory with weights: a Hugging Face one, or a checkpoint of ours (of a run, the newest step).
 
     Raises:
       ValueError: when there is no such directory, or nothing in it.
     """
-    path = Path(path_or_hub_id)
+    path = storage.location(path_or_hub_id)
+    storage.check(path)
     if path.is_dir():
-        return path if is_hf(path) else checkpoint.find(path)
+        with storage.explained(path):
+            return path if is_hf(path) else checkpoint.find(path)
     name = str(path_or_hub_id)
+    if storage.is_remote(path):
+        raise ValueError(f"{name} is not a directory: nothing in the bucket begins with {name.rstrip('/')}/")
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parent.is_dir():
         raise ValueError(
             f"{name} is not a directory; give a checkpoint, a Hugging Face directory, or an id like org/name"
@@ -95,28 +101,34 @@ def locate(path_or_hub_id: str | Path) -> Path:
         raise ValueError(f"{name} could not be downloaded from the Hugging Face hub: {error}") from error
 
 
-def is_hf(path: Path) -> bool:
+def is_hf(path: Location) -> bool:
     return (path / "config.json").is_file()
 
 
-def config_of(path: Path) -> ModelConfig:
+def config_of(path: Location) -> ModelConfig:
     """The configuration of a located directory."""
-    return ModelConfig.from_hf(path) if is_hf(path) else checkpoint.read_meta(path)[0]
+    with storage.explained(path):
+        return ModelConfig.from_hf(path) if is_hf(path) else checkpoint.read_meta(path)[0]
 
 
-def processor_of(path: Path, config: ModelConfig) -> Processor:
+def processor_of(path: Location, config: ModelConfig) -> Processor:
     """The processor of a located directory."""
     return Processor.from_directory(path if is_hf(path) else checkpoint.assets_of(path), config)
 
 
-def copy_assets(path: Path, to: Path) -> None:
+def copy_assets(path: Location, to: Path) -> None:
     """Copy what a located directory holds beside its weights, so that what starts from it can be exported again."""
     weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", ".git", ".cache", checkpoint.ORBAX_MARK)
     source = path if is_hf(path) else checkpoint.assets_of(path)
-    shutil.copytree(source, to, ignore=shutil.ignore_patterns(*weights), copy_function=shutil.copyfile)
+    to.mkdir(parents=True)
+    for name in storage.files(source):
+        if not any(fnmatch.fnmatch(part, weight) for part in PurePosixPath(name).parts for weight in weights):
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            with storage.explained(source / name):
+                (to / name).write_bytes((source / name).read_bytes())
 
 
-def read_params(path: Path, config: ModelConfig, target: dict[str, Any]) -> dict[str, Any]:
+def read_params(path: Location, config: ModelConfig, target: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a located directory, in ``target``'s dtype and shardings.
 
     The vision tail is read where ``target`` names it; adapters that ``target`` does not name are merged.
@@ -127,10 +139,11 @@ def read_params(path: Path, config: ModelConfig, target: dict[str, Any]) -> dict
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
         dtype = jax.tree.leaves(target)[0].dtype
         return load_hf_params(path, config, shardings, dtype, vision_tail="vision_tail" in target)
-    return restore_params(path, target)
+    with storage.explained(path):
+        return restore_params(path, target)
 
 
-def restore_params(directory: Path, target: Mapping[str, Any]) -> dict[str, Any]:
+def restore_params(directory: Location, target: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that ``target`` names, in its dtypes and shardings; others in the checkpoint are not read.
 
     Adapters that it does not name, to kernels that it does, are merged into these, in fp32.
@@ -142,7 +155,10 @@ def restore_params(directory: Path, target: Mapping[str, Any]) -> dict[str, Any]
       ValueError: when an array is missing or has another shape, or the metadata do not say how to merge.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        found = dict(checkpointer.metadata(directory.absolute() / checkpoint.PARAMS).item_metadata.tree)
+        metadata = checkpointer.metadata(storage.absolute(directory) / checkpoint.PARAMS)
+    if metadata.item_metadata is None:
+        raise ValueError(f"{directory}: {checkpoint.PARAMS}/ is no Orbax checkpoint, or one that was never finished")
+    found = dict(metadata.item_metadata.tree)
     _check_shapes(directory, found, target)
     stored, wanted = nnx.traversals.flatten_mapping(found), nnx.traversals.flatten_mapping(target)
     adapted = [
@@ -156,7 +172,7 @@ def restore_params(directory: Path, target: Mapping[str, Any]) -> dict[str, Any]
     return nnx.traversals.unflatten_mapping({**_restore(directory, others), **merged})
 
 
-def _restore_merged(directory: Path, kernel: tuple, stored: Mapping[tuple, Any], wanted: Any) -> jax.Array:
+def _restore_merged(directory: Location, kernel: tuple, stored: Mapping[tuple, Any], wanted: Any) -> jax.Array:
     """One kernel with its adapter merged."""
     cfg = _lora_of(directory, kernel)
     at = wanted.sharding
@@ -169,7 +185,7 @@ def _restore_merged(directory: Path, kernel: tuple, stored: Mapping[tuple, Any],
     return make({path[-1]: array for path, array in _restore(directory, target).items()})
 
 
-def _lora_of(directory: Path, kernel: tuple) -> LoraConfig:
+def _lora_of(directory: Location, kernel: tuple) -> LoraConfig:
     """What a run says of its adapters."""
     values = checkpoint.read_meta(directory)[1].get("run", {}).get("lora")
     if values is None:
@@ -179,16 +195,17 @@ def _lora_of(directory: Path, kernel: tuple) -> LoraConfig:
     return dataclass_from_dict(LoraConfig, values)
 
 
-def _restore(directory: Path, target: Mapping[tuple, Any]) -> dict[tuple, jax.Array]:
+def _restore(directory: Location, target: Mapping[tuple, Any]) -> dict[tuple, jax.Array]:
     """These paths alone."""
     item = nnx.traversals.unflatten_mapping(target)
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        return nnx.traversals.flatten_mapping(checkpointer.restore(directory.absolute() / checkpoint.PARAMS, args=args))
+        params = checkpointer.restore(storage.absolute(directory) / checkpoint.PARAMS, args=args)
+    return nnx.traversals.flatten_mapping(params)
 
 
-def _check_shapes(directory: Path, found: Mapping[str, Any], target: Mapping[str, Any], prefix: str = "") -> None:
+def _check_shapes(directory: Location, found: Mapping[str, Any], target: Mapping[str, Any], prefix: str = "") -> None:
     for name, wanted in target.items():
         path = f"{prefix}{name}"
         if name not in found:

@@ -14,15 +14,18 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from phivision_jax import storage
 from phivision_jax.batch import Batch, Example, PatchedImage, expand, fill_rows
 from phivision_jax.config import ModelConfig, read_json
 from phivision_jax.images.decode import ImageSource, open_image
 from phivision_jax.images.naflex import preprocess
+from phivision_jax.storage import Location
 from phivision_jax.text import chat
 from phivision_jax.text.chat import ChatTemplate, Message, Mode
 from phivision_jax.text.tokenizer import Tokenizer
@@ -36,6 +39,8 @@ _FIXED_PIXELS = {
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
 }
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
 
 
 class Processor:
@@ -64,7 +69,7 @@ class Processor:
                 )
 
     @classmethod
-    def from_directory(cls, path: str | Path, config: ModelConfig) -> Processor:
+    def from_directory(cls, path: str | Location, config: ModelConfig) -> Processor:
         """The processor of a Hugging Face directory, or of the assets of a checkpoint.
 
         Args:
@@ -74,8 +79,16 @@ class Processor:
 
         Raises:
           ValueError: for a broken file, or one that contradicts ``config``.
+          StorageError: when it is in a bucket that does not answer.
         """
-        path = Path(path)
+        path = storage.location(path)
+        if not isinstance(path, Path):
+            with tempfile.TemporaryDirectory() as folder:
+                storage.download(path, Path(folder), [name for name in storage.files(path) if name in _FILES])
+                try:
+                    return cls.from_directory(folder, config)
+                except ValueError as error:
+                    raise ValueError(str(error).replace(folder, str(path))) from None
         if (file := path / "preprocessor_config.json").is_file():
             _check_pixels(file, config)
         tokenizer: Tokenizer | None = None

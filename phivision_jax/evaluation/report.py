@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phivision_jax.evaluation.runner import Answer, EvalResult
+from phivision_jax.storage import Location
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ def print_report(report: Report) -> None:
     Console().print(table)
 
 
-def write_report(report: Report, directory: Path) -> None:
+def write_report(report: Report, directory: Location) -> None:
     """``report.json`` (the numbers) and ``answers.jsonl`` (one answer per line)."""
     directory.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(report)

@@ -20,7 +20,7 @@ from released_layout import read_tensors
 import convert
 import phivision_jax
 from convert import ours
-from phivision_jax import loading, sharding
+from phivision_jax import loading, sharding, storage
 from phivision_jax.models import lora, phivision
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.training import optim
@@ -101,6 +101,24 @@ def test_exported_and_loaded_it_answers_as_the_adapted_model(made: Path, model: 
     found = json.loads(text.splitlines()[0])
     assert code == 0 and not any("lora" in name for name in found["tensors"])
     assert found["num_tensors"] == len(read_tensors(tmp_path / "hf"))
+
+
+def test_in_a_bucket_it_is_merged_alike(made: Path, whole: Any, bucket: str, run: Run) -> None:
+    storage.upload(made.parents[1], storage.location(f"{bucket}/run"))
+    (storage.location(f"{bucket}/run") / "checkpoints" / "7" / "commit_success.txt").write_text("by a training")
+    code, text = run("verify", f"{bucket}/run", made)
+    assert code == 0 and text.count("they are merged") == 2 and "taking the newest step, 7" in text, text
+    paths = [("decoder", "layers", "mlp", "up_proj", "kernel"), ("decoder", "norm", "scale")]
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    flat = optim.flatten(whole)
+    target = {path: jax.ShapeDtypeStruct(flat[path].shape, jnp.float32, sharding=place) for path in paths}
+    theirs, ours = (
+        optim.flatten(loading.read_params(loading.locate(where), TINY, optim.unflatten(target)))
+        for where in (f"{bucket}/run", made)
+    )
+    for path in paths:
+        np.testing.assert_array_equal(theirs[path], ours[path])
+    assert np.abs(np.asarray(theirs[paths[0]]) - np.asarray(flat[paths[0]])).max() > 0.1  # the adapters' share
 
 
 @pytest.mark.parametrize(("block_bytes", "dtype"), [(100, "float32"), (700, "bfloat16")])

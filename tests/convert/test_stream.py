@@ -267,3 +267,17 @@ def test_inspect_and_verify_name_what_differs(tmp_path: Path, run: Run) -> None:
         assert shapes == shapes_of(SMALL)
         assert found["parameters"] * 4 == found["bytes"]
         assert f"{len(shapes)} tensors" in ok(run("inspect", path))
+
+
+def test_verify_sees_a_byte_that_differs_in_a_header_or_another_file(tmp_path: Path, run: Run) -> None:
+    hf, other = write_small(tmp_path / "hf"), write_small(tmp_path / "other")
+    for name, old, new in (
+        ("model-00002-of-00003.safetensors", "ü".encode(), b"ue"),
+        ("tokenizer.json", b"not", b"Not"),
+    ):
+        data = (other / name).read_bytes()
+        assert data.count(old) == 1
+        (other / name).write_bytes(data.replace(old, new))
+    code, text = run("verify", hf, other)
+    assert code == 1 and "6 byte-identical, 2 different, 0 on one side only" in text
+    assert re.search(r"identical bytes +│ 89 ", text)
