@@ -25,6 +25,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from phivision_jax import checkpoint
 from phivision_jax.batch import Batch
 from phivision_jax.data import quarantine
 from phivision_jax.data.encode import GROUP_NAMES
@@ -32,9 +33,9 @@ from phivision_jax.data.pipeline import BatchInfo
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.models import phivision
 from phivision_jax.progress import training_bar
-from phivision_jax.training import goodput_report, optim, processes, setup
+from phivision_jax.training import goodput_report, optim, processes, record_log, setup
 from phivision_jax.training import help as help_page
-from phivision_jax.training.checkpoints import RunCheckpoints
+from phivision_jax.training.checkpoints import CheckpointError, RunCheckpoints
 from phivision_jax.training.config import RunConfig
 from phivision_jax.training.goodput import AHEAD, Goodput
 from phivision_jax.training.guard import SkippedSteps
@@ -42,7 +43,6 @@ from phivision_jax.training.heartbeat import PREEMPTED
 from phivision_jax.training.metrics import MetricsWriter, group_metrics
 from phivision_jax.training.modules import learning_rates
 from phivision_jax.training.profiling import Profiler
-from phivision_jax.training.record_log import RecordLog
 from phivision_jax.training.replay import replay
 from phivision_jax.training.run_directory import RunDirectory
 from phivision_jax.training.samples import pictures
@@ -79,7 +79,9 @@ def train(cfg: RunConfig, where: str) -> int:
         Goodput(directory.local if leads else None) as goodput,
     ):
         # Shapes, then the compiled step, then arrays.
-        made = setup.prepare(cfg, directory)
+        keep = (cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
+        checkpoints = RunCheckpoints(directory.url, *keep, say, before_save=directory.push)
+        made = setup.prepare(cfg, directory, checkpoints)
         cfg, step, steps = made.cfg, made.step, made.steps
         evaluator, validator = setup.make_evaluator(made), setup.make_validator(made)
         watchdog.alive("compiling", limit_s=Watchdog.STARTING_S)
@@ -88,8 +90,6 @@ def train(cfg: RunConfig, where: str) -> int:
             compiled = step.compile(made.spec)
         say(f"{made.describe()}; compiled in {time.monotonic() - compiling:.1f} s")
         watchdog.alive("restoring", limit_s=Watchdog.STARTING_S)
-        keep = (cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
-        checkpoints = RunCheckpoints(directory.url, *keep, say, before_save=directory.push)
         with goodput("restore"):
             state, vision_tail = setup.start(made, checkpoints, say)
         first = int(state["step"])
@@ -97,12 +97,16 @@ def train(cfg: RunConfig, where: str) -> int:
             "model": dataclasses.asdict(cfg.model),
             "plan": made.plan.hash,
             "run": dataclasses.asdict(cfg),
+            "code": checkpoint.code_version(),
         }
 
         # What is written of it.
         run = directory.local
+        if leads or directory.mirrored:
+            record_log.cut_all(run, first)
+        processes.first_alone("logs are cut", lambda: None)
         writer = MetricsWriter(run, first, wandb=cfg.wandb, config=meta["run"])
-        records = RecordLog(run, jax.process_index(), first)
+        records = record_log.RecordLog(run, jax.process_index(), first)
         bad = quarantine.RunLog(run / quarantine.file_of_process(jax.process_index()), cfg.data.max_bad)
         skipped = SkippedSteps(run, cfg.guard.patience, say, late=AHEAD)
         profiler = Profiler(run, cfg.profile, cfg.slow_step, say)
@@ -112,8 +116,29 @@ def train(cfg: RunConfig, where: str) -> int:
         began = time.monotonic() - writer.elapsed
         row: dict[str, float] = {}
 
+        def measure(done: int) -> dict[str, float]:
+            """What is due of loss and accuracy on data that is not trained on."""
+            found: dict[str, float] = {}
+            if validator and (due(done, cfg.validate_every) or done == steps):
+                watchdog.alive("validating", limit_s=Watchdog.STARTING_S)
+                with goodput("evaluate"):
+                    found |= validator(state["params"])
+            if evaluator and (due(done, cfg.eval_every) or done == steps):
+                watchdog.alive("evaluating", limit_s=Watchdog.STARTING_S)
+                with goodput("evaluate"):
+                    found |= evaluate(evaluator, made, state, writer, done)
+            return found
+
         # The loop.
-        with processes.Preemption(first) as preemption, training_bar(steps, first, shown=leads) as bar:
+        with (
+            processes.Preemption(first) as preemption,
+            training_bar(steps, first, shown=leads) as bar,
+            saved_whatever_happens(checkpoints),
+        ):
+            # A start that was told to stop has saved at once, and left this to us.
+            missed = first and not any(name.startswith(("validation/", "eval/")) for name in writer.measured)
+            if missed and (row := measure(first)):
+                writer.write(first, row)
             for batch, info in fed(made, first, goodput, watchdog):
                 done = info.step + 1
                 records.write(done, info.record_ids)
@@ -135,14 +160,8 @@ def train(cfg: RunConfig, where: str) -> int:
                     row |= learning_rates(float(step.learning_rate(done - 1)), rates)
                     row |= {"elapsed_s": time.monotonic() - began, "holes": bad.holes}
                     goodput.write(done)
-                if validator and (due(done, cfg.validate_every) or last):
-                    watchdog.alive("validating", limit_s=Watchdog.STARTING_S)
-                    with goodput("evaluate"):
-                        row |= validator(state["params"])
-                if evaluator and (due(done, cfg.eval_every) or last):
-                    watchdog.alive("evaluating", limit_s=Watchdog.STARTING_S)
-                    with goodput("evaluate"):
-                        row |= evaluate(evaluator, made, state, writer, done)
+                if not stop or last:
+                    row |= measure(done)
                 if row:
                     row = {"elapsed_s": time.monotonic() - began} | row
                     writer.write(done, row)
@@ -157,11 +176,11 @@ def train(cfg: RunConfig, where: str) -> int:
                         checkpoints.save(state, vision_tail, meta, made.assets, row)
                 if stop and not last:
                     break
-        skipped.drain()
-        profiler.close(goodput.drain)
-        watchdog.alive("saving", limit_s=Watchdog.STARTING_S)
-        with goodput("checkpoint"):
-            checkpoints.close()
+            skipped.drain()
+            profiler.close(goodput.drain)
+            watchdog.alive("saving", limit_s=Watchdog.STARTING_S)
+            with goodput("checkpoint"):
+                checkpoints.close()  # still told to stop rather than ended: this may take minutes
         records.close()
         writer.close()
     if stopped := int(state["step"]) < steps:
@@ -173,6 +192,21 @@ def train(cfg: RunConfig, where: str) -> int:
     if leads:
         say(goodput_report.report(directory.url))
     return PREEMPTED if stopped else 0
+
+
+@contextlib.contextmanager
+def saved_whatever_happens(checkpoints: RunCheckpoints) -> Iterator[None]:
+    """An error in here waits for the checkpoint that is being written, which may be the only one to go back to.
+
+    Where others write their parts of it, only for an error that all of them have.
+    """
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, FloatingPointError):
+            with contextlib.suppress(CheckpointError):
+                checkpoints.wait()
+        raise
 
 
 def fed(made: setup.Prepared, first: int, goodput: Goodput, watchdog: Watchdog) -> Iterator[tuple[Batch, BatchInfo]]:
@@ -195,7 +229,7 @@ def log_row(metrics: dict[str, jax.Array]) -> dict[str, float]:
     """One line of metrics, fetched from the devices. What is not finite is left out: ``skipped.jsonl`` tells of it."""
     host: dict[str, Any] = jax.device_get(metrics)
     groups = group_metrics(host.pop("group_loss"), host.pop("group_weight"), GROUP_NAMES)
-    host["token_accuracy"] = float(host.pop("correct")) / max(float(host["weight"]), 1.0)
+    host["token_accuracy"] = float(host.pop("correct")) / (float(host["weight"]) or 1.0)
     row = {name: float(value) for name, value in host.items()} | groups
     return {name: value for name, value in row.items() if math.isfinite(value)}
 
@@ -227,6 +261,7 @@ def main(argv: list[str]) -> None:
         )
     try:
         processes.initialize()
+        processes.end_when_told()
         cfg = RunConfig.from_dict(config.to_dict())
     except ValueError as error:
         sys.exit(f"train.py: {error}")

@@ -2,7 +2,8 @@
 
     DIR/params/          every parameter, vision_tail included (Orbax: zarr in OCDBT)
     DIR/opt_state/       optimizer state; training only
-    DIR/meta/metadata    JSON: {"format": 1, "model": …, "step": …, "plan": …, "run": …, "checksums": {array: hex}}
+    DIR/meta/metadata    JSON: {"format": 1, "model": …, "step": …, "plan": …, "run": …, "code": …,
+                         "checksums": {array: hex}}
     DIR/assets/          tokenizer, chat template and whatever else a Hugging Face directory holds beside its weights
 
     DIR/MANIFEST         CRC-32 and size of every file; a run's steps only
@@ -17,8 +18,11 @@ This file knows where things are and imports neither JAX nor Orbax: the converte
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
+import phivision_jax
 from phivision_jax import storage
 from phivision_jax.config import ModelConfig, read_json
 from phivision_jax.storage import Location
@@ -83,3 +87,16 @@ def read_meta(checkpoint: Location) -> tuple[ModelConfig, dict[str, Any]]:
 
 def assets_of(checkpoint: Location) -> Location:
     return checkpoint / ASSETS
+
+
+def code_version() -> str:
+    """What this code is: its version and, in a clone, git's name of the commit ("0.1.0 a1b2c3d4e5f6-dirty")."""
+    root, version = Path(__file__).parent.parent, phivision_jax.__version__
+    if not (root / ".git").exists():
+        return version
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.SubprocessError):  # no git here, or one that does not answer
+        said = ""
+    return f"{version} {said}".strip()

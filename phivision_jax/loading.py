@@ -3,6 +3,9 @@
 A checkpoint of a training with adapters (LoRA) is merged as it is read. So whatever starts from it has one kind of
 model, answers in the time of one, and a training that starts from it begins where that one ended, with or without
 adapters of its own.
+
+A step of a training has a manifest: whatever is read of it here has its files checked first, and is refused where one
+is not as it was written. The optimizer's state is neither read nor checked.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from phivision_jax.models import lora, phivision
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
 from phivision_jax.storage import Location
+from phivision_jax.training import manifest
 from phivision_jax.training.config import LoraConfig
+from phivision_jax.training.processes import agree
 
 
 def load(
@@ -66,7 +71,8 @@ def load(
     target = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, param_dtype, sharding=place), nnx.to_pure_dict(state), at
     )
-    return phivision.merge(graphdef, read_params(path, config, target)), processor_of(path, config)
+    processor = processor_of(path, config)  # first: a tokenizer that is damaged is known before all weights are read
+    return phivision.merge(graphdef, read_params(path, config, target)), processor
 
 
 def locate(path_or_hub_id: str | Location) -> Location:
@@ -106,20 +112,35 @@ def is_hf(path: Location) -> bool:
 
 
 def config_of(path: Location) -> ModelConfig:
-    """The configuration of a located directory."""
+    """The configuration of a located directory; raises ``ValueError`` where it is damaged."""
     with storage.explained(path):
-        return ModelConfig.from_hf(path) if is_hf(path) else checkpoint.read_meta(path)[0]
+        if is_hf(path):
+            return ModelConfig.from_hf(path)
+        manifest.check(path, [checkpoint.META])
+        return checkpoint.read_meta(path)[0]
 
 
 def processor_of(path: Location, config: ModelConfig) -> Processor:
-    """The processor of a located directory."""
-    return Processor.from_directory(path if is_hf(path) else checkpoint.assets_of(path), config)
+    """The processor of a located directory; raises ``ValueError`` where it is damaged."""
+    return Processor.from_directory(_sidecars(path), config)
+
+
+def _sidecars(path: Location) -> Location:
+    """Where the files beside the weights are; in a checkpoint of ours, checked."""
+    if is_hf(path):
+        return path
+    manifest.check(path, [checkpoint.ASSETS])
+    return checkpoint.assets_of(path)
 
 
 def copy_assets(path: Location, to: Path) -> None:
-    """Copy what a located directory holds beside its weights, so that what starts from it can be exported again."""
+    """Copy what a located directory holds beside its weights, so that what starts from it can be exported again.
+
+    Raises:
+      ValueError: when one of these files is damaged; nothing is copied then.
+    """
     weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", ".git", ".cache", checkpoint.ORBAX_MARK)
-    source = path if is_hf(path) else checkpoint.assets_of(path)
+    source = _sidecars(path)
     to.mkdir(parents=True)
     for name in storage.files(source):
         if not any(fnmatch.fnmatch(part, weight) for part in PurePosixPath(name).parts for weight in weights):
@@ -131,7 +152,11 @@ def copy_assets(path: Location, to: Path) -> None:
 def read_params(path: Location, config: ModelConfig, target: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a located directory, in ``target``'s dtype and shardings.
 
-    The vision tail is read where ``target`` names it; adapters that ``target`` does not name are merged.
+    The vision tail is read where ``target`` names it; adapters that ``target`` does not name are merged. Of several
+    processes all call this: each checks a share of the files.
+
+    Raises:
+      ValueError: as ``restore_params``, or ``convert.load_hf_params``.
     """
     if is_hf(path):
         from convert import load_hf_params
@@ -152,8 +177,11 @@ def restore_params(directory: Location, target: Mapping[str, Any]) -> dict[str, 
       target: nested dict of ``jax.ShapeDtypeStruct`` (with shardings, or all go to one device).
 
     Raises:
-      ValueError: when an array is missing or has another shape, or the metadata do not say how to merge.
+      ValueError: when a file is damaged, an array is missing or has another shape, or the metadata do not say how to
+        merge.
     """
+    parts = (checkpoint.PARAMS, checkpoint.META)
+    manifest.check(directory, parts, jax.process_index(), jax.process_count(), agree)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(storage.absolute(directory) / checkpoint.PARAMS)
     if metadata.item_metadata is None:

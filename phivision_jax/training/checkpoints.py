@@ -22,7 +22,6 @@ touched and nothing is trained.
 from __future__ import annotations
 
 import json
-import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,6 +37,7 @@ from phivision_jax import storage
 from phivision_jax.checkpoint import ASSETS, CHECKPOINTS, CHECKSUMS, FORMAT, META, OPT_STATE, PARAMS
 from phivision_jax.storage import Location
 from phivision_jax.training import manifest
+from phivision_jax.training.best import Best
 from phivision_jax.training.checksums import checksums, differing
 from phivision_jax.training.files_item import FilesSave
 from phivision_jax.training.processes import agree
@@ -82,7 +82,8 @@ class RunCheckpoints:
             raise ValueError(f"keep_checkpoints is {keep}; at least 1 is needed, 2 to survive a damaged one")
         self._directory = storage.absolute(run) / CHECKPOINTS
         self._steps = Steps(self._directory)
-        self._keep, self._keep_every, self._keep_best, self._say = keep, keep_every, keep_best, say
+        self._keep, self._keep_every, self._say = keep, keep_every, say
+        self._best = Best(keep_best, self._tell) if keep_best else None
         self._before_save = before_save
         self._first = jax.process_index() == 0
         self._damaged: dict[int, str] = {}
@@ -161,7 +162,7 @@ class RunCheckpoints:
                     meta=ocp.args.JsonSave(meta),
                     assets=FilesSave(assets),
                 ),
-                metrics=self._metric(metrics or {}),
+                metrics=self._best.rating(step, metrics or {}) if self._best else None,
             )
         except Exception as error:  # of the file system, of TensorStore, of Orbax: each with its own types
             raise self._failed(step, error) from error
@@ -172,27 +173,21 @@ class RunCheckpoints:
         rules: list[Any] = [policies.LatestN(self._keep)]
         if self._keep_every:
             rules.append(policies.EveryNSteps(self._keep_every))
-        best = None
-        if self._keep_best:
-            best = self._score
-            rules.append(policies.BestN(get_metric_fn=best, n=1, keep_checkpoints_without_metrics=False))
-            self._set_aside_unrated()
+        if self._best:
+            rules.append(self._best)
+            self._set_aside_unrated(self._best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(rules),
-            best_fn=best,  # decides nothing beside a policy, but without it metrics are not stored
+            # Decides nothing beside a policy, but without it metrics are not stored.
+            best_fn=self._best.score if self._best else None,
             cleanup_tmp_directories=True,
+            # In the background, where they are made by default, a failure would leave this thread waiting for them.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         names = (PARAMS, OPT_STATE, META, ASSETS)
         return ocp.CheckpointManager(self._directory, options=options, item_names=names)
 
-    def _metric(self, metrics: Mapping[str, float]) -> dict[str, float] | None:
-        value = metrics.get(self._keep_best.removeprefix("-"), math.nan)
-        return {"value": float(value)} if math.isfinite(value) else None
-
-    def _score(self, metrics: Mapping[str, float]) -> float:
-        return -metrics["value"] if self._keep_best.startswith("-") else metrics["value"]
-
-    def _set_aside_unrated(self) -> None:
+    def _set_aside_unrated(self, best: Best) -> None:
         """An older step whose metric cannot be read would keep Orbax's manager from starting."""
         for step in self._steps() if self._first else ():
             path = self._directory / str(step) / "metrics" / "metrics"
@@ -200,8 +195,8 @@ class RunCheckpoints:
                 with storage.explained(path):
                     rating = path.read_bytes() if path.exists() else None
                 if rating is not None:
-                    self._score(json.loads(rating))
-            except (ValueError, KeyError, TypeError):
+                    best.score(json.loads(rating))
+            except (ValueError, TypeError):
                 self._damaged[step] = "its file metrics/metrics is damaged"
         self._set_aside()
 
@@ -275,7 +270,12 @@ class RunCheckpoints:
         return self._steps.meta(self._newest())
 
     def restore(
-        self, abstract_state: Mapping[str, Any], vision_tail: Any, *, at_most: int | None = None
+        self,
+        abstract_state: Mapping[str, Any],
+        vision_tail: Any,
+        *,
+        at_most: int | None = None,
+        check: Callable[[Mapping[str, Any]], None] = lambda meta: None,
     ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
         """(state, vision_tail, meta) of the newest whole step, sharded as ``abstract_state`` says (on any mesh).
 
@@ -283,6 +283,7 @@ class RunCheckpoints:
 
         Args:
           at_most: the newest that is wanted; the directory is then left as it is.
+          check: raises what speaks against a step, by its meta, before any array of it is read.
 
         Raises:
           CheckpointError: when none is whole, saying of each what is wrong; when one is, but holds other arrays than
@@ -292,6 +293,7 @@ class RunCheckpoints:
         while True:
             step = self._newest(at_most)
             meta = self._steps.meta(step)
+            check(meta)
             restored, wrong = self._read(step, params, abstract_state["opt_state"], meta)
             if wrong is None:
                 break

@@ -100,8 +100,10 @@ class Goodput:
     def __enter__(self) -> Goodput:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After an error that one is to be told, not that this could not be written either.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self.close()
 
     # -----------------------------------------------------------------------------------------------------------------
     # What happens.

@@ -23,6 +23,8 @@ LOST = 77
 
 HEARTBEAT_S = 10.0
 """Seconds between two of them."""
+RENEWED_S = 15.0
+"""A heartbeat that is not renewed for so many seconds is not that of a living process."""
 UNWRITTEN_S = 35.0
 """Seconds for which a process tries to write one before it ends with a sentence, if a launcher looks after it: sooner
 than the launcher would take it for hung."""

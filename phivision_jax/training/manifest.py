@@ -9,7 +9,9 @@ other byte: metadata, tokenizer, Orbax's own bookkeeping, chunks that nothing re
 flipped bit and of any burst up to 32 bits, and costs no more than reading does; SHA-256 would only add protection
 against somebody who means harm.
 
-A checkpoint of a large model is hundreds of gigabytes, so each process of a run reads its share of the files.
+A checkpoint of a large model is hundreds of gigabytes, so each process of a run reads its share of the files. Whoever
+wants the weights alone (``loading``, the converter) has only the parts checked that it reads, and not the optimizer's
+state, which is twice as large.
 
 ``sealed.json``, beside the steps of a run, lists those that have had a manifest.
 
@@ -24,7 +26,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from phivision_jax import storage
@@ -70,10 +72,38 @@ def parse(text: bytes) -> dict[str, tuple[int, int]]:
     return entries
 
 
-def damage(checkpoint: Location, share: int = 0, shares: int = 1) -> str | None:
+def check(
+    checkpoint: Location,
+    parts: Collection[str],
+    share: int = 0,
+    shares: int = 1,
+    agree: Callable[[str | None], str | None] = lambda wrong: wrong,
+) -> None:
+    """Refuse a checkpoint in whose parts a file is not as it was written; one without a manifest is taken as it is.
+
+    Args:
+      parts: as for ``damage``, of which share and shares are too.
+      agree: what one process says, on all of them; called by each that calls this.
+
+    Raises:
+      ValueError: naming the file.
+      StorageError: when the bucket does not answer.
+    """
+    try:
+        wrong = damage(checkpoint, share, shares, parts)
+    except FileNotFoundError:  # a conversion, or a step that was killed before it was sealed
+        wrong = None
+    if wrong := agree(wrong):
+        raise ValueError(f"{checkpoint} is damaged: {wrong}; bring back a copy of it, or take another step of its run")
+
+
+def damage(checkpoint: Location, share: int = 0, shares: int = 1, parts: Collection[str] | None = None) -> str | None:
     """What is wrong with this process's share of the files, as half a sentence that names one; None: nothing.
 
     Files that the manifest does not list are none of its business.
+
+    Args:
+      parts: the folders to look into ("params", "meta", …); None: every file.
 
     Raises:
       FileNotFoundError: when there is no manifest.
@@ -84,7 +114,8 @@ def damage(checkpoint: Location, share: int = 0, shares: int = 1) -> str | None:
             wanted = parse((checkpoint / MANIFEST).read_bytes())
     except ValueError:
         return f"its file {MANIFEST} is damaged"
-    mine, sizes = _share(wanted, share, shares), storage.files(checkpoint)
+    looked_at = [name for name in wanted if parts is None or name.partition("/")[0] in parts]
+    mine, sizes = _share(looked_at, share, shares), storage.files(checkpoint)
     for name in mine:  # sizes first: they cost nothing
         if name not in sizes:
             return f"its file {name} is missing"

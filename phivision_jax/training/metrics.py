@@ -18,6 +18,8 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from phivision_jax.training.writing import naming
+
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb_id"
 """The file that holds the id of the run at Weights & Biases."""
@@ -42,10 +44,12 @@ class MetricsWriter:
     def __init__(
         self, run: Path, from_step: int = 0, *, wandb: str = "", config: Mapping[str, Any] | None = None
     ) -> None:
-        path = run / FILE
+        self._path = path = run / FILE
         kept = [row for row in read_metrics(run) if row["step"] <= from_step] if from_step else []
         self.elapsed = float(kept[-1].get("elapsed_s", 0.0)) if kept else 0.0
         """Seconds that training took until ``from_step``."""
+        self.measured = {name for row in kept if row["step"] == from_step for name in row}
+        """What is there of ``from_step``."""
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -65,8 +69,9 @@ class MetricsWriter:
         if not self._writes:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._wandb:

@@ -27,7 +27,7 @@ import numpy as np
 from jax._src.distributed import global_state  # the key-value store that Orbax uses too; JAX exports it nowhere
 from jax.experimental import multihost_utils
 
-from phivision_jax.training.heartbeat import FAILED, LOST
+from phivision_jax.training.heartbeat import FAILED, LOST, PREEMPTED
 
 DEAD_S = 20
 """Seconds without a heartbeat after which JAX takes a process for dead and ends the others. It sends them from a thread
@@ -152,6 +152,28 @@ def _leave(client: Any) -> NoReturn:
     os._exit(code)
 
 
+def end_when_told() -> None:
+    """Until ``Preemption`` takes over, SIGTERM and Ctrl-C end this process at once, and it may be started again.
+
+    There is nothing to save yet. A handler of Python's is called when the main thread is back from whatever it does in
+    C, and compiling may take minutes; so C tells a thread, through a pipe. Of several processes ``jax.distributed`` has
+    SIGTERM, and answers it later.
+    """
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+
+    def end() -> None:
+        os.read(told, 1)
+        print("told to stop, with nothing to save", file=sys.stderr, flush=True)
+        os._exit(PREEMPTED)
+
+    threading.Thread(target=end, daemon=True, name="told to stop").start()
+    signal.set_wakeup_fd(tell)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    if not jax.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+
 class Preemption:
     """Whether to stop, asked after each step; all processes get the same answer at the same step.
 
@@ -182,9 +204,11 @@ class Preemption:
         self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupted)}
         if not self._shared:
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._terminated)
+        self._ends_at_once = signal.set_wakeup_fd(-1)
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._ends_at_once)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

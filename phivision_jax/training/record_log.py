@@ -13,6 +13,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from phivision_jax.training.writing import naming
+
 
 def path_of(run: Path, process: int) -> Path:
     return run / f"records_{process}.jsonl"
@@ -26,13 +28,14 @@ class RecordLog:
     """
 
     def __init__(self, run: Path, process: int, from_step: int) -> None:
-        path = path_of(run, process)
-        cut(path, from_step)
-        self._file = path.open("ab")
+        self._path = path_of(run, process)
+        cut(self._path, from_step)
+        self._file = self._path.open("ab")
 
     def write(self, step: int, ids: Sequence[Sequence[str]]) -> None:
-        self._file.write(json.dumps({"step": step, "ids": ids}, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, "ids": ids}, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

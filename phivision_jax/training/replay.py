@@ -13,7 +13,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from phivision_jax import sharding
 from phivision_jax.batch import Batch
+from phivision_jax.data.pipeline import rows_of_process
 from phivision_jax.models import phivision
 from phivision_jax.progress import bar
 from phivision_jax.training import setup
@@ -24,11 +26,12 @@ from phivision_jax.training.run_directory import RunDirectory
 
 
 def replay(cfg: RunConfig, run: str, number: int, say: Callable[[str], None] = print) -> dict[str, float]:
-    """Take a step again and say what came of it.
+    """Take a step again and say what came of it. Of several processes, each prints what is in its own rows.
 
     Args:
       run: the run's directory, or its place in a bucket.
       number: of the step, from 1, as in ``metrics.jsonl`` and ``skipped.jsonl``.
+      say: told what is of the whole step.
 
     Returns:
       The step's scalar metrics.
@@ -45,12 +48,13 @@ def _replay(cfg: RunConfig, directory: RunDirectory, number: int, say: Callable[
         raise ValueError(
             f"{directory.url} is not a run's directory (it holds no plan): --replay looks at a run that was started"
         )
-    made = setup.prepare(cfg, directory)
+    checkpoints = RunCheckpoints(directory.url, cfg.keep_checkpoints, say=say)
+    made = setup.prepare(cfg, directory, checkpoints)
     if not 1 <= number <= made.steps:
         raise ValueError(f"--replay={number}: the run's steps are 1 to {made.steps}")
     compiled = made.step.compile(made.spec)
-    row_losses = jax.jit(lambda params, batch: _row_losses(made.step.graphdef, params, batch))
-    checkpoints = RunCheckpoints(directory.url, cfg.keep_checkpoints, say=say)
+    everywhere = sharding.replicated(made.step.mesh)  # a process can fetch its own devices' values alone
+    row_losses = jax.jit(lambda params, batch: _row_losses(made.step.graphdef, params, batch), out_shardings=everywhere)
     state, _ = setup.start(made, checkpoints, say, at_most=number - 1)
     first = int(state["step"])
     with bar(f"to step {number}", number - first, shown=jax.process_index() == 0) as advance:
@@ -67,10 +71,13 @@ def _replay(cfg: RunConfig, directory: RunDirectory, number: int, say: Callable[
     taken = "not taken" if host["skipped_in_a_row"] else "taken"
     say(f"step {number} ({taken}): loss {host['loss']:.6g}, gradient norm {host['grad_norm']:.6g}")
     say("  " + ", ".join(f"{name} {host[name]:.4g}" for name in host if name.startswith("grad_norm/")))
+    here = rows_of_process(sharding.batch_shardings(made.step.mesh, made.spec).tokens, made.cfg.data.batch_rows)
+    who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
     for name, bad in _not_finite(batch).items():
-        say(f"  {name} of the batch has {bad:,} values that are not finite")
-    for b, (ids, loss, weight) in enumerate(zip(info.record_ids, losses, weights, strict=True)):
-        say(f"  row {b}: loss {loss / max(weight, 1e-9):.4g} over {weight:g} target tokens; {', '.join(ids)}")
+        print(f"  {who}{name} of the batch has {bad:,} values that are not finite", flush=True)
+    for b, ids in zip(here, info.record_ids, strict=True):
+        loss = losses[b] / max(weights[b], 1e-9)
+        print(f"  {who}row {b}: loss {loss:.4g} over {weights[b]:g} target tokens; {', '.join(ids)}", flush=True)
     return host
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from flax import nnx
 
 from phivision_jax import checkpoint, loading, sharding, storage
 from phivision_jax.batch import Batch, batch_spec
+from phivision_jax.config import ModelConfig
 from phivision_jax.data.dataset import Dataset
 from phivision_jax.data.encode import GROUP_NAMES, group_weights
 from phivision_jax.data.pipeline import BatchInfo, batches, rows_of_process, to_device
@@ -99,14 +100,17 @@ class Prepared:
         return f"{count:,} parameters on {axes or 'one device'}; plan {self.plan.hash[:12]}: {self.plan.summary()}"
 
 
-def prepare(cfg: RunConfig, directory: RunDirectory) -> Prepared:
+def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints) -> Prepared:
     """Everything that needs no parameter; makes the run's processor files and plan where they are not there yet.
+
+    Args:
+      checkpoints: of this run; the newest that is whole says what its model is.
 
     Raises:
       ValueError: when something in the configuration, the data or an earlier start of this run does not fit.
     """
     keep_compilations(directory.url)
-    cfg = layouts.resolve(with_model(cfg, directory.url), jax.devices())
+    cfg = layouts.resolve(with_model(cfg, checkpoints), jax.devices())
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     check_rows(cfg, mesh)
     assets = directory.local / "assets"
@@ -120,16 +124,15 @@ def prepare(cfg: RunConfig, directory: RunDirectory) -> Prepared:
     return Prepared(cfg, processor, assets, datasets, plan, steps, make_train_step(cfg, mesh, steps, len(GROUP_NAMES)))
 
 
-def with_model(cfg: RunConfig, run: Location) -> RunConfig:
+def with_model(cfg: RunConfig, checkpoints: RunCheckpoints) -> RunConfig:
     """With the model of the checkpoint that training starts from: the run's own, else ``init_from``."""
     if not cfg.init_from:
         if cfg.model_from == "init_from":
             raise ValueError("init_from is empty: give --config.init_from=CHECKPOINT, the model to train further")
         return cfg
-    try:
-        where = checkpoint.find(run)
-    except ValueError:  # a first start
-        where = loading.locate(cfg.init_from)
+    if checkpoints.latest is not None:
+        return cfg.with_model(ModelConfig.from_dict(checkpoints.meta()["model"]), "the run's own checkpoint")
+    where = loading.locate(cfg.init_from)
     return cfg.with_model(loading.config_of(where), str(where))
 
 
@@ -154,9 +157,10 @@ def make_assets(cfg: RunConfig, directory: RunDirectory) -> None:
 
 
 def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Rows are split over the slice, data and fsdp axes, in training and in evaluation."""
+    """Rows are split over the slice, data and fsdp axes, in training and in evaluation, where there is one."""
     parts = sharding.parts(mesh, sharding.RULES["batch"])
-    for name, rows in (("data.batch_rows", cfg.data.batch_rows), ("eval_batch", cfg.eval_batch)):
+    evaluated = {"eval_batch": cfg.eval_batch} if cfg.data.eval_path else {}
+    for name, rows in ({"data.batch_rows": cfg.data.batch_rows} | evaluated).items():
         if rows % parts:
             raise ValueError(
                 f"{name} is {rows}, which does not divide over {parts} devices (mesh axes slice, data and fsdp); "
@@ -229,8 +233,9 @@ def start(
     """
     cfg, step = made.cfg, made.step
     if checkpoints.has(at_most):
-        check_unchanged(cfg, checkpoints.meta()["run"])
-        state, tail, meta = checkpoints.restore(step.abstract_state, made.vision_tail, at_most=at_most)
+        state, tail, meta = checkpoints.restore(
+            step.abstract_state, made.vision_tail, at_most=at_most, check=lambda meta: check_unchanged(made, meta, say)
+        )
         say(f"continuing from step {meta['step']}")
         return state, tail
     if cfg.init_from:
@@ -246,17 +251,28 @@ def start(
     return step.init(init_params(cfg, step)), make_tail()
 
 
-def check_unchanged(cfg: RunConfig, before: dict[str, Any]) -> None:
-    """A run goes on only with what decides its numbers as it was.
+def check_unchanged(made: Prepared, meta: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """A run goes on only with what decides its numbers as it was. What it is guarded by may change, and is said.
+
+    Args:
+      meta: of the checkpoint that training goes on from.
 
     Raises:
       ValueError: naming the first field that differs.
     """
-    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    names = [(name,) for name in ("model", "optim", "lora", "guard", "dtype", "seed")]
-    for path in (*names, ("data", "loss_weights")):
-        was, here = before, now
-        for name in path:
-            was, here = was.get(name, {}), here[name]
-        if was != here:
-            raise ValueError(f"this run was started with {'.'.join(path)} = {was}, now it is {here}; take a new --run")
+
+    def decides(cfg: Mapping[str, Any]) -> dict[str, Any]:
+        values = {name: cfg.get(name) for name in ("model", "optim", "lora", "dtype", "seed")}
+        return values | {"data": {"loss_weights": cfg.get("data", {}).get("loss_weights")}}
+
+    now, before = json.loads(json.dumps(dataclasses.asdict(made.cfg))), meta["run"]
+    if changed := differing(decides(now), decides(before)):
+        raise ValueError(f"{changed}: this run was started otherwise; keep it as it was, or take a new --run")
+    if meta["plan"] != made.plan.hash:
+        raise ValueError(
+            f"the run's checkpoint {meta['step']} was trained with plan {meta['plan'][:12]}, and its plan/ is now "
+            f"{made.plan.hash[:12]}: bring back the one that was there, or take a new --run"
+        )
+    for name, here in (("guard", now["guard"]), ("code", checkpoint.code_version())):
+        if name in {**before, **meta} and (was := {**before, **meta}[name]) != here:
+            say(f"{name} is {here}, and was {was} when checkpoint {meta['step']} was written")

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 
 from phivision_jax.training import heartbeat
-from phivision_jax.training.heartbeat import FAILED, HEARTBEAT_S, HUNG, LAUNCHER, UNWRITTEN_S
+from phivision_jax.training.heartbeat import FAILED, HEARTBEAT_S, HUNG, LAUNCHER, RENEWED_S, UNWRITTEN_S
 
 _TICK_S = 0.5
 _FROZEN_S = 300.0
@@ -31,6 +31,9 @@ class Watchdog:
       run: the run's directory.
       limit_s: how long nothing may happen, unless ``alive`` says otherwise.
       limit_name: what a user changes to wait longer.
+
+    Raises:
+      ValueError: when another start of this run is still at work.
     """
 
     STARTING_S = 3600.0
@@ -41,11 +44,36 @@ class Watchdog:
         self._run, self._default_s, self._limit_name = run, limit_s, limit_name
         self._launcher = int(os.environ.get(LAUNCHER, 0))
         self._host = socket.gethostname()
+        self._refuse_another_start()
         self._last = ("starting", 0, time.monotonic(), self.STARTING_S)
         self._written = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
+
+    def _refuse_another_start(self) -> None:
+        """Two trainings in one directory would each remove what the other is writing."""
+        beat = self._others_beat()
+        if beat is None or time.time() - beat["time"] > RENEWED_S:
+            return
+        deadline = time.monotonic() + RENEWED_S
+        while time.monotonic() < deadline:
+            time.sleep(_TICK_S)
+            now = self._others_beat()
+            if now is None:
+                return
+            if now["time"] != beat["time"]:
+                raise ValueError(
+                    f"{self._run} is being trained already: process {now['process']} (pid {now['pid']} on "
+                    f"{now['host']}) is at step {now['step']}; end it first, or take another --run"
+                )
+
+    def _others_beat(self) -> heartbeat.Heartbeat | None:
+        """The heartbeat of a process of this number, unless it is known to be over."""
+        beat = next((beat for beat in heartbeat.read(self._run) if beat["process"] == self._process), None)
+        if beat is None or beat["phase"] == "ended" or beat["phase"].startswith("hung"):
+            return None
+        return None if beat["host"] == self._host and not _exists(beat["pid"]) else beat
 
     def alive(self, phase: str, step: int | None = None, limit_s: float | None = None) -> None:
         """This is what the process does from now on; costs nothing.
