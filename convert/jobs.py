@@ -35,9 +35,10 @@ from convert.mapping import (
 )
 from convert.stream import FreshProjector, Parts, Source, copy
 from phivision_jax import storage
-from phivision_jax.checkpoint import ORBAX_MARK, find, read_meta
+from phivision_jax.checkpoint import ASSETS, META, ORBAX_MARK, PARAMS, find, read_meta
 from phivision_jax.config import ModelConfig, ProjectorConfig, decoder_from_hf, read_json, vision_from_hf
 from phivision_jax.storage import Location
+from phivision_jax.training import manifest
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 type Files = dict[PurePosixPath, Location | bytes]
@@ -228,9 +229,19 @@ def find_checkpoint(path: Location) -> Location:
     return found
 
 
-def open_ours(path: Location) -> tuple[Location, ModelConfig, list[Leaf], ours.OursSource]:
-    """(where, configuration, table, source) of the checkpoint at ``path``; a line says when adapters are merged."""
+def open_ours(path: Location, *parts: str) -> tuple[Location, ModelConfig, list[Leaf], ours.OursSource]:
+    """(where, configuration, table, source) of the checkpoint at ``path``; a line says when adapters are merged.
+
+    Args:
+      parts: whose files are read and compared with the checkpoint's manifest, where it has one, before anything else.
+
+    Raises:
+      ValueError: when one of these is damaged, or the checkpoint is not whole.
+    """
     found = find_checkpoint(path)
+    if PARAMS in parts and (found / manifest.MANIFEST).exists():
+        say(f"{found}: reading its files once, to check them")
+    manifest.check(found, parts)
     config, _ = read_meta(found)
     leaves = model_leaves(config)
     source = ours.OursSource(found, leaves)
@@ -248,7 +259,8 @@ def to_hf(
     overwrite: bool,
     force: bool,
 ) -> None:
-    found, config, leaves, source = open_ours(checkpoint)
+    parts = (META, PARAMS, ASSETS) if like is None else (META, PARAMS)
+    found, config, leaves, source = open_ours(checkpoint, *parts)
     with closing(source):
         expressible = config
         if force:

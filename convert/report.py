@@ -19,6 +19,7 @@ from convert.mapping import Leaf, model_leaves
 from convert.ours import BLOCK_BYTES
 from convert.stream import Difference, Source, compare
 from phivision_jax import storage
+from phivision_jax.checkpoint import META, PARAMS
 from phivision_jax.config import ModelConfig
 from phivision_jax.storage import Location
 
@@ -38,8 +39,8 @@ class Opened:
     hf: HFDirectory | None = None
 
 
-def open_checkpoint(path: Location) -> Opened:
-    """Raises ValueError when ``path`` is neither kind of checkpoint, or not a whole one."""
+def open_checkpoint(path: Location, *parts: str) -> Opened:
+    """Raises ValueError when ``path`` is neither kind of checkpoint, not a whole one, or damaged in these parts."""
     storage.check(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
@@ -50,13 +51,13 @@ def open_checkpoint(path: Location) -> Opened:
         return Opened(path, "Hugging Face", config, leaves, HFSource(hf, leaves), hf)
     if any(".safetensors" in child.name for child in path.iterdir()):
         raise ValueError(f"{path} has no config.json: without it the tensors have no meaning")
-    found, config, leaves, source = open_ours(path)
+    found, config, leaves, source = open_ours(path, *parts)
     return Opened(found, "phivision_jax", config, leaves, source)
 
 
 def verify(path_a: Location, path_b: Location) -> bool:
     """Print how two checkpoints differ; True when no value does (and between two Hugging Face directories, no file)."""
-    a, b = open_checkpoint(path_a), open_checkpoint(path_b)
+    a, b = (open_checkpoint(path, META, PARAMS) for path in (path_a, path_b))
     if [(leaf.path, leaf.shape) for leaf in a.leaves] != [(leaf.path, leaf.shape) for leaf in b.leaves]:
         raise ValueError(f"{a.path} and {b.path} are different architectures; `inspect` shows each")
     with progress("verify", count_bytes(a.leaves, dtypes_of(a.source, a.leaves, "keep"))) as advance:
@@ -108,8 +109,8 @@ def _same_file(a: HFDirectory, b: HFDirectory, name: str, found: dict[str, Diffe
 
 
 def inspect(path: Location, as_json: bool) -> None:
-    """Print what a checkpoint of either kind is and holds."""
-    opened = open_checkpoint(path)
+    """Print what a checkpoint of either kind is and holds; no weight is read for it, and none checked."""
+    opened = open_checkpoint(path, META)
     dtypes = dtypes_of(opened.source, opened.leaves, "keep")
     tensors = tensors_of(opened.leaves, dtypes)
     total = count_bytes(opened.leaves, dtypes)

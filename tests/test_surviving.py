@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import phivision_jax
+from phivision_jax.checkpoint import SEALED
+from phivision_jax.training.manifest import MANIFEST
 from phivision_jax.training.metrics import read_metrics
-from tests.test_train import ROOT, command, data, environment, finish, losses  # noqa: F401  (data is a fixture)
+from tests.test_train import (  # noqa: F401  (data is a fixture)
+    ROOT,
+    ROWS,
+    command,
+    compilations,
+    data,
+    environment,
+    finish,
+    losses,
+)
 
 SHORT = ("--config.optim.steps=12", "--config.data.eval_path=", "--config.checkpoint_every=4")
 POISONED = 6
@@ -70,12 +83,17 @@ def test_a_poisoned_batch_is_skipped_on_all_hosts_named_and_replayed(data, tmp_p
     assert "loss" not in rows[POISONED] and np.isfinite(rows[12]["loss"]) and rows[12]["skipped"] == 1
 
     written = {path: path.stat().st_mtime_ns for path in run.rglob("*.jsonl")}
-    again = subprocess.run([*words, f"--replay={POISONED}"], cwd=ROOT, env=trouble, capture_output=True, text=True)
+    words = launched([*words, f"--replay={POISONED}"], 2)
+    again = subprocess.run(words, cwd=ROOT, env=trouble, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-3000:]
     assert f"step {POISONED} (not taken): loss nan" in again.stdout
-    assert "loss_weights of the batch has 1 values that are not finite" in again.stdout
-    ids = [", ".join(row) for process in (0, 1) for row in records(run, process)[POISONED]]
-    assert all(row in again.stdout for row in ids)
+    assert "process 0: loss_weights of the batch has 1 values that are not finite" in again.stdout
+    told = re.findall(r"process (\d): row (\d+): loss (\S+) over \S+ target tokens; (.*)", again.stdout)
+    rows_of = {n: records(run, n)[POISONED] for n in (0, 1)}
+    half = len(rows_of[0])
+    want = {(str(n), str(half * n + b), ", ".join(ids)) for n, rows in rows_of.items() for b, ids in enumerate(rows)}
+    assert {(n, b, ids) for n, b, _, ids in told} == want and len(told) == len(want)
+    assert [b for _, b, loss, _ in told if loss == "nan"] == ["0"]  # the poisoned one
     assert written == {path: path.stat().st_mtime_ns for path in run.rglob("*.jsonl")}
 
 
@@ -99,3 +117,79 @@ def test_only_steps_of_the_run_are_replayed(undisturbed, data, step):  # noqa: F
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode != 0 and re.search(r"steps are 1 to 12|not a positive integer", done.stderr)
     assert "Traceback" not in done.stderr
+
+
+def whole(run: Path) -> set[int]:
+    """The steps that are saved and sealed; nothing else may lie beside them."""
+    left = {path.name for path in (run / "checkpoints").iterdir()} - {SEALED}
+    assert all((run / "checkpoints" / name / MANIFEST).exists() for name in left), left
+    return {int(name) for name in left}
+
+
+@pytest.mark.slow
+def test_told_to_stop_while_it_compiles_at_a_due_validation_and_while_it_saves(data, tmp_path):  # noqa: F811
+    """And goes on, guarded otherwise, to the numbers of a run that was left alone; but not with another plan."""
+    validated = (f"--config.data.validation_path={data}/test", "--config.validate_every=3")
+    calm, run, log = tmp_path / "calm", tmp_path / "run", tmp_path / "log"
+    words, end = command(data, run, *SHORT, *validated, "--config.checkpoint_every=100"), "--config.guard.spike=7"
+    finish(command(data, calm, *SHORT, *validated))
+
+    slow = environment() | {"XLA_FLAGS": ""}  # with everything that LLVM can do, it compiles for seconds
+    with log.open("w") as output:
+        process = subprocess.Popen(words, cwd=ROOT, env=slow, stdout=output, stderr=output)
+        while process.poll() is None and not compilations(log.read_text(), "step"):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 75, log.read_text()[-2000:]
+    assert "told to stop, with nothing to save" in log.read_text() and "; compiled in" not in log.read_text()
+
+    trouble = environment() | {"TROUBLE": "told:6", "SLOW": "1"}
+    done = subprocess.run(troubled(words), cwd=ROOT, env=trouble, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr[-3000:]
+    assert "told to stop: step 6 of 12 is saved" in done.stdout and "nothing to save" not in done.stderr
+    assert whole(run) == {6} and validations(run).keys() == {3} and losses(run).keys() == set(range(1, 7))
+
+    said = finish([*words, end])
+    assert "continuing from step 6" in said and "guard is {'spike': 7.0, " in said
+    assert losses(run) == losses(calm) and records(run) == records(calm)
+    assert validations(run) == validations(calm) and validations(calm).keys() == {3, 6, 9, 12}
+    elapsed = [row["elapsed_s"] for row in read_metrics(run)]
+    assert elapsed == sorted(elapsed) and elapsed[0] > 0
+    meta = json.loads((run / "checkpoints" / "12" / "meta" / "metadata").read_text())
+    assert meta["code"].startswith(phivision_jax.__version__)
+
+    before = json.loads((run / "plan" / "plan.json").read_text())["hash"]
+    shutil.rmtree(run / "plan")
+    refused = subprocess.run(
+        [*words, end, "--config.data.seed=1"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    now = json.loads((run / "plan" / "plan.json").read_text())["hash"]
+    assert f"12 was trained with plan {before[:12]}, and its plan/ is now {now[:12]}: bring back" in refused.stderr
+
+
+def validations(run: Path) -> dict[int, float]:
+    return {row["step"]: row["validation/loss"] for row in read_metrics(run) if "validation/loss" in row}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_training_that_gives_up_has_saved_and_one_process_goes_on(data, tmp_path, processes):  # noqa: F811
+    """A checkpoint is being written when the poisoned step after it is one too many."""
+    run = tmp_path / "run"
+    words = command(data, run, *SHORT, "--config.guard.patience=1")
+    trouble = environment() | {"TROUBLE": "poison:5", "SLOW": "4" if processes > 1 else "0"}
+    done = subprocess.run(launched(troubled(words), processes), cwd=ROOT, env=trouble, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "1 steps in a row were not taken, and training stops here; step 5 was not taken" in done.stderr
+    assert whole(run) == {4}
+    skipped = list(run.glob("skipped*.jsonl"))
+    assert len(skipped) == processes and all(len(path.read_text().splitlines()) == 1 for path in skipped)
+    assert all(max(records(run, process)) > 4 for process in range(processes))
+
+    assert "continuing from step 4" in finish(words)
+    assert whole(run) == {4, 8, 12} and losses(run).keys() == set(range(1, 13))
+    for process in range(processes):  # those of a process that is no more end with the checkpoint
+        rows = {step: len(ids) for step, ids in records(run, process).items()}
+        assert rows == {step: ROWS // processes if step <= 4 else ROWS for step in range(1, 5 if process else 13)}
+    assert not any(path.read_text() for path in skipped)

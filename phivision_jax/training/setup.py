@@ -29,7 +29,7 @@ from phivision_jax.models import lora
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.processor import Processor
 from phivision_jax.storage import Location
-from phivision_jax.training import layouts, mixtures, optim
+from phivision_jax.training import best, layouts, mixtures, optim
 from phivision_jax.training.checkpoints import RunCheckpoints
 from phivision_jax.training.config import RunConfig
 from phivision_jax.training.processes import first_alone
@@ -113,6 +113,7 @@ def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints
     cfg = layouts.resolve(with_model(cfg, checkpoints), jax.devices())
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     check_rows(cfg, mesh)
+    best.check(cfg)
     assets = directory.local / "assets"
     first_alone("assets", lambda: make_assets(cfg, directory))
     directory.take("assets")

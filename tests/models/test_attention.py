@@ -126,18 +126,18 @@ def test_blocks_change_nothing(T, ascending, heads, span_mode):
     rng = np.random.default_rng(T)
     segments, span = packing(rng, 3, T, span_mode == "bidirectional", ascending)
     if span_mode == "whole":
-        span = jnp.full_like(segments, T - 1)
+        span = jnp.full_like(segments, T + 9)  # beyond the row, where blocks are filled: nothing more to see
     args = *arrays(rng, 3, T, *heads, 8), segments, segments, span, rng.normal(size=(3, T, heads[0], 8))
     form = functools.partial(blockwise, block=128 if T > 256 else 16)
     assert_alike(grads(form, *args), grads(plain, *args), atol=1e-5)
 
 
 def test_blocks_where_keys_have_columns_of_their_own():
-    """A long prompt behind a cache: more keys than queries, and none written beyond column 30."""
+    """A long prompt behind a cache: more keys than queries, and none written beyond column 28."""
     rng = np.random.default_rng(3)
     segments = jnp.ones((2, 20), int)
-    kv_segments = jnp.asarray(np.repeat([[0, 1, 0]], 2, 0).repeat([4, 26, 11], 1))
-    span = jnp.asarray(np.tile(np.arange(10, 30), (2, 1)))
+    kv_segments = jnp.asarray(np.repeat([[0, 1, 0]], 2, 0).repeat([4, 25, 12], 1))
+    span = jnp.asarray(np.tile(np.arange(9, 29), (2, 1)))
     args = *arrays(rng, 2, 20, 4, 2, 4, S=41), segments, kv_segments, span, rng.normal(size=(2, 20, 4, 4))
     assert_alike(grads(functools.partial(blockwise, block=8), *args), grads(plain, *args), atol=1e-5)
 
@@ -211,12 +211,25 @@ def test_leading_axes():
 
 
 def test_walks_end_where_nothing_is_visible():
-    """Two examples of two blocks each, then a block of padding: five pairs of blocks out of 25."""
-    segments = jnp.asarray([1] * 8 + [2] * 8 + [0] * 4).reshape(-1, 4)
-    ids = jnp.where(segments == 0, -1, segments)
-    first, last = _walks(ids, segments, jnp.arange(20).reshape(-1, 4))
-    assert (first[:4].tolist(), last[:4].tolist()) == ([0, 0, 2, 2], [1, 2, 3, 4])
-    assert first[4] == last[4]
+    """Two examples of two blocks each, the last of them half padding, then a block of padding."""
+    segments = jnp.asarray([1] * 8 + [2] * 6 + [0] * 6).reshape(-1, 4)
+    ids, columns = jnp.where(segments == 0, -1, segments), jnp.arange(20).reshape(-1, 4)
+    for span, ends in ((columns, [1, 2, 3, 4]), (jnp.full_like(columns, 19), [2, 2, 4, 4])):
+        first, last = _walks(ids, segments, span)
+        assert (first[:4].tolist(), last[:4].tolist()) == ([0, 0, 2, 2], ends)
+        assert first[4] == last[4]
+
+
+def test_walks_leave_out_nothing_that_is_visible():
+    """300 rows of 4 blocks of 3: segments, padding and spans in any order, some spans ending where a block begins."""
+    rng = np.random.default_rng(9)
+    k_ids = rng.choice([0, 1, 2, 3], (300, 4, 3), p=[0.1, 0.4, 0.4, 0.1])
+    q_ids = np.where(k_ids == 0, -1, k_ids)
+    spans, columns = rng.integers(0, 12, (300, 4, 3)), np.arange(12).reshape(4, 3)
+    visible = q_ids[:, :, :, None, None] == k_ids[:, None, None]  # [rows, I, Q, J, S]
+    visible = (visible & (columns <= spans[..., None, None])).any((2, 4))
+    first, last = (np.asarray(x)[..., None] for x in jax.vmap(_walks)(q_ids, k_ids, spans))
+    assert ((first <= np.arange(4)) & (np.arange(4) < last))[visible].all()
 
 
 def test_the_attention_policy_keeps_what_backward_needs():

@@ -48,9 +48,7 @@ def test_splice_by_hand():
 
 
 def test_the_gradient_of_a_vision_token_is_that_of_the_column_where_it_landed():
-    index = jnp.array(
-        [[-1, 2, 0, -1, 1], [3, -1, -1, -1, -1]]
-    )  # 3 in row 0 and 0, 1, 2 in row 1: nowhere
+    index = jnp.array([[-1, 2, 0, -1, 1], [3, -1, -1, -1, -1]])  # 3 in row 0 and 0, 1, 2 in row 1: nowhere
     gradient = 1.0 + jnp.arange(20.0).reshape(2, 5, 2)
     embeds, vision = jnp.zeros((2, 5, 2)), jnp.zeros((2, 4, 2))
     to_embeds, to_vision = jax.vjp(lambda e, v: splice(e, v, index), embeds, vision)[1](gradient)

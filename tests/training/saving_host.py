@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks.damage import make_state, make_tail
+from phivision_jax import loading
+from phivision_jax.checkpoint import CHECKPOINTS
 from phivision_jax.training.checkpoints import RunCheckpoints
 
 STEPS = (10, 20, 30)
@@ -39,6 +41,10 @@ def main(address: str, number: str, folder: str, what: str) -> None:
     else:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at(x)), make_state(0))
         tail = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at(x)), make_tail())
+        try:
+            loading.restore_params(run / CHECKPOINTS / "20", target["params"])
+        except ValueError as error:
+            print("refused:", error)
         state, _, meta = checkpoints.restore(target, tail)
         print("restored", meta["step"], int(state["step"]))
         checkpoints.save(place(make_state(40)), place(make_tail()), {"model": {}}, run / "assets")

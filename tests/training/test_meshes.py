@@ -98,6 +98,11 @@ def test_microbatches_add_up(alone, params):
     assert max(weights) > 9 * min(weights) > 0
     step = step_on(dataclasses.replace(RUN, microbatches=2), {"fsdp": 4}, 4)
     losses, grads, _ = run(step, compile_quickly(step), params, batches("causal"))
+    # The sums are pinned to their parameters' shards, the zeros they begin with and what every part adds to them.
+    # As traced: XLA:CPU cuts sums this small up without being told.
+    kernel = "tensor<" + "x".join(map(str, params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"].shape)) + "xf32>"
+    pinned = [line for line in step.lower(SPEC).as_text().splitlines() if "sharding_constraint" in line]
+    assert sum(line.endswith(kernel) and '{"fsdp"}' in line for line in pinned) == 4  # gate_proj and up_proj, twice
     np.testing.assert_allclose(losses[:2], alone["causal"][0][:2], rtol=0, atol=1e-6)
     np.testing.assert_allclose(losses, alone["causal"][0], rtol=0, atol=1e-5)
     assert_same_gradients(grads, alone["causal"][1], 1e-5)
