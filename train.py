@@ -133,12 +133,12 @@ def train(cfg: RunConfig, where: str) -> int:
         with (
             processes.Preemption(first) as preemption,
             training_bar(steps, first, shown=leads) as bar,
-            saved_whatever_happens(checkpoints),
+            saved_whatever_happens(checkpoints, watchdog),
         ):
             # A start that was told to stop has saved at once, and left this to us.
             missed = first and not any(name.startswith(("validation/", "eval/")) for name in writer.measured)
             if missed and (row := measure(first)):
-                writer.write(first, row)
+                writer.write(first, {"elapsed_s": time.monotonic() - began} | row)
             for batch, info in fed(made, first, goodput, watchdog):
                 done = info.step + 1
                 records.write(done, info.record_ids)
@@ -195,7 +195,7 @@ def train(cfg: RunConfig, where: str) -> int:
 
 
 @contextlib.contextmanager
-def saved_whatever_happens(checkpoints: RunCheckpoints) -> Iterator[None]:
+def saved_whatever_happens(checkpoints: RunCheckpoints, watchdog: Watchdog) -> Iterator[None]:
     """An error in here waits for the checkpoint that is being written, which may be the only one to go back to.
 
     Where others write their parts of it, only for an error that all of them have.
@@ -204,6 +204,7 @@ def saved_whatever_happens(checkpoints: RunCheckpoints) -> Iterator[None]:
         yield
     except Exception as error:
         if jax.process_count() == 1 or isinstance(error, FloatingPointError):
+            watchdog.alive("saving", limit_s=Watchdog.STARTING_S)
             with contextlib.suppress(CheckpointError):
                 checkpoints.wait()
         raise

@@ -227,7 +227,7 @@ def test_a_mixture_planned_beforehand(data, tmp_path):
         (["--config.mesh.fsdp=3"], "needs 3 devices"),
         (["--config.data.seed=1"], "another plan"),
         (["--config.data.batch_rows=20"], "batch_rows is 10 there, 20 here"),
-        (["--config.optim.learning_rate=1"], "started with optim ="),
+        (["--config.optim.learning_rate=1"], "optim.learning_rate is 0.0006 there, 1.0 here: this run was"),
         (["--config.dtype=float23"], "dtype must be one of 'float32', 'bfloat16'"),
         (["--config.optim.learnig_rate=1"], "learning_rate"),
     ],

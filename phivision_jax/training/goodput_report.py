@@ -13,6 +13,7 @@ import numpy as np
 
 from phivision_jax import storage
 from phivision_jax.storage import Location
+from phivision_jax.training.writing import naming
 
 FILE = "goodput.jsonl"
 MEANING = {
@@ -69,7 +70,7 @@ class Account:
 
 def append_line(run: Path, line: dict[str, Any]) -> None:
     """Append one account; a line that a kill cut off stays a line of its own."""
-    with (run / FILE).open("a+b") as file:
+    with naming(run / FILE), (run / FILE).open("a+b") as file:
         if file.tell():
             file.seek(-1, 2)
             if file.read(1) != b"\n":

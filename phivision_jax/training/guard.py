@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from phivision_jax.training.config import GuardConfig
+from phivision_jax.training.writing import naming
 
 WINDOW = 100
 """Accepted steps over which the mean and the variance of the loss are taken."""
@@ -130,7 +131,7 @@ class SkippedSteps:
     def _skipped(self, step: int, loss: float, norm: float, in_a_row: int, record_ids: Sequence[Sequence[str]]) -> None:
         reason = "spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
         line = {"step": step, "reason": reason, "loss": str(loss), "grad_norm": str(norm), "rows": list(record_ids)}
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         ids = [record_id for row in record_ids for record_id in row]
         named = ", ".join(ids[:MOST_NAMED]) + (f" and {len(ids) - MOST_NAMED} more" if len(ids) > MOST_NAMED else "")

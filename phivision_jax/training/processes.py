@@ -156,8 +156,9 @@ def end_when_told() -> None:
     """Until ``Preemption`` takes over, SIGTERM and Ctrl-C end this process at once, and it may be started again.
 
     There is nothing to save yet. A handler of Python's is called when the main thread is back from whatever it does in
-    C, and compiling may take minutes; so C tells a thread, through a pipe. Of several processes ``jax.distributed`` has
-    SIGTERM, and answers it later.
+    C, and compiling may take minutes; so C tells a thread, through a pipe. (The handler does so too: an event loop that
+    runs in the main thread may have put a pipe of its own there.) Of several processes ``jax.distributed`` has SIGTERM,
+    and answers it later.
     """
     told, tell = os.pipe()
     os.set_blocking(tell, False)
@@ -167,11 +168,14 @@ def end_when_told() -> None:
         print("told to stop, with nothing to save", file=sys.stderr, flush=True)
         os._exit(PREEMPTED)
 
+    def hear(number: int, frame: FrameType | None) -> None:
+        os.write(tell, b"\0")
+
     threading.Thread(target=end, daemon=True, name="told to stop").start()
     signal.set_wakeup_fd(tell)
-    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGINT, hear)
     if not jax.distributed.is_initialized():
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGTERM, hear)
 
 
 class Preemption:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import queue
 import random
 import resource
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -196,6 +198,23 @@ def test_kept_by_rule(bare):
     assert steps(bare) == [4, 8, 9] and "checkpoint 3 is damaged: its file metrics/metrics" in told[0]
 
 
+def test_a_run_that_changes_its_mind_what_is_best(bare):
+    """Accuracies, the older ones without their name, are not compared with losses."""
+    checkpoints = RunCheckpoints(bare, keep=2, keep_best="accuracy")
+    for step, accuracy in ((1, 0.0), (2, 0.1)):
+        save(checkpoints, bare, step, metrics={"accuracy": accuracy})
+    checkpoints.close()
+    rating = bare / CHECKPOINTS / "1" / "metrics" / "metrics"
+    assert json.loads(rating.read_text()) == {"accuracy": 0.0}
+    rating.write_text('{"value": 0.0}')
+    told = []
+    checkpoints = RunCheckpoints(bare, keep=2, keep_best="-loss", say=told.append)
+    for step, metrics in ((3, {}), (4, {"loss": 5.0}), (5, {"loss": 7.0}), (6, {"loss": 9.0})):
+        save(checkpoints, bare, step, metrics=metrics)
+    checkpoints.close()
+    assert steps(bare) == [4, 5, 6] and not told
+
+
 def test_a_full_disk_is_a_sentence_and_no_step(bare):
     """Files may not grow beyond 16 KiB while the second save runs."""
     checkpoints = RunCheckpoints(bare, keep=2)
@@ -213,6 +232,30 @@ def test_a_full_disk_is_a_sentence_and_no_step(bare):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert steps(bare) == [OLD] and same(restore(bare)[0], make_state(OLD))
     save(checkpoints, bare, NEW)  # the error was told once
+    checkpoints.close()
+    assert same(restore(bare)[0], make_state(NEW))
+
+
+def test_a_step_whose_directory_cannot_be_made_is_a_sentence(bare):
+    """And no wait without end: Orbax's own thread that makes directories would have died of it unseen."""
+    checkpoints = RunCheckpoints(bare, keep=2)
+    save(checkpoints, bare, OLD)
+    checkpoints.wait()
+    in_the_way = bare / CHECKPOINTS / f"{NEW}.orbax-checkpoint-tmp"
+    in_the_way.symlink_to("nowhere")
+    said = queue.SimpleQueue()
+
+    def save_and_wait():
+        try:
+            save(checkpoints, bare, NEW)
+            checkpoints.wait()
+        except CheckpointError as error:
+            said.put(str(error))
+
+    threading.Thread(target=save_and_wait, daemon=True).start()
+    assert f"checkpoint {NEW} could not be written to {bare / CHECKPOINTS}: " in said.get(timeout=30)
+    in_the_way.unlink()
+    save(checkpoints, bare, NEW)
     checkpoints.close()
     assert same(restore(bare)[0], make_state(NEW))
 
@@ -279,9 +322,12 @@ def test_two_processes_share_the_reading_and_agree(bare):
     for step, share in ((30, 1), (20, 0)):
         checkpoint = bare / CHECKPOINTS / str(step)
         damage.flip(checkpoint / sorted(parse((checkpoint / MANIFEST).read_bytes()))[share::2][0], random.Random(0))
+    weights = sorted(name for name in parse((checkpoint / MANIFEST).read_bytes()) if name.startswith(("meta", "para")))
+    damage.flip(checkpoint / weights[1], random.Random(0))  # in 20: the second process reads it
     first, second = two_processes(bare, "restore")
+    assert all(f"refused: {checkpoint} is damaged: its file {weights[1]} does" in said for said in (first, second))
     assert "restored 10 10" in first and "restored 10 10" in second
-    assert "checkpoint 30 is damaged" in first and "checkpoint 20 is damaged" in first and "damaged" not in second
+    assert "checkpoint 30 is damaged" in first and "checkpoint 20 is damaged" in first and "It is now" not in second
     assert steps(bare) == [10, 40] and same(restore(bare)[0], make_state(40))
 
 

@@ -55,6 +55,23 @@ def world():
     return World()
 
 
+def test_an_account_that_cannot_be_written_hides_no_error(world, tmp_path):
+    """On a full disk it is the second error, and the first one says more."""
+
+    def start(name):
+        goodput = world.process(tmp_path / name)
+        (tmp_path / name / FILE).unlink()
+        (tmp_path / name / FILE).mkdir()
+        return goodput
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="the first"), start("a"):
+        raise ValueError("the first")
+    with pytest.raises(IsADirectoryError, match=FILE), start("b"):
+        pass
+
+
 def test_sections_nest_and_every_second_is_counted_once(world):
     goodput = world.process(age=3.0)
     world.spend(2)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -10,7 +12,7 @@ from phivision_jax.checkpoint import CHECKPOINTS
 from phivision_jax.training import processes
 from phivision_jax.training.heartbeat import FAILED, LOST, PREEMPTED, read
 from phivision_jax.training.metrics import read_metrics
-from tests.training.launched import Launched, stand_in
+from tests.training.launched import ENVIRONMENT, ROOT, Launched, stand_in
 
 NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -65,6 +67,45 @@ def test_one_process_stops_on_sigterm_and_on_ctrl_c(capsys):
     assert "Ctrl-C again quits at once" in capsys.readouterr().err
     with processes.Preemption(10) as preemption:
         assert not preemption.reached(11)
+
+
+# The last line is an hour in C, out of which no handler of Python's is called: as compiling is.
+STARTING = """
+import functools, hashlib, os, signal, threading, time
+from phivision_jax.training import processes
+processes.end_when_told()
+{before}
+threading.Timer(0.5, functools.partial(print, "compiling", flush=True)).start()
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+STOPPING = """
+with processes.Preemption(0) as preemption:
+    os.kill(os.getpid(), signal.SIGTERM)
+    while not preemption.reached(1):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)
+    print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "before", "said"),
+    [(signal.SIGTERM, "", ""), (signal.SIGINT, "", ""), (signal.SIGTERM, STOPPING, "saved\n")],
+    ids=["SIGTERM", "Ctrl-C", "SIGTERM twice while it saves, and after that"],
+)
+def test_where_nothing_is_to_be_saved_it_ends_at_once(number, before, said):
+    words = [sys.executable, "-c", STARTING.format(before=before)]
+    with subprocess.Popen(
+        words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout.read(len(said + "compiling")) == said + "compiling"
+            process.send_signal(number)
+            assert process.wait(30) == PREEMPTED
+            assert process.stderr.read() == "told to stop, with nothing to save\n"
+        finally:
+            process.kill()
 
 
 def test_one_process_fails_as_ever():

@@ -1,9 +1,13 @@
 """Nothing hangs in silence; heartbeats say where a process is."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
+
+import pytest
 
 from phivision_jax.training import heartbeat, watchdog
 from phivision_jax.training.heartbeat import FAILED, HUNG
@@ -97,3 +101,71 @@ def test_a_launched_process_that_cannot_say_that_it_lives_says_why(tmp_path):
     )
     assert code == FAILED and seconds < 30
     assert "has not been able to write its heartbeat for" in said and "process_0.partial" in said
+
+
+def write_beat(run, **more):
+    beat = {"process": 0, "phase": "step", "step": 7, "time": time.time(), "pid": os.getpid(), "host": "elsewhere"}
+    heartbeat.write(run, beat | more)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(watchdog, "RENEWED_S", 1.0)
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
+
+
+@pytest.mark.parametrize("host", ["elsewhere", socket.gethostname()])
+def test_a_run_that_is_being_trained_is_not_started_again(tmp_path, impatient, host):
+    over = threading.Event()
+
+    def train():
+        while not over.wait(0.3):
+            write_beat(tmp_path, host=host)
+
+    write_beat(tmp_path, host=host)
+    other = threading.Thread(target=train)
+    other.start()
+    try:
+        with pytest.raises(
+            ValueError, match=rf"is being trained already: process 0 \(pid {os.getpid()} on {host}\) is"
+        ):
+            Watchdog(tmp_path, 60.0)
+    finally:
+        over.set()
+        other.join()
+    assert heartbeat.read(tmp_path)[0]["host"] == host  # its own was not written over it
+
+
+def test_whoever_ends_meanwhile_is_waited_for_and_no_longer(tmp_path, impatient, monkeypatch):
+    monkeypatch.setattr(watchdog, "RENEWED_S", 60.0)
+    write_beat(tmp_path)
+    threading.Timer(0.2, write_beat, (tmp_path,), {"phase": "ended"}).start()
+    began = time.monotonic()
+    Watchdog(tmp_path, 60.0).close()
+    assert 0.1 < time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("beat", "waits"),
+    [
+        ({"phase": "ended"}, False),
+        ({"phase": "hung in data"}, False),
+        ({"time": time.time() - 1000}, False),
+        ({"process": 1}, False),
+        ({"host": socket.gethostname(), "pid": "gone"}, False),
+        ({"pid": "gone"}, True),  # of another machine nobody here can know
+        ({}, True),
+    ],
+)
+def test_an_earlier_start_does_not_hinder(tmp_path, impatient, beat, waits):
+    if beat.get("pid"):
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        beat = beat | {"pid": gone.pid}
+    write_beat(tmp_path, **beat)
+    began = time.monotonic()
+    Watchdog(tmp_path, 60.0).close()
+    assert (time.monotonic() - began >= watchdog.RENEWED_S) == waits
+    assert heartbeat.read(tmp_path)[0] | {"time": 0} == {
+        "process": 0, "phase": "ended", "step": 0, "time": 0, "pid": os.getpid(), "host": socket.gethostname(),
+    }  # fmt: skip

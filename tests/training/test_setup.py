@@ -1,0 +1,166 @@
+"""What is looked at before a training begins or goes on: its model, its rows, whether it is the same training."""
+
+import dataclasses
+import json
+import random
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from benchmarks import damage
+from benchmarks.damage import NEW, OLD, make_state, make_tail
+from phivision_jax import checkpoint, sharding
+from phivision_jax.checkpoint import CHECKPOINTS
+from phivision_jax.training import setup
+from phivision_jax.training.checkpoints import CheckpointError, RunCheckpoints
+from phivision_jax.training.config import DataConfig, GuardConfig, RunConfig
+from phivision_jax.training.layouts import resolve_for
+from tests.made import TINY
+from tests.training.test_layouts import PODS, STAGES, recipe
+
+CFG = dataclasses.replace(RunConfig(), model=TINY)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model.
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two steps whose models differ in how many patches an image may have: what they hold says which one was read."""
+    (tmp_path / "assets").mkdir()
+    checkpoints = RunCheckpoints(tmp_path, keep=2)
+    for step in (OLD, NEW):
+        model = dataclasses.asdict(dataclasses.replace(TINY, max_patches=step))
+        checkpoints.save(make_state(step), make_tail(), {"model": model, "run": {}}, tmp_path / "assets")
+    checkpoints.close()
+    return tmp_path
+
+
+FOLLOW = dataclasses.replace(RunConfig(), model_from="init_from", init_from="nowhere")
+
+
+def test_a_run_that_goes_on_has_the_model_of_its_newest_whole_checkpoint(run):
+    """Its metadata damaged, that is the step before; ``init_from`` need not be there any more."""
+    assert setup.with_model(FOLLOW, RunCheckpoints(run, keep=2)).model.max_patches == NEW
+    for step, after in ((NEW, OLD), (OLD, None)):
+        damage.flip(run / CHECKPOINTS / str(step) / "meta" / "metadata", random.Random(0))
+        checkpoints = RunCheckpoints(run, keep=2)
+        if after:
+            assert setup.with_model(FOLLOW, checkpoints).model.max_patches == after
+        else:
+            with pytest.raises(CheckpointError, match="holds no checkpoint that is whole: in 20, its file meta/metad"):
+                setup.with_model(FOLLOW, checkpoints)
+
+
+def test_metadata_that_cannot_be_read_at_all_and_have_no_manifest(run):
+    """Killed before the step was sealed."""
+    newest = run / CHECKPOINTS / str(NEW)
+    (newest / "MANIFEST").unlink()
+    (run / CHECKPOINTS / "sealed.json").write_text(json.dumps([OLD]))
+    (newest / "meta" / "metadata").write_bytes(b"\xff{")
+    assert setup.with_model(FOLLOW, RunCheckpoints(run, keep=2)).model.max_patches == OLD
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Its rows.
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("kind", "devices", "slices"), [*PODS, ("TPU v5", 256, 1)])
+def test_the_recipe_has_rows_for_every_device(stage, kind, devices, slices):
+    """It scores no answers, so ``eval_batch`` stays as it is: 64, fewer than the devices of a pod."""
+    cfg = resolve_for(recipe(stage), kind, devices, slices)
+    assert not cfg.data.eval_path and cfg.eval_batch == 64
+    mesh = jax.sharding.AbstractMesh(dataclasses.astuple(cfg.mesh), sharding.MESH_AXES)
+    setup.check_rows(cfg, mesh)
+    if sharding.parts(mesh, sharding.RULES["batch"]) > 64:
+        evaluated = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_path="somewhere"))
+        with pytest.raises(ValueError, match=r"eval_batch is 64, which does not divide over \d+ devices"):
+            setup.check_rows(evaluated, mesh)
+
+
+def test_rows_that_do_not_divide():
+    mesh = jax.sharding.AbstractMesh((2, 1, 3, 5, 1), sharding.MESH_AXES)  # slice 2 x fsdp 3 x tensor 5
+    cfg = dataclasses.replace(CFG, eval_batch=12, data=DataConfig(batch_rows=18, eval_path="somewhere"))
+    setup.check_rows(cfg, mesh)
+    for bad in (
+        dataclasses.replace(cfg, eval_batch=10),
+        dataclasses.replace(cfg, data=DataConfig(batch_rows=15, eval_path="somewhere")),
+    ):
+        with pytest.raises(ValueError, match=r"(data\.batch_rows is 15|^eval_batch is 10), .* 6 devices"):
+            setup.check_rows(bad, mesh)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whether it is the same training.
+
+
+def made(cfg=CFG, plan="a" * 64):
+    """As far as it is asked."""
+    return setup.Prepared(cfg, None, None, [], SimpleNamespace(hash=plan), 10, None)
+
+
+def meta_of(cfg=CFG, **more):
+    """As a checkpoint gives it back."""
+    meta = {"step": 40, "run": dataclasses.asdict(cfg), "plan": "a" * 64, "code": checkpoint.code_version()}
+    return json.loads(json.dumps(meta | more))
+
+
+def said_of(now, meta):
+    said = []
+    setup.check_unchanged(now, meta, said.append)
+    return said
+
+
+def test_the_same_training_goes_on_in_silence():
+    assert said_of(made(), meta_of()) == []
+
+
+def test_what_decides_no_number_may_change():
+    other = dataclasses.replace(CFG, checkpoint_every=7, log_every=3, eval_batch=8, keep_checkpoints=9, remat="full")
+    assert said_of(made(other), meta_of()) == []
+
+
+def test_another_guard_is_said():
+    (said,) = said_of(made(dataclasses.replace(CFG, guard=GuardConfig(spike=0.0))), meta_of())
+    assert said.startswith("guard is {'spike': 0.0, ") and "and was {'spike': 8.0, " in said
+    assert said.endswith(" when checkpoint 40 was written")
+
+
+def test_other_code_is_said():
+    here = checkpoint.code_version()
+    assert said_of(made(), meta_of(code="0.0.1")) == [f"code is {here}, and was 0.0.1 when checkpoint 40 was written"]
+    before = meta_of()
+    del before["code"]  # of a run from before it was noted
+    assert said_of(made(), before) == []
+
+
+def replaced(**parts):
+    return dataclasses.replace(
+        CFG, **{name: dataclasses.replace(getattr(CFG, name), **values) for name, values in parts.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("now", "sentence"),
+    [
+        (replaced(optim={"learning_rate": 1.0}), "optim.learning_rate is {optim.learning_rate} there, 1.0 here"),
+        (replaced(optim={"b2": 0.5}), "optim.b2 is {optim.b2} there, 0.5 here"),
+        (replaced(model={"max_patches": 7}), "model.max_patches is {model.max_patches} there, 7 here"),
+        (replaced(lora={"rank": 4}), "lora.rank is 0 there, 4 here"),
+        (dataclasses.replace(CFG, seed=5), "seed is 0 there, 5 here"),
+        (replaced(data={"loss_weights": (("think", 2.0),)}), "data.loss_weights is "),
+    ],
+)
+def test_what_decides_the_numbers_may_not(now, sentence):
+    with pytest.raises(ValueError) as told:
+        said_of(made(now), meta_of())
+    assert str(told.value).startswith(sentence.format(optim=CFG.optim, model=CFG.model))
+    assert str(told.value).endswith(": this run was started otherwise; keep it as it was, or take a new --run")
+
+
+def test_another_plan_is_refused_by_both_names():
+    with pytest.raises(ValueError, match=r"checkpoint 40 was trained with plan a{12}, and its plan/ is now b{12}:"):
+        said_of(made(plan="b" * 64), meta_of())
