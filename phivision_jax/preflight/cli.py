@@ -32,8 +32,8 @@ def preflight(
 ) -> None:
     """Compile for TPUs that are not here: does it fit, which collectives, how long would a step take (modelled).
 
-    Runs on Linux x86-64 without a TPU; a full step takes minutes, with --low-effort under one. Every figure of speed is
-    modelled (docs/roofline.md). Exits with 3 when the step does not fit.
+    Runs on Linux x86-64 without a TPU; a full step takes minutes, with --low-effort half of one. Every figure of speed
+    is modelled (docs/roofline.md). Exits with 3 when the step does not fit.
 
     Args:
         config: A configuration file, and its variant after a colon: configs/phi4_rv_15b.py:stage2.

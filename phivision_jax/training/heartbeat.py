@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import socket
+import time
 from pathlib import Path
 from typing import TypedDict
+
+from phivision_jax.storage import Location
 
 FAILED = 1
 """An error that starting again does not mend; a sentence says what it was."""
@@ -59,10 +64,54 @@ def write(run: Path, beat: Heartbeat) -> None:
     partial.replace(path)
 
 
-def read(run: Path) -> list[Heartbeat]:
+def read(run: Location) -> list[Heartbeat]:
     """The newest heartbeat of each process, as far as they can be read."""
     beats: list[Heartbeat] = []
     for path in sorted((run / _DIRECTORY).glob("process_*.json")):
         with contextlib.suppress(OSError, ValueError):
             beats.append(json.loads(path.read_text()))
     return beats
+
+
+def refuse_another_start(run: Location, process: int, renewed_s: float = RENEWED_S, tick_s: float = 0.5) -> None:
+    """Two trainings in one place would each remove what the other is writing.
+
+    Args:
+      renewed_s: a heartbeat that is not renewed for so long is not that of a living process.
+
+    Raises:
+      ValueError: when a process of this number is still at work on the run.
+    """
+    beat = _at_work(run, process)
+    if beat is None or time.time() - beat["time"] > renewed_s:
+        return
+    deadline = time.monotonic() + renewed_s
+    while time.monotonic() < deadline:
+        time.sleep(tick_s)
+        now = _at_work(run, process)
+        if now is None:
+            return
+        if now["time"] != beat["time"]:
+            raise ValueError(
+                f"{run} is being trained already: process {now['process']} (pid {now['pid']} on {now['host']}) is at "
+                f"step {now['step']}; end it first, or take another --run"
+            )
+
+
+def _at_work(run: Location, process: int) -> Heartbeat | None:
+    """The heartbeat of a process of this number, unless it is known to be over."""
+    beat = next((beat for beat in read(run) if beat["process"] == process), None)
+    if beat is None or beat["phase"] == "ended" or beat["phase"].startswith("hung"):
+        return None
+    return None if beat["host"] == socket.gethostname() and not exists(beat["pid"]) else beat
+
+
+def exists(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

@@ -33,10 +33,13 @@ from urllib.parse import quote
 from phivision_jax import storage
 from phivision_jax.checkpoint import CHECKPOINTS
 from phivision_jax.storage import Location
+from phivision_jax.training import heartbeat
 
 CACHE = "compilation_cache"
 PUSH_S = 30.0
 """Seconds between two looks at what has changed."""
+RENEWED_S = PUSH_S + heartbeat.RENEWED_S
+"""A heartbeat in the bucket that is not renewed for so long is not that of a living process."""
 PATIENCE_S = 300.0
 """For so long a bucket that does not answer is tried again before a checkpoint, and at the end."""
 
@@ -60,7 +63,7 @@ class RunDirectory:
       keeps: False: nothing is sent, and the mirror is one of its own, removed at the end.
 
     Raises:
-      ValueError: for a place of another kind.
+      ValueError: for a place of another kind; where another start of this run is at work in the bucket.
       StorageError: when the bucket cannot be read.
     """
 
@@ -138,9 +141,12 @@ class RunDirectory:
                 self._sent |= {file: state for file, state in self._files().items() if file.startswith(f"{name}/")}
 
     def _pull(self) -> None:
-        if self.local.exists():
-            shutil.rmtree(self.local)
         found = storage.files(self.url)
+        if self._keeps:
+            with storage.explained(self.url):
+                heartbeat.refuse_another_start(self.url, self._process, RENEWED_S)
+        if self.local.exists():  # not before: the other start may be on this machine
+            shutil.rmtree(self.local)
         begun = any(name.startswith(f"{CHECKPOINTS}/") for name in found)
         parts = [name for name in ("assets", "plan") if not begun and f"{name}.whole" not in found]
         unwanted = tuple(f"{name}/" for name in (*_NOT_FETCHED, *parts))

@@ -44,36 +44,12 @@ class Watchdog:
         self._run, self._default_s, self._limit_name = run, limit_s, limit_name
         self._launcher = int(os.environ.get(LAUNCHER, 0))
         self._host = socket.gethostname()
-        self._refuse_another_start()
+        heartbeat.refuse_another_start(run, self._process, RENEWED_S, _TICK_S)
         self._last = ("starting", 0, time.monotonic(), self.STARTING_S)
         self._written = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
-
-    def _refuse_another_start(self) -> None:
-        """Two trainings in one directory would each remove what the other is writing."""
-        beat = self._others_beat()
-        if beat is None or time.time() - beat["time"] > RENEWED_S:
-            return
-        deadline = time.monotonic() + RENEWED_S
-        while time.monotonic() < deadline:
-            time.sleep(_TICK_S)
-            now = self._others_beat()
-            if now is None:
-                return
-            if now["time"] != beat["time"]:
-                raise ValueError(
-                    f"{self._run} is being trained already: process {now['process']} (pid {now['pid']} on "
-                    f"{now['host']}) is at step {now['step']}; end it first, or take another --run"
-                )
-
-    def _others_beat(self) -> heartbeat.Heartbeat | None:
-        """The heartbeat of a process of this number, unless it is known to be over."""
-        beat = next((beat for beat in heartbeat.read(self._run) if beat["process"] == self._process), None)
-        if beat is None or beat["phase"] == "ended" or beat["phase"].startswith("hung"):
-            return None
-        return None if beat["host"] == self._host and not _exists(beat["pid"]) else beat
 
     def alive(self, phase: str, step: int | None = None, limit_s: float | None = None) -> None:
         """This is what the process does from now on; costs nothing.
@@ -104,7 +80,7 @@ class Watchdog:
                 faulthandler.dump_traceback_later(_FROZEN_S, exit=True, file=sys.__stderr__ or sys.stderr)
             if now - since > limit:
                 self._end(phase, step, now - since, limit)
-            if self._launcher and not _exists(self._launcher):
+            if self._launcher and not heartbeat.exists(self._launcher):
                 print("the launcher of this process has died; the process ends too", file=sys.stderr, flush=True)
                 os._exit(HUNG)
 
@@ -142,13 +118,3 @@ class Watchdog:
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
         self._beat(f"hung in {phase}", step)
         os._exit(HUNG)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -1,5 +1,7 @@
 """The mirror of a run in a bucket: what is fetched, what is sent, and in which order."""
 
+import json
+import threading
 import time
 
 import pytest
@@ -34,6 +36,40 @@ def test_a_local_run_is_its_own_mirror(tmp_path):
         directory.push()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["assets"]
     assert local_directories("runs/a") == [run_directory.Path("runs/a")] and local_directories("") == []
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_second_start_in_the_bucket_is_refused_while_the_first_lives(bucket, scratch, monkeypatch, alive):
+    monkeypatch.setattr(run_directory, "RENEWED_S", 2.0)
+    over = threading.Event()
+
+    def beat():
+        while True:
+            line = {"process": 0, "phase": "step", "step": 7, "time": time.time(), "pid": 1, "host": "elsewhere"}
+            put(bucket, **{"heartbeat__process_0.json": json.dumps(line)})
+            if over.wait(0.5):
+                return
+
+    first = threading.Thread(target=beat)
+    first.start()
+    while not heartbeat.read(storage.location(bucket)):
+        time.sleep(0.05)
+    if not alive:
+        over.set()
+        first.join()
+    try:
+        if alive:
+            with (
+                pytest.raises(ValueError, match=r"is being trained already: process 0 .* at step 7"),
+                RunDirectory(bucket),
+            ):
+                pass
+        else:
+            with RunDirectory(bucket) as directory:
+                assert directory.mirrored
+    finally:
+        over.set()
+        first.join()
 
 
 def test_fetched_cleared_and_sent(bucket):
