@@ -141,10 +141,11 @@ class RunDirectory:
                 self._sent |= {file: state for file, state in self._files().items() if file.startswith(f"{name}/")}
 
     def _pull(self) -> None:
-        found = storage.files(self.url)
         if self._keeps:
+            storage.check(self.url)
             with storage.explained(self.url):
                 heartbeat.refuse_another_start(self.url, self._process, RENEWED_S)
+        found = storage.files(self.url)  # not before: the other start may have sent something until it ended
         if self.local.exists():  # not before: the other start may be on this machine
             shutil.rmtree(self.local)
         begun = any(name.startswith(f"{CHECKPOINTS}/") for name in found)

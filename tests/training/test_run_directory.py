@@ -72,6 +72,23 @@ def test_a_second_start_in_the_bucket_is_refused_while_the_first_lives(bucket, s
         first.join()
 
 
+def test_what_the_first_start_sends_until_it_ends_is_fetched(bucket, scratch):
+    def beat(phase):
+        line = {"process": 0, "phase": phase, "step": 7, "time": time.time(), "pid": 1, "host": "elsewhere"}
+        put(bucket, **{"heartbeat__process_0.json": json.dumps(line)})
+
+    def end():
+        put(bucket, metrics="to the end", checkpoints__7__x="large")
+        beat("ended")
+
+    put(bucket, plan__half="of a plan")
+    beat("saving")
+    threading.Timer(1.0, end).start()
+    with RunDirectory(bucket) as directory:
+        assert (directory.local / "metrics").read_text() == "to the end"
+        assert (directory.local / "plan" / "half").exists()  # a run with a checkpoint has its plan whole
+
+
 def test_fetched_cleared_and_sent(bucket):
     put(bucket, metrics="1", checkpoints__3__x="large", profile__p="old", heartbeat__process_0="old", plan__a="p")
     with RunDirectory(bucket) as directory:
