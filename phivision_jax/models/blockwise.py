@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, Int32
 from phivision_jax.models.by_device import by_device
 from phivision_jax.models.remat import ATTENTION, name
 
-BLOCK = 128
-"""Columns of a block, queries and keys."""
+BLOCK, ROWS = 128, 512
+"""Columns of a block, queries and keys, unless a block of scores would have fewer rows than ``ROWS`` in each group of
+heads: then twice as many columns. Scores of 512 × 128 or 256 × 256 stay in a core's cache."""
 
 MASKED = -1e30
 """Score of what a query may not see. Large and finite: infinities would make NaN of their differences."""
@@ -47,7 +48,7 @@ def blockwise(
     span_end: Int32[Array, "*B T"],
     *,
     axes: tuple[str | None, ...] = ("batch", "length", "heads"),
-    block: int = BLOCK,
+    block: int | None = None,
 ) -> Float[Array, "*B T N H"]:
     """Attention as ``models.attention.attend`` defines it; zero for padding (segment 0) and where no key is visible.
 
@@ -57,14 +58,16 @@ def blockwise(
     Args:
       segment_ids: from 0 to 2^30; cheapest where they do not decrease along the row, padding last.
       axes: as in ``attend``.
-      block: columns of a block; the row need not be a multiple of it.
+      block: columns of a block (default: see ``BLOCK``); the row need not be a multiple of it.
     """
     lead = q.ndim - 3
+    few_rows = BLOCK * q.shape[-2] // k.shape[-2] < ROWS
+    size = block or (2 * BLOCK if few_rows else BLOCK)
     span_end = jnp.minimum(span_end, k.shape[-3] - 1)  # a last block of keys is filled with columns from S on
 
     def local(q, k, v, segments, kv_segments, span_end):
         rows = (x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, segments, kv_segments, span_end))
-        return _attention(*rows, block).reshape(q.shape)
+        return _attention(*rows, size).reshape(q.shape)
 
     return by_device(local, q, k, v, segment_ids, kv_segment_ids, span_end, axes=axes)
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer
 
+from phivision_jax.models.elementwise import layer_norm, rms_norm
+
 ONES, ZEROS = jax.nn.initializers.ones, jax.nn.initializers.zeros
 
 
@@ -91,10 +93,7 @@ class LayerNorm(nnx.Module):
         self.bias = param(rngs, (dim,), (axis,), ZEROS)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
 
 class RMSNorm(nnx.Module):
@@ -103,9 +102,7 @@ class RMSNorm(nnx.Module):
         self.scale = param(rngs, (dim,), (axis,), ONES)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        return (y * self.scale[...]).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:

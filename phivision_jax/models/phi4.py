@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from phivision_jax.config import DecoderConfig
 from phivision_jax.models.attention import attend
+from phivision_jax.models.elementwise import swiglu
 from phivision_jax.models.layers import Linear, RMSNorm, apply_rope, param, rope_angles, stack, truncated_normal
 from phivision_jax.models.lookup import lookup
 from phivision_jax.models.remat import INPUT, QKV, checkpoint, name
@@ -59,7 +60,7 @@ class MLP(nnx.Module):
         self.down_proj = Linear((F,), (D,), ("mlp", "embed"), rngs=rngs, init_scale=_residual(cfg))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nnx.Module):

@@ -4,7 +4,7 @@
     full               x                                                               10 KiB    the whole layer
     attention          x; q, k, v; attention's result and its normalisers              35 KiB    o, gate, up; no splash
     dots               the result of every product with a weight; attention's result  117 KiB    norms, RoPE, SiLU
-    none               everything                                                                nothing
+    none               what the gradient of each operation asks for                              nothing
     offload            x, in the host's memory                                          0 KiB    the whole layer
     offload_attention  what "attention" keeps, in the host's memory                     0 KiB    o, gate, up
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from phivision_jax.config import VisionConfig
 from phivision_jax.models.attention import attend
+from phivision_jax.models.elementwise import gelu
 from phivision_jax.models.layers import LayerNorm, Linear, param, stack, truncated_normal
 from phivision_jax.models.remat import INPUT, QKV, checkpoint, name
 from phivision_jax.sharding import constrain
@@ -76,7 +77,7 @@ class MLP(nnx.Module):
         self.fc2 = Linear((F,), (C,), ("patch_mlp", "patch_embed"), bias=True, rngs=rngs, init_scale=_residual(cfg))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=True))  # "gelu_pytorch_tanh"
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class EncoderLayer(nnx.Module):

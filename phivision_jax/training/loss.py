@@ -6,6 +6,7 @@ head is applied to a tile of the vocabulary at a time:
     for each tile W [v, D]     logits [B, T, v] = x · W         forward: largest so far, Σ exp, the target's logit
     once more, backward        p = softmax − target             dx += p · W,  dW = p · x
 
+A vocabulary of one tile is the exception: its logits are kept, for they would exist whole anyhow, moments later.
 The table is gathered over fsdp once for the forward pass and once for the backward pass, before the loop; the gradient
 of a tile is scattered to its owners as soon as it is made. Where the vocabulary is split over ``tensor``, a tile takes
 an equal part of every shard.
@@ -95,32 +96,34 @@ def _forward(x: jax.Array, kernel: jax.Array, targets: jax.Array, tiles: int):
         new = jnp.maximum(largest, top)
         total = total * jnp.exp(largest - new) + jnp.exp(logits - new[..., None, None]).sum((2, 3))
         picked += jnp.where(entry == targets[..., None, None], logits, 0.0).sum((2, 3))
-        return (new, total, picked, best), None
+        return (new, total, picked, best), logits if tiles == 1 else None
 
     like = jnp.zeros(targets.shape, jnp.float32)
     start = (like - jnp.inf, like, like, jnp.full(targets.shape, kernel.shape[0], jnp.int32))
-    (largest, total, picked, best), _ = jax.lax.scan(body, start, _tiles(kernel, x.dtype, tiles))
+    (largest, total, picked, best), kept = jax.lax.scan(body, start, _tiles(kernel, x.dtype, tiles))
     normaliser = largest + jnp.log(total)
-    return (normaliser - picked, best == targets), (x, kernel, targets, normaliser)
+    return (normaliser - picked, best == targets), (x, kernel, targets, normaliser, kept)
 
 
 def _backward(tiles: int, saved, cotangents):
-    x, kernel, targets, normaliser = saved
+    x, kernel, targets, normaliser, kept = saved
     scale = cotangents[0].astype(jnp.float32)  # of the losses; nothing flows back through the hits
 
     def body(dx, tile):
-        W, first = tile
-        probabilities = jnp.exp(_logits(x, W) - normaliser[..., None, None])
+        (W, first), logits = tile
+        logits = _logits(x, W) if logits is None else logits
+        probabilities = jnp.exp(logits - normaliser[..., None, None])
         entry = first[:, None] + jnp.arange(W.shape[1])
         hit = entry == targets[..., None, None]
         dlogits = ((probabilities - hit) * scale[..., None, None]).astype(x.dtype)
         dx += jnp.einsum("BTsv,svD->BTD", dlogits, W, preferred_element_type=jnp.float32)
-        dW = jnp.einsum("BTsv,BTD->svD", dlogits, x, preferred_element_type=jnp.float32)
+        # x first: on CPUs a transposed x costs less than a transposed dlogits.
+        dW = jnp.einsum("BTD,BTsv->Dsv", x, dlogits, preferred_element_type=jnp.float32).transpose(1, 2, 0)
         # Here, not after the loop: a whole gradient of the table on every device would be summed and thrown away.
         return dx, constrain(dW.astype(kernel.dtype), "vocab", None, "embed")
 
     dx = constrain(jnp.zeros(x.shape, jnp.float32), "batch", "length", None)
-    dx, dW = jax.lax.scan(body, dx, _tiles(kernel, x.dtype, tiles))  # [tiles, s, v, D]
+    dx, dW = jax.lax.scan(body, dx, (_tiles(kernel, x.dtype, tiles), kept))  # [tiles, s, v, D]
     return dx.astype(x.dtype), dW.swapaxes(0, 1).reshape(kernel.shape), np.zeros(targets.shape, jax.dtypes.float0)
 
 

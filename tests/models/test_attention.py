@@ -132,6 +132,23 @@ def test_blocks_change_nothing(T, ascending, heads, span_mode):
     assert_alike(grads(form, *args), grads(plain, *args), atol=1e-5)
 
 
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+def test_blocks_of_the_size_that_suits_the_heads(heads, monkeypatch):
+    """256 columns where each head has its own keys, 128 where four share them."""
+    sizes = []
+
+    def walks(q_ids, k_ids, span_end):
+        sizes.append((q_ids.shape[1], k_ids.shape[1]))
+        return _walks(q_ids, k_ids, span_end)
+
+    monkeypatch.setattr("phivision_jax.models.blockwise._walks", walks)
+    rng = np.random.default_rng(8)
+    segments, span = packing(rng, 2, 600, True)
+    args = *arrays(rng, 2, 600, *heads, 8), segments, segments, span, rng.normal(size=(2, 600, heads[0], 8))
+    assert_alike(grads(blockwise, *args), grads(plain, *args), atol=1e-5)
+    assert set(sizes) == {(256, 256) if heads == (2, 2) else (128, 128)}
+
+
 def test_blocks_where_keys_have_columns_of_their_own():
     """A long prompt behind a cache: more keys than queries, and none written beyond column 28."""
     rng = np.random.default_rng(3)

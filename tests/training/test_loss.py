@@ -76,6 +76,13 @@ def test_the_first_of_equal_logits_is_the_likeliest():
         assert cross_entropy(x, kernel, targets, tile)[1].tolist() == [[True, False, False]]
 
 
+@pytest.mark.parametrize("tile, products", [(V, 3), (V // 2, 4)])
+def test_logits_of_the_only_tile_are_not_made_again(tile, products):
+    """Forward, dx, dW; and forward again where tiles follow each other."""
+    gradient = jax.grad(weighed(lambda *a: cross_entropy(*a, tile)), (0, 1))
+    assert str(jax.make_jaxpr(gradient)(*made())).count("dot_general") == products
+
+
 def test_bf16_products_are_added_in_fp32():
     x, kernel, targets = made(jnp.bfloat16)
     losses, _ = cross_entropy(x, kernel, targets, 16)

@@ -1,0 +1,123 @@
+"""Norms and activations with their gradients by hand: a backward pass keeps their inputs and nothing made from them.
+
+Autodiff keeps what every operation inside needs. Of silu(gate) · up that is silu(gate) and its slope as well: four
+arrays of width F instead of two, written in the forward pass and read in the backward one.
+
+    function      kept                              source of the gradient
+    rms_norm      x; 1/rms per token                n = x/rms:          dx = (dn − n · mean(dn · n)) / rms
+    layer_norm    x; mean and 1/std per token       n = (x − mean)/std: dx = (dn − mean(dn) − n · mean(dn · n)) / std
+    swiglu        gate, up                          silu' = σ + silu · (1 − σ)
+    gelu          x                                 of 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))
+
+Norms (Zhang and Sennrich 2019; Ba et al. 2016) and all gradients are computed in fp32, and come back in the dtype of
+what they are gradients of. Differentiable in reverse mode only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+    """x / √(mean(x²) + eps) · scale."""
+    return _rms_forward(x, scale, eps)[0]
+
+
+def _rms_forward(x, scale, eps):
+    y = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    return (y * inverse * scale).astype(x.dtype), (x, inverse, scale)
+
+
+def _rms_backward(eps, kept, dy):
+    x, inverse, scale = kept
+    dy, n = dy.astype(jnp.float32), x.astype(jnp.float32) * inverse
+    dn = dy * scale
+    dx = inverse * (dn - n * (dn * n).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), _over_tokens(dy * n).astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_forward, _rms_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "*B C"], scale: Float[Array, " C"], bias: Float[Array, " C"], eps: float
+) -> Float[Array, "*B C"]:
+    """(x − mean(x)) / √(variance(x) + eps) · scale + bias."""
+    return _layer_forward(x, scale, bias, eps)[0]
+
+
+def _layer_forward(x, scale, bias, eps):
+    y = x.astype(jnp.float32)
+    mean = y.mean(-1, keepdims=True)
+    y = y - mean
+    inverse = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    return (y * inverse * scale + bias).astype(x.dtype), (x, mean, inverse, scale)
+
+
+def _layer_backward(eps, kept, dy):
+    x, mean, inverse, scale = kept
+    dy, n = dy.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
+    dn = dy * scale
+    dx = inverse * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), _over_tokens(dy * n).astype(scale.dtype), _over_tokens(dy).astype(scale.dtype)
+
+
+layer_norm.defvjp(_layer_forward, _layer_backward)
+
+
+@jax.custom_vjp
+def swiglu(gate: Float[Array, "*B F"], up: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """silu(gate) · up (Shazeer 2020)."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(gate, up):
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(kept, dy):
+    gate, up, dy32 = (x.astype(jnp.float32) for x in (*kept, dy))
+    sigma = jax.nn.sigmoid(gate)
+    silu = gate * sigma
+    d_gate = dy32 * up * (sigma + silu * (1 - sigma))
+    return _once((d_gate.astype(dy.dtype), (dy32 * silu).astype(dy.dtype)))
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """GELU in its tanh form, ``gelu_pytorch_tanh`` (Hendrycks and Gimpel 2016)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_forward(x):
+    return gelu(x), x
+
+
+def _gelu_backward(kept, dy):
+    x, c = kept.astype(jnp.float32), math.sqrt(2 / math.pi)
+    t = jnp.tanh(c * (x + 0.044715 * x**3))
+    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
+    return _once(((dy.astype(jnp.float32) * slope).astype(dy.dtype),))
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+def _once[T](gradients: T) -> T:
+    """On CPUs: computed once and written. XLA would compute them again, column by column, as it transposes them."""
+    return jax.lax.platform_dependent(gradients, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+def _over_tokens(x: Float[Array, "*B D"]) -> Float[Array, " D"]:
+    return x.sum(range(x.ndim - 1))
