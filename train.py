@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -279,6 +281,11 @@ def parse_flags(argv: list[str]) -> list[str]:
 
     With a configuration, --help shows its fields.
     """
+    for word, following in itertools.pairwise([*argv[1:], ""]):  # ml_collections would tell of it by a traceback
+        flag, equals, value = word.partition("=")
+        path = (value if equals else following).partition(":")[0]
+        if flag in ("--config", "-config") and not (path.endswith(".py") and Path(path).is_file()):
+            sys.exit(f"train.py: --config: {path!r} is not a Python file here; give one like configs/tiny.py")
     try:
         if not (help_page.asked_for(argv) and any(word.startswith("--config") for word in argv)):
             return app.parse_flags_with_usage(argv)
