@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,19 @@ class PeerStopped(SystemExit):
 
 
 class Peer:
-    def __init__(self, python: Path, script: Path, threads: int) -> None:
+    def __init__(self, python: Path, script: Path, threads: int, environment: Mapping[str, str]) -> None:
         if not python.is_file():
             raise SystemExit(
                 f"--peer-python: {python} is no file; give the Python of an environment with torch and transformers 5 "
                 "(how to make one stands at the head of the benchmark)"
             )
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": ""}
+        own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": "", **environment}
         self._process = subprocess.Popen(
-            [str(python), str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [str(python), str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **own},
         )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
@@ -52,8 +56,11 @@ class Peer:
 
 
 @contextmanager
-def peer_process(python: Path, script: Path, threads: int) -> Iterator[Peer]:
-    peer = Peer(python, script, threads)
+def peer_process(
+    python: Path, script: Path, threads: int, environment: Mapping[str, str] | None = None
+) -> Iterator[Peer]:
+    """A running peer; ``environment`` is added to this process's own variables."""
+    peer = Peer(python, script, threads, environment or {})
     try:
         yield peer
     finally:

@@ -5,10 +5,16 @@
 
 A small Phi-4-reasoning-vision in fp32: forward, backward, clipping by global norm, AdamW, with the same weights,
 tokens and pixels on both sides, on the same cores; the sides take turns and wait for each other. The peer is
-``Phi3ForCausalLM`` and ``Siglip2VisionModel`` with SDPA and fused AdamW; it is tried with and without
-``torch.compile``, and the faster one is what we are held against. Batches are made beforehand on both sides.
+``Phi3ForCausalLM`` and ``Siglip2VisionModel`` with SDPA and fused AdamW. Each side is tried in the ways there are
+to run it, and its fastest is what counts:
 
-full rows    every row is one example of T columns, with one image. Both sides train; their losses are printed.
+    ours         a device a core with its own rows, the weights split over them ("fsdp"); or all on one device
+    peer         eager; or with ``torch.compile``
+    both         memory from glibc as it is, or in huge pages (``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``), since XLA
+                 allocates a step's temporaries anew for each one and pays for their page faults
+
+full rows    every row is one example of T columns, with one image. Both sides train; their losses are printed. Twice:
+             with the released model's proportions, and with heads of 32 columns (``step_work.MODELS``).
 a mix        15 % text alone, 75 % one image, 10 % two or three, text lengths lognormal, shrunk from the mix of the
              design (1,830 patches and 745 text tokens in T = 8,192) in proportion to T. Three sides:
                  packed      ours, many examples in a row of T columns (``data.packing``)
@@ -24,90 +30,58 @@ the cores: the tables are printed, and no file is written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 from peer_process import Peer, PeerStopped, peer_process
-from step_work import MODEL, T, full_rows, mixed_items, packed, unpacked
+from step_work import MODELS, OPTIMIZER, AllWork, T, make_work
 
-from convert.mapping import hf_tensors
-from phivision_jax import sharding
 from phivision_jax.batch import Batch
-from phivision_jax.data.pipeline import to_device
 from phivision_jax.progress import bar
-from phivision_jax.training.config import OptimConfig, RunConfig
-from phivision_jax.training.step import TrainStep, init_params, make_train_step
 
 TRAINING_LR, STILL_LR = 1e-4, 1e-12
-OPTIMIZER = OptimConfig(warmup_steps=0, final_lr_ratio=1.0, weight_decay=0.1, clip_norm=1.0)
 MOST_SPREAD = 1.25
-_PEER = Path(__file__).with_name("step_peer.py")
+_OURS, _PEER = (Path(__file__).with_name(name) for name in ("step_ours.py", "step_peer.py"))
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
-class Ours:
-    """Our step, as ``train.py`` runs it, compiled once for each shape of batch."""
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way to run a side."""
 
-    def __init__(self, seed: int) -> None:
-        self.mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        keep = {"remat": "none", "vision_remat": "none", "microbatches": 1}  # as the peer, which computes nothing twice
-        self.run = RunConfig(model=MODEL, dtype="float32", optim=OPTIMIZER, seed=seed, **keep)  # type: ignore[arg-type]
-        self.params = jax.tree.map(np.asarray, init_params(self.run, self._step(TRAINING_LR)))
-        self.compile_seconds = 0.0
+    name: str
+    devices: int = 0
+    """Ours on so many; the peer where it is 0."""
+    compile: bool = False
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def _step(self, learning_rate: float) -> TrainStep:
-        optim = dataclasses.replace(OPTIMIZER, learning_rate=learning_rate)
-        return make_train_step(dataclasses.replace(self.run, optim=optim), self.mesh, steps=1_000_000)
-
-    def start(self, learning_rate: float) -> None:
-        """The first weights again, and a fresh optimizer."""
-        self.step = self._step(learning_rate)
-        self.state = self.step.init(self.params)
-        self.compiled: dict[tuple, Any] = {}
-
-    def prepare(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Batches on the device, their shapes compiled for."""
-        placed = []
-        for batch in batches:
-            rows = len(batch.tokens)
-            placed.append(to_device(batch, sharding.batch_shardings(self.mesh, batch), rows))
-            if self._shape(batch) not in self.compiled:
-                start = time.perf_counter()
-                self.compiled[self._shape(batch)] = self.step.compile(batch)
-                self.compile_seconds += time.perf_counter() - start
-        return placed
-
-    @staticmethod
-    def _shape(batch: Batch) -> tuple:
-        return (*batch.tokens.shape, *batch.patches.shape)
-
-    def steps(self, batches: Sequence[Batch]) -> dict[str, Any]:
-        seconds, losses, cpu = [], [], time.process_time()
-        for batch in batches:
-            start = time.perf_counter()
-            self.state, metrics = self.compiled[self._shape(batch)](self.state, batch)
-            jax.block_until_ready(self.state)
-            losses.append(float(metrics["loss"]))
-            seconds.append(time.perf_counter() - start)
-        return {"seconds": sum(seconds), "cpu_seconds": time.process_time() - cpu, "losses": losses}
+    @property
+    def is_ours(self) -> bool:
+        return self.devices > 0
 
 
-def give(peer: Peer, folder: Path, name: str, batches: Sequence[dict[str, np.ndarray]]) -> None:
-    files = [str(folder / f"{name}{i}.npz") for i in range(len(batches))]
-    for file, batch in zip(files, batches, strict=True):
-        np.savez(file, **batch)  # type: ignore[arg-type]
-    peer.ask("batches", name=name, files=files)
+def ways(cores: int, try_compile: bool) -> list[Way]:
+    made = [
+        Way("ours, a device a core, huge pages", devices=cores, environment=_HUGE_PAGES),
+        Way("ours, a device a core", devices=cores),
+        Way("ours, one device, huge pages", devices=1, environment=_HUGE_PAGES),
+        Way("peer"),
+        Way("peer, huge pages", environment=_HUGE_PAGES),
+        Way("peer, torch.compile", compile=True),
+    ]
+    return [way for way in made if try_compile or not way.compile]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,12 +129,12 @@ def ratio(theirs: Side, ours: Side) -> tuple[float, float, float]:
 def print_table(title: str, sides: Sequence[Side], against: Side) -> None:
     print(f"\n{title}")
     print(
-        f"{'':<22}{'real tokens/s':>14}{'s per turn':>12}{'real columns':>14}   over {against.name} (range over turns)"
+        f"{'':<34}{'real tokens/s':>14}{'s per turn':>12}{'real columns':>14}   over {against.name} (range over turns)"
     )
     for side in sides:
         middle, low, high = ratio(against, side)
         speed = f"{side.tokens_per_s:>14,.0f}{statistics.median(side.seconds):>12.2f}{side.real_share:>14.1%}"
-        print(f"{side.name:<22}{speed}   {middle:.2f} ({low:.2f}…{high:.2f}), {cpu_ratio(against, side):.2f}")
+        print(f"{side.name:<34}{speed}   {middle:.2f} ({low:.2f}…{high:.2f}), {cpu_ratio(against, side):.2f}")
 
 
 def spread(side: Side) -> float:
@@ -189,6 +163,107 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A way to run a side, in its process."""
+
+    way: Way
+    process: Peer
+
+    def start(self, learning_rate: float) -> None:
+        """The first weights again, and a fresh optimizer."""
+        choice = {} if self.way.is_ours else {"compile": self.way.compile}
+        self.process.ask("start", learning_rate=learning_rate, **choice)
+
+    def steps(self, name: str) -> dict[str, Any]:
+        return self.process.ask("steps", name=name)
+
+
+@contextlib.contextmanager
+def running(choices: Sequence[Way], peer_python: Path, cores: int) -> Iterator[dict[str, Running]]:
+    """A process for each way to run a side, by its name."""
+    with contextlib.ExitStack() as stack:
+        made = {}
+        for way in choices:
+            python, script = (Path(sys.executable), _OURS) if way.is_ours else (peer_python, _PEER)
+            made[way.name] = Running(way, stack.enter_context(peer_process(python, script, cores, way.environment)))
+        yield made
+
+
+def prepare(
+    sides: dict[str, Running], shape: str, cores: int, work: dict[str, int], made: AllWork, folder: Path
+) -> int:
+    """The same weights and work for all, through files that must stay; returns the number of parameters."""
+    weights, settings = str(folder / "weights.npz"), {"optimizer": dataclasses.asdict(OPTIMIZER), "threads": cores}
+    files = {"full": _written(folder, "full", made.full.peer), "mix": _written(folder, "mix", made.unpacked.peer)}
+    ours = [side for side in sides.values() if side.way.is_ours]
+    for side in ours:
+        loaded = side.process.ask("load", shape=shape, devices=side.way.devices, seed=work["seed"])
+        side.process.ask("batches", work=work)
+    ours[0].process.ask("weights", file=weights)
+    for side in sides.values():
+        if not side.way.is_ours:
+            side.process.ask("load", config=MODELS[shape].to_hf(), weights=weights, **settings)
+            for name in files:
+                side.process.ask("batches", name=name, files=files[name])
+    return loaded["parameters"]
+
+
+def _written(folder: Path, name: str, batches: Sequence[dict[str, np.ndarray]]) -> list[str]:
+    files = [str(folder / f"{name}{i}.npz") for i in range(len(batches))]
+    for file, batch in zip(files, batches, strict=True):
+        np.savez(file, **batch)  # type: ignore[arg-type]
+    return files
+
+
+def without_failing(sides: dict[str, Running]) -> dict[str, Running]:
+    """Those that can train: ``torch.compile`` needs a compiler of its own, which not every machine has."""
+    able = {}
+    for name, side in sides.items():
+        try:
+            side.start(TRAINING_LR)
+            side.steps("full")  # compiles
+            side.start(TRAINING_LR)
+            able[name] = side
+        except PeerStopped:
+            if not side.way.compile:
+                raise
+            print("torch.compile does not work here; its own words are above")
+    return able
+
+
+def fastest(sides: Sequence[Side], choices: Sequence[Way], ours: bool) -> Side:
+    names = {way.name for way in choices if way.is_ours == ours}
+    return max((side for side in sides if side.name in names), key=lambda side: side.tokens_per_s)
+
+
+def full_rows(sides: dict[str, Running], made: AllWork, turns: int, title: str) -> list[Side]:
+    tokens = sum(int((batch.segment_ids > 0).sum()) for batch in made.full.ours)
+    rounds = {name: functools.partial(side.steps, "full") for name, side in sides.items()}
+    return compare(rounds, dict.fromkeys(rounds, filled(made.full.ours)), tokens, turns, title)
+
+
+def a_mix(ours: Running, peer: Running, made: AllWork, turns: int) -> list[Side]:
+    """Ours packed, ours unpacked, the peer."""
+    for side in (ours, peer):
+        side.start(STILL_LR)
+    rounds = {
+        "ours, packed": functools.partial(ours.steps, "packed"),
+        "ours, unpacked": functools.partial(ours.steps, "unpacked"),
+        peer.way.name: functools.partial(peer.steps, "mix"),
+    }
+    alone = filled(made.unpacked.ours)
+    shares = {"ours, packed": filled(made.packed), "ours, unpacked": alone, peer.way.name: alone}
+    return compare(rounds, shares, sum(item.columns for item in made.items), turns, "a mix of lengths")
+
+
+def mean_losses(sides: Sequence[Side], made: AllWork) -> dict[str, float]:
+    """Of each side over the whole mix."""
+    batches = {side.name: made.packed if side.name == "ours, packed" else made.unpacked.ours for side in sides}
+    weights = {name: [float(b.loss_weights.sum()) for b in of_side] for name, of_side in batches.items()}
+    return {side.name: float(np.average(side.losses, weights=weights[side.name])) for side in sides}
+
+
 def main(
     peer_python: Path,
     cores: int = 2,
@@ -205,7 +280,7 @@ def main(
     Args:
         peer_python: Python of an environment with torch and transformers 5.
         cores: How many cores both sides share.
-        rows: Rows of a batch of ours.
+        rows: Rows of a batch of ours; a multiple of the cores.
         batches: Batches of full rows that a turn goes over.
         examples: Examples of the mix; a turn goes over all of them.
         turns: How often each side is timed, after one turn to warm up.
@@ -213,111 +288,74 @@ def main(
         seed: Of weights, tokens, pixels and lengths.
         out: Write the numbers as JSON here too.
     """
-    if hasattr(os, "sched_setaffinity"):  # before JAX counts the cores; the peers inherit it
+    if rows % cores:
+        raise SystemExit(f"--rows {rows} on --cores {cores}: a device a core needs as many rows each; give a multiple")
+    if hasattr(os, "sched_setaffinity"):  # the sides inherit it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     load = {"before": os.getloadavg()}
-    ours, rng = Ours(seed), np.random.default_rng(seed)
-    full, items = full_rows(rng, rows, batches), mixed_items(rng, examples)
-    in_rows = packed(items, rows)
-    alone = unpacked(items, round(len(items) / len(in_rows)))
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        peer_process(peer_python, _PEER, cores) as eager,
-        peer_process(peer_python, _PEER, cores) as compiled,
-    ):
-        peers = {"peer": eager, "peer, torch.compile": compiled} if try_compile else {"peer": eager}
-        versions = {
-            "ours": {"python": platform.python_version(), "numpy": np.__version__, "jax": jax.__version__},
-            "peer": eager.ask("versions"),
-        }
-        for owner, values in versions.items():
-            print(f"{owner}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
-        folder = Path(directory)
-        tensors = dict(hf_tensors(ours.params, MODEL))
-        np.savez(folder / "weights.npz", **tensors)  # type: ignore[arg-type]
-        for peer in peers.values():
-            optimizer = dataclasses.asdict(OPTIMIZER)
-            peer.ask(
-                "load", config=MODEL.to_hf(), weights=str(folder / "weights.npz"), optimizer=optimizer, threads=cores
-            )
-            give(peer, folder, "full", full.peer)
-            give(peer, folder, "mix", alone.peer)
-        parameters = sum(tensor.size for tensor in tensors.values())
-        print(f"{parameters / 1e6:.1f} M parameters, {cores} cores, T = {T}")
-        rounds = {}
-        for name, peer in list(peers.items()):
-            try:
-                peer.ask("start", compile="compile" in name, learning_rate=TRAINING_LR)
-                peer.ask("steps", name="full")  # compiles
-                peer.ask("start", compile="compile" in name, learning_rate=TRAINING_LR)
-                rounds[name] = functools.partial(peer.ask, "steps", name="full")
-            except PeerStopped:
-                if "compile" not in name:
-                    raise
-                print("torch.compile does not work here; its own words are above")
-                del peers[name]
-        ours.start(TRAINING_LR)
-        placed = ours.prepare(full.ours)
-        tokens = sum(int((b.segment_ids > 0).sum()) for b in full.ours)
-        sides = {"ours": lambda: ours.steps(placed), **rounds}
-        full_sides = compare(sides, dict.fromkeys(sides, filled(full.ours)), tokens, turns, "full rows")
-        best = max(full_sides[1:], key=lambda side: side.tokens_per_s)
-        print("\nloss at each step of the first turn")
-        for side in full_sides:
-            print(f"{side.name:<22}" + " ".join(f"{loss:.6f}" for loss in side.losses))
-        print_table(f"full rows: {rows} of T = {T}, {tokens // batches:,} tokens a step", full_sides, best)
-
-        peer = peers[best.name]
-        peer.ask("start", compile="compile" in best.name, learning_rate=STILL_LR)
-        ours.start(STILL_LR)
-        placed_rows, placed_alone = ours.prepare(in_rows), ours.prepare(alone.ours)
-        tokens = sum(item.columns for item in items)
-        sides = {
-            "ours, packed": lambda: ours.steps(placed_rows),
-            "ours, unpacked": lambda: ours.steps(placed_alone),
-            best.name: lambda: peer.ask("steps", name="mix"),
-        }
-        shares = {"ours, packed": filled(in_rows), **dict.fromkeys(["ours, unpacked", best.name], filled(alone.ours))}
-        mix_sides = compare(sides, shares, tokens, turns, "a mix of lengths")
-    targets = {"ours, packed": [b.loss_weights.sum() for b in in_rows]}
-    targets["ours, unpacked"] = targets[best.name] = [b.loss_weights.sum() for b in alone.ours]
-    mean_losses = {side.name: float(np.average(side.losses, weights=targets[side.name])) for side in mix_sides}
-    print("\nmean loss over the mix: " + ", ".join(f"{name} {loss:.6f}" for name, loss in mean_losses.items()))
-    text = f"a mix of lengths: {len(items)} examples, {tokens / len(items):.0f} tokens each on average"
-    print_table(f"{text}; {len(in_rows)} steps packed, {len(alone.ours)} steps not", mix_sides, mix_sides[2])
-    gain, low, high = ratio(mix_sides[1], mix_sides[0])
+    work = {"seed": seed, "rows": rows, "batches": batches, "examples": examples}
+    made, content, spreads = make_work(**work), {}, {}
+    for shape in MODELS:
+        choices = ways(cores, try_compile)
+        with running(choices, peer_python, cores) as sides, tempfile.TemporaryDirectory() as folder:
+            versions = {
+                "ours": sides[choices[0].name].process.ask("versions"),
+                "peer": sides["peer"].process.ask("versions"),
+            }
+            parameters = prepare(sides, shape, cores, work, made, Path(folder))
+            print(f"\n{shape}: {parameters / 1e6:.1f} M parameters, {cores} cores, T = {T}")
+            able = without_failing(sides)
+            timed = full_rows(able, made, turns, f"full rows, {shape}")
+            ours, peer = fastest(timed, choices, ours=True), fastest(timed, choices, ours=False)
+            print("\nloss at each step of the first turn")
+            for side in timed:
+                print(f"{side.name:<34}" + " ".join(f"{loss:.6f}" for loss in side.losses))
+            print_table(f"full rows: {rows} of T = {T}", timed, peer)
+            middle, low, high = ratio(peer, ours)
+            print(f"\nfull rows, {shape}: {ours.name} over {peer.name} {middle:.2f} ({low:.2f}…{high:.2f})")
+            content[shape] = {
+                "model": dataclasses.asdict(MODELS[shape]),
+                "parameters": parameters,
+                "full_rows": table(timed, peer),
+                "ours_over_peer": {"ours": ours.name, "peer": peer.name, "median": middle, "range": [low, high]},
+            }
+            spreads[shape] = spread(peer)
+            if shape == next(iter(MODELS)):
+                mix = a_mix(able[ours.name], able[peer.name], made, turns)
+    losses, tokens = mean_losses(mix, made), sum(item.columns for item in made.items)
+    print("\nmean loss over the mix: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
+    text = f"a mix of lengths: {examples} examples, {tokens / examples:.0f} tokens each on average"
+    print_table(f"{text}; {len(made.packed)} steps packed, {len(made.unpacked.ours)} steps not", mix, mix[2])
+    gain, low, high = ratio(mix[1], mix[0])
     print(f"\npacking alone: ours packed over ours unpacked {gain:.2f} ({low:.2f}…{high:.2f})")
     load["after"] = os.getloadavg()  # holds our own work, too
     print("load over 1, 5 and 15 minutes: " + ", ".join(f"{when} {values}" for when, values in load.items()))
-    spreads = {"full_rows": spread(best), "mix": spread(mix_sides[2])}
+    spreads["mix"] = spread(mix[2])
     print("the peer's slowest turn over its fastest: " + ", ".join(f"{k} {v:.2f}" for k, v in spreads.items()))
-    if out is not None and max(spreads.values()) >= MOST_SPREAD:
+    if out is None:
+        return
+    if max(spreads.values()) >= MOST_SPREAD:
         raise SystemExit(f"{out} is not written: something else had the cores; run again on a machine at rest")
-    if out is not None:
-        content = {
-            "model": dataclasses.asdict(MODEL),
-            "optimizer": dataclasses.asdict(OPTIMIZER),
-            "parameters": parameters,
-            "T": T,
-            "rows": rows,
-            "cores": cores,
-            "cpu": cpu_name(),
-            "seed": seed,
-            "turns": turns,
-            "load": load,
-            "peer_spread": spreads,
-            "versions": versions,
-            "full_rows": table(full_sides, best),
-            "mix": {
-                "examples": len(items),
-                "tokens": tokens,
-                "steps": {"packed": len(in_rows), "unpacked": len(alone.ours)},
-                "mean_loss": mean_losses,
-                "sides": table(mix_sides, mix_sides[2]),
-            },
-            "packing_gain": {"median": gain, "range": [low, high]},
-        }
-        out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    written = {
+        "optimizer": dataclasses.asdict(OPTIMIZER),
+        "T": T,
+        **work,
+        "cores": cores,
+        "cpu": cpu_name(),
+        "turns": turns,
+        "load": load,
+        "peer_spread": spreads,
+        "versions": versions,
+        "shapes": content,
+        "mix": {
+            "tokens": tokens,
+            "steps": {"packed": len(made.packed), "unpacked": len(made.unpacked.ours)},
+            "mean_loss": losses,
+            "sides": table(mix, mix[2]),
+        },
+        "packing_gain": {"median": gain, "range": [low, high]},
+    }
+    out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

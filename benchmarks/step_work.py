@@ -1,4 +1,4 @@
-"""What ``step.py`` trains on: a small model, random tokens and pixels, and batches of them for both sides."""
+"""What ``step.py`` trains: two small models, random tokens and pixels, and batches of them for both sides."""
 
 from __future__ import annotations
 
@@ -10,23 +10,40 @@ import numpy as np
 from phivision_jax.batch import IGNORE, IMAGE_TOKEN, Batch, Example, PatchedImage, expand, fill_rows
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.data.packing import Capacity, Lengths, pack
+from phivision_jax.training.config import OptimConfig
 
-MODEL = ModelConfig(
-    vision=VisionConfig(hidden_size=256, intermediate_size=1024, num_layers=5, num_heads=4),
-    decoder=DecoderConfig(
-        vocab_size=8192,
+
+def _model(vision: VisionConfig, **decoder: int) -> ModelConfig:
+    ids = {"vocab_size": 8192, "bos_token_id": 8189, "eos_token_id": 8190, "pad_token_id": 8191}
+    return ModelConfig(
+        vision=vision, decoder=DecoderConfig(num_layers=4, **ids, **decoder), min_patches=16, max_patches=448
+    )
+
+
+MODELS = {
+    "the released model's proportions": _model(
+        VisionConfig(hidden_size=144, intermediate_size=538, num_layers=5, num_heads=2),
+        hidden_size=512,
+        intermediate_size=1792,
+        num_heads=4,
+        num_kv_heads=1,
+    ),
+    "heads of 32 columns": _model(
+        VisionConfig(hidden_size=256, intermediate_size=1024, num_layers=5, num_heads=4),
         hidden_size=512,
         intermediate_size=1408,
-        num_layers=4,
         num_heads=16,
         num_kv_heads=4,
-        bos_token_id=8189,
-        eos_token_id=8190,
-        pad_token_id=8191,
     ),
-    min_patches=16,
-    max_patches=448,
-)
+}
+"""By shape. The first has what does not shrink with a model: heads of 128 columns (72 in the tower), four of them to a
+KV head, and widths in the released model's ratios. The second has four times as many heads as that, so that attention
+is a larger part of its work than it is of any large model's."""
+
+MODEL = MODELS["the released model's proportions"]
+"""Tokens, pixels and their limits are the same in every shape."""
+OPTIMIZER = OptimConfig(warmup_steps=0, final_lr_ratio=1.0, weight_decay=0.1, clip_norm=1.0)
+
 T, PATCHES = 1024, 896
 """Columns of a row and patches of its vision row: an eighth of what is trained with."""
 
@@ -141,10 +158,36 @@ def packed(items: Sequence[Item], rows: int) -> list[Batch]:
     return [our_batch(filled[i : i + rows], T, PATCHES) for i in range(0, len(filled), rows)]
 
 
-def unpacked(items: Sequence[Item], batch_size: int) -> Work:
-    """An example in a row, padded to the longest of its batch on both sides."""
+def unpacked(items: Sequence[Item], batch_size: int, devices: int = 1) -> Work:
+    """An example in a row, padded to the longest of its batch; ours with empty rows to fill its devices."""
     cut = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     ours = [
-        our_batch([[item] for item in part], max(i.columns for i in part), max(i.patches for i in part)) for part in cut
+        our_batch(
+            [[item] for item in part] + [[]] * (-len(part) % devices),
+            max(i.columns for i in part),
+            max(i.patches for i in part),
+        )
+        for part in cut
     ]
     return Work(ours, [peer_batch(part) for part in cut])
+
+
+@dataclasses.dataclass(frozen=True)
+class AllWork:
+    """Everything that is trained on: the same for a seed, whichever process makes it."""
+
+    full: Work
+    items: list[Item]
+    """The mix."""
+    packed: list[Batch]
+    unpacked: Work
+
+
+def make_work(seed: int, rows: int, batches: int, examples: int, devices: int = 1) -> AllWork:
+    """``batches`` of full rows and ``examples`` of the mix; ``rows`` to a batch of ours, ``devices`` dividing them."""
+    full, items = (
+        full_rows(np.random.default_rng(seed), rows, batches),
+        mixed_items(np.random.default_rng(seed), examples),
+    )
+    in_rows = packed(items, rows)
+    return AllWork(full, items, in_rows, unpacked(items, round(len(items) / len(in_rows)), devices))

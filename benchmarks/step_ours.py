@@ -1,0 +1,90 @@
+"""Our side of ``step.py``: the step that ``train.py`` runs, in a process of its own, asked as the peer is.
+
+{"do": "versions"}
+{"do": "load", "shape": "…", "devices": 2, "seed": 0}    a model of ``step_work``; its first weights
+{"do": "weights", "file": "x.npz"}    writes them in the released layout
+{"do": "batches", "work": {…}}    makes the batches that ``step_work.make_work`` describes
+{"do": "start", "learning_rate": x}    the first weights again, a fresh optimizer, nothing compiled
+{"do": "steps", "name": "full"}    one step on every batch: seconds, CPU seconds, losses; compiles at first
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from peer_process import serve
+from step_work import MODELS, OPTIMIZER, make_work
+
+from convert.mapping import hf_tensors
+from phivision_jax import sharding
+from phivision_jax.batch import Batch
+from phivision_jax.data.pipeline import to_device
+from phivision_jax.training.config import RunConfig
+from phivision_jax.training.step import TrainStep, init_params, make_train_step
+
+
+class Ours:
+    """A row on each device and the weights split over them, as a recipe does it; compiled once for a shape of batch."""
+
+    def versions(self) -> dict[str, Any]:
+        return {"python": platform.python_version(), "numpy": np.__version__, "jax": jax.__version__}
+
+    def load(self, shape: str, devices: int, seed: int) -> dict[str, Any]:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", devices)  # before the first use of one
+        self.mesh = sharding.make_mesh({"fsdp": devices})
+        keep = {"remat": "none", "vision_remat": "none", "microbatches": 1}  # as the peer, which computes nothing twice
+        self.run = RunConfig(model=MODELS[shape], dtype="float32", optim=OPTIMIZER, seed=seed, **keep)  # type: ignore[arg-type]
+        self.params = jax.tree.map(np.asarray, init_params(self.run, self._step(0.0)))
+        return {"parameters": sum(x.size for x in jax.tree.leaves(self.params))}
+
+    def weights(self, file: str) -> dict[str, Any]:
+        np.savez(file, **dict(hf_tensors(self.params, self.run.model)))  # type: ignore[arg-type]
+        return {}
+
+    def batches(self, work: dict[str, Any]) -> dict[str, Any]:
+        made = make_work(**work, devices=self.mesh.size)
+        self.sets = {"full": made.full.ours, "packed": made.packed, "unpacked": made.unpacked.ours}
+        return {}
+
+    def start(self, learning_rate: float) -> dict[str, Any]:
+        self.step = self._step(learning_rate)
+        self.state = self.step.init(self.params)
+        self.compiled: dict[tuple, Any] = {}
+        self.placed: dict[str, list[Batch]] = {}
+        return {}
+
+    def steps(self, name: str) -> dict[str, Any]:
+        if name not in self.placed:
+            self.placed[name] = [self._prepared(batch) for batch in self.sets[name]]
+        seconds, losses, cpu = [], [], time.process_time()
+        for batch in self.placed[name]:
+            start = time.perf_counter()
+            self.state, metrics = self.compiled[_shape(batch)](self.state, batch)
+            jax.block_until_ready(self.state)
+            losses.append(float(metrics["loss"]))
+            seconds.append(time.perf_counter() - start)
+        return {"seconds": sum(seconds), "cpu_seconds": time.process_time() - cpu, "losses": losses}
+
+    def _step(self, learning_rate: float) -> TrainStep:
+        optim = dataclasses.replace(self.run.optim, learning_rate=learning_rate)
+        return make_train_step(dataclasses.replace(self.run, optim=optim), self.mesh, steps=1_000_000)
+
+    def _prepared(self, batch: Batch) -> Batch:
+        """On the devices; its shape compiled for."""
+        if _shape(batch) not in self.compiled:
+            self.compiled[_shape(batch)] = self.step.compile(batch)
+        return to_device(batch, sharding.batch_shardings(self.mesh, batch), len(batch.tokens))
+
+
+def _shape(batch: Batch) -> tuple:
+    return (*batch.tokens.shape, *batch.patches.shape)
+
+
+if __name__ == "__main__":
+    serve(Ours())
