@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -265,7 +264,7 @@ def main(argv: list[str]) -> None:
     try:
         processes.initialize()
         processes.end_when_told()
-        cfg = RunConfig.from_dict(config.to_dict())
+        cfg = config_of_flags()
     except ValueError as error:
         sys.exit(f"train.py: {error}")
     with processes.together("train.py", EXPECTED):
@@ -281,19 +280,36 @@ def parse_flags(argv: list[str]) -> list[str]:
 
     With a configuration, --help shows its fields.
     """
-    for word, following in itertools.pairwise([*argv[1:], ""]):  # ml_collections would tell of it by a traceback
-        flag, equals, value = word.partition("=")
-        path = (value if equals else following).partition(":")[0]
-        if flag in ("--config", "-config") and not (path.endswith(".py") and Path(path).is_file()):
-            sys.exit(f"train.py: --config: {path!r} is not a Python file here; give one like configs/tiny.py")
     try:
         if not (help_page.asked_for(argv) and any(word.startswith("--config") for word in argv)):
             return app.parse_flags_with_usage(argv)
         app.parse_flags_with_usage([word for word in argv if word not in help_page.FLAGS])
-        print(__doc__, help_page.text(RunConfig.from_dict(flags.FLAGS.config.to_dict())), sep="\n")
+        print(__doc__, help_page.text(config_of_flags()), sep="\n")
         sys.exit(0)
-    except (AttributeError, KeyError) as error:
+    except OSError as error:
+        sys.exit(f"train.py: {no_config_file(error)}")
+    except SyntaxError as error:
+        sys.exit(f"train.py: --config: {error}")
+    except (AttributeError, KeyError, ValueError) as error:
         sys.exit(f"train.py: {error}")
+
+
+def config_of_flags() -> RunConfig:
+    """What --config and the fields given beside it say.
+
+    Raises:
+      ValueError: for a file that cannot be read, which ml_collections says when it is first asked for a field.
+    """
+    try:
+        values = flags.FLAGS.config.to_dict()
+    except OSError as error:
+        raise ValueError(no_config_file(error)) from None
+    return RunConfig.from_dict(values)
+
+
+def no_config_file(error: OSError) -> str:
+    cause = re.sub(r"(?s).*\[Errno \d+\] ", "", str(error))  # behind all the ways that ml_collections tried
+    return f"--config: {cause}; give a file like configs/tiny.py"
 
 
 if __name__ == "__main__":

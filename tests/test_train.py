@@ -230,8 +230,9 @@ def test_a_mixture_planned_beforehand(data, tmp_path):
         (["--config.optim.learning_rate=1"], "optim.learning_rate is 0.0006 there, 1.0 here: this run was"),
         (["--config.dtype=float23"], "dtype must be one of 'float32', 'bfloat16'"),
         (["--config.optim.learnig_rate=1"], "learning_rate"),
-        (["--config=configs/tinny.py"], "--config: 'configs/tinny.py' is not a Python file here"),
-        (["--config", "configs"], "--config: 'configs' is not a Python file here"),
+        (["--config=configs/tinny.py"], "--config: No such file or directory: 'configs/tinny.py'; give"),
+        (["--config=configs", "--config.optim.steps=1"], "--config: Is a directory: 'configs'; give"),
+        (["--config=README.md"], "(README.md, line "),
     ],
 )
 def test_mistakes_get_a_sentence(undisturbed, data, words, message):

@@ -25,8 +25,9 @@ from phivision_jax.models.by_device import by_device
 from phivision_jax.models.remat import ATTENTION, name
 
 BLOCK, ROWS = 128, 512
-"""Columns of a block, queries and keys, unless a block of scores would have fewer rows than ``ROWS`` in each group of
-heads: then twice as many columns. Scores of 512 × 128 or 256 × 256 stay in a core's cache."""
+"""Columns of a block, queries and keys: twice as many where a block of scores would have fewer than ``ROWS`` rows, the
+columns of all query heads that share a key. So they are 512 × 128 where four share it, as released, and 256 × 256 where
+none do, as in the tower: either stays in a core's cache."""
 
 MASKED = -1e30
 """Score of what a query may not see. Large and finite: infinities would make NaN of their differences."""
@@ -61,11 +62,11 @@ def blockwise(
       block: columns of a block (default: see ``BLOCK``); the row need not be a multiple of it.
     """
     lead = q.ndim - 3
-    few_rows = BLOCK * q.shape[-2] // k.shape[-2] < ROWS
-    size = block or (2 * BLOCK if few_rows else BLOCK)
     span_end = jnp.minimum(span_end, k.shape[-3] - 1)  # a last block of keys is filled with columns from S on
 
     def local(q, k, v, segments, kv_segments, span_end):
+        few_rows = BLOCK * q.shape[-2] // k.shape[-2] < ROWS
+        size = block or (2 * BLOCK if few_rows else BLOCK)
         rows = (x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, segments, kv_segments, span_end))
         return _attention(*rows, size).reshape(q.shape)
 

@@ -1,7 +1,7 @@
-"""Norms and activations with their gradients by hand: a backward pass keeps their inputs and nothing made from them.
+"""Norms and activations with their gradients by hand: a backward pass keeps their inputs, and of norms the statistics.
 
-Autodiff keeps what every operation inside needs. Of silu(gate) · up that is silu(gate) and its slope as well: four
-arrays of width F instead of two, written in the forward pass and read in the backward one.
+Autodiff keeps what every operation inside needs: of silu(gate) · up five arrays of width F instead of two, written in
+the forward pass and read in the backward one.
 
     function      kept                              source of the gradient
     rms_norm      x; 1/rms per token                n = x/rms:          dx = (dn − n · mean(dn · n)) / rms
@@ -10,7 +10,8 @@ arrays of width F instead of two, written in the forward pass and read in the ba
     gelu          x                                 of 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))
 
 Norms (Zhang and Sennrich 2019; Ba et al. 2016) and all gradients are computed in fp32, and come back in the dtype of
-what they are gradients of. Differentiable in reverse mode only.
+what they are gradients of. Differentiable in reverse mode only, and not inside a ``shard_map`` that checks how values
+vary: replicated scales would need their gradients summed there.
 """
 
 from __future__ import annotations
@@ -59,15 +60,15 @@ def _layer_forward(x, scale, bias, eps):
     mean = y.mean(-1, keepdims=True)
     y = y - mean
     inverse = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
-    return (y * inverse * scale + bias).astype(x.dtype), (x, mean, inverse, scale)
+    return (y * inverse * scale + bias).astype(x.dtype), (x, mean, inverse, scale, bias)
 
 
 def _layer_backward(eps, kept, dy):
-    x, mean, inverse, scale = kept
+    x, mean, inverse, scale, bias = kept
     dy, n = dy.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
     dn = dy * scale
     dx = inverse * (dn - dn.mean(-1, keepdims=True) - n * (dn * n).mean(-1, keepdims=True))
-    return dx.astype(x.dtype), _over_tokens(dy * n).astype(scale.dtype), _over_tokens(dy).astype(scale.dtype)
+    return dx.astype(x.dtype), _over_tokens(dy * n).astype(scale.dtype), _over_tokens(dy).astype(bias.dtype)
 
 
 layer_norm.defvjp(_layer_forward, _layer_backward)
@@ -88,7 +89,7 @@ def _swiglu_backward(kept, dy):
     sigma = jax.nn.sigmoid(gate)
     silu = gate * sigma
     d_gate = dy32 * up * (sigma + silu * (1 - sigma))
-    return _once((d_gate.astype(dy.dtype), (dy32 * silu).astype(dy.dtype)))
+    return _once((d_gate.astype(kept[0].dtype), (dy32 * silu).astype(kept[1].dtype)))
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -108,7 +109,7 @@ def _gelu_backward(kept, dy):
     x, c = kept.astype(jnp.float32), math.sqrt(2 / math.pi)
     t = jnp.tanh(c * (x + 0.044715 * x**3))
     slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
-    return _once(((dy.astype(jnp.float32) * slope).astype(dy.dtype),))
+    return _once(((dy.astype(jnp.float32) * slope).astype(kept.dtype),))
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)

@@ -132,9 +132,11 @@ def test_blocks_change_nothing(T, ascending, heads, span_mode):
     assert_alike(grads(form, *args), grads(plain, *args), atol=1e-5)
 
 
-@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
-def test_blocks_of_the_size_that_suits_the_heads(heads, monkeypatch):
-    """256 columns where each head has its own keys, 128 where four share them."""
+@pytest.mark.parametrize(
+    "heads, tensor, size", [((2, 2), 1, 256), ((3, 1), 1, 256), ((4, 1), 1, 128), ((8, 2), 2, 128), ((4, 1), 2, 256)]
+)
+def test_blocks_of_the_size_that_suits_the_heads(heads, tensor, size, monkeypatch):
+    """256 columns where fewer than four heads share their keys, on a device of its own; 128 elsewhere."""
     sizes = []
 
     def walks(q_ids, k_ids, span_end):
@@ -145,8 +147,9 @@ def test_blocks_of_the_size_that_suits_the_heads(heads, monkeypatch):
     rng = np.random.default_rng(8)
     segments, span = packing(rng, 2, 600, True)
     args = *arrays(rng, 2, 600, *heads, 8), segments, segments, span, rng.normal(size=(2, 600, heads[0], 8))
-    assert_alike(grads(blockwise, *args), grads(plain, *args), atol=1e-5)
-    assert set(sizes) == {(256, 256) if heads == (2, 2) else (128, 128)}
+    with jax.set_mesh(make_mesh({"tensor": tensor}, jax.devices()[:tensor])):
+        assert_alike(grads(blockwise, *args), grads(plain, *args), atol=1e-5)
+    assert set(sizes) == {(size, size)}
 
 
 def test_blocks_where_keys_have_columns_of_their_own():

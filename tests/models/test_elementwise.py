@@ -73,7 +73,10 @@ def test_equals_the_formula_and_its_gradient(name, shape, scale):
 
 @pytest.mark.parametrize("name", FORMS)
 def test_in_bf16_only_the_results_are_rounded(name):
-    """Against the formula in fp32 on the same rounded inputs: within half a bf16 step of the largest, or of itself."""
+    """Against the formula in fp32 on the same rounded inputs: within a bf16 step, a gradient of parameters in fp32.
+
+    An activation itself is JAX's, which rounds between its operations; only its gradient is ours.
+    """
     rng = np.random.default_rng(0)
     args = made(rng, name, (64, 96), jnp.bfloat16)
     weight = np.asarray(rng.normal(size=(64, 96)), jnp.bfloat16)
@@ -81,7 +84,8 @@ def test_in_bf16_only_the_results_are_rounded(name):
     found = with_gradients(ours, args, weight)
     wanted = with_gradients(formula, [a.astype(np.float32) for a in args], weight.astype(np.float32))
     assert [a.dtype for a in found[1:]] == [jnp.float32 if v else jnp.bfloat16 for v in is_vector]
-    for a, b in zip(found[1:], wanted[1:], strict=True):
+    own = slice(0 if "norm" in name else 1, None)
+    for a, b in zip(found[own], wanted[own], strict=True):
         tolerance = 1e-5 if a.dtype == jnp.float32 else 2**-8
         np.testing.assert_allclose(a.astype(np.float32), b, rtol=tolerance, atol=1e-4)
 

@@ -57,7 +57,7 @@ def test_the_step_at_real_widths_compiles_and_sends_what_it_should(topology, com
 
 def test_a_step_that_is_too_large_says_so_and_exits_with_3(capsys, tmp_path):
     sizes = (
-        "model.decoder.num_layers=2",
+        "model.decoder.num_layers=16",
         "model.vision.num_layers=3",
         "microbatches=1",
         "remat=none",

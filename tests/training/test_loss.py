@@ -94,13 +94,14 @@ def test_bf16_products_are_added_in_fp32():
 MESHES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 2, "data": 2}]
 
 
+@pytest.mark.parametrize("tile", [24, V])
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_sharded_equals_unsharded(shape):
+def test_sharded_equals_unsharded(shape, tile):
     mesh, args = sharding.make_mesh(shape), made()
     at = [jax.NamedSharding(mesh, sharding.partition_spec(a)) for a in (("batch",), ("vocab", "embed"), ("batch",))]
 
     def value_and_grads(x, kernel, targets):
-        return jax.value_and_grad(weighed(lambda *a: cross_entropy(*a, 24)), (0, 1))(x, kernel, targets)
+        return jax.value_and_grad(weighed(lambda *a: cross_entropy(*a, tile)), (0, 1))(x, kernel, targets)
 
     expected = jax.value_and_grad(weighed(plain), (0, 1))(*args)
     with jax.set_mesh(mesh):
