@@ -1,4 +1,4 @@
-"""A peer of a benchmark in an environment of its own, asked over pipes: a JSON request and a JSON answer a line each.
+"""A side of a benchmark in a process of its own, asked over pipes: a JSON request and a JSON answer a line each.
 
 The benchmark holds a ``Peer``; the peer's script calls ``serve``. Python 3.11 suffices here, with its library alone.
 """
@@ -27,6 +27,7 @@ class Peer:
                 "(how to make one stands at the head of the benchmark)"
             )
         own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": "", **environment}
+        self._script = script.name
         self._process = subprocess.Popen(
             [str(python), str(script)],
             stdin=subprocess.PIPE,
@@ -48,7 +49,7 @@ class Peer:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise PeerStopped(f"the peer stopped ({do}); its own words are above")
+            raise PeerStopped(f"{self._script} stopped ({do}); its own words are above")
         return json.loads(line)
 
     def close(self) -> None:

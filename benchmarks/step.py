@@ -9,9 +9,9 @@ tokens and pixels on both sides, on the same cores; the sides take turns and wai
 to run it, and its fastest is what counts:
 
     ours         a device a core with its own rows, the weights split over them ("fsdp"); or all on one device
-    peer         eager; or with ``torch.compile``
-    both         memory from glibc as it is, or in huge pages (``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``), since XLA
-                 allocates a step's temporaries anew for each one and pays for their page faults
+    peer         all cores on each operation, eager; or with ``torch.compile``. Not tried: a process a core (DDP).
+    both         memory from glibc as it is, or in huge pages (``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``, glibc 2.35 and
+                 Linux with transparent huge pages at "madvise"): XLA allocates a step's temporaries anew each time
 
 full rows    every row is one example of T columns, with one image. Both sides train; their losses are printed. Twice:
              with the released model's proportions, and with heads of 32 columns (``step_work.MODELS``).
@@ -20,12 +20,15 @@ a mix        15 % text alone, 75 % one image, 10 % two or three, text lengths lo
                  packed      ours, many examples in a row of T columns (``data.packing``)
                  unpacked    ours, an example in a row, padded to the batch's longest
                  peer        the same batches as "unpacked", padded as transformers' collator pads
-             A batch of theirs holds as many examples as a batch of ours does on average. The learning rate is too
-             small to change a weight, so all three must give the same mean loss over the mix.
+             A batch of theirs holds as many examples as a batch of ours does on average, to whole rows a core. The
+             learning rate is too small to change a weight, so all three must give the same mean loss over the mix.
+             Ours is run as it was fastest on full rows; the peer so and eager, of which the faster counts.
+
+Batches are made beforehand on both sides: pixels in fp32 for the peer, in bytes for ours, which makes them fp32 itself.
 
 Tokens are real ones: columns of text and of images, padding not counted. A ratio is taken within a turn; the median
 over the turns is printed. Where the peer's slowest turn took ``MOST_SPREAD`` of its fastest or more, something else had
-the cores: the tables are printed, and no file is written.
+the cores: that is said, and written as ``at_rest`` false. Ratios hold no better than their range then.
 """
 
 from __future__ import annotations
@@ -80,6 +83,7 @@ def ways(cores: int, try_compile: bool) -> list[Way]:
         Way("peer"),
         Way("peer, huge pages", environment=_HUGE_PAGES),
         Way("peer, torch.compile", compile=True),
+        Way("peer, torch.compile, huge pages", compile=True, environment=_HUGE_PAGES),
     ]
     return [way for way in made if try_compile or not way.compile]
 
@@ -128,9 +132,8 @@ def ratio(theirs: Side, ours: Side) -> tuple[float, float, float]:
 
 def print_table(title: str, sides: Sequence[Side], against: Side) -> None:
     print(f"\n{title}")
-    print(
-        f"{'':<34}{'real tokens/s':>14}{'s per turn':>12}{'real columns':>14}   over {against.name} (range over turns)"
-    )
+    over = f"over {against.name} (range over turns), in CPU time"
+    print(f"{'':<34}{'real tokens/s':>14}{'s per turn':>12}{'real columns':>14}   {over}")
     for side in sides:
         middle, low, high = ratio(against, side)
         speed = f"{side.tokens_per_s:>14,.0f}{statistics.median(side.seconds):>12.2f}{side.real_share:>14.1%}"
@@ -154,6 +157,19 @@ def table(sides: Sequence[Side], against: Side) -> list[dict[str, Any]]:
         ratios = {"ratio": middle, "ratio_range": [low, high], "cpu_ratio": cpu_ratio(against, side)}
         made.append({**dataclasses.asdict(side), "over": against.name, **ratios})
     return made
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> dict[str, str]:
+    """What decides whether huge pages can be asked for: the C library, and Linux's own setting."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "libc": " ".join(platform.libc_ver()),
+        "transparent_hugepage": setting.read_text().strip() if setting.exists() else "unknown",
+    }
 
 
 def cpu_name() -> str:
@@ -222,18 +238,19 @@ def without_failing(sides: dict[str, Running]) -> dict[str, Running]:
     for name, side in sides.items():
         try:
             side.start(TRAINING_LR)
-            side.steps("full")  # compiles
-            side.start(TRAINING_LR)
+            if side.way.compile:
+                side.steps("full")
+                side.start(TRAINING_LR)
             able[name] = side
         except PeerStopped:
             if not side.way.compile:
                 raise
-            print("torch.compile does not work here; its own words are above")
+            print(f"{name}: torch.compile does not work here; its own words are above")
     return able
 
 
-def fastest(sides: Sequence[Side], choices: Sequence[Way], ours: bool) -> Side:
-    names = {way.name for way in choices if way.is_ours == ours}
+def fastest(sides: Sequence[Side], choices: Sequence[Way]) -> Side:
+    names = {way.name for way in choices}
     return max((side for side in sides if side.name in names), key=lambda side: side.tokens_per_s)
 
 
@@ -243,18 +260,18 @@ def full_rows(sides: dict[str, Running], made: AllWork, turns: int, title: str) 
     return compare(rounds, dict.fromkeys(rounds, filled(made.full.ours)), tokens, turns, title)
 
 
-def a_mix(ours: Running, peer: Running, made: AllWork, turns: int) -> list[Side]:
-    """Ours packed, ours unpacked, the peer."""
-    for side in (ours, peer):
+def a_mix(ours: Running, peers: Sequence[Running], made: AllWork, turns: int) -> list[Side]:
+    """Ours packed, ours unpacked, the fastest peer."""
+    for side in (ours, *peers):
         side.start(STILL_LR)
     rounds = {
         "ours, packed": functools.partial(ours.steps, "packed"),
         "ours, unpacked": functools.partial(ours.steps, "unpacked"),
-        peer.way.name: functools.partial(peer.steps, "mix"),
+        **{peer.way.name: functools.partial(peer.steps, "mix") for peer in peers},
     }
-    alone = filled(made.unpacked.ours)
-    shares = {"ours, packed": filled(made.packed), "ours, unpacked": alone, peer.way.name: alone}
-    return compare(rounds, shares, sum(item.columns for item in made.items), turns, "a mix of lengths")
+    shares = dict.fromkeys(rounds, filled(made.unpacked.ours)) | {"ours, packed": filled(made.packed)}
+    mix = compare(rounds, shares, sum(item.columns for item in made.items), turns, "a mix of lengths")
+    return [*mix[:2], max(mix[2:], key=lambda side: side.tokens_per_s)]
 
 
 def mean_losses(sides: Sequence[Side], made: AllWork) -> dict[str, float]:
@@ -280,21 +297,26 @@ def main(
     Args:
         peer_python: Python of an environment with torch and transformers 5.
         cores: How many cores both sides share.
-        rows: Rows of a batch of ours; a multiple of the cores.
+        rows: Rows of a batch of ours; the cores divide them.
         batches: Batches of full rows that a turn goes over.
-        examples: Examples of the mix; a turn goes over all of them.
+        examples: Examples of the mix; a turn goes over all of them; the cores divide them.
         turns: How often each side is timed, after one turn to warm up.
         try_compile: Try the peer with torch.compile too, which takes minutes to compile.
         seed: Of weights, tokens, pixels and lengths.
         out: Write the numbers as JSON here too.
     """
-    if rows % cores:
-        raise SystemExit(f"--rows {rows} on --cores {cores}: a device a core needs as many rows each; give a multiple")
+    work = {"rows": rows, "batches": batches, "examples": examples, "cores": cores}
+    if wrong := [f"--{name} {n}" for name, n in {**work, "turns": turns}.items() if n < 1]:
+        raise SystemExit(f"{', '.join(wrong)}: there must be at least one")
+    if cores > (found := usable_cores()) or rows % cores or examples % cores:
+        raise SystemExit(
+            f"--cores {cores}: there must be as many (here {found}); they must divide --rows and --examples"
+        )
     if hasattr(os, "sched_setaffinity"):  # the sides inherit it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     load = {"before": os.getloadavg()}
-    work = {"seed": seed, "rows": rows, "batches": batches, "examples": examples}
-    made, content, spreads = make_work(**work), {}, {}
+    work["seed"] = seed
+    made, content, spreads = make_work(**work), dict[str, Any](), dict[str, float]()
     for shape in MODELS:
         choices = ways(cores, try_compile)
         with running(choices, peer_python, cores) as sides, tempfile.TemporaryDirectory() as folder:
@@ -302,11 +324,16 @@ def main(
                 "ours": sides[choices[0].name].process.ask("versions"),
                 "peer": sides["peer"].process.ask("versions"),
             }
+            if not content:
+                for owner, values in versions.items():
+                    print(f"{owner}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
             parameters = prepare(sides, shape, cores, work, made, Path(folder))
             print(f"\n{shape}: {parameters / 1e6:.1f} M parameters, {cores} cores, T = {T}")
             able = without_failing(sides)
             timed = full_rows(able, made, turns, f"full rows, {shape}")
-            ours, peer = fastest(timed, choices, ours=True), fastest(timed, choices, ours=False)
+            ours = fastest(timed, [way for way in choices if way.is_ours])
+            theirs = [way for way in choices if not way.is_ours]
+            peer, eager = fastest(timed, theirs), fastest(timed, [way for way in theirs if not way.compile])
             print("\nloss at each step of the first turn")
             for side in timed:
                 print(f"{side.name:<34}" + " ".join(f"{loss:.6f}" for loss in side.losses))
@@ -321,7 +348,9 @@ def main(
             }
             spreads[shape] = spread(peer)
             if shape == next(iter(MODELS)):
-                mix = a_mix(able[ours.name], able[peer.name], made, turns)
+                mix = a_mix(
+                    able[ours.name], [able[name] for name in dict.fromkeys([peer.name, eager.name])], made, turns
+                )
     losses, tokens = mean_losses(mix, made), sum(item.columns for item in made.items)
     print("\nmean loss over the mix: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
     text = f"a mix of lengths: {examples} examples, {tokens / examples:.0f} tokens each on average"
@@ -332,19 +361,21 @@ def main(
     print("load over 1, 5 and 15 minutes: " + ", ".join(f"{when} {values}" for when, values in load.items()))
     spreads["mix"] = spread(mix[2])
     print("the peer's slowest turn over its fastest: " + ", ".join(f"{k} {v:.2f}" for k, v in spreads.items()))
+    at_rest = max(spreads.values()) < MOST_SPREAD
+    if not at_rest:
+        print("something else had the cores: run again on a machine at rest")
     if out is None:
         return
-    if max(spreads.values()) >= MOST_SPREAD:
-        raise SystemExit(f"{out} is not written: something else had the cores; run again on a machine at rest")
     written = {
         "optimizer": dataclasses.asdict(OPTIMIZER),
         "T": T,
         **work,
-        "cores": cores,
         "cpu": cpu_name(),
+        "memory": memory(),
         "turns": turns,
         "load": load,
         "peer_spread": spreads,
+        "at_rest": at_rest,
         "versions": versions,
         "shapes": content,
         "mix": {

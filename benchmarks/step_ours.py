@@ -29,7 +29,7 @@ from phivision_jax.training.step import TrainStep, init_params, make_train_step
 
 
 class Ours:
-    """A row on each device and the weights split over them, as a recipe does it; compiled once for a shape of batch."""
+    """Rows and weights split over the devices, as in a recipe; compiled once for a shape of batch."""
 
     def versions(self) -> dict[str, Any]:
         return {"python": platform.python_version(), "numpy": np.__version__, "jax": jax.__version__}
@@ -48,7 +48,7 @@ class Ours:
         return {}
 
     def batches(self, work: dict[str, Any]) -> dict[str, Any]:
-        made = make_work(**work, devices=self.mesh.size)
+        made = make_work(**work)
         self.sets = {"full": made.full.ours, "packed": made.packed, "unpacked": made.unpacked.ours}
         return {}
 

@@ -37,8 +37,9 @@ MODELS = {
     ),
 }
 """By shape. The first has what does not shrink with a model: heads of 128 columns (72 in the tower), four of them to a
-KV head, and widths in the released model's ratios. The second has four times as many heads as that, so that attention
-is a larger part of its work than it is of any large model's."""
+KV head, and feed-forward layers as wide for their tower as the released ones. The second has four times as many heads
+as that, so that attention is a larger part of its work than it is of any large model's. The vocabulary is one tile of
+the loss: making the logits a second time, 1 % of the released model's products, would be 8 % of these."""
 
 MODEL = MODELS["the released model's proportions"]
 """Tokens, pixels and their limits are the same in every shape."""
@@ -158,12 +159,12 @@ def packed(items: Sequence[Item], rows: int) -> list[Batch]:
     return [our_batch(filled[i : i + rows], T, PATCHES) for i in range(0, len(filled), rows)]
 
 
-def unpacked(items: Sequence[Item], batch_size: int, devices: int = 1) -> Work:
-    """An example in a row, padded to the longest of its batch; ours with empty rows to fill its devices."""
+def unpacked(items: Sequence[Item], batch_size: int) -> Work:
+    """An example in a row, padded to the longest of its batch on both sides."""
     cut = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     ours = [
         our_batch(
-            [[item] for item in part] + [[]] * (-len(part) % devices),
+            [[item] for item in part],
             max(i.columns for i in part),
             max(i.patches for i in part),
         )
@@ -183,11 +184,14 @@ class AllWork:
     unpacked: Work
 
 
-def make_work(seed: int, rows: int, batches: int, examples: int, devices: int = 1) -> AllWork:
-    """``batches`` of full rows and ``examples`` of the mix; ``rows`` to a batch of ours, ``devices`` dividing them."""
-    full, items = (
-        full_rows(np.random.default_rng(seed), rows, batches),
-        mixed_items(np.random.default_rng(seed), examples),
-    )
+def make_work(seed: int, rows: int, batches: int, examples: int, cores: int) -> AllWork:
+    """``batches`` of full rows, and ``examples`` of the mix: ``rows`` to a packed batch, and unpacked as many as those
+    hold on average, to the nearest multiple of the cores, which divide the examples too.
+    """
+    full_seed, mix_seed = np.random.SeedSequence(seed).spawn(2)
+    items = mixed_items(np.random.default_rng(mix_seed), examples)
     in_rows = packed(items, rows)
-    return AllWork(full, items, in_rows, unpacked(items, round(len(items) / len(in_rows)), devices))
+    batch_size = cores * max(1, round(len(items) / len(in_rows) / cores))
+    return AllWork(
+        full_rows(np.random.default_rng(full_seed), rows, batches), items, in_rows, unpacked(items, batch_size)
+    )
