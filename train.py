@@ -284,14 +284,15 @@ def parse_flags(argv: list[str]) -> list[str]:
         if not (help_page.asked_for(argv) and any(word.startswith("--config") for word in argv)):
             return app.parse_flags_with_usage(argv)
         app.parse_flags_with_usage([word for word in argv if word not in help_page.FLAGS])
-        print(__doc__, help_page.text(config_of_flags()), sep="\n")
-        sys.exit(0)
+        page = help_page.text(config_of_flags())
     except OSError as error:
         sys.exit(f"train.py: {no_config_file(error)}")
     except SyntaxError as error:
         sys.exit(f"train.py: --config: {error}")
     except (AttributeError, KeyError, ValueError) as error:
         sys.exit(f"train.py: {error}")
+    print(__doc__, page, sep="\n")  # not above: a reader that closes the pipe is no missing file
+    sys.exit(0)
 
 
 def config_of_flags() -> RunConfig:
@@ -309,7 +310,7 @@ def config_of_flags() -> RunConfig:
 
 def no_config_file(error: OSError) -> str:
     cause = re.sub(r"(?s).*\[Errno \d+\] ", "", str(error))  # behind all the ways that ml_collections tried
-    return f"--config: {cause}; give a file like configs/tiny.py"
+    return f"--config: {cause.rstrip('.')}; give a file like configs/tiny.py"
 
 
 if __name__ == "__main__":
