@@ -80,6 +80,7 @@ def ways(cores: int, try_compile: bool) -> list[Way]:
         Way("ours, a device a core, huge pages", devices=cores, environment=_HUGE_PAGES),
         Way("ours, a device a core", devices=cores),
         Way("ours, one device, huge pages", devices=1, environment=_HUGE_PAGES),
+        Way("ours, one device", devices=1),
         Way("peer"),
         Way("peer, huge pages", environment=_HUGE_PAGES),
         Way("peer, torch.compile", compile=True),

@@ -1,11 +1,13 @@
 """Our side of ``step.py``: the step that ``train.py`` runs, in a process of its own, asked as the peer is.
 
-{"do": "versions"}
-{"do": "load", "shape": "…", "devices": 2, "seed": 0}    a model of ``step_work``; its first weights
-{"do": "weights", "file": "x.npz"}    writes them in the released layout
-{"do": "batches", "work": {…}}    makes the batches that ``step_work.make_work`` describes
-{"do": "start", "learning_rate": x}    the first weights again, a fresh optimizer, nothing compiled
-{"do": "steps", "name": "full"}    one step on every batch: seconds, CPU seconds, losses; compiles at first
+    {"do": "versions"}
+    {"do": "load", "shape": "…", "devices": 2, "seed": 0}    a model of ``step_work``; its first weights
+    {"do": "weights", "file": "x.npz"}    writes them in the released layout
+    {"do": "batches", "work": {…}}    makes the batches that ``step_work.make_work`` describes
+    {"do": "start", "learning_rate": x}    the first weights again, a fresh optimizer, nothing compiled
+    {"do": "steps", "name": "full"}    one step on every batch: seconds, CPU seconds, losses; compiles at first
+
+Weights, tokens and pixels follow from the seed, so that only weights travel, and only to the peer.
 """
 
 from __future__ import annotations
