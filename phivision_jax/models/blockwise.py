@@ -24,10 +24,9 @@ from jaxtyping import Array, Float, Int32
 from phivision_jax.models.by_device import by_device
 from phivision_jax.models.remat import ATTENTION, name
 
-BLOCK, ROWS = 128, 512
-"""Columns of a block, queries and keys: twice as many where a block of scores would have fewer than ``ROWS`` rows, the
-columns of all query heads that share a key. So they are 512 × 128 where four share it, as released, and 256 × 256 where
-none do, as in the tower: either stays in a core's cache."""
+BLOCK = 256
+"""Most columns of a block, of queries and of keys: a row is cut into as few equal blocks as that allows. Scores of four
+heads' queries, 1024 × 256, stay in a core's cache, and two cores can share a product of that size."""
 
 MASKED = -1e30
 """Score of what a query may not see. Large and finite: infinities would make NaN of their differences."""
@@ -49,7 +48,7 @@ def blockwise(
     span_end: Int32[Array, "*B T"],
     *,
     axes: tuple[str | None, ...] = ("batch", "length", "heads"),
-    block: int | None = None,
+    block: int = BLOCK,
 ) -> Float[Array, "*B T N H"]:
     """Attention as ``models.attention.attend`` defines it; zero for padding (segment 0) and where no key is visible.
 
@@ -59,16 +58,15 @@ def blockwise(
     Args:
       segment_ids: from 0 to 2^30; cheapest where they do not decrease along the row, padding last.
       axes: as in ``attend``.
-      block: columns of a block (default: see ``BLOCK``); the row need not be a multiple of it.
+      block: most columns of a block; rows need not be multiples of it.
     """
     lead = q.ndim - 3
     span_end = jnp.minimum(span_end, k.shape[-3] - 1)  # a last block of keys is filled with columns from S on
 
     def local(q, k, v, segments, kv_segments, span_end):
-        few_rows = BLOCK * q.shape[-2] // k.shape[-2] < ROWS
-        size = block or (2 * BLOCK if few_rows else BLOCK)
+        sizes = _block_size(q.shape[-3], block), _block_size(k.shape[-3], block)
         rows = (x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, segments, kv_segments, span_end))
-        return _attention(*rows, size).reshape(q.shape)
+        return _attention(*rows, sizes).reshape(q.shape)
 
     return by_device(local, q, k, v, segment_ids, kv_segment_ids, span_end, axes=axes)
 
@@ -81,9 +79,9 @@ def _attention(
     segments: Int32[Array, "B T"],
     kv_segments: Int32[Array, "B S"],
     span_end: Int32[Array, "B T"],
-    block: int,
+    sizes: tuple[int, int],
 ) -> Float[Array, "B T N H"]:
-    return _forward(q, k, v, segments, kv_segments, span_end, block)[0]
+    return _forward(q, k, v, segments, kv_segments, span_end, sizes)[0]
 
 
 def _forward(
@@ -93,17 +91,17 @@ def _forward(
     segments: jax.Array,
     kv_segments: jax.Array,
     span_end: jax.Array,
-    block: int,
+    sizes: tuple[int, int],
 ) -> tuple[jax.Array, _Residuals]:
     inputs = q, k, v, segments, kv_segments, span_end
     # One row at a time: under vmap every row would walk over the blocks of all rows.
-    out, normaliser = jax.lax.map(lambda row: _row(block, *row), inputs)
+    out, normaliser = jax.lax.map(lambda row: _row(sizes, *row), inputs)
     out, normaliser = name(out, ATTENTION), name(normaliser, ATTENTION)
     return out, (*inputs, out, normaliser)
 
 
-def _backward(block: int, residuals: _Residuals, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
-    d_q, d_k, d_v = jax.lax.map(lambda row: _row_backward(block, *row), (*residuals, d_out))
+def _backward(sizes: tuple[int, int], residuals: _Residuals, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+    d_q, d_k, d_v = jax.lax.map(lambda row: _row_backward(sizes, *row), (*residuals, d_out))
     return d_q, d_k, d_v, None, None, None
 
 
@@ -111,7 +109,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _row(
-    block: int,
+    sizes: tuple[int, int],
     q: Float[Array, "T N H"],
     k: Float[Array, "S K H"],
     v: Float[Array, "S K H"],
@@ -121,8 +119,10 @@ def _row(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "I K C"]]:
     """The result, and log Σ exp(score) of each query, in blocks (I blocks, K groups of C queries)."""
     (T, N, _), K = q.shape, k.shape[1]
-    queries, keys, values = _query_blocks(q, K, block), _key_blocks(k, block), _key_blocks(v, block)
-    q_ids, k_ids, spans = _id_blocks(_ids(segments), block), _id_blocks(kv_segments, block), _id_blocks(span_end, block)
+    block, key_block = sizes
+    queries, keys, values = _query_blocks(q, K, block), _key_blocks(k, key_block), _key_blocks(v, key_block)
+    q_ids, k_ids = _id_blocks(_ids(segments), block), _id_blocks(kv_segments, key_block)
+    spans = _id_blocks(span_end, block)
 
     def one(args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, q_ids, span_end, first, last = args
@@ -145,7 +145,7 @@ def _row(
 
 
 def _row_backward(
-    block: int,
+    sizes: tuple[int, int],
     q: Float[Array, "T N H"],
     k: Float[Array, "S K H"],
     v: Float[Array, "S K H"],
@@ -158,8 +158,10 @@ def _row_backward(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
     """Gradients of q, k and v."""
     (T, N, H), (S, K, _) = q.shape, k.shape
-    queries, keys, values = _query_blocks(q, K, block), _key_blocks(k, block), _key_blocks(v, block)
-    q_ids, k_ids, spans = _id_blocks(_ids(segments), block), _id_blocks(kv_segments, block), _id_blocks(span_end, block)
+    block, key_block = sizes
+    queries, keys, values = _query_blocks(q, K, block), _key_blocks(k, key_block), _key_blocks(v, key_block)
+    q_ids, k_ids = _id_blocks(_ids(segments), block), _id_blocks(kv_segments, key_block)
+    spans = _id_blocks(span_end, block)
     # What a query's scores have in common: the softmax's gradient is weights · (d_weights - this).
     common = (d_out.astype(jnp.float32) * out).sum(-1)
 
@@ -215,6 +217,10 @@ def _walks(
     may &= jnp.arange(0, J * S, S) <= span_end.max(1)[:, None]
     first, last = may.argmax(1), J - may[:, ::-1].argmax(1)
     return first, jnp.where(may.any(1), last, first)
+
+
+def _block_size(columns: int, block: int) -> int:
+    return -(-columns // -(-columns // block))
 
 
 def _ids(segments: Int32[Array, " T"]) -> Int32[Array, " T"]:
