@@ -11,6 +11,7 @@ Compute follows the dtype of the activations: a parameter is cast where it is us
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -20,6 +21,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 
 from phivision_jax.models.elementwise import layer_norm, rms_norm
+from phivision_jax.models.remat import PRODUCT, name
 
 ONES, ZEROS = jax.nn.initializers.ones, jax.nn.initializers.zeros
 
@@ -32,6 +34,34 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
 
 def truncated_normal(stddev: float) -> Initializer:
     return jax.nn.initializers.truncated_normal(stddev)
+
+
+def project(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
+    """x [..., *in] · kernel [*in, *out] = [..., *out], summed over the last ``n`` axes of x. In reverse mode only.
+
+    The gradients are those of autodiff but for one order: it makes the kernel's as (dyᵀ · x)ᵀ, which XLA computes on
+    CPUs at 0.6 of the speed of xᵀ · dy.
+    """
+    return name(_project(x, kernel, n), PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _project(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
+    return jnp.tensordot(x, kernel, axes=n)
+
+
+def _project_forward(x: jax.Array, kernel: jax.Array, n: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _project(x, kernel, n), (x, kernel)
+
+
+def _project_backward(n: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = kept
+    batch = range(x.ndim - n)
+    dx = jax.lax.dot_general(dy, kernel, ((range(len(batch), dy.ndim), range(n, kernel.ndim)), ((), ())))
+    return dx, jax.lax.dot_general(x, dy, ((batch, batch), ((), ())))
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 class Linear(nnx.Module):
@@ -62,11 +92,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         n = self.num_inputs
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=n)
+        y = project(x, self.kernel[...].astype(x.dtype), n)
         if self.lora_a is not None and self.lora_b is not None:
             # Never A · B: that would be as large as the kernel.
-            narrow = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), axes=n)
-            y = y + self.lora_scale * jnp.tensordot(narrow, self.lora_b[...].astype(x.dtype), axes=1)
+            narrow = project(x, self.lora_a[...].astype(x.dtype), n)
+            y = y + self.lora_scale * project(narrow, self.lora_b[...].astype(x.dtype), 1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     def adapt(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 INPUT = "layer_input"
 QKV = "qkv"
 ATTENTION = "attention"
+PRODUCT = "product"
 """Names of the values that policies speak of; ``name`` marks them in the layers."""
 
 _policies = jax.checkpoint_policies
@@ -39,9 +40,7 @@ def _offload(*names: str) -> Callable[..., Any]:
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": _policies.nothing_saveable,
     "attention": _policies.save_only_these_names(QKV, ATTENTION),
-    "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENTION)
-    ),
+    "dots": _policies.save_only_these_names(PRODUCT, ATTENTION),
     "none": None,
     "offload": _offload(INPUT),
     "offload_attention": _offload(INPUT, QKV, ATTENTION),
