@@ -76,6 +76,8 @@ class Collective:
 def collectives(hlo: str) -> list[Collective]:
     """Every collective that the program runs, in the order of the text; those of a computation called twice, twice.
 
+    Of a conditional's branches the one that exchanges most bytes is taken.
+
     Args:
       hlo: ``compiled.as_text()``.
 
@@ -167,6 +169,9 @@ def _of_one(
         # Trips matter only where something is counted.
         if any(_walk(module, body, loops, overlapped)):
             yield from _walk(module, body, (*loops, module.trips(instruction)), overlapped)
+    elif kind == "conditional":
+        branches = (list(_walk(module, branch, loops, overlapped)) for branch in instruction.called)
+        yield from max(branches, key=lambda inside: sum(c.total_bytes for c, _ in inside))
     elif not instruction.opcode.endswith(("-update", "-done")):  # these name again what their start has run
         for called in instruction.called:
             inside = list(_walk(module, called, loops, overlapped))

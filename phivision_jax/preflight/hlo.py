@@ -34,7 +34,7 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> list[str]:
-        """Computations that it runs once; a loop's body is not among them (``loop``)."""
+        """Computations that it runs once; of those of a "conditional" it runs one. A loop's body is not among them."""
         return [name for group in _CALLED.findall(self.rest) for name in re.findall(r"[\w.\-]+", group)]
 
     def attribute(self, key: str) -> str:
@@ -103,7 +103,10 @@ class Module:
 
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
-_CALLED = re.compile(r"(?:calls|to_apply|called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
 
 
 def parse(text: str) -> Module:

@@ -47,6 +47,8 @@ def matmul_flops(hlo: str) -> float:
 def matmuls(hlo: str) -> list[Matmul]:
     """Every product that the program runs, in the order of the text; those of a computation called twice, twice.
 
+    Of a conditional's branches the one with most FLOPs is taken.
+
     Raises:
       ValueError: when the text has no entry computation, or a loop around a product has no constant number of trips.
     """
@@ -66,6 +68,9 @@ def _walk(module: Module, at: str, loops: tuple[int, ...], source: str) -> Itera
             body = instruction.attribute("body")
             if any(_walk(module, body, loops, here)):  # trips matter only where something is counted
                 yield from _walk(module, body, (*loops, module.trips(instruction)), here)
+        elif instruction.opcode == "conditional":
+            branches = (list(_walk(module, branch, loops, here)) for branch in instruction.called)
+            yield from max(branches, key=lambda inside: sum(matmul.total_flops for matmul in inside))
         elif not instruction.opcode.endswith(("-update", "-done")):  # these name again what their start has run
             for called in instruction.called:
                 yield from _walk(module, called, loops, here)

@@ -6,20 +6,28 @@ head is applied to a tile of the vocabulary at a time:
     for each tile W [v, D]     logits [B, T, v] = x · W         forward: largest so far, Σ exp, the target's logit
     once more, backward        p = softmax − target             dx += p · W,  dW = p · x
 
-A vocabulary of one tile is the exception: its logits are kept, for they would exist whole anyhow, moments later.
 The table is gathered over fsdp once for the forward pass and once for the backward pass, before the loop; the gradient
 of a tile is scattered to its owners as soon as it is made. Where the vocabulary is split over ``tensor``, a tile takes
 an equal part of every shard.
+
+Images and prompts have no loss, and so need no logits. Where no row of a batch has more than T / ``SHARE`` columns that
+count, those are picked up first, and the head is applied to so many columns of each row:
+
+    counted     0 0 0 0 1 0 0 1        T = 8, at most 2 of them in any row:      x[:, [4, 7]]
+
+Not on TPUs: a second program for the head costs the compiler a fifth of a whole step's time there, and in the batches
+of a pod there is nearly always a row that is all text.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from phivision_jax.batch import Batch
 from phivision_jax.models.phivision import PhiVision
@@ -27,6 +35,13 @@ from phivision_jax.sharding import axis_size, constrain
 
 TILE = 8192
 """Most vocabulary entries of a tile: large enough for the matrix units, small enough that its logits are cheap."""
+
+SHARE = 4
+
+type _Tiles = tuple[Float[Array, "*tiles s v D"], Int32[Array, "*tiles s"]]
+"""Of the head, and the first id of each part of it."""
+
+type _Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 def batch_loss(
@@ -42,7 +57,8 @@ def batch_loss(
       The scalar loss, and sums to log: ``weight`` (), ``correct`` (), ``group_loss`` and ``group_weight``
       [num_groups] by ``batch.group_ids``.
     """
-    losses, hits = cross_entropy(model.hidden(batch), model.decoder.lm_head.kernel[...], batch.targets)
+    kernel, counted = model.decoder.lm_head.kernel[...], batch.loss_weights != 0
+    losses, hits = cross_entropy(model.hidden(batch), kernel, batch.targets, counted)
     token_loss = losses * batch.loss_weights  # [B, T]
     weight = batch.loss_weights.sum()
     groups = jax.nn.one_hot(batch.group_ids, num_groups)  # [B, T, groups]
@@ -58,7 +74,11 @@ def batch_loss(
 
 
 def cross_entropy(
-    x: Float[Array, "B T D"], kernel: Float[Array, "V D"], targets: Int32[Array, "B T"], tile: int = TILE
+    x: Float[Array, "B T D"],
+    kernel: Float[Array, "V D"],
+    targets: Int32[Array, "B T"],
+    counted: Bool[Array, "B T"],
+    tile: int = TILE,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """−log softmax(x · kernelᵀ)[target] per token in fp32, and whether the target is the likeliest token.
 
@@ -66,9 +86,10 @@ def cross_entropy(
       x: normalised hidden states; the products are computed in their dtype and added up in fp32.
       kernel: the head, in any dtype.
       targets: below V.
+      counted: the columns that are asked for: elsewhere the loss is 0, and x gets no gradient.
       tile: most entries of the vocabulary at a time.
     """
-    return _cross_entropy(x, kernel, targets, _num_tiles(kernel.shape[0], tile))
+    return _cross_entropy(x, kernel, targets, counted, _num_tiles(kernel.shape[0], tile))
 
 
 def _num_tiles(vocab: int, tile: int) -> int:
@@ -77,42 +98,117 @@ def _num_tiles(vocab: int, tile: int) -> int:
     return next(n for n in range(-(-vocab // tile), here + 1) if here % n == 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _cross_entropy(x: jax.Array, kernel: jax.Array, targets: jax.Array, tiles: int) -> tuple[jax.Array, jax.Array]:
-    (losses, hits), _ = _forward(x, kernel, targets, tiles)
-    return losses, hits
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(
+    x: jax.Array, kernel: jax.Array, targets: jax.Array, counted: jax.Array, tiles: int
+) -> tuple[jax.Array, jax.Array]:
+    return _forward(x, kernel, targets, counted, tiles)[0]
 
 
-def _forward(x: jax.Array, kernel: jax.Array, targets: jax.Array, tiles: int):
-    def body(carry, tile):
-        largest, total, picked, best = carry
+def _forward(x: jax.Array, kernel: jax.Array, targets: jax.Array, counted: jax.Array, tiles: int):
+    cut = _tiles(kernel, x.dtype, tiles)
+
+    def of(columns: _Columns) -> list[jax.Array]:
+        return [columns.spread(y) for y in _losses(columns.take(x), columns.take(targets), cut)]
+
+    losses, hits, normaliser = _on_counted(of, counted)
+    # Infinite where nothing counts: by a finite one exp of the logits could overflow there, and ∞ · 0 is no number.
+    return (losses, hits), (x, kernel, targets, counted, jnp.where(counted, normaliser, jnp.inf))
+
+
+def _backward(tiles: int, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]):
+    x, kernel, targets, counted, normaliser = saved
+    cut = _tiles(kernel, x.dtype, tiles)
+    # Of the losses; nothing flows back through the hits.
+    scale = jnp.where(counted, cotangents[0].astype(jnp.float32), 0)
+
+    def of(columns: _Columns) -> tuple[jax.Array, jax.Array]:
+        some_x, some_targets, *scalars = (columns.take(a) for a in (x, targets, normaliser, scale))
+        dx, dW = _gradients(some_x, some_targets, scalars[0], scalars[1], cut, kernel.dtype)
+        return columns.spread(dx), dW
+
+    dx, dW = _on_counted(of, counted)  # [tiles, s, v, D]
+    return dx, dW.swapaxes(0, 1).reshape(kernel.shape), None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Columns:
+    """The first ``size`` counted columns of every row, in their order; if ``size`` is T, all columns."""
+
+    counted: Bool[Array, "B T"]
+    size: int
+
+    def take(self, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B size ..."]:
+        """Zeros after a row's last counted column."""
+        if self.size == x.shape[1]:
+            return x
+        slot = jnp.arange(1, self.size + 1)
+        column = (self.counted.cumsum(1)[:, None] < slot[:, None]).sum(-1)  # T where a row has no such column
+        return _pick(x, column)
+
+    def spread(self, y: Shaped[Array, "B size ..."]) -> Shaped[Array, "B T ..."]:
+        """Zeros in columns that are not counted."""
+        if self.size != self.counted.shape[1]:
+            y = _pick(y, self.counted.cumsum(1) - 1)
+        return jnp.where(self.counted.reshape(*self.counted.shape, *[1] * (y.ndim - 2)), y, 0)
+
+
+def _pick(x: Shaped[Array, "B T ..."], column: Int32[Array, "B S"]) -> Shaped[Array, "B S ..."]:
+    """Zeros for columns beyond the row."""
+    column = column.reshape(*column.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, column, axis=1, mode="fill", fill_value=0)
+
+
+def _on_counted[R](run: Callable[[_Columns], R], counted: Bool[Array, "B T"]) -> R:
+    """``run`` on a share of the columns if it holds every row's, else on all; the same on all devices."""
+    few, T = (counted.shape[1] // n for n in (SHARE, 1))
+    on_few, on_all = (functools.partial(run, _Columns(counted, size)) for size in (few, T))
+    if few == 0:
+        return on_all()
+    either = functools.partial(jax.lax.cond, counted.sum(1).max() <= few, on_few, on_all)
+    return jax.lax.platform_dependent(tpu=on_all, default=either)
+
+
+def _losses(x: Float[Array, "B T D"], targets: Int32[Array, "B T"], cut: _Tiles) -> tuple[jax.Array, ...]:
+    """Loss, whether the target is the likeliest, and the logits' log Σ exp, [B, T] each."""
+
+    def body(carry: _Sums, tile: _Tiles) -> tuple[_Sums, None]:
+        largest, total, picked, beaten = carry
         W, first = tile
-        logits = _logits(x, W)  # [B, T, s, v]
-        top = logits.max((2, 3))
-        # The first of equal logits counts, as argmax has it; tiles come in the order of the ids within a shard.
+        logits, target = _logits(x, W), targets[..., None, None]  # [B, T, s, v]
         entry = first[:, None] + jnp.arange(W.shape[1])  # [s, v]
-        winner = jnp.where(logits == top[..., None, None], entry, kernel.shape[0]).min((2, 3))
-        best = jnp.where(top > largest, winner, jnp.where(top == largest, jnp.minimum(best, winner), best))
+        top = logits.max((2, 3))
+        # Of equal logits the first id counts, as argmax has it: is there one before the target's?
+        earlier = ((logits == top[..., None, None]) & (entry < target)).any((2, 3))
+        beaten = jnp.where(top > largest, earlier, beaten | (top == largest) & earlier)
         new = jnp.maximum(largest, top)
         total = total * jnp.exp(largest - new) + jnp.exp(logits - new[..., None, None]).sum((2, 3))
-        picked += jnp.where(entry == targets[..., None, None], logits, 0.0).sum((2, 3))
-        return (new, total, picked, best), logits if tiles == 1 else None
+        picked += jnp.where(entry == target, logits, 0.0).sum((2, 3))
+        return (new, total, picked, beaten), None
 
     like = jnp.zeros(targets.shape, jnp.float32)
-    start = (like - jnp.inf, like, like, jnp.full(targets.shape, kernel.shape[0], jnp.int32))
-    (largest, total, picked, best), kept = jax.lax.scan(body, start, _tiles(kernel, x.dtype, tiles))
+    start = like - jnp.inf, like, like, jnp.zeros(targets.shape, bool)
+    (largest, total, picked, beaten), _ = jax.lax.scan(body, start, cut)
     normaliser = largest + jnp.log(total)
-    return (normaliser - picked, best == targets), (x, kernel, targets, normaliser, kept)
+    return normaliser - picked, (picked == largest) & ~beaten, normaliser
 
 
-def _backward(tiles: int, saved, cotangents):
-    x, kernel, targets, normaliser, kept = saved
-    scale = cotangents[0].astype(jnp.float32)  # of the losses; nothing flows back through the hits
+def _gradients(
+    x: Float[Array, "B T D"],
+    targets: Int32[Array, "B T"],
+    normaliser: Float[Array, "B T"],
+    scale: Float[Array, "B T"],
+    cut: _Tiles,
+    dtype: jnp.dtype,
+) -> tuple[Float[Array, "B T D"], Float[Array, "tiles s v D"]]:
+    """Of x, and of the head in ``dtype``; ``scale`` is that of the losses."""
 
-    def body(dx, tile):
-        (W, first), logits = tile
-        logits = _logits(x, W) if logits is None else logits
-        probabilities = jnp.exp(logits - normaliser[..., None, None])
+    def body(dx: jax.Array, tile: _Tiles) -> tuple[jax.Array, jax.Array]:
+        W, first = tile
+        probabilities = jnp.exp(_logits(x, W) - normaliser[..., None, None])
         entry = first[:, None] + jnp.arange(W.shape[1])
         hit = entry == targets[..., None, None]
         dlogits = ((probabilities - hit) * scale[..., None, None]).astype(x.dtype)
@@ -120,21 +216,17 @@ def _backward(tiles: int, saved, cotangents):
         # x first: on CPUs a transposed x costs less than a transposed dlogits.
         dW = jnp.einsum("BTD,BTsv->Dsv", x, dlogits, preferred_element_type=jnp.float32).transpose(1, 2, 0)
         # Here, not after the loop: a whole gradient of the table on every device would be summed and thrown away.
-        return dx, constrain(dW.astype(kernel.dtype), "vocab", None, "embed")
+        return dx, constrain(dW.astype(dtype), "vocab", None, "embed")
 
-    dx = constrain(jnp.zeros(x.shape, jnp.float32), "batch", "length", None)
-    dx, dW = jax.lax.scan(body, dx, (_tiles(kernel, x.dtype, tiles), kept))  # [tiles, s, v, D]
-    return dx.astype(x.dtype), dW.swapaxes(0, 1).reshape(kernel.shape), np.zeros(targets.shape, jax.dtypes.float0)
-
-
-_cross_entropy.defvjp(_forward, _backward)
+    dx, dW = jax.lax.scan(body, constrain(jnp.zeros(x.shape, jnp.float32), "batch", "length", None), cut)
+    return dx.astype(x.dtype), dW
 
 
 def _logits(x: jax.Array, W: jax.Array) -> jax.Array:
     return jnp.einsum("BTD,svD->BTsv", x, W, preferred_element_type=jnp.float32)
 
 
-def _tiles(kernel: jax.Array, dtype: jnp.dtype, tiles: int) -> tuple[jax.Array, jax.Array]:
+def _tiles(kernel: jax.Array, dtype: jnp.dtype, tiles: int) -> _Tiles:
     """The head as tiles [tiles, s, v, D] of s shards of the vocabulary; and the first id of each part [tiles, s]."""
     V, D = kernel.shape
     shards = axis_size("vocab")

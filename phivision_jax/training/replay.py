@@ -84,7 +84,8 @@ def _replay(cfg: RunConfig, directory: RunDirectory, number: int, say: Callable[
 def _row_losses(graphdef: nnx.GraphDef, params: phivision.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Weighted loss and weight of each row, [B] each."""
     model = phivision.merge(graphdef, params)
-    losses, _ = cross_entropy(model.hidden(batch), model.decoder.lm_head.kernel[...], batch.targets)
+    kernel, counted = model.decoder.lm_head.kernel[...], batch.loss_weights != 0
+    losses, _ = cross_entropy(model.hidden(batch), kernel, batch.targets, counted)
     return (losses * batch.loss_weights).sum(1), batch.loss_weights.sum(1)
 
 

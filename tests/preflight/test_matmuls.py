@@ -116,6 +116,35 @@ def test_products_as_the_tpu_compiler_writes_them(text, left, right, out, wanted
     assert convolution(text, left, right, out) == wanted
 
 
+def test_of_a_conditional_the_branch_with_most_products_counts():
+    x = jnp.ones((4, 8))
+    text = jax.jit(lambda x, one: jax.lax.cond(one, lambda: x @ x.T @ x, lambda: x + x[0] @ x.T @ x))
+    text = text.lower(x, True).compile().as_text()
+    assert matmul_flops(text) == 2 * 2 * 4 * 8 * 4
+    assert matmul_flops(_CONDITIONAL) == 2 * 4 * 8 * 4
+
+
+_CONDITIONAL = """\
+HloModule test
+
+%some (x: f32[4,8]) -> f32[4,4] {
+  %x = f32[4,8]{1,0} parameter(0)
+  ROOT %d = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%none (y: f32[4,8]) -> f32[4,4] {
+  %y = f32[4,8]{1,0} parameter(0)
+  ROOT %z = f32[4,4]{1,0} slice(%y), slice={[0:4], [0:4]}
+}
+
+ENTRY %main (p: pred[], x.1: f32[4,8]) -> f32[4,4] {
+  %p = pred[] parameter(0)
+  %x.1 = f32[4,8]{1,0} parameter(1)
+  ROOT %c = f32[4,4]{1,0} conditional(%p, %x.1, %x.1), true_computation=%some, false_computation=%none
+}
+"""
+
+
 def test_what_cannot_be_counted_is_an_error():
     with pytest.raises(ValueError, match=r"convolution\.1 states no dim_labels"):
         convolution("window={size=1}", "bf16[7,16]", "bf16[16,32]", "f32[7,32]")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 import types
 
@@ -17,10 +19,14 @@ from phivision_jax.training.loss import cross_entropy
 B, T, D, V = 8, 6, 16, 96
 
 
-def plain(x, kernel, targets):
+ALL = jnp.ones((B, T), bool)
+
+
+def plain(x, kernel, targets, counted=ALL):
     logits = jnp.einsum("BTD,VD->BTV", x, kernel, preferred_element_type=jnp.float32)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked, logits.argmax(-1) == targets
+    losses, hits = jax.nn.logsumexp(logits, axis=-1) - picked, logits.argmax(-1) == targets
+    return jnp.where(counted, losses, 0), hits & counted
 
 
 def made(dtype=jnp.float32, scale=1.0):
@@ -32,8 +38,8 @@ def made(dtype=jnp.float32, scale=1.0):
     return x, kernel, targets
 
 
-def weighed(function):
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=(B, T)), jnp.float32)
+def weighed(function, shape=(B, T)):
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
     return lambda x, kernel, targets: (function(x, kernel, targets)[0] * weights).sum()
 
 
@@ -43,7 +49,7 @@ def test_equals_the_plain_loss(tile, scale):
     args = made(scale=scale)  # at 40, exp of the bare logits would overflow
 
     def tiled(x, kernel, targets):
-        return cross_entropy(x, kernel, targets, tile)
+        return cross_entropy(x, kernel, targets, ALL, tile)
 
     (losses, hits), (expected, expected_hits) = tiled(*args), plain(*args)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5 * scale)
@@ -73,19 +79,62 @@ def test_the_first_of_equal_logits_is_the_likeliest():
     kernel = jnp.asarray([[0.0], [2.0], [1.0], [2.0]])
     targets = jnp.asarray([[1, 3, 0]], jnp.int32)
     for tile in (4, 2, 1):
-        assert cross_entropy(x, kernel, targets, tile)[1].tolist() == [[True, False, False]]
+        assert cross_entropy(x, kernel, targets, targets >= 0, tile)[1].tolist() == [[True, False, False]]
 
 
-@pytest.mark.parametrize("tile, products", [(V, 3), (V // 2, 4)])
-def test_logits_of_the_only_tile_are_not_made_again(tile, products):
-    """Forward, dx, dW; and forward again where tiles follow each other."""
-    gradient = jax.grad(weighed(lambda *a: cross_entropy(*a, tile)), (0, 1))
-    assert str(jax.make_jaxpr(gradient)(*made())).count("dot_general") == products
+def with_counts(counts, length=40):
+    """A row for each count, with so many columns that count, the last one always among them; more arguments of it."""
+    rng = np.random.default_rng(4)
+    counted = np.zeros((len(counts), length), bool)
+    for row, count in zip(counted, counts, strict=True):
+        row[rng.choice(length - 1, max(count - 1, 0), replace=False)] = True
+        row[-1] = count > 0
+    # Where a column does not count, exp of its bare logits overflows.
+    x = jnp.asarray(np.where(counted, 1, 40)[..., None] * rng.normal(size=(*counted.shape, D)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
+    targets = jnp.where(rng.random(counted.shape) < 0.5, (x @ kernel.T).argmax(-1), 3).astype(jnp.int32)
+    return x, kernel, targets, jnp.asarray(counted)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (1, 10), (10, 10), (10, 11), (2, 40), (0, 3)], ids=str)
+@pytest.mark.parametrize("tile", [V, 40])
+def test_columns_that_do_not_count_change_nothing(counts, tile):
+    x, kernel, targets, counted = with_counts(counts)
+
+    def all_of(function):
+        def run(x, kernel):
+            losses, hits = function(x, kernel, targets, counted)
+            weights = np.random.default_rng(1).normal(size=losses.shape)
+            return (losses * weights).sum(), (losses, hits)
+
+        return jax.value_and_grad(run, (0, 1), has_aux=True)(x, kernel)
+
+    found, expected = all_of(functools.partial(cross_entropy, tile=tile)), all_of(plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+    assert found[0][1][1].any() == (max(counts) > 1)
+
+
+@pytest.mark.parametrize("counts, of_all", [((10, 3), False), ((10, 11), True)])
+def test_the_head_is_applied_to_a_quarter_of_the_columns_where_that_is_enough(counts, of_all):
+    """Told by what is computed beyond: a column that does not count and is not finite spoils the head's gradient."""
+    x, kernel, targets, counted = with_counts(counts)
+    x = x.at[0, jnp.argmin(counted[0])].set(jnp.nan)
+    gradient = jax.grad(lambda kernel: cross_entropy(x, kernel, targets, counted)[0].sum())(kernel)
+    assert bool(jnp.isnan(gradient).any()) == of_all
+
+
+@pytest.mark.parametrize("platform, products", [("cpu", 8), ("cuda", 8), ("tpu", 4)])
+def test_tpus_compile_the_head_once_each_way(platform, products):
+    """Logits; and backward logits again, dx, dW."""
+    args = with_counts((1, 1))
+    gradient = jax.jit(jax.grad(weighed(lambda *a: cross_entropy(*a, args[3]), args[2].shape), (0, 1)))
+    text = gradient.trace(*args[:3]).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.dot_general") == products
 
 
 def test_bf16_products_are_added_in_fp32():
     x, kernel, targets = made(jnp.bfloat16)
-    losses, _ = cross_entropy(x, kernel, targets, 16)
+    losses, _ = cross_entropy(x, kernel, targets, ALL, 16)
     expected, _ = plain(x, kernel.astype(jnp.bfloat16), targets)
     assert losses.dtype == jnp.float32
     np.testing.assert_allclose(losses, expected, atol=1e-5)
@@ -94,16 +143,17 @@ def test_bf16_products_are_added_in_fp32():
 MESHES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 2, "data": 2}]
 
 
-@pytest.mark.parametrize("tile", [24, V])
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_sharded_equals_unsharded(shape, tile):
-    mesh, args = sharding.make_mesh(shape), made()
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("shape", [*MESHES, {"fsdp": 2, "context": 2}], ids=str)
+def test_sharded_equals_unsharded(shape, few):
+    mesh, args = sharding.make_mesh(shape, jax.devices()[: math.prod(shape.values())]), made()
+    counted = ALL & (jnp.arange(T) == jnp.arange(B)[:, None] % T if few else True)
     at = [jax.NamedSharding(mesh, sharding.partition_spec(a)) for a in (("batch",), ("vocab", "embed"), ("batch",))]
 
     def value_and_grads(x, kernel, targets):
-        return jax.value_and_grad(weighed(lambda *a: cross_entropy(*a, tile)), (0, 1))(x, kernel, targets)
+        return jax.value_and_grad(weighed(lambda *a: cross_entropy(*a, counted, 24)), (0, 1))(x, kernel, targets)
 
-    expected = jax.value_and_grad(weighed(plain), (0, 1))(*args)
+    expected = jax.value_and_grad(weighed(lambda *a: plain(*a, counted)), (0, 1))(*args)
     with jax.set_mesh(mesh):
         run = jax.jit(value_and_grads, out_shardings=(None, (at[0], at[1])))
         found = run(*(jax.device_put(a, s) for a, s in zip(args, at, strict=True)))
@@ -116,8 +166,8 @@ def test_the_table_is_gathered_once_each_way():
     at = [jax.NamedSharding(mesh, sharding.partition_spec(a)) for a in (("batch",), ("vocab", "embed"), ("batch",))]
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s) for a, s in zip(made(), at, strict=True)]
     with jax.set_mesh(mesh):
-        gradient = jax.jit(jax.grad(weighed(lambda *a: cross_entropy(*a, 24)), (0, 1)), out_shardings=(at[0], at[1]))
-        text = gradient.lower(*shapes).compile().as_text()
+        gradient = jax.grad(weighed(lambda *a: cross_entropy(*a, ALL, 24)), (0, 1))
+        text = jax.jit(gradient, out_shardings=(at[0], at[1])).lower(*shapes).compile().as_text()
 
     def sizes(collective: str) -> list[int]:
         shapes = re.findall(rf"= f32\[([\d,]+)\]\S* {collective}\(", text)
