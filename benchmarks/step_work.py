@@ -38,8 +38,9 @@ MODELS = {
 }
 """By shape. The first has what does not shrink with a model: heads of 128 columns (72 in the tower), four of them to a
 KV head, and feed-forward layers as wide for their tower as the released ones. The second has four times as many heads
-as that, so that attention is a larger part of its work than it is of any large model's. The vocabulary is one tile of
-the loss: making the logits a second time, 1 % of the released model's products, would be 7 % of these."""
+as that, so that attention is a larger part of its work than it is of any large model's. The head is a fifth of the
+products here, and 3 % of the released model's: what the loss saves where few columns have one (``training/loss.py``)
+counts for more here."""
 
 MODEL = MODELS["the released model's proportions"]
 """Tokens, pixels and their limits are the same in every shape."""

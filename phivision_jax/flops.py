@@ -24,9 +24,9 @@ The released model, everything trained, in GFLOP (``tests/preflight/test_flops.p
 
 With adapters (LoRA) kernels are frozen, and x · A · B counts as two products more, forward and backward.
 
-The head counts at every text column, weighted by the loss or not, as it does in published figures. An image's columns
-are text columns too. Backward work is decided per parameter for the whole batch: where the decoder is frozen, an
-example without images could skip its backward pass, and is counted.
+The head counts at every text column, weighted by the loss or not, as it does in published figures, also where
+``training/loss.py`` skips it. An image's columns are text columns too. Backward work is decided per parameter for the
+whole batch: where the decoder is frozen, an example without images could skip its backward pass, and is counted.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Collective:
 def collectives(hlo: str) -> list[Collective]:
     """Every collective that the program runs, in the order of the text; those of a computation called twice, twice.
 
-    Of a conditional's branches the one that exchanges most bytes is taken.
+    Of a conditional's branches the one that sends most bytes is taken.
 
     Args:
       hlo: ``compiled.as_text()``.
@@ -170,8 +170,8 @@ def _of_one(
         if any(_walk(module, body, loops, overlapped)):
             yield from _walk(module, body, (*loops, module.trips(instruction)), overlapped)
     elif kind == "conditional":
-        branches = (list(_walk(module, branch, loops, overlapped)) for branch in instruction.called)
-        yield from max(branches, key=lambda inside: sum(c.total_bytes for c, _ in inside))
+        branches = (list(_walk(module, branch, loops, overlapped)) for branch in instruction.branches)
+        yield from max(branches, key=lambda inside: sum(wire_bytes(c) * c.times for c, _ in inside))
     elif not instruction.opcode.endswith(("-update", "-done")):  # these name again what their start has run
         for called in instruction.called:
             inside = list(_walk(module, called, loops, overlapped))

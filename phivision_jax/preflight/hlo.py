@@ -37,6 +37,17 @@ class Instruction:
         """Computations that it runs once; of those of a "conditional" it runs one. A loop's body is not among them."""
         return [name for group in _CALLED.findall(self.rest) for name in re.findall(r"[\w.\-]+", group)]
 
+    @property
+    def branches(self) -> list[str]:
+        """Of a conditional: the computations of which it runs one.
+
+        Raises:
+          ValueError: when it names none.
+        """
+        if not self.called:
+            raise ValueError(f"HLO: the {self.opcode} {self.name} states no branches")
+        return self.called
+
     def attribute(self, key: str) -> str:
         """The name or word after ``key=``.
 

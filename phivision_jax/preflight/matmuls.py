@@ -50,7 +50,8 @@ def matmuls(hlo: str) -> list[Matmul]:
     Of a conditional's branches the one with most FLOPs is taken.
 
     Raises:
-      ValueError: when the text has no entry computation, or a loop around a product has no constant number of trips.
+      ValueError: when the text has no entry computation, a loop around a product has no constant number of trips, or a
+        conditional no branches.
     """
     module = parse(hlo)
     return list(_walk(module, module.entry, (), ""))
@@ -69,7 +70,7 @@ def _walk(module: Module, at: str, loops: tuple[int, ...], source: str) -> Itera
             if any(_walk(module, body, loops, here)):  # trips matter only where something is counted
                 yield from _walk(module, body, (*loops, module.trips(instruction)), here)
         elif instruction.opcode == "conditional":
-            branches = (list(_walk(module, branch, loops, here)) for branch in instruction.called)
+            branches = (list(_walk(module, branch, loops, here)) for branch in instruction.branches)
             yield from max(branches, key=lambda inside: sum(matmul.total_flops for matmul in inside))
         elif not instruction.opcode.endswith(("-update", "-done")):  # these name again what their start has run
             for called in instruction.called:

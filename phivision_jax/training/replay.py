@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -84,8 +85,8 @@ def _replay(cfg: RunConfig, directory: RunDirectory, number: int, say: Callable[
 def _row_losses(graphdef: nnx.GraphDef, params: phivision.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Weighted loss and weight of each row, [B] each."""
     model = phivision.merge(graphdef, params)
-    kernel, counted = model.decoder.lm_head.kernel[...], batch.loss_weights != 0
-    losses, _ = cross_entropy(model.hidden(batch), kernel, batch.targets, counted)
+    every = jnp.ones(batch.targets.shape, bool)  # what is not finite shows, even where nothing is learnt
+    losses, _ = cross_entropy(model.hidden(batch), model.decoder.lm_head.kernel[...], batch.targets, every)
     return (losses * batch.loss_weights).sum(1), batch.loss_weights.sum(1)
 
 

@@ -134,7 +134,7 @@ def test_blocks_change_nothing(T, ascending, heads, span_mode):
 
 @pytest.mark.parametrize("T, S, sizes", [(600, 600, (200, 200)), (256, 257, (256, 129)), (1, 300, (1, 150))])
 def test_rows_are_cut_into_equal_blocks(T, S, sizes, monkeypatch):
-    """As few as hold 256 columns each: nothing is computed for a token that is generated but the token."""
+    """As few as hold at most 256 columns each."""
     found = set()
 
     def walks(q_ids, k_ids, span_end):

@@ -138,19 +138,19 @@ def test_what_the_tpu_compiler_writes():
     assert largest([]) is None
 
 
-def test_of_a_conditional_the_branch_that_exchanges_most_counts():
-    gathers = "  ROOT %g{0} = f32[{1}] all-gather(%x), replica_groups={{{{0,1}}}}, dimensions={{0}}\n}}\n\n"
-    text = "HloModule m, num_partitions=2\n\n" + "".join(
-        f"%branch{i} (x: f32[4]) -> f32[{n}] {{\n  %x = f32[4] parameter(0)\n" + gathers.format(i, n)
-        for i, n in enumerate((8, 16, 8))
-    )
+def test_of_a_conditional_the_branch_that_sends_most_counts():
+    """Of four devices: a reduce-scatter sends three times its result, an all-gather three quarters."""
+    text = "HloModule m, num_partitions=4\n\n"
+    for i, (kind, n) in enumerate([("all-gather", 16), ("reduce-scatter", 8), ("all-gather", 16)]):
+        text += f"%branch{i} (x: f32[4]) -> f32[{n}] {{\n  %x = f32[4] parameter(0)\n"
+        text += f"  ROOT %c{i} = f32[{n}] {kind}(%x), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}\n}}\n\n"
     text += """ENTRY %main (p: s32[], x: f32[4]) -> f32[8] {
   %p = s32[] parameter(0)
   %x = f32[4] parameter(1)
   ROOT %c = f32[8] conditional(%p, %x, %x, %x), branch_computations={%branch0, %branch1, %branch2}
 }
 """
-    assert [(c.name, c.result_bytes, c.loops) for c in collectives(text)] == [("g1", 64, ())]
+    assert [(c.name, c.result_bytes, c.loops) for c in collectives(text)] == [("c1", 32, ())]
 
 
 def test_what_cannot_be_counted_is_an_error():

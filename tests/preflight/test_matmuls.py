@@ -122,25 +122,28 @@ def test_of_a_conditional_the_branch_with_most_products_counts():
     text = text.lower(x, True).compile().as_text()
     assert matmul_flops(text) == 2 * 2 * 4 * 8 * 4
     assert matmul_flops(_CONDITIONAL) == 2 * 4 * 8 * 4
+    with pytest.raises(ValueError, match="the conditional c states no branches"):
+        matmul_flops(_CONDITIONAL.replace(", true_computation=%few, false_computation=%most", ""))
 
 
 _CONDITIONAL = """\
 HloModule test
 
-%some (x: f32[4,8]) -> f32[4,4] {
+%few (y: f32[4,4]) -> f32[4,4] {
+  %y = f32[4,4]{1,0} parameter(0)
+  ROOT %z = f32[4,4]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%most (x: f32[4,8]) -> f32[4,4] {
   %x = f32[4,8]{1,0} parameter(0)
   ROOT %d = f32[4,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
 }
 
-%none (y: f32[4,8]) -> f32[4,4] {
-  %y = f32[4,8]{1,0} parameter(0)
-  ROOT %z = f32[4,4]{1,0} slice(%y), slice={[0:4], [0:4]}
-}
-
-ENTRY %main (p: pred[], x.1: f32[4,8]) -> f32[4,4] {
+ENTRY %main (p: pred[], y.1: f32[4,4], x.1: f32[4,8]) -> f32[4,4] {
   %p = pred[] parameter(0)
-  %x.1 = f32[4,8]{1,0} parameter(1)
-  ROOT %c = f32[4,4]{1,0} conditional(%p, %x.1, %x.1), true_computation=%some, false_computation=%none
+  %y.1 = f32[4,4]{1,0} parameter(1)
+  %x.1 = f32[4,8]{1,0} parameter(2)
+  ROOT %c = f32[4,4]{1,0} conditional(%p, %y.1, %x.1), true_computation=%few, false_computation=%most
 }
 """
 

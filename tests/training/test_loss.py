@@ -54,6 +54,7 @@ def test_equals_the_plain_loss(tile, scale):
     (losses, hits), (expected, expected_hits) = tiled(*args), plain(*args)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5 * scale)
     np.testing.assert_array_equal(hits, expected_hits)
+    assert hits.dtype == bool and losses.dtype == jnp.float32
     assert hits[0].all() and not hits.all()
     for gradient, wanted in zip(*(jax.grad(weighed(f), (0, 1))(*args) for f in (tiled, plain)), strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
@@ -143,36 +144,48 @@ def test_bf16_products_are_added_in_fp32():
 MESHES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tensor": 2, "data": 2}]
 
 
-@pytest.mark.parametrize("few", [False, True])
+AXES = ("batch", "length"), ("vocab", "embed"), ("batch", "length"), ("batch", "length")
+
+
+def placed(mesh, counted):
+    """x, kernel, targets, ``counted`` and where each is kept."""
+    at = [jax.NamedSharding(mesh, sharding.partition_spec(axes)) for axes in AXES]
+    return [jax.device_put(a, s) for a, s in zip((*made(), counted), at, strict=True)], at
+
+
+def value_and_grads(form, x, kernel, targets, counted):
+    run = weighed(lambda *a: form(*a, counted))
+    return jax.value_and_grad(run, (0, 1))(x, kernel, targets)
+
+
+@pytest.mark.parametrize("most", [1, T])
 @pytest.mark.parametrize("shape", [*MESHES, {"fsdp": 2, "context": 2}], ids=str)
-def test_sharded_equals_unsharded(shape, few):
-    mesh, args = sharding.make_mesh(shape, jax.devices()[: math.prod(shape.values())]), made()
-    counted = ALL & (jnp.arange(T) == jnp.arange(B)[:, None] % T if few else True)
-    at = [jax.NamedSharding(mesh, sharding.partition_spec(a)) for a in (("batch",), ("vocab", "embed"), ("batch",))]
-
-    def value_and_grads(x, kernel, targets):
-        return jax.value_and_grad(weighed(lambda *a: cross_entropy(*a, counted, 24)), (0, 1))(x, kernel, targets)
-
-    expected = jax.value_and_grad(weighed(lambda *a: plain(*a, counted)), (0, 1))(*args)
+def test_sharded_equals_unsharded(shape, most):
+    """Also where one column of every row counts, which takes the head for a sixth of them."""
+    mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape.values())])
+    counted = (jnp.arange(T) - jnp.arange(B)[:, None]) % T < most
+    form = functools.partial(cross_entropy, tile=24)
+    expected = value_and_grads(plain, *made(), counted)
     with jax.set_mesh(mesh):
-        run = jax.jit(value_and_grads, out_shardings=(None, (at[0], at[1])))
-        found = run(*(jax.device_put(a, s) for a, s in zip(args, at, strict=True)))
+        args, at = placed(mesh, counted)
+        run = jax.jit(functools.partial(value_and_grads, form), out_shardings=(None, (at[0], at[1])))
+        found = run(*args)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
 def test_the_table_is_gathered_once_each_way():
-    """From the compiled program: no all-gather in a loop, and none of a whole gradient."""
+    """From the compiled program: no all-gather in a loop, no whole gradient, and hidden states stay where they are."""
     mesh = sharding.make_mesh({"fsdp": 8})
-    at = [jax.NamedSharding(mesh, sharding.partition_spec(a)) for a in (("batch",), ("vocab", "embed"), ("batch",))]
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s) for a, s in zip(made(), at, strict=True)]
     with jax.set_mesh(mesh):
-        gradient = jax.grad(weighed(lambda *a: cross_entropy(*a, ALL, 24)), (0, 1))
-        text = jax.jit(gradient, out_shardings=(at[0], at[1])).lower(*shapes).compile().as_text()
+        args, at = placed(mesh, ALL)
+        gradient = jax.grad(lambda *a: weighed(lambda *b: cross_entropy(*b, a[3], 24))(*a[:3]), (0, 1))
+        text = jax.jit(gradient, out_shardings=(at[0], at[1])).lower(*args).compile().as_text()
 
     def sizes(collective: str) -> list[int]:
-        shapes = re.findall(rf"= f32\[([\d,]+)\]\S* {collective}\(", text)
+        shapes = re.findall(rf"= \w+\[([\d,]+)\]\S* {collective}\(", text)
         return [int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes]
 
+    assert " conditional(" in text
     assert sizes("all-gather") in ([V * D], [V * D] * 2)
     assert all(size < V * D for size in sizes("all-reduce"))
 
