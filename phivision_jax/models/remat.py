@@ -8,7 +8,8 @@
     offload            x, in the host's memory                                          0 KiB    the whole layer
     offload_attention  what "attention" keeps, in the host's memory                     0 KiB    o, gate, up
 
-x is the layer's input. Offloading moves it to pinned host memory and back while other layers compute.
+x is the layer's input. Offloading moves it to pinned host memory and back while other layers compute. With adapters
+"dots" keeps their products, too.
 """
 
 from __future__ import annotations

@@ -8,11 +8,12 @@ import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 
-from phivision_jax.config import DecoderConfig
+from phivision_jax.config import DecoderConfig, VisionConfig
 from phivision_jax.models import remat
 from phivision_jax.models.attention import backend
-from phivision_jax.models.layers import rope_angles
+from phivision_jax.models.layers import Linear, rope_angles
 from phivision_jax.models.phi4 import DecoderLayer
+from phivision_jax.models.siglip2 import EncoderLayer
 
 T, D, F, N, K, H = 512, 384, 512, 3, 1, 128
 CFG = DecoderConfig(
@@ -37,11 +38,38 @@ def test_a_policy_keeps_what_its_docstring_says_once(policy, platform, capsys):
         return layer(x, rope, columns, segments, None, None, 0)[0]
 
     with backend(platform):
-        print_saved_residuals(remat.checkpoint(run, policy), jnp.ones((1, T, D)), layer)
+        assert kept(remat.checkpoint(run, policy), jnp.ones((1, T, D)), layer, capsys) == T * KEPT[policy]
+
+
+def kept(run, x, layer, capsys):
+    """Elements that a backward pass of ``run(x, layer)`` finds kept, parameters not counted."""
+    print_saved_residuals(run, x, layer)
     lines = capsys.readouterr().out.splitlines()
-    kept = [line for line in lines if "from the argument layer" not in line and "from a constant" not in line]
-    sizes = [math.prod(map(int, re.match(r"f32\[([\d,]+)\]", line)[1].split(","))) for line in kept]
-    assert sum(sizes) == T * KEPT[policy], "\n".join(kept)
+    lines = [line for line in lines if "from the argument layer" not in line and "from a constant" not in line]
+    return sum(math.prod(map(int, re.match(r"f32\[([\d,]+)\]", line)[1].split(","))) for line in lines)
+
+
+def test_dots_keeps_the_products_of_a_layer_of_the_tower(capsys):
+    cfg = VisionConfig(hidden_size=96, intermediate_size=160, num_layers=2, num_heads=2)
+    layer, segments = nnx.eval_shape(lambda: EncoderLayer(cfg, rngs=nnx.Rngs(0))), jnp.ones((1, 1, T), jnp.int32)
+    x, (C, F, N) = jnp.ones((1, 1, T, 96)), (96, 160, 2)
+    with backend("tpu"):
+        found = kept(remat.checkpoint(lambda x, layer: layer(x, segments), "dots"), x, layer, capsys)
+    # x; q, k, v; attention's result and a normaliser per head; its projection; the wide product.
+    assert found == T * (C + 3 * C + C + N + C + F)
+
+
+@pytest.mark.parametrize("policy, wanted", [("full", D), ("dots", D + 2 * F + 4)])
+def test_dots_keeps_an_adapter_s_products_too(policy, wanted, capsys):
+    def made():
+        linear = Linear((D,), (F,), ("embed", "mlp"), rngs=nnx.Rngs(0))
+        linear.adapt(4, 8.0, nnx.Rngs(1))
+        return linear
+
+    def run(x, layer):
+        return jnp.square(layer(remat.name(x, remat.INPUT)))
+
+    assert kept(remat.checkpoint(run, policy), jnp.ones((1, T, D)), nnx.eval_shape(made), capsys) == T * wanted
 
 
 def test_a_policy_that_does_not_exist_is_an_error_that_names_all():
