@@ -290,7 +290,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     except SyntaxError as error:
         sys.exit(f"train.py: --config: {error}")
     except (AttributeError, KeyError, ValueError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {no_such_field(error, argv) or error}")
     print(__doc__, page, sep="\n")  # not above: a reader that closes the pipe is no missing file
     sys.exit(0)
 
@@ -311,6 +311,18 @@ def config_of_flags() -> RunConfig:
 def no_config_file(error: OSError) -> str:
     cause = re.sub(r"(?s).*\[Errno \d+\] ", "", str(error))  # behind all the ways that ml_collections tried
     return f"--config: {cause.rstrip('.')}; give a file like configs/tiny.py"
+
+
+def no_such_field(error: Exception, argv: list[str]) -> str:
+    """The argument that names a field that does not exist, and the nearest one; empty for any other error."""
+    said = str(error)  # "'zzz'", or with a second line of advice; in quotes that are quoted again
+    field = re.sub(r"^\W*(\w*).*", r"\1", said, flags=re.DOTALL)
+    arguments = [word for word in argv if re.search(rf"^--config\.(\w+\.)*{field}\b", word)]
+    if not field or not arguments:
+        return ""
+    nearest = re.search(r'Did you mean "(.+?)"', said)
+    advice = f"did you mean {nearest[1]}?" if nearest else "python train.py --config=FILE --help lists all there are"
+    return f"{arguments[0]}: there is no field {field}; {advice}"
 
 
 if __name__ == "__main__":

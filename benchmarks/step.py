@@ -15,8 +15,7 @@ to run it, and its fastest is what counts:
 
 full rows    every row is one example of T columns, seven tenths of them one image, half of the rest learnt: ours
              makes logits for a quarter of the columns then, the peer for all. Both sides train; their losses are
-             printed. Twice:
-             with the released model's proportions, and with heads of 32 columns (``step_work.MODELS``).
+             printed. Twice: with the released model's proportions, and with heads of 32 columns (``step_work.MODELS``).
 a mix        15 % text alone, 75 % one image, 10 % two or three, text lengths lognormal, shrunk from the mix of the
              design (1,830 patches and 745 text tokens in T = 8,192) in proportion to T. Three sides:
                  packed      ours, many examples in a row of T columns (``data.packing``)

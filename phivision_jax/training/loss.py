@@ -15,8 +15,8 @@ count, those are picked up first, and the head is applied to so many columns of 
 
     counted     0 0 0 0 1 0 0 1        T = 8, at most 2 of them in any row:      x[:, [4, 7]]
 
-Not on TPUs: compiling the head for two sizes took 5 s beside the 21 s of all else in a 15B step (v5p, low effort), and
-in the batches of a pod there is nearly always a row that is all text.
+Not on TPUs: a second size of the head is a large part of what their compiler has to do for a whole step, and in the
+batches of a pod there is nearly always a row that is all text.
 """
 
 from __future__ import annotations
