@@ -28,8 +28,10 @@ a mix        15 % text alone, 75 % one image, 10 % two or three, text lengths lo
 Batches are made beforehand on both sides: pixels in fp32 for the peer, in bytes for ours, which makes them fp32 itself.
 
 Tokens are real ones: columns of text and of images, padding not counted. A ratio is taken within a turn; the median
-over the turns is printed. Where the peer's slowest turn took ``MOST_SPREAD`` of its fastest or more, something else had
-the cores: that is said, and written as ``at_rest`` false. Ratios hold no better than their range then.
+over the turns is printed. What a single product of a layer's matrices reaches on each side is printed too: which of a
+processor's instructions a library uses decides much of a ratio, and is no merit of ours. Where the peer's slowest turn
+took ``MOST_SPREAD`` of its fastest or more, something else had the cores: that is said, and written as ``at_rest``
+false. Ratios hold no better than their range then.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ from typing import Any
 import numpy as np
 import tyro
 from peer_process import Peer, PeerStopped, peer_process
-from step_work import MODELS, OPTIMIZER, AllWork, T, make_work
+from step_work import MODEL, MODELS, OPTIMIZER, AllWork, T, make_work
 
 from phivision_jax.batch import Batch
 from phivision_jax.progress import bar
@@ -262,6 +264,14 @@ def full_rows(sides: dict[str, Running], made: AllWork, turns: int, title: str) 
     return compare(rounds, dict.fromkeys(rounds, filled(made.full.ours)), tokens, turns, title)
 
 
+def products(sides: dict[str, Running], rows: int) -> dict[str, float]:
+    """GFLOP/s of a feed-forward layer's first product, in fp32 on all cores, with the library of each side."""
+    decoder = MODEL.decoder
+    sizes = [rows * T, decoder.hidden_size, 2 * decoder.intermediate_size]
+    asked = {"ours": sides["ours, one device"], "peer": sides["peer"]}
+    return {name: side.process.ask("product", sizes=sizes, times=50)["gflops"] for name, side in asked.items()}
+
+
 def a_mix(ours: Running, peers: Sequence[Running], made: AllWork, turns: int) -> list[Side]:
     """Ours packed, ours unpacked, the fastest peer."""
     for side in (ours, *peers):
@@ -330,6 +340,9 @@ def main(
                 for owner, values in versions.items():
                     print(f"{owner}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
             parameters = prepare(sides, shape, cores, work, made, Path(folder))
+            if not content:
+                gflops = products(sides, rows)
+                print("a product alone: " + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in gflops.items()))
             print(f"\n{shape}: {parameters / 1e6:.1f} M parameters, {cores} cores, T = {T}")
             able = without_failing(sides)
             timed = full_rows(able, made, turns, f"full rows, {shape}")
@@ -379,6 +392,7 @@ def main(
         "peer_spread": spreads,
         "at_rest": at_rest,
         "versions": versions,
+        "product_gflops": gflops,
         "shapes": content,
         "mix": {
             "tokens": tokens,

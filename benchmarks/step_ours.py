@@ -6,6 +6,7 @@
     {"do": "batches", "work": {…}}    makes the batches that ``step_work.make_work`` describes
     {"do": "start", "learning_rate": x}    the first weights again, a fresh optimizer, nothing compiled
     {"do": "steps", "name": "full"}    one step on every batch: seconds, CPU seconds, losses; compiles at first
+    {"do": "product", "sizes": [M, K, N], "times": n}    GFLOP/s of the fastest of n products of matrices
 
 Weights, tokens and pixels follow from the seed, so that only weights travel, and only to the peer.
 """
@@ -72,6 +73,16 @@ class Ours:
             losses.append(float(metrics["loss"]))
             seconds.append(time.perf_counter() - start)
         return {"seconds": sum(seconds), "cpu_seconds": time.process_time() - cpu, "losses": losses}
+
+    def product(self, sizes: list[int], times: int) -> dict[str, Any]:
+        M, K, N = sizes
+        left, right = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((M, K), (K, N))))
+        multiply, seconds = jax.jit(lambda a, b: a @ b), []
+        for _ in range(times + 1):  # the first compiles
+            start = time.perf_counter()
+            jax.block_until_ready(multiply(left, right))
+            seconds.append(time.perf_counter() - start)
+        return {"gflops": 2 * M * K * N / min(seconds) / 1e9}
 
     def _step(self, learning_rate: float) -> TrainStep:
         optim = dataclasses.replace(self.run.optim, learning_rate=learning_rate)

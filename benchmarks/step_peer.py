@@ -8,6 +8,7 @@ nothing of this project is imported.
     {"do": "batches", "name": "full", "files": [...]}    .npz as transformers' collator would give them
     {"do": "start", "compile": false, "learning_rate": x}    the first weights again, a fresh optimizer
     {"do": "steps", "name": "full"}    one step on every batch: seconds, CPU seconds, losses
+    {"do": "product", "sizes": [M, K, N], "times": n}    GFLOP/s of the fastest of n products of matrices
 
 The decoder is ``Phi3ForCausalLM``, the tower ``Siglip2VisionModel`` without what never reaches the loss (its last
 block, post-norm and pooling head, which the released code runs and throws away), both with SDPA. Between them stand
@@ -157,6 +158,15 @@ class Peer:
             losses.append(loss.item())
             seconds.append(time.perf_counter() - start)
         return {"seconds": sum(seconds), "cpu_seconds": time.process_time() - cpu, "losses": losses}
+
+    def product(self, sizes: list[int], times: int) -> dict[str, Any]:
+        M, K, N = sizes
+        left, right, seconds = torch.randn(M, K), torch.randn(K, N), []
+        for _ in range(times + 1):
+            start = time.perf_counter()
+            left @ right
+            seconds.append(time.perf_counter() - start)
+        return {"gflops": 2 * M * K * N / min(seconds) / 1e9}
 
 
 if __name__ == "__main__":

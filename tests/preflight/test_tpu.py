@@ -28,8 +28,8 @@ TOPOLOGIES = ("v5e:16x16", "v6e:16x16", "v5p:4x4x8")
 
 @pytest.fixture(scope="module")
 def compilations():
-    """Two at a time: while one is traced, on one core, the other one's programs are compiled on the rest."""
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    """All at once: while one is traced, on one core, the others' programs are compiled on the rest."""
+    with concurrent.futures.ThreadPoolExecutor(len(TOPOLOGIES)) as pool:
         yield {topology: pool.submit(compiled, topology) for topology in TOPOLOGIES}
 
 
