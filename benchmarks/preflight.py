@@ -81,9 +81,28 @@ def _cell(row: dict[str, Any]) -> str:
     return f"does not fit: {row['needed_mib']:,.0f}" if row["needed_mib"] else "does not compile"
 
 
+GPU_FORMS = {"kernels": "kernels", "blocks": "blocks, no kernel", "plain": "plain"}
+
+
+def gpu_table() -> str:
+    """Markdown, one line per tower and length."""
+    rows = json.loads((RESULTS / "attention_gpu.json").read_text())["rows"]
+    found = {(row["tower"], row["length"], row["form"]): row["temp_mib"] for row in rows}
+    lines = ["| tower | T | " + " | ".join(f"{name}: temporaries, MiB" for name in GPU_FORMS.values()) + " |"]
+    lines.append("| --- " * (2 + len(GPU_FORMS)) + "|")
+    for tower, length in dict.fromkeys((row["tower"], row["length"]) for row in rows):
+        cells = " | ".join(f"{found[tower, length, form]:,.0f}" for form in GPU_FORMS)
+        lines.append(f"| {tower} | {length:,} | {cells} |")
+    return "\n".join(lines)
+
+
 def written(page: str) -> str:
     """The page with its tables made again."""
-    for name, table in (("stages", stages_table()), ("attention", attention_table())):
+    for name, table in (
+        ("stages", stages_table()),
+        ("attention", attention_table()),
+        ("attention on a GPU", gpu_table()),
+    ):
         before, begin, rest = page.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- end of {name} -->")
         page = before + begin + table + "\n" + end + after

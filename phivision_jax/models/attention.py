@@ -14,13 +14,14 @@ A query may see a key when both are in the same segment and the key's column is 
                                              c            x        another example: nothing before it
                                              ·              x      padding sees padding, so no softmax is empty
 
-One definition, three ways to compute it, chosen when tracing:
+One definition, four ways to compute it, chosen when tracing:
 
     splash       the TPU's kernel (``models/splash.py``), for self-attention
+    flash        the kernels of Hopper and Blackwell GPUs (``models/flash.py``), likewise
     blockwise    blocks of queries x keys (``models/blockwise.py``), for other long rows: no memory for their scores
     plain        all scores at once, the definition in code, for short rows and one new token behind a cache
 
-Padding's own result is finite everywhere and means nothing: splash lets it see itself only, blockwise gives zero.
+Padding's own result is finite everywhere and means nothing: kernels let it see itself only, blockwise gives zero.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from jax.sharding import AbstractDevice
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.blockwise import MASKED, blockwise
+from phivision_jax.models.flash import flash, takes
 from phivision_jax.models.remat import ATTENTION, name
 
 backend = jax.make_user_context("auto")
-"""``with backend("xla"):`` computes without kernels, ``"tpu"`` with splash, ``"auto"`` as the platform has it: that of
-the mesh in force (``jax.set_mesh``; its devices need not be here), else JAX's default. Part of jit's cache key."""
+"""``with backend("xla"):`` computes without kernels, ``"tpu"`` and ``"gpu"`` with theirs, ``"auto"`` as the platform
+has it: that of the mesh in force (``jax.set_mesh``; its devices need not be here), else JAX's default. Part of jit's
+cache key."""
 
 PLAIN = 256
 """The most queries whose scores are held at once."""
@@ -55,20 +58,24 @@ def attend(
 
     Args:
       q, k, v: not yet scaled; scores are scaled by H^-1/2. Softmax in fp32, result in q's dtype.
-      segment_ids: segment of each query; ``kv_segment_ids`` of each key (default: the same columns).
+      segment_ids: segment of each query; ``kv_segment_ids`` of each key (default: the same columns). On GPUs each
+        segment is one run of columns, as in every Batch.
       span_end: last key column that each query may see; None for all. Never before the query's own column.
       axes: logical names of q's axes but the last: kernels and blocks run on each device's own part.
 
     Raises:
       ValueError: for a backend that does not exist.
-      ImportError: on TPUs, without the version of tokamax that ``models/splash.py`` names.
+      ImportError: on TPUs, without the version of tokamax that ``models/kernels.py`` names.
     """
     T, S = q.shape[-3], k.shape[-3]
     if kv_segment_ids is None:
-        if T >= 128 and _platform() == "tpu":  # shorter rows do not fill a block
+        platform = _platform() if T >= 128 else None  # shorter rows do not fill a block
+        if platform == "tpu":
             from phivision_jax.models.splash import splash  # needs packages that only TPUs need
 
             return splash(q, k, v, segment_ids=segment_ids, span_end=span_end, axes=axes)
+        if platform == "gpu" and takes(q):
+            return flash(q, k, v, segment_ids=segment_ids, span_end=span_end, axes=axes)
         kv_segment_ids = segment_ids
     if span_end is None:
         span_end = jnp.full_like(segment_ids, S - 1)
@@ -101,8 +108,8 @@ def plain(
 
 
 def _platform() -> str:
-    if backend.value not in ("auto", "tpu", "xla"):
-        raise ValueError(f"attention backend {backend.value!r} does not exist; choose 'auto', 'tpu' or 'xla'")
+    if backend.value not in ("auto", "tpu", "gpu", "xla"):
+        raise ValueError(f"attention backend {backend.value!r} does not exist; choose 'auto', 'tpu', 'gpu' or 'xla'")
     return target_device().platform if backend.value == "auto" else backend.value
 
 

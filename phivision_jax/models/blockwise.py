@@ -63,12 +63,12 @@ def blockwise(
     lead = q.ndim - 3
     span_end = jnp.minimum(span_end, k.shape[-3] - 1)  # a last block of keys is filled with columns from S on
 
-    def local(q, k, v, segments, kv_segments, span_end):
+    def local(q, k, v, segments, span_end, kv_segments):
         sizes = _block_size(q.shape[-3], block), _block_size(k.shape[-3], block)
         rows = (x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, segments, kv_segments, span_end))
         return _attention(*rows, sizes).reshape(q.shape)
 
-    return by_device(local, q, k, v, segment_ids, kv_segment_ids, span_end, axes=axes)
+    return by_device(local, q, k, v, (segment_ids, span_end), (kv_segment_ids,), axes=axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -22,15 +22,15 @@ def by_device(
     q: Float[Array, "*B T N H"],
     k: Float[Array, "*B S K H"],
     v: Float[Array, "*B S K H"],
-    segment_ids: Int32[Array, "*B T"],
-    kv_segment_ids: Int32[Array, "*B S"],
-    span_end: Int32[Array, "*B T"] | None,
+    of_queries: tuple[Int32[Array, "*B T"] | None, ...],
+    of_keys: tuple[Int32[Array, "*B S"], ...] = (),
     *,
     axes: tuple[str | None, ...],
 ) -> Float[Array, "*B T N H"]:
-    """``local`` of these six, on each device's part under a mesh and as they are without one.
+    """``local`` of q, k, v, and of what is told of queries and of keys; on each device's part, whole without a mesh.
 
     Args:
+      of_queries, of_keys: numbers of each column, such as its segment.
       axes: logical names of q's axes but the last; an axis that its mesh axes do not divide is not split.
     """
     *rows, T, N, _ = q.shape
@@ -41,17 +41,15 @@ def by_device(
     if split_heads and repeat > 1:
         k, v = jnp.repeat(k, repeat, axis=-2), jnp.repeat(v, repeat, axis=-2)
     if jax.sharding.get_abstract_mesh().empty:
-        return local(q, k, v, segment_ids, kv_segment_ids, span_end)
+        return local(q, k, v, *of_queries, *of_keys)
     *lead, length = (
         RULES[axis] if axis and size % axis_size(axis) == 0 else None
         for axis, size in zip(axes[:-1], (*rows, T), strict=True)
     )
     heads = RULES[head_axis] if split_heads else None
     queries, keys = PartitionSpec(*lead, length, heads), PartitionSpec(*lead, None, heads)
-    query_ids, key_ids = PartitionSpec(*lead, length), PartitionSpec(*lead)
-    spans = None if span_end is None else query_ids
+    specs = [None if x is None else PartitionSpec(*lead, length) for x in of_queries]
+    specs += [PartitionSpec(*lead)] * len(of_keys)
     # check_vma: kernels do not say over which mesh axes their results vary, and constant carries vary over none.
-    run = jax.shard_map(
-        local, in_specs=(queries, keys, keys, query_ids, key_ids, spans), out_specs=queries, check_vma=False
-    )
-    return run(q, k, v, segment_ids, kv_segment_ids, span_end)
+    run = jax.shard_map(local, in_specs=(queries, keys, keys, *specs), out_specs=queries, check_vma=False)
+    return run(q, k, v, *of_queries, *of_keys)

@@ -9,14 +9,13 @@ column. It then drops blocks whose segments do not meet:
             4-7  full  part                     full: none is (segments are compared in every block)
             8-11 ·     ·     part               ·:    never visited; here segment 2 begins at column 8
 
-The kernel is a private module of tokamax, whose only promise is its version number: hence the check below.
+The kernel is a private module of tokamax (``models/kernels.py``): hence the check below.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from importlib import metadata
 from typing import NamedTuple
 
 import jax
@@ -25,19 +24,10 @@ from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.attention import target_device
 from phivision_jax.models.by_device import by_device
+from phivision_jax.models.kernels import require_tokamax
 from phivision_jax.models.remat import ATTENTION
 
-TOKAMAX = "0.0.17"
-
-try:
-    _found = metadata.version("tokamax")
-except metadata.PackageNotFoundError:
-    _found = "none"
-if _found != TOKAMAX:
-    raise ImportError(
-        f"attention on TPUs uses a private module of tokamax {TOKAMAX}, but the installed version is {_found}; "
-        f"run `pip install tokamax=={TOKAMAX}`, or choose plain attention with models.attention.backend('xla')"
-    )
+require_tokamax()
 
 from tokamax._src.ops.experimental.tpu.splash_attention import base  # noqa: E402
 from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as kernel  # noqa: E402
@@ -103,15 +93,15 @@ def splash(
 
     lead = q.ndim - 3
 
-    def local(q, k, v, q_ids, kv_ids, span_end):
+    def local(q, k, v, q_ids, span_end, kv_ids):
         def row(args):
             return _row(*args, blocks=blocks, interpret=interpret)
 
         # One row at a time: under vmap every row would visit the blocks of all rows.
-        rows = [None if x is None else x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, q_ids, kv_ids, span_end)]
+        rows = [None if x is None else x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, q_ids, span_end, kv_ids)]
         return jax.lax.map(row, tuple(rows)).reshape(q.shape)
 
-    return by_device(local, q, k, v, ids, ids, span_end, axes=axes)
+    return by_device(local, q, k, v, (ids, span_end), (ids,), axes=axes)
 
 
 def _row(
@@ -119,8 +109,8 @@ def _row(
     k: Float[Array, "S K H"],
     v: Float[Array, "S K H"],
     q_ids: Int32[Array, " T"],
-    kv_ids: Int32[Array, " S"],
     span_end: Int32[Array, " T"] | None,
+    kv_ids: Int32[Array, " S"],
     *,
     blocks: Blocks,
     interpret: bool,

@@ -285,5 +285,5 @@ def test_long_rows_need_little_memory():
 
 def test_a_backend_that_does_not_exist():
     q = jnp.ones((1, 128, 1, 8))
-    with backend("gpu"), pytest.raises(ValueError, match="'gpu'"):
+    with backend("cuda"), pytest.raises(ValueError, match="'cuda'"):
         attend(q, q, q, segment_ids=jnp.ones((1, 128), jnp.int32))
