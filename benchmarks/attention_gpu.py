@@ -1,11 +1,11 @@
 """One attention layer on an H100, forward and backward: the kernels, blocks without kernels, all scores at once.
 
-    pip install 'jax[cuda12]'
+    pip install -e '.[cuda]'
     python benchmarks/attention_gpu.py --out docs/results/attention_gpu.json
 
-Without a GPU the CUDA compiler says what memory each form takes, and no program is run: the description of the chip
-below is all it needs (Linux x86-64). With one, each form is also compared with all scores in fp32, and timed in turns.
-(``benchmarks/preflight.py --tables`` makes the table.)
+Without a GPU the compiler says what memory each form takes, and no program is run: the description of the chip below is
+all it needs (Linux x86-64). With one, each form that fits is also compared with blocks in fp32, and timed in turns.
+``benchmarks/preflight.py --tables`` makes the table of docs/preflight.md.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ MIB = 2**20
 TURNS = 7
 
 # What the CUDA compiler asks of a chip, in the words of XLA's GpuTargetConfigProto: an H100 SXM with 80 GB.
-H100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
+H100_MIB = 81_008
+H100 = f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
   shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
   core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: 84942979072
-}
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 device_memory_size: {H100_MIB * MIB}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
@@ -121,17 +122,20 @@ def main(out: Path | None = None, length: int | None = None) -> None:
         length: Columns of a row, instead of the lengths that the models are trained at.
     """
     here = jax.devices()[0].platform == "gpu"
-    rows = []
+    rows: list[Row] = []
     with contextlib.nullcontext(jax.devices()[0]) if here else absent() as device:
         mesh = sharding.make_mesh({"fsdp": 1}, [device])
+        memory = device.memory_stats()["bytes_limit"] / MIB if here else H100_MIB
         for name, tower in TOWERS.items():
             for T in (length,) if length else tower.lengths:
-                rows += measure(name, tower, T, mesh, here)
-                for row in rows[-len(FORMS) :]:
-                    print(row, flush=True)
-    if out:
-        facts = {"device": device.device_kind, "ran": here, "rows": [dataclasses.asdict(row) for row in rows]}
-        out.write_text(json.dumps(facts, indent=1) + "\n")
+                found = measure(name, tower, T, mesh, memory if here else 0)
+                print(*found, sep="\n", flush=True)
+                rows += found
+                facts = {"device": device.device_kind, "memory_mib": memory, "ran": here, "jax": jax.__version__}
+                if out:
+                    out.write_text(
+                        json.dumps(facts | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1) + "\n"
+                    )
 
 
 @contextlib.contextmanager
@@ -140,7 +144,7 @@ def absent() -> Iterator[Any]:
     try:
         device = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1").devices[0]
     except NotImplementedError:
-        raise SystemExit("JAX has no compiler for GPUs here; run `pip install 'jax[cuda12]'` (Linux)") from None
+        raise SystemExit("JAX has no compiler for GPUs here; run `pip install -e '.[cuda]'` (Linux)") from None
     found = jax_backend.get_default_device
     jax_backend.get_default_device = lambda: device
     try:
@@ -149,30 +153,36 @@ def absent() -> Iterator[Any]:
         jax_backend.get_default_device = found
 
 
-def measure(name: str, tower: Tower, length: int, mesh: jax.sharding.Mesh, here: bool) -> list[Row]:
+def measure(name: str, tower: Tower, length: int, mesh: jax.sharding.Mesh, memory: float) -> list[Row]:
+    """A row for each form; programs whose temporaries take less than ``memory`` MiB are run."""
     at = NamedSharding(mesh, PartitionSpec())
     values = inputs(tower, length)
     low = [jnp.bfloat16 if x.dtype == np.float32 else x.dtype for x in values]
     shapes = [jax.ShapeDtypeStruct(x.shape, dtype, sharding=at) for x, dtype in zip(values, low, strict=True)]
+    options = {} if memory else {"xla_gpu_autotune_level": 0}  # tuning would need the chip
     rows, programs = [], {}
     with jax.set_mesh(mesh):
         for form in FORMS:
             gradient = jax.jit(jax.value_and_grad(loss(tower, form), argnums=(0, 1, 2)))
-            # Tuning products would need the chip.
-            options = {} if here else {"xla_gpu_autotune_level": 0}
             programs[form] = gradient.lower(*shapes).compile(compiler_options=options)
             sums, text = programs[form].memory_analysis(), programs[form].as_text()
             assert sums is not None and text is not None
-            rows.append(Row(name, length, form, sums.temp_size_in_bytes / MIB, text.count('target="mosaic_gpu')))
-        if here:
+            kernels = text.count('target="mosaic_gpu')
+            if form == "kernels" and not kernels:
+                raise SystemExit(
+                    "this GPU, or this installation, has no kernels for attention (phivision_jax.models.flash.takes)"
+                )
+            rows.append(Row(name, length, form, sums.temp_size_in_bytes / MIB, kernels))
+        running = [row for row in rows if row.temp_mib < 0.9 * memory]
+        if running:
             placed = [jax.device_put(jnp.asarray(x, dtype), at) for x, dtype in zip(values, low, strict=True)]
             exact = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in placed]
             with jax.default_matmul_precision("highest"):
-                want = jax.jit(jax.value_and_grad(loss(tower, "plain"), argnums=(0, 1, 2)))(*exact)
-            for row in rows:
+                want = jax.jit(jax.value_and_grad(loss(tower, "blocks"), argnums=(0, 1, 2)))(*exact)
+            for row in running:
                 row.error = difference(programs[row.form](*placed), want)
-            turns = [[seconds(programs[row.form], placed) for row in rows] for _ in range(TURNS)]
-            for row, times in zip(rows, zip(*turns, strict=True), strict=True):
+            turns = [[seconds(programs[row.form], placed) for row in running] for _ in range(TURNS)]
+            for row, times in zip(running, zip(*turns, strict=True), strict=True):
                 row.milliseconds = 1e3 * statistics.median(times)
     return rows
 

@@ -86,13 +86,15 @@ GPU_FORMS = {"kernels": "kernels", "blocks": "blocks, no kernel", "plain": "plai
 
 def gpu_table() -> str:
     """Markdown, one line per tower and length."""
-    rows = json.loads((RESULTS / "attention_gpu.json").read_text())["rows"]
+    facts = json.loads((RESULTS / "attention_gpu.json").read_text())
+    rows = facts["rows"]
     found = {(row["tower"], row["length"], row["form"]): row["temp_mib"] for row in rows}
     lines = ["| tower | T | " + " | ".join(f"{name}: temporaries, MiB" for name in GPU_FORMS.values()) + " |"]
     lines.append("| --- " * (2 + len(GPU_FORMS)) + "|")
     for tower, length in dict.fromkeys((row["tower"], row["length"]) for row in rows):
-        cells = " | ".join(f"{found[tower, length, form]:,.0f}" for form in GPU_FORMS)
-        lines.append(f"| {tower} | {length:,} | {cells} |")
+        sizes = [found[tower, length, form] for form in GPU_FORMS]
+        cells = [f"{'' if size < facts['memory_mib'] else 'does not fit: '}{size:,.0f}" for size in sizes]
+        lines.append(f"| {tower} | {length:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

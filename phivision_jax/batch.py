@@ -54,7 +54,7 @@ class Batch:
     loss_weights: Float32[Array, "B T"]
     positions: Int32[Array, "B T"]
     segment_ids: Int32[Array, "B T"]
-    """0 padding, 1… the example within the row."""
+    """0 padding, 1… the example within the row, which is one run of columns."""
     span_end: Int32[Array, "B T"]
     """The last column of the row that this query may see."""
     group_ids: Int32[Array, "B T"]
@@ -64,7 +64,7 @@ class Batch:
     patches: UInt8[Array, "B R P patch_dim"]
     """Raw pixels, flattened (row, column, channel); normalised on the device."""
     patch_segments: Int32[Array, "B R P"]
-    """0 padding, 1… the image (or tile) within the vision row: attention never crosses it."""
+    """0 padding, 1… the image (or tile) within the vision row, one run of patches: attention never crosses it."""
     patch_coords: Int32[Array, "B R P 2"]
     """Row and column of the patch in its image's grid."""
     patch_grid: Int32[Array, "B R P 2"]

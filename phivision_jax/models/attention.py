@@ -17,7 +17,7 @@ A query may see a key when both are in the same segment and the key's column is 
 One definition, four ways to compute it, chosen when tracing:
 
     splash       the TPU's kernel (``models/splash.py``), for self-attention
-    flash        the kernels of Hopper and Blackwell GPUs (``models/flash.py``), likewise
+    flash        kernels for Hopper and Blackwell GPUs (``models/flash.py``), likewise, of what they take
     blockwise    blocks of queries x keys (``models/blockwise.py``), for other long rows: no memory for their scores
     plain        all scores at once, the definition in code, for short rows and one new token behind a cache
 
@@ -36,7 +36,7 @@ from phivision_jax.models.flash import flash, takes
 from phivision_jax.models.remat import ATTENTION, name
 
 backend = jax.make_user_context("auto")
-"""``with backend("xla"):`` computes without kernels, ``"tpu"`` and ``"gpu"`` with theirs, ``"auto"`` as the platform
+"""``with backend("xla"):`` computes without kernels, ``"tpu"`` and ``"gpu"`` as there, ``"auto"`` as the platform
 has it: that of the mesh in force (``jax.set_mesh``; its devices need not be here), else JAX's default. Part of jit's
 cache key."""
 
@@ -65,7 +65,7 @@ def attend(
 
     Raises:
       ValueError: for a backend that does not exist.
-      ImportError: on TPUs, without the version of tokamax that ``models/kernels.py`` names.
+      ImportError: on TPUs, without the version of tokamax that ``models/tokamax_version.py`` names.
     """
     T, S = q.shape[-3], k.shape[-3]
     if kv_segment_ids is None:
@@ -74,7 +74,7 @@ def attend(
             from phivision_jax.models.splash import splash  # needs packages that only TPUs need
 
             return splash(q, k, v, segment_ids=segment_ids, span_end=span_end, axes=axes)
-        if platform == "gpu" and takes(q):
+        if platform == "gpu" and takes(q, k, v):
             return flash(q, k, v, segment_ids=segment_ids, span_end=span_end, axes=axes)
         kv_segment_ids = segment_ids
     if span_end is None:

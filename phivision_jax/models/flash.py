@@ -1,4 +1,4 @@
-"""Attention on NVIDIA's Hopper and Blackwell GPUs: tokamax's kernels, told what a query may see by two columns.
+"""Attention on Hopper and Blackwell GPUs (compute capability 9 and 10): tokamax's kernels, told two numbers a column.
 
 Where every segment is one run of columns, a query sees the keys from ``first`` on that come before ``past``:
 
@@ -9,9 +9,9 @@ Where every segment is one run of columns, a query sees the keys from ``first`` 
     past          1  3  3  4  5  6
 
 Blocks of keys before every ``first`` and after every ``past`` of a block of queries are not visited forward; backward
-all are (in this version of tokamax). Other GPUs, fp32 and narrow heads are computed by ``models/blockwise.py``.
+all are (in this version of tokamax). What the kernels do not take is computed as on a CPU: other GPUs, other dtypes.
 
-The kernels are private modules of tokamax (``models/kernels.py``).
+The kernels are private modules of tokamax (``models/tokamax_version.py``).
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import backend as jax_backend
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.by_device import by_device
-from phivision_jax.models.kernels import require_tokamax
 from phivision_jax.models.remat import ATTENTION, name
+from phivision_jax.models.tokamax_version import require_tokamax
 
-NARROWEST = 64
-"""The fewest columns of a head that the kernels' tests cover."""
+HEADS = range(64, 129)
+"""Widths of a head: narrower ones would be mostly padding, not all wider ones have a backward pass on Blackwell."""
 
 
-def takes(q: Float[Array, "*B T N H"]) -> bool:
-    """Whether the kernels are there for these queries: by JAX's default device, their dtype and their heads' width."""
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or q.shape[-1] < NARROWEST:
+def takes(q: Float[Array, "*B T N H"], k: Float[Array, "*B T K H"], v: Float[Array, "*B T K H"]) -> bool:
+    """Whether the kernels are there for these: by the kind of JAX's default device, by dtype (bf16) and by width."""
+    capability = str(getattr(jax_backend.get_default_device(), "compute_capability", ""))  # of AMD's: a name
+    if capability.partition(".")[0] not in ("9", "10"):
+        return False
+    if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)} or q.shape[-1] not in HEADS:
         return False
     try:
         require_tokamax()
+        _operations()
     except ImportError as error:
         warnings.warn(f"attention is computed in blocks, without the GPU's kernels: {error}", stacklevel=2)
         return False
-    from tokamax._src import gpu_utils
-
-    return gpu_utils.is_sm90() or gpu_utils.is_sm100()
+    return True
 
 
 def flash(
@@ -55,13 +58,13 @@ def flash(
     span_end: Int32[Array, "*B T"] | None = None,
     axes: tuple[str | None, ...] = ("batch", "length", "heads"),
 ) -> Float[Array, "*B T N H"]:
-    """Self-attention as ``models.attention.attend`` defines it, except in padding (segment 0).
+    """Self-attention as ``models.attention.attend`` defines it, except in padding, of arrays that ``takes`` takes.
 
-    A column of padding sees only itself; its result is finite and means nothing. Under a mesh each device takes its own
-    rows, heads and queries, with all keys of the row (gathered along ``context``). Differentiable in reverse mode only.
+    A column of padding (segment 0) sees only itself; its result is finite and means nothing. Under a mesh each device
+    takes its own rows, heads and queries, with all keys of the row (gathered along ``context``). Differentiable in
+    reverse mode only.
 
     Args:
-      q, k, v: of one dtype, bf16 or fp16.
       segment_ids: each segment is one run of columns; in any order, padding anywhere.
       span_end: at least the query's own column.
       axes: as in ``attend``.
@@ -102,7 +105,8 @@ def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, past: jax.Array
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     forward, _, mask = _kernels(first, past)
-    config = forward.bind(q, k, v, mask=mask).heuristics_config
+    # tokamax's rule for blocks. Its tables, asked first otherwise, have no rows for these shapes, and it warns of that.
+    config = forward.bind(q, k, v, mask=mask, return_residuals=True).heuristics_config
     out, sums = forward.replace(config=config)(q, k, v, mask=mask, return_residuals=True)
     out, sums = jax.tree.map(lambda x: name(x, ATTENTION), (out, sums))  # else remat would run the kernel once more
     return out, (q, k, v, first, past, out, sums)

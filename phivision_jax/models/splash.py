@@ -9,7 +9,7 @@ column. It then drops blocks whose segments do not meet:
             4-7  full  part                     full: none is (segments are compared in every block)
             8-11 ·     ·     part               ·:    never visited; here segment 2 begins at column 8
 
-The kernel is a private module of tokamax (``models/kernels.py``): hence the check below.
+The kernel is a private module of tokamax (``models/tokamax_version.py``): hence the check below.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.attention import target_device
 from phivision_jax.models.by_device import by_device
-from phivision_jax.models.kernels import require_tokamax
 from phivision_jax.models.remat import ATTENTION
+from phivision_jax.models.tokamax_version import require_tokamax
 
 require_tokamax()
 
