@@ -32,6 +32,7 @@ from jax.extend import backend as jax_backend
 from jax.sharding import NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
+from phivision_jax.config import ModelConfig
 from phivision_jax.models import attention
 
 MIB = 2**20
@@ -62,9 +63,16 @@ class Tower:
     head_dim: int
     lengths: tuple[int, ...]
     spans: bool
+    """Whether queries have a last key: else they see all of their segment."""
 
 
-TOWERS = {"decoder": Tower(40, 10, 128, (8192, 16_384), True), "vision": Tower(16, 16, 72, (8192,), False)}
+RELEASED = ModelConfig()
+TOWERS = {
+    "decoder": Tower(
+        RELEASED.decoder.num_heads, RELEASED.decoder.num_kv_heads, RELEASED.decoder.head_dim, (8192, 16_384), True
+    ),
+    "vision": Tower(RELEASED.vision.num_heads, RELEASED.vision.num_heads, RELEASED.vision.head_dim, (8192,), False),
+}
 FORMS = {"kernels": "gpu", "blocks": "xla", "plain": None}
 
 
@@ -87,13 +95,12 @@ def loss(tower: Tower, form: str) -> Callable[..., jax.Array]:
     def of(
         q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, span_end: jax.Array, weight: jax.Array
     ) -> jax.Array:
-        span = span_end if tower.spans else None
         if FORMS[form] is None:
             columns = span_end if tower.spans else jnp.full_like(span_end, q.shape[1])
             out = attention.plain(q, k, v, segments, segments, columns)
         else:
             with attention.backend(FORMS[form]):
-                out = attention.attend(q, k, v, segment_ids=segments, span_end=span)
+                out = attention.attend(q, k, v, segment_ids=segments, span_end=span_end if tower.spans else None)
         real = (segments > 0)[..., None, None]
         return (jnp.where(real, out, 0).astype(jnp.float32) * weight.astype(jnp.float32)).sum()
 
@@ -121,6 +128,8 @@ def main(out: Path | None = None, length: int | None = None) -> None:
         out: Also write the rows to this JSON file.
         length: Columns of a row, instead of the lengths that the models are trained at.
     """
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     here = jax.devices()[0].platform == "gpu"
     rows: list[Row] = []
     with contextlib.nullcontext(jax.devices()[0]) if here else absent() as device:

@@ -137,6 +137,8 @@ def main(out: Path | None = None) -> None:
     Args:
         out: Also write the rows to this JSON file.
     """
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     found = []
     for row in rows():
         print(row, flush=True)

@@ -36,7 +36,7 @@ from phivision_jax.models.flash import flash, takes
 from phivision_jax.models.remat import ATTENTION, name
 
 backend = jax.make_user_context("auto")
-"""``with backend("xla"):`` computes without kernels, ``"tpu"`` and ``"gpu"`` as there, ``"auto"`` as the platform
+"""``with backend("xla"):`` computes without kernels, ``"tpu"`` and ``"gpu"`` as on those, ``"auto"`` as the platform
 has it: that of the mesh in force (``jax.set_mesh``; its devices need not be here), else JAX's default. Part of jit's
 cache key."""
 

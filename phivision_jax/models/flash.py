@@ -105,7 +105,7 @@ def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, past: jax.Array
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     forward, _, mask = _kernels(first, past)
-    # tokamax's rule for blocks. Its tables, asked first otherwise, have no rows for these shapes, and it warns of that.
+    # tokamax's rule for blocks. Its tables, asked first otherwise, hold no such masks, and it warns of every miss.
     config = forward.bind(q, k, v, mask=mask, return_residuals=True).heuristics_config
     out, sums = forward.replace(config=config)(q, k, v, mask=mask, return_residuals=True)
     out, sums = jax.tree.map(lambda x: name(x, ATTENTION), (out, sums))  # else remat would run the kernel once more

@@ -151,17 +151,19 @@ def test_leading_axes(stand_in):
     np.testing.assert_allclose(got[real], want[real], atol=1e-5)
 
 
-def gradient(policy, T=1024, N=4, K=2, H=128, span=True):
+def gradient(policy, B=1, T=1024, N=4, K=2, H=128, span=True):
     """The gradient of a layer with ``attend``, traced."""
+
+    columns = jnp.tile(jnp.arange(T), (B, 1))
 
     def loss(q, k, v, ids):
         def layer(q, k, v):
-            return attend(jnp.sin(q), k, v, segment_ids=ids, span_end=jnp.arange(T)[None] if span else None)
+            return attend(jnp.sin(q), k, v, segment_ids=ids, span_end=columns if span else None)
 
         return checkpoint(layer, policy)(q, k, v).astype(jnp.float32).sum()
 
-    shapes = [jax.ShapeDtypeStruct((1, T, n, H), jnp.bfloat16) for n in (N, K, K)]
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes, jax.ShapeDtypeStruct((1, T), jnp.int32))
+    shapes = [jax.ShapeDtypeStruct((B, T, n, H), jnp.bfloat16) for n in (N, K, K)]
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes, jax.ShapeDtypeStruct((B, T), jnp.int32))
 
 
 @pytest.mark.parametrize("capability", ["9.0", "10.0"])
@@ -174,6 +176,16 @@ def test_kernels_become_programs(monkeypatch, capability, widths):
     with backend("gpu"):
         text = gradient("attention", **widths).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @mosaic_gpu") == 3
+
+
+def test_each_device_has_kernels_for_its_own_part(monkeypatch):
+    """Half of the rows, heads and queries, with all keys of its rows: the forward kernel's q and k by their shapes."""
+    chip(monkeypatch)
+    with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 2, "context": 2})), backend("gpu"):
+        text = gradient("attention", B=2, T=1024, N=4, K=2).lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line.rsplit(" : ", 1)[1] for line in text.splitlines() if "custom_call @mosaic_gpu" in line]
+    assert len(calls) == 3
+    assert calls[0].startswith("(tensor<512x2x128xbf16>, tensor<1024x1x128xbf16>, ")
 
 
 @pytest.mark.parametrize("policy, calls", [("attention", 2), ("full", 3)])
