@@ -276,19 +276,22 @@ def main(argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser; ml_collections raises at a field that does not exist, and names the nearest one.
+    """absl's parser, whose errors become a sentence. ml_collections raises at a field that does not exist.
 
     With a configuration, --help shows its fields.
     """
     try:
         if not (help_page.asked_for(argv) and any(word.startswith("--config") for word in argv)):
-            return app.parse_flags_with_usage(argv)
-        app.parse_flags_with_usage([word for word in argv if word not in help_page.FLAGS])
+            return flags.FLAGS(argv)
+        flags.FLAGS([word for word in argv if word not in help_page.FLAGS])
         page = help_page.text(config_of_flags())
     except OSError as error:
         sys.exit(f"train.py: {no_config_file(error)}")
     except SyntaxError as error:
         sys.exit(f"train.py: --config: {error}")
+    except flags.Error as error:  # what a configuration raises stands at the end of all that ml_collections tells of it
+        said = str(error).strip().splitlines()[-1].strip().removeprefix("ValueError: ")
+        sys.exit(f"train.py: {said}; python train.py --help shows how")
     except (AttributeError, KeyError, ValueError) as error:
         sys.exit(f"train.py: {no_such_field(error, argv) or error}")
     print(__doc__, page, sep="\n")  # not above: a reader that closes the pipe is no missing file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -84,6 +85,9 @@ def main() -> None:
         app.cli(prog="phivision", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     except KeyboardInterrupt as error:
         _fail("interrupted", error, 130)
+    except BrokenPipeError:  # whoever read this has enough, as head has; nothing is left to say, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except FileNotFoundError as error:
         _fail(f"{error.filename} does not exist" if error.filename else str(error), error, 1)
     except (ValueError, OSError, ModuleNotFoundError) as error:

@@ -234,6 +234,12 @@ def test_a_mixture_planned_beforehand(data, tmp_path):
         (["--config=configs/tinny.py"], "--config: No such file or directory: 'configs/tinny.py'; give"),
         (["--config=configs", "--config.optim.steps=1"], "--config: Is a directory: 'configs'; give"),
         (["--config=README.md"], "(README.md, line "),
+        (
+            ["--config=configs/tiny.py:nope"],
+            "train.py: configs/tiny.py has the variants '' and 'long', not 'nope'; python",
+        ),
+        (["--config.optim.steps=some"], "train.py: flag --config.optim.steps=some: invalid literal for int()"),
+        (["--rnu=x"], "train.py: Unknown command line flag 'rnu'"),
     ],
 )
 def test_mistakes_get_a_sentence(undisturbed, data, words, message):

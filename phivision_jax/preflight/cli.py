@@ -81,7 +81,7 @@ def load_config(spec: str, changes: tuple[str, ...] = ()) -> RunConfig:
     """A configuration file's ``get_config``, called with what stands behind the colon, and fields changed by name.
 
     Raises:
-      ValueError: for a file that does not exist or has no ``get_config``; a field or value that cannot be.
+      ValueError: for a file that is not there, is no Python or has no ``get_config``; a field or value that cannot be.
     """
     from phivision_jax.training.config import RunConfig
 
@@ -92,7 +92,10 @@ def load_config(spec: str, changes: tuple[str, ...] = ()) -> RunConfig:
     if found is None or found.loader is None:
         raise ValueError(f"--config: {path} is not a Python file; give one like configs/phi4_rv_15b.py:stage2")
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"--config: {error}") from None
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config: {path} has no function get_config")
     values = (module.get_config(variant) if variant else module.get_config()).to_dict()

@@ -27,6 +27,13 @@ from phivision_jax.data.formats import easy_vqa
 COMMAND = [sys.executable, "-m", "phivision_jax.cli", "data"]
 
 
+def test_a_reader_that_has_enough_is_no_error():
+    """As in ``phivision data import --help | head -1``."""
+    process = subprocess.Popen([*COMMAND, "import", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 1)
+
+
 @dataclasses.dataclass
 class Done:
     code: Any
