@@ -18,10 +18,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from phivision_jax.data.dataset import Dataset
-from phivision_jax.data.formats.easy_vqa import easy_vqa, question_only_baseline
+from phivision_jax.data.sources.easy_vqa import easy_vqa, question_only_baseline
+from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.images.decode import open_image
-from phivision_jax.training.metrics import read_metrics
+from phivision_jax.training.telemetry.metrics import read_metrics
 
 DATA = Path("data/easy_vqa")
 console = Console()

@@ -12,11 +12,11 @@ from pathlib import Path
 from absl import app, flags
 
 import phivision_jax
-from phivision_jax import progress, storage
-from phivision_jax.data.dataset import Dataset
-from phivision_jax.evaluation import report
+from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.evaluation import html_report
 from phivision_jax.evaluation.runner import Evaluator
-from phivision_jax.storage import Location
+from phivision_jax.io import progress, storage
+from phivision_jax.io.storage import Location
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "A run, a checkpoint of ours, a Hugging Face directory; or gs://…"
@@ -29,13 +29,13 @@ _BATCH = flags.DEFINE_integer("batch", 64, "Questions at a time.", lower_bound=1
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 8, "Where an answer ends at the latest.", lower_bound=1)
 
 
-def evaluate(checkpoint: str | Location, data: str | Path, **settings) -> report.Report:
+def evaluate(checkpoint: str | Location, data: str | Path, **settings) -> html_report.Report:
     """Load, answer, score. ``settings`` are ``Evaluator``'s."""
     model, processor = phivision_jax.load(checkpoint)
     evaluator = Evaluator(Dataset.open(data), processor, **settings)
     with progress.bar("evaluate", len(evaluator.records)) as advance:
         result = evaluator(model, advance)
-    return report.make_report(result, checkpoint=str(checkpoint), data=str(data), mode=evaluator.mode)
+    return html_report.make_report(result, checkpoint=str(checkpoint), data=str(data), mode=evaluator.mode)
 
 
 def main(argv: list[str]) -> None:
@@ -58,9 +58,9 @@ def main(argv: list[str]) -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
-    report.print_report(made)
+    html_report.print_report(made)
     if out:
-        report.write_report(made, out)
+        html_report.write_report(made, out)
         print(f"written: {out}/report.json, answers.jsonl")
 
 

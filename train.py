@@ -26,29 +26,31 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from phivision_jax import checkpoint
 from phivision_jax.batch import Batch
+from phivision_jax.checkpoint import layout
+from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
+from phivision_jax.cli import config_help as help_page
 from phivision_jax.data import quarantine
-from phivision_jax.data.encode import GROUP_NAMES
-from phivision_jax.data.pipeline import BatchInfo
+from phivision_jax.data.feed.encode import GROUP_NAMES
+from phivision_jax.data.feed.pipeline import BatchInfo
+from phivision_jax.distributed import processes
+from phivision_jax.distributed.heartbeat import PREEMPTED
+from phivision_jax.distributed.watchdog import Watchdog
 from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.io.progress import training_bar
 from phivision_jax.models import phivision
-from phivision_jax.progress import training_bar
-from phivision_jax.training import goodput_report, optim, processes, record_log, setup
-from phivision_jax.training import help as help_page
-from phivision_jax.training.checkpoints import CheckpointError, RunCheckpoints
-from phivision_jax.training.config import RunConfig
-from phivision_jax.training.goodput import AHEAD, Goodput
+from phivision_jax.training import optim, setup
 from phivision_jax.training.guard import SkippedSteps
-from phivision_jax.training.heartbeat import PREEMPTED
-from phivision_jax.training.metrics import MetricsWriter, group_metrics
-from phivision_jax.training.modules import learning_rates
-from phivision_jax.training.profiling import Profiler
 from phivision_jax.training.replay import replay
+from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.run_directory import RunDirectory
-from phivision_jax.training.samples import pictures
-from phivision_jax.training.speed import Speed
-from phivision_jax.training.watchdog import Watchdog
+from phivision_jax.training.telemetry import goodput_report, record_log
+from phivision_jax.training.telemetry.goodput import AHEAD, Goodput
+from phivision_jax.training.telemetry.metrics import MetricsWriter, group_metrics
+from phivision_jax.training.telemetry.module_norms import learning_rates
+from phivision_jax.training.telemetry.profiling import Profiler
+from phivision_jax.training.telemetry.samples import pictures
+from phivision_jax.training.telemetry.throughput import Speed
 
 config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/tiny.py or configs/tiny.py:long.")
 flags.DEFINE_string("run", None, "Directory of the run, or gs://…: made if new, continued if it holds checkpoints.")
@@ -98,7 +100,7 @@ def train(cfg: RunConfig, where: str) -> int:
             "model": dataclasses.asdict(cfg.model),
             "plan": made.plan.hash,
             "run": dataclasses.asdict(cfg),
-            "code": checkpoint.code_version(),
+            "code": layout.code_version(),
         }
 
         # What is written of it.

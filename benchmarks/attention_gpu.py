@@ -33,7 +33,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
 from phivision_jax.config import ModelConfig
-from phivision_jax.models import attention
+from phivision_jax.models.attention import attend
 
 MIB = 2**20
 TURNS = 7
@@ -97,10 +97,10 @@ def loss(tower: Tower, form: str) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         if FORMS[form] is None:
             columns = span_end if tower.spans else jnp.full_like(span_end, q.shape[1])
-            out = attention.plain(q, k, v, segments, segments, columns)
+            out = attend.plain(q, k, v, segments, segments, columns)
         else:
-            with attention.backend(FORMS[form]):
-                out = attention.attend(q, k, v, segment_ids=segments, span_end=span_end if tower.spans else None)
+            with attend.backend(FORMS[form]):
+                out = attend.attend(q, k, v, segment_ids=segments, span_end=span_end if tower.spans else None)
         real = (segments > 0)[..., None, None]
         return (jnp.where(real, out, 0).astype(jnp.float32) * weight.astype(jnp.float32)).sum()
 
@@ -179,7 +179,7 @@ def measure(name: str, tower: Tower, length: int, mesh: jax.sharding.Mesh, memor
             kernels = text.count('target="mosaic_gpu')
             if form == "kernels" and not kernels:
                 raise SystemExit(
-                    "this GPU, or this installation, has no kernels for attention (phivision_jax.models.flash.takes)"
+                    "this GPU, or this installation, has no attention kernels (see models/attention/flash.py)"
                 )
             rows.append(Row(name, length, form, sums.temp_size_in_bytes / MIB, kernels))
         running = [row for row in rows if row.temp_mib < 0.9 * memory]

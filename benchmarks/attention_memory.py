@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
-from phivision_jax.models import attention
+from phivision_jax.models.attention import attend
 from phivision_jax.preflight import memory
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -37,18 +37,18 @@ Loss = Callable[..., jax.Array]
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     columns = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segments.shape)
-    return attention.attend(q, k, v, segment_ids=segments, span_end=columns)
+    return attend.attend(q, k, v, segment_ids=segments, span_end=columns)
 
 
 def bidirectional(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, span_end: jax.Array) -> jax.Array:
-    return attention.attend(q, k, v, segment_ids=segments, span_end=span_end)
+    return attend.attend(q, k, v, segment_ids=segments, span_end=span_end)
 
 
 def dense_mask(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
     """The same kernel, given a T×T mask at run time."""
-    from phivision_jax.models import splash
+    from phivision_jax.models.attention import splash
 
-    blocks = splash.BLOCKS[attention.target_device().device_kind]
+    blocks = splash.BLOCKS[attend.target_device().device_kind]
     config = splash.kernel.SplashConfig(
         block_q=blocks.q,
         block_kv=blocks.kv,
@@ -68,7 +68,7 @@ def dense_mask(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ma
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, span_end: jax.Array) -> jax.Array:
-    return attention.plain(q, k, v, segments, segments, span_end)
+    return attend.plain(q, k, v, segments, segments, span_end)
 
 
 @dataclasses.dataclass(frozen=True)

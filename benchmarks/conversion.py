@@ -26,7 +26,7 @@ import tyro
 _ROOT = Path(__file__).resolve().parent.parent
 _COPY = """
 import pathlib, shutil, sys
-from convert.files import flush
+from phivision_jax.convert.output import flush
 shutil.copytree(*sys.argv[1:])
 flush(pathlib.Path(sys.argv[2]))
 """

@@ -34,9 +34,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from phivision_jax.checkpoint import CHECKPOINTS, DAMAGED, SEALED
-from phivision_jax.training.checkpoints import CheckpointError, RunCheckpoints
-from phivision_jax.training.manifest import MANIFEST
+from phivision_jax.checkpoint.layout import CHECKPOINTS, DAMAGED, SEALED
+from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
+from phivision_jax.checkpoint.manifest import MANIFEST
 
 OLD, NEW = 10, 20
 type State = dict[str, Any]

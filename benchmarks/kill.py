@@ -35,10 +35,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from phivision_jax.checkpoint import CHECKPOINTS, CHECKSUMS, META
-from phivision_jax.progress import bar
-from phivision_jax.training import record_log
-from phivision_jax.training.metrics import FILE, read_metrics
+from phivision_jax.checkpoint.layout import CHECKPOINTS, CHECKSUMS, META
+from phivision_jax.io.progress import bar
+from phivision_jax.training.telemetry import record_log
+from phivision_jax.training.telemetry.metrics import FILE, read_metrics
 
 ROOT = Path(__file__).parents[1]
 EVERY = 20
@@ -102,7 +102,15 @@ class Training:
 
     def __init__(self, command: Sequence[str], run: Path, processes: int, steps: int, log: Path) -> None:
         self.run, self.steps, self.log = run, steps, log
-        launcher = [sys.executable, "-m", "phivision_jax.launch", "--processes", str(processes), "--restarts", "9999"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "phivision_jax.distributed.launch",
+            "--processes",
+            str(processes),
+            "--restarts",
+            "9999",
+        ]
         with log.open("wb") as file:
             self.launcher = subprocess.Popen([*launcher, "--", *command], cwd=ROOT, stdout=file, stderr=file)
         self.outcome = Outcome()

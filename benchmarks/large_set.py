@@ -24,14 +24,14 @@ import numpy as np
 from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from phivision_jax.data.dataset import Dataset
-from phivision_jax.data.formats import Read
-from phivision_jax.data.importing import import_source
-from phivision_jax.data.mixture import Mixture
-from phivision_jax.data.plan import make_plan
+from phivision_jax.data.plan.mixture import Mixture
+from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.records import Record
+from phivision_jax.data.sources import Read
+from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.data.store.importing import import_source
 from phivision_jax.processor import Processor
-from phivision_jax.training.metrics import read_metrics
+from phivision_jax.training.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["red", "green", "blue", "dark", "light", "small", "large", "round", "square", "open", "full", "quiet"]

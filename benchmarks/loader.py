@@ -43,7 +43,7 @@ from PIL import Image
 
 from phivision_jax.images.decode import open_image
 from phivision_jax.images.naflex import grid_of, normalize, preprocess
-from phivision_jax.progress import bar
+from phivision_jax.io.progress import bar
 
 SIZES = ((640, 427), (640, 480), (1024, 768), (1280, 720), (1920, 1080))
 QUALITY = 90
@@ -148,12 +148,12 @@ def take_turns(
 
 def pipeline_speeds(files: Sequence[bytes], folder: Path, turns: int) -> dict[int, float]:
     """Images per second of ``data.pipeline.batches`` by number of threads: the median over turns that alternate."""
-    from phivision_jax.data.cli import processor_for
-    from phivision_jax.data.importing import write_dataset
-    from phivision_jax.data.mixture import Mixture
-    from phivision_jax.data.pipeline import batches
-    from phivision_jax.data.plan import make_plan
+    from phivision_jax.cli.data import processor_for
+    from phivision_jax.data.feed.pipeline import batches
+    from phivision_jax.data.plan.mixture import Mixture
+    from phivision_jax.data.plan.plan import make_plan
     from phivision_jax.data.records import Record
+    from phivision_jax.data.store.importing import write_dataset
 
     messages = ({"role": "user", "content": "<image>\nwhat is this?"}, {"role": "assistant", "content": "a photograph"})
     processor = processor_for(None)

@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 import tyro
 
-from convert.hf import INDEX, plan_shards
-from convert.mapping import hf_shapes, model_leaves
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.convert.hf import INDEX, plan_shards
+from phivision_jax.convert.mapping import hf_shapes, model_leaves
 
 _BLOCK = 16_000_000
 

@@ -26,8 +26,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from phivision_jax.data.packing import Capacity, Lengths, attention_work, balance, best_fit_decreasing, pack
-from phivision_jax.data.plan import WINDOW
+from phivision_jax.data.plan.packing import Capacity, Lengths, attention_work, balance, best_fit_decreasing, pack
+from phivision_jax.data.plan.plan import WINDOW
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.images.naflex import grid_of
 

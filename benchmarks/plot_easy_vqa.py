@@ -18,8 +18,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from phivision_jax.data.formats.easy_vqa import easy_vqa, question_only_baseline
-from phivision_jax.training.metrics import read_metrics
+from phivision_jax.data.sources.easy_vqa import easy_vqa, question_only_baseline
+from phivision_jax.training.telemetry.metrics import read_metrics
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from phivision_jax.topology import GIB, parse_topology
+from phivision_jax.hardware.topology import GIB, parse_topology
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "docs/results", ROOT / "docs/preflight.md"

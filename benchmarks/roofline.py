@@ -22,10 +22,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from phivision_jax.config import ModelConfig
-from phivision_jax.flops import Workload, mfu, step_flops
-from phivision_jax.preflight import roofline
-from phivision_jax.preflight.roofline import MATRIX_UNIT, RECOMPUTE, Pairs, Split, Stack, Work, step_time, visited_pairs
-from phivision_jax.topology import CHIPS, parse_topology
+from phivision_jax.hardware.flops import Workload, mfu, step_flops
+from phivision_jax.hardware.topology import CHIPS, parse_topology
+from phivision_jax.preflight.model import roofline
+from phivision_jax.preflight.model.roofline import (
+    MATRIX_UNIT,
+    RECOMPUTE,
+    Pairs,
+    Split,
+    Stack,
+    Work,
+    step_time,
+    visited_pairs,
+)
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 GENERATIONS = ("v5e", "v5p", "v6e")
@@ -249,7 +258,7 @@ def main() -> None:
     for key, values in report["ours"].items():
         print(f"{key}: modelled MFU {values['modelled_mfu']:.1%}, {values['seconds']}")
     if efficiency != roofline.EFFICIENCY:
-        print("phivision_jax/preflight/roofline.py has other efficiencies: copy these there")
+        print("phivision_jax/preflight/model/roofline.py has other efficiencies: copy these there")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from peer_process import Peer, PeerStopped, peer_process
 from step_work import MODEL, MODELS, OPTIMIZER, AllWork, T, make_work
 
 from phivision_jax.batch import Batch
-from phivision_jax.progress import bar
+from phivision_jax.io.progress import bar
 
 TRAINING_LR, STILL_LR = 1e-4, 1e-12
 MOST_SPREAD = 1.25

@@ -23,11 +23,11 @@ import numpy as np
 from peer_process import serve
 from step_work import MODELS, OPTIMIZER, make_work
 
-from convert.mapping import hf_tensors
 from phivision_jax import sharding
 from phivision_jax.batch import Batch
-from phivision_jax.data.pipeline import to_device
-from phivision_jax.training.config import RunConfig
+from phivision_jax.convert.mapping import hf_tensors
+from phivision_jax.data.feed.pipeline import to_device
+from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.step import TrainStep, init_params, make_train_step
 
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from phivision_jax.batch import IGNORE, IMAGE_TOKEN, Batch, Example, PatchedImage, expand, fill_rows
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from phivision_jax.data.packing import Capacity, Lengths, pack
-from phivision_jax.training.config import OptimConfig
+from phivision_jax.data.plan.packing import Capacity, Lengths, pack
+from phivision_jax.training.run_config import OptimConfig
 
 
 def _model(vision: VisionConfig, **decoder: int) -> ModelConfig:

@@ -12,14 +12,14 @@
 A stage trains through the mixture's stage of its name once (``configs/mixtures/recipe.toml``), warming up over a stated
 number of tokens. Sizes of stages and batches are the report's (arXiv 2603.03975), samples turned into packed rows.
 Learning rates and schedules were not published: the reasons for ours stand beside them and in ``docs/recipe.md``. How a
-step is laid out on the devices follows from the devices (``training/layouts.py``).
+step is laid out on the devices follows from the devices (``hardware/layouts.py``).
 """
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
-from phivision_jax.training.config import RunConfig
+from phivision_jax.training.run_config import RunConfig
 
 STAGES = ("stage1", "stage2", "stage3")
 

@@ -8,7 +8,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from phivision_jax.training.config import RunConfig
+from phivision_jax.training.run_config import RunConfig
 
 
 def get_config(variant: str = "") -> ConfigDict:

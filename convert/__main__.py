@@ -1,8 +1,6 @@
-"""``python -m convert``."""
+"""``python -m convert``: the same command as ``phivision convert``."""
 
-from __future__ import annotations
-
-from convert.cli import main
+from phivision_jax.cli.convert import main
 
 if __name__ == "__main__":
     main()

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from phivision_jax.batch import Batch
+    from phivision_jax.checkpoint.loading import load
     from phivision_jax.config import ModelConfig
     from phivision_jax.inference.generate import generate
-    from phivision_jax.loading import load
     from phivision_jax.processor import Processor
 
 __all__ = ["Batch", "ModelConfig", "Processor", "generate", "load"]
@@ -24,7 +24,7 @@ _WHERE = {
     "ModelConfig": "config",
     "Processor": "processor",
     "generate": "inference.generate",
-    "load": "loading",
+    "load": "checkpoint.loading",
 }
 
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from phivision_jax.storage import Location, explained, location
+from phivision_jax.io.storage import Location, explained, location
 
 ImageAttention = Literal["causal", "bidirectional"]
 

@@ -20,12 +20,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from phivision_jax import storage
 from phivision_jax.batch import Batch, Example, PatchedImage, expand, fill_rows
 from phivision_jax.config import ModelConfig, read_json
 from phivision_jax.images.decode import ImageSource, open_image
 from phivision_jax.images.naflex import preprocess
-from phivision_jax.storage import Location
+from phivision_jax.io import storage
+from phivision_jax.io.storage import Location
 from phivision_jax.text import chat
 from phivision_jax.text.chat import ChatTemplate, Message, Mode
 from phivision_jax.text.tokenizer import Tokenizer

@@ -17,8 +17,8 @@ from flax import nnx
 
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision
-from tests.emulator import Emulator
-from tests.made import TINY
+from tests.support.batches import TINY
+from tests.support.bucket_emulator import Emulator
 
 # No test judges time: another machine, or a busy one, is slower.
 hypothesis.settings.register_profile("project", deadline=None)

@@ -5,7 +5,7 @@ import pytest
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.sharding import MESH_AXES
-from phivision_jax.training.config import MeshConfig, RunConfig
+from phivision_jax.training.run_config import MeshConfig, RunConfig
 
 # The decisive keys of the released config.json (microsoft/Phi-4-reasoning-vision-15B), which omits every default.
 RELEASED = {

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from phivision_jax.data.mixture import Mixture
+from phivision_jax.cli.preflight import load_config
+from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.models import phivision
-from phivision_jax.preflight.cli import load_config
 from phivision_jax.training import optim
-from phivision_jax.training.config import LoraConfig
-from tests.made import TINY
+from phivision_jax.training.run_config import LoraConfig
+from tests.support.batches import TINY
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("stage1", "stage2", "stage3")

@@ -13,16 +13,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from phivision_jax.batch import PLACEHOLDER, Batch, Example, expand, fill_rows
-from phivision_jax.data.encode import mode_of
-from phivision_jax.data.sizes import check_processor, lengths_of
+from phivision_jax.data.feed.encode import mode_of
+from phivision_jax.data.plan.record_sizes import check_processor, lengths_of
 from phivision_jax.evaluation.scoring import exact_match
 from phivision_jax.inference.generate import answer_text, generate_ids
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.sharding import row_sharding
 
 if TYPE_CHECKING:
-    from phivision_jax.data.dataset import Dataset
     from phivision_jax.data.records import Record
+    from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.processor import Processor
     from phivision_jax.text.chat import Mode
 

@@ -5,8 +5,7 @@
                                   lora_b [L, rank, F]     zero at first
 
 A tree of parameters that holds adapters says so by their names alone: what trains (``training/optim.py``) and what an
-export has to merge (``convert/adapters.py``) follow from that. ``alpha`` is not in the tree: a checkpoint's metadata
-has it.
+export has to merge (``convert/adapters.py``) follow from that. ``alpha`` is not in the tree: it is metadata.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from phivision_jax.models.layers import Linear
-from phivision_jax.training.config import LoraConfig
+from phivision_jax.training.run_config import LoraConfig
 
 A, B = "lora_a", "lora_b"
 

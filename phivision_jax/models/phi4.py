@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.config import DecoderConfig
-from phivision_jax.models.attention import attend
+from phivision_jax.models.attention.attend import attend
 from phivision_jax.models.elementwise import swiglu
 from phivision_jax.models.layers import Linear, RMSNorm, apply_rope, param, rope_angles, stack, truncated_normal
 from phivision_jax.models.lookup import lookup

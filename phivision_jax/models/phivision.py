@@ -25,7 +25,7 @@ from phivision_jax.models.phi4 import Phi4Decoder
 from phivision_jax.models.projector import Projector
 from phivision_jax.models.siglip2 import Siglip2Encoder
 from phivision_jax.sharding import constrain
-from phivision_jax.training.config import LoraConfig
+from phivision_jax.training.run_config import LoraConfig
 
 Params = dict[str, Any]
 """Parameters as nested plain dicts, the form at every jit boundary."""

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8
 
 from phivision_jax.config import VisionConfig
-from phivision_jax.models.attention import attend
+from phivision_jax.models.attention.attend import attend
 from phivision_jax.models.elementwise import gelu
 from phivision_jax.models.layers import LayerNorm, Linear, param, stack, truncated_normal
 from phivision_jax.models.remat import INPUT, QKV, checkpoint, name

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from phivision_jax.io.progress import bar
 from phivision_jax.preflight.worker import PHASES
-from phivision_jax.progress import bar
 
 # The compiler asks the machine about itself (there is no TPU: it would wait), and takes a lock that two compilations
 # at once would fight over.

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from phivision_jax.flops import Workload, step_flops
-from phivision_jax.preflight import roofline
+from phivision_jax.hardware.flops import Workload, step_flops
+from phivision_jax.hardware.topology import GIB, Topology
+from phivision_jax.preflight.model import roofline
 from phivision_jax.preflight.report import MARGIN
-from phivision_jax.topology import GIB, Topology
-from phivision_jax.training.config import RunConfig
+from phivision_jax.training.run_config import RunConfig
 
 TENSOR = 2
 WEIGHTS_SHARE = 0.55

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from phivision_jax.preflight import modelled
-from phivision_jax.topology import GIB, Topology
-from phivision_jax.training.config import RunConfig
+from phivision_jax.hardware.topology import GIB, Topology
+from phivision_jax.preflight.model import modelled_step
+from phivision_jax.training.run_config import RunConfig
 
 MARGIN = 0.1
 """Share of the HBM that should stay free: the runtime, and programs beside the step, need some."""
@@ -50,9 +50,9 @@ def summary(cfg: RunConfig, where: Topology, facts: Mapping[str, Any], low_effor
     out["collectives"] = by_kind_and_axes(facts["collectives"])
     out["largest_collective"] = max(facts["collectives"], key=lambda one: one["result_bytes"], default=None)
     out["matmul_flops_compiled"] = facts["matmul_flops"] * where.devices
-    mix = modelled.Mix.of_recipe(cfg)
+    mix = modelled_step.Mix.of_recipe(cfg)
     try:
-        return out | modelled.speed(cfg, where, mix, facts)
+        return out | modelled_step.speed(cfg, where, mix, facts)
     except ValueError as error:  # v4: nothing was published to fit or to divide by
         return out | {"modelled_step_seconds": None, "modelled_mfu": None, "not_modelled": str(error)}
 

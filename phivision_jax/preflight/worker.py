@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from phivision_jax.topology import parse_topology
+from phivision_jax.hardware.topology import parse_topology
 
 PHASES = ("tracing", "compiling", "reading the program")
 
@@ -36,10 +36,10 @@ def train_facts(config: dict[str, Any], topology: str, slices: int, low_effort: 
 
     from phivision_jax import sharding
     from phivision_jax.batch import batch_spec
+    from phivision_jax.hardware import layouts
+    from phivision_jax.hardware.compiler_options import LOW_EFFORT, compiler_options
     from phivision_jax.preflight.memory import dump_options
-    from phivision_jax.training import layouts
-    from phivision_jax.training.compiler import LOW_EFFORT, compiler_options
-    from phivision_jax.training.config import RunConfig
+    from phivision_jax.training.run_config import RunConfig
     from phivision_jax.training.step import make_train_step
 
     _say(0)
@@ -90,11 +90,11 @@ def generate_facts(
 
     from phivision_jax import sharding
     from phivision_jax.batch import batch_spec
+    from phivision_jax.hardware.compiler_options import LOW_EFFORT
     from phivision_jax.inference.generate import generate_tokens
     from phivision_jax.models import phivision
     from phivision_jax.preflight.memory import dump_options
-    from phivision_jax.training.compiler import LOW_EFFORT
-    from phivision_jax.training.config import RunConfig
+    from phivision_jax.training.run_config import RunConfig
 
     _say(0)
     where, cfg = parse_topology(topology), RunConfig.from_dict(config)

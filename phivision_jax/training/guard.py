@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from phivision_jax.training.config import GuardConfig
-from phivision_jax.training.writing import naming
+from phivision_jax.io.file_errors import naming
+from phivision_jax.training.run_config import GuardConfig
 
 WINDOW = 100
 """Accepted steps over which the mean and the variance of the loss are taken."""

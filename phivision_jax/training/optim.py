@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 
 from phivision_jax.models.lora import is_adapter
-from phivision_jax.training.config import OptimConfig, RunConfig
+from phivision_jax.training.run_config import OptimConfig, RunConfig
 
 flatten, unflatten = nnx.traversals.flatten_mapping, nnx.traversals.unflatten_mapping
 """Nested dicts to {path: leaf} and back; partitions of the parameters are dicts of paths."""

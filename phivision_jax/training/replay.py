@@ -16,13 +16,13 @@ from flax import nnx
 
 from phivision_jax import sharding
 from phivision_jax.batch import Batch
-from phivision_jax.data.pipeline import rows_of_process
+from phivision_jax.checkpoint.manager import RunCheckpoints
+from phivision_jax.data.feed.pipeline import rows_of_process
+from phivision_jax.io.progress import bar
 from phivision_jax.models import phivision
-from phivision_jax.progress import bar
 from phivision_jax.training import setup
-from phivision_jax.training.checkpoints import RunCheckpoints
-from phivision_jax.training.config import RunConfig
 from phivision_jax.training.loss import cross_entropy
+from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.run_directory import RunDirectory
 
 

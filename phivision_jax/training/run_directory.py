@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import quote
 
-from phivision_jax import storage
-from phivision_jax.checkpoint import CHECKPOINTS
-from phivision_jax.storage import Location
-from phivision_jax.training import heartbeat
+from phivision_jax.checkpoint.layout import CHECKPOINTS
+from phivision_jax.distributed import heartbeat
+from phivision_jax.io import storage
+from phivision_jax.io.storage import Location
 
 CACHE = "compilation_cache"
 PUSH_S = 30.0

@@ -17,22 +17,25 @@ import jax
 import numpy as np
 from flax import nnx
 
-from phivision_jax import checkpoint, loading, sharding, storage
+from phivision_jax import sharding
 from phivision_jax.batch import Batch, batch_spec
+from phivision_jax.checkpoint import layout, loading, retention
+from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.config import ModelConfig
-from phivision_jax.data.dataset import Dataset
-from phivision_jax.data.encode import GROUP_NAMES, group_weights
-from phivision_jax.data.pipeline import BatchInfo, batches, rows_of_process, to_device
-from phivision_jax.data.plan import Plan, differing, make_plan, plan_inputs
+from phivision_jax.data.feed.encode import GROUP_NAMES, group_weights
+from phivision_jax.data.feed.pipeline import BatchInfo, batches, rows_of_process, to_device
+from phivision_jax.data.plan.plan import Plan, differing, make_plan, plan_inputs
+from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.distributed.processes import first_alone
 from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.hardware import layouts
+from phivision_jax.io import storage
+from phivision_jax.io.storage import Location
 from phivision_jax.models import lora
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.processor import Processor
-from phivision_jax.storage import Location
-from phivision_jax.training import best, layouts, mixtures, optim
-from phivision_jax.training.checkpoints import RunCheckpoints
-from phivision_jax.training.config import RunConfig
-from phivision_jax.training.processes import first_alone
+from phivision_jax.training import optim, train_data
+from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.run_directory import CACHE, RunDirectory
 from phivision_jax.training.step import State, TrainStep, init_params, make_train_step
 from phivision_jax.training.validation import Validator
@@ -113,12 +116,12 @@ def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints
     cfg = layouts.resolve(with_model(cfg, checkpoints), jax.devices())
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     check_rows(cfg, mesh)
-    best.check(cfg)
+    retention.check(cfg)
     assets = directory.local / "assets"
     first_alone("assets", lambda: make_assets(cfg, directory))
     directory.take("assets")
     processor = Processor.from_directory(assets, cfg.model)
-    mixture = mixtures.training_mixture(cfg.data)
+    mixture = train_data.training_mixture(cfg.data)
     datasets = [Dataset.open(path) for _, path in mixture.sources]
     plan = make_or_load_plan(cfg, mixture, datasets, processor, directory)
     steps = optim.num_steps(cfg, plan.num_steps(cfg.data.batch_rows))
@@ -170,7 +173,7 @@ def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
 
 
 def make_or_load_plan(
-    cfg: RunConfig, mixture: mixtures.Mixture, datasets: list[Dataset], processor: Processor, directory: RunDirectory
+    cfg: RunConfig, mixture: train_data.Mixture, datasets: list[Dataset], processor: Processor, directory: RunDirectory
 ) -> Plan:
     """The run's plan: made at the first start, or taken from ``data.plan``; the same at every other start."""
     data = cfg.data
@@ -220,7 +223,7 @@ def make_evaluator(made: Prepared) -> Evaluator | None:
 
 
 def make_validator(made: Prepared) -> Validator | None:
-    found = mixtures.validation_plan(made.cfg.data, made.processor, made.datasets)
+    found = train_data.validation_plan(made.cfg.data, made.processor, made.datasets)
     return found and Validator(made.cfg, made.step, *found, made.processor)
 
 
@@ -274,6 +277,6 @@ def check_unchanged(made: Prepared, meta: Mapping[str, Any], say: Callable[[str]
             f"the run's checkpoint {meta['step']} was trained with plan {meta['plan'][:12]}, and its plan/ is now "
             f"{made.plan.hash[:12]}: bring back the one that was there, or take a new --run"
         )
-    for name, here in (("guard", now["guard"]), ("code", checkpoint.code_version())):
+    for name, here in (("guard", now["guard"]), ("code", layout.code_version())):
         if name in {**before, **meta} and (was := {**before, **meta}[name]) != here:
             say(f"{name} is {here}, and was {was} when checkpoint {meta['step']} was written")

@@ -15,14 +15,15 @@ from jax.sharding import Mesh
 
 from phivision_jax import sharding
 from phivision_jax.batch import Batch
+from phivision_jax.hardware import layouts
+from phivision_jax.hardware.compiler_options import compiler_options
 from phivision_jax.models import phivision
-from phivision_jax.training import layouts, optim
-from phivision_jax.training.compiler import compiler_options
-from phivision_jax.training.config import MeshConfig, OptimConfig, RunConfig
+from phivision_jax.training import optim
 from phivision_jax.training.guard import guarded
 from phivision_jax.training.loss import batch_loss
-from phivision_jax.training.modules import module_norms
-from phivision_jax.training.speed import batch_work
+from phivision_jax.training.run_config import MeshConfig, OptimConfig, RunConfig
+from phivision_jax.training.telemetry.module_norms import module_norms
+from phivision_jax.training.telemetry.throughput import batch_work
 
 State = dict[str, Any]
 """{"params": nested dict, "opt_state": of the trainable partition, "step": i32 scalar}."""

@@ -19,16 +19,16 @@ import numpy as np
 
 from phivision_jax import sharding
 from phivision_jax.batch import Batch, batch_spec
-from phivision_jax.data.dataset import Dataset
-from phivision_jax.data.encode import GROUP_NAMES
-from phivision_jax.data.pipeline import batches, rows_of_process, to_device
-from phivision_jax.data.plan import Plan
+from phivision_jax.data.feed.encode import GROUP_NAMES
+from phivision_jax.data.feed.pipeline import batches, rows_of_process, to_device
+from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.hardware.compiler_options import compiler_options
 from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
-from phivision_jax.training.compiler import compiler_options
-from phivision_jax.training.config import RunConfig
 from phivision_jax.training.loss import batch_loss
+from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.step import TrainStep, microbatches
 
 Sums = dict[str, Any]

@@ -1,15 +1,10 @@
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-# Tests of this folder share helpers; with import mode importlib a folder is not on the path by itself.
-sys.path.insert(0, str(Path(__file__).parent))
-
-from convert.cli import main
+from phivision_jax.cli.convert import main
 
 
 @pytest.fixture

@@ -17,20 +17,29 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from released_layout import SMALL, random_tensors, read_tensors, same_directories, shapes_of, write_hf, write_small
 
-import convert
 import phivision_jax
-from convert import files, ours
-from convert.mapping import flatten
-from phivision_jax import loading, storage
+from phivision_jax.checkpoint import loading
+from phivision_jax.checkpoint.load_hf import load_hf_params
 from phivision_jax.config import ModelConfig
+from phivision_jax.convert import ours, output
+from phivision_jax.convert.mapping import abstract_params, flatten, tree_from_hf
+from phivision_jax.io import storage
+from phivision_jax.io.storage import location
 from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
-from phivision_jax.storage import location
 from phivision_jax.text.tokenizer import Tokenizer
-from tests.made import EXAMPLES, random_rows
-from tests.training.steps import QUICK
+from tests.support.batches import EXAMPLES, random_rows
+from tests.support.released_layout import (
+    SMALL,
+    random_tensors,
+    read_tensors,
+    same_directories,
+    shapes_of,
+    write_hf,
+    write_small,
+)
+from tests.support.train_steps import QUICK
 
 Run = Callable[..., tuple[int, str]]
 TEXT = ("tokenizer.json", "chat_template.jinja")
@@ -43,7 +52,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setenv(storage.SCRATCH, str(folder))
-    monkeypatch.setattr(files, "flush", lambda directory: None)  # fsync is most of the time
+    monkeypatch.setattr(output, "flush", lambda directory: None)  # fsync is most of the time
     return folder
 
 
@@ -141,7 +150,7 @@ def test_loaded_from_there_it_is_the_same_model(bucket: str, model_hf: Path, tmp
 def test_sharded_straight_from_there(bucket: str, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "BLOCK_BYTES", 300)  # several blocks to a share
     config, tensors = ModelConfig.from_hf(hf), read_tensors(hf)
-    want = dict(flatten(convert.tree_from_hf(tensors.__getitem__, config)))
+    want = dict(flatten(tree_from_hf(tensors.__getitem__, config)))
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
     def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
@@ -151,15 +160,15 @@ def test_sharded_straight_from_there(bucket: str, hf: Path, monkeypatch: pytest.
             free.pop(axes[-1], None)
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    shardings = jax.tree.map(sharding, convert.abstract_params(config))
+    shardings = jax.tree.map(sharding, abstract_params(config))
     for place in (f"{bucket}/hf", hf):
-        for path, leaf in flatten(convert.load_hf_params(place, config, shardings)):
+        for path, leaf in flatten(load_hf_params(place, config, shardings)):
             np.testing.assert_array_equal(leaf, want[path], err_msg=path)
 
 
 def test_a_checkpoint_that_orbax_wrote_without_ocdbt(bucket: str, hf: Path, tmp_path: Path, run: Run) -> None:
     config, folder = ModelConfig.from_hf(hf), tmp_path / "step"
-    params = convert.tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True)
+    params = tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True)
     params = jax.tree.map(jax.numpy.asarray, params)
     ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)).save(folder / "params", params)
     meta = {"format": 1, "model": dataclasses.asdict(config), "step": 3}
@@ -213,7 +222,7 @@ def test_killed_in_an_upload(
     convert_it = ("to-jax", hf, out) if command == "to-jax" else ("to-hf", tmp_path / "ours", out, "--like", hf)
     with monkeypatch.context() as patch:
         stop_at(stage, lambda: 1 / 0, patch)
-        patch.setattr(files, "_withdraw", lambda *args: None)
+        patch.setattr(output, "_withdraw", lambda *args: None)
         with pytest.raises(ZeroDivisionError):
             run(*convert_it)
     left = len(listed(out))
@@ -286,7 +295,7 @@ def test_what_stands_there_is_replaced_only_if_asked_and_only_a_checkpoint(
     # Its mark goes first: killed then, neither the old one nor the new one is there, and that is seen.
     with monkeypatch.context() as patch:
         patch.setattr(storage, "remove", lambda path: 1 / 0)
-        patch.setattr(files, "_withdraw", lambda *args: None)
+        patch.setattr(output, "_withdraw", lambda *args: None)
         with pytest.raises(ZeroDivisionError):
             run("to-jax", hf, out, "--overwrite")
     assert run("inspect", out)[0] == 2
@@ -296,7 +305,7 @@ def test_what_stands_there_is_replaced_only_if_asked_and_only_a_checkpoint(
 
 def test_two_conversions_to_one_place(bucket: str, hf: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     out = f"{bucket}/out"
-    with pytest.raises(ValueError, match="appeared meanwhile"), files.uploaded(location(out)) as place:
+    with pytest.raises(ValueError, match="appeared meanwhile"), output.uploaded(location(out)) as place:
         write_small(place)
         ok(run("to-jax", hf, out))
     ok(run("verify", hf, out))  # who came first is left alone
@@ -307,7 +316,7 @@ def test_two_conversions_to_one_place(bucket: str, hf: Path, run: Run, monkeypat
 
 
 def test_no_room_to_write_it_first(bucket: str, hf: Path, scratch: Path, run: Run, monkeypatch: Any) -> None:
-    monkeypatch.setattr(files, "free_bytes", lambda path: 1000 if path == scratch else 10**12)
+    monkeypatch.setattr(output, "free_bytes", lambda path: 1000 if path == scratch else 10**12)
     refused(run("to-jax", hf, f"{bucket}/out"), f"{bucket}/out: needs 51.9 kB", str(scratch), storage.SCRATCH)
     assert listed(f"{bucket}/out") == {}
 

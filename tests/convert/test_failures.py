@@ -16,13 +16,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from released_layout import SMALL, read_tensors, same_directories, shapes_of, write_hf, write_small
 from safetensors.numpy import save_file
 
-from convert.files import abandoned, staged
-from convert.mapping import model_leaves
-from convert.ours import OursSink
 from phivision_jax.config import ModelConfig
+from phivision_jax.convert.mapping import model_leaves
+from phivision_jax.convert.ours import OursSink
+from phivision_jax.convert.output import abandoned, staged
+from tests.support.released_layout import SMALL, read_tensors, same_directories, shapes_of, write_hf, write_small
 
 Run = Callable[..., tuple[int, str]]
 SHARD = "model-00002-of-00003.safetensors"
@@ -278,7 +278,7 @@ def test_no_space_is_refused_before_anything_is_written(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hf = write_small(tmp_path / "hf")
-    monkeypatch.setattr("convert.files.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("phivision_jax.convert.output.free_bytes", lambda path: 1000)
     said_shortly(run("to-jax", hf, tmp_path / "ours"), "needs")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

@@ -15,18 +15,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
-from released_layout import read_tensors
 
-import convert
 import phivision_jax
-from convert import ours
-from phivision_jax import loading, sharding, storage
+from phivision_jax import sharding
+from phivision_jax.checkpoint import loading
+from phivision_jax.convert import ours
+from phivision_jax.convert.mapping import hf_tensors
+from phivision_jax.io import storage
 from phivision_jax.models import lora, phivision
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.training import optim
-from phivision_jax.training.config import LoraConfig
-from tests.made import EXAMPLES, TINY, random_rows
-from tests.training.steps import QUICK
+from phivision_jax.training.run_config import LoraConfig
+from tests.support.batches import EXAMPLES, TINY, random_rows
+from tests.support.released_layout import read_tensors
+from tests.support.train_steps import QUICK
 
 Run = Callable[..., tuple[int, str]]
 # Every kind of kernel: [in, out], heads among the outputs, heads among the inputs, stacked and not.
@@ -129,7 +131,7 @@ def test_every_block_is_merged_where_it_belongs(
     code, text = run("to-hf", made, tmp_path / "hf", "--dtype", dtype)
     assert code == 0, text
     got = read_tensors(tmp_path / "hf")
-    for name, want in convert.hf_tensors(lora.merge(whole, LORA), TINY):
+    for name, want in hf_tensors(lora.merge(whole, LORA), TINY):
         # Sums of three products in another order; bf16 is rounded once, from fp32.
         rtol = 1e-6 if dtype == "float32" else 1.001 * 2**-8
         np.testing.assert_allclose(got[name].astype(np.float32), want, rtol, atol=1e-6, err_msg=name)

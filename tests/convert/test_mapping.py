@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from released_layout import SMALL, projector_shapes, random_tensors, shapes_of, text_shapes, vision_shapes
 
-import convert
-from convert.mapping import Leaf, check, flatten, hf_shapes, model_leaves
 from phivision_jax.config import ModelConfig
+from phivision_jax.convert.mapping import (
+    Leaf,
+    abstract_params,
+    check,
+    flatten,
+    hf_shapes,
+    hf_tensors,
+    model_leaves,
+    tree_from_hf,
+)
+from tests.support.released_layout import SMALL, projector_shapes, random_tensors, shapes_of, text_shapes, vision_shapes
 
 
 def test_released_model_has_695_tensors_and_15_119_518_144_parameters() -> None:
@@ -23,13 +31,13 @@ def test_released_model_has_695_tensors_and_15_119_518_144_parameters() -> None:
     by_hand |= vision | projector_shapes(1152, 5120)
     assert hf_shapes(model_leaves(ModelConfig())) == by_hand
     assert len(by_hand) == 695
-    abstract = jax.tree.leaves(convert.abstract_params(ModelConfig()))
+    abstract = jax.tree.leaves(abstract_params(ModelConfig()))
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in abstract)
     assert sum(math.prod(leaf.shape) for leaf in abstract) == 15_119_518_144
 
 
 def test_abstract_params_are_the_tree_of_the_contract() -> None:
-    flat = dict(flatten(convert.abstract_params(ModelConfig(), np.float16)))
+    flat = dict(flatten(abstract_params(ModelConfig(), np.float16)))
     assert flat["decoder/layers/self_attn/q_proj/kernel"].shape == (40, 5120, 40, 128)
     assert flat["decoder/layers/self_attn/v_proj/kernel"].shape == (40, 5120, 10, 128)
     assert flat["decoder/layers/self_attn/o_proj/kernel"].shape == (40, 40, 128, 5120)
@@ -41,7 +49,7 @@ def test_abstract_params_are_the_tree_of_the_contract() -> None:
     assert flat["vision_tail/head/attention/in_proj/kernel"].shape == (1152, 3456)
     assert flat["vision_tail/head/probe"].shape == (1, 1, 1152)
     assert {leaf.dtype for leaf in flat.values()} == {np.dtype(np.float16)}
-    assert set(convert.abstract_params(ModelConfig(), vision_tail=False)) == {"vision", "projector", "decoder"}
+    assert set(abstract_params(ModelConfig(), vision_tail=False)) == {"vision", "projector", "decoder"}
 
 
 def test_transforms_by_hand() -> None:
@@ -58,7 +66,7 @@ def test_transforms_by_hand() -> None:
 
 def test_fused_rows_are_q_k_v_and_gate_up() -> None:
     tensors = random_tensors(shapes_of(SMALL), np.float32)
-    decoder = convert.tree_from_hf(tensors.__getitem__, ModelConfig.from_hf(SMALL))["decoder"]["layers"]
+    decoder = tree_from_hf(tensors.__getitem__, ModelConfig.from_hf(SMALL))["decoder"]["layers"]
     qkv, gate_up = (
         tensors["model.layers.1.self_attn.qkv_proj.weight"],
         tensors["model.layers.1.mlp.gate_up_proj.weight"],
@@ -73,7 +81,7 @@ def test_fused_rows_are_q_k_v_and_gate_up() -> None:
 
 def test_last_vision_block_is_the_tail() -> None:
     tensors = random_tensors(shapes_of(SMALL), np.float32)
-    tree = convert.tree_from_hf(tensors.__getitem__, ModelConfig.from_hf(SMALL), vision_tail=True)
+    tree = tree_from_hf(tensors.__getitem__, ModelConfig.from_hf(SMALL), vision_tail=True)
     name = "model.vision_tower.vision_tower.vision_model.encoder.layers.{}.mlp.fc1.weight"
     assert tree["vision"]["layers"]["mlp"]["fc1"]["kernel"].shape[0] == 2
     np.testing.assert_array_equal(tree["vision"]["layers"]["mlp"]["fc1"]["kernel"][1], tensors[name.format(1)].T)
@@ -110,11 +118,11 @@ def test_every_tensor_and_leaf_is_used_once_and_comes_back(values: dict[str, Any
     config, shapes = ModelConfig.from_hf(values), shapes_of(values)
     assert hf_shapes(model_leaves(config)) == shapes
     tensors = random_tensors(shapes, np.float32)
-    tree = convert.tree_from_hf(tensors.__getitem__, config, vision_tail=True)
-    want = dict(flatten(convert.abstract_params(config)))
+    tree = tree_from_hf(tensors.__getitem__, config, vision_tail=True)
+    want = dict(flatten(abstract_params(config)))
     assert {path: leaf.shape for path, leaf in flatten(tree)} == {path: leaf.shape for path, leaf in want.items()}
     assert sum(leaf.size for _, leaf in flatten(tree)) == sum(map(math.prod, shapes.values()))
-    back = dict(convert.hf_tensors(tree, config))
+    back = dict(hf_tensors(tree, config))
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
@@ -122,13 +130,13 @@ def test_every_tensor_and_leaf_is_used_once_and_comes_back(values: dict[str, Any
 
 def test_hf_tensors_takes_a_tree_without_the_tail_and_refuses_a_wrong_one() -> None:
     config = ModelConfig.from_hf(SMALL)
-    tree = convert.tree_from_hf(random_tensors(shapes_of(SMALL), np.float32).__getitem__, config)
-    names = dict(convert.hf_tensors(tree, config))
+    tree = tree_from_hf(random_tensors(shapes_of(SMALL), np.float32).__getitem__, config)
+    names = dict(hf_tensors(tree, config))
     assert not any((".layers.2." in name and "vision" in name) or ".head." in name for name in names)
     assert len(names) == len(shapes_of(SMALL)) - 16 - 13  # the last block, and post-norm with head
     tree["decoder"]["norm"]["scale"] = np.zeros(5)
     with pytest.raises(ValueError, match=r"1 mis-shaped: decoder/norm/scale \[5\] \(expected \[16\]\)"):
-        list(convert.hf_tensors(tree, config))
+        list(hf_tensors(tree, config))
 
 
 def test_check_lists_all_kinds_of_fault_shortly() -> None:

@@ -19,7 +19,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from released_layout import (
+
+from phivision_jax.checkpoint.load_hf import load_hf_params
+from phivision_jax.config import ModelConfig
+from phivision_jax.convert import jobs, ours, output
+from phivision_jax.convert.mapping import abstract_params, flatten, tree_from_hf
+from tests.convert.test_mapping import configs
+from tests.support.released_layout import (
     SMALL,
     random_tensors,
     read_tensors,
@@ -30,12 +36,6 @@ from released_layout import (
     write_hf,
     write_small,
 )
-from test_mapping import configs
-
-import convert
-from convert import files, jobs, ours
-from convert.mapping import flatten
-from phivision_jax.config import ModelConfig
 
 Run = Callable[..., tuple[int, str]]
 BF16 = ml_dtypes.bfloat16
@@ -66,7 +66,7 @@ def test_there_and_back_is_byte_for_byte(tmp_path: Path, run: Run, dtype: Any, s
 def test_any_size_sharding_and_block(values: dict[str, Any], shards: int, dtype: Any, block_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "BLOCK_BYTES", block_bytes)
-        patch.setattr(files, "flush", lambda directory: None)  # fsync is most of the time
+        patch.setattr(output, "flush", lambda directory: None)  # fsync is most of the time
         work = Path(folder)
         hf = write_hf(work / "hf", values, random_tensors(shapes_of(values), dtype), shards)
         jobs.to_jax(hf, work / "ours", "keep", overwrite=False)
@@ -115,11 +115,11 @@ def test_orbax_restores_onto_eight_devices(tmp_path: Path, run: Run) -> None:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
     config, tensors = ModelConfig.from_hf(hf), read_tensors(hf)
-    target = jax.tree.map(sharded, convert.abstract_params(config))
-    want = dict(flatten(convert.tree_from_hf(tensors.__getitem__, config, vision_tail=True)))
+    target = jax.tree.map(sharded, abstract_params(config))
+    want = dict(flatten(tree_from_hf(tensors.__getitem__, config, vision_tail=True)))
     restored = ocp.StandardCheckpointer().restore(tmp_path / "ours" / "params", target)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    loaded = convert.load_hf_params(hf, config, shardings, vision_tail=True)
+    loaded = load_hf_params(hf, config, shardings, vision_tail=True)
     for tree in (restored, loaded):
         flat = dict(flatten(tree))
         assert flat.keys() == want.keys()
@@ -135,12 +135,12 @@ def test_orbax_restores_onto_eight_devices(tmp_path: Path, run: Run) -> None:
 
 def test_load_hf_params_casts_and_leaves_the_tail_out(tmp_path: Path) -> None:
     hf = write_small(tmp_path / "hf")
-    params = convert.load_hf_params(hf, ModelConfig.from_hf(hf), dtype=BF16)
+    params = load_hf_params(hf, ModelConfig.from_hf(hf), dtype=BF16)
     assert set(params) == {"vision", "projector", "decoder"}
     want = read_tensors(hf)["model.mm_projector.0.weight"].T.astype(BF16)
     np.testing.assert_array_equal(params["projector"]["fc1"]["kernel"], want)
     with pytest.raises(ValueError, match="mis-shaped"):
-        convert.load_hf_params(hf, ModelConfig.from_hf({**SMALL, "intermediate_size": 28}))
+        load_hf_params(hf, ModelConfig.from_hf({**SMALL, "intermediate_size": 28}))
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,7 @@ def test_load_hf_params_casts_and_leaves_the_tail_out(tmp_path: Path) -> None:
 def test_a_training_run_saved_by_orbax_comes_out(tmp_path: Path, run: Run, save_args: Any, ocdbt: bool) -> None:
     hf = write_small(tmp_path / "hf")
     config = ModelConfig.from_hf(hf)
-    params = jax.tree.map(
-        jax.numpy.asarray, convert.tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True)
-    )
+    params = jax.tree.map(jax.numpy.asarray, tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True))
     for step, tree in ((9, jax.tree.map(lambda x: x * 0, params)), (10, params)):
         folder = tmp_path / "run" / "checkpoints" / str(step)
         ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)).save(

@@ -19,24 +19,24 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from made_up import CONFIG
 
 from phivision_jax import sharding
 from phivision_jax.batch import batch_spec
-from phivision_jax.data.dataset import Dataset
-from phivision_jax.data.encode import GROUP_NAMES
-from phivision_jax.data.exporting import export
-from phivision_jax.data.formats import open_source
-from phivision_jax.data.formats.easy_vqa import easy_vqa
-from phivision_jax.data.formats.items import ItemOptions
-from phivision_jax.data.importing import import_source
-from phivision_jax.data.mixture import Mixture
-from phivision_jax.data.pipeline import batches, to_device
-from phivision_jax.data.plan import make_plan
+from phivision_jax.data.feed.encode import GROUP_NAMES
+from phivision_jax.data.feed.pipeline import batches, to_device
+from phivision_jax.data.plan.mixture import Mixture
+from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.records import Record
-from phivision_jax.data.validate import validate
-from phivision_jax.training.config import OptimConfig, RunConfig
+from phivision_jax.data.sources import open_source
+from phivision_jax.data.sources.easy_vqa import easy_vqa
+from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.data.store.exporting import export
+from phivision_jax.data.store.importing import import_source
+from phivision_jax.data.store.integrity import validate
+from phivision_jax.training.run_config import OptimConfig, RunConfig
 from phivision_jax.training.step import init_params, make_train_step
+from tests.support.records import CONFIG
 
 STEPS, ROWS = 20, 8
 SHAPE = {"length": 192, "vision_rows": 1, "num_patches": 128}

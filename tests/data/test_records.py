@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from made_up import make_record
 
 from phivision_jax.data.records import Record, mode_of
+from tests.support.records import make_record
 
 
 def test_bytes_and_back():

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from phivision_jax.data.importing import write_dataset
 from phivision_jax.data.records import Record
+from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.evaluation import runner
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.processor import Processor

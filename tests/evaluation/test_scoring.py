@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from phivision_jax.evaluation.report import make_report, picture_with_answer, write_report
+from phivision_jax.evaluation.html_report import make_report, picture_with_answer, write_report
 from phivision_jax.evaluation.runner import Answer, EvalResult
 from phivision_jax.evaluation.scoring import exact_match
 

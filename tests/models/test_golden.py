@@ -21,8 +21,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import phivision_jax
-from convert.mapping import hf_tensors
 from phivision_jax.batch import Batch
+from phivision_jax.convert.mapping import hf_tensors
 from phivision_jax.images.naflex import grid_of
 from phivision_jax.inference.generate import generate_ids
 from phivision_jax.models.phivision import PhiVision, merge

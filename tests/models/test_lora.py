@@ -13,10 +13,10 @@ from phivision_jax import sharding
 from phivision_jax.models import lora, phivision
 from phivision_jax.models.layers import Linear
 from phivision_jax.training import optim
-from phivision_jax.training.config import LoraConfig, OptimConfig
+from phivision_jax.training.run_config import LoraConfig, OptimConfig
 from phivision_jax.training.step import init_params
-from tests.made import EXAMPLES, TINY, random_rows
-from tests.training.steps import QUICK, RUN, compile_quickly, first_moments, rows_across, run, step_on
+from tests.support.batches import EXAMPLES, TINY, random_rows
+from tests.support.train_steps import QUICK, RUN, compile_quickly, first_moments, rows_across, run, step_on
 
 # Every kind of kernel: [in, out], heads among the outputs, heads among the inputs, stacked and not.
 ALL = LoraConfig(rank=3, alpha=6.0, targets="_proj|fc[12]")

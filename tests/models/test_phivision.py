@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert.mapping import abstract_params
 from phivision_jax.batch import Batch
 from phivision_jax.config import ModelConfig
+from phivision_jax.convert.mapping import abstract_params
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision, merge_features, splice
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.training.loss import batch_loss
-from tests.made import EXAMPLES, random_rows
+from tests.support.batches import EXAMPLES, random_rows
 
 
 def shapes(tree):

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from phivision_jax.config import DecoderConfig, VisionConfig
 from phivision_jax.models import remat
-from phivision_jax.models.attention import backend
+from phivision_jax.models.attention.attend import backend
 from phivision_jax.models.layers import Linear, rope_angles
 from phivision_jax.models.phi4 import DecoderLayer
 from phivision_jax.models.siglip2 import EncoderLayer

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phivision_jax.models.siglip2 import interpolation_weights
-from tests.made import random_rows
+from tests.support.batches import random_rows
 
 
 def test_same_size_is_identity():

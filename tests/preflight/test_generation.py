@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 
+from phivision_jax.cli.preflight import load_config
 from phivision_jax.config import DecoderConfig
+from phivision_jax.hardware.topology import GIB, parse_topology
 from phivision_jax.preflight import generation
-from phivision_jax.preflight.cli import load_config
-from phivision_jax.topology import GIB, parse_topology
 
 CFG = load_config("configs/phi4_rv_15b.py:stage2")
 WHERE = parse_topology("v6e:2x4")

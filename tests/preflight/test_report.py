@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from phivision_jax.preflight import modelled, report, search
-from phivision_jax.preflight.cli import load_config
-from phivision_jax.topology import GIB, parse_topology
-from phivision_jax.training import layouts
+from phivision_jax.cli.preflight import load_config
+from phivision_jax.hardware import layouts
+from phivision_jax.hardware.topology import GIB, parse_topology
+from phivision_jax.preflight import report
+from phivision_jax.preflight.model import layout_search, modelled_step
 
 WHERE = parse_topology("v5p:4x4x8")
 CFG = layouts.resolve_for(load_config("configs/phi4_rv_15b.py:stage2"), WHERE.device_kind, WHERE.devices)
@@ -37,7 +38,7 @@ def facts(**changes):
         "peak_bytes": 50 * GIB,
         "host_bytes": 0,
         "buffers": [(3 * GIB, "fusion.1 bf16[8192,17920]")],
-        "matmul_flops": modelled.executed(CFG, "v5p", modelled.Mix.of_recipe(CFG)).matmul_flops,
+        "matmul_flops": modelled_step.executed(CFG, "v5p", modelled_step.Mix.of_recipe(CFG)).matmul_flops,
         "collectives": [collective(), collective(overlapped=False, size=300), collective("send", ("slice",), wire=7.0)],
     }
     return base | changes
@@ -81,7 +82,7 @@ def test_modelled_figures_follow_from_each_other():
 
 def test_what_is_waited_for_costs_time_and_what_is_hidden_does_not():
     def seconds(*found):
-        return modelled.speed(CFG, WHERE, modelled.Mix.of_recipe(CFG), facts(collectives=list(found)))[
+        return modelled_step.speed(CFG, WHERE, modelled_step.Mix.of_recipe(CFG), facts(collectives=list(found)))[
             "modelled_step_seconds"
         ]
 
@@ -105,13 +106,13 @@ def test_the_search_takes_the_fastest_that_fits_and_confirms_it():
         tried.append((cfg.remat, low_effort))
         return {"fits": cfg.remat == "full" or (cfg.remat == "attention" and low_effort), "free_share": 0.2, "cfg": cfg}
 
-    found = search.search(CFG, WHERE, attempt, said.append)
+    found = layout_search.search(CFG, WHERE, attempt, said.append)
     assert found is not None and found["cfg"].remat == "full" and tried[-1] == ("full", False)
     assert len(said) == len(tried) and tried[0] == ("none", True) and ("attention", False) in tried
     # A policy whose least demanding layout is too large is tried once; the winner is the one that sends least.
     assert tried.count(("none", True)) == tried.count(("dots", True)) == 1
     assert found["cfg"].microbatches < 6
-    assert search.search(CFG, WHERE, lambda cfg, low: {"fits": False}, said.append) is None
+    assert layout_search.search(CFG, WHERE, lambda cfg, low: {"fits": False}, said.append) is None
 
 
 def test_what_the_compiler_cannot_compile_does_not_end_the_search():
@@ -121,7 +122,7 @@ def test_what_the_compiler_cannot_compile_does_not_end_the_search():
         return {"fits": True, "free_share": 0.2, "cfg": cfg}
 
     said = []
-    found = search.search(CFG, WHERE, attempt, said.append)
+    found = layout_search.search(CFG, WHERE, attempt, said.append)
     assert found is not None and found["cfg"].remat == "full"
     assert said[0].endswith("does not compile at low effort: the compiler was ended by SIGABRT")
 

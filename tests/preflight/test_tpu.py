@@ -7,12 +7,12 @@ import json
 
 import pytest
 
+from phivision_jax.cli.preflight import load_config, preflight
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.hardware.topology import parse_topology
 from phivision_jax.preflight import report
-from phivision_jax.preflight.cli import load_config, preflight
 from phivision_jax.preflight.compiling import compile_facts
-from phivision_jax.topology import parse_topology
-from phivision_jax.training.config import RunConfig
+from phivision_jax.training.run_config import RunConfig
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu exists for Linux on x86-64")
 

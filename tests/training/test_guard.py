@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
-from phivision_jax.training.config import GuardConfig
 from phivision_jax.training.guard import WINDOW, SkippedSteps, guarded
+from phivision_jax.training.run_config import GuardConfig
 
 CFG = GuardConfig(spike=4.0, warmup=5, patience=3)
 PARAMS = {"w": jnp.arange(3.0), "b": jnp.ones(())}

@@ -10,11 +10,11 @@ import pytest
 
 from benchmarks import kill
 from benchmarks.kill import Disturbance, Training, differences, draw, left_over
-from phivision_jax.training import record_log
-from phivision_jax.training.metrics import FILE
-from phivision_jax.training.record_log import RecordLog
-from tests.test_train import data  # noqa: F401  (a fixture)
-from tests.training.launched import ENVIRONMENT, ROOT, stand_in
+from phivision_jax.training.telemetry import record_log
+from phivision_jax.training.telemetry.metrics import FILE
+from phivision_jax.training.telemetry.record_log import RecordLog
+from tests.support.launched import ENVIRONMENT, ROOT, stand_in
+from tests.training.test_train import data  # noqa: F401  (a fixture)
 
 STEPS = 80
 

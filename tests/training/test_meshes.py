@@ -12,8 +12,21 @@ from phivision_jax import sharding
 from phivision_jax.models import phivision, remat
 from phivision_jax.training.loss import batch_loss
 from phivision_jax.training.step import microbatches
-from tests.made import TINY
-from tests.training.steps import QUICK, ROWS, RUN, SPEC, P, R, T, compile_quickly, rows_across, run, step_on, with_mode
+from tests.support.batches import TINY
+from tests.support.train_steps import (
+    QUICK,
+    ROWS,
+    RUN,
+    SPEC,
+    P,
+    R,
+    T,
+    compile_quickly,
+    rows_across,
+    run,
+    step_on,
+    with_mode,
+)
 
 MODES = ("causal", "bidirectional")
 MESHES = {

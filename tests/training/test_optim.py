@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from phivision_jax.training import optim
-from phivision_jax.training.config import DataConfig, OptimConfig, RunConfig
+from phivision_jax.training.run_config import DataConfig, OptimConfig, RunConfig
 
 PARAMS = {
     "vision": {"mlp": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},

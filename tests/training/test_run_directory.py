@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from phivision_jax import storage
-from phivision_jax.training import heartbeat, run_directory
+from phivision_jax.distributed import heartbeat
+from phivision_jax.io import storage
+from phivision_jax.training import run_directory
 from phivision_jax.training.run_directory import RunDirectory, local_directories
 
 

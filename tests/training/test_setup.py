@@ -10,14 +10,15 @@ import pytest
 
 from benchmarks import damage
 from benchmarks.damage import NEW, OLD, make_state, make_tail
-from phivision_jax import checkpoint, sharding
-from phivision_jax.checkpoint import CHECKPOINTS
+from phivision_jax import sharding
+from phivision_jax.checkpoint import layout
+from phivision_jax.checkpoint.layout import CHECKPOINTS
+from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
+from phivision_jax.hardware.layouts import resolve_for
 from phivision_jax.training import setup
-from phivision_jax.training.checkpoints import CheckpointError, RunCheckpoints
-from phivision_jax.training.config import DataConfig, GuardConfig, RunConfig
-from phivision_jax.training.layouts import resolve_for
-from tests.made import TINY
-from tests.training.test_layouts import PODS, STAGES, recipe
+from phivision_jax.training.run_config import DataConfig, GuardConfig, RunConfig
+from tests.hardware.test_layouts import PODS, STAGES, recipe
+from tests.support.batches import TINY
 
 CFG = dataclasses.replace(RunConfig(), model=TINY)
 
@@ -104,7 +105,7 @@ def made(cfg=CFG, plan="a" * 64):
 
 def meta_of(cfg=CFG, **more):
     """As a checkpoint gives it back."""
-    meta = {"step": 40, "run": dataclasses.asdict(cfg), "plan": "a" * 64, "code": checkpoint.code_version()}
+    meta = {"step": 40, "run": dataclasses.asdict(cfg), "plan": "a" * 64, "code": layout.code_version()}
     return json.loads(json.dumps(meta | more))
 
 
@@ -130,7 +131,7 @@ def test_another_guard_is_said():
 
 
 def test_other_code_is_said():
-    here = checkpoint.code_version()
+    here = layout.code_version()
     assert said_of(made(), meta_of(code="0.0.1")) == [f"code is {here}, and was 0.0.1 when checkpoint 40 was written"]
     before = meta_of()
     del before["code"]  # of a run from before it was noted

@@ -10,8 +10,8 @@ import pytest
 from phivision_jax.models import phivision
 from phivision_jax.training.loss import batch_loss
 from phivision_jax.training.step import init_params
-from tests.made import TINY
-from tests.training.steps import RUN, SPEC, T, compile_quickly, first_moments, rows_across, run, step_on
+from tests.support.batches import TINY
+from tests.support.train_steps import RUN, SPEC, T, compile_quickly, first_moments, rows_across, run, step_on
 
 
 def with_optim(**changes):

@@ -8,7 +8,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,25 +18,25 @@ from flax import nnx
 
 from phivision_jax import sharding
 from phivision_jax.batch import fill_rows
-from phivision_jax.data.encode import GROUP_NAMES, encode_record
-from phivision_jax.data.importing import write_dataset
-from phivision_jax.data.mixture import Mixture
-from phivision_jax.data.plan import make_plan
+from phivision_jax.data.feed.encode import GROUP_NAMES, encode_record
+from phivision_jax.data.plan.mixture import Mixture
+from phivision_jax.data.plan.plan import make_plan
+from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
 from phivision_jax.training import validation
-from phivision_jax.training.config import DataConfig, RunConfig
+from phivision_jax.training.run_config import DataConfig, RunConfig
 from phivision_jax.training.step import make_train_step
 from phivision_jax.training.validation import Validator, means
-from tests.data.made_up import CONFIG, make_record
-from tests.training.steps import QUICK
+from tests.support.paths import ROOT
+from tests.support.records import CONFIG, make_record
+from tests.support.train_steps import QUICK
 
 PROCESSOR = Processor.small(CONFIG)
 # The weights are the training's alone: every loss here is without them.
 WEIGHTS = (("math", 9.0),)
 DATA = DataConfig(batch_rows=4, length=160, vision_rows=2, num_patches=80, num_threads=0, loss_weights=WEIGHTS)
 RUN = RunConfig(model=CONFIG, data=DATA, dtype="float32", remat="none", vision_remat="none", validate_batches=100)
-ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-6
 THOUGHT = {"role": "assistant", "content": "<think>it is red and round</think>yes"}
 
@@ -181,7 +180,7 @@ def test_two_hosts_say_what_one_says(dataset, by_hand):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
     hosts = [
         subprocess.Popen(
-            [sys.executable, ROOT / "tests/training/validating_host.py", address, str(number), dataset.directory],
+            [sys.executable, ROOT / "tests/support/validating_host.py", address, str(number), dataset.directory],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

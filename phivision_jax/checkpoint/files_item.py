@@ -1,0 +1,43 @@
+"""A directory of plain files as an item of an Orbax checkpoint: the tokenizer and what belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from phivision_jax.io import storage
+from phivision_jax.io.storage import Location
+
+
+class FilesHandler(ocp.CheckpointHandler):
+    """Copies a directory's files into a checkpoint, so that a step can be loaded and exported without its run."""
+
+    def save(self, directory: Any, args: FilesSave) -> None:
+        if jax.process_index() != 0:
+            return
+        target = storage.location(os.fspath(directory))
+        if isinstance(target, Path):
+            shutil.copytree(args.source, target, dirs_exist_ok=True)
+        else:
+            storage.upload(args.source, target)
+
+    def restore(self, directory: Any, args: FilesRestore | None = None) -> Location:
+        return storage.location(os.fspath(directory))
+
+
+@ocp.args.register_with_handler(FilesHandler, for_save=True)
+@dataclasses.dataclass
+class FilesSave(ocp.args.CheckpointArgs):
+    source: Path
+
+
+@ocp.args.register_with_handler(FilesHandler, for_restore=True)
+@dataclasses.dataclass
+class FilesRestore(ocp.args.CheckpointArgs):
+    pass

@@ -1,0 +1,189 @@
+"""Our checkpoint directory, read and written without holding an array: TensorStore, chunk by chunk.
+
+    DIR/params/          Orbax PyTree: zarr arrays in an OCDBT store, what StandardCheckpointHandler reads and writes
+    DIR/meta/metadata    JSON (JsonCheckpointHandler): {"format": 1, "model": …, "step": …, …}
+    DIR/assets/          the Hugging Face directory's other files, as they were
+    DIR/opt_state/       in a training step only; of no interest here
+
+Orbax itself saves arrays that exist. This module writes the same files from arrays that never do: a stacked leaf is
+chunked one layer at a time and, within a layer, along the axis of Hugging Face's rows, so that a chunk is exactly one
+run of rows of one tensor (see `mapping`). The metadata that makes it a checkpoint to Orbax is written last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from phivision_jax.checkpoint.layout import FORMAT, ORBAX_MARK
+from phivision_jax.config import ModelConfig, read_json
+from phivision_jax.convert.adapters import Adapters
+from phivision_jax.convert.mapping import Leaf, Shape, check
+from phivision_jax.io.storage import REMOTE, Location
+
+BLOCK_BYTES = 32_000_000
+"""The most that one chunk holds: with a few in flight, what a conversion needs of memory."""
+
+_HANDLERS = "orbax.checkpoint._src.handlers"
+_STANDARD = f"{_HANDLERS}.standard_checkpoint_handler.StandardCheckpointHandler"
+_JSON = f"{_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler"
+
+
+def _context() -> ts.Context:
+    # No cache: every chunk is used once. No fsync per write: `files.staged` flushes everything before the rename. A
+    # request that fails is sent six times, as for all else in a bucket; TensorStore would take a quarter of an hour.
+    retries = {"max_retries": 5}
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False, "gcs_request_retries": retries})
+
+
+def _kvstore(directory: Location) -> dict[str, Any]:
+    """A directory as TensorStore calls it."""
+    if isinstance(directory, Path):
+        return {"driver": "file", "path": f"{directory.absolute()}/"}
+    bucket, _, path = str(directory).removeprefix(REMOTE).partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+
+
+class OursSource:
+    """The leaves of a table, read from a checkpoint of ours; where kernels have adapters, merged.
+
+    Raises:
+      ValueError: when its arrays are not exactly the table's (and its adapters'), in name and shape.
+    """
+
+    def __init__(self, directory: Location, leaves: Iterable[Leaf]) -> None:
+        self._params = params = directory / "params"
+        if not (params / "_METADATA").is_file():
+            raise ValueError(f"{params} has no _METADATA: not an Orbax checkpoint, or one that was never finished")
+        stored = read_json(params / "_METADATA")
+        self._context, base = _context(), _kvstore(params)
+        self._store = {"driver": "ocdbt", "base": base} if stored.get("use_ocdbt") else base
+        self._driver = "zarr3" if stored.get("use_zarr3") else "zarr"
+        keys = [tuple(k["key"] for k in v["key_metadata"]) for v in stored["tree_metadata"].values()]
+        wanted: dict[str, Shape] = {}
+        self.adapters = Adapters.find(directory, map("/".join, keys))
+        for leaf in leaves:
+            wanted |= {leaf.path: leaf.shape, **(self.adapters.shapes(leaf) if self.adapters else {})}
+        self._arrays = {"/".join(key): self._open(params, ".".join(key)) for key in keys}
+        check({path: tuple(array.shape) for path, array in self._arrays.items()}, wanted, str(params))
+
+    def _open(self, params: Location, name: str) -> ts.TensorStore:
+        kvstore = {**self._store, "path": f"{self._store.get('path', '')}{name}/"}
+        try:
+            return ts.open({"driver": self._driver, "kvstore": kvstore}, open=True, context=self._context).result()
+        except ValueError as error:
+            raise ValueError(f"{params}: cannot read {name}: {str(error).splitlines()[0][:200]}") from None
+
+    def dtype(self, leaf: Leaf) -> np.dtype:
+        return np.dtype(self._arrays[leaf.path].dtype.numpy_dtype)
+
+    def grain(self, leaf: Leaf) -> tuple[int, int]:
+        """Layers and rows that share stored chunks: read together, no chunk is decoded twice."""
+        # A zarr array always has a chunk shape; the types of TensorStore allow for drivers that have none.
+        chunk = [size or 1 for size in self._arrays[leaf.path].chunk_layout.read_chunk.shape or leaf.shape]
+        rows = chunk[leaf.row_axis + leaf.stacked] * leaf.rows_per_index
+        return min(chunk[0] if leaf.stacked else 1, len(leaf.names)), min(rows, leaf.num_rows)
+
+    def read(self, leaf: Leaf, layers: range, rows: range) -> list[np.ndarray]:
+        """Their rows [rows, …] of ``leaf``, one array per layer."""
+        block = self._read(leaf.path, _region(leaf, layers, rows))
+        theirs = [leaf.to_theirs(layer) for layer in block] if leaf.stacked else [leaf.to_theirs(block)]
+        if self.adapters is None:
+            return theirs
+        pairs = zip(layers, theirs, strict=True)
+        return [self.adapters.merge(kernel, leaf, layer, rows, self._read) for layer, kernel in pairs]
+
+    def _read(self, path: str, where: tuple[int | slice, ...]) -> np.ndarray:
+        try:
+            return self._arrays[path][where].read().result()
+        except ValueError as error:
+            raise ValueError(f"{self._params}: cannot read {path}: {str(error).splitlines()[0][:200]}") from None
+
+    def close(self) -> None:
+        self._arrays.clear()
+
+
+def _region(leaf: Leaf, layers: range, rows: range) -> tuple[slice, ...]:
+    per = leaf.rows_per_index
+    cut = (slice(None),) * leaf.row_axis + (slice(rows.start // per, rows.stop // per),)
+    return (slice(layers.start, layers.stop), *cut) if leaf.stacked else cut
+
+
+def block_rows(leaf: Leaf, itemsize: int) -> int:
+    """How many of their rows make a chunk: even cuts of the axis where there are any, at most ``BLOCK_BYTES``."""
+    length, row_bytes = leaf.rows[0], int(np.prod(leaf.layer_shape)) // leaf.rows[0] * itemsize
+    most = max(1, BLOCK_BYTES // row_bytes)
+    even = next((n for n in range(min(most, length), most // 2, -1) if length % n == 0), min(most, length))
+    return even * leaf.rows_per_index
+
+
+class OursSink:
+    """``params/`` in the making."""
+
+    def __init__(self, directory: Path, dtypes: Mapping[str, np.dtype], leaves: Iterable[Leaf]) -> None:
+        self._params, self._leaves = directory / "params", list(leaves)
+        self._params.mkdir()
+        context = _context()
+        self._arrays: dict[str, ts.TensorStore] = {}
+        for leaf in self._leaves:
+            dtype = dtypes[leaf.path]
+            chunk = list(leaf.shape)
+            if leaf.stacked:
+                chunk[0] = 1
+            chunk[leaf.row_axis + leaf.stacked] = block_rows(leaf, dtype.itemsize) // leaf.rows_per_index
+            # Weights hardly compress: zstd would cost more time than the bytes it saves.
+            zarr = {"shape": leaf.shape, "chunks": chunk, "compressor": None, "fill_value": None, "order": "C"}
+            zarr["dtype"] = "bfloat16" if dtype.name == "bfloat16" else dtype.str
+            kvstore = {"driver": "ocdbt", "base": _kvstore(self._params), "path": self._name(leaf) + "/"}
+            spec = {"driver": "zarr", "kvstore": kvstore, "metadata": zarr, "store_data_equal_to_fill_value": True}
+            self._arrays[leaf.path] = ts.open(spec, create=True, context=context).result()
+
+    @staticmethod
+    def _name(leaf: Leaf) -> str:
+        return leaf.path.replace("/", ".")
+
+    def write(self, leaf: Leaf, layer: int, start: int, block: np.ndarray) -> None:
+        """Put their rows [start, start + n) of ``leaf`` where they belong; returns when they are written."""
+        where = _region(leaf, range(layer, layer + 1), range(start, start + len(block)))
+        ours = np.ascontiguousarray(leaf.to_ours(block))
+        self._arrays[leaf.path][where].write(ours[None] if leaf.stacked else ours).result()
+
+    def finish(self, config: ModelConfig, meta: Mapping[str, Any]) -> None:
+        """Make it an Orbax checkpoint: metadata of the tree, of the item, and of the whole."""
+        self._arrays.clear()
+        tree = {}
+        for leaf in self._leaves:
+            keys = leaf.path.split("/")
+            value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(leaf.shape)}
+            tree[str(tuple(keys))] = {
+                "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+                "value_metadata": value,
+            }
+        metadata = {"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False}
+        metadata |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
+        _write_json(self._params / "_METADATA", metadata)
+        _write_json(self._params / "_CHECKPOINT_METADATA", _item(_STANDARD))
+        root = self._params.parent
+        (root / "meta").mkdir()
+        content = {"format": FORMAT, "model": dataclasses.asdict(config), **meta}
+        _write_json(root / "meta" / "metadata", content)
+        _write_json(root / "_CHECKPOINT_METADATA", _item({"meta": _JSON, "params": _STANDARD}))
+        for folder in (root, self._params, root / "meta"):  # in a bucket, Orbax reads nothing that lacks it
+            (folder / ORBAX_MARK).write_text("converted")
+
+
+def _item(handlers: str | dict[str, str]) -> dict[str, Any]:
+    now = time.time_ns()
+    times = {"init_timestamp_nsecs": now, "commit_timestamp_nsecs": now}
+    return {"item_handlers": handlers, "metrics": {}, "performance_metrics": {}, **times, "custom_metadata": {}}
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")

@@ -1,0 +1,163 @@
+"""TensorFlow Datasets without TensorFlow: a prepared data set in a format with random access (ArrayRecord, parquet).
+
+Features become what ``items`` reads: images stay encoded files, texts become strings, the number of a class its name,
+a Sequence or Dataset of dicts a list of dicts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.sources import Read, describe
+from phivision_jax.data.sources.items import IDS, ItemOptions, ItemReader
+
+
+class TfdsSource:
+    """Examples of one split."""
+
+    def __init__(self, of: str, options: ItemOptions, *, split: str = "train", name: str | None = None) -> None:
+        """Find the data set.
+
+        Args:
+          of: a directory with ``dataset_info.json``, or the name of a data set that is prepared in TFDS's own directory
+            ("made/config:1.0.0").
+          options: how examples become records.
+          split: as TFDS writes it, "train[:10%]" included.
+          name: of the source; default: the data set's.
+
+        Raises:
+          ModuleNotFoundError: without the package.
+          ValueError: when there is no such data set or split, or it is kept in a format without random access.
+        """
+        self._of, self._split, self._options = of, split, options
+        self._is_directory = Path(of).is_dir()
+        builder = self._builder
+        self.name = name or builder.info.name
+        self._len = len(self._examples)
+        if not self._len:
+            raise ValueError(f"split {split!r} of {of} holds no examples")
+        files = [Path(file) for info in builder.info.splits.values() for file in info.filepaths]
+        self._key = describe([file for file in files if file.is_file()])
+
+    def __len__(self) -> int:
+        return self._len
+
+    def key(self) -> Any:
+        return {
+            "format": "tfds", "name": self.name, "of": self._of, "split": self._split,
+            "files": self._key, "options": self._options.key(),
+        }  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files stay where they are: another process opens its own.
+        return {name: value for name, value in vars(self).items() if name not in ("_builder", "_examples")}
+
+    def read(self, start: int, stop: int) -> Iterator[Read | Quarantined]:
+        folder = Path(self._of) if self._is_directory else Path(self._builder.data_dir)
+        reader = ItemReader(self.name, folder, self._options)
+        features = self._builder.info.features
+        for i in range(start, stop):
+            place, where = f"{self.name}:{i + 1}", f"{self.name}, split {self._split}, example {i + 1}"
+            try:
+                example = self._examples[i]
+            except OSError:
+                raise
+            except Exception as error:  # protobuf's, array_record's, TFDS's own
+                yield reader.bad("syntax", f"the example cannot be read: {error}", place, where)
+                continue
+            try:
+                item = _plain(features, example)
+            except UnicodeDecodeError as error:
+                own = {name: example[name] for name in IDS if isinstance(example.get(name), int)}
+                own |= {n: example[n].decode("utf-8", "replace") for n in IDS if isinstance(example.get(n), bytes)}
+                yield reader.bad("encoding", f"not UTF-8: {error.reason}", place, where, own)
+                continue
+            yield reader.read(item, place, where)
+
+    @functools.cached_property
+    def _builder(self) -> Any:
+        try:
+            import tensorflow_datasets as tfds
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError("TFDS needs its package: pip install 'phivision_jax[tfds]'") from None
+        try:
+            return tfds.builder_from_directory(self._of) if self._is_directory else tfds.builder(self._of)
+        except Exception as error:  # TFDS raises anything
+            raise ValueError(f"TFDS cannot open {self._of}: {error}") from None
+
+    @functools.cached_property
+    def _examples(self) -> Sequence[Any]:
+        try:
+            decoders = _encoded_images(self._builder.info.features)
+            return self._builder.as_data_source(split=self._split, decoders=decoders)
+        except Exception as error:
+            raise ValueError(f"TFDS cannot read split {self._split!r} of {self._of}: {error}") from None
+
+
+def _encoded_images(features: Any) -> Any:
+    """TFDS's decoders for a tree of features: none for images, so that their files come as they are; else the usual."""
+    import tensorflow_datasets as tfds
+
+    class AsItIs(tfds.decode.SkipDecoding):
+        """TFDS's own lacks sequences."""
+
+        def decode_batch_example_np(self, example: Any) -> Any:
+            return example
+
+        decode_ragged_example_np = decode_batch_example_np
+
+    def decoders(feature: Any) -> Any:
+        if isinstance(feature, tfds.features.Image):
+            return AsItIs()
+        if isinstance(feature, tfds.features.FeaturesDict):
+            found = {name: decoders(inner) for name, inner in feature.items()}
+            return {name: decoder for name, decoder in found.items() if decoder} or None
+        return decoders(feature.feature) if isinstance(feature, _sequences()) else None
+
+    return decoders(features)
+
+
+def _sequences() -> Any:
+    import tensorflow_datasets as tfds
+
+    return (tfds.features.Sequence, tfds.features.Dataset)
+
+
+def _plain(feature: Any, value: Any) -> Any:
+    """A value of a feature in Python's own types.
+
+    Raises:
+      UnicodeDecodeError: for a text that is not UTF-8.
+    """
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.FeaturesDict):
+        return {name: _plain(inner, value[name]) for name, inner in feature.items() if name in value}
+    if isinstance(feature, _sequences()):
+        rows = _transposed(value) if isinstance(value, Mapping) else value
+        return [_plain(feature.feature, row) for row in rows]
+    if isinstance(feature, tfds.features.Image):
+        return value
+    if isinstance(feature, tfds.features.ClassLabel):
+        return feature.int2str(int(value)) if value >= 0 else None
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return _decoded(value)
+
+
+def _transposed(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A list of dicts, from a dict (of dicts) of lists."""
+    columns = {k: _transposed(column) if isinstance(column, Mapping) else column for k, column in columns.items()}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decoded(entry) for entry in value]
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,192 @@
+"""The directory that holds imported records: what the data engine reads, whatever the data once looked like.
+
+    DIR/manifest.json             schema, counts, hash of the tokenizer and template; bytes and sha256 of every file
+    DIR/records-00000-000.array_record, …    one msgpack map per record: the fields of ``Record``, images as bytes
+    DIR/index/text_tokens.npy     [N] i32: tokens of the conversation, images not counted
+    DIR/index/image_offsets.npy   [N + 1] i64: where each record's images begin in image_sizes
+    DIR/index/image_sizes.npy     [I, 2] i32: width and height in pixels, records in order
+    DIR/index/modes.npy           [N] i8: position in MODES
+    DIR/index/tasks.npy           [N] u8: position in TASKS
+    DIR/quarantine.jsonl          what was not imported, and why
+
+The plan needs lengths of millions of records and must not decode an image for them, so lengths are written at import.
+The index is mapped, so that however long it is the processes of a machine hold it once, and only what they use of it.
+A directory is self-contained: it holds the images' bytes, whatever paths they came from. ``importing`` writes it under
+another name and renames it at the end, so a directory that exists is whole.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phivision_jax.data.quarantine import BadRecord
+from phivision_jax.data.records import Record
+from phivision_jax.data.store.shard_files import READERS, Shard
+
+SCHEMA = 3
+MANIFEST = "manifest.json"
+_AT_ONCE = 32  # Files looked for at a time: on network storage each takes its while.
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """What planning needs to know of N records holding I images in all; no image is decoded for it."""
+
+    text_tokens: np.ndarray
+    """[N] i32: tokens of the conversation, images not counted."""
+    image_offsets: np.ndarray
+    """[N + 1] i64: record i owns ``image_sizes[image_offsets[i]:image_offsets[i + 1]]``."""
+    image_sizes: np.ndarray
+    """[I, 2] i32: width and height in pixels, records in order."""
+    modes: np.ndarray
+    """[N] i8: position in ``MODES``."""
+    tasks: np.ndarray
+    """[N] u8: position in ``TASKS``."""
+
+    @classmethod
+    def open(cls, directory: Path) -> Index:
+        """The index of a dataset; it stays on disk (memory-mapped) until used."""
+        return cls(**{f.name: np.load(directory / "index" / f"{f.name}.npy", "r") for f in dataclasses.fields(cls)})
+
+    def __len__(self) -> int:
+        return len(self.text_tokens)
+
+    @property
+    def num_images(self) -> np.ndarray:
+        """[N] i64, made anew each time."""
+        return np.diff(self.image_offsets)
+
+    def sizes_of(self, i: int) -> list[tuple[int, int]]:
+        """Width and height of each image of record ``i``."""
+        first, end = self.image_offsets[i : i + 2]
+        return [(int(w), int(h)) for w, h in self.image_sizes[first:end]]
+
+
+class Dataset:
+    """A directory of records with random access. Safe to read from several threads."""
+
+    def __init__(self, directory: Path, manifest: Mapping[str, Any], index: Index) -> None:
+        self.directory = directory
+        self.manifest = manifest
+        self.index = index
+        self.hash = content_hash(manifest)
+        """Two datasets of one hash hold the same records, measured alike."""
+        self._shards = [Shard(directory / s["file"], s["records"]) for s in manifest["shards"]]
+        # Number of each shard's first record.
+        self._firsts = list(itertools.accumulate((s.records for s in self._shards), initial=0))[:-1]
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> Dataset:
+        """Open what an import wrote; the index stays on disk (memory-mapped) until used.
+
+        The size of every file is compared with the manifest's, however many there are, some at a time: a copy that was
+        cut off shows here. Content is not looked at: see ``validate``.
+
+        Raises:
+          FileNotFoundError: when the directory, its manifest or one of its files is missing.
+          ValueError: for another schema version, or a file whose size is not the manifest's.
+        """
+        directory = Path(directory)
+        manifest = read_manifest(directory)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            for _ in pool.map(functools.partial(check_size, directory), (*manifest["shards"], *manifest["index"])):
+                pass
+        return cls(directory, manifest, Index.open(directory))
+
+    def __len__(self) -> int:
+        return int(self.manifest["records"])
+
+    def __getitem__(self, i: int) -> Record:
+        """Record ``i``.
+
+        Raises:
+          IndexError: when there is none of this number.
+          BadRecord: "unreadable", naming file and record, for bytes that are not what was written.
+          OSError: when the file cannot be opened or read.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {self.directory}, which holds {len(self)}")
+        number = bisect.bisect_right(self._firsts, i) - 1
+        shard, position = self._shards[number], int(i) - self._firsts[number]
+        try:
+            return Record.from_bytes(READERS.read(shard, position))
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # Of bytes that are not what was written, anything.
+            raise BadRecord(
+                "unreadable",
+                f"{shard.path}, record {position} of it, cannot be read: {error}; "
+                "phivision data validate names all such",
+            ) from None
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What an import says of the dataset that it wrote.
+
+    Raises:
+      FileNotFoundError: when there is no directory, or no manifest in it.
+      ValueError: when it cannot be read, or is of another schema version.
+    """
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no dataset directory {directory}; make one with phivision data import")
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} has no {MANIFEST}: it is not a dataset; make one with phivision data import"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy or import the dataset again") from None
+    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        raise ValueError(f"{path}: schema {found!r}, this program reads {SCHEMA}; import the data again")
+    return manifest
+
+
+def check_size(directory: Path, file: Mapping[str, Any]) -> None:
+    """Is a file there, as long as its entry in the manifest says?
+
+    Raises:
+      FileNotFoundError: when it is missing.
+      ValueError: when it is shorter or longer.
+    """
+    path = directory / file["file"]
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing; copy or import the dataset again") from None
+    if size != file["bytes"]:
+        raise ValueError(
+            f"{path} holds {size} bytes, the manifest says {file['bytes']}: "
+            "a cut-off copy? Copy or import the dataset again"
+        )
+
+
+def content_hash(manifest: Mapping[str, Any]) -> str:
+    """sha256 over what decides the records and their measures: every file's own, the order of shards, the schema.
+
+    Where the data came from and what was left out of it do not count.
+    """
+    decisive = [manifest["schema"], manifest["text"], manifest["shards"], manifest["index"]]
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def describe_file(directory: Path, name: str) -> dict[str, Any]:
+    """The manifest's entry of a file in the dataset: its name, bytes and sha256."""
+    path = directory / name
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"file": name, "bytes": path.stat().st_size, "sha256": digest}

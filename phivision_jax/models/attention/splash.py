@@ -1,0 +1,187 @@
+"""Attention on TPUs: the splash kernel of tokamax, told what a query may see by O(T) numbers instead of a T×T mask.
+
+The kernel walks over blocks of queries × keys. Which blocks it visits, and which of them need a mask inside, follows
+from the smallest and largest ``span_end`` of a block of queries; inside a block it compares ``span_end`` with the key's
+column. It then drops blocks whose segments do not meet:
+
+    keys       0-3   4-7   8-11                 every block of queries sees a prefix of the keys, less other segments
+    queries 0-3  part                           part: some pairs are masked by ``span_end``
+            4-7  full  part                     full: none is (segments are compared in every block)
+            8-11 ·     ·     part               ·:    never visited; here segment 2 begins at column 8
+
+The kernel is a private module of tokamax (``models/attention/tokamax_version.py``): hence the check below.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from phivision_jax.models.attention.attend import target_device
+from phivision_jax.models.attention.partition import by_device
+from phivision_jax.models.attention.tokamax_version import require_tokamax
+from phivision_jax.models.remat import ATTENTION
+
+require_tokamax()
+
+from tokamax._src.ops.experimental.tpu.splash_attention import base  # noqa: E402
+from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as kernel  # noqa: E402
+from tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_mask_info import MaskInfo  # noqa: E402
+
+LANES = 128  # blocks are multiples of a vector register's width
+PADDING = 2**30  # above every segment id
+LOG2E = math.log2(math.e)
+
+
+class Blocks(NamedTuple):
+    """Columns per block: queries, keys brought into VMEM, keys per matrix product; the same three backward."""
+
+    q: int
+    kv: int
+    kv_compute: int
+    q_bwd: int
+    kv_bwd: int
+    kv_bwd_compute: int
+
+
+# By device kind, as JAX calls them. Each compiles within the chip's VMEM; none has been timed on a chip.
+BLOCKS = {
+    "TPU v5 lite": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v5e
+    "TPU v5": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v5p
+    "TPU v6 lite": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v6e
+}
+# Without span_end, a block in which two images meet is computed whole: smaller ones waste less on 2,000 patches.
+VISION_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)
+DEFAULT_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)  # fits the smallest scoped VMEM of any chip
+
+
+def splash(
+    q: Float[Array, "*B T N H"],
+    k: Float[Array, "*B T K H"],
+    v: Float[Array, "*B T K H"],
+    *,
+    segment_ids: Int32[Array, "*B T"],
+    span_end: Int32[Array, "*B T"] | None = None,
+    axes: tuple[str | None, ...] = ("batch", "length", "heads"),
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*B T N H"]:
+    """Self-attention as ``models.attention.attend`` defines it, except in padding (segment 0).
+
+    A column of padding sees only itself, so that padding costs nothing; its result is finite and means nothing. Under
+    a mesh each device takes its own rows, heads and queries, with all keys of the row (gathered along ``context``).
+
+    Args:
+      segment_ids: from 0 to 2^30; cheapest where they do not decrease along the row, padding last.
+      span_end: at least the query's own column.
+      axes: as in ``attend``.
+      blocks: None for the table's, made smaller where the row is short.
+      interpret: run the kernel's Python on any backend. Slow: for tests.
+    """
+    T, H = q.shape[-3], q.shape[-1]
+    ids = jnp.where(segment_ids == 0, PADDING + jnp.arange(T), segment_ids)
+    # Scaled and rounded once, in fp32: in bf16 the factors themselves are off by up to 0.2 %, the same way every time.
+    q = (q.astype(jnp.float32) * (H**-0.5 * LOG2E)).astype(q.dtype)
+    if blocks is None:
+        table = BLOCKS.get(target_device().device_kind, DEFAULT_BLOCKS)
+        blocks = VISION_BLOCKS if span_end is None else table
+
+    lead = q.ndim - 3
+
+    def local(q, k, v, q_ids, span_end, kv_ids):
+        def row(args):
+            return _row(*args, blocks=blocks, interpret=interpret)
+
+        # One row at a time: under vmap every row would visit the blocks of all rows.
+        rows = [None if x is None else x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, q_ids, span_end, kv_ids)]
+        return jax.lax.map(row, tuple(rows)).reshape(q.shape)
+
+    return by_device(local, q, k, v, (ids, span_end), (ids,), axes=axes)
+
+
+def _row(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "S K H"],
+    v: Float[Array, "S K H"],
+    q_ids: Int32[Array, " T"],
+    span_end: Int32[Array, " T"] | None,
+    kv_ids: Int32[Array, " S"],
+    *,
+    blocks: Blocks,
+    interpret: bool,
+) -> Float[Array, "T N H"]:
+    T, S = q.shape[0], k.shape[0]
+    bq, bkv = _block(T, blocks.q, LANES), _block(S, blocks.kv, blocks.kv_compute)
+    bq_bwd, bkv_bwd = _block(T, blocks.q_bwd, LANES), _block(S, blocks.kv_bwd, blocks.kv_bwd_compute)
+    # Columns to fill the last block: queries like the last one, so that each still sees a key, and keys nobody sees.
+    more_q = -T % math.lcm(bq, bq_bwd)
+    more_kv = ((0, -S % math.lcm(bkv, bkv_bwd)), (0, 0), (0, 0))
+    q, k, v = jnp.pad(q, ((0, more_q), (0, 0), (0, 0))), jnp.pad(k, more_kv), jnp.pad(v, more_kv)
+    q_ids = jnp.pad(q_ids, (0, more_q), mode="edge")
+    kv_ids = jnp.pad(kv_ids, more_kv[0], constant_values=-1)
+    if span_end is not None:
+        span_end = jnp.pad(span_end, (0, more_q), mode="edge")
+    config = kernel.SplashConfig(
+        block_q=bq,
+        block_kv=bkv,
+        block_kv_compute=min(bkv, blocks.kv_compute),
+        block_q_dkv=bq_bwd,
+        block_kv_dkv=bkv_bwd,
+        block_kv_dkv_compute=min(bkv_bwd, blocks.kv_bwd_compute),
+        q_prescaled_log2e=True,
+        residual_checkpoint_name=ATTENTION,
+        interpret=interpret,
+    )
+    attention = kernel.SplashAttentionKernel(
+        _mask_info(span_end, k.shape[0], bq, bkv, False),
+        _mask_info(span_end, k.shape[0], bq_bwd, bkv_bwd, True),
+        config=config,
+        is_mqa=False,
+        save_residuals=False,
+        mask_value=base.DEFAULT_MASK_VALUE,
+        mask_function=None if span_end is None else operator.ge,  # span_end >= the key's column
+        fwd_mask_sparsity=1.0 if span_end is None else 0.5,
+        dkv_mask_sparsity=1.0 if span_end is None else 0.5,
+    )
+    q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
+    out = attention(q, k, v, base.SegmentIds(q_ids, kv_ids))  # [N, T, H]
+    return jnp.swapaxes(out, 0, 1)[:T]
+
+
+def _mask_info(span_end: Int32[Array, " T"] | None, S: int, bq: int, bkv: int, backward: bool) -> MaskInfo:
+    """What each block of queries × keys holds. The kernel itself makes the list of those to visit, by the segments.
+
+    Blocks of which nothing is seen are named too: keys seen by no query of this device (those of other parts of the
+    row, under ``context``) would else have no step that writes zeros to their gradient.
+    """
+    if span_end is None:  # all of every block, as far as segments allow
+        return MaskInfo(None, None, None, None, None, None, None)
+    by_block = span_end.reshape(-1, bq)
+    first, last = jnp.arange(0, S, bkv), jnp.arange(0, S, bkv) + bkv - 1
+    some = by_block.max(1)[:, None] >= first
+    every = by_block.min(1)[:, None] >= last
+    state = some.astype(jnp.int8) + every  # 0: nothing is seen, 1: part of it, 2: all of it
+    return MaskInfo(
+        mask_next=None,
+        active_rows=None,
+        active_cols=None,
+        block_mask=state.T if backward else state,  # backward walks over blocks of keys
+        num_active_blocks=None,
+        partial_mask_blocks=None,
+        q_sequence=span_end,
+    )
+
+
+def _block(length: int, largest: int, multiple: int) -> int:
+    """Size of equal blocks that cover ``length`` with little to spare: at most ``largest``, a multiple of ``multiple``.
+
+    A block of less than ``multiple`` is a multiple of a register's width instead.
+    """
+    size = math.ceil(length / math.ceil(length / largest))
+    unit = multiple if size > multiple else LANES
+    return math.ceil(size / unit) * unit

@@ -1,0 +1,91 @@
+"""The fastest layout that fits: our own count ranks the remat policies, the compiler says what each leaves room for.
+
+for each policy, fastest first by modelled step time (our count alone, in seconds)
+  the least demanding of its layouts at low effort: largest group, one row at a time
+    too large → the policy cannot fit at all, on with the next
+    fits      → layouts that send less first: more rows at a time, smaller groups; each at low effort, then at default
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from phivision_jax.hardware.topology import Topology
+from phivision_jax.models.remat import POLICIES
+from phivision_jax.preflight.model import modelled_step
+from phivision_jax.preflight.report import MARGIN
+from phivision_jax.training.run_config import MeshConfig, RunConfig
+
+GROUPS = (16, 32, 64, 128)
+
+
+def candidates(cfg: RunConfig, where: Topology) -> list[list[RunConfig]]:
+    """Configurations by policy, fastest first by our count; of a policy, what sends least first.
+
+    Args:
+      cfg: with nothing left open (``training.layouts.resolve``).
+    """
+    by_policy = []
+    for remat in POLICIES:
+        layouts = []
+        for mesh in _meshes(cfg, where):
+            local = cfg.data.batch_rows // (mesh.slice * mesh.data * mesh.fsdp)
+            for at_once in (n for n in range(1, min(local, 4) + 1) if local % n == 0):
+                # The compiler (libtpu 0.0.50) fails on an offloading tower that takes several rows at a time.
+                vision = "full" if at_once > 1 and "offload" in cfg.vision_remat else cfg.vision_remat
+                one = dataclasses.replace(cfg, mesh=mesh, remat=remat, vision_remat=vision)
+                layouts.append(dataclasses.replace(one, microbatches=local // at_once))
+        # Weights are gathered once per microbatch; a larger group gathers more of them from further away.
+        layouts.sort(key=lambda one: (one.microbatches, one.mesh.fsdp))
+        speed = modelled_step.speed(layouts[0], where, modelled_step.Mix.of_recipe(cfg), None)
+        by_policy.append((speed["modelled_step_seconds"], layouts))
+    return [layouts for _, layouts in sorted(by_policy, key=lambda one: one[0])]
+
+
+def _meshes(cfg: RunConfig, where: Topology) -> Iterator[MeshConfig]:
+    mesh = cfg.mesh
+    copies = where.devices // (mesh.slice * mesh.tensor * mesh.context)
+    for fsdp in dict.fromkeys((*GROUPS, mesh.fsdp)):
+        if copies % fsdp == 0:
+            yield dataclasses.replace(mesh, fsdp=fsdp, data=copies // fsdp)
+
+
+def search(
+    cfg: RunConfig,
+    where: Topology,
+    attempt: Callable[[RunConfig, bool], dict[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """The report of the fastest candidate that fits with a margin at default effort; None if none does.
+
+    Args:
+      attempt: compiles a configuration, at low effort or not, and gives its report (``report.summary``), or raises
+        ValueError where the compiler fails.
+      say: told about every attempt, in a sentence.
+    """
+
+    def fitting(tried: RunConfig, low_effort: bool) -> dict[str, Any] | None:
+        effort = "low" if low_effort else "default"
+        try:
+            report = attempt(tried, low_effort)
+        except ValueError as error:  # the compiler itself fails on some: one less, not the end of the search
+            say(f"{_name(tried)}: does not compile at {effort} effort: {error}")
+            return None
+        fits = report["fits"] and report["free_share"] >= MARGIN
+        say(f"{_name(tried)}: {'fits' if fits else 'too large'} at {effort} effort")
+        return report if fits else None
+
+    for layouts in candidates(cfg, where):
+        least = max(layouts, key=lambda one: (one.mesh.fsdp, one.microbatches))
+        if fitting(least, True) is None:
+            continue
+        for tried in layouts:
+            if (tried is least or fitting(tried, True)) and (report := fitting(tried, False)):
+                return report
+    return None
+
+
+def _name(cfg: RunConfig) -> str:
+    return f"fsdp {cfg.mesh.fsdp}, remat {cfg.remat}, {cfg.microbatches} microbatches"

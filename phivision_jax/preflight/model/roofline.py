@@ -1,0 +1,404 @@
+"""How long a step would take on chips that are not here: the model behind every time and MFU that is called *modelled*.
+
+    seconds = matmul FLOPs / (peak · e)  +  attention FLOPs / (peak · e · 2/3)  +  HBM bytes / HBM bandwidth
+              + what communication sticks out of half of that, per kind of link, and what cannot hide at all
+
+``e``, the one fitted number of a generation, comes from published runs of other people's models (``EFFICIENCY``); the
+rest is counted here: what a chip executes, recompute and padding included, unlike ``flops``, which counts
+what the model asks for. MFU is the latter over these seconds. ``docs/roofline.md`` has every constant's source and the
+error on runs that were held out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Sequence
+from typing import Self
+
+from flax import nnx
+
+from phivision_jax.config import ModelConfig
+from phivision_jax.hardware.flops import Workload, step_flops
+from phivision_jax.hardware.topology import CHIPS
+from phivision_jax.models import phivision
+from phivision_jax.training import optim
+from phivision_jax.training.run_config import OptimConfig
+
+# Fitted by benchmarks/roofline.py; a test compares the table with docs/results/roofline.json.
+EFFICIENCY = {"v5e": 0.8117, "v5p": 0.8278, "v6e": 0.7668}
+"""Share of the peak that matrix products reach."""
+
+ATTENTION_RATIO = 2 / 3
+"""Efficiency of the attention kernel over that of matrix products, beside the array's idle part. Not fitted."""
+
+OVERLAP = 0.5
+"""Share of the compute time under which asynchronous communication may hide. Not fitted."""
+
+MATRIX_UNIT = {"v4": 128, "v5e": 128, "v5p": 128, "v6e": 256}
+"""Width of the systolic array: heads that are narrower leave part of it idle."""
+
+BLOCK = 1024
+"""Queries and keys of a block of our attention kernel in the decoder (``splash.py``), forward and backward."""
+
+VISION_BLOCK = 512
+"""The same in the vision tower."""
+
+# A layer's last product only enters a sum, so nothing backward asks for it again.
+_LAYER = frozenset({"elementwise", "qkv", "attention", "out", "gate_up"})
+_BEHIND = frozenset({"elementwise", "out", "gate_up"})
+RECOMPUTE: dict[str, frozenset[str]] = {
+    "full": _LAYER,
+    "attention": _BEHIND,
+    "dots": frozenset({"elementwise"}),
+    "none": frozenset(),
+    "offload": _LAYER,
+    "offload_attention": _BEHIND,
+}
+"""What each policy of ``models/remat.py`` computes again: products of a layer, the attention kernel forward, the rest.
+Copies to the host and back are taken to hide."""
+
+OPTIMIZER_BYTES = 12  # per trained parameter: fp32 gradient and parameter read, parameter written; beside its moments
+LOSS_BYTES = 24  # per token and entry of the vocabulary: fp32 logits touched three times forward, three times backward
+WIRE = 2  # bytes of a weight or gradient between chips: bf16
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one chip executes and moves in one step."""
+
+    matmul_flops: float = 0.0
+    attention_flops: float = 0.0
+    """Of the blocks visited, heads filled up to the matrix unit's width."""
+    hbm_bytes: float = 0.0
+    """Of what is neither a matrix product nor attention."""
+    ici_bytes_exposed: float = 0.0
+    """Received from chips of the slice while the chip waits."""
+    ici_bytes_overlapped: float = 0.0
+    """Received while it may compute."""
+    dcn_bytes_exposed: float = 0.0
+    dcn_bytes_overlapped: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        a, b = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Work(*(x + y for x, y in zip(a, b, strict=True)))
+
+    def __mul__(self, times: float) -> Work:
+        return Work(*(value * times for value in dataclasses.astuple(self)))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Modelled seconds of one step, by what they go to; the parts follow one another."""
+
+    matmul: float
+    attention: float
+    hbm: float
+    ici_exposed: float
+    dcn_exposed: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(dataclasses.astuple(self))
+
+
+def step_time(work: Work, generation: str, efficiency: float | None = None) -> StepTime:
+    """Modelled time of a chip's work.
+
+    Args:
+      generation: as in ``CHIPS``.
+      efficiency: of matrix products; default: the fitted one.
+
+    Raises:
+      ValueError: for a generation whose efficiency was not fitted; for communication over links whose bandwidth Google
+        does not publish.
+    """
+    chip = CHIPS[generation]
+    if efficiency is None:
+        if generation not in EFFICIENCY:
+            raise ValueError(
+                f"no published runs tell how efficient {generation} is; times are modelled for {', '.join(EFFICIENCY)}"
+            )
+        efficiency = EFFICIENCY[generation]
+    matmul = work.matmul_flops / (chip.peak_bf16_flops * efficiency)
+    attention = work.attention_flops / (chip.peak_bf16_flops * efficiency * ATTENTION_RATIO)
+    hbm = work.hbm_bytes / chip.hbm_bandwidth
+    hidden = OVERLAP * (matmul + attention + hbm)
+
+    def exposed(name: str, waited: float, overlapped: float, bandwidth: float | None) -> float:
+        if waited + overlapped == 0:
+            return 0.0
+        if bandwidth is None:
+            raise ValueError(f"the {name} bandwidth of {generation} is not published: this step has no modelled time")
+        return waited / bandwidth + max(0.0, overlapped / bandwidth - hidden)
+
+    # Google states all links in both directions; a byte on the wire is counted where it arrives.
+    received = None if chip.ici_bandwidth is None else chip.ici_bandwidth / 2
+    ici = exposed("ICI", work.ici_bytes_exposed, work.ici_bytes_overlapped, received)
+    dcn = exposed("DCN", work.dcn_bytes_exposed, work.dcn_bytes_overlapped, chip.dcn_bandwidth)
+    return StepTime(matmul, attention, hbm, ici, dcn)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is executed.
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Into how many parts a step is split; ``data`` replicas in each slice, and the slices, hold the same weights."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        return self.data * self.fsdp * self.tensor * self.context * self.slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """(query, key) pairs in the blocks that the attention kernel visits, per head."""
+
+    forward: float
+    backward: float
+    """Of the backward kernel: five products, or four (without dq) where ``dq`` has a kernel of its own."""
+    dq: float | None = None
+    """Of that kernel: three products."""
+
+    def flops(self, width: float, again: bool, trained: bool) -> float:
+        """FLOPs over heads of ``width`` in all; a product is 2 · pairs · width."""
+        products = 2 * self.forward * (1 + again)
+        if trained:
+            products += 5 * self.backward if self.dq is None else 4 * self.backward + 3 * self.dq
+        return 2 * products * width
+
+    def __mul__(self, times: float) -> Self:
+        dq = None if self.dq is None else self.dq * times
+        return dataclasses.replace(self, forward=self.forward * times, backward=self.backward * times, dq=dq)
+
+
+def visited_pairs(
+    length: int, segments: Sequence[int], block_q: int, block_kv: int, *, causal: bool = True, window: int = 0
+) -> int:
+    """Pairs in the blocks of a row that a kernel visits which skips what no segment, mask or window lets through.
+
+    Args:
+      segments: lengths of the row's segments in order; the columns behind them are padding and see themselves only.
+      window: keys that a query sees at most, its own among them; 0: no limit.
+
+    Raises:
+      ValueError: for segments longer than the row.
+    """
+    if sum(segments) > length:
+        raise ValueError(f"segments of {sum(segments)} columns do not fit a row of {length}")
+    starts, ends = list(range(length)), list(range(length))  # first and last column of each column's segment
+    first = 0
+    for size in segments:
+        starts[first : first + size] = [first] * size
+        ends[first : first + size] = [first + size - 1] * size
+        first += size
+    blocks = 0
+    for top in range(0, length, block_q):
+        bottom = min(top + block_q, length) - 1
+        oldest = max(starts[top], top - window + 1 if window else 0)
+        newest = bottom if causal else ends[bottom]
+        blocks += newest // block_kv - oldest // block_kv + 1
+    return blocks * block_q * block_kv
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Like transformer layers, and a chip's share of what runs through them."""
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    gated: bool
+    tokens: float
+    """Of the chip's part of the step, padding included."""
+    pairs: Pairs
+    """Of that part, over all layers."""
+    recompute: Collection[str]
+    backward: float = 2.0
+    """Backward FLOPs of the products over forward ones: 2 where everything trains, 1 where gradients only pass."""
+    trained: float = 1.0
+    """Share of the weights that has a gradient."""
+    residual_split: bool = False
+    """Norms and sums are split over ``tensor``; ours run whole on every chip of a group."""
+
+    @property
+    def products(self) -> dict[str, int]:
+        """Parameters of a layer's products, by the names of ``RECOMPUTE``."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "qkv": self.width * (q + 2 * kv),
+            "out": q * self.width,
+            "gate_up": self.width * self.mlp * (2 if self.gated else 1),
+            "down": self.mlp * self.width,
+        }
+
+    def work(self, split: Split, matrix_unit: int) -> Work:
+        layer, returns = self.products, self.backward > 0
+        again = frozenset(self.recompute) if returns else frozenset()
+        forward = 2 * self.tokens * sum(layer.values())
+        products = forward * (1 + self.backward) + 2 * self.tokens * sum(layer[name] for name in again & layer.keys())
+        heads_width = self.heads * (-(-self.head_dim // matrix_unit) * matrix_unit)
+
+        copies = 1 if self.residual_split else split.tensor
+        rotated = (self.heads + self.kv_heads) * self.head_dim
+        touched = 20 * self.width * copies + 4 * rotated + (6 if self.gated else 4) * self.mlp
+        passes = 1 + 2 * returns + ("elementwise" in again)
+
+        # A sum over a tensor group behind the last product of attention and of the MLP, backward before the first.
+        sums = 2 + 2 * returns + ("out" in again) + ("down" in again)
+        summed = 2 * self.tokens * split.tensor * self.width * WIRE * _others(split.tensor)
+        kv = 2 * self.tokens * split.context * self.kv_heads * self.head_dim * WIRE * _others(split.context)
+        weights = sum(layer.values()) * WIRE / split.tensor
+        each = Work(
+            matmul_flops=products,
+            hbm_bytes=touched * self.tokens * passes,
+            ici_bytes_exposed=sums * summed + kv * (1 + returns + ("qkv" in again)),
+        )
+        moved = _weights_moved(weights, split, 1 + returns, self.trained)
+        attention = self.pairs.flops(heads_width, "attention" in again, returns)
+        return (each + moved) * self.layers + Work(attention_flops=attention)
+
+
+def head(
+    entries: int, width: int, tokens: float, split: Split, backward: float = 2, trained: float = 1, again: bool = True
+) -> Work:
+    """The head and its loss, of ``tokens`` on this chip.
+
+    Args:
+      backward, trained: as in ``Stack``.
+      again: the logits are computed once more backward instead of being kept.
+    """
+    product, returns = 2 * tokens * width * entries, backward > 0
+    moved = _weights_moved(entries * width * WIRE / split.tensor, split, 1 + returns, trained)
+    return moved + Work(product * (1 + backward + (again and returns)), hbm_bytes=LOSS_BYTES * tokens * entries)
+
+
+def optimizer(parameters: float, split: Split, moment_bytes: int = 4) -> Work:
+    """AdamW's own traffic for so many trained parameters, whose two moments are read and written."""
+    return Work(hbm_bytes=(OPTIMIZER_BYTES + 4 * moment_bytes) * parameters / (split.fsdp * split.tensor))
+
+
+def executed_work(
+    config: ModelConfig,
+    generation: str,
+    split: Split,
+    *,
+    rows: int,
+    length: int,
+    examples: Sequence[int],
+    vision_rows: int = 0,
+    num_patches: int = 0,
+    images: Sequence[int] = (),
+    vision_tokens: int | None = None,
+    vision_recompute: Collection[str] = RECOMPUTE["full"],
+    decoder_recompute: Collection[str] = RECOMPUTE["full"],
+    lr_rules: Sequence[tuple[str, float]] = (),
+    moment_bytes: int = 4,
+) -> Work:
+    """What one chip does in a training step of our model.
+
+    Args:
+      rows: B, of the whole step; ``length`` T, ``vision_rows`` R and ``num_patches`` P as in ``Batch``.
+      examples: lengths of the examples in a typical row.
+      images: patches of the images in a typical vision row.
+      vision_tokens: M of a row; default: R · P.
+      vision_recompute, decoder_recompute: what the layers compute again, say ``RECOMPUTE["full"]``.
+      lr_rules: as in ``OptimConfig``; what they scale by 0 is frozen.
+    """
+    vision, decoder, chips = config.vision, config.decoder, split.chips
+    patches = rows * vision_rows * num_patches
+    tokens = rows * (vision_rows * num_patches if vision_tokens is None else vision_tokens)
+    # All of every row, since padding costs time too; attention is counted by blocks, and here only whether it is there.
+    parts = step_flops(config, Workload(rows * length, 1, patches, min(patches, 1), tokens), lr_rules).parts
+    weights = _weights(config, tuple(lr_rules))
+    unit = MATRIX_UNIT[generation]
+
+    def backward(part: str) -> float:
+        return parts[part].backward / parts[part].forward
+
+    def trained(prefix: str) -> float:
+        return weights[prefix][0] / weights[prefix][1]
+
+    seen = visited_pairs(length, examples, BLOCK, BLOCK)
+    layers = Stack(
+        layers=decoder.num_layers,
+        width=decoder.hidden_size,
+        mlp=decoder.intermediate_size,
+        heads=decoder.num_heads,
+        kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        gated=True,
+        tokens=rows * length / chips,
+        pairs=Pairs(seen, seen) * (decoder.num_layers * rows / chips),
+        recompute=decoder_recompute,
+        backward=backward("decoder"),
+        trained=trained("decoder/layers"),
+    )
+    work = layers.work(split, unit)
+    V, D = decoder.vocab_size, decoder.hidden_size
+    work += head(V, D, rows * length / chips, split, backward("head"), trained("decoder/lm_head"))
+    work += _weights_moved(V * D * WIRE / split.tensor, split, 1, trained("decoder/embed_tokens"))
+    if patches:
+        seen = visited_pairs(num_patches, images, VISION_BLOCK, VISION_BLOCK, causal=False)
+        tower = Stack(
+            layers=vision.num_active_layers,
+            width=vision.hidden_size,
+            mlp=vision.intermediate_size,
+            heads=vision.num_heads,
+            kv_heads=vision.num_heads,
+            head_dim=vision.head_dim,
+            gated=False,
+            tokens=patches / chips,
+            pairs=Pairs(seen, seen) * (vision.num_active_layers * rows * vision_rows / chips),
+            recompute=vision_recompute,
+            backward=backward("vision"),
+            trained=trained("vision/layers"),
+        )
+        work += tower.work(split, unit) + Work(matmul_flops=parts["projector"].total / chips)
+    return work + optimizer(sum(trained for trained, _ in weights.values()), split, moment_bytes)
+
+
+@functools.cache
+def _weights(config: ModelConfig, lr_rules: tuple[tuple[str, float], ...]) -> dict[str, tuple[int, int]]:
+    """Trained parameters and all parameters by the first two parts of their names."""
+    params = nnx.to_pure_dict(phivision.abstract(config)[1])
+    trainable, frozen = optim.partition(params, OptimConfig(lr_rules=lr_rules))
+    counts: dict[str, tuple[int, int]] = {}
+    for leaves, trains in ((trainable, 1), (frozen, 0)):
+        for path, leaf in leaves.items():
+            prefix = "/".join(optim.path_name(path).split("/")[:2])
+            trained, total = counts.get(prefix, (0, 0))
+            counts[prefix] = trained + trains * leaf.size, total + leaf.size
+    return counts
+
+
+def _others(parts: int) -> float:
+    """The share of a result that comes from the other chips of a group."""
+    return (parts - 1) / parts
+
+
+def _weights_moved(weights: float, split: Split, gathers: int, trained: float) -> Work:
+    """Weights gathered over fsdp, their gradient scattered over it and summed over replicas, in the slice and beyond.
+
+    Args:
+      weights: bytes of them that one tensor group's chip needs whole.
+      gathers: how often.
+      trained: the share of them with a gradient.
+    """
+    shard = weights / split.fsdp
+    return Work(
+        ici_bytes_overlapped=weights * _others(split.fsdp) * (gathers + trained)
+        + 2 * shard * _others(split.data * split.context) * trained,
+        dcn_bytes_overlapped=2 * shard * _others(split.slices) * trained,
+    )

@@ -1,0 +1,101 @@
+"""What a run draws from: the mixture that it trains on and the one that it is measured by.
+
+    data.path ──► stage ──► + replay ──► less the held-out records ──► training
+                                         the held-out records alone ──► validation, or data.validation_path
+
+A record is held out by its number in its dataset and ``data.seed`` (``Mixture.draws``). So it stays so when epochs,
+row sizes, the model or the number of hosts change, and plan inputs name the share: a run cannot go on with another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from phivision_jax.data.plan.mixture import Mixture
+from phivision_jax.data.plan.plan import Plan, make_plan
+from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.processor import Processor
+from phivision_jax.training.run_config import DataConfig
+
+
+def training_mixture(data: DataConfig) -> Mixture:
+    """What training draws from.
+
+    Raises:
+      ValueError: when there is nothing to train on, a file in a dataset's place, half of what replay needs, a share
+        that is none; as ``Mixture.read``.
+      FileNotFoundError: when there is no such mixture file.
+    """
+    if not data.path:
+        raise ValueError("data.path is empty: give --config.data.path=DIRECTORY (phivision data import makes one)")
+    mixture = Mixture.read(data.path, epochs=data.epochs)
+    if data.stage:
+        mixture = mixture.only(data.stage)
+    if bool(data.replay_path) != bool(data.replay_share):
+        raise ValueError(
+            f"data.replay_path={data.replay_path!r} and data.replay_share={data.replay_share:g} belong together: give "
+            "both, or neither"
+        )
+    if data.replay_path:
+        if not 0 < data.replay_share < 1:
+            raise ValueError(f"data.replay_share must lie between 0 and 1, not {data.replay_share}")
+        mixture = mixture.with_replay(data.replay_path, data.replay_share)
+    return dataclasses.replace(mixture, held_out=data.validation_share)
+
+
+def validation_mixture(data: DataConfig) -> Mixture | None:
+    """What the validation loss is taken over; None for no such thing.
+
+    Raises:
+      ValueError: when two sets are asked for.
+    """
+    if data.validation_path and data.validation_share:
+        raise ValueError(
+            f"data.validation_path={data.validation_path!r} and data.validation_share={data.validation_share:g} are "
+            "two sets to validate on: give one"
+        )
+    if data.validation_path:
+        return Mixture.read(data.validation_path)
+    return training_mixture(data).validation() if data.validation_share else None
+
+
+def validation_plan(
+    data: DataConfig, processor: Processor, trained_on: Sequence[Dataset]
+) -> tuple[list[Dataset], Plan] | None:
+    """Datasets and rows of the validation; None for none. Rows are of the training's sizes: the same compiled shapes.
+
+    Nothing of it is saved: it follows from the configuration as the training's plan does.
+
+    Args:
+      trained_on: the datasets of ``training_mixture(data)``, in its order.
+
+    Raises:
+      ValueError: when ``validation_path`` holds a dataset that is trained on, or no record is left; as ``make_plan``.
+    """
+    mixture = validation_mixture(data)
+    if mixture is None:
+        return None
+    if mixture.held_out:
+        datasets = list(trained_on)
+    else:
+        datasets = [Dataset.open(path) for _, path in mixture.sources]
+        known = {dataset.hash: dataset.directory for dataset in trained_on}
+        for dataset in datasets:
+            if dataset.hash in known:
+                raise ValueError(
+                    f"data.validation_path: {dataset.directory} holds the records of {known[dataset.hash]}, which is "
+                    "trained on; take other data, or keep a share of these out with data.validation_share"
+                )
+    plan = make_plan(
+        datasets,
+        mixture,
+        processor,
+        length=data.length,
+        vision_rows=data.vision_rows,
+        num_patches=data.num_patches,
+        batch_rows=data.batch_rows,
+        seed=data.seed,
+        on_overflow="drop" if data.on_overflow == "error" else data.on_overflow,
+    )
+    return datasets, plan

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import base64
+import http.server
+import io
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from phivision_jax.data.quarantine import BadRecord
+from phivision_jax.data.sources import fetch as fetching
+from phivision_jax.data.sources.fetch import fetch
+from tests.support.records import png
+
+PNG = png(24, 16)
+
+
+def encoded(format: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, format, **options)
+    return file.getvalue()
+
+
+def reason(value, folder: Path, **options) -> str:
+    with pytest.raises(BadRecord) as caught:
+        fetch(value, folder, **options)
+    return caught.value.reason
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "outside.png").write_bytes(PNG)
+    folder = tmp_path / "images"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "1.png").write_bytes(PNG)
+    return folder
+
+
+def test_paths_inside_the_folder(folder):
+    for path in ("a/1.png", "./a/../a/1.png", "../images/a/1.png", str(folder / "a" / "1.png")):
+        assert fetch(path, folder) == PNG
+        assert fetch({"path": path, "bytes": None}, folder) == PNG
+    assert fetch({"path": "a/1.png", "bytes": b"x"}, folder) == b"x"
+    (folder.parent / "link").symlink_to(folder)
+    assert fetch(str(folder / "a" / "1.png"), folder.parent / "link") == PNG, "the folder itself may be a link"
+    (folder / "b.png").symlink_to(folder / "a" / "1.png")
+    assert fetch("b.png", folder) == PNG
+
+
+def test_paths_that_leave_the_folder(folder):
+    (folder / "file.png").symlink_to(folder.parent / "outside.png")
+    (folder / "up").symlink_to(folder.parent)
+    beside = folder.parent / "images2"  # Begins with the folder's name.
+    beside.mkdir()
+    (beside / "1.png").write_bytes(PNG)
+    outside = str(folder.parent / "outside.png")
+    for path in (
+        "../outside.png",
+        outside,
+        "file.png",
+        "up/outside.png",
+        "../images2/1.png",
+        "../missing.png",
+        "/etc/passwd",
+    ):
+        assert reason(path, folder) == "image-path", path
+
+
+def test_links_may_lead_to_folders_that_are_named(folder):
+    (folder / "file.png").symlink_to(folder.parent / "outside.png")
+    with pytest.raises(BadRecord, match=r"outside\.png, by a symbolic link: --also-allow"):
+        fetch("file.png", folder)
+    with pytest.raises(BadRecord, match=r"leads out of the image folder \S+$"):
+        fetch("../outside.png", folder)
+    assert fetch("file.png", folder, also_allow=(folder / "a", folder.parent)) == PNG
+    assert reason("file.png", folder, also_allow=(folder / "a",)) == "image-path"
+    (folder.parent / "named").symlink_to(folder.parent)
+    assert fetch("file.png", folder, also_allow=(folder.parent / "named",)) == PNG, "the named folder may be a link"
+
+
+def test_missing_files(folder):
+    (folder / "loop").symlink_to(folder / "loop")
+    os.mkfifo(folder / "pipe.png")
+    for path in ("missing.png", "a", "a/1.png/2.png", "a\0b.png", "x" * 5000, "x/" * 3000, "loop", "pipe.png", "."):
+        assert reason(path, folder) == "image-missing", path[:20]
+
+
+def test_a_disk_that_cannot_be_read_is_not_the_records_fault(folder, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(fetching, "open", fail, raising=False)
+    with pytest.raises(OSError, match="Input/output"):
+        fetch("a/1.png", folder)
+
+
+@pytest.mark.parametrize(
+    "name, content, fits",
+    [
+        ("x.png", encoded("JPEG"), False),
+        ("x.jpg", PNG, False),
+        ("x.JPG", encoded("JPEG"), True),
+        ("x.jpeg", encoded("JPEG"), True),
+        ("x.jpg", encoded("MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]), True),
+        ("x.mpo", encoded("JPEG"), True),
+        ("x.gif", encoded("WEBP"), False),
+        ("x.webp", encoded("WEBP"), True),
+        ("x.tif", encoded("TIFF"), True),
+        ("x.bin", PNG, True),
+        ("x", PNG, True),
+        ("x.png", b"", True),  # not an image at all: the check after this one says so
+        ("x.png", PNG[:10], True),
+    ],
+)
+def test_extensions(folder, name, content, fits):
+    (folder / name).write_bytes(content)
+    assert fetch(name, folder, any_extension=True) == content
+    if fits:
+        assert fetch(name, folder) == content
+    else:
+        assert reason(name, folder) == "image-extension"
+        assert fetch({"bytes": content, "path": name}, folder) == content, "the name in a struct is not where it lies"
+
+
+def test_data_uris(folder):
+    text = base64.b64encode(PNG).decode()
+    assert fetch(f"data:image/png;base64,{text}", folder) == PNG
+    assert fetch(f"DATA:image/jpeg;charset=x;BASE64,{text[:9]}\n {text[9:]}", folder) == PNG
+    assert fetch("data:,a%20b", folder) == b"a b"
+    assert reason(f"data:image/png;base64,{text[:-5]}", folder) == "image-broken"
+    assert reason("data:image/png;base64,!!!!", folder) == "image-broken"
+    assert reason("data:image/png;base64", folder) == "image-broken"
+
+
+@pytest.mark.parametrize("value", [5, [PNG], {"bytes": None}, {"x": 1}, {"bytes": 5}, 1.5])
+def test_what_is_no_image(folder, value):
+    assert reason(value, folder) == "fields"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        status, headers, body = 200, {}, PNG
+        if self.path == "/big":
+            body = b"x" * 5000
+        elif self.path == "/missing":
+            status = 404
+        elif self.path == "/busy" and self.asked.count("/busy") < 3:
+            status = 503
+        elif self.path == "/down":
+            status = 500
+        elif self.path == "/moved":
+            status, headers = 302, {"Location": "/fine.jpg"}
+        elif self.path == "/to-file":
+            status, headers = 302, {"Location": "file:///etc/passwd"}
+        elif self.path == "/to-ftp":
+            status, headers = 302, {"Location": "ftp://127.0.0.1/x"}
+        elif self.path == "/inward":
+            status, headers = 302, {"Location": f"http://127.0.0.1:{self.server.server_address[1]}/fine.jpg"}
+        elif self.path.startswith("/slow"):
+            return self.drip()
+        self.send_response(status)
+        length = len(body) + 9 * (self.path == "/short")
+        for name, value in {**headers, "Content-Length": str(length)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def drip(self) -> None:
+        """A byte every 0.05 s, of the headers or of the body: no read ever waits for long."""
+        head = b"HTTP/1.0 200 OK\r\nContent-Length: 40\r\n"
+        self.wfile.write(head + b"\r\n" if self.path == "/slow-body" else head + b"X: ")
+        for _ in range(40):
+            time.sleep(0.05)
+            self.wfile.write(b"x")
+        self.wfile.write(b"\r\n\r\n")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(fetching, "PAUSE", 0.0)
+    monkeypatch.setattr(fetching, "MAX_DOWNLOAD", 4000)
+    monkeypatch.setattr(fetching, "TIMEOUT", 5.0)
+    Handler.asked.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_urls(server, folder):
+    assert reason(f"{server}/fine.jpg", folder) == "image-url" and not Handler.asked, "nothing is fetched unasked"
+    for path, tries in (("/fine.jpg", 1), ("/busy", 3), ("/moved", 1)):
+        assert fetch({"url": server + path}, folder, allow_urls=True) == PNG
+        assert Handler.asked.count(path) == tries
+    for path, tries in (("/big", 1), ("/missing", 1), ("/down", 3), ("/short", 3), ("/to-file", 1), ("/to-ftp", 1)):
+        assert reason(server + path, folder, allow_urls=True) == "image-url"
+        assert Handler.asked.count(path) == tries, path
+
+
+@pytest.mark.parametrize("path", ["/slow-body", "/slow-headers"])
+def test_a_url_that_drips(server, folder, monkeypatch, path):
+    monkeypatch.setattr(fetching, "DEADLINE", 0.3)
+    begin = time.monotonic()
+    with pytest.raises(BadRecord, match=r"not there within 0\.3 seconds"):
+        fetch(server + path, folder, allow_urls=True)
+    assert time.monotonic() - begin < 1.5, "all of it would take 2 seconds"
+
+
+def test_no_redirect_leads_inward(server, folder, monkeypatch):
+    assert fetch(f"{server}/inward", folder, allow_urls=True) == PNG, "from an address inside it may"
+    monkeypatch.setattr(fetching, "_is_inside", lambda url: "127.0.0.1" in url)
+    Handler.asked.clear()
+    with pytest.raises(BadRecord, match=r"it leads to http://127\.0\.0\.1:\d+/fine\.jpg, inside this network"):
+        fetch(f"{server.replace('127.0.0.1', 'localhost')}/inward", folder, allow_urls=True)
+    assert Handler.asked == ["/inward"]
+
+
+@pytest.mark.parametrize(
+    "host, inside",
+    [
+        ("127.0.0.1", True),
+        ("127.1", True),
+        ("localhost", True),
+        ("[::1]", True),
+        ("[::ffff:10.0.0.1]", True),
+        ("10.1.2.3:80", True),
+        ("192.168.0.1", True),
+        ("169.254.169.254", True),
+        ("[fe80::1]", True),
+        ("0.0.0.0", True),
+        ("8.8.8.8", False),
+        ("user@8.8.8.8:80", False),
+        ("[2606:4700::1111]", False),
+        ("", False),
+        ("[::1", False),
+        ("no name", False),
+    ],
+)
+def test_what_is_inside(host, inside):
+    assert fetching._is_inside(f"http://{host}/x") is inside
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://", "http://127.0.0.1:1/x", "s3://bucket/x", "http://[::1/x"],
+)
+def test_urls_that_cannot_be(folder, monkeypatch, url):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(fetching, "PAUSE", 0.0)
+    assert reason(url, folder, allow_urls=True) == "image-url"
+    assert reason(url, folder) == "image-url"

@@ -1,0 +1,439 @@
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.records import Record
+from phivision_jax.data.sources import Read
+from phivision_jax.data.sources.items import ItemOptions, ItemReader
+from phivision_jax.text.chat import flatten
+from tests.support.records import png
+
+PNG = [png(24, 16, seed) for seed in range(4)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for k, image in enumerate(PNG):
+        (tmp_path / f"{k}.png").write_bytes(image)
+        (tmp_path / "in" / f"{k}.png").write_bytes(image)
+    return tmp_path
+
+
+def read(item: Any, folder: Path = Path(), **options: Any) -> Read | Quarantined:
+    reader = pickle.loads(pickle.dumps(ItemReader("made", folder, ItemOptions(**options))))
+    return reader.read(item, "made.json:7", "made.json, item 7")
+
+
+def record(item: Any, folder: Path = Path(), **options: Any) -> Record:
+    result = read(item, folder, **options)
+    assert isinstance(result, Read), result
+    return result.record
+
+
+def refused(item: Any, folder: Path = Path(), **options: Any) -> Quarantined:
+    result = read(item, folder, **options)
+    assert isinstance(result, Quarantined), result
+    return result
+
+
+def talk(question: str = "what?", answer: str = "that") -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def said(*contents: str) -> tuple[dict[str, str], ...]:
+    roles = ["user", "assistant"] * len(contents)
+    return tuple({"role": role, "content": content} for role, content in zip(roles, contents, strict=False))
+
+
+def test_llava(folder):
+    item = {"id": 17, "image": "in/1.png", "conversations": talk("<image>\nwhat?"), "mode": "think", "task": "chart",
+            "source": "charts", "difficulty": 3, "metadata": {"by": "me"}}  # fmt: skip
+    assert record(item, folder) == Record(
+        "17", "charts", (PNG[1],), said("<image>\nwhat?", "that"), "think", "chart", {"by": "me", "difficulty": 3}
+    )
+    assert record({"conversations": talk()}) == Record("made.json:7", "made", (), said("what?", "that"), "nothink")
+    assert record({"image": "in/1.png", "conversations": talk("<image>")}, folder / "x", images=folder).images
+
+
+def test_openai_messages_with_parts(folder):
+    uri = "data:image/png;base64," + base64.b64encode(PNG[3]).decode()
+    content = [
+        {"type": "text", "text": "left:"},
+        {"type": "image_url", "image_url": {"url": uri}},
+        {"type": "image"},
+        {"type": "text", "text": "a literal <image> too"},
+        {"type": "image", "image": {"bytes": PNG[0], "path": None}},
+        {"type": "image_url", "image_url": "in/2.png"},
+    ]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
+    made = record({"messages": messages, "images": ["0.png", {"bytes": PNG[1]}]}, folder)
+    assert made.images == (PNG[3], PNG[0], PNG[1], PNG[0], PNG[2])
+    parts = [{"type": "image"} if p["type"] == "image_url" else p for p in content]
+    plain, _ = flatten([{"role": "user", "content": parts}])
+    assert made.messages[0]["content"] == plain[0]["content"]
+
+
+def test_the_nulls_with_which_parquet_fills_structs(folder):
+    parts = [
+        {"type": "image", "text": None, "image": None, "index": 0},
+        {"type": "text", "text": "what?", "image": None, "index": None},
+    ]
+    turn = {"role": "user", "content": parts, "from": None}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "that", "image": None, "index": None}]}
+    item = {
+        "messages": [turn, answer],
+        "images": ["0.png"],
+        "conversations": None,
+        "image": {"bytes": None, "path": None},
+    }
+    assert record(item, folder).messages == said("<image>\nwhat?", "that")
+    parts[0]["index"] = 1
+    assert refused(item, folder).reason == "fields"
+
+
+@pytest.mark.parametrize("empty", [None, "", [], [None], {"bytes": None, "path": None}])
+def test_no_image(empty):
+    assert record({"image": empty, "conversations": talk()}).images == ()
+
+
+def test_zero_bytes_are_an_image():
+    assert record({"image": b"", "conversations": talk("<image>")}).images == (b"",)
+
+
+def test_the_cauldron_and_questions_get_their_markers(folder):
+    texts = [{"user": "what?", "assistant": "that", "source": "x"}, {"user": "and?", "assistant": "this"}]
+    made = record({"images": ["0.png", "1.png"], "texts": texts}, folder)
+    assert made.messages == said("<image>\n<image>\nwhat?", "that", "and?", "this") and made.images == (PNG[0], PNG[1])
+    made = record({"image": "0.png", "question": "what?", "answers": ["that", "this"]}, folder)
+    assert made.messages == said("<image>\nwhat?", "that") and made.metadata == {}
+    made = record({"image": "0.png", "question": "what is <image>?", "answer": "that", "answers": ["x"]}, folder)
+    assert made.messages == said("what is <image>?", "that") and made.metadata == {"answers": ["x"]}
+
+
+def test_a_dict_of_lists_is_a_list_of_dicts():
+    made = record({"conversations": {"from": ["human", "gpt"], "value": ["what?", "that"]}})
+    assert made.messages == said("what?", "that")
+    assert refused({"conversations": {"from": ["human"], "value": ["what?", "that"]}}).reason == "fields"
+
+
+def test_ids():
+    assert record({"uid": 3.5, "question_id": 2, "conversations": talk()}).metadata == {"question_id": 2}
+    assert record({"id": "", "uid": None, "question_id": 0, "conversations": talk()}).id == "0"
+    bad = refused({"id": 5})
+    assert bad == Quarantined("5", "made", "fields", bad.detail, "made.json, item 7") and "conversation" in bad.detail
+    assert refused({"id": [5], "conversations": talk()}).id == "made.json:7"
+
+
+def test_renamed_fields():
+    item = {"prompt": "what?", "caption": "that", "number": 4, "id": "theirs", "question": "lost"}
+    options = {"rename": (("prompt", "question"), ("caption", "answer"), ("number", "id"), ("absent", "task"))}
+    made = record(item, **options)
+    assert made.id == "4" and made.messages == said("what?", "that") and made.metadata == {}
+    assert refused(item | {"caption": 3}, **options).id == "4"
+
+
+@pytest.mark.parametrize(
+    "answers, stated, default, mode, mode_from",
+    [
+        (["a", "b"], None, "nothink", "nothink", "default"),
+        (["a", "b"], None, "think", "think", "default"),
+        (["a", "<think>x</think>b"], None, "nothink", "think", "inferred"),
+        (["\n <think>x</think>b"], None, "refuse", "think", "inferred"),
+        (["<|dummy_84|>a"], None, "think", "nothink", "inferred"),
+        (["<|dummy_84|>a", "<think>x</think>b"], None, "nothink", "think", "inferred"),
+        (["<think>x</think>b", "<|dummy_84|>a"], None, "nothink", "think", "inferred"),
+        (["<|dummy_84|>a", "<think>x</think>b"], "think", "nothink", "think", "stated"),
+        (["<think>x</think>b"], "nothink", "nothink", "nothink", "stated"),
+        (["\n <think>x</think>b"], "think", "nothink", "think", "stated"),
+        (["\n <think>x</think>b"], "nothink", "nothink", "nothink", "stated"),
+        ([" <|dummy_84|>a"], "nothink", "nothink", "nothink", "stated"),
+    ],
+)
+def test_modes(answers, stated, default, mode, mode_from):
+    turns = [turn for answer in answers for turn in talk("what is <think>?", answer)]
+    result = read({"conversations": turns, "mode": stated}, default_mode=default)
+    assert isinstance(result, Read) and (result.record.mode, result.mode_from) == (mode, mode_from)
+    given = [m["content"] for m in result.record.messages if m["role"] == "assistant"]
+    assert given == [answer.lstrip().removeprefix("<|dummy_84|>") for answer in answers]
+
+
+@pytest.mark.parametrize(
+    "answer, stated, kept, mode",
+    [
+        ("\nred\n</think>yes", None, "<think>\nred\n</think>yes", "think"),
+        ("</think>yes", "think", "<think></think>yes", "think"),
+        ("red</think>yes", "nothink", "red</think>yes", "nothink"),  # what check then quarantines
+        ("<|dummy_84|>red</think>yes", None, "red</think>yes", "nothink"),
+        ("red</think>or</think>yes", None, "red</think>or</think>yes", "nothink"),
+        ("write <think> and </think>", None, "write <think> and </think>", "nothink"),
+    ],
+)
+def test_thoughts_that_began_in_the_prompt(answer, stated, kept, mode):
+    result = read({"conversations": talk("what is </think>?", answer), "mode": stated})
+    assert isinstance(result, Read) and result.record.messages == said("what is </think>?", kept)
+    assert result.record.mode == mode
+    if kept != answer:
+        assert result.mode_from == ("stated" if stated else "inferred")
+
+
+@pytest.mark.parametrize(
+    "form", [("conversations", "from", "value", "gpt"), ("messages", "role", "content", "assistant")]
+)
+def test_weights(form):
+    field, role, content, assistant = form
+
+    def weighted(weight: Any, of: str = assistant) -> dict[str, Any]:
+        return {field: [*talk(), {role: of, content: "x", "weight": weight}]}
+
+    for weight in (0, 0.0):
+        assert record(weighted(weight)).messages[2] == {"role": "assistant", "content": "x", "weight": 0}
+        assert record(weighted(weight, "user")).messages[2] == {"role": "user", "content": "x"}
+    for weight in (1, None):
+        assert record(weighted(weight)).messages[2] == {"role": "assistant", "content": "x"}
+    for weight in (0.5, -1, "0", [0]):
+        assert refused(weighted(weight)).reason == "fields" and "weight" in refused(weighted(weight)).detail
+
+
+def test_links_into_other_folders(folder):
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "1.png").symlink_to(folder / "in" / "1.png")
+    item = {"image": "1.png", "conversations": talk("<image>")}
+    bad = refused(item, folder / "pictures")
+    assert bad.reason == "image-path" and "--also-allow" in bad.detail
+    assert record(item, folder / "pictures", also_allow=(folder / "x", folder / "in")).images == (PNG[1],)
+
+
+def test_what_to_do_with_other_meanings_of_our_fields():
+    for field, value, says in (
+        ("task", "vqa", "known are general"),
+        ("mode", "cot", "think, nothink"),
+        ("source", [1], "list"),
+    ):
+        item = {"conversations": talk(), field: value}
+        bad = refused(item)
+        assert bad.reason == "fields" and says in bad.detail
+        assert f"--rename {field}=dataset_{field} keeps it as metadata" in bad.detail
+        made = record(item, rename=((field, f"dataset_{field}"),), task="ocr")
+        assert made.metadata == {f"dataset_{field}": value} and made.task == "ocr"
+
+
+def test_an_item_without_a_conversation_is_described():
+    bad = refused({"id": 1, "prompt": "a", "caption": "b", "nothing": None})
+    assert bad.detail.endswith("is there, only id, prompt, caption (--rename theirs=ours)")
+
+
+def test_system_messages():
+    turns = [{"from": "system", "value": "be kind"}, *talk(), {"from": "system", "value": "be brief"}, *talk()]
+    assert [m["role"] for m in record({"conversations": turns}).messages][::3] == ["system", "system"]
+    moved = record({"conversations": turns}, system="user").messages
+    assert moved == said("be kind\n\nbe brief\n\nwhat?", "that", "what?", "that")
+    assert record({"conversations": turns}, system="drop").messages == said("what?", "that", "what?", "that")
+    for policy in ("template", "user", "drop"):
+        result = read({"conversations": turns}, system=policy)
+        assert isinstance(result, Read) and result.system and result.where == "made.json, item 7"
+    assert not read({"conversations": talk()}).system  # type: ignore[union-attr]
+    pictured = [{"from": "system", "value": "<image>"}, *talk()]
+    assert refused({"conversations": pictured, "image": PNG[0]}, system="drop").reason == "image-count"
+    assert refused({"conversations": [turns[0], talk()[1]]}, system="user").reason == "role"
+
+
+def test_metadata_keeps_what_can_be_written_back():
+    deep: Any = 0
+    for _ in range(900):
+        deep = [deep]
+    rest = {"a": {"b": [1, None, 2.5, "ü", True]}, "m": 2**64 - 1}
+    lost = {
+        "bytes": b"x",
+        "date": dataclasses,
+        "big": 2**64,
+        "inner": [{"x": -(2**63) - 1}],
+        "key": {1: 2},
+        "deep": deep,
+    }
+    made = record({"conversations": talk(), **rest, **lost})
+    assert made.metadata == rest == Record.from_bytes(made.to_bytes()).metadata == json.loads(json.dumps(rest))
+    assert record({"conversations": talk(), "metadata": "x"}).metadata == {"metadata": "x"}
+    assert record({"conversations": talk(), "metadata": None}).metadata == {}
+
+
+@pytest.mark.parametrize(
+    "reason, item",
+    [
+        ("syntax", 5),
+        ("syntax", None),
+        ("fields", {}),
+        ("fields", {"conversations": "hello"}),
+        ("fields", {"conversations": []}),
+        ("fields", {"conversations": ["hello"]}),
+        ("fields", {"conversations": [{"from": "human"}]}),
+        ("fields", {"conversations": [{"value": "hello"}]}),
+        ("fields", {"conversations": [{"from": 1, "value": "hello"}]}),
+        ("fields", {"messages": [{"role": "user", "content": 5}]}),
+        ("fields", {"messages": [{"role": "user", "content": ["hello"]}]}),
+        ("fields", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}),
+        ("fields", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+        ("fields", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        ("fields", {"texts": [{"user": "hello"}]}),
+        ("fields", {"question": "what?"}),
+        ("fields", {"question": "what?", "answers": []}),
+        ("fields", {"question": "what?", "answer": 3}),
+        ("fields", {"conversations": talk(), "task": "charts"}),
+        ("fields", {"conversations": talk(), "task": 3}),
+        ("fields", {"conversations": talk(), "mode": "auto"}),
+        ("fields", {"conversations": talk(), "source": {}}),
+        ("fields", {"conversations": talk("<image>"), "image": 5}),
+        ("fields", {"conversations": talk("<image>"), "image": PNG[0], "images": [PNG[0]]}),
+        ("role", {"conversations": [{"from": "tool", "value": "hello"}]}),
+        ("role", {"messages": [{"role": "User", "content": "hello"}]}),
+        ("image-count", {"conversations": talk("<image>")}),
+        ("image-count", {"conversations": talk(), "image": PNG[0]}),
+        ("image-count", {"conversations": talk("<image>", "<image>"), "image": PNG[0]}),
+        ("image-count", {"texts": [{"user": "<image>", "assistant": "a"}], "images": PNG[:2]}),
+        ("encoding", {"conversations": talk("\ud800")}),
+        ("encoding", {"conversations": talk(), "metadata": {"x": [["\udc80"]]}}),
+        ("encoding", {"conversations": talk(), "\ud800": 1}),
+        ("encoding", {"conversations": talk(), "metadata": {"\ud800": 1}}),
+        ("encoding", {"conversations": talk(), "id": "\ud800"}),
+    ],
+)
+def test_what_is_refused(reason, item):
+    bad = refused(item)
+    assert (bad.reason, bad.source, bad.where) == (reason, "made", "made.json, item 7") and len(bad.detail) > 5
+    bad.to_json().encode()
+
+
+def test_a_misspelt_task_is_named():
+    assert "did you mean 'chart'?" in refused({"conversations": talk(), "task": "charts"}).detail
+    assert refused({"conversations": talk()}, default_mode="refuse").reason == "mode"
+
+
+def test_options_as_json():
+    options = ItemOptions(images=Path("x"), also_allow=(Path("y"),), rename=(("a", "id"),), inline_boxes="unit")
+    assert json.loads(json.dumps(options.key())) == options.key()
+    assert options.key() != dataclasses.replace(options, images=None).key() != ItemOptions().key()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Coordinates. PNG[0] is 24 x 16.
+
+
+def shown(text: str, objects: Any = None, images: Any = PNG[:1], **options: Any) -> str:
+    item = {"conversations": talk("<image>" * len(images) + text), "images": images, "objects": objects}
+    return record(item, **options).messages[0]["content"].replace("<image>", "")
+
+
+def test_boxes_and_points_by_hand():
+    objects = {"ref": ["a cup", "<bbox>"], "bbox": [[6, 4, 12.0, 16], [0, 0, 24, 16]], "point": [[3, 12]]}
+    text = "<ref> at <bbox>, <ref> at <point>, all <bbox>"
+    expected = "a cup at [0.250, 0.250, 0.500, 1.000], <bbox> at [0.125, 0.750], all [0.000, 0.000, 1.000, 1.000]"
+    assert shown(text, objects) == expected
+    assert shown("<bbox>", {"bbox": [[100, 200, 300, 1000]]}, boxes="thousand") == "[0.100, 0.200, 0.300, 1.000]"
+    assert shown("<point>", {"point": [[0.1, 1]]}, boxes="unit") == "[0.100, 1.000]"
+    # 1 % may be missing to the border.
+    assert shown("<bbox>", {"bbox": [[-0.24, -0.0, 24.2, 16.1]]}) == "[0.000, 0.000, 1.000, 1.000]"
+    # No objects: the text is the text.
+    assert shown("a <ref> and a <bbox>") == "a <ref> and a <bbox>"
+
+
+def test_each_box_is_of_its_own_image():
+    wide = png(240, 16)
+    objects = {"bbox": [[6, 4, 12, 16], [6, 4, 12, 16]], "point": [[12, 8]], "image_id": [1, 0, 1]}
+    text = shown("<bbox> <bbox> <point>", objects, images=[PNG[0], wide])
+    assert text == "[0.025, 0.250, 0.050, 1.000] [0.250, 0.250, 0.500, 1.000] [0.050, 0.500]"
+
+
+def test_pixels_are_those_of_the_upright_image():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # 24 x 16 in the file, 16 x 24 as it is seen
+    file = io.BytesIO()
+    Image.new("RGB", (24, 16)).save(file, "JPEG", exif=exif)
+    assert shown("<point>", {"point": [[16, 12]]}, images=[file.getvalue()]) == "[1.000, 0.500]"
+
+
+def test_lists_in_the_text():
+    text = "from [0, 0] to [ 12,8.0 ], box [6, 4, 12, 16]; not [1, 2, 3], [1], (3, 4) or [a, b]"
+    expected = (
+        "from [0.000, 0.000] to [0.500, 0.500], box [0.250, 0.250, 0.500, 1.000]; not [1, 2, 3], [1], (3, 4) or [a, b]"
+    )
+    assert shown(text, inline_boxes="pixels") == expected
+    assert shown(text) == text
+    assert shown(text, images=PNG[:2], inline_boxes="pixels") == text
+    assert shown("[500, 250] <point>", {"point": [[12, 4]]}, inline_boxes="thousand") == "[0.500, 0.250] [0.500, 0.250]"
+
+
+@pytest.mark.parametrize(
+    "reason, text, objects",
+    [
+        ("coordinates", "<bbox>", {}),
+        ("coordinates", "<bbox>", {"point": [[1, 1]]}),
+        ("coordinates", "", {"bbox": [[1, 1, 2, 2]]}),
+        ("coordinates", "<ref>", {"ref": ["a", "b"]}),
+        ("coordinates", "<bbox>", {"bbox": [[0, 0, 24.3, 10]]}),
+        ("coordinates", "<bbox>", {"bbox": [[-0.3, 0, 10, 10]]}),
+        ("coordinates", "<point>", {"point": [[1, 17]]}),
+        ("coordinates", "<bbox>", {"bbox": [[12, 4, 6, 16]]}),
+        ("coordinates", "<bbox>", {"bbox": [[1, 1, 2]]}),
+        ("coordinates", "<point>", {"point": [[float("nan"), 1]]}),
+        ("coordinates", "<point>", {"point": [[10**400, 1]]}),
+        ("coordinates", "<point>", {"point": [[1, 1]], "image_id": [1]}),
+        ("coordinates", "<point>", {"point": [[1, 1]], "image_id": [0, 0]}),
+        ("fields", "<point>", {"point": ["1, 1"]}),
+        ("fields", "<point>", {"point": [[True, 1]]}),
+        ("fields", "<point>", {"point": {"x": 1}}),
+        ("fields", "<ref>", {"ref": [1]}),
+        ("fields", "<ref>", ["a"]),
+    ],
+)
+def test_coordinates_that_are_refused(reason, text, objects):
+    item = {"conversations": talk("<image>" + text), "image": PNG[0], "objects": objects}
+    assert refused(item).reason == reason
+
+
+def test_other_bad_coordinates():
+    item = {"conversations": talk("<image><point>"), "image": PNG[0][:20], "objects": {"point": [[1, 1]]}}
+    assert refused(item).reason == "image-broken"
+    item = {"conversations": talk("<image><image><point>"), "images": PNG[:2], "objects": {"point": [[1, 1]]}}
+    assert refused(item).reason == "coordinates"
+    assert (
+        refused({"conversations": talk("<image>[1, 20]"), "image": PNG[0]}, inline_boxes="pixels").reason
+        == "coordinates"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+WORDS = ["<image>", "<bbox>", "human", "user", "text", "image", "think", "../x", "http://x", "data:,", "a\0"]
+FIELDS = [
+    *("id", "image", "images", "conversations", "messages", "texts", "question", "answer", "answers", "mode", "task"),
+    *("source", "metadata", "objects", "from", "value", "role", "content", "type", "text", "user", "assistant", "url"),
+    *("weight", "image_url", "bytes", "path", "index", "bbox", "point", "ref", "image_id"),
+]
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
+ODD = st.recursive(
+    LEAVES | st.binary(max_size=8) | st.sampled_from(WORDS),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300)
+@given(ODD)
+def test_anything_is_a_record_or_quarantined(item):
+    result = read(item, Path("/nonexistent"), boxes="unit", inline_boxes="unit", system="user")
+    if isinstance(result, Read):
+        assert Record.from_bytes(result.record.to_bytes()) is not None
+    else:
+        assert json.loads(result.to_json().encode())["reason"]

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.sources import Read, files_of, open_source, shorten
+from phivision_jax.data.sources.easy_vqa import easy_vqa
+from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.json_files import JsonSource
+from phivision_jax.data.sources.memory import RecordsSource
+from phivision_jax.data.sources.parquet import ParquetSource
+from tests.support.records import make_record, mixed_records
+
+OPTIONS = ItemOptions()
+ITEM = {"question": "what?", "answer": "that"}
+
+
+def write_parquet(path) -> None:
+    pq.write_table(pa.table({k: [v] for k, v in ITEM.items()}), path)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.JSONL", "a.ndjson", "a.txt", "a.parquet", "a.pq", "a"])
+def test_files_by_their_extension(tmp_path, name):
+    path = tmp_path / name
+    if name in ("a.parquet", "a.pq"):
+        write_parquet(path)
+        assert isinstance(open_source(path, options=OPTIONS), ParquetSource)
+        return
+    path.write_text(json.dumps(ITEM))
+    if name in ("a.txt", "a"):
+        with pytest.raises(ValueError, match=r"cannot be told from its name: looked for \.json"):
+            open_source(path, options=OPTIONS)
+    assert isinstance(open_source(path, options=OPTIONS, format="json"), JsonSource)
+
+
+def test_folders_by_what_they_hold(tmp_path):
+    with pytest.raises(ValueError, match=r"nothing that can be read: looked for \.json"):
+        open_source(tmp_path, options=OPTIONS)
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data" / "x.parquet")
+    assert isinstance(open_source(tmp_path, options=OPTIONS), ParquetSource)
+    (tmp_path / "more.json").write_text(json.dumps([ITEM]))
+    with pytest.raises(ValueError, match=r"more than one format \(json, parquet\)"):
+        open_source(tmp_path, options=OPTIONS)
+    assert isinstance(open_source(tmp_path, options=OPTIONS, format="parquet"), ParquetSource)
+    assert isinstance(open_source(tmp_path, options=OPTIONS, format="json"), JsonSource)
+
+
+def test_splits_of_a_folder(tmp_path):
+    def names(split: str = "train") -> tuple[str, str]:
+        read, left_out = files_of(tmp_path, "json", split)
+        assert sorted(read + left_out) == sorted(tmp_path.iterdir())
+        return shorten(read), shorten(left_out)
+
+    def add(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).write_text(json.dumps(ITEM))
+
+    add("test.jsonl")
+    with pytest.raises(ValueError, match=r"no json file of split 'train', only test\.jsonl"):
+        open_source(tmp_path, options=OPTIONS)
+    add("part-0.jsonl", "testimony.jsonl")
+    assert names() == ("part-0.jsonl, testimony.jsonl", "test.jsonl"), "no name of a split is train"
+    assert names("test") == ("test.jsonl", "part-0.jsonl, testimony.jsonl") and names("part")[0] == "part-0.jsonl"
+    add("train.jsonl", "shapes_test.json", "shapes-Validation.json", "x_val.json")
+    assert names() == (
+        "part-0.jsonl, testimony.jsonl, train.jsonl",
+        "shapes-Validation.json, shapes_test.json, test.jsonl, x_val.json",
+    )
+    assert (
+        names("test")[0] == "shapes_test.json, test.jsonl" and names("val")[0] == "shapes-Validation.json, x_val.json"
+    )
+    source = open_source(tmp_path, options=OPTIONS)
+    assert isinstance(source, JsonSource) and len(source) == 3 and source.files == files_of(tmp_path, "json", "train")
+
+
+def test_files_one_folder_down(tmp_path):
+    for folder in (".cache", "config", "empty"):
+        (tmp_path / folder).mkdir()
+    for folder in (".cache", "config"):
+        write_parquet(tmp_path / folder / "train-0.parquet")
+    assert len(open_source(tmp_path, options=OPTIONS)) == 1
+    write_parquet(tmp_path / "empty" / "train-0.parquet")
+    with pytest.raises(ValueError, match=r"parquet files in 2 subfolders \(config, empty\): give one of them"):
+        open_source(tmp_path, options=OPTIONS)
+    write_parquet(tmp_path / "train-0.parquet")
+    assert len(open_source(tmp_path, options=OPTIONS)) == 1, "what lies in the folder itself comes first"
+
+
+def test_compressed_files(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    for path in (tmp_path, tmp_path / "a.jsonl.gz"):
+        with pytest.raises(ValueError, match=r"a\.jsonl\.gz is compressed: unpack it first"):
+            open_source(path, options=OPTIONS)
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        open_source(tmp_path / "x.json", options=OPTIONS)
+    with pytest.raises(ValueError, match="read as tfds, not as json"):
+        open_source("tfds:x", options=OPTIONS, format="json")
+    with pytest.raises(ValueError, match="format must be one of"):
+        open_source(tmp_path, options=OPTIONS, format="csv")  # type: ignore[arg-type]
+
+
+def test_records_in_memory(tmp_path):
+    (tmp_path / "1.png").write_bytes(mixed_records(2)[1].images[0])  # type: ignore[arg-type]
+    by_path = make_record(1, images=(str(tmp_path / "1.png"),))
+    records = [*mixed_records(6), by_path, make_record(7, images=("gone.png",)), make_record(8, mode=None)]
+    source = pickle.loads(pickle.dumps(RecordsSource(records, "mine")))
+    results = list(source.read(0, 9))
+    assert [r.record for r in results[:6]] == records[:6]  # type: ignore[union-attr]
+    assert isinstance(results[6], Read) and results[6].record == make_record(1)
+    assert isinstance(results[7], Quarantined) and (results[7].id, results[7].reason) == ("r007", "image-missing")
+    assert isinstance(results[8], Read) and (results[8].record.mode, results[8].mode_from) == ("nothink", "default")
+    assert list(source.read(2, 4)) == results[2:4] and results[0].where == "record 1 of mine"
+    assert json.loads(json.dumps(source.key())) == source.key() == RecordsSource(records, "mine").key()
+    assert RecordsSource(records[1:], "mine").key() != source.key()
+
+
+def test_easy_vqa_as_a_source():
+    records = easy_vqa("test", max_images=3)
+    assert [r.record for r in RecordsSource(records).read(0, len(records))] == records  # type: ignore[union-attr]

@@ -1,0 +1,207 @@
+"""Files as Hugging Face's ``datasets`` writes them: its Image feature is struct<bytes: binary, path: string>."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.sources import Read, parquet
+from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.parquet import ParquetSource
+from tests.support.records import png
+
+PNG = [png(24, 16, seed) for seed in range(3)]
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+OPTIONS = ItemOptions()
+
+
+def open_(path: Path, options: ItemOptions = OPTIONS, **kwargs: Any) -> ParquetSource:
+    return pickle.loads(pickle.dumps(ParquetSource(path, options, **kwargs)))
+
+
+def read(source: ParquetSource, start: int = 0, stop: int | None = None) -> list[Read | Quarantined]:
+    return list(source.read(start, len(source) if stop is None else stop))
+
+
+def ids(results: list[Read | Quarantined]) -> list[str]:
+    return [r.record.id if isinstance(r, Read) else f"{r.id}:{r.reason}" for r in results]
+
+
+def questions(first: int, n: int) -> pa.Table:
+    return pa.table(
+        {"id": [f"r{i}" for i in range(first, first + n)], "question": ["what?"] * n, "answer": ["that"] * n}
+    )
+
+
+def test_messages_with_image_structs(tmp_path):
+    (tmp_path / "2.png").write_bytes(PNG[2])
+    part = pa.struct({"type": pa.string(), "text": pa.string(), "index": pa.int64()})
+    messages = pa.list_(pa.struct({"role": pa.string(), "content": pa.list_(part)}))
+    user = [{"type": "image", "index": 0}, {"type": "image", "index": 1}, {"type": "text", "text": "wäs?"}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": [{"type": "text", "text": "that"}]},
+            ],
+            "images": [{"bytes": PNG[0], "path": "elsewhere.jpg"}, {"bytes": None, "path": "2.png"}],
+            "score": 0.5,
+        },
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "and?"}]}], "images": [], "score": None},
+    ]
+    schema = pa.schema({"messages": messages, "images": pa.list_(IMAGE), "score": pa.float64()})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "made.parquet")
+    one, two = read(open_(tmp_path / "made.parquet"))
+    assert isinstance(one, Read) and isinstance(two, Read)
+    assert one.record.images == (PNG[0], PNG[2]) and one.record.metadata == {"score": 0.5}
+    assert one.record.messages[0]["content"] == "<image>\n<image>\nwäs?"
+    assert (one.record.id, one.record.source, one.where) == ("made.parquet:1", "made", "made.parquet, row 1")
+    assert two.record.images == ()
+
+
+def test_the_cauldron_and_llava_columns(tmp_path):
+    texts = [[{"user": "what?", "assistant": "that", "source": "x"}]]
+    table = pa.table(
+        {
+            "images": pa.array([[{"bytes": PNG[0], "path": None}]], pa.list_(IMAGE)),
+            "texts": pa.array(texts, pa.list_(pa.struct({k: pa.string() for k in texts[0][0]}))),
+        }
+    )
+    pq.write_table(table, tmp_path / "cauldron.parquet")
+    (one,) = read(open_(tmp_path / "cauldron.parquet"))
+    assert isinstance(one, Read) and one.record.images == (PNG[0],)
+    # A Sequence of dicts is a struct of lists; an image may be bare bytes.
+    turns = pa.struct({"from": pa.list_(pa.string()), "value": pa.list_(pa.large_string())})
+    table = pa.table(
+        {
+            "image": pa.array([PNG[1]], pa.binary()),
+            "conversations": pa.array([{"from": ["human", "gpt"], "value": ["<image>what?", "that"]}], turns),
+        }
+    )
+    pq.write_table(table, tmp_path / "llava.parquet")
+    (one,) = read(open_(tmp_path / "llava.parquet"))
+    assert isinstance(one, Read) and one.record.images == (PNG[1],) and len(one.record.messages) == 2
+
+
+def test_a_folder_of_parts(tmp_path):
+    folder = tmp_path / "made" / "data"
+    folder.mkdir(parents=True)
+    for k, n in enumerate((5, 3)):
+        pq.write_table(questions(10 * k, n), folder / f"train-0000{k}-of-00002.parquet", row_group_size=2)
+    pq.write_table(questions(90, 1), folder / "test-00000-of-00001.parquet")
+    source = open_(tmp_path / "made")
+    assert source.name == "made" and ids(read(source)) == ["r0", "r1", "r2", "r3", "r4", "r10", "r11", "r12"]
+    assert ids(read(open_(tmp_path / "made", split="test"))) == ["r90"]
+    assert [r.where for r in read(source, 4, 6)] == [
+        "train-00000-of-00002.parquet, row 5",
+        "train-00001-of-00002.parquet, row 1",
+    ]
+    assert json.loads(json.dumps(source.key())) == source.key() != open_(tmp_path / "made", split="test").key()
+    with pytest.raises(ValueError, match="'dev'"):
+        open_(tmp_path / "made", split="dev")
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 150), min_size=1, max_size=3), st.integers(1, 200), st.data())
+def test_ranges_add_up(tmp_path_factory, parts, group, data):
+    folder = tmp_path_factory.mktemp("x")
+    for k, n in enumerate(parts):
+        pq.write_table(questions(1000 * k, n), folder / f"{k}.parquet", row_group_size=group)
+    source = ParquetSource(folder, OPTIONS)
+    whole = [f"r{1000 * k + i}" for k, n in enumerate(parts) for i in range(n)]
+    a, b = sorted(data.draw(st.tuples(*[st.integers(0, len(whole))] * 2)))
+    assert ids(read(source, a, b)) == whole[a:b] and len(source) == len(whole)
+
+
+def test_broken_text_costs_its_row(tmp_path):
+    def column(*values: bytes) -> pa.Array:
+        return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
+
+    table = pa.table(
+        {
+            "name": column(b"r0", b"r1", b"r\xff", b"r3"),
+            "question": column(b"a", b"\xff\xfe", b"c", b"d"),
+            "answer": column(b"a", b"b", b"c", b"d"),
+        }
+    )
+    pq.write_table(table, tmp_path / "made.parquet")
+    results = read(open_(tmp_path / "made.parquet", ItemOptions(rename=(("name", "id"),))))
+    assert ids(results) == ["r0", "r1:encoding", "made.parquet:3:encoding", "r3"]
+
+
+def test_a_row_group_that_cannot_be_read(tmp_path):
+    path = tmp_path / "made.parquet"
+    pq.write_table(questions(0, 300), path, row_group_size=100)
+    raw = bytearray(path.read_bytes())
+    column = pq.read_metadata(path).row_group(1).column(1)
+    begin = column.dictionary_page_offset or column.data_page_offset
+    raw[begin : begin + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    path.write_bytes(raw)
+    results = read(open_(path))
+    bad = [r for r in results if isinstance(r, Quarantined)]
+    assert ids(results)[:100] == [f"r{i}" for i in range(100)] and ids(results)[200:] == [
+        f"r{i}" for i in range(200, 300)
+    ]
+    assert len(bad) == 100 and {b.reason for b in bad} == {"syntax"} and bad[0].where == "made.parquet, row 101"
+    assert read(open_(path), 150, 250) == results[150:250]
+
+
+def test_chunks_of_a_large_row_group_are_read_once(tmp_path, monkeypatch):
+    """Whoever reads chunk after chunk decodes each row once, with another worker's chunks between them too."""
+    decoded = []
+    rows_of = parquet._rows
+
+    def count(*args: Any) -> Any:
+        for row in rows_of(*args):
+            decoded.append(row)
+            yield row
+
+    monkeypatch.setattr(parquet, "_rows", count)
+    pq.write_table(questions(0, 1000), tmp_path / "made.parquet")
+    source = ParquetSource(tmp_path / "made.parquet", OPTIONS)
+    for step in (100, 200):
+        decoded.clear()
+        for start in range(0, 1000, step):
+            assert ids(read(source, start, start + 100)) == [f"r{i}" for i in range(start, start + 100)]
+        assert len(decoded) == 1100 - step
+    # Backwards, and after a reader that stopped in the middle, it is read from the beginning again.
+    assert ids(read(source, 50, 52)) == ["r50", "r51"]
+    assert next(source.read(60, 70)).record.id == "r60"  # type: ignore[union-attr]
+    assert ids(read(source, 61, 63)) == ["r61", "r62"] == ids(read(pickle.loads(pickle.dumps(source)), 61, 63))
+
+
+def test_large_rows_are_decoded_a_few_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 50_000)
+    asked = []
+    whole = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, n, **k: asked.append(n) or whole(self, n, **k))
+    for k, size in enumerate((10, 10_000, 200_000)):
+        blobs = pa.array([bytes([i]) * size for i in range(20)], pa.binary())
+        table = questions(0, 20).append_column("blob", blobs)
+        pq.write_table(table, tmp_path / f"{k}.parquet", compression="none", use_dictionary=False)
+    assert len(ids(read(ParquetSource(tmp_path, OPTIONS)))) == 60
+    assert asked == [64, 4, 1]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello" * 99, None])
+def test_files_that_cannot_be(tmp_path, content):
+    path = tmp_path / "made.parquet"
+    pq.write_table(questions(0, 9), path)
+    path.write_bytes(path.read_bytes()[:-20] if content is None else content)
+    with pytest.raises(ValueError, match=r"made\.parquet is not a parquet file"):
+        open_(path)
+
+
+def test_no_rows(tmp_path):
+    pq.write_table(questions(0, 0), tmp_path / "made.parquet")
+    with pytest.raises(ValueError, match="no rows"):
+        open_(tmp_path / "made.parquet")

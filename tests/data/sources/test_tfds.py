@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phivision_jax.data.sources import Read, open_source
+from phivision_jax.data.sources.items import ItemOptions
+from tests.support.records import png
+
+tfds = pytest.importorskip("tensorflow_datasets")
+
+from phivision_jax.data.sources.tfds import TfdsSource  # noqa: E402
+
+PNG = [png(24, 16, seed) for seed in range(3)]
+
+
+class Made(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        f = tfds.features
+        turn = {"from": f.Text(), "value": f.Text()}
+        features = f.FeaturesDict(
+            {
+                "id": f.Text(),
+                "images": f.Sequence(f.Image()),
+                "conversations": f.Sequence(turn),
+                "kind": f.ClassLabel(names=["easy", "hard"]),
+                "sizes": f.Sequence(f.Tensor(shape=(2,), dtype=np.int64)),
+                "facts": {"tags": f.Sequence(f.Text()), "thumb": f.Image(), "seen": np.bool_, "score": np.float32},
+                "steps": f.Dataset({"says": f.Text(), "picture": f.Image()}),
+            }
+        )
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, _):
+        return {"train": self._generate_examples(5), "test": self._generate_examples(1)}
+
+    def _generate_examples(self, n: int):
+        for i in range(n):
+            pictures = PNG[: i % 3]
+            yield (
+                i,
+                {
+                    "id": f"r{i}" if i != 4 else b"r\xff",
+                    "images": [io.BytesIO(image) for image in pictures],
+                    "conversations": [
+                        {"from": "human", "value": "<image>" * len(pictures) + "wäs?"},
+                        {"from": "gpt", "value": b"\xff" if i == 3 else "that"},
+                    ],
+                    "kind": i % 2,
+                    "sizes": [[24, 16]] * len(pictures),
+                    "facts": {"tags": ["a"] * i, "thumb": io.BytesIO(PNG[0]), "seen": i > 1, "score": 0.5},
+                    "steps": [{"says": "x", "picture": io.BytesIO(PNG[0])}],
+                },
+            )
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    builder = Made(data_dir=tmp_path_factory.mktemp("tfds"), file_format="array_record")
+    builder.download_and_prepare()
+    return Path(builder.data_path)
+
+
+def by_id(source) -> dict:
+    results = list(source.read(0, len(source)))
+    return {r.record.id if isinstance(r, Read) else r.id: r for r in results}
+
+
+def test_examples(directory):
+    source = pickle.loads(pickle.dumps(TfdsSource(str(directory), ItemOptions())))
+    assert (source.name, len(source)) == ("made", 5)
+    found = by_id(source)
+    # TFDS shuffles by key. Broken text is named by the id where that is sound.
+    assert len(found) == 5 and {"r0", "r1", "r2", "r3", "r\ufffd"} == set(found)
+    assert found["r3"].reason == found["r\ufffd"].reason == "encoding"
+    for i in range(3):
+        record = found[f"r{i}"].record
+        assert record.images == tuple(PNG[:i]), "encoded files, byte for byte"
+        assert record.messages[0] == {"role": "user", "content": "<image>" * i + "wäs?"}
+        assert record.metadata == {"kind": ["easy", "hard"][i % 2], "sizes": [[24, 16]] * i}, (
+            "what holds bytes is left out"
+        )
+    assert json.loads(json.dumps(source.key())) == source.key()
+
+
+def test_ranges_splits_and_options(directory):
+    source = TfdsSource(str(directory), ItemOptions())
+    whole = list(source.read(0, 5))
+    assert list(source.read(0, 2)) + list(source.read(2, 5)) == whole == list(source.read(0, 5))
+    assert [r.where for r in whole][4] == "made, split train, example 5"
+    assert len(TfdsSource(str(directory), ItemOptions(), split="train[:2]")) == 2
+    test = open_source(directory, split="test", options=ItemOptions(task="ocr"), name="mine")
+    assert (test.name, len(test), by_id(test)["r0"].record.task) == ("mine", 1, "ocr")
+    assert test.key() != source.key()
+
+
+def test_nested_features(directory):
+    """A text inside a Dataset of dicts, and a flag inside a dict."""
+    options = ItemOptions(rename=(("steps", "texts"),))
+    source = TfdsSource(str(directory), options)
+    features, examples = source._builder.info.features, source._examples
+    from phivision_jax.data.sources.tfds import _plain
+
+    item = next(_plain(features, e) for e in examples if e["id"] == b"r2")
+    assert item["steps"] == [{"says": "x", "picture": PNG[0]}]
+    assert item["facts"] == {"tags": ["a", "a"], "thumb": PNG[0], "seen": True, "score": 0.5}
+    assert item["conversations"][1] == {"from": "gpt", "value": "that"}
+
+
+def test_what_cannot_be_opened(directory, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="split 'dev'"):
+        TfdsSource(str(directory), ItemOptions(), split="dev")
+    with pytest.raises(ValueError, match="cannot open no_such_set"):
+        open_source("tfds:no_such_set", options=ItemOptions())
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot open"):
+        open_source(tmp_path, options=ItemOptions())
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'phivision_jax\[tfds\]'"):
+        TfdsSource(str(directory), ItemOptions())
+
+
+def test_tensorflow_is_not_imported(directory):
+    program = f"""
+import sys
+from phivision_jax.data.sources import open_source
+from phivision_jax.data.sources.items import ItemOptions
+source = open_source({str(directory)!r}, options=ItemOptions())
+print(len(list(source.read(0, 5))), "tensorflow" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "5 False\n", done.stderr

@@ -1,0 +1,229 @@
+"""The directory of a dataset: what is written is read, and what is damaged is named."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import msgpack
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from phivision_jax.data.quarantine import BadRecord
+from phivision_jax.data.store import dataset as dataset_module
+from phivision_jax.data.store import importing
+from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.data.store.importing import write_dataset
+from tests.support.records import make_record, mixed_records, png
+
+
+@pytest.fixture
+def written(tmp_path, processor):
+    return write_dataset(tmp_path / "set", mixed_records(12), processor, shard_bytes=20_000, progress=False)
+
+
+def test_round_trip_over_several_shards(written):
+    assert len(written.manifest["shards"]) > 1
+    assert [written[i] for i in range(len(written))] == mixed_records(12)
+    assert [written[i].id for i in (7, 0, 11)] == ["r007", "r000", "r011"]
+    with pytest.raises(IndexError, match="record 12"):
+        written[12]
+
+
+def test_metadata_and_thinking_survive(tmp_path, processor):
+    record = make_record(
+        0,
+        (),
+        mode="think",
+        task="math",
+        metadata={"url": "https://example.org/é", "boxes": [[0.25, 0.5]], "n": 3},
+        messages=({"role": "user", "content": "1+1"}, {"role": "assistant", "content": "<think>easy</think>2"}),
+    )
+    dataset = write_dataset(tmp_path / "set", [record], processor, progress=False)
+    assert dataset[0] == record
+    assert (dataset.index.modes[0], dataset.index.tasks[0]) == (0, 1)
+
+
+def test_the_index_counts_what_the_processor_makes(written, processor):
+    index = written.index
+    assert index.num_images.tolist() == [0, 1, 1, 1, 2, 1] * 2
+    assert index.image_sizes[:6].tolist() == [[24, 16], [64, 64], [16, 40], [24, 16], [32, 32], [8, 8]]
+    assert index.image_offsets[:6].tolist() == [0, 0, 1, 2, 3, 5]
+    for i in range(12):
+        record = written[i]
+        example = processor.encode(record.messages, record.images, mode="nothink")
+        assert index.text_tokens[i] == len(example.tokens) - example.num_patches
+    assert written.manifest["text_tokens"] == index.text_tokens.sum()
+
+
+def test_same_records_same_bytes(tmp_path, processor, written):
+    again = write_dataset(tmp_path / "again", mixed_records(12), processor, shard_bytes=20_000, progress=False)
+    assert again.hash == written.hash
+    other = write_dataset(tmp_path / "other", mixed_records(11), processor, shard_bytes=20_000, progress=False)
+    assert other.hash != written.hash
+
+
+def test_paths_are_stored_as_bytes(tmp_path, processor):
+    (tmp_path / "a.png").write_bytes(png(24, 16, seed=1))
+    record = make_record(1, images=(str(tmp_path / "a.png"),))
+    assert write_dataset(tmp_path / "set", [record], processor, progress=False)[0].images == (png(24, 16, seed=1),)
+
+
+def test_nothing_half_written_has_the_name(tmp_path, processor, monkeypatch):
+    def killed(*args):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(importing, "_finish", killed)
+        write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    # What a killed import left behind is not in the way.
+    (tmp_path / ".set.writing").mkdir()
+    (tmp_path / ".set.writing" / "records-00009.array_record").write_bytes(b"rest")
+    dataset = write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
+    assert len(dataset.manifest["shards"]) == 1 and [p.name for p in tmp_path.iterdir()] == ["set"]
+    with pytest.raises(FileExistsError, match="remove it"):
+        write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    [
+        (make_record(3, images=()), "'r003'.*1 <image> markers.*0 images"),
+        (make_record(3, images=(b"",)), "'r003'.*image 0.*0 bytes"),
+        (make_record(3, images=("/nowhere/a.png",)), "'r003'.*nowhere"),
+        (make_record(3, mode="think"), "'r003'.*mode is think"),
+    ],
+)
+def test_a_record_that_cannot_be_measured_is_named(tmp_path, processor, record, message):
+    with pytest.raises(ValueError, match=message):
+        write_dataset(tmp_path / "set", [record], processor, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_records(tmp_path, processor):
+    with pytest.raises(ValueError, match="no records"):
+        write_dataset(tmp_path / "set", [], processor, progress=False)
+
+
+def test_open_says_what_is_wrong(tmp_path, written):
+    with pytest.raises(FileNotFoundError, match="no dataset directory"):
+        Dataset.open(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
+        Dataset.open(tmp_path / "empty")
+
+    shard = written.directory / "records-00000-001.array_record"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"records-00000-001.*cut-off"):
+        Dataset.open(written.directory)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"records-00000-001.*is missing"):
+        Dataset.open(written.directory)
+    shard.write_bytes(content)
+    assert Dataset.open(written.directory).hash == written.hash
+
+    path = written.directory / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+    with pytest.raises(ValueError, match="schema 99, this program reads 3"):
+        Dataset.open(written.directory)
+
+
+def test_the_index_is_compact_and_stays_on_disk(written):
+    index = Dataset.open(written.directory).index
+    assert index.text_tokens.dtype == np.int32 and index.modes.dtype == np.int8
+    assert index.sizes_of(4) == [(24, 16), (32, 32)] and index.sizes_of(11) == [(8, 8)] and index.sizes_of(6) == []
+    # Sixty million offsets in every process of a machine would be gigabytes.
+    assert {type(column) for column in vars(index).values()} == {np.memmap}
+
+
+def test_many_files_are_looked_for_at_a_time(written, monkeypatch):
+    """On network storage each takes milliseconds, and there may be thousands."""
+    assert len(written.manifest["shards"]) + 5 >= 8
+    together, checked = threading.Barrier(8), []
+
+    def check(directory, file):
+        checked.append(file["file"])
+        if len(checked) <= 8:
+            together.wait(timeout=30)
+
+    monkeypatch.setattr(dataset_module, "check_size", check)
+    Dataset.open(written.directory)
+    assert len(checked) == len(written.manifest["shards"]) + 5
+
+
+class TestUnreadable:
+    """Of a damaged file, what is sound is read and what is not is one kind of error, naming file and record."""
+
+    def bad(self, dataset: Dataset) -> dict[int, str]:
+        found = {}
+        for i in range(len(dataset)):
+            try:
+                assert dataset[i] == mixed_records(12)[i]
+            except BadRecord as error:
+                assert error.reason == "unreadable"
+                assert "cannot be read: " in str(error) and "phivision data validate names all such" in str(error)
+                found[i] = str(error)
+        return found
+
+    def numbers(self, dataset: Dataset, k: int) -> list[int]:
+        counts = [s["records"] for s in dataset.manifest["shards"]]
+        return list(range(sum(counts[:k]), sum(counts[: k + 1])))
+
+    def test_a_flipped_bit(self, written):
+        shard = written.directory / written.manifest["shards"][1]["file"]
+        content = bytearray(shard.read_bytes())
+        content[content.index(b"IDAT") + 100] ^= 1
+        shard.write_bytes(content)
+        first, *others = self.numbers(written, 1)
+        found = self.bad(Dataset.open(written.directory))
+        assert others and list(found) == [first]
+        assert f"{shard}, record 0 of it, cannot be read" in found[first]
+
+    def test_a_file_of_noise_and_a_cut_off_one(self, written):
+        for k, damage in enumerate((lambda c: bytes(reversed(c)), lambda c: c[:1000], lambda c: b"")):
+            shard = written.directory / written.manifest["shards"][k]["file"]
+            content = shard.read_bytes()
+            dataset = Dataset.open(written.directory)  # whole; the damage comes later
+            shard.write_bytes(damage(content))
+            assert list(self.bad(dataset)) == self.numbers(written, k)
+            shard.write_bytes(content)
+            assert self.bad(dataset) == {}
+
+    def test_a_payload_that_is_no_record(self, written):
+        shard = written.directory / written.manifest["shards"][0]["file"]
+        numbers = self.numbers(written, 0)
+        for payload in (b"", b"\xc1", msgpack.packb({"id": "a"}), msgpack.packb([1])):
+            writer = ArrayRecordWriter(str(shard), "group_size:1")
+            for _ in numbers:
+                writer.write(payload)
+            writer.close()
+            manifest = json.loads((written.directory / "manifest.json").read_text())
+            manifest["shards"][0]["bytes"] = shard.stat().st_size
+            (written.directory / "manifest.json").write_text(json.dumps(manifest))
+            assert list(self.bad(Dataset.open(written.directory))) == numbers
+
+    def test_a_file_of_another_number_of_records(self, written):
+        names = [written.directory / s["file"] for s in written.manifest["shards"]]
+        dataset = Dataset.open(written.directory)
+        counts = [s["records"] for s in written.manifest["shards"]]
+        other = next(k for k, n in enumerate(counts) if n != counts[0])
+        names[0].write_bytes(names[other].read_bytes())
+        found = self.bad(dataset)
+        assert list(found) == self.numbers(written, 0)
+        assert f"it holds {counts[other]} records, the manifest says {counts[0]}" in found[0]
+
+    def test_a_file_that_cannot_be_opened_is_the_systems_error(self, written):
+        dataset = Dataset.open(written.directory)
+        shard = written.directory / written.manifest["shards"][0]["file"]
+        away = shard.rename(shard.with_suffix(".away"))
+        with pytest.raises(FileNotFoundError, match="records-00000-000"):
+            dataset[0]
+        shard.mkdir()
+        with pytest.raises(IsADirectoryError):
+            dataset[0]
+        shard.rmdir()
+        away.rename(shard)
+        assert dataset[0].id == "r000"  # it is asked for again

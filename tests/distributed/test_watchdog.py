@@ -1,0 +1,171 @@
+"""Nothing hangs in silence; heartbeats say where a process is."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from phivision_jax.distributed import heartbeat, watchdog
+from phivision_jax.distributed.heartbeat import FAILED, HUNG
+from phivision_jax.distributed.watchdog import Watchdog
+from tests.support.launched import ENVIRONMENT, ROOT
+
+SCRIPT = """
+import ctypes, os, sys, time
+from pathlib import Path
+from phivision_jax.training import watchdog
+watchdog._FROZEN_S, watchdog.HEARTBEAT_S = 3.0, 0.2
+dog = watchdog.Watchdog(Path(sys.argv[1]), limit_s=1.0)
+for i in range(4):
+    dog.alive("step", 10 + i)
+    time.sleep(0.7)  # always within the limit, longer than it in all
+dog.alive("compiling", limit_s=2.5)
+time.sleep(1.5)
+print("so far", flush=True)
+dog.alive("data", 14)
+{then}
+print("never")
+"""
+
+
+def run_script(run, then, **environment):
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(then=then), str(run)],
+        cwd=ROOT, env=ENVIRONMENT | environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "so far\n", done.stderr
+    return done.returncode, done.stderr, time.monotonic() - began
+
+
+def test_a_hang_is_ended_and_told(tmp_path):
+    code, said, seconds = run_script(tmp_path, "time.sleep(60)")
+    assert code == HUNG and seconds < 30
+    assert "process 0 (" in said and "hangs: nothing has happened for 1 s since 'data' of step 14 began" in said
+    assert "no more than 1 s are given to it; step_timeout_s allows more" in said
+    assert "most recent call first" in said and '"<string>", line ' in said  # where the main thread sleeps
+    assert heartbeat.read(tmp_path)[0]["phase"] == "hung in data"
+
+
+def test_a_hang_that_stops_python_is_ended_too(tmp_path):
+    """Native code that keeps the lock: no thread of Python can do anything."""
+    code, said, seconds = run_script(tmp_path, "ctypes.PyDLL(None).sleep(60)")
+    assert code != 0 and seconds < 30 and "Timeout" in said
+
+
+def test_nobody_trains_on_unseen(tmp_path):
+    """The launcher is gone: so is the process."""
+    launcher = subprocess.Popen([sys.executable, "-c", ""])
+    launcher.wait()
+    script = "import sys, time; from pathlib import Path; from phivision_jax.distributed.watchdog import Watchdog; "
+    script += "dog = Watchdog(Path(sys.argv[1]), 60.0); time.sleep(60)"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        cwd=ROOT, env=ENVIRONMENT | {heartbeat.LAUNCHER: str(launcher.pid)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == HUNG and "the launcher of this process has died" in done.stderr
+
+
+def test_heartbeats(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
+    assert heartbeat.read(tmp_path) == []
+    dog = Watchdog(tmp_path, 60.0)
+    deadline = time.monotonic() + 20
+    seen = []
+    for phase, step in (("compiling", None), ("step", 7), ("data", None)):
+        dog.alive(phase, step)
+        while not (beats := heartbeat.read(tmp_path)) or beats[0]["phase"] != phase:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        (beat,) = beats
+        seen.append((beat["phase"], beat["step"]))
+        assert beat["pid"] == os.getpid() and beat["process"] == 0 and abs(beat["time"] - time.time()) < 20
+    dog.close()
+    assert seen == [("compiling", 0), ("step", 7), ("data", 7)]
+    assert heartbeat.read(tmp_path)[0]["phase"] == "ended"
+    (tmp_path / "heartbeat" / "process_0.json").write_text('{"process":')
+    assert heartbeat.read(tmp_path) == []
+
+
+def test_a_launched_process_that_cannot_say_that_it_lives_says_why(tmp_path):
+    """Its launcher would take it for hung and start it again, for ever."""
+    (tmp_path / "heartbeat" / "process_0.partial").mkdir(parents=True)
+    then = "watchdog.UNWRITTEN_S = 0.5; time.sleep(60)".replace("; ", "\n")
+    code, said, seconds = run_script(
+        tmp_path, "dog.alive('step', 14, limit_s=60.0)\n" + then, PHIVISION_LAUNCHER=str(os.getpid())
+    )
+    assert code == FAILED and seconds < 30
+    assert "has not been able to write its heartbeat for" in said and "process_0.partial" in said
+
+
+def write_beat(run, **more):
+    beat = {"process": 0, "phase": "step", "step": 7, "time": time.time(), "pid": os.getpid(), "host": "elsewhere"}
+    heartbeat.write(run, beat | more)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(watchdog, "RENEWED_S", 1.0)
+    monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
+
+
+@pytest.mark.parametrize("host", ["elsewhere", socket.gethostname()])
+def test_a_run_that_is_being_trained_is_not_started_again(tmp_path, impatient, host):
+    over = threading.Event()
+
+    def train():
+        while not over.wait(0.3):
+            write_beat(tmp_path, host=host)
+
+    write_beat(tmp_path, host=host)
+    other = threading.Thread(target=train)
+    other.start()
+    try:
+        with pytest.raises(
+            ValueError, match=rf"is being trained already: process 0 \(pid {os.getpid()} on {host}\) is"
+        ):
+            Watchdog(tmp_path, 60.0)
+    finally:
+        over.set()
+        other.join()
+    assert heartbeat.read(tmp_path)[0]["host"] == host  # its own was not written over it
+
+
+def test_whoever_ends_meanwhile_is_waited_for_and_no_longer(tmp_path, impatient, monkeypatch):
+    monkeypatch.setattr(watchdog, "RENEWED_S", 60.0)
+    write_beat(tmp_path)
+    threading.Timer(0.2, write_beat, (tmp_path,), {"phase": "ended"}).start()
+    began = time.monotonic()
+    Watchdog(tmp_path, 60.0).close()
+    assert 0.1 < time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("beat", "waits"),
+    [
+        ({"phase": "ended"}, False),
+        ({"phase": "hung in data"}, False),
+        ({"time": time.time() - 1000}, False),
+        ({"process": 1}, False),
+        ({"host": socket.gethostname(), "pid": "gone"}, False),
+        ({"pid": "gone"}, True),  # of another machine nobody here can know
+        ({}, True),
+    ],
+)
+def test_an_earlier_start_does_not_hinder(tmp_path, impatient, beat, waits):
+    if beat.get("pid"):
+        gone = subprocess.Popen([sys.executable, "-c", ""])
+        gone.wait()
+        beat = beat | {"pid": gone.pid}
+    write_beat(tmp_path, **beat)
+    began = time.monotonic()
+    Watchdog(tmp_path, 60.0).close()
+    assert (time.monotonic() - began >= watchdog.RENEWED_S) == waits
+    assert heartbeat.read(tmp_path)[0] | {"time": 0} == {
+        "process": 0, "phase": "ended", "step": 0, "time": 0, "pid": os.getpid(), "host": socket.gethostname(),
+    }  # fmt: skip

@@ -1,0 +1,102 @@
+"""Names of slices: what the documents' tables and the TPU compiler say, written out by hand."""
+
+import dataclasses
+
+import pytest
+
+from phivision_jax.hardware.topology import CHIPS, parse_topology
+
+
+@pytest.mark.parametrize(
+    ("cloud", "xla", "chips", "devices", "hosts"),
+    [
+        ("v4-8", "v4:2x2x1", 4, 8, 1),
+        ("v4-128", "v4:4x4x4", 64, 128, 16),
+        ("v5p-8", "v5p:2x2x1", 4, 4, 1),
+        ("v5p-32", "v5p:2x2x4", 16, 16, 4),
+        ("v5p-256", "v5p:4x4x8", 128, 128, 32),
+        ("v5p-512", "v5p:4x8x8", 256, 256, 64),
+        ("v5p-12288", "v5p:16x16x24", 6144, 6144, 1536),
+        ("v5litepod-1", "v5e:1x1", 1, 1, 1),
+        ("v5litepod-8", "v5e:2x4", 8, 8, 1),
+        ("v5litepod-16", "v5e:4x4", 16, 16, 4),
+        ("v5litepod-256", "v5e:16x16", 256, 256, 64),
+        ("v6e-4", "v6e:2x2", 4, 4, 1),
+        ("v6e-32", "v6e:4x8", 32, 32, 8),
+        ("v6e-256", "v6e:16x16", 256, 256, 64),
+    ],
+)
+def test_both_names_of_a_slice_are_one_slice(cloud, xla, chips, devices, hosts):
+    topology = parse_topology(cloud)
+    assert topology == parse_topology(xla)
+    assert (topology.xla_name, topology.cloud_name) == (xla, cloud)
+    assert (topology.chips, topology.devices, topology.hosts) == (chips, devices, hosts)
+    assert topology.chips == topology.hosts * topology.chips_per_host
+
+
+def test_a_v5p_chip_is_one_device_and_a_v4_chip_two_that_share_its_memory():
+    v5p, v4 = parse_topology("v5p:4x4x8"), parse_topology("v4:4x4x8")
+    assert (v5p.generation, v5p.shape, v5p.hbm_bytes_per_chip) == ("v5p", (4, 4, 8), int(95.74 * 2**30))
+    assert (v5p.peak_bf16_flops, v5p.hbm_bandwidth, v5p.ici_bandwidth, v5p.dcn_bandwidth) == (
+        459e12,
+        2765e9,
+        1200e9,
+        6.25e9,
+    )
+    assert v5p.hbm_bytes_per_device == v5p.hbm_bytes_per_chip
+    assert v4.hbm_bytes_per_device == 15.25 * 2**30
+    assert (v4.ici_bandwidth, v4.dcn_bandwidth) == (None, None)
+    assert parse_topology("v6e-8").dcn_bandwidth == 12.5e9
+    assert parse_topology("v5litepod-8").dcn_bandwidth == 3.125e9
+
+
+def test_slices_multiply_what_is_counted_and_nothing_else():
+    one, two = parse_topology("v5p-256"), parse_topology("v5p:4x4x8", slices=2)
+    assert two == dataclasses.replace(one, slices=2, chips=256, devices=256, hosts=64)
+    assert str(one) == "v5p:4x4x8 (v5p-256): 128 chips, 32 hosts of 4"
+    assert str(two) == "2 slices of v5p:4x4x8 (v5p-256): 256 chips, 64 hosts of 4"
+    assert parse_topology("v6e-8", slices=3).hosts == 3
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        parse_topology("v5p-256", slices=0)
+
+
+@pytest.mark.parametrize(("name", "hosts"), [("v5p:8x8x4", 64), ("v5p:4x4x12", 48), ("v4:12x12x24", 864)])
+def test_whole_cubes_in_any_layout_have_a_shape_but_no_cloud_name(name, hosts):
+    topology = parse_topology(name)
+    assert (topology.xla_name, topology.cloud_name, topology.hosts) == (name, None, hosts)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5p:4x4x7", "no slice of shape 4x4x7; the nearest is v5p:4x4x8 .128 chips"),
+        ("v5p:4x8", "the nearest is v5p:2x4x4 .32 chips"),
+        ("v5p:1x1x1", "the nearest is v5p:2x2x1"),
+        ("v5p:0x4x4", "the nearest is v5p:2x2x1"),
+        ("v5p:16x16x28", "the nearest is v5p:16x16x24 .6144 chips"),
+        ("v4:16x16x20", "the nearest is v4:16x16x16"),
+        ("v5e:16x32", "the nearest is v5e:16x16"),
+        ("v6e:8x4", "the nearest is v6e:4x8 .32 chips"),
+        ("v6e:4x4x4", "the nearest is v6e:8x8"),
+        ("v5p-200", "TensorCores, two to a chip.; the nearest is v5p-256, which is v5p:4x4x8"),
+        ("v6e-200", "counts chips.; the nearest is v6e-256, which is v6e:16x16"),
+        ("v5e-250", "the nearest is v5litepod-256"),
+        ("v5litepod-0", "the nearest is v5litepod-1, "),
+        ("v7x:2x2x1", "'v7x' is none of v4, v5e, v5p, v6e; the nearest is v"),
+        ("v5lite-256", "'v5lite' is none of v4, v5litepod, v5p, v6e; the nearest is v5litepod-256"),
+        ("v5e-256", "the nearest is v5litepod-256, which is v5e:16x16"),
+        ("v5p4x4x8", "not a name like v5p:4x4x8 or v5p-256; the nearest is v5p:4x4x8"),
+        ("", "not a name like"),
+    ],
+)
+def test_a_wrong_name_is_told_the_nearest(name, message):
+    with pytest.raises(ValueError, match=message):
+        parse_topology(name)
+
+
+def test_every_shape_of_the_tables_has_its_own_count():
+    for generation, chip in CHIPS.items():
+        parsed = [parse_topology(f"{generation}:{shape}") for shape in chip.shapes]
+        assert [t.cloud_name is not None and parse_topology(t.cloud_name) for t in parsed] == parsed
+        assert sorted({t.chips for t in parsed}) == [t.chips for t in parsed]
+        assert parsed[-1].chips == chip.max_chips

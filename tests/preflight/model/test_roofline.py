@@ -1,0 +1,318 @@
+"""The modelled step time: its arithmetic by hand, and its fit against the committed numbers."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import roofline as benchmark
+from phivision_jax.config import ModelConfig
+from phivision_jax.hardware.flops import Workload, step_flops
+from phivision_jax.hardware.topology import CHIPS
+from phivision_jax.models import remat
+from phivision_jax.preflight.model import roofline
+from phivision_jax.preflight.model.roofline import (
+    RECOMPUTE,
+    Pairs,
+    Split,
+    Stack,
+    StepTime,
+    Work,
+    executed_work,
+    head,
+    optimizer,
+    step_time,
+    visited_pairs,
+)
+from tests.support.batches import TINY
+from tests.support.paths import ROOT
+
+RESULTS = ROOT / "docs" / "results"
+DOCUMENT = json.loads((RESULTS / "roofline_rows.json").read_text())
+ROWS = DOCUMENT["rows"]
+REPORT = json.loads((RESULTS / "roofline.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time.
+
+
+def test_times_by_hand():
+    # v5e: 197 TFLOP/s, 819 GB/s, 400 GB/s over ICI in both directions, 3.125 GB/s over DCN.
+    work = Work(197e12, 197e12 / 3, 819e9, 200e9, 600e9, 3.125e9, 6.25e9)
+    time = step_time(work, "v5e", 0.5)
+    assert time == StepTime(
+        matmul=pytest.approx(2.0),
+        attention=pytest.approx(1.0),
+        hbm=pytest.approx(1.0),
+        ici_exposed=pytest.approx(1.0 + 3.0 - 2.0),  # half of four seconds hides two of three
+        dcn_exposed=pytest.approx(1.0 + 0.0),  # two seconds hide
+    )
+    assert time.seconds == pytest.approx(7.0)
+    assert step_time(Work(197e12), "v5e").seconds == pytest.approx(1 / roofline.EFFICIENCY["v5e"])
+
+
+@pytest.mark.parametrize("field", ["peak_bf16_flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth"])
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_a_faster_chip_is_never_slower_and_more_work_never_faster(monkeypatch, generation, field):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        work = Work(*(10 ** rng.uniform(8, [15, 14, 12, 12, 12, 11, 11])))
+        chip = CHIPS[generation]
+        before = step_time(work, generation).seconds
+        faster = dataclasses.replace(chip, **{field: getattr(chip, field) * rng.uniform(1, 3)})
+        with monkeypatch.context() as patch:
+            patch.setitem(CHIPS, generation, faster)
+            assert step_time(work, generation).seconds <= before * (1 + 1e-12)
+        for part in dataclasses.fields(Work):
+            more = dataclasses.replace(work, **{part.name: 2 * getattr(work, part.name)})
+            assert step_time(more, generation).seconds >= before * (1 - 1e-12)
+
+
+def test_what_is_not_published_is_said():
+    with pytest.raises(ValueError, match="how efficient v4 is; times are modelled for v5e, v5p, v6e"):
+        step_time(Work(1.0), "v4")
+    with pytest.raises(ValueError, match="ICI bandwidth of v4"):
+        step_time(Work(ici_bytes_overlapped=1.0), "v4", 0.5)
+    assert step_time(Work(275e12), "v4", 0.5).seconds == 2.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is executed.
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("blocks", [(4, 4), (4, 8), (8, 2)])
+def test_visited_blocks_are_those_with_a_visible_pair(causal, window, blocks):
+    length, segments = 32, [7, 12, 6]
+    ids = np.concatenate([np.repeat([0, 1, 2], segments), 3 + np.arange(7)])  # padding sees itself only
+    row, column = np.arange(length)[:, None], np.arange(length)[None]
+    visible = ids[:, None] == ids[None]
+    if causal:
+        visible &= row >= column
+    if window:
+        visible &= row - column < window
+    tiles = visible.reshape(length // blocks[0], blocks[0], length // blocks[1], blocks[1]).any((1, 3))
+    assert visited_pairs(length, segments, *blocks, causal=causal, window=window) == tiles.sum() * blocks[0] * blocks[1]
+
+
+def test_visited_blocks_of_a_full_row_are_the_triangle_and_its_diagonal():
+    assert visited_pairs(8192, [8192], 1024, 1024) == 36 * 1024**2
+    with pytest.raises(ValueError, match="segments of 11 columns do not fit a row of 10"):
+        visited_pairs(10, [5, 6], 5, 5)
+
+
+STACK = Stack(
+    layers=3,
+    width=10,
+    mlp=20,
+    heads=4,
+    kv_heads=2,
+    head_dim=5,
+    gated=True,
+    tokens=7,
+    pairs=Pairs(100, 200),
+    recompute=RECOMPUTE["full"],
+)
+# Products of a layer: 10 · (20 + 2 · 10), 20 · 10, 2 · 10 · 20, 20 · 10.
+QKV, OUT, GATE_UP, DOWN = 400, 200, 400, 200
+
+
+def test_a_layer_by_hand():
+    assert STACK.products == {"qkv": QKV, "out": OUT, "gate_up": GATE_UP, "down": DOWN}
+    work = STACK.work(Split(), 8)
+    assert work.matmul_flops == 3 * 2 * 7 * (3 * 1200 + 1000)
+    # Heads of 5 fill the array's 8: two products forward, twice, and five backward.
+    assert work.attention_flops == 2 * 32 * (2 * 2 * 100 + 5 * 200)
+    assert work.hbm_bytes == 3 * 7 * 4 * (20 * 10 + 4 * 30 + 6 * 20)
+    assert work.ici_bytes_exposed == work.ici_bytes_overlapped == work.dcn_bytes_overlapped == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "products", "forward_kernels", "passes"),
+    [
+        ("full", QKV + OUT + GATE_UP, 2, 4),
+        ("attention", OUT + GATE_UP, 1, 4),
+        ("dots", 0, 1, 4),
+        ("none", 0, 1, 3),
+        ("offload", QKV + OUT + GATE_UP, 2, 4),
+        ("offload_attention", OUT + GATE_UP, 1, 4),
+    ],
+)
+def test_what_a_policy_computes_again(policy, products, forward_kernels, passes):
+    work = dataclasses.replace(STACK, recompute=RECOMPUTE[policy]).work(Split(), 1)
+    assert work.matmul_flops == 3 * 2 * 7 * (3 * 1200 + products)
+    assert work.attention_flops == 2 * 20 * (2 * forward_kernels * 100 + 5 * 200)
+    assert work.hbm_bytes == 3 * 7 * passes * 440
+
+
+def test_every_policy_of_the_model_is_known():
+    assert RECOMPUTE.keys() == remat.POLICIES.keys()
+
+
+def test_separate_kernels_backward_are_seven_products():
+    assert Pairs(1, 10, 100).flops(1, again=False, trained=True) == 2 * (2 + 4 * 10 + 3 * 100)
+    assert Pairs(1, 10, 100) * 2 == Pairs(2, 20, 200)
+
+
+def test_without_a_gradient_nothing_is_computed_again_or_scattered():
+    frozen = dataclasses.replace(STACK, backward=0.0, trained=0.0).work(Split(fsdp=2), 5)
+    assert frozen.matmul_flops == 3 * 2 * 7 * 1200
+    assert frozen.attention_flops == 2 * 20 * 2 * 100
+    assert frozen.hbm_bytes == 3 * 7 * 440
+    assert frozen.ici_bytes_overlapped == 3 * 1200 * 2 / 2  # gathered once
+    passed = dataclasses.replace(STACK, backward=1.0, trained=0.0).work(Split(fsdp=2), 5)
+    assert passed.ici_bytes_overlapped == 2 * frozen.ici_bytes_overlapped
+    assert passed.matmul_flops == 3 * 2 * 7 * (2 * 1200 + 1000)
+
+
+def test_wires_by_hand():
+    weights = 3 * 1200 * 2
+    shared = STACK.work(Split(data=2, fsdp=4, slices=5), 5)
+    # Two gathers and a scatter of three quarters; a quarter summed over two replicas, and over five slices.
+    assert shared.ici_bytes_overlapped == pytest.approx(weights * (3 * 3 / 4 + 2 * 1 / 4 * 1 / 2))
+    assert shared.dcn_bytes_overlapped == pytest.approx(weights * 2 * 1 / 4 * 4 / 5)
+    assert shared.ici_bytes_exposed == 0
+    # Two sums forward, two backward, one of the recompute, of a group's 28 tokens.
+    tensor = STACK.work(Split(tensor=4), 5)
+    assert tensor.ici_bytes_exposed == pytest.approx(3 * 5 * 2 * 28 * 10 * 2 * 3 / 4)
+    assert tensor.hbm_bytes == 3 * 7 * 4 * (4 * 200 + 240)
+    assert dataclasses.replace(STACK, residual_split=True).work(Split(tensor=4), 5).hbm_bytes == 3 * 7 * 4 * 440
+    # Keys and values of two tokens' worth each, gathered forward, again, and summed backward.
+    context = STACK.work(Split(context=2), 5)
+    assert context.ici_bytes_exposed == pytest.approx(3 * 3 * 2 * 14 * 10 * 2 / 2)
+    assert context.ici_bytes_overlapped == pytest.approx(weights * 2 / 2)
+
+
+def test_the_head_and_the_optimizer_by_hand():
+    assert head(30, 10, 7, Split()).matmul_flops == 2 * 7 * 300 * 4
+    assert head(30, 10, 7, Split(), again=False) == Work(2 * 7 * 300 * 3, hbm_bytes=24 * 7 * 30)
+    assert head(30, 10, 7, Split(), backward=0).matmul_flops == 2 * 7 * 300
+    assert head(30, 10, 7, Split(fsdp=2)).ici_bytes_overlapped == 600 * 3 / 2
+    assert optimizer(100, Split(data=3, fsdp=5)).hbm_bytes == 28 * 20
+    assert optimizer(100, Split(fsdp=5), moment_bytes=2).hbm_bytes == 20 * 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model's own step.
+
+
+def executed(config=TINY, split=None, **changes):
+    step = {"rows": 8, "length": 256, "examples": [100, 156], "vision_rows": 1, "num_patches": 128, "images": [60, 60]}
+    return executed_work(config, "v5e", split or Split(), **{**step, **changes})
+
+
+def test_a_full_step_is_the_model_s_count_where_nothing_is_padding_nor_computed_again():
+    none = RECOMPUTE["none"]
+    work = executed(vision_recompute=none, decoder_recompute=none)
+    parts = step_flops(TINY, Workload(8 * 256, 0, 8 * 128, 0, 8 * 128)).parts
+    products = sum(cost.total for cost in parts.values()) + parts["head"].forward  # the loss's logits, twice
+    assert work.matmul_flops == pytest.approx(products, rel=0.01)
+    split = executed(split=Split(data=2, fsdp=4), vision_recompute=none, decoder_recompute=none)
+    assert split.matmul_flops == pytest.approx(work.matmul_flops / 8)
+
+
+def test_padding_costs_as_much_as_columns_do():
+    assert executed(examples=[100]).matmul_flops == executed().matmul_flops
+
+
+def test_text_alone_has_no_tower():
+    text = executed(vision_rows=0, num_patches=0, images=())
+    assert text.matmul_flops == executed(vision_rows=0).matmul_flops < executed().matmul_flops
+    assert text.attention_flops < executed().attention_flops
+
+
+def test_frozen_parts():
+    all_trained, tower = executed(), executed(lr_rules=(("vision", 0.0),))
+    projector = executed(lr_rules=(("projector", 1.0), (".", 0.0)))
+    assert projector.matmul_flops < tower.matmul_flops < all_trained.matmul_flops
+    count = step_flops(TINY, Workload(8 * 256, 0, 8 * 128, 0, 8 * 128)).parts
+    lost = all_trained.matmul_flops - tower.matmul_flops
+    again = count["vision"].forward  # about: the patch embedding is not computed again, nor is a block's last product
+    assert count["vision"].backward < lost < count["vision"].backward + again
+    # Of the optimizer's traffic 28 bytes for every trained parameter are left, besides what forward and backward touch.
+    C, D = 24, 32
+    weights = C * D + D + D * D + D
+    counted = roofline._weights(TINY, (("projector", 1.0), (".", 0.0)))
+    assert sum(trained for trained, _ in counted.values()) == weights
+    smaller = executed(lr_rules=(("projector", 1.0), (".", 0.0)), moment_bytes=2)
+    assert projector.hbm_bytes - smaller.hbm_bytes == pytest.approx(8 * weights)
+
+
+def test_the_released_layer_costs_what_the_compiler_counted():
+    # XLA's own count for one more layer at T = 8,192 with full recompute, without the kernel.
+    decoder = ModelConfig().decoder
+    stack = Stack(1, 5120, 17_920, 40, 10, 128, True, 8192, Pairs(0, 0), RECOMPUTE["full"])
+    assert decoder.hidden_size == 5120
+    assert stack.work(Split(), 128).matmul_flops == pytest.approx(2.084e13, rel=1e-3)
+
+
+def test_blocks_are_those_of_the_kernel():
+    splash = pytest.importorskip("phivision_jax.models.attention.splash", exc_type=ImportError)
+    for blocks in splash.BLOCKS.values():
+        assert {blocks.q, blocks.kv, blocks.q_bwd, blocks.kv_bwd} == {roofline.BLOCK}
+    vision = splash.VISION_BLOCKS
+    assert {vision.q, vision.kv, vision.q_bwd, vision.kv_bwd} == {roofline.VISION_BLOCK}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published runs.
+
+
+def test_the_halves_follow_from_the_rule():
+    for generation in benchmark.GENERATIONS:
+        rows = [row for row in ROWS if row["generation"] == generation]
+        rows.sort(key=lambda row: row["parameters"])
+        assert [row["half"] for row in rows] == (["fit", "held out"] * len(rows))[: len(rows)]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['generation']}-{row['name']}")
+def test_a_published_run_is_stated_consistently(row):
+    m = row["model"]
+    heads, kv = m["heads"] * m["head_dim"], m["kv_heads"] * m["head_dim"]
+    layer = m["width"] * (2 * heads + 2 * kv + (3 if m["gated"] else 2) * m["mlp"])
+    assert row["parameters"] == m["layers"] * layer + (1 if m["tied"] else 2) * m["vocab"] * m["width"]
+    assert row["fsdp"] * row["tensor"] == row["chips"]
+    published = row["published"]
+    peak = CHIPS[row["generation"]].peak_bf16_flops
+    assert published["mfu"] == pytest.approx(published["tflops"] * 1e12 / peak, rel=0.005)
+    if tokens := published["tokens_per_second_per_chip"]:
+        # Our shapes and their count of FLOPs give the figure they printed.
+        per_token = benchmark.counted_flops(row) / (row["rows_per_chip"] * row["length"])
+        tolerance = 0.015 if row["generation"] == "v5p" else 1e-4  # that one is "approx. 692"
+        assert per_token * tokens == pytest.approx(published["tflops"] * 1e12, rel=tolerance)
+
+
+def test_the_committed_efficiencies_are_those_of_the_fit():
+    assert benchmark.fitted(ROWS) == roofline.EFFICIENCY == REPORT["efficiency"]
+    results = benchmark.evaluate(ROWS, roofline.EFFICIENCY)
+    assert results == REPORT["rows"]
+    assert benchmark.errors(results) == REPORT["errors"]
+
+
+def test_the_fit_never_sees_the_held_out_half():
+    other = [{**r, "published": {**r["published"], "mfu": 0.1}} if r["half"] == "held out" else r for r in ROWS]
+    assert benchmark.fitted(other) == roofline.EFFICIENCY
+    held_out = [row["error"] for row in REPORT["rows"] if row["half"] == "held out"]
+    assert REPORT["errors"]["held out, all"]["mean"] == pytest.approx(np.mean(np.abs(held_out)), abs=1e-4)
+
+
+def test_the_committed_figures_of_our_model_are_those_of_the_code():
+    assert benchmark.ours(roofline.EFFICIENCY) == REPORT["ours"]
+
+
+def test_the_figures_in_the_docs_are_the_committed_ones():
+    text = (RESULTS.parent / "roofline.md").read_text()
+    for name in benchmark.SLICES:
+        with_images, alone = (
+            [100 * REPORT["ours"][f"{name}, {kind}, {policy}"]["modelled_mfu"] for policy in benchmark.POLICIES]
+            for kind in ("text and images", "text")
+        )
+        cells = [f"{a:.1f} % ({b:.1f})" for a, b in zip(with_images, alone, strict=True)]
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    for generation, efficiency in roofline.EFFICIENCY.items():
+        fit, held_out = (REPORT["errors"][f"{half}, {generation}"] for half in ("fit", "held out"))
+        cells = [f"{100 * error['mean']:.1f} %, {100 * error['largest']:.1f} %" for error in (fit, held_out)]
+        assert f"| {generation} | {efficiency:.3f} | {' | '.join(cells)} |" in text

@@ -1,0 +1,104 @@
+"""Steps for tests: the smallest configuration with every part, rows that meshes have trouble with, quick compilation.
+
+Compiling costs more than everything these tests compute, and LLVM most of that: it is told not to optimise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from phivision_jax import sharding
+from phivision_jax.batch import IGNORE, Batch, PatchedImage, batch_spec, expand, fill_rows
+from phivision_jax.data.feed.pipeline import to_device
+from phivision_jax.models.phivision import Params
+from phivision_jax.training.run_config import OptimConfig, RunConfig
+from phivision_jax.training.step import State, TrainStep, make_train_step
+from tests.support.batches import TINY
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+# P is such that no number of vision tokens equals a number of columns: shapes in compiled programs tell them apart.
+ROWS, T, R, P = 8, 48, 2, 13
+SPEC = batch_spec(rows=ROWS, length=T, vision_rows=R, num_patches=P, patch_dim=TINY.vision.patch_dim)
+
+RUN = RunConfig(
+    model=TINY,
+    dtype="float32",
+    remat="none",
+    vision_remat="none",
+    microbatches=1,
+    optim=OptimConfig(learning_rate=3e-3, warmup_steps=0, weight_decay=0.1, clip_norm=1e9),
+)
+
+
+def with_mode(cfg: RunConfig, image_attention: Any) -> RunConfig:
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, image_attention=image_attention))
+
+
+def rows_across(seed: int, image_attention: Any) -> Batch:
+    """Three examples a row; the image of the second lies across the middle, where two parts along context meet.
+
+    Even rows learn every text token, odd rows one or two: a mean of means is not the mean.
+    """
+    rng = np.random.default_rng(seed)
+
+    def example(before: int, grid: tuple[int, int], after: int, learnt: int) -> Any:
+        ids = rng.integers(1, 60, before + 1 + after)
+        labels = np.where(np.arange(len(ids)) >= len(ids) - learnt, ids, IGNORE)
+        ids[before], labels[before] = -200, IGNORE
+        patches = rng.integers(0, 256, (grid[0] * grid[1], TINY.vision.patch_dim), np.uint8)
+        return expand(ids.tolist(), [PatchedImage(patches, grid)], labels.tolist())
+
+    rows = []
+    for b in range(ROWS):
+        many = b % 2 == 0
+        rows.append(
+            [
+                example(4 + b % 3, (2, 2), 2, 9 if many else 0),
+                example(7 + b % 2, (3, 3), 4 - b % 3, 9 if many else 1),
+                example(3, (1, 3) if b % 4 else (2, 3), 5, 9 if many else b % 3 // 2),
+            ]
+        )
+    return fill_rows(
+        rows,
+        length=T,
+        vision_rows=R,
+        num_patches=P,
+        patch_dim=TINY.vision.patch_dim,
+        image_attention=image_attention,
+        pad_token_id=TINY.decoder.pad_token_id,
+    )
+
+
+def step_on(cfg: RunConfig, shape: dict[str, int], devices: int, steps: int = 20) -> TrainStep:
+    return make_train_step(cfg, sharding.make_mesh(shape, jax.devices()[:devices]), steps)
+
+
+def compile_quickly(step: TrainStep) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    return step.lower(SPEC).compile(compiler_options=QUICK)
+
+
+def run(
+    step: TrainStep, compiled: Callable, params: Params, batches: list[Batch]
+) -> tuple[list[float], dict[tuple, np.ndarray], State]:
+    """Losses of all steps, the gradients of the first by path, the last state.
+
+    Adam's first moment after one step is (1 − b1) times the gradient: no second program for gradients alone.
+    """
+    at = sharding.batch_shardings(step.mesh, SPEC)
+    state, losses, grads = step.init(params), [], {}
+    for batch in batches:
+        state, metrics = compiled(state, to_device(batch, at, ROWS))
+        losses.append(float(metrics["loss"]))
+        if not grads:
+            grads = {path: np.asarray(x) / (1 - step.cfg.b1) for path, x in first_moments(state).items()}
+    return losses, grads, state
+
+
+def first_moments(state: State) -> dict[tuple, jax.Array]:
+    return next(part.mu for part in state["opt_state"].inner if hasattr(part, "mu"))

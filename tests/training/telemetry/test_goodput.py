@@ -1,0 +1,323 @@
+"""The account of wall time, on a clock that the test moves; nothing here waits for real time."""
+
+import json
+import queue
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from phivision_jax.training.telemetry.goodput import Goodput, process_age
+from phivision_jax.training.telemetry.goodput_report import FILE, account_of, append_line, read_starts, report
+
+
+class World:
+    """A clock, and devices that finish a step when they are told to."""
+
+    def __init__(self):
+        self.time = 0.0
+        self.finished = queue.Queue()
+
+    def process(self, run=None, age=0.0, at=None):
+        self.time = self.time if at is None else at
+        finished = self.finished = queue.Queue()
+        goodput = Goodput(
+            run,
+            clock=lambda: self.time,
+            now=lambda: 1000.0 + self.time,
+            wait=lambda metrics: finished.get(timeout=10),
+            age=age,
+        )
+        return goodput
+
+    def spend(self, seconds):
+        self.time += seconds
+
+    def finish(self, goodput):
+        """The oldest step with the devices is done, and has been seen to be."""
+        before = goodput._with_devices
+        self.finished.put(None)
+        with goodput._changed:
+            assert goodput._changed.wait_for(lambda: goodput._with_devices == before - 1, timeout=10)
+
+
+def nothing_to_do(*args):
+    return "state", "metrics"
+
+
+def spent(goodput):
+    goodput.row()  # up to now
+    return {name: seconds for name, seconds in goodput.seconds.items() if seconds}
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def test_an_account_that_cannot_be_written_hides_no_error(world, tmp_path):
+    """On a full disk it is the second error, and the first one says more."""
+
+    def start(name):
+        goodput = world.process(tmp_path / name)
+        (tmp_path / name / FILE).unlink()
+        (tmp_path / name / FILE).mkdir()
+        return goodput
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="the first"), start("a"):
+        raise ValueError("the first")
+    with pytest.raises(IsADirectoryError, match=FILE), start("b"):
+        pass
+
+
+def test_sections_nest_and_every_second_is_counted_once(world):
+    goodput = world.process(age=3.0)
+    world.spend(2)
+    with goodput("restore"):
+        world.spend(5)
+        with goodput("compile"):
+            world.spend(7)
+        world.spend(11)
+    with pytest.raises(OSError), goodput("checkpoint"):
+        world.spend(13)
+        raise OSError
+    world.spend(17)
+    assert spent(goodput) == {"other": 3 + 2 + 17, "restore": 16, "compile": 7, "checkpoint": 13}
+    with pytest.raises(ValueError, match="'eval' is none of compile, restore"), goodput("eval"):
+        pass
+
+
+def test_what_the_host_does_while_a_step_runs_costs_nothing(world):
+    goodput = world.process()
+    with goodput("data"):
+        world.spend(1)
+    assert goodput.run(nothing_to_do) == ("state", "metrics")
+    with goodput("data"):
+        world.spend(20)
+        world.finish(goodput)
+        world.spend(3)  # the devices have nothing to do
+    with goodput("host"):
+        world.spend(4)
+    goodput.run(nothing_to_do)
+    with goodput("checkpoint"):
+        world.spend(5)
+        world.finish(goodput)
+        world.spend(6)
+    assert spent(goodput) == {"data": 1 + 3, "step": 20 + 5, "host": 4, "checkpoint": 6}
+    goodput.run(nothing_to_do)
+    world.spend(2)
+    world.finish(goodput)
+    # From end to end; the save is no part of a step's time.
+    assert goodput.durations() == [1 + 20, 3 + 4 + 5, 2]
+    assert goodput.durations() == []
+
+
+def test_two_steps_overlap_and_a_third_waits(world):
+    goodput = world.process()
+    goodput.run(nothing_to_do)
+    goodput.run(nothing_to_do)
+    world.spend(5)
+
+    def third():
+        assert goodput._with_devices == 2  # itself and the one before
+        return nothing_to_do()
+
+    world.finished.put(None)  # or run() would wait for good
+    goodput.run(third)
+    world.spend(6)
+    world.finish(goodput)
+    world.spend(7)
+    world.finish(goodput)
+    world.spend(8)
+    assert spent(goodput) == {"step": 18, "other": 8}
+    goodput.drain()
+    assert sum(goodput.durations()) == 18
+
+
+def test_a_step_that_fails_is_no_longer_running(world):
+    goodput = world.process()
+
+    def fails():
+        world.spend(2)
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        goodput.run(fails)
+    world.spend(3)
+    assert spent(goodput) == {"step": 2, "other": 3}
+
+
+def test_the_compiler_is_counted_wherever_it_runs(world):
+    goodput = world.process()
+    with goodput("evaluate"):
+        world.spend(10)
+        goodput.compiled(4)
+        world.spend(1)
+        goodput.compiled(30)  # no more than went by since the last account
+        world.spend(2)
+    assert spent(goodput) == {"evaluate": 6 + 2, "compile": 4 + 1}
+    goodput.run(nothing_to_do)
+    world.spend(9)
+    goodput.compiled(9)
+    world.finish(goodput)
+    assert spent(goodput)["step"] == 9
+    goodput.close()
+
+
+def test_jax_says_when_it_compiles():
+    with Goodput(None, age=0.0) as goodput, goodput("evaluate"):
+        jax.jit(lambda x: x * 3 + 1)(jnp.arange(7)).block_until_ready()
+        after = goodput.seconds["compile"]
+        assert after > 0
+    jax.jit(lambda x: x * 5 + 1)(jnp.arange(7)).block_until_ready()
+    assert goodput.seconds["compile"] == after  # closed
+
+
+def test_a_real_step_counts_until_its_metrics_are_there():
+    step = jax.jit(lambda x: (x, {"loss": jnp.linalg.norm(x @ x @ x)}))
+    x = jnp.ones((300, 300))
+    step(x)
+    with Goodput(None, age=0.0) as goodput:
+        for _ in range(5):
+            x, metrics = goodput.run(step, x)
+        jax.device_get(metrics)
+        goodput.drain()
+        assert len(goodput.durations()) == 5
+        assert 0 < goodput.row()["time/device_s"] < 1
+
+
+def test_the_row_is_per_step_and_of_the_interval(world):
+    goodput = world.process()
+    with goodput("compile"):
+        world.spend(100)
+    assert goodput.row() == {"goodput": 0.0}
+    world.spend(80)
+    goodput.begin(0)  # what came before is no part of a step's time
+    for data in (1, 3):
+        with goodput("data"):
+            world.spend(data)
+        with goodput("host"):
+            world.spend(0.5)
+        goodput.run(nothing_to_do)
+        world.spend(10)
+        world.finish(goodput)
+    world.spend(3)
+    with goodput("evaluate"):
+        world.spend(32)
+    times = {"time/device_s": 10.0, "time/data_s": 2.0, "time/host_s": 0.5, "time/step_s": 12.5 + 3 / 2}
+    assert goodput.row() == {"goodput": 20 / 240} | times
+    world.spend(10)
+    assert goodput.row() == {"goodput": 20 / 250}
+
+
+def steps(goodput, world, first, last, seconds):
+    for step in range(first + 1, last + 1):
+        goodput.run(nothing_to_do)
+        world.spend(seconds)
+        world.finish(goodput)
+        if step % 10 == 0:
+            goodput.write(step)
+
+
+def test_three_starts_with_lost_steps_and_down_time(world, tmp_path):
+    # 5 s to begin, then 2 s a step: a line at 10, 20, 30. Killed 1 s later.
+    goodput = world.process(tmp_path, age=1.0, at=1.0)
+    with goodput("restore"):
+        world.spend(4)
+    goodput.begin(0)
+    steps(goodput, world, 0, 30, 2.0)
+    world.spend(1)
+    killed = goodput  # nothing is written any more
+    # Started 60 s later; the checkpoint was of step 15, half way between two lines.
+    second = world.process(tmp_path, age=9.0, at=world.time + 60)
+    with second("compile"):
+        world.spend(6)
+    second.begin(15)
+    account = account_of(read_starts(tmp_path))
+    assert account.seconds["lost"] == pytest.approx(15 * 2.0)
+    assert account.seconds["step"] == pytest.approx(15 * 2.0)
+    assert account.seconds["down"] == pytest.approx(1 + 60 - 9)
+    # What the process says of itself is what the file says.
+    assert second.row()["goodput"] == pytest.approx(30.0 / account.total)
+    steps(second, world, 15, 22, 3.0)
+    second.write(22)
+    # A third goes back behind both.
+    third = world.process(tmp_path, at=world.time + 8)
+    third.begin(5)
+    steps(third, world, 5, 40, 1.0)
+    with third("evaluate"):
+        world.spend(10)
+        third.compiled(4)
+    third.close()
+    account = account_of(read_starts(tmp_path))
+    expected = {"step": 5 * 2 + 35, "lost": 25 * 2 + 7 * 3, "down": 52 + 8}
+    expected |= {"compile": 6 + 4, "restore": 4, "evaluate": 6, "other": 1 + 9}
+    assert {name: seconds for name, seconds in account.seconds.items() if seconds} == pytest.approx(expected)
+    assert account.total == pytest.approx(world.time)  # from the first start to the last line, nothing twice
+    text = report(tmp_path)
+    assert "3 starts, at step 40, 3 min 26 s" in text
+    assert "goodput 21.8%" in text  # 45 / 206
+    # 60 + 21 + 35 stepping and 6 evaluating, from each start's first step on.
+    assert "not stepping, once compiled and restored: 4.9% (evaluate 4.9%)" in text
+    killed.close()
+
+
+def test_a_line_cut_off_by_a_kill_spoils_nothing(world, tmp_path):
+    first = world.process(tmp_path)
+    first.begin(0)
+    steps(first, world, 0, 10, 1.0)
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"start": 0, "began": 10')
+    second = world.process(tmp_path, at=world.time + 5)
+    second.begin(10)
+    steps(second, world, 10, 20, 1.0)
+    second.close()
+    assert [start.first for start in read_starts(tmp_path)] == [0, 10]
+    lines = (tmp_path / FILE).read_text().splitlines()
+    assert [line.endswith("}") for line in lines] == [True] * 3 + [False] + [True] * 4
+    account = account_of(read_starts(tmp_path))
+    assert (account.seconds["step"], account.seconds["lost"], account.seconds["down"]) == (20, 0, 5)
+
+
+def test_a_start_that_ended_before_it_could_restore_loses_nothing(world, tmp_path):
+    steps_done = world.process(tmp_path)
+    steps_done.begin(0)
+    steps(steps_done, world, 0, 10, 1.0)
+    short = world.process(tmp_path, at=world.time + 5)
+    world.spend(3)
+    short.close()
+    account = account_of(read_starts(tmp_path))
+    assert (account.seconds["step"], account.seconds["other"], account.seconds["down"]) == (10, 3, 5)
+    assert "2 starts, before its first step" in report(tmp_path)
+
+
+def test_clocks_that_were_set_back_make_no_negative_time(tmp_path):
+    for start, began in enumerate((1000.0, 900.0)):
+        line = {"start": start, "began": began, "time": began + 10, "step": 0, "seconds": {"step": 0.0, "other": 10.0}}
+        append_line(tmp_path, line)
+    assert account_of(read_starts(tmp_path)).seconds["down"] == 0.0
+
+
+def test_other_processes_write_nothing(world, tmp_path):
+    goodput = world.process(None)
+    goodput.begin(0)
+    goodput.close()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"holds no goodput\.jsonl"):
+        report(tmp_path)
+
+
+def test_lines_are_json_with_their_start(world, tmp_path):
+    goodput = world.process(tmp_path, age=2.0)
+    goodput.begin(0)
+    goodput.close()
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [None, 0, 0]
+    assert {line["start"] for line in lines} == {0}
+    assert lines[0]["began"] == 998.0 and lines[0]["time"] == 1000.0
+
+
+def test_the_age_of_this_process():
+    assert 0.0 <= process_age() < 24 * 3600

@@ -1,0 +1,139 @@
+"""What a batch asks for, counted on the devices; and speeds from it, by hand."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from phivision_jax.hardware import flops
+from phivision_jax.hardware.flops import Workload
+from phivision_jax.training.run_config import DataConfig, OptimConfig, RunConfig
+from phivision_jax.training.telemetry.throughput import Speed, batch_work, memory, peak_flops
+from tests.support.batches import EXAMPLES, TINY, random_rows
+
+ROWS = [EXAMPLES[:3], EXAMPLES[3:5], [], EXAMPLES[5:]]
+GRIDS = [grid for row in ROWS for _, grids in row for grid in grids]
+
+
+def made(mode, vision_rows=2):
+    config = dataclasses.replace(TINY, image_attention=mode)
+    return random_rows(np.random.default_rng(0), config, ROWS, length=96, num_patches=24, vision_rows=vision_rows)
+
+
+def work_of(batch):
+    return {name.removeprefix("work/"): float(value) for name, value in jax.jit(batch_work)(batch).items()}
+
+
+@pytest.mark.parametrize("mode", ["causal", "bidirectional"])
+def test_work_is_what_the_masks_let_through(mode):
+    batch = made(mode)
+    column = np.arange(96)
+    segments, ends = batch.segment_ids, batch.span_end
+    same = (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, :, None]
+    mask = same & (column <= ends[:, :, None])
+    patches = batch.patch_segments
+    patch_mask = (patches[..., :, None] == patches[..., None, :]) & (patches > 0)[..., None]
+    areas = [h * w for h, w in GRIDS]
+    assert work_of(batch) == {
+        "columns": sum(text for row in ROWS for text, _ in row) + sum(areas),
+        "pairs": mask.sum(),
+        "patches": sum(areas),
+        "patch_pairs": patch_mask.sum(),
+        "vision_tokens": sum(areas),
+        "images": len(GRIDS),
+    }
+    assert patch_mask.sum() == sum(area**2 for area in areas)
+
+
+def test_merged_vision_tokens_are_counted_as_merged():
+    batch = made("causal")
+    # Two columns less: two vision tokens that two patches each were merged into.
+    at = np.argwhere(batch.vision_index >= 0)[:2]
+    batch.vision_index[tuple(at.T)] = -1
+    work = work_of(batch)
+    assert (work["vision_tokens"], work["patches"]) == (
+        sum(h * w for h, w in GRIDS) - 2,
+        sum(h * w for h, w in GRIDS),
+    )
+
+
+def test_pairs_beyond_an_integers_range():
+    T = 1 << 16
+    one = np.ones((2, T), np.int32)
+    columns = np.broadcast_to(np.arange(T, dtype=np.int32), one.shape)
+    batch = dataclasses.replace(
+        made("causal"), tokens=one, segment_ids=one, positions=columns, span_end=columns, vision_index=-one
+    )
+    assert work_of(batch)["pairs"] == pytest.approx(2 * T * (T + 1) / 2, rel=1e-6)  # 4.3e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def chip(kind, *, process=0, coords=None, slice_index=0, **stats):
+    device = SimpleNamespace(device_kind=kind, process_index=process, id=object(), memory_stats=lambda: stats or None)
+    if coords is not None:
+        device.coords, device.slice_index = coords, slice_index
+    return device
+
+
+def test_peaks_are_of_chips_and_only_documented_ones():
+    v5p = [chip("TPU v5", coords=(x, y, 0), slice_index=s) for x in (0, 1) for y in (0, 1) for s in (0, 1)]
+    assert peak_flops(v5p) == 8 * 459e12
+    # Two devices a chip, and one a chip: the same chips.
+    cores = [chip("TPU v4", coords=(x, 0, 0)) for x in (0, 0, 1, 1)]
+    assert peak_flops(cores) == peak_flops(cores[::2]) == 2 * 275e12
+    assert peak_flops([chip("NVIDIA H200"), chip("NVIDIA H100 80GB HBM3")]) == 2 * 989e12
+    assert peak_flops([chip("NVIDIA H200"), chip("cpu")]) is None
+    assert peak_flops(jax.devices()) is None or jax.default_backend() != "cpu"
+
+
+def test_memory_is_of_the_fullest_device_or_not_known():
+    gib = 2**30
+    full = [
+        chip("x", bytes_in_use=3 * gib, peak_bytes_in_use=5 * gib),
+        chip("x", bytes_in_use=gib, peak_bytes_in_use=7 * gib),
+    ]
+    assert memory(full) == {"hbm_gib": 3.0, "hbm_peak_gib": 7.0}
+    assert memory([chip("cpu")]) == {}
+    assert memory([chip("x", bytes_in_use=gib)]) == {"hbm_gib": 1.0}
+
+
+def test_rows_by_hand():
+    cfg = RunConfig(
+        model=TINY,
+        data=DataConfig(batch_rows=4, length=96, vision_rows=2, num_patches=24),
+        optim=OptimConfig(lr_rules=(("projector", 1.0), (".", 0.0))),
+    )
+    devices = [chip("TPU v5", coords=(i, 0, 0), process=i, bytes_in_use=2**30 * (i + 1)) for i in range(2)]
+    speed = Speed(cfg, devices)
+    with pytest.raises(ValueError, match="no step"):
+        speed.row(1.0)
+    full, empty = made("causal"), jax.tree.map(np.zeros_like, made("causal"))
+    empty.vision_index[...] = -1
+    speed.take(metrics := {"loss": 1.0, **jax.jit(batch_work)(full)})
+    assert metrics == {"loss": 1.0}
+    speed.take(jax.jit(batch_work)(empty))
+    row = speed.row(0.25)  # two steps of a quarter of a second, one of which held nothing
+    columns, patches = 65 + sum(h * w for h, w in GRIDS), sum(h * w for h, w in GRIDS)
+    work = work_of(full)
+    images = work.pop("images")
+    assert row["tokens"] == columns / 2 and row["tokens_per_s"] == columns / 2 / 0.25
+    assert row["images"] == images / 2 and row["images_per_s"] == images / 2 / 0.25
+    assert row["text_padding"] == pytest.approx(1 - columns / (2 * 4 * 96))
+    assert row["patch_padding"] == pytest.approx(1 - patches / (2 * 4 * 2 * 24))
+    assert row["hbm_gib"] == 1.0  # the other device belongs to another process
+    # FLOPs follow what trains: the projector alone here.
+    count = flops.step_flops(TINY, Workload(**work), cfg.optim.lr_rules).total
+    assert row["mfu"] == pytest.approx(count / 2 / (0.25 * 2 * 459e12))
+    everything = Speed(dataclasses.replace(cfg, optim=OptimConfig()), devices)
+    everything.take(jax.jit(batch_work)(full))
+    assert everything.row(0.125)["mfu"] / row["mfu"] > 4
+    # The next row begins anew; a CPU has no MFU and no HBM.
+    speed.take(jax.jit(batch_work)(full))
+    assert speed.row(1.0)["tokens"] == columns
+    on_cpu = Speed(cfg, jax.devices("cpu"))
+    on_cpu.take(jax.jit(batch_work)(full))
+    assert not {"mfu", "hbm_gib", "hbm_peak_gib"} & on_cpu.row(1.0).keys()
