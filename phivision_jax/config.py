@@ -154,6 +154,18 @@ class ModelConfig:
         return dataclass_from_dict(cls, values)
 
 
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank · A · B, of which only A and B train."""
+
+    rank: int = 0
+    """Rank of A and B; 0 for no adapters: the model itself trains, as ``optim.lr_rules`` say."""
+    alpha: float = 32.0
+    """Scale of the adapters: A · B is multiplied by alpha / rank."""
+    targets: str = r"decoder/layers/.*_proj"
+    """Regular expression that selects linear layers by their paths, like ``decoder/layers/mlp/up_proj``."""
+
+
 def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build a (nested) dataclass from plain dicts, refusing names it does not have.
 

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from phivision_jax.cli.preflight import load_config
+from phivision_jax.config import LoraConfig
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.models import phivision
 from phivision_jax.training import optim
-from phivision_jax.training.run_config import LoraConfig
 from tests.support.batches import TINY
 
 ROOT = Path(__file__).parents[1]

@@ -24,14 +24,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
 from phivision_jax.checkpoint import layout, manifest
-from phivision_jax.config import ImageAttention, ModelConfig, dataclass_from_dict
+from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig, dataclass_from_dict
 from phivision_jax.distributed.processes import agree
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location
 from phivision_jax.models import lora, phivision
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
-from phivision_jax.training.run_config import LoraConfig
 
 
 def load(

@@ -37,9 +37,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from phivision_jax.config import ImageAttention, ModelConfig
+from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig
 from phivision_jax.data.plan.packing import Lengths
-from phivision_jax.training.run_config import LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)

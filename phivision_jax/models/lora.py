@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from phivision_jax.config import LoraConfig
 from phivision_jax.models.layers import Linear
-from phivision_jax.training.run_config import LoraConfig
 
 A, B = "lora_a", "lora_b"
 

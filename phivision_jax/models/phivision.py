@@ -19,13 +19,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.batch import Batch
-from phivision_jax.config import ModelConfig
+from phivision_jax.config import LoraConfig, ModelConfig
 from phivision_jax.models import lora as adapters
 from phivision_jax.models.phi4 import Phi4Decoder
 from phivision_jax.models.projector import Projector
 from phivision_jax.models.siglip2 import Siglip2Encoder
 from phivision_jax.sharding import constrain
-from phivision_jax.training.run_config import LoraConfig
 
 Params = dict[str, Any]
 """Parameters as nested plain dicts, the form at every jit boundary."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from phivision_jax.config import ModelConfig, dataclass_from_dict
+from phivision_jax.config import LoraConfig, ModelConfig, dataclass_from_dict
 from phivision_jax.sharding import default_sizes
 
 
@@ -91,18 +91,6 @@ class OptimConfig:
     """Of both moments as they are kept; bfloat16 halves the optimizer's memory and needs b2 <= 0.99."""
     lr_rules: tuple[tuple[str, float], ...] = ()
     """(regular expression, multiplier) pairs, as above; where none matches, and where there are none: 1."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank · A · B, of which A and B alone train."""
-
-    rank: int = 0
-    """0: none, all of the model trains as ``optim.lr_rules`` say."""
-    alpha: float = 32.0
-    """Scale of the adapters: alpha / rank multiplies A · B."""
-    targets: str = r"decoder/layers/.*_proj"
-    """Regular expression on the paths of linear layers, like ``decoder/layers/mlp/up_proj``."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,13 +19,13 @@ from flax import nnx
 import phivision_jax
 from phivision_jax import sharding
 from phivision_jax.checkpoint import loading
+from phivision_jax.config import LoraConfig
 from phivision_jax.convert import ours
 from phivision_jax.convert.mapping import hf_tensors
 from phivision_jax.io import storage
 from phivision_jax.models import lora, phivision
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.training import optim
-from phivision_jax.training.run_config import LoraConfig
 from tests.support.batches import EXAMPLES, TINY, random_rows
 from tests.support.released_layout import read_tensors
 from tests.support.train_steps import QUICK

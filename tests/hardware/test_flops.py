@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 
 from phivision_jax.batch import batch_spec
-from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from phivision_jax.config import DecoderConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from phivision_jax.data.plan.packing import Lengths
 from phivision_jax.hardware.flops import Workload, mfu, step_flops
 from phivision_jax.models import phivision
 from phivision_jax.training import optim
 from phivision_jax.training.loss import batch_loss
-from phivision_jax.training.run_config import LoraConfig, OptimConfig
+from phivision_jax.training.run_config import OptimConfig
 from tests.support.batches import EXAMPLES, TINY, random_rows
 
 WORK = Workload(columns=10, pairs=55, patches=6, patch_pairs=20, vision_tokens=3)

@@ -10,10 +10,11 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from phivision_jax import sharding
+from phivision_jax.config import LoraConfig
 from phivision_jax.models import lora, phivision
 from phivision_jax.models.layers import Linear
 from phivision_jax.training import optim
-from phivision_jax.training.run_config import LoraConfig, OptimConfig
+from phivision_jax.training.run_config import OptimConfig
 from phivision_jax.training.step import init_params
 from tests.support.batches import EXAMPLES, TINY, random_rows
 from tests.support.train_steps import QUICK, RUN, compile_quickly, first_moments, rows_across, run, step_on
