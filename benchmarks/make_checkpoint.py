@@ -18,6 +18,7 @@ import tyro
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.convert.hf import INDEX, plan_shards
+from phivision_jax.convert.hf_config import config_json
 from phivision_jax.convert.mapping import hf_shapes, model_leaves
 
 _BLOCK = 16_000_000
@@ -62,7 +63,7 @@ def make(directory: tyro.conf.Positional[Path], gb: float = 6.0, shard_gb: float
                 left -= f.write(bits.tobytes())
     if index is not None:
         (directory / INDEX).write_bytes(index)
-    values = {**config.to_hf(), "dtype": "bfloat16"}
+    values = {**config_json(config), "dtype": "bfloat16"}
     (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     print(f"{directory}: {len(tensors)} tensors in {len(headers)} shards, {total / 1e9:.2f} GB")
 

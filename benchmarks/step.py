@@ -55,6 +55,7 @@ from peer_process import Peer, PeerStopped, peer_process
 from step_work import MODEL, MODELS, OPTIMIZER, AllWork, T, make_work
 
 from phivision_jax.batch import Batch
+from phivision_jax.convert.hf_config import config_json
 from phivision_jax.io.progress import bar
 
 TRAINING_LR, STILL_LR = 1e-4, 1e-12
@@ -223,7 +224,7 @@ def prepare(
     ours[0].process.ask("weights", file=weights)
     for side in sides.values():
         if not side.way.is_ours:
-            side.process.ask("load", config=MODELS[shape].to_hf(), weights=weights, **settings)
+            side.process.ask("load", config=config_json(MODELS[shape]), weights=weights, **settings)
             for name in files:
                 side.process.ask("batches", name=name, files=files[name])
     return loaded["parameters"]

@@ -1,6 +1,6 @@
 """The processor: messages and images to a ``Batch``, ids back to text.
 
-    processor = Processor.from_directory("checkpoint/", ModelConfig.from_hf("checkpoint/"))
+    processor = Processor.from_directory("checkpoint/", model_config("checkpoint/"))
     batch = processor.batch([[{"role": "user", "content": [{"type": "image", "image": "cat.jpg"},
                                                            {"type": "text", "text": "What is this?"}]}]])
 
@@ -21,11 +21,11 @@ from pathlib import Path
 from PIL import Image
 
 from phivision_jax.batch import Batch, Example, PatchedImage, expand, fill_rows
-from phivision_jax.config import ModelConfig, read_json
+from phivision_jax.config import ModelConfig
 from phivision_jax.images.decode import ImageSource, open_image
 from phivision_jax.images.naflex import preprocess
 from phivision_jax.io import storage
-from phivision_jax.io.storage import Location
+from phivision_jax.io.storage import Location, read_json
 from phivision_jax.text import chat
 from phivision_jax.text.chat import ChatTemplate, Message, Mode
 from phivision_jax.text.tokenizer import Tokenizer

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import phivision_jax
-from phivision_jax.config import ModelConfig, read_json
+from phivision_jax.config import ModelConfig
 from phivision_jax.io import storage
-from phivision_jax.io.storage import Location
+from phivision_jax.io.storage import Location, read_json
 
 FORMAT = 1
 CHECKPOINTS = "checkpoints"

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from phivision_jax import sharding
 from phivision_jax.checkpoint import layout, manifest
 from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig, dataclass_from_dict
+from phivision_jax.convert.hf_config import model_config
 from phivision_jax.distributed.processes import agree
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location
@@ -115,7 +116,7 @@ def config_of(path: Location) -> ModelConfig:
     """The configuration of a located directory; raises ``ValueError`` where it is damaged."""
     with storage.explained(path):
         if is_hf(path):
-            return ModelConfig.from_hf(path)
+            return model_config(path)
         manifest.check(path, [layout.META])
         return layout.read_meta(path)[0]
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from phivision_jax.checkpoint import manifest
 from phivision_jax.checkpoint.layout import DAMAGED, META, ORBAX_MARK, is_committed
-from phivision_jax.config import read_json
 from phivision_jax.io import storage
-from phivision_jax.io.storage import Location
+from phivision_jax.io.storage import Location, read_json
 
 
 class Steps:

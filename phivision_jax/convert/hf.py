@@ -19,10 +19,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from phivision_jax.config import read_json
 from phivision_jax.convert.mapping import Leaf, Shape, check, hf_shapes
 from phivision_jax.io import storage
-from phivision_jax.io.storage import Location
+from phivision_jax.io.storage import Location, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

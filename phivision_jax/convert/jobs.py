@@ -20,9 +20,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from phivision_jax.checkpoint import manifest
 from phivision_jax.checkpoint.layout import ASSETS, META, ORBAX_MARK, PARAMS, find, read_meta
-from phivision_jax.config import ModelConfig, ProjectorConfig, decoder_from_hf, read_json, vision_from_hf
+from phivision_jax.config import ModelConfig, ProjectorConfig
 from phivision_jax.convert import ours
 from phivision_jax.convert.hf import INDEX, HFDirectory, HFSink, HFSource, plan_shards
+from phivision_jax.convert.hf_config import config_json, decoder_config, model_config, vision_config
 from phivision_jax.convert.mapping import (
     SIGLIP2_PREFIX,
     SIGLIP2_UNUSED,
@@ -38,7 +39,7 @@ from phivision_jax.convert.mapping import (
 from phivision_jax.convert.output import copy_file, human, require_space, resolved, staged, uploaded
 from phivision_jax.convert.stream import FreshProjector, Parts, Source, copy
 from phivision_jax.io import storage
-from phivision_jax.io.storage import Location
+from phivision_jax.io.storage import Location, read_json
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 type Files = dict[PurePosixPath, Location | bytes]
@@ -112,7 +113,7 @@ def _plan(
 
 def to_jax(hf_dir: Location, out: Location, dtype: str, overwrite: bool) -> None:
     hf = HFDirectory(hf_dir)
-    config = ModelConfig.from_hf(hf_dir)
+    config = model_config(hf_dir)
     leaves = model_leaves(config)
     with closing(HFSource(hf, leaves)) as source:
         meta = {"step": 0, "source": {"kind": "huggingface", "directory": resolved(hf_dir).name}}
@@ -125,8 +126,8 @@ def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: s
     text, siglip = HFDirectory(decoder_dir), HFDirectory(vision_dir)
     vision_json = read_json(vision_dir / "config.json")
     config = ModelConfig(
-        decoder=decoder_from_hf(read_json(decoder_dir / "config.json")),
-        vision=vision_from_hf(vision_json.get("vision_config", vision_json)),
+        decoder=decoder_config(read_json(decoder_dir / "config.json")),
+        vision=vision_config(vision_json.get("vision_config", vision_json)),
     )
     decoder, vision = decoder_leaves(config.decoder), vision_leaves(config.vision, SIGLIP2_PREFIX)
     leaves = decoder + vision + projector_leaves(config)
@@ -140,7 +141,7 @@ def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: s
         meta = {"step": 0, "source": {"kind": "composed", **names, "projector_seed": seed}}
         assets = _assets(text)
         # The decoder's own config.json describes another model.
-        assets[PurePosixPath("config.json")] = json_bytes(config.to_hf())
+        assets[PurePosixPath("config.json")] = json_bytes(config_json(config))
         assets |= _with_think_tokens(assets)
         if vision_source.unused:
             prefixes = ", ".join(SIGLIP2_UNUSED)
@@ -265,7 +266,7 @@ def to_hf(
         expressible = config
         if force:
             expressible = dataclasses.replace(config, image_attention="causal", projector=ProjectorConfig())
-        expressible.to_hf()  # raises for what config.json cannot say
+        config_json(expressible)  # raises for what config.json cannot say
         dtypes = dtypes_of(source, leaves, dtype)
         tensors = tensors_of(leaves, dtypes)
         if like is None:
@@ -290,7 +291,7 @@ def _new_layout(
     if index is not None:
         files[PurePosixPath(INDEX)] = index
     base = read_json(assets / "config.json") if PurePosixPath("config.json") in files else None
-    values = config.to_hf(base)
+    values = config_json(config, base)
     kinds = {dtype.name for dtype, _ in tensors.values()}
     if len(kinds) == 1:  # mixed dtypes are for the tensors themselves to say
         key = "torch_dtype" if "torch_dtype" in values else "dtype"
@@ -313,7 +314,7 @@ def _layout_like(hf: HFDirectory, config: ModelConfig, tensors: Tensors) -> tupl
             raise ValueError(
                 f"{where} has {name} as {entry.dtype}, this checkpoint as {tensors[name][0]}; pass --dtype"
             )
-    if ModelConfig.from_hf(hf.directory) != config:
+    if model_config(hf.directory) != config:
         raise ValueError(f"{where}: its config.json describes another model than this checkpoint's")
     files: Files = {path: hf.directory / path for path in hf.sidecars()}
     if INDEX in hf.files:

@@ -23,10 +23,10 @@ import numpy as np
 import tensorstore as ts
 
 from phivision_jax.checkpoint.layout import FORMAT, ORBAX_MARK
-from phivision_jax.config import ModelConfig, read_json
+from phivision_jax.config import ModelConfig
 from phivision_jax.convert.adapters import Adapters
 from phivision_jax.convert.mapping import Leaf, Shape, check
-from phivision_jax.io.storage import REMOTE, Location
+from phivision_jax.io.storage import REMOTE, Location, read_json
 
 BLOCK_BYTES = 32_000_000
 """The most that one chunk holds: with a few in flight, what a conversion needs of memory."""

@@ -15,6 +15,7 @@ from rich.table import Table
 from phivision_jax.checkpoint.layout import META, PARAMS
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert.hf import INDEX, HFDirectory, HFSource
+from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.jobs import count_bytes, dtypes_of, open_ours, progress, tensors_of
 from phivision_jax.convert.mapping import Leaf, model_leaves
 from phivision_jax.convert.ours import BLOCK_BYTES
@@ -46,7 +47,7 @@ def open_checkpoint(path: Location, *parts: str) -> Opened:
         raise ValueError(f"{path} is not a directory")
     if (path / "config.json").is_file():
         hf = HFDirectory(path)
-        config = ModelConfig.from_hf(path)
+        config = model_config(path)
         leaves = model_leaves(config)
         return Opened(path, "Hugging Face", config, leaves, HFSource(hf, leaves), hf)
     if any(".safetensors" in child.name for child in path.iterdir()):

@@ -21,8 +21,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import phivision_jax
 from phivision_jax.checkpoint import loading
 from phivision_jax.checkpoint.load_hf import load_hf_params
-from phivision_jax.config import ModelConfig
 from phivision_jax.convert import ours, output
+from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.mapping import abstract_params, flatten, tree_from_hf
 from phivision_jax.io import storage
 from phivision_jax.io.storage import location
@@ -124,7 +124,7 @@ def model_hf(tmp_path: Path, bucket: str) -> Path:
     ids = {"vocab_size": tokens.vocab_size, "eos_token_id": tokens.eos_id, "pad_token_id": tokens.pad_id}
     values = {**SMALL, **ids}
     directory = write_hf(tmp_path / "hf", values, random_tensors(shapes_of(values), np.float32))
-    Processor.small(ModelConfig.from_hf(directory)).save(directory)
+    Processor.small(model_config(directory)).save(directory)
     (directory / "figures" / "a.bin").rename(directory / "figures" / "a.png")
     storage.upload(directory, location(f"{bucket}/hf"))
     return directory
@@ -149,7 +149,7 @@ def test_loaded_from_there_it_is_the_same_model(bucket: str, model_hf: Path, tmp
 
 def test_sharded_straight_from_there(bucket: str, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "BLOCK_BYTES", 300)  # several blocks to a share
-    config, tensors = ModelConfig.from_hf(hf), read_tensors(hf)
+    config, tensors = model_config(hf), read_tensors(hf)
     want = dict(flatten(tree_from_hf(tensors.__getitem__, config)))
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
@@ -167,7 +167,7 @@ def test_sharded_straight_from_there(bucket: str, hf: Path, monkeypatch: pytest.
 
 
 def test_a_checkpoint_that_orbax_wrote_without_ocdbt(bucket: str, hf: Path, tmp_path: Path, run: Run) -> None:
-    config, folder = ModelConfig.from_hf(hf), tmp_path / "step"
+    config, folder = model_config(hf), tmp_path / "step"
     params = tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True)
     params = jax.tree.map(jax.numpy.asarray, params)
     ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)).save(folder / "params", params)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from phivision_jax.config import ModelConfig
+from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.mapping import model_leaves
 from phivision_jax.convert.ours import OursSink
 from phivision_jax.convert.output import abandoned, staged
@@ -192,7 +192,7 @@ def holes(directory: Path) -> Path:
 def holes_of_ours(directory: Path) -> Path:
     """The same as a checkpoint of ours: arrays without a chunk read as zeros."""
     directory.mkdir()
-    config = ModelConfig.from_hf(BIG)
+    config = model_config(BIG)
     leaves = model_leaves(config)
     sink = OursSink(directory, {leaf.path: np.dtype(np.float32) for leaf in leaves}, leaves)
     sink.finish(config, {"step": 0})

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phivision_jax.config import ModelConfig
+from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.mapping import (
     Leaf,
     abstract_params,
@@ -66,7 +67,7 @@ def test_transforms_by_hand() -> None:
 
 def test_fused_rows_are_q_k_v_and_gate_up() -> None:
     tensors = random_tensors(shapes_of(SMALL), np.float32)
-    decoder = tree_from_hf(tensors.__getitem__, ModelConfig.from_hf(SMALL))["decoder"]["layers"]
+    decoder = tree_from_hf(tensors.__getitem__, model_config(SMALL))["decoder"]["layers"]
     qkv, gate_up = (
         tensors["model.layers.1.self_attn.qkv_proj.weight"],
         tensors["model.layers.1.mlp.gate_up_proj.weight"],
@@ -81,7 +82,7 @@ def test_fused_rows_are_q_k_v_and_gate_up() -> None:
 
 def test_last_vision_block_is_the_tail() -> None:
     tensors = random_tensors(shapes_of(SMALL), np.float32)
-    tree = tree_from_hf(tensors.__getitem__, ModelConfig.from_hf(SMALL), vision_tail=True)
+    tree = tree_from_hf(tensors.__getitem__, model_config(SMALL), vision_tail=True)
     name = "model.vision_tower.vision_tower.vision_model.encoder.layers.{}.mlp.fc1.weight"
     assert tree["vision"]["layers"]["mlp"]["fc1"]["kernel"].shape[0] == 2
     np.testing.assert_array_equal(tree["vision"]["layers"]["mlp"]["fc1"]["kernel"][1], tensors[name.format(1)].T)
@@ -115,7 +116,7 @@ def configs(draw: Any) -> dict[str, Any]:
 
 @given(configs())
 def test_every_tensor_and_leaf_is_used_once_and_comes_back(values: dict[str, Any]) -> None:
-    config, shapes = ModelConfig.from_hf(values), shapes_of(values)
+    config, shapes = model_config(values), shapes_of(values)
     assert hf_shapes(model_leaves(config)) == shapes
     tensors = random_tensors(shapes, np.float32)
     tree = tree_from_hf(tensors.__getitem__, config, vision_tail=True)
@@ -129,7 +130,7 @@ def test_every_tensor_and_leaf_is_used_once_and_comes_back(values: dict[str, Any
 
 
 def test_hf_tensors_takes_a_tree_without_the_tail_and_refuses_a_wrong_one() -> None:
-    config = ModelConfig.from_hf(SMALL)
+    config = model_config(SMALL)
     tree = tree_from_hf(random_tensors(shapes_of(SMALL), np.float32).__getitem__, config)
     names = dict(hf_tensors(tree, config))
     assert not any((".layers.2." in name and "vision" in name) or ".head." in name for name in names)

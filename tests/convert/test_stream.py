@@ -23,6 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from phivision_jax.checkpoint.load_hf import load_hf_params
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert import jobs, ours, output
+from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.mapping import abstract_params, flatten, tree_from_hf
 from tests.convert.test_mapping import configs
 from tests.support.released_layout import (
@@ -97,7 +98,7 @@ def test_assets_and_metadata(tmp_path: Path, run: Run) -> None:
         assert (assets / name).read_bytes() == (hf / name).read_bytes()
     meta = json.loads((tmp_path / "ours" / "meta" / "metadata").read_text())
     assert (meta["format"], meta["step"]) == (1, 0)
-    assert ModelConfig.from_dict(meta["model"]) == ModelConfig.from_hf(SMALL)
+    assert ModelConfig.from_dict(meta["model"]) == model_config(SMALL)
 
 
 def test_orbax_restores_onto_eight_devices(tmp_path: Path, run: Run) -> None:
@@ -114,7 +115,7 @@ def test_orbax_restores_onto_eight_devices(tmp_path: Path, run: Run) -> None:
                     axes[i] = axis
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-    config, tensors = ModelConfig.from_hf(hf), read_tensors(hf)
+    config, tensors = model_config(hf), read_tensors(hf)
     target = jax.tree.map(sharded, abstract_params(config))
     want = dict(flatten(tree_from_hf(tensors.__getitem__, config, vision_tail=True)))
     restored = ocp.StandardCheckpointer().restore(tmp_path / "ours" / "params", target)
@@ -135,12 +136,12 @@ def test_orbax_restores_onto_eight_devices(tmp_path: Path, run: Run) -> None:
 
 def test_load_hf_params_casts_and_leaves_the_tail_out(tmp_path: Path) -> None:
     hf = write_small(tmp_path / "hf")
-    params = load_hf_params(hf, ModelConfig.from_hf(hf), dtype=BF16)
+    params = load_hf_params(hf, model_config(hf), dtype=BF16)
     assert set(params) == {"vision", "projector", "decoder"}
     want = read_tensors(hf)["model.mm_projector.0.weight"].T.astype(BF16)
     np.testing.assert_array_equal(params["projector"]["fc1"]["kernel"], want)
     with pytest.raises(ValueError, match="mis-shaped"):
-        load_hf_params(hf, ModelConfig.from_hf({**SMALL, "intermediate_size": 28}))
+        load_hf_params(hf, model_config({**SMALL, "intermediate_size": 28}))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_load_hf_params_casts_and_leaves_the_tail_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ocdbt", [True, False])
 def test_a_training_run_saved_by_orbax_comes_out(tmp_path: Path, run: Run, save_args: Any, ocdbt: bool) -> None:
     hf = write_small(tmp_path / "hf")
-    config = ModelConfig.from_hf(hf)
+    config = model_config(hf)
     params = jax.tree.map(jax.numpy.asarray, tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True))
     for step, tree in ((9, jax.tree.map(lambda x: x * 0, params)), (10, params)):
         folder = tmp_path / "run" / "checkpoints" / str(step)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.convert.hf_config import config_json
 from phivision_jax.data.records import Record
 from phivision_jax.data.sources.easy_vqa import easy_vqa
 from phivision_jax.data.store.importing import write_dataset
@@ -49,7 +50,7 @@ def start(tmp_path_factory) -> Path:
         return tensors
 
     text = DECODER.hidden_size, DECODER.intermediate_size, DECODER.num_layers, DECODER.num_heads, DECODER.num_kv_heads
-    both = MODEL.to_hf()
+    both = config_json(MODEL)
     vision_config = both.pop("vision_config")
     config = {name: value for name, value in both.items() if "mm_" not in name and "patches" not in name}
     decoder = write_hf(
