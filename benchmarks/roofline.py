@@ -165,7 +165,7 @@ def ours(efficiency: dict[str, float]) -> dict[str, Any]:
         topology = parse_topology(name)
         rows = topology.chips
         for images in (True, False):
-            work = Workload.of_means(rows * filled / EXAMPLE, EXAMPLE, [IMAGE] if images else [])
+            work = Workload.of_examples(rows * filled / EXAMPLE, EXAMPLE, [IMAGE] if images else [])
             useful = step_flops(config, work).total
             for policy in POLICIES:
                 executed = roofline.executed_work(

@@ -12,7 +12,7 @@
 A stage trains through the mixture's stage of its name once (``configs/mixtures/recipe.toml``), warming up over a stated
 number of tokens. Sizes of stages and batches are the report's (arXiv 2603.03975), samples turned into packed rows.
 Learning rates and schedules were not published: the reasons for ours stand beside them and in ``docs/recipe.md``. How a
-step is laid out on the devices follows from the devices (``hardware/layouts.py``).
+step is laid out on the devices follows from the devices (``training/device_layout.py``).
 """
 
 import dataclasses

@@ -133,10 +133,10 @@ def _train(cfg: RunConfig, where: Topology, low_effort: bool, title: str = "comp
 
 
 def _search(cfg: RunConfig, where: Topology) -> dict[str, Any]:
-    from phivision_jax.hardware import layouts
     from phivision_jax.preflight.model.layout_search import search
+    from phivision_jax.training.device_layout import resolve_for
 
-    resolved = layouts.resolve_for(cfg, where.device_kind, where.devices, where.slices)
+    resolved = resolve_for(cfg, where.device_kind, where.devices, where.slices)
     found = search(resolved, where, lambda tried, low: _train(tried, where, low, "trying"), print)
     if found is None:
         raise ValueError(f"nothing that was tried fits {where}; use more chips or shorter rows")

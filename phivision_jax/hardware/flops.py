@@ -1,32 +1,33 @@
-"""How many FLOPs a training step needs: our own count, from lengths alone, the numerator of every MFU we print.
+"""Model FLOPs of a training step, counted from its lengths alone: the numerator of every MFU.
 
-Compilers do not know: XLA counts the body of a loop once, a kernel not at all, and padding, masked scores and recompute
-as if they were work. Here a step costs what the model's definition asks for, and not more:
+Compilers do not know this number: XLA counts the body of a loop once and a kernel not at all, and takes padding, masked
+scores and recompute for work. Here a step costs what the model's definition requires and no more:
 
-    matrix products    2 · rows · inputs · outputs, for rows that are not padding
-    attention          2 · 2 · N · H FLOPs per (query, key) pair that the mask lets through: scores, then values
+    matrix products    2 · tokens · inputs · outputs, without padding
+    attention          2 · 2 · N · H FLOPs per (query, key) pair that the mask admits: scores, then values
         decoder        Σ over examples n(n + 1)/2, and with image_attention="bidirectional" n(n − 1)/2 more per image
         vision tower   Σ over images n²
-    backward           of y = x · W: once more for W if W trains, once more for x if x depends on anything that trains;
-                       of attention: likewise for q, k and v, and for the scores if q or k needs them
+    backward           of y = x · W: once more for W if W trains, once more for x if x depends on a trained parameter;
+                       of attention: the same for q, k and v, and for the scores if q or k needs a gradient
 
-so everything trained is 3 × forward; a frozen tower before the first trainable parameter is 1 ×; a frozen decoder after
-a trained projector is 2 ×. Recompute (remat) is the policy's price, not the model's, and stays out. So do norms,
-activations, RoPE, softmax, the resizing of position embeddings, merging and the optimizer: no matrix units, under 1 %.
+A fully trained model therefore costs 3 × forward, a frozen tower before the first trainable parameter 1 ×, and a frozen
+decoder after a trained projector 2 ×. Recompute (remat) is a cost of the policy, not of the model, and is excluded. So
+are norms, activations, RoPE, softmax, the resizing of position embeddings, merging and the optimizer: they use no
+matrix units and are under 1 %.
 
-The released model, everything trained, in GFLOP (``tests/preflight/test_flops.py`` derives each again):
+The released model, fully trained, in GFLOP (``tests/hardware/test_flops.py`` derives each number):
 
-    text column     84.9     6 · (40 · (5120 · 128 · (2 · 40 + 2 · 10) + 3 · 5120 · 17920) + 100352 · 5120)
+    token           84.9     6 · (40 · (5120 · 128 · (2 · 40 + 2 · 10) + 3 · 5120 · 17920) + 100352 · 5120)
       attention      3.7     at an example's length of 3,000, halved by the causal mask
     patch            2.4     6 · (26 · (4 · 1152² + 2 · 1152 · 4304) + 768 · 1152)
       attention      1.3     at 3,600 patches per image
     vision token     0.2     6 · (1152 · 5120 + 5120²)
 
-With adapters (LoRA) kernels are frozen, and x · A · B counts as two products more, forward and backward.
+With LoRA the kernels are frozen, and x · A · B counts as two more products, forward and backward.
 
-The head counts at every text column, weighted by the loss or not, as it does in published figures, also where
-``training/loss.py`` skips it. An image's columns are text columns too. Backward work is decided per parameter for the
-whole batch: where the decoder is frozen, an example without images could skip its backward pass, and is counted.
+The head counts at every token, weighted by the loss or not, as in published figures, even where ``training/loss.py``
+skips it. Backward work is decided per parameter for all of the batch: with a frozen decoder, an example without images
+could skip its backward pass but is counted.
 """
 
 from __future__ import annotations
@@ -35,87 +36,42 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig
-from phivision_jax.data.plan.packing import Lengths
+from phivision_jax.config import LoraConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What is in a step, padding left out. Sums over all rows of the global batch; a mean step may hold fractions."""
+    """Contents of a step without padding, summed over the global batch; a mean step may hold fractions."""
 
-    columns: float
-    """Text columns, image columns included."""
+    tokens: float
+    """Tokens of the decoder, those of images included."""
     pairs: float
     """(query, key) pairs of the decoder's attention."""
     patches: float
+    """Patches that the vision tower encodes."""
     patch_pairs: float
     """(query, key) pairs of the vision tower's attention."""
     vision_tokens: float
-    """What the projector is applied to: the patches, unless a ``merge_index`` makes fewer of them."""
+    """Tokens that the projector makes of the patches: one per patch, unless the image layout merges some."""
 
     @classmethod
-    def of_lengths(
-        cls,
-        lengths: Lengths,
-        examples: np.ndarray | None = None,
-        *,
-        image_attention: ImageAttention = "causal",
-        vision_tokens: float | None = None,
+    def of_examples(
+        cls, count: float, tokens: float, image_patches: Sequence[float] = (), *, bidirectional: bool = False
     ) -> Workload:
-        """The work of these examples, packed in any way: attention never leaves an example or an image.
+        """The work of ``count`` equal examples: a lower bound for their mean, since attention grows with squares.
 
         Args:
-          lengths: as a plan has them.
-          examples: [n] numbers into ``lengths``, those of a step, say; default: all.
-          vision_tokens: in all, where features are merged; default: one per patch. With merging, an image is in the
-            decoder as many columns as it has vision tokens, so "bidirectional" cannot be counted from patches.
-
-        Raises:
-          ValueError: for "bidirectional" attention together with ``vision_tokens``.
-        """
-        if vision_tokens is not None and image_attention == "bidirectional":
-            raise ValueError("image_attention='bidirectional' needs an image's columns, and vision_tokens merges them")
-        chosen = np.arange(len(lengths.columns)) if examples is None else np.asarray(examples)
-        columns = lengths.columns[chosen].astype(np.int64)
-        # Running sums over the images turn "of the images of example i" into a difference.
-        images = lengths.image_patches.astype(np.int64)
-        ends, starts = lengths.offsets[chosen + 1], lengths.offsets[chosen]
-
-        def over_images(values: np.ndarray) -> int:
-            sums = np.concatenate([[0], np.cumsum(values)])
-            return int((sums[ends] - sums[starts]).sum())
-
-        patches = over_images(images)
-        pairs = int((columns * (columns + 1) // 2).sum())
-        if image_attention == "bidirectional":
-            pairs += over_images(images * (images - 1) // 2)
-        return cls(
-            columns=int(columns.sum()),
-            pairs=pairs,
-            patches=patches,
-            patch_pairs=over_images(images**2),
-            vision_tokens=patches if vision_tokens is None else vision_tokens,
-        )
-
-    @classmethod
-    def of_means(
-        cls, examples: float, columns: float, image_patches: Sequence[float] = (), *, bidirectional: bool = False
-    ) -> Workload:
-        """The work of ``examples`` examples that are all alike: the least, since attention grows with squares.
-
-        Args:
-          columns: of one example, image columns included.
-          image_patches: patches of each image of one example.
+          tokens: of one example, those of its images included.
+          image_patches: patches of each image of one example; each patch is one token.
+          bidirectional: an image's tokens see each other.
         """
         inside = sum(n * (n - 1) / 2 for n in image_patches) if bidirectional else 0.0
-        patches = examples * sum(image_patches)
+        patches = count * sum(image_patches)
         return cls(
-            columns=examples * columns,
-            pairs=examples * (columns * (columns + 1) / 2 + inside),
+            tokens=count * tokens,
+            pairs=count * (tokens * (tokens + 1) / 2 + inside),
             patches=patches,
-            patch_pairs=examples * sum(n**2 for n in image_patches),
+            patch_pairs=count * sum(n**2 for n in image_patches),
             vision_tokens=patches,
         )
 
@@ -134,7 +90,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one step, over the whole global batch, by part."""
+    """FLOPs of one step over the global batch, by part of the model."""
 
     vision: Cost
     """Matrix products of the tower, patch embedding included."""
@@ -159,15 +115,15 @@ class StepFlops:
 
 
 def mfu(flops: float, seconds: float, chips: int, peak_flops: float) -> float:
-    """Model FLOPs utilisation: the share of the chips' peak that a step's own work takes up.
+    """Model FLOPs utilisation: the share of the chips' peak that the model's own work takes.
 
     Args:
       flops: of one step over the global batch (``StepFlops.total``).
-      seconds: of one step.
+      seconds: duration of one step.
       peak_flops: of one chip, per second (``Topology.peak_bf16_flops``).
 
     Raises:
-      ValueError: for a duration, a number of chips or a peak that is not positive.
+      ValueError: for a duration, number of chips or peak that is not positive.
     """
     if seconds <= 0 or chips <= 0 or peak_flops <= 0:
         raise ValueError(f"MFU needs positive seconds, chips and peak, not {seconds}, {chips}, {peak_flops}")
@@ -183,8 +139,8 @@ def step_flops(
     """FLOPs of one training step.
 
     Args:
-      lr_rules: as in ``OptimConfig``; what they scale by 0 is frozen.
-      lora: with a rank, adapters alone train.
+      lr_rules: as in ``OptimConfig``; parameters scaled by 0 are frozen.
+      lora: with a rank, only the adapters train.
     """
     lora = lora or LoraConfig()
 
@@ -196,10 +152,10 @@ def step_flops(
     count = _Count(is_trainable, lora)
     vision, decoder = config.vision, config.decoder
 
-    # x: does anything before this point train? Gradients flow back only as far as that.
+    # x: whether the activations at this point need a gradient, which is whether anything before it trains.
     x = count.linear("vision", "vision/patch_embedding", False, work.patches, vision.patch_dim, vision.hidden_size)
     x |= count.trains("vision/position_embedding", "embedding")
-    # Only the first layer may stand behind nothing that trains, so it is counted apart.
+    # Only the input of the first layer may need no gradient, so that layer is counted apart.
     for layers in (1, vision.num_active_layers - 1):
         x = _vision_layers(count, config, layers * work.patches, layers * work.patch_pairs, x)
 
@@ -210,44 +166,45 @@ def step_flops(
     x = x and work.vision_tokens > 0
     x |= count.trains("decoder/embed_tokens", "embedding")
     for layers in (1, decoder.num_layers - 1):
-        x = _decoder_layers(count, config, layers * work.columns, layers * work.pairs, x)
+        x = _decoder_layers(count, config, layers * work.tokens, layers * work.pairs, x)
     x |= count.trains("decoder/norm", "scale")
-    count.linear("head", "decoder/lm_head", x, work.columns, decoder.hidden_size, decoder.vocab_size, bias=False)
+    count.linear("head", "decoder/lm_head", x, work.tokens, decoder.hidden_size, decoder.vocab_size, bias=False)
     return StepFlops(**count.costs)
 
 
 def _vision_layers(count: _Count, config: ModelConfig, patches: float, pairs: float, x: bool) -> bool:
-    """Blocks whose patches and pairs add up to these. Returns what ``x`` is behind them."""
-    C, F, at = config.vision.hidden_size, config.vision.intermediate_size, "vision/layers"
-    y = x or count.trains(f"{at}/layer_norm1", "scale", "bias")
+    """Count blocks that process these patches and pairs in total; return whether their output needs a gradient."""
+    C, F, layer = config.vision.hidden_size, config.vision.intermediate_size, "vision/layers"
+    y = x or count.trains(f"{layer}/layer_norm1", "scale", "bias")
     q, k, v = (
-        count.linear("vision", f"{at}/self_attn/{name}", y, patches, C, C) for name in ("q_proj", "k_proj", "v_proj")
+        count.linear("vision", f"{layer}/self_attn/{name}", y, patches, C, C) for name in ("q_proj", "k_proj", "v_proj")
     )
     y = count.attention("vision_attention", q, k, v, pairs, C)
-    x |= count.linear("vision", f"{at}/self_attn/out_proj", y, patches, C, C)
-    y = x or count.trains(f"{at}/layer_norm2", "scale", "bias")
-    y = count.linear("vision", f"{at}/mlp/fc1", y, patches, C, F)
-    return x | count.linear("vision", f"{at}/mlp/fc2", y, patches, F, C)
+    x |= count.linear("vision", f"{layer}/self_attn/out_proj", y, patches, C, C)
+    y = x or count.trains(f"{layer}/layer_norm2", "scale", "bias")
+    y = count.linear("vision", f"{layer}/mlp/fc1", y, patches, C, F)
+    return x | count.linear("vision", f"{layer}/mlp/fc2", y, patches, F, C)
 
 
-def _decoder_layers(count: _Count, config: ModelConfig, columns: float, pairs: float, x: bool) -> bool:
-    """Layers whose columns and pairs add up to these. Returns what ``x`` is behind them."""
-    cfg, at = config.decoder, "decoder/layers"
+def _decoder_layers(count: _Count, config: ModelConfig, tokens: float, pairs: float, x: bool) -> bool:
+    """Count layers that process these tokens and pairs in total; return whether their output needs a gradient."""
+    cfg, layer = config.decoder, "decoder/layers"
     D, F, NH, KH = cfg.hidden_size, cfg.intermediate_size, cfg.hidden_size, cfg.num_kv_heads * cfg.head_dim
-    y = x or count.trains(f"{at}/input_layernorm", "scale")
-    q = count.linear("decoder", f"{at}/self_attn/q_proj", y, columns, D, NH, bias=False)
-    k = count.linear("decoder", f"{at}/self_attn/k_proj", y, columns, D, KH, bias=False)
-    v = count.linear("decoder", f"{at}/self_attn/v_proj", y, columns, D, KH, bias=False)
+
+    def linear(module: str, x: bool, inputs: int, outputs: int) -> bool:
+        return count.linear("decoder", f"{layer}/{module}", x, tokens, inputs, outputs, bias=False)
+
+    y = x or count.trains(f"{layer}/input_layernorm", "scale")
+    q, k, v = (linear(f"self_attn/{name}_proj", y, D, width) for name, width in (("q", NH), ("k", KH), ("v", KH)))
     y = count.attention("decoder_attention", q, k, v, pairs, NH)
-    x |= count.linear("decoder", f"{at}/self_attn/o_proj", y, columns, NH, D, bias=False)
-    y = x or count.trains(f"{at}/post_attention_layernorm", "scale")
-    gate = count.linear("decoder", f"{at}/mlp/gate_proj", y, columns, D, F, bias=False)
-    up = count.linear("decoder", f"{at}/mlp/up_proj", y, columns, D, F, bias=False)
-    return x | count.linear("decoder", f"{at}/mlp/down_proj", gate or up, columns, F, D, bias=False)
+    x |= linear("self_attn/o_proj", y, NH, D)
+    y = x or count.trains(f"{layer}/post_attention_layernorm", "scale")
+    gate, up = linear("mlp/gate_proj", y, D, F), linear("mlp/up_proj", y, D, F)
+    return x | linear("mlp/down_proj", gate or up, F, D)
 
 
 class _Count:
-    """Adds up the forward and backward FLOPs of products; each product says whether gradients flow through it."""
+    """Sum of the forward and backward FLOPs of products, by part of the model."""
 
     def __init__(self, is_trainable: Callable[[str], bool], lora: LoraConfig) -> None:
         self.is_trainable, self.lora = is_trainable, lora
@@ -259,7 +216,7 @@ class _Count:
     def linear(
         self, part: str, module: str, x: bool, rows: float, inputs: int, outputs: int, bias: bool = True
     ) -> bool:
-        """y = x · kernel (+ bias), where ``x`` says whether x needs a gradient. Returns whether y does."""
+        """Count y = x · kernel (+ bias); ``x`` is whether x needs a gradient. Return whether y does."""
         product, kernel = 2.0 * rows * inputs * outputs, self.trains(module, "kernel")
         self.costs[part].forward += product
         self.costs[part].backward += product * (x + kernel)
@@ -273,7 +230,7 @@ class _Count:
         return y
 
     def attention(self, part: str, q: bool, k: bool, v: bool, pairs: float, width: int) -> bool:
-        """softmax(q · k) · v over query heads of ``width`` in all. Returns whether the result needs a gradient."""
+        """Count softmax(q · k) · v over query heads of total ``width``; return whether the result needs a gradient."""
         product, scores = 2.0 * pairs * width, q or k
         self.costs[part].forward += 2 * product
         self.costs[part].backward += product * (q + k + scores + v)

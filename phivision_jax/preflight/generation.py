@@ -106,10 +106,10 @@ def times(cfg: RunConfig, where: Topology, chosen: Mapping[str, Any]) -> dict[st
     gathered = chosen["weights_bytes_per_chip"] * (mesh["fsdp"] - 1)
     cache = chosen["cache_bytes_per_row"] * chosen["rows_per_device"] / mesh["tensor"] * where.devices / where.chips
     prefill = roofline.Work(
-        matmul_flops=flops(Workload.of_means(rows, chosen["prompt"], [image])), ici_bytes_overlapped=gathered
+        matmul_flops=flops(Workload.of_examples(rows, chosen["prompt"], [image])), ici_bytes_overlapped=gathered
     )
     token = roofline.Work(
-        matmul_flops=flops(Workload.of_means(rows, 1, [])),
+        matmul_flops=flops(Workload.of_examples(rows, 1, [])),
         hbm_bytes=chosen["weights_bytes_per_chip"] * mesh["fsdp"] + cache,
         ici_bytes_exposed=gathered,
     )

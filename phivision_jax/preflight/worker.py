@@ -36,9 +36,9 @@ def train_facts(config: dict[str, Any], topology: str, slices: int, low_effort: 
 
     from phivision_jax import sharding
     from phivision_jax.batch import batch_spec
-    from phivision_jax.hardware import layouts
     from phivision_jax.hardware.compiler_options import LOW_EFFORT, compiler_options
     from phivision_jax.preflight.memory import dump_options
+    from phivision_jax.training import device_layout
     from phivision_jax.training.run_config import RunConfig
     from phivision_jax.training.step import make_train_step
 
@@ -47,7 +47,7 @@ def train_facts(config: dict[str, Any], topology: str, slices: int, low_effort: 
     devices = topologies.get_topology_desc(
         platform="tpu", topology_name=where.xla_name, **({"num_slices": slices} if slices > 1 else {})
     ).devices
-    cfg = layouts.resolve(RunConfig.from_dict(config), devices)
+    cfg = device_layout.resolve(RunConfig.from_dict(config), devices)
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices)
     step = make_train_step(cfg, mesh, steps=1_000)
     batch = batch_spec(

@@ -122,7 +122,7 @@ class MeshConfig:
     tensor: int = 1
     """Devices that share every matrix product."""
     context: int = -1
-    """Devices that share a row; left open: as ``hardware/layouts.py`` has it, mostly 1."""
+    """Devices that share a row; left open: as ``training/device_layout.py`` has it, mostly 1."""
 
     def __post_init__(self) -> None:
         for axis, size in dataclasses.asdict(self).items():
@@ -169,7 +169,7 @@ class RunConfig:
     """What a vision block keeps."""
     microbatches: int = 0
     """Parts into which the rows of a step are cut, one after the other: as many times less memory for activations.
-    0: as many as the devices need (``hardware/layouts.py``)."""
+    0: as many as the devices need (``training/device_layout.py``)."""
     seed: int = 0
     """Of the parameters that no checkpoint gives."""
     log_every: int = 10

@@ -28,13 +28,12 @@ from phivision_jax.data.plan.plan import Plan, differing, make_plan, plan_inputs
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.distributed.processes import first_alone
 from phivision_jax.evaluation.runner import Evaluator
-from phivision_jax.hardware import layouts
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location
 from phivision_jax.models import lora
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.processor import Processor
-from phivision_jax.training import optim, train_data
+from phivision_jax.training import device_layout, optim, train_data
 from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.run_directory import CACHE, RunDirectory
 from phivision_jax.training.step import State, TrainStep, init_params, make_train_step
@@ -113,7 +112,7 @@ def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints
       ValueError: when something in the configuration, the data or an earlier start of this run does not fit.
     """
     keep_compilations(directory.url)
-    cfg = layouts.resolve(with_model(cfg, checkpoints), jax.devices())
+    cfg = device_layout.resolve(with_model(cfg, checkpoints), jax.devices())
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh))
     check_rows(cfg, mesh)
     retention.check(cfg)

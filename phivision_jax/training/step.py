@@ -15,10 +15,9 @@ from jax.sharding import Mesh
 
 from phivision_jax import sharding
 from phivision_jax.batch import Batch
-from phivision_jax.hardware import layouts
 from phivision_jax.hardware.compiler_options import compiler_options
 from phivision_jax.models import phivision
-from phivision_jax.training import optim
+from phivision_jax.training import device_layout, optim
 from phivision_jax.training.guard import guarded
 from phivision_jax.training.loss import batch_loss
 from phivision_jax.training.run_config import MeshConfig, OptimConfig, RunConfig
@@ -138,9 +137,9 @@ def microbatches(batch: Batch, count: int) -> Batch:
 def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1) -> TrainStep:
     """Everything that follows from the configuration, without allocating a parameter.
 
-    What it leaves open (remat, microbatches) follows from the mesh's devices (``layouts.py``).
+    What it leaves open (remat, microbatches) follows from the mesh's devices (``device_layout.py``).
     """
-    cfg = layouts.resolve(dataclasses.replace(cfg, mesh=MeshConfig(**mesh.shape)), list(mesh.devices.flat))
+    cfg = device_layout.resolve(dataclasses.replace(cfg, mesh=MeshConfig(**mesh.shape)), list(mesh.devices.flat))
     graphdef, state = phivision.abstract(
         cfg.model, dtype=jnp.dtype(cfg.dtype), remat=cfg.remat, vision_remat=cfg.vision_remat, lora=cfg.lora
     )

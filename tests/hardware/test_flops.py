@@ -1,4 +1,4 @@
-"""The count of FLOPs: by hand for a tiny model, against the released one's numbers, against XLA's own count."""
+"""Model FLOPs against hand counts of a tiny model, the released model's numbers, and XLA's own count."""
 
 import dataclasses
 
@@ -9,20 +9,19 @@ from flax import nnx
 
 from phivision_jax.batch import batch_spec
 from phivision_jax.config import DecoderConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
-from phivision_jax.data.plan.packing import Lengths
 from phivision_jax.hardware.flops import Workload, mfu, step_flops
 from phivision_jax.models import phivision
 from phivision_jax.training import optim
 from phivision_jax.training.loss import batch_loss
 from phivision_jax.training.run_config import OptimConfig
-from tests.support.batches import EXAMPLES, TINY, random_rows
+from tests.support.batches import TINY, random_rows
 
-WORK = Workload(columns=10, pairs=55, patches=6, patch_pairs=20, vision_tokens=3)
+WORK = Workload(tokens=10, pairs=55, patches=6, patch_pairs=20, vision_tokens=3)
 
 # TINY: C 24, F 32, 2 blocks run, 12 numbers a patch; D 32, F 48, 2 layers, 4 heads and 2 kv heads of 8, V 64.
 PATCH = 2 * (12 * 24 + 2 * (4 * 24 * 24 + 2 * 24 * 32))
-TOKEN = 2 * (24 * 32 + 32 * 32)
-COLUMN = 2 * 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)
+VISION_TOKEN = 2 * (24 * 32 + 32 * 32)
+TOKEN = 2 * 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48)
 HEAD = 2 * 32 * 64
 
 
@@ -34,17 +33,17 @@ def counted(config, work, lr_rules=()):
     return {name: (cost.forward, cost.backward) for name, cost in step_flops(config, work, lr_rules).parts.items()}
 
 
-def test_everything_trained_by_hand():
+def test_step_flops_all_trained():
     parts = counted(TINY, WORK)
     assert {name: forward for name, (forward, _) in parts.items()} == {
         "vision": 6 * PATCH,
         "vision_attention": 20 * 4 * 2 * 24,
-        "projector": 3 * TOKEN,
-        "decoder": 10 * COLUMN,
+        "projector": 3 * VISION_TOKEN,
+        "decoder": 10 * TOKEN,
         "decoder_attention": 55 * 4 * 2 * 32,
         "head": 10 * HEAD,
     }
-    # Twice the forward pass, but that nothing is asked of the gradient of pixels.
+    # Twice the forward pass, but that pixels need no gradient.
     pixels = 6 * 2 * 12 * 24
     assert {name: 2 * forward - backward for name, (forward, backward) in parts.items()} == {
         **dict.fromkeys(parts, 0),
@@ -55,7 +54,7 @@ def test_everything_trained_by_hand():
     assert flops.total == 3 * flops.forward - pixels
 
 
-def test_adapters_by_hand():
+def test_step_flops_lora():
     lora = LoraConfig(rank=3, targets=r"decoder/layers/mlp/.*_proj")
     parts, frozen = step_flops(TINY, WORK, (), lora).parts, step_flops(TINY, WORK).parts
     # Two layers of gate and up, 32 to 48, and down, 48 to 32, each with x · A and · B.
@@ -63,7 +62,7 @@ def test_adapters_by_hand():
     assert parts["decoder"].forward == frozen["decoder"].forward + adapters
     # Nothing before the first layer's gate and up depends on an adapter: no gradient of their x, nor of attention's.
     attention = 10 * 2 * (32 * 32 + 2 * 32 * 16 + 32 * 32)
-    through = 10 * COLUMN - attention - 2 * 10 * 2 * 32 * 48
+    through = 10 * TOKEN - attention - 2 * 10 * 2 * 32 * 48
     first = 10 * 2 * 3 * 2 * 32
     assert parts["decoder"].backward == through + 2 * adapters - first
     # Scores and values of the second layer alone; the head passes on what it gets.
@@ -73,28 +72,28 @@ def test_adapters_by_hand():
     # An adapter in the projector brings gradients back to it, through all of the decoder.
     lora = LoraConfig(rank=3, targets="projector/fc2")
     parts = step_flops(TINY, WORK, (), lora).parts
-    assert (parts["projector"].backward, parts["decoder"].backward) == (2 * 3 * 3 * (32 + 2 * 32), 10 * COLUMN)
+    assert (parts["projector"].backward, parts["decoder"].backward) == (2 * 3 * 3 * (32 + 2 * 32), 10 * TOKEN)
     assert step_flops(TINY, WORK, (("lora", 0.0),), lora).total == step_flops(TINY, WORK, ((".", 0.0),), lora).total
 
 
-def test_a_frozen_tower_costs_no_backward_and_a_frozen_decoder_one_forward_more():
+def test_step_flops_projector_only():
     everything, parts = counted(TINY, WORK), counted(TINY, WORK, only("projector"))
     assert {name: forward for name, (forward, _) in parts.items()} == {n: f for n, (f, _) in everything.items()}
     assert {name: backward for name, (_, backward) in parts.items()} == {
         "vision": 0,
         "vision_attention": 0,
         "projector": 3 * (2 * 24 * 32 + 2 * 2 * 32 * 32),  # W of fc1; W and x of fc2
-        "decoder": 10 * COLUMN,
+        "decoder": 10 * TOKEN,
         "decoder_attention": 2 * 55 * 4 * 2 * 32,
         "head": 10 * HEAD,
     }
 
 
-def test_gradients_go_back_as_far_as_something_trains_and_no_further():
+def test_step_flops_backward_stops_at_first_trained():
     assert [b for _, b in counted(TINY, WORK, only("lm_head")).values()] == [0, 0, 0, 0, 0, 10 * HEAD]
     # Without norms: nothing before q, k, v of the first layer trains, so their inputs need no gradient.
     parts = counted(TINY, WORK, only("decoder/layers/(self_attn|mlp)"))
-    assert parts["decoder"][1] == 10 * (2 * COLUMN - 2 * 32 * (32 + 2 * 16))
+    assert parts["decoder"][1] == 10 * (2 * TOKEN - 2 * 32 * (32 + 2 * 16))
     assert parts["projector"][1] == parts["vision"][1] == 0
     # Of the first block's attention only k and the scores; then everything flows back through x.
     parts = counted(TINY, WORK, only("vision.*k_proj"))
@@ -102,14 +101,14 @@ def test_gradients_go_back_as_far_as_something_trains_and_no_further():
     assert parts["vision_attention"][1] == 20 * 2 * 24 * (2 + 4)
 
 
-def test_text_alone_sends_no_gradient_to_a_tower_that_saw_nothing():
+def test_step_flops_text_only():
     text = dataclasses.replace(WORK, patches=0, patch_pairs=0, vision_tokens=0)
     frozen_table = (("embed_tokens|layernorm", 0.0),)
     assert counted(TINY, text, frozen_table)["decoder"][1] < counted(TINY, WORK, frozen_table)["decoder"][1]
     assert sum(sum(counted(TINY, text)[name]) for name in ("vision", "vision_attention", "projector")) == 0
 
 
-def test_every_parameter_of_the_model_is_known_and_no_other():
+def test_step_flops_knows_every_parameter():
     names = [optim.path_name(path) for path in optim.flatten(nnx.to_pure_dict(phivision.abstract(TINY)[1]))]
     for name in names:
         assert step_flops(TINY, WORK, only(f"^{name}$")).total > step_flops(TINY, WORK, only("^$")).total, name
@@ -117,65 +116,40 @@ def test_every_parameter_of_the_model_is_known_and_no_other():
     assert none.total == none.forward
 
 
-def test_the_released_model_costs_what_the_docstring_says():
+def test_step_flops_released_model():
     def giga(work, *names):
         parts = step_flops(ModelConfig(), work).parts
         return sum(parts[name].total for name in names) / 1e9
 
-    one = Workload(columns=1, pairs=0, patches=1, patch_pairs=0, vision_tokens=1)
+    one = Workload(tokens=1, pairs=0, patches=1, patch_pairs=0, vision_tokens=1)
     assert giga(one, "decoder", "head") == pytest.approx(84.9, abs=0.05)
     # Six per parameter: all of the text model's, but the embedding table and the 81 norms.
     assert giga(one, "decoder", "head") == 6 * (14_659_507_200 - 100_352 * 5120 - 81 * 5120) / 1e9
     assert giga(one, "vision") == pytest.approx(2.4, abs=0.05)
     assert giga(one, "projector") == pytest.approx(0.2, abs=0.05)
-    alike = Workload.of_means(1, 3000, [3600])
+    alike = Workload.of_examples(1, 3000, [3600])
     assert giga(alike, "decoder_attention") / 3000 == pytest.approx(3.7, abs=0.05)
     assert giga(alike, "vision_attention") / 3600 == pytest.approx(1.3, abs=0.05)
 
 
-def test_merged_features_make_a_wider_projector_of_fewer_tokens():
+def test_step_flops_merged_features():
     merged = dataclasses.replace(TINY, projector=ProjectorConfig(merge_size=4))
     assert counted(merged, WORK)["projector"][0] == 3 * 2 * (4 * 24 * 32 + 32 * 32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is in a step.
-
-LENGTHS = Lengths(columns=np.array([7, 4, 10]), image_patches=np.array([3, 2, 4]), offsets=np.array([0, 2, 2, 3]))
-
-
-def test_the_work_of_lengths_by_hand():
-    assert Workload.of_lengths(LENGTHS) == Workload(21, 28 + 10 + 55, 9, 9 + 4 + 16, 9)
-    both_ways = Workload.of_lengths(LENGTHS, image_attention="bidirectional")
-    assert both_ways == Workload(21, 28 + 10 + 55 + 3 + 1 + 6, 9, 29, 9)
-    assert Workload.of_lengths(LENGTHS, np.array([2, 1, 2])) == Workload(24, 120, 8, 32, 8)
-    assert Workload.of_lengths(LENGTHS, vision_tokens=5).vision_tokens == 5
-    with pytest.raises(ValueError, match="merges them"):
-        Workload.of_lengths(LENGTHS, vision_tokens=5, image_attention="bidirectional")
-
-
-def test_means_are_the_work_of_examples_all_alike():
-    alike = Lengths(np.array([9, 9]), np.array([4, 2, 4, 2]), np.array([0, 2, 4]))
-    assert Workload.of_means(2, 9, [4, 2]) == Workload.of_lengths(alike)
-    both_ways = Workload.of_lengths(alike, image_attention="bidirectional")
-    assert Workload.of_means(2, 9, [4, 2], bidirectional=True) == both_ways
-    assert Workload.of_means(128, 8192).patches == 0
+# The contents of a step.
 
 
 @pytest.mark.parametrize("image_attention", ["causal", "bidirectional"])
-def test_pairs_are_those_of_the_masks_of_a_packed_batch(image_attention):
+def test_of_examples_matches_masks(image_attention):
     config = dataclasses.replace(TINY, image_attention=image_attention)
-    batch = random_rows(np.random.default_rng(0), config, [EXAMPLES[:3], EXAMPLES[3:]], length=100, num_patches=60)
-    patches = [[rows * columns for rows, columns in grids] for _, grids in EXAMPLES]
-    lengths = Lengths(
-        columns=np.array([text + sum(p) for (text, _), p in zip(EXAMPLES, patches, strict=True)]),
-        image_patches=np.concatenate(patches).astype(int),
-        offsets=np.concatenate([[0], np.cumsum([len(p) for p in patches])]),
-    )
+    example = (5, [(2, 3), (1, 4)])
+    batch = random_rows(np.random.default_rng(0), config, [[example] * 2, [example]], length=40, num_patches=30)
     segments, vision = batch.segment_ids, batch.patch_segments.reshape(2, -1)
-    visible = (segments[:, :, None] == segments[:, None]) & (np.arange(100) <= batch.span_end[..., None])
-    assert Workload.of_lengths(lengths, image_attention=image_attention) == Workload(
-        columns=(segments > 0).sum(),
+    visible = (segments[:, :, None] == segments[:, None]) & (np.arange(40) <= batch.span_end[..., None])
+    assert Workload.of_examples(3, 15, [6, 4], bidirectional=image_attention == "bidirectional") == Workload(
+        tokens=(segments > 0).sum(),
         pairs=(visible & (segments > 0)[..., None]).sum(),
         patches=(vision > 0).sum(),
         patch_pairs=((vision[:, :, None] == vision[:, None]) & (vision > 0)[..., None]).sum(),
@@ -183,7 +157,13 @@ def test_pairs_are_those_of_the_masks_of_a_packed_batch(image_attention):
     )
 
 
-def test_mfu_by_hand():
+def test_of_examples_by_hand():
+    assert Workload.of_examples(2, 9, [4, 2]) == Workload(18, 2 * 45, 12, 2 * (16 + 4), 12)
+    assert Workload.of_examples(2, 9, [4, 2], bidirectional=True).pairs == 2 * (45 + 6 + 1)
+    assert Workload.of_examples(128, 8192).patches == 0
+
+
+def test_mfu():
     assert mfu(100.0, seconds=2.0, chips=5, peak_flops=20.0) == 0.5
     with pytest.raises(ValueError, match="positive"):
         mfu(100.0, seconds=0.0, chips=5, peak_flops=20.0)
@@ -209,11 +189,11 @@ WIDE = ModelConfig(
 )
 B, T, P = 2, 128, 96
 QUICKLY = {"xla_backend_optimization_level": 0}  # the machine code is never run
-EVERY_PAIR = Workload(columns=B * T, pairs=B * T * T, patches=B * P, patch_pairs=B * P * P, vision_tokens=B * P)
+EVERY_PAIR = Workload(tokens=B * T, pairs=B * T * T, patches=B * P, patch_pairs=B * P * P, vision_tokens=B * P)
 SPEC = batch_spec(rows=B, length=T, vision_rows=1, num_patches=P, patch_dim=WIDE.vision.patch_dim)
 
 
-def test_xla_counts_the_same_forward_pass():
+def test_step_flops_match_xla_forward():
     graphdef, state = phivision.abstract(WIDE)
     logits = jax.jit(lambda params, batch: phivision.merge(graphdef, params)(batch))
     compiled = logits.lower(nnx.to_pure_dict(state), SPEC).compile(QUICKLY)
@@ -221,7 +201,7 @@ def test_xla_counts_the_same_forward_pass():
 
 
 @pytest.mark.parametrize("lr_rules", [(), only("vision.*k_proj")])
-def test_xla_counts_the_same_gradients(lr_rules):
+def test_step_flops_match_xla_gradients(lr_rules):
     graphdef, state = phivision.abstract(WIDE)
     trainable, frozen = optim.partition(nnx.to_pure_dict(state), OptimConfig(lr_rules=lr_rules))
 

@@ -1,4 +1,4 @@
-"""Names of slices: what the documents' tables and the TPU compiler say, written out by hand."""
+"""Names and sizes of slices, copied by hand from Google's tables and the TPU compiler's messages."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ from phivision_jax.hardware.topology import CHIPS, parse_topology
         ("v6e-256", "v6e:16x16", 256, 256, 64),
     ],
 )
-def test_both_names_of_a_slice_are_one_slice(cloud, xla, chips, devices, hosts):
+def test_parse_topology_cloud_and_xla_names_agree(cloud, xla, chips, devices, hosts):
     topology = parse_topology(cloud)
     assert topology == parse_topology(xla)
     assert (topology.xla_name, topology.cloud_name) == (xla, cloud)
@@ -34,7 +34,7 @@ def test_both_names_of_a_slice_are_one_slice(cloud, xla, chips, devices, hosts):
     assert topology.chips == topology.hosts * topology.chips_per_host
 
 
-def test_a_v5p_chip_is_one_device_and_a_v4_chip_two_that_share_its_memory():
+def test_parse_topology_chips_and_rates():
     v5p, v4 = parse_topology("v5p:4x4x8"), parse_topology("v4:4x4x8")
     assert (v5p.generation, v5p.shape, v5p.hbm_bytes_per_chip) == ("v5p", (4, 4, 8), int(95.74 * 2**30))
     assert (v5p.peak_bf16_flops, v5p.hbm_bandwidth, v5p.ici_bandwidth, v5p.dcn_bandwidth) == (
@@ -50,7 +50,7 @@ def test_a_v5p_chip_is_one_device_and_a_v4_chip_two_that_share_its_memory():
     assert parse_topology("v5litepod-8").dcn_bandwidth == 3.125e9
 
 
-def test_slices_multiply_what_is_counted_and_nothing_else():
+def test_parse_topology_slices():
     one, two = parse_topology("v5p-256"), parse_topology("v5p:4x4x8", slices=2)
     assert two == dataclasses.replace(one, slices=2, chips=256, devices=256, hosts=64)
     assert str(one) == "v5p:4x4x8 (v5p-256): 128 chips, 32 hosts of 4"
@@ -61,7 +61,7 @@ def test_slices_multiply_what_is_counted_and_nothing_else():
 
 
 @pytest.mark.parametrize(("name", "hosts"), [("v5p:8x8x4", 64), ("v5p:4x4x12", 48), ("v4:12x12x24", 864)])
-def test_whole_cubes_in_any_layout_have_a_shape_but_no_cloud_name(name, hosts):
+def test_parse_topology_cubes_without_cloud_name(name, hosts):
     topology = parse_topology(name)
     assert (topology.xla_name, topology.cloud_name, topology.hosts) == (name, None, hosts)
 
@@ -89,12 +89,12 @@ def test_whole_cubes_in_any_layout_have_a_shape_but_no_cloud_name(name, hosts):
         ("", "not a name like"),
     ],
 )
-def test_a_wrong_name_is_told_the_nearest(name, message):
+def test_parse_topology_wrong_name_suggests_nearest(name, message):
     with pytest.raises(ValueError, match=message):
         parse_topology(name)
 
 
-def test_every_shape_of_the_tables_has_its_own_count():
+def test_chips_shapes_have_distinct_sizes():
     for generation, chip in CHIPS.items():
         parsed = [parse_topology(f"{generation}:{shape}") for shape in chip.shapes]
         assert [t.cloud_name is not None and parse_topology(t.cloud_name) for t in parsed] == parsed

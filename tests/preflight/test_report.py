@@ -7,13 +7,13 @@ import json
 import pytest
 
 from phivision_jax.cli.preflight import load_config
-from phivision_jax.hardware import layouts
 from phivision_jax.hardware.topology import GIB, parse_topology
 from phivision_jax.preflight import report
 from phivision_jax.preflight.model import layout_search, modelled_step
+from phivision_jax.training.device_layout import resolve_for
 
 WHERE = parse_topology("v5p:4x4x8")
-CFG = layouts.resolve_for(load_config("configs/phi4_rv_15b.py:stage2"), WHERE.device_kind, WHERE.devices)
+CFG = resolve_for(load_config("configs/phi4_rv_15b.py:stage2"), WHERE.device_kind, WHERE.devices)
 
 
 def collective(kind="all-gather", axes=("fsdp",), size=100, times=2, wire=180.0, overlapped=True):

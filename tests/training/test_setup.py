@@ -14,11 +14,11 @@ from phivision_jax import sharding
 from phivision_jax.checkpoint import layout
 from phivision_jax.checkpoint.layout import CHECKPOINTS
 from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
-from phivision_jax.hardware.layouts import resolve_for
 from phivision_jax.training import setup
+from phivision_jax.training.device_layout import resolve_for
 from phivision_jax.training.run_config import DataConfig, GuardConfig, RunConfig
-from tests.hardware.test_layouts import PODS, STAGES, recipe
 from tests.support.batches import TINY
+from tests.support.recipe import PODS, STAGES, recipe
 
 CFG = dataclasses.replace(RunConfig(), model=TINY)
 

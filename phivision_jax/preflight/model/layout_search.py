@@ -25,7 +25,7 @@ def candidates(cfg: RunConfig, where: Topology) -> list[list[RunConfig]]:
     """Configurations by policy, fastest first by our count; of a policy, what sends least first.
 
     Args:
-      cfg: with nothing left open (``training.layouts.resolve``).
+      cfg: with nothing left open (``training.device_layout.resolve``).
     """
     by_policy = []
     for remat in POLICIES:

@@ -49,7 +49,9 @@ def workload(cfg: RunConfig, mix: Mix) -> Workload:
     """The useful work of a step."""
     examples = cfg.data.batch_rows * round(cfg.data.length * FILLED) / mix.columns
     bidirectional = cfg.model.image_attention == "bidirectional"
-    return Workload.of_means(examples, mix.columns, [mix.patches] if mix.patches else [], bidirectional=bidirectional)
+    return Workload.of_examples(
+        examples, mix.columns, [mix.patches] if mix.patches else [], bidirectional=bidirectional
+    )
 
 
 def executed(cfg: RunConfig, generation: str, mix: Mix) -> roofline.Work:
@@ -98,7 +100,7 @@ def speed(cfg: RunConfig, where: Topology, mix: Mix, facts: Mapping[str, Any] | 
     time = roofline.step_time(work, where.generation)
     useful, per_step = step_flops(cfg.model, workload(cfg, mix), cfg.optim.lr_rules), workload(cfg, mix)
     images = per_step.patches / mix.patches if mix.patches else 0.0
-    tokens = per_step.columns / time.seconds
+    tokens = per_step.tokens / time.seconds
     return {
         "modelled_step_seconds": time.seconds,
         "modelled_parts_seconds": dataclasses.asdict(time),
@@ -110,7 +112,7 @@ def speed(cfg: RunConfig, where: Topology, mix: Mix, facts: Mapping[str, Any] | 
         "flops_per_step": useful.total,
         "flops_per_step_by_part": {name: cost.total for name, cost in useful.parts.items()},
         "matmul_flops_implied": counted.matmul_flops * where.chips,
-        "tokens_per_step": per_step.columns,
+        "tokens_per_step": per_step.tokens,
         "example_columns": mix.columns,
         "example_patches": mix.patches,
     }

@@ -33,7 +33,7 @@ def batch_work(batch: Batch) -> dict[str, jax.Array]:
     """What a batch holds, padding left out; for use inside the jitted step, where it is the global batch.
 
     Returns:
-      Scalars for the step's metrics: ``work/columns`` and so on, the fields of ``flops.Workload``, and ``work/images``
+      Scalars for the step's metrics: ``work/tokens`` and so on, the fields of ``flops.Workload``, and ``work/images``
       (tiles, where images are cut into them). Pairs are fp32, exact to 1e-6; everything else is i32.
     """
     text, patch = batch.segment_ids > 0, batch.patch_segments > 0
@@ -43,7 +43,7 @@ def batch_work(batch: Batch) -> dict[str, jax.Array]:
     # An image's patches fill its grid, and each of them sees all of them.
     grid = jnp.where(patch, batch.patch_grid[..., 0] * batch.patch_grid[..., 1], 0)
     work = {
-        "columns": text.sum(dtype=jnp.int32),
+        "tokens": text.sum(dtype=jnp.int32),
         "pairs": seen.astype(jnp.float32).sum(),
         "patches": patch.sum(dtype=jnp.int32),
         "patch_pairs": grid.astype(jnp.float32).sum(),
@@ -123,11 +123,11 @@ class Speed:
         columns = data.batch_rows * data.length
         patches = data.batch_rows * data.vision_rows * data.num_patches
         row = {
-            "tokens": mean["columns"],
+            "tokens": mean["tokens"],
             "images": images,
-            "tokens_per_s": mean["columns"] / step_s,
+            "tokens_per_s": mean["tokens"] / step_s,
             "images_per_s": images / step_s,
-            "text_padding": 1 - mean["columns"] / columns,
+            "text_padding": 1 - mean["tokens"] / columns,
             "patch_padding": 1 - mean["patches"] / patches if patches else 0.0,
         }
         if self._peak:

@@ -37,7 +37,7 @@ def test_work_is_what_the_masks_let_through(mode):
     patch_mask = (patches[..., :, None] == patches[..., None, :]) & (patches > 0)[..., None]
     areas = [h * w for h, w in GRIDS]
     assert work_of(batch) == {
-        "columns": sum(text for row in ROWS for text, _ in row) + sum(areas),
+        "tokens": sum(text for row in ROWS for text, _ in row) + sum(areas),
         "pairs": mask.sum(),
         "patches": sum(areas),
         "patch_pairs": patch_mask.sum(),
