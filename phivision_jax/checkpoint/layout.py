@@ -55,7 +55,7 @@ def find(path: str | Location) -> Location:
     """
     path = storage.location(path)
     storage.check(path)
-    with storage.explained(path):
+    with storage.wrap_storage_errors(path):
         return _find(path)
 
 

@@ -85,7 +85,7 @@ def locate(path_or_hub_id: str | Location) -> Location:
     path = storage.location(path_or_hub_id)
     storage.check(path)
     if path.is_dir():
-        with storage.explained(path):
+        with storage.wrap_storage_errors(path):
             return path if is_hf(path) else layout.find(path)
     name = str(path_or_hub_id)
     if storage.is_remote(path):
@@ -114,7 +114,7 @@ def is_hf(path: Location) -> bool:
 
 def config_of(path: Location) -> ModelConfig:
     """The configuration of a located directory; raises ``ValueError`` where it is damaged."""
-    with storage.explained(path):
+    with storage.wrap_storage_errors(path):
         if is_hf(path):
             return model_config(path)
         manifest.check(path, [layout.META])
@@ -146,7 +146,7 @@ def copy_assets(path: Location, to: Path) -> None:
     for name in storage.files(source):
         if not any(fnmatch.fnmatch(part, weight) for part in PurePosixPath(name).parts for weight in weights):
             (to / name).parent.mkdir(parents=True, exist_ok=True)
-            with storage.explained(source / name):
+            with storage.wrap_storage_errors(source / name):
                 (to / name).write_bytes((source / name).read_bytes())
 
 
@@ -165,7 +165,7 @@ def read_params(path: Location, config: ModelConfig, target: dict[str, Any]) -> 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
         dtype = jax.tree.leaves(target)[0].dtype
         return load_hf_params(path, config, shardings, dtype, vision_tail="vision_tail" in target)
-    with storage.explained(path):
+    with storage.wrap_storage_errors(path):
         return restore_params(path, target)
 
 

@@ -192,7 +192,7 @@ class RunCheckpoints:
         for step in self._steps() if self._first else ():
             path = self._directory / str(step) / "metrics" / "metrics"
             try:
-                with storage.explained(path):
+                with storage.wrap_storage_errors(path):
                     rating = path.read_bytes() if path.exists() else None
                 if rating is not None:
                     best.score(json.loads(rating))

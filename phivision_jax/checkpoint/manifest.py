@@ -110,7 +110,7 @@ def damage(checkpoint: Location, share: int = 0, shares: int = 1, parts: Collect
       StorageError: when the bucket does not answer, which is no damage.
     """
     try:
-        with storage.explained(checkpoint):
+        with storage.wrap_storage_errors(checkpoint):
             wanted = parse((checkpoint / MANIFEST).read_bytes())
     except ValueError:
         return f"its file {MANIFEST} is damaged"
@@ -167,7 +167,7 @@ def seal(directory: Location, step: int, share: int, shares: int) -> None:
       TimeoutError: in the first process, when another one does not come.
       StorageError: when the bucket does not answer.
     """
-    with storage.explained(directory):
+    with storage.wrap_storage_errors(directory):
         _seal(directory, step, share, shares)
 
 

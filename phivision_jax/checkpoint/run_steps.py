@@ -27,27 +27,27 @@ class Steps:
         if not storage.is_remote(self.directory):
             return [int(child.name) for child in found if child.is_dir()]
         sealed = self.sealed()
-        with storage.explained(self.directory):
+        with storage.wrap_storage_errors(self.directory):
             return [int(child.name) for child in found if int(child.name) in sealed or is_committed(child)]
 
     def sealed(self) -> set[int]:
         """Those that have had a manifest."""
-        with storage.explained(self.directory):
+        with storage.wrap_storage_errors(self.directory):
             return manifest.sealed(self.directory)
 
     def has_manifest(self, step: int) -> bool:
-        with storage.explained(self.directory):
+        with storage.wrap_storage_errors(self.directory):
             return (self.directory / str(step) / manifest.MANIFEST).exists()
 
     def meta(self, step: int) -> dict[str, Any]:
         """What ``meta/metadata`` says; raises ``FileNotFoundError`` or ``ValueError`` when it says nothing."""
-        with storage.explained(self.directory):
+        with storage.wrap_storage_errors(self.directory):
             return read_json(self.directory / str(step) / META / "metadata")
 
     def damage(self, step: int, share: int, shares: int) -> str | None:
         """What is wrong with a process's share of the files, as half a sentence; None: nothing."""
         checkpoint = self.directory / str(step)
-        with storage.explained(checkpoint):
+        with storage.wrap_storage_errors(checkpoint):
             if not is_committed(checkpoint):
                 return f"its file {ORBAX_MARK} is missing"
         try:
@@ -64,7 +64,7 @@ class Steps:
     def set_aside(self, step: int) -> str:
         """Rename it, out of the sight of Orbax and of ``checkpoint.find``; returns the name."""
         name = f"{DAMAGED}{step:06d}"
-        with storage.explained(self.directory):
+        with storage.wrap_storage_errors(self.directory):
             while (self.directory / name).exists():
                 name += "+"
             aside = self.directory / name

@@ -157,7 +157,7 @@ def uploaded(
     storage.scratch().mkdir(parents=True, exist_ok=True)
     with _tmp(storage.scratch() / "convert", say) as tmp:
         yield tmp / out.name
-        with storage.explained(out):
+        with storage.wrap_storage_errors(out):
             _upload(tmp / out.name, out, overwrite, claim, say)
 
 

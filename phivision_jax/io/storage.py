@@ -117,7 +117,7 @@ def _fs() -> Any:
 
 
 @contextlib.contextmanager
-def explained(place: Location | str) -> Iterator[None]:
+def wrap_storage_errors(place: Location | str) -> Iterator[None]:
     """Whatever goes wrong in here between us and a bucket becomes a ``StorageError``. A missing file stays one."""
     try:
         yield
@@ -155,7 +155,7 @@ def check(path: Location) -> None:
     if not is_remote(path):
         return
     bucket, _, key = os.fspath(path).removeprefix(REMOTE).partition("/")
-    with explained(path):
+    with wrap_storage_errors(path):
         try:
             _fs().call("GET", "b/{}/o", bucket, prefix=key, maxResults=1)
         except FileNotFoundError as error:
@@ -172,7 +172,7 @@ def children(path: Location) -> list[Location]:
     Raises:
       StorageError: when the bucket cannot be listed.
     """
-    with explained(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    with wrap_storage_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return list(path.iterdir())
     return []
 
@@ -187,7 +187,7 @@ def files(path: Location) -> dict[str, int]:
         found = sorted(p for p in Path(path).rglob("*") if p.is_file())
         return {p.relative_to(path).as_posix(): p.stat().st_size for p in found}
     root = os.fspath(path).removeprefix(REMOTE).rstrip("/") + "/"
-    with explained(path):
+    with wrap_storage_errors(path):
         try:
             listed = _fs().find(root, detail=True)
         except FileNotFoundError:
@@ -229,7 +229,7 @@ def read_range(path: Location, start: int, count: int) -> bytes:
             return file.read(count)
     if not count:
         return b""
-    with explained(path), _named(path):
+    with wrap_storage_errors(path), _named(path):
         return _fs().cat_file(os.fspath(path), start=start, end=start + count)
 
 
@@ -254,13 +254,13 @@ def download(source: Location, target: Path, names: Iterable[str] | None = None,
         partial.replace(to)
 
     target.mkdir(parents=True, exist_ok=True)
-    with explained(source):
+    with wrap_storage_errors(source):
         _each(fetch, files(source) if names is None else names, description)
 
 
 def upload(source: Path, target: Location, names: Iterable[str] | None = None, description: str = "") -> None:
     """Copy files from below a directory to below one in a bucket, several at once; arguments and errors as above."""
-    with explained(target):
+    with wrap_storage_errors(target):
         _each(
             lambda name: _fs().put_file(os.fspath(source / name), os.fspath(target / name), chunksize=_PIECE),
             files(source) if names is None else names,
@@ -270,7 +270,7 @@ def upload(source: Path, target: Location, names: Iterable[str] | None = None, d
 
 def remove(path: Location) -> None:
     """Remove a directory in a bucket, with all that is below; nothing where there is none."""
-    with explained(path), contextlib.suppress(FileNotFoundError):
+    with wrap_storage_errors(path), contextlib.suppress(FileNotFoundError):
         _fs().rm(os.fspath(path), recursive=True)
 
 

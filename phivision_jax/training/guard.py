@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from phivision_jax.io.file_errors import naming
+from phivision_jax.io.atomic import with_filename
 from phivision_jax.training.run_config import GuardConfig
 
 WINDOW = 100
@@ -131,7 +131,7 @@ class SkippedSteps:
     def _skipped(self, step: int, loss: float, norm: float, in_a_row: int, record_ids: Sequence[Sequence[str]]) -> None:
         reason = "spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
         line = {"step": step, "reason": reason, "loss": str(loss), "grad_norm": str(norm), "rows": list(record_ids)}
-        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
+        with with_filename(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         ids = [record_id for row in record_ids for record_id in row]
         named = ", ".join(ids[:MOST_NAMED]) + (f" and {len(ids) - MOST_NAMED} more" if len(ids) > MOST_NAMED else "")

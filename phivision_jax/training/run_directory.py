@@ -143,7 +143,7 @@ class RunDirectory:
     def _pull(self) -> None:
         if self._keeps:
             storage.check(self.url)
-            with storage.explained(self.url):
+            with storage.wrap_storage_errors(self.url):
                 heartbeat.refuse_another_start(self.url, self._process, RENEWED_S)
         found = storage.files(self.url)  # not before: the other start may have sent something until it ended
         if self.local.exists():  # not before: the other start may be on this machine

@@ -40,7 +40,7 @@ def test_what_is_a_place():
 
 def test_a_local_place_imports_nothing():
     """Neither the package for buckets nor epath: a converter on a laptop stays what it was."""
-    check = "import sys; from phivision_jax import storage, checkpoint; storage.files(storage.location('docs'));"
+    check = "import sys; from phivision_jax.io import storage; from phivision_jax.checkpoint import layout; storage.files(storage.location('docs'));"
     check += "assert not {'gcsfs', 'fsspec', 'etils', 'aiohttp', 'jax'} & sys.modules.keys()"
     root = ROOT
     subprocess.run([sys.executable, "-c", check], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, check=True)
@@ -108,7 +108,7 @@ def test_errors_of_the_packages_are_sentences():
     for error, sentence in told.items():
         with (
             pytest.raises(storage.StorageError, match=f"^gs://b/x: .*{sentence}") as raised,
-            storage.explained("gs://b/x"),
+            storage.wrap_storage_errors("gs://b/x"),
         ):
             raise error
         assert not isinstance(raised.value, storage.Unreachable) and "\n" not in str(raised.value)
@@ -117,11 +117,11 @@ def test_errors_of_the_packages_are_sentences():
         TimeoutError(),
         HttpError({"code": 503, "message": "busy"}),
     ):
-        with pytest.raises(storage.Unreachable, match="does not answer"), storage.explained("gs://b/x"):
+        with pytest.raises(storage.Unreachable, match="does not answer"), storage.wrap_storage_errors("gs://b/x"):
             raise error
     for error in (ValueError("ours"), FileNotFoundError("missing"), KeyError("a")):  # these are for whoever asked
-        with pytest.raises(type(error)) as raised, storage.explained("gs://b/x"):
+        with pytest.raises(type(error)) as raised, storage.wrap_storage_errors("gs://b/x"):
             raise error
         assert raised.value is error
-    with pytest.raises(TimeoutError), storage.explained("/local/x"):
+    with pytest.raises(TimeoutError), storage.wrap_storage_errors("/local/x"):
         raise TimeoutError

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from phivision_jax.io import storage
-from phivision_jax.io.file_errors import naming
+from phivision_jax.io.atomic import with_filename
 from phivision_jax.io.storage import Location
 
 FILE = "goodput.jsonl"
@@ -70,7 +70,7 @@ class Account:
 
 def append_line(run: Path, line: dict[str, Any]) -> None:
     """Append one account; a line that a kill cut off stays a line of its own."""
-    with naming(run / FILE), (run / FILE).open("a+b") as file:
+    with with_filename(run / FILE), (run / FILE).open("a+b") as file:
         if file.tell():
             file.seek(-1, 2)
             if file.read(1) != b"\n":
@@ -83,7 +83,7 @@ def read_starts(run: Location) -> list[Start]:
     lines = []
     path = run / FILE
     storage.check(path)
-    with storage.explained(path):
+    with storage.wrap_storage_errors(path):
         texts = path.read_text().splitlines() if path.exists() else []
     for text in texts:
         try:

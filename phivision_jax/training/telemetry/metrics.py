@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from phivision_jax.io.file_errors import naming
+from phivision_jax.io.atomic import with_filename
 
 FILE = "metrics.jsonl"
 WANDB_ID = "wandb_id"
@@ -69,7 +69,7 @@ class MetricsWriter:
         if not self._writes:
             return
         values = {name: value for name, value in values.items() if math.isfinite(value)}
-        with naming(self._path):
+        with with_filename(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         for name, value in values.items():

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from phivision_jax.io.file_errors import naming
+from phivision_jax.io.atomic import with_filename
 
 
 def path_of(run: Path, process: int) -> Path:
@@ -33,7 +33,7 @@ class RecordLog:
         self._file = self._path.open("ab")
 
     def write(self, step: int, ids: Sequence[Sequence[str]]) -> None:
-        with naming(self._path):
+        with with_filename(self._path):
             self._file.write(json.dumps({"step": step, "ids": ids}, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
 

@@ -1,0 +1,58 @@
+"""Logs with one JSON object per line: append a line, drop the lines after a step, read what is complete.
+
+A kill may leave a last line that is cut short. Readers ignore it, and the next ``append`` removes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phivision_jax.io import atomic
+from phivision_jax.io.storage import Location, wrap_storage_errors
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one line; when this returns, it survives the end of the process.
+
+    Raises:
+      OSError: when it cannot be written; the error names the file.
+    """
+    line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+    with atomic.with_filename(path), path.open("a+b") as file:
+        if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(line)
+
+
+def read(path: Location) -> list[dict[str, Any]]:
+    """The rows of a log; none when there is no such file. Lines that are no JSON objects, as a crash leaves them, are
+    ignored.
+    """
+    return [row for _, row in _lines(path)]
+
+
+def truncate(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines whose "step" is greater than ``step``, and incomplete ones; return the rows that remain."""
+    if not path.exists():
+        return []
+    kept = [(line, row) for line, row in _lines(path) if row["step"] <= step]
+    atomic.write(path, b"".join(line for line, _ in kept))
+    return [row for _, row in kept]
+
+
+def _lines(path: Location) -> list[tuple[bytes, dict[str, Any]]]:
+    with wrap_storage_errors(path):
+        content = path.read_bytes() if path.exists() else b""
+    found = []
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            found.append((line, row))
+    return found

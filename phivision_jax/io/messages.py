@@ -1,0 +1,29 @@
+"""Parts of messages: the nearest known name, and the values in which two settings differ."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: "did you mean 'rows'?", or else "choose from rows, length"."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Compare two nested structures of JSON values.
+
+    Yields:
+      (path, old value, new value) of each difference; paths look like "stages.0.epochs". An absent value is None.
+    """
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}".removeprefix("."))
+    elif old != new:
+        yield path, old, new

@@ -1,0 +1,93 @@
+"""JSONL logs: lines after a step are dropped, lines that a kill cut short are ignored and removed."""
+
+import json
+import subprocess
+import sys
+
+from phivision_jax.io import jsonl, storage
+from tests.support.launched import ENVIRONMENT, ROOT
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from phivision_jax.training.telemetry.goodput_report import append_line
+from phivision_jax.training.guard import SkippedSteps
+from phivision_jax.training.telemetry.metrics import MetricsWriter
+from phivision_jax.training.telemetry.record_log import RecordLog
+import resource
+
+run = Path(sys.argv[1])
+writer, log = MetricsWriter(run), RecordLog(run, 0, 0)
+skipped = SkippedSteps(run, 8)
+metrics = {"loss": float("nan"), "grad_norm": 1.0, "skipped_in_a_row": 1}
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+for write in (
+    lambda: writer.write(1, {"loss": 1.0}),
+    lambda: log.write(1, [["a"]]),
+    lambda: skipped.take(1, metrics, [["a"]]),
+    lambda: append_line(run, {"start": 0}),
+):
+    try:
+        write()
+        print("written")
+    except OSError as error:
+        print(error)
+"""
+
+
+def rows(steps):
+    return [{"step": step, "text": f"é\n{step}"} for step in steps]
+
+
+def test_append_and_read(tmp_path):
+    assert jsonl.read(tmp_path / "a") == []
+    for row in rows(range(3)):
+        jsonl.append(tmp_path / "a", row)
+    assert jsonl.read(tmp_path / "a") == rows(range(3))
+    assert len((tmp_path / "a").read_text().splitlines()) == 3
+    jsonl.append(tmp_path / "b", {"id": "\udc80"})  # a lone surrogate is written as its escape
+    assert jsonl.read(tmp_path / "b") == [{"id": "\udc80"}]
+
+
+def test_torn_last_line_is_ignored_then_removed(tmp_path):
+    path = tmp_path / "a"
+    jsonl.append(path, {"step": 1})
+    complete = json.dumps({"step": 2}).encode()
+    for length in range(1, len(complete) + 1):  # even the complete text does not count without its newline
+        path.write_bytes(b'{"step": 1}\n' + complete[:length])
+        assert jsonl.read(path) == [{"step": 1}]
+        jsonl.append(path, {"step": 3})
+        assert path.read_bytes() == b'{"step": 1}\n{"step": 3}\n'
+
+
+def test_read_ignores_lines_that_are_not_objects(tmp_path):
+    (tmp_path / "a").write_bytes(b'{"step": 1}\n\0\0\0\n3\n{"step": 2}\n')
+    assert jsonl.read(tmp_path / "a") == [{"step": 1}, {"step": 2}]
+
+
+def test_truncate_drops_later_steps(tmp_path):
+    path = tmp_path / "a"
+    assert jsonl.truncate(path, 3) == [] and not path.exists()
+    for row in rows(range(5)):
+        jsonl.append(path, row)
+    before = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(path.read_bytes() + b'{"step": 0, "te')
+    assert jsonl.truncate(path, 2) == rows(range(3))
+    assert path.read_bytes() == b"".join(before[:3])
+
+
+def test_read_in_bucket(bucket):
+    path = storage.location(bucket) / "a.jsonl"
+    assert jsonl.read(path) == []
+    path.write_text('{"a": 1}\n{"a"')
+    assert jsonl.read(path) == [{"a": 1}]
+
+
+def test_full_disk_error_names_the_log(tmp_path):
+    """The limit on file sizes strikes when a line is flushed; that error by itself names no file."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    files = ("metrics.jsonl", "records_0.jsonl", "skipped.jsonl", "goodput.jsonl")
+    printed = [line for line in done.stdout.splitlines() if line.startswith(("[Errno", "written"))]
+    assert printed == [f"[Errno 27] File too large: '{tmp_path / name}'" for name in files], done.stderr

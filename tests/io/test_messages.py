@@ -1,0 +1,21 @@
+"""The nearest known name, and the values in which two settings differ."""
+
+from phivision_jax.io.messages import did_you_mean, differences
+
+
+def test_did_you_mean_names_the_nearest_or_all():
+    assert did_you_mean("lenght", ["rows", "length"]) == "did you mean 'length'?"
+    assert did_you_mean("zzz", (name for name in ("rows", "length"))) == "choose from rows, length"
+
+
+def test_differences_of_nested_values():
+    old = {"a": 1, "stages": [{"epochs": 1}, {"epochs": 2}], "files": [1, 2], "gone": 0, "kind": {"x": 1}}
+    new = {"a": 1, "stages": [{"epochs": 1}, {"epochs": 3}], "files": [1], "kind": 5, "new": {"y": 1}}
+    assert list(differences(old, new)) == [
+        ("stages.1.epochs", 2, 3),
+        ("files", [1, 2], [1]),
+        ("gone", 0, None),
+        ("kind", {"x": 1}, 5),
+        ("new", None, {"y": 1}),
+    ]
+    assert list(differences(old, old)) == []
