@@ -208,7 +208,7 @@ def read_json(path: Location) -> dict[str, Any]:
       StorageError: when the bucket does not answer.
     """
     try:
-        with explained(path):
+        with wrap_storage_errors(path):
             return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None

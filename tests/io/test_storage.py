@@ -40,8 +40,11 @@ def test_what_is_a_place():
 
 def test_a_local_place_imports_nothing():
     """Neither the package for buckets nor epath: a converter on a laptop stays what it was."""
-    check = "import sys; from phivision_jax.io import storage; from phivision_jax.checkpoint import layout; storage.files(storage.location('docs'));"
-    check += "assert not {'gcsfs', 'fsspec', 'etils', 'aiohttp', 'jax'} & sys.modules.keys()"
+    check = (
+        "import sys; from phivision_jax.io import storage; from phivision_jax.checkpoint import layout;"
+        "storage.files(storage.location('docs'));"
+        "assert not {'gcsfs', 'fsspec', 'etils', 'aiohttp', 'jax'} & sys.modules.keys()"
+    )
     root = ROOT
     subprocess.run([sys.executable, "-c", check], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, check=True)
 
