@@ -13,9 +13,10 @@ from absl import app, flags
 
 import phivision_jax
 from phivision_jax.data.store.dataset import Dataset
-from phivision_jax.evaluation import html_report
+from phivision_jax.evaluation import accuracy_report
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.io import progress, storage
+from phivision_jax.io.html import print_sections
 from phivision_jax.io.storage import Location
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -29,13 +30,13 @@ _BATCH = flags.DEFINE_integer("batch", 64, "Questions at a time.", lower_bound=1
 _NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 8, "Where an answer ends at the latest.", lower_bound=1)
 
 
-def evaluate(checkpoint: str | Location, data: str | Path, **settings) -> html_report.Report:
+def evaluate(checkpoint: str | Location, data: str | Path, **settings) -> accuracy_report.Report:
     """Load, answer, score. ``settings`` are ``Evaluator``'s."""
     model, processor = phivision_jax.load(checkpoint)
     evaluator = Evaluator(Dataset.open(data), processor, **settings)
     with progress.bar("evaluate", len(evaluator.records)) as advance:
         result = evaluator(model, advance)
-    return html_report.make_report(result, checkpoint=str(checkpoint), data=str(data), mode=evaluator.mode)
+    return accuracy_report.make_report(result, checkpoint=str(checkpoint), data=str(data), mode=evaluator.mode)
 
 
 def main(argv: list[str]) -> None:
@@ -58,9 +59,9 @@ def main(argv: list[str]) -> None:
         )
     except (ValueError, OSError) as error:
         sys.exit(f"eval.py: {error}")
-    html_report.print_report(made)
+    print_sections([made.section()])
     if out:
-        html_report.write_report(made, out)
+        accuracy_report.write_report(made, out)
         print(f"written: {out}/report.json, answers.jsonl")
 
 

@@ -36,6 +36,7 @@ from phivision_jax.data.feed.pipeline import BatchInfo
 from phivision_jax.distributed import processes
 from phivision_jax.distributed.heartbeat import PREEMPTED
 from phivision_jax.distributed.watchdog import Watchdog
+from phivision_jax.evaluation.answer_images import answer_images
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.io.progress import training_bar
 from phivision_jax.models import phivision
@@ -49,7 +50,6 @@ from phivision_jax.training.telemetry.goodput import AHEAD, Goodput
 from phivision_jax.training.telemetry.metrics import MetricsWriter, group_metrics
 from phivision_jax.training.telemetry.module_norms import learning_rates
 from phivision_jax.training.telemetry.profiling import Profiler
-from phivision_jax.training.telemetry.samples import pictures
 from phivision_jax.training.telemetry.throughput import Speed
 
 config_flags.DEFINE_config_file("config", None, "Configuration file, e.g. configs/tiny.py or configs/tiny.py:long.")
@@ -245,7 +245,7 @@ def evaluate(
     with jax.set_mesh(made.step.mesh):
         result = evaluator(phivision.merge(made.step.graphdef, state["params"]))
     shown = [evaluator.dataset[int(i)] for i in evaluator.records[: made.cfg.samples]]
-    writer.write_images(done, "samples", pictures(shown, result.answers))
+    writer.write_images(done, "samples", answer_images(shown, result.answers))
     return {"eval/accuracy": result.accuracy, "eval/examples": len(result.answers)}
 
 

@@ -40,10 +40,10 @@ def chat(
         temperature: 0 takes the likeliest token each time.
         top_p: Nucleus to draw from, at a temperature above 0.
         seed: Of the draws.
-        save_picture: Also save the first picture with question and answer as a PNG.
+        save_picture: Also save the images with question and answer as a PNG.
     """
     import phivision_jax
-    from phivision_jax.evaluation.html_report import picture_with_answer
+    from phivision_jax.evaluation.answer_images import answer_image
     from phivision_jax.images.decode import open_image
 
     images = [open_image(path) for path in image]
@@ -64,7 +64,8 @@ def chat(
     assert isinstance(answer, str)  # one prompt, one answer
     print(answer)
     if save_picture:
-        picture_with_answer(images[0], prompt, answer, save_picture, footer=checkpoint)
+        save_picture.parent.mkdir(parents=True, exist_ok=True)
+        answer_image(images, prompt, answer).save(save_picture)
 
 
 def _interrupt(signum: int, frame: object) -> None:

@@ -1,4 +1,4 @@
-"""Answers to a dataset's last turns, generated in batches of one static shape, and scored."""
+"""Generate the answer to each record's last turn, in batches of one static shape, and score it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from phivision_jax.text.chat import Mode
 
 _log = logging.getLogger(__name__)
-_NOTHING = expand([PLACEHOLDER], [])
-"""Fills the last batch, and stands for what cannot be asked."""
-ROUND = 16
+_BLANK = expand([PLACEHOLDER], [])
+"""Fills the rows of the last batch that no question is left for, and those of records that cannot be encoded."""
+MULTIPLE = 16
 """T and P are rounded up to a multiple of this."""
 
 
@@ -48,9 +48,10 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """Answers in the dataset's order."""
+    """Scored answers."""
 
     answers: tuple[Answer, ...]
+    """In the order of the dataset."""
 
     @property
     def accuracy(self) -> float:
@@ -65,16 +66,16 @@ class EvalResult:
 
 
 class Evaluator:
-    """Scores models on a dataset: what each record's assistant says last, asked again.
+    """Scores models on a dataset: generates what the assistant answers last in each record, and compares.
 
     Every batch has the same shapes, the last one too, so all evaluations of a run compile once.
 
     Args:
       dataset: records whose last message is the assistant's.
       processor: of the model.
-      rows: questions at a time.
+      rows: questions per batch.
       max_new_tokens: per answer.
-      num_examples: an even sample of that many records; None for all.
+      num_examples: evaluate an evenly spaced sample of this many records; None for all.
       mode: of the answers, see ``generate``.
       mesh: to shard the batches over.
     """
@@ -97,57 +98,52 @@ class Evaluator:
         self.records = np.linspace(0, len(dataset), count, endpoint=False).astype(int)
         # The index counts the answer too, so a prompt is never longer than its record.
         lengths = lengths_of(dataset.index, processor.config)
-        self.length = int(-(-lengths.columns[self.records].max() // ROUND) * ROUND)
-        self.num_patches = int(-(-lengths.patches[self.records].max() // ROUND) * ROUND)
+        self.length = int(-(-lengths.columns[self.records].max() // MULTIPLE) * MULTIPLE)
+        self.num_patches = int(-(-lengths.patches[self.records].max() // MULTIPLE) * MULTIPLE)
 
     def __call__(self, model: PhiVision, advance: Callable[[int], None] = lambda _: None) -> EvalResult:
-        """Ask all questions; ``advance`` is told how many were answered."""
+        """Answer all questions; ``advance`` receives the number of questions of each batch as it finishes."""
         answers: list[Answer] = []
-        for records, asked, batch in self._batches():
-            at = row_sharding(self.mesh) if self.mesh else None
-            eos = self.processor.tokenizer.eos_id
-            ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos, sharding=at)
-            answers += [self._judge(*judged) for judged in zip(records, ids, asked, strict=False)]
+        sharding = row_sharding(self.mesh) if self.mesh else None
+        eos = self.processor.tokenizer.eos_id
+        for records, examples, batch in self._batches():
+            ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos, sharding=sharding)
+            answers += [self._score(*scored) for scored in zip(records, examples, ids, strict=False)]
             advance(len(records))
         return EvalResult(tuple(answers))
 
-    def _batches(self) -> Iterator[tuple[list[Record], list[bool], Batch]]:
-        """Records, whether each could be asked, and the batch that asks them."""
+    def _batches(self) -> Iterator[tuple[list[Record], list[Example], Batch]]:
+        """Records, their prompts (``_BLANK`` for one that cannot be encoded), and the batch that holds these."""
 
-        def load(start: int) -> tuple[list[Record], list[bool], Batch]:
+        def load(start: int) -> tuple[list[Record], list[Example], Batch]:
             records = [self.dataset[int(i)] for i in self.records[start : start + self.rows]]
             examples = [self._prompt(record) for record in records]
-            asked = [example is not _NOTHING for example in examples]
-            examples += [_NOTHING] * (self.rows - len(examples))
-            return (
-                records,
-                asked,
-                fill_rows(
-                    [[example] for example in examples],
-                    length=self.length,
-                    vision_rows=1,
-                    num_patches=self.num_patches,
-                    patch_dim=self.processor.config.vision.patch_dim,
-                    image_attention=self.processor.config.image_attention,
-                    pad_token_id=self.processor.config.decoder.pad_token_id,
-                ),
+            batch = fill_rows(
+                [[example] for example in examples + [_BLANK] * (self.rows - len(examples))],
+                length=self.length,
+                vision_rows=1,
+                num_patches=self.num_patches,
+                patch_dim=self.processor.config.vision.patch_dim,
+                image_attention=self.processor.config.image_attention,
+                pad_token_id=self.processor.config.decoder.pad_token_id,
             )
+            return records, examples, batch
 
         starts = grain.MapDataset.source(range(0, len(self.records), self.rows))
         return iter(starts.map(load).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
     def _prompt(self, record: Record) -> Example:
-        """The question; nothing, of a record that cannot be encoded."""
+        """The conversation up to the last answer; ``_BLANK`` for a record that cannot be encoded."""
         try:
             return self.processor.encode(record.messages[:-1], record.images, mode=self.mode, generation_prompt=True)
         except ValueError as error:
-            _log.warning("record %r of %r cannot be asked and counts as wrong: %s", record.id, record.source, error)
-            return _NOTHING
+            _log.warning("record %r of %r cannot be encoded and counts as wrong: %s", record.id, record.source, error)
+            return _BLANK
 
-    def _judge(self, record: Record, ids: np.ndarray, asked: bool) -> Answer:
-        # What the model says to nothing could be right by chance.
-        prediction = answer_text(self.processor, ids, self.mode) if asked else ""
+    def _score(self, record: Record, example: Example, ids: np.ndarray) -> Answer:
+        # The answer to a blank prompt could be right by chance.
+        prediction = "" if example is _BLANK else answer_text(self.processor, ids, self.mode)
         reference = record.messages[-1]["content"]
         question = record.messages[-2]["content"].replace("<image>", "").strip()
-        correct = asked and exact_match(prediction, reference)
+        correct = example is not _BLANK and exact_match(prediction, reference)
         return Answer(record.id, record.task, mode_of(record), question, reference, prediction, correct)

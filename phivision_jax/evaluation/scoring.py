@@ -1,4 +1,4 @@
-"""Scores of answers against references."""
+"""Score answers against references."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ END_THINK = "</think>"
 
 
 def final_answer(text: str) -> str:
-    """What follows the thoughts, if there are any."""
+    """The text after the last ``</think>``; all of it without one."""
     return text.rsplit(END_THINK, 1)[-1].strip()
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Equal up to case, surrounding white space and punctuation, thoughts left out."""
+    """True for final answers that are equal up to case, surrounding white space and punctuation."""
 
     def plain(text: str) -> str:
         return final_answer(text).casefold().strip(string.whitespace + string.punctuation)

@@ -1,4 +1,4 @@
-"""The evaluator with answers given by hand instead of a model."""
+"""Tests of the evaluator, with fixed answers in place of a model."""
 
 import io
 
@@ -20,18 +20,19 @@ CONFIG = ModelConfig(
 )
 
 
-def record(i: int, cut: int = 0) -> Record:
+def record(i: int, missing_bytes: int = 0) -> Record:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(file, "PNG")
-    picture = file.getvalue()
+    image = file.getvalue()
     messages = ({"role": "user", "content": "<image>\nred?"}, {"role": "assistant", "content": "yes"})
-    return Record(id=str(i), source="made", images=(picture[: len(picture) - cut],), messages=messages, mode="nothink")
+    image = image[: len(image) - missing_bytes]
+    return Record(id=str(i), source="made", images=(image,), messages=messages, mode="nothink")
 
 
-def test_what_cannot_be_asked_is_wrong_whatever_is_answered(tmp_path, monkeypatch):
-    """Five questions in batches of two; the third picture is cut off, which its header does not show."""
+def test_evaluator_counts_broken_records_as_wrong(tmp_path, monkeypatch):
+    """Five questions in batches of two; the third image is truncated, which its header does not show."""
     processor = Processor.small(CONFIG)
-    records = [record(i, cut=60 if i == 2 else 0) for i in range(5)]
+    records = [record(i, missing_bytes=60 if i == 2 else 0) for i in range(5)]
     dataset = write_dataset(tmp_path / "set", records, processor, progress=False)
     yes = [processor.tokenizer.nothink_id, *processor.tokenizer.encode("yes"), processor.tokenizer.eos_id]
     shapes = set()

@@ -1,7 +1,8 @@
-import pytest
-from PIL import Image
+import json
 
-from phivision_jax.evaluation.html_report import make_report, picture_with_answer, write_report
+import pytest
+
+from phivision_jax.evaluation.accuracy_report import make_report, write_report
 from phivision_jax.evaluation.runner import Answer, EvalResult
 from phivision_jax.evaluation.scoring import exact_match
 
@@ -21,16 +22,12 @@ def test_exact_match(prediction, reference, match):
     assert exact_match(prediction, reference) is match
 
 
-def test_report(tmp_path):
+def test_report_counts_by_mode_and_task(tmp_path):
     answers = [Answer(str(i), "general", "nothink", "q", "a", "a" if i else "b", bool(i)) for i in range(4)]
     report = make_report(EvalResult(tuple(answers)), checkpoint="c", data="d", mode="auto")
     assert report.accuracy == 0.75 and report.by_task == {"nothink/general": (0.75, 4)}
+    assert report.section().table.rows == [("nothink/general", "75.0%", "4"), ("all", "75.0%", "4")]
     write_report(report, tmp_path / "out")
-    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 4
-
-
-def test_the_picture_is_a_picture(tmp_path):
-    """Dollar signs are money, not mathematics; an empty answer says so."""
-    for answer in ("It costs $5 and $6_x$.", ""):
-        picture_with_answer(Image.new("RGB", (8, 8), "red"), "How much? " * 12, answer, tmp_path / "a.png")
-        assert Image.open(tmp_path / "a.png").size[0] > 300
+    lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["0", "1", "2", "3"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["count"] == 4

@@ -1,0 +1,87 @@
+"""A question's images with the question, the answer and the reference below them, as one image to look at."""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+from phivision_jax.data.records import Record
+from phivision_jax.evaluation.runner import Answer
+from phivision_jax.images.decode import open_image, to_rgb
+
+WIDTH, MARGIN, IMAGE_HEIGHT = 480, 16, 360
+"""Pixels. Images are scaled to fit, small ones by an integer so that their pixels stay sharp."""
+LINE_HEIGHT, LINE_LENGTH = 20, 49
+"""Pixels, and characters: the font is monospaced, so that lines break at the right margin."""
+INK, SOFT, CORRECT, INCORRECT = "#1b1f24", "#7a818a", "#1a7f37", "#b35900"
+MAX_CHARACTERS = 1200
+"""Longer texts lose their middle: an answer that thinks can be long."""
+
+
+def answer_image(
+    images: Sequence[Image.Image],
+    question: str,
+    answer: str,
+    reference: str | None = None,
+    correct: bool | None = None,
+) -> Image.Image:
+    """Images below each other, the question, the answer and the reference, as an RGB image ``WIDTH`` pixels wide.
+
+    Args:
+      images: any number of any size.
+      question: the text; ``<image>`` markers are left out.
+      answer: of the model.
+      reference: the expected answer; None leaves it out.
+      correct: sets the colour of the answer; None for an answer that was not scored.
+    """
+    scaled = [_fit(image) for image in images]
+    texts = [(question.replace("<image>", "").strip(), SOFT)]
+    texts.append((answer.strip() or "(no answer)", INK if correct is None else CORRECT if correct else INCORRECT))
+    if reference is not None:
+        texts.append((f"expected: {reference.strip()}", SOFT))
+    blocks = [(_wrap(text), colour) for text, colour in texts]
+    height = MARGIN + sum(image.height + MARGIN for image in scaled)
+    height += sum(len(lines) * LINE_HEIGHT + MARGIN for lines, _ in blocks)
+    canvas = Image.new("RGB", (WIDTH, height), "white")
+    draw, top = ImageDraw.Draw(canvas), MARGIN
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSansMono.ttf")), 15)
+    for image in scaled:
+        canvas.paste(image, ((WIDTH - image.width) // 2, top))
+        top += image.height + MARGIN
+    for lines, colour in blocks:
+        for line in lines:
+            draw.text((MARGIN, top), line, fill=colour, font=font)
+            top += LINE_HEIGHT
+        top += MARGIN
+    return canvas
+
+
+def answer_images(records: Sequence[Record], answers: Sequence[Answer]) -> list[Image.Image]:
+    """``answer_image`` of each record and the answer to it; images that cannot be decoded are left out."""
+    shown = []
+    for record, answer in zip(records, answers, strict=False):
+        images = []
+        for image in record.images:
+            with contextlib.suppress(ValueError, OSError):
+                images.append(to_rgb(open_image(image)))
+        shown.append(answer_image(images, answer.question, answer.prediction, answer.reference, answer.correct))
+    return shown
+
+
+def _fit(image: Image.Image) -> Image.Image:
+    scale = min((WIDTH - 2 * MARGIN) / image.width, IMAGE_HEIGHT / image.height)
+    enlarged = scale >= 2
+    scale = int(scale) if enlarged else scale
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+
+
+def _wrap(text: str) -> list[str]:
+    if len(text) > MAX_CHARACTERS:
+        text = f"{text[: MAX_CHARACTERS // 2]} … {text[-MAX_CHARACTERS // 2 :]}"
+    return [piece for line in text.splitlines() for piece in textwrap.wrap(line, LINE_LENGTH) or [""]]

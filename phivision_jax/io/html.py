@@ -1,0 +1,141 @@
+"""Reports made of sections: tables in the terminal, and one HTML page with figures, tables and text.
+
+    Section ──► print_sections   the tables
+            └─► page             everything, in one file that fetches nothing; text is escaped
+
+The page follows the reader's light or dark theme, and so does a figure of ``plot``.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from matplotlib import rc_context
+from matplotlib.figure import Figure as Canvas
+from PIL import Image
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+type Style = Literal["plain", "strong", "soft", "faint", "accent", "good", "warning"]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
+RED = "#e0322f"
+_STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.25,
+    "image.cmap": "viridis_r",
+}
+_DARK: dict[str, Any] = {
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), "#16181c"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "#e6e6e6"),
+    "axes.edgecolor": "#8a8f98",
+    "image.cmap": "viridis",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells of text."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    """A row of one cell is a heading within the table."""
+    names: int = 1
+    """Number of leading columns of names, aligned left; the rest are numbers, aligned right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A PNG with a caption."""
+
+    png: bytes
+    caption: str
+    dark: bytes | None = None
+    """The same for dark screens; a figure that has one is shown over the full width of the page."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A stretch of text in one style; line breaks in it are kept."""
+
+    text: str
+    style: Style = "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading and what follows it."""
+
+    title: str
+    note: str = ""
+    figures: Sequence[Figure] = ()
+    table: Table | None = None
+    text: Sequence[Span] = ()
+
+
+def plot(draw: Callable[[Canvas], None], caption: str, height: float) -> Figure:
+    """Draw a figure 13.6 inches (1,496 pixels) wide, once for light and once for dark screens.
+
+    Args:
+      draw: fills an empty matplotlib figure. Colours that it leaves open follow the theme.
+      caption: below the figure.
+      height: in inches of 110 pixels.
+    """
+    pngs = []
+    for theme in (_STYLE, _STYLE | _DARK):
+        with rc_context(theme):
+            canvas, file = Canvas(figsize=(13.6, height), layout="constrained"), io.BytesIO()
+            draw(canvas)
+            canvas.savefig(file, dpi=110)
+            pngs.append(file.getvalue())
+    return Figure(pngs[0], caption, pngs[1])
+
+
+def image_figure(image: Image.Image, caption: str) -> Figure:
+    """A figure of an image's pixels."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return Figure(file.getvalue(), caption)
+
+
+def print_sections(sections: Sequence[Section], console: Console | None = None) -> None:
+    """Print the tables of sections."""
+    for section in sections:
+        if section.table is None:
+            continue
+        shown = RichTable(title=section.title, title_justify="left", caption=section.note, caption_justify="left")
+        for i, name in enumerate(section.table.header):
+            shown.add_column(Text(name), justify="left" if i < section.table.names else "right", overflow="fold")
+        for row in section.table.rows:
+            if len(row) == 1:
+                shown.add_section()
+            shown.add_row(*(Text(cell, "bold" if len(row) == 1 else "") for cell in row))
+        (console or Console()).print(shown)
+
+
+def page(title: str, sections: Sequence[Section]) -> str:
+    """One HTML page: a title, and the sections in order."""
+    return _template().render(title=title, sections=sections)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    return environment.get_template("page.html.jinja")
