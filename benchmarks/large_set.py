@@ -27,7 +27,7 @@ from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources import Read
+from phivision_jax.data.sources.source import Read
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.data.store.importing import import_source
 from phivision_jax.processor import Processor

@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg
 from phivision_jax.cli.data_view import show, stats
 
 if TYPE_CHECKING:
-    from phivision_jax.data.sources import Source
+    from phivision_jax.data.sources.source import Source
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.processor import Processor
 
@@ -79,8 +79,8 @@ def import_(
             with other options is an error.
     """
     from phivision_jax.data.records import TASKS
-    from phivision_jax.data.sources import open_source
     from phivision_jax.data.sources.items import ItemOptions
+    from phivision_jax.data.sources.open_source import open_source
     from phivision_jax.data.store.dataset import MANIFEST
     from phivision_jax.data.store.importing import import_source
 
@@ -134,7 +134,7 @@ def import_(
 
 def _print_files(source: Source) -> None:
     """Which files of a folder are read, and which are not: their names decided it."""
-    from phivision_jax.data.sources import Files, shorten
+    from phivision_jax.data.sources.files import Files, shorten
 
     files: Files | None = getattr(source, "files", None)  # TFDS and ArrayRecord say themselves what belongs to them.
     if files is not None:

@@ -1,19 +1,19 @@
-"""Records: one conversation with its images, whatever the data once looked like."""
+"""The record: one conversation with its images, the one form of data that the rest of the package knows."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import msgpack
 
+from phivision_jax.io.suggest import did_you_mean
 from phivision_jax.text.tokenizer import THINK
 
 Mode = Literal["think", "nothink"]
 MODES: tuple[str, ...] = get_args(Mode)
-# The index and the metrics hold positions in this tuple: append, never reorder.
+# Indices and metrics store positions in this tuple: append, never reorder.
 TASKS: tuple[str, ...] = (
     "general", "math", "science", "gui", "ocr", "chart", "document", "caption", "text",
     "grounding", "safety",
@@ -24,10 +24,6 @@ TASKS: tuple[str, ...] = (
 class Record:
     """One conversation with its images, before any tokenizer or resizing.
 
-    ``images`` are encoded files (bytes) or paths, in the order in which ``<image>`` stands in the messages.
-    ``messages`` are ``{"role": …, "content": str}``; an answer that is not to be learned has ``"weight": 0`` too.
-    ``mode`` is how the assistant answers; None: to be inferred.
-
     Raises:
       ValueError: for an empty id, no messages, an unknown mode or an unknown task (with the closest known one).
     """
@@ -35,10 +31,15 @@ class Record:
     id: str
     source: str
     images: tuple[bytes | str, ...]
+    """Encoded files or paths, in the order of ``<image>`` in the messages."""
     messages: tuple[Mapping[str, Any], ...]
+    """``{"role": …, "content": str}``; ``"weight": 0`` excludes an assistant message from the loss."""
     mode: Mode | None = None
+    """How the assistant answers; None: inferred from the answers, see ``mode_of``."""
     task: str = "general"
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lineage: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    """The steps that made the record, oldest first, each as "step: item", where the item is what the step read."""
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -47,10 +48,10 @@ class Record:
             raise ValueError(f"record {self.id!r} has no messages")
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"record {self.id!r}: mode must be one of {MODES} or None, not {self.mode!r}")
-        if self.task not in TASKS:
-            near = difflib.get_close_matches(self.task, TASKS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(TASKS)}."
-            raise ValueError(f"record {self.id!r}: unknown task {self.task!r}; {hint}")
+        try:
+            check_task(self.task)
+        except ValueError as error:
+            raise ValueError(f"record {self.id!r}: {error}") from None
 
     def to_bytes(self) -> bytes:
         """The payload of one ArrayRecord entry (msgpack)."""
@@ -59,11 +60,17 @@ class Record:
     @classmethod
     def from_bytes(cls, payload: bytes) -> Record:
         fields = msgpack.unpackb(payload)
-        return cls(**{**fields, "images": tuple(fields["images"]), "messages": tuple(fields["messages"])})
+        return cls(**fields | {name: tuple(fields[name]) for name in ("images", "messages", "lineage")})
+
+
+def check_task(task: str) -> None:
+    """Raises ValueError, with the closest known task, if ``task`` is not in ``TASKS``."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; {did_you_mean(task, TASKS)}")
 
 
 def mode_of(record: Record) -> Mode:
-    """The record's mode; where it states none, "think" if an answer begins with ``<think>``, else "nothink"."""
+    """The record's mode; if it has none, "think" if any answer begins with ``<think>``, else "nothink"."""
     if record.mode is not None:
         return record.mode
     answers = (message["content"] for message in record.messages if message["role"] == "assistant")

@@ -27,9 +27,9 @@ from phivision_jax.data.feed.pipeline import batches, to_device
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources import open_source
 from phivision_jax.data.sources.easy_vqa import easy_vqa
 from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.open_source import open_source
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.data.store.exporting import export
 from phivision_jax.data.store.importing import import_source

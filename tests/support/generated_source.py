@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.sources import Read
+from phivision_jax.data.sources.source import Read
 from tests.support.records import make_record
 
 KINDS: list[tuple[tuple[int, int], ...]] = [(), ((24, 16),), ((64, 64),), ((16, 40),), ((24, 16), (32, 32)), ((8, 8),)]

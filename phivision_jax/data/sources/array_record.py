@@ -15,8 +15,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from phivision_jax.data.quarantine import BadRecord, Quarantined
-from phivision_jax.data.sources import Read, candidates, describe
+from phivision_jax.data.sources.files import files_of_format, identify
 from phivision_jax.data.sources.items import ItemOptions, ItemReader
+from phivision_jax.data.sources.source import Read
 
 # No buffers for reading ahead: their threads would outnumber the cores.
 _READER = "readahead_buffer_size:0,max_parallelism:0"
@@ -50,7 +51,7 @@ class ArrayRecordSource:
             counts.append(reader.num_records())
             reader.close()
         self._begins = np.cumsum([0, *counts])
-        self._key = describe(self._files)
+        self._key = identify(self._files)
         if not len(self):
             raise ValueError(f"{path} holds no payloads")
 
@@ -94,7 +95,7 @@ def _files(path: Path) -> list[Path]:
             return [path / shard["file"] for shard in json.loads(manifest.read_text())["shards"]]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{manifest} does not name the shards of a data set ({error!r})") from None
-    if not (files := candidates(path, "array-record")):
+    if not (files := files_of_format(path, "array-record")):
         raise ValueError(f"{path} holds no .array_record file")
     return files
 

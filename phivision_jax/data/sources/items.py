@@ -31,10 +31,10 @@ from typing import Any, Literal
 
 from phivision_jax.data.quarantine import BadRecord, Quarantined, Reason
 from phivision_jax.data.records import MODES, TASKS, Mode, Record
-from phivision_jax.data.sources import ModeFrom, Read
 from phivision_jax.data.sources.conversations import MARKER, NEXT, conversation_of
 from phivision_jax.data.sources.coordinates import Unit, fill_placeholders, rewrite_lists
 from phivision_jax.data.sources.fetch import fetch, is_given
+from phivision_jax.data.sources.source import ModeFrom, Read
 from phivision_jax.images.decode import ImageTooLargeError, image_size
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 

@@ -22,9 +22,10 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from phivision_jax.data.quarantine import Quarantined, Reason
-from phivision_jax.data.sources import Files, Read, describe, files_of
 from phivision_jax.data.sources.conversations import FORMS
+from phivision_jax.data.sources.files import Files, files_of_split, identify
 from phivision_jax.data.sources.items import ItemOptions, ItemReader
+from phivision_jax.data.sources.source import Read
 from phivision_jax.io.progress import bar
 
 WINDOW = 64 * 2**20
@@ -62,7 +63,7 @@ class JsonSource:
         Args:
           path: a file; a folder, of which ``split`` chooses the files; or several files.
           options: how items become records.
-          split: of a folder's files, see ``files_of``.
+          split: of a folder's files, see ``files_of_split``.
           name: of the source; default: the stem of the file or the name of the folder.
 
         Raises:
@@ -72,11 +73,11 @@ class JsonSource:
         self.name = name or (paths[0].stem if paths[0].is_file() else paths[0].resolve().name)
         self._options = options
         forms = (*FORMS, *(theirs for theirs, ours in options.rename if ours in FORMS))
-        found = [files_of(p, "json", split) for p in paths]
+        found = [files_of_split(p, "json", split) for p in paths]
         self.files = Files(*([file for one in found for file in one[part]] for part in (0, 1)))
         self._files = [_File(file, forms) for file in self.files.read]
         self._begins = np.cumsum([0, *(file.count for file in self._files)])
-        self._key = describe([file.path for file in self._files])
+        self._key = identify([file.path for file in self._files])
         if not len(self):
             raise ValueError(f"{', '.join(map(str, paths))} holds no items")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources import Read
 from phivision_jax.data.sources.items import ItemOptions, ItemReader
+from phivision_jax.data.sources.source import Read
 
 
 class RecordsSource:

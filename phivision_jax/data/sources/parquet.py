@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.sources import Read, describe, files_of
+from phivision_jax.data.sources.files import files_of_split, identify
 from phivision_jax.data.sources.items import IDS, ItemOptions, ItemReader
+from phivision_jax.data.sources.source import Read
 
 BATCH_BYTES = 64 * 2**20
 """Decoded at once, about; a row may hold many images. A page, which parquet unpacks whole, may be larger."""
@@ -46,7 +47,7 @@ class ParquetSource:
         Args:
           path: a file, or a folder of which ``split`` chooses the files.
           options: how rows become records.
-          split: of a folder's files, see ``files_of``.
+          split: of a folder's files, see ``files_of_split``.
           name: of the source; default: the stem of the file or the name of the folder.
 
         Raises:
@@ -55,7 +56,7 @@ class ParquetSource:
         self.name = name or (path.stem if path.is_file() else path.resolve().name)
         self._options = options
         self._folder = path if path.is_dir() else path.parent
-        self.files = files_of(path, "parquet", split)
+        self.files = files_of_split(path, "parquet", split)
         self._files = self.files.read
         self._cursor: _Cursor | None = None
         groups: list[tuple[int, int, int, int]] = []  # file, row group of it, rows, bytes
@@ -72,7 +73,7 @@ class ParquetSource:
             (number, g, max(1, min(_ROWS, BATCH_BYTES * rows // max(size, 1)))) for number, g, rows, size in groups
         ]
         self._begins = np.cumsum([0, *(rows for _, _, rows, _ in groups)])
-        self._key = describe(self._files)
+        self._key = identify(self._files)
         if not len(self):
             raise ValueError(f"{path} holds no rows")
 

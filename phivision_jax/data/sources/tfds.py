@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.sources import Read, describe
+from phivision_jax.data.sources.files import identify
 from phivision_jax.data.sources.items import IDS, ItemOptions, ItemReader
+from phivision_jax.data.sources.source import Read
 
 
 class TfdsSource:
@@ -43,7 +44,7 @@ class TfdsSource:
         if not self._len:
             raise ValueError(f"split {split!r} of {of} holds no examples")
         files = [Path(file) for info in builder.info.splits.values() for file in info.filepaths]
-        self._key = describe([file for file in files if file.is_file()])
+        self._key = identify([file for file in files if file.is_file()])
 
     def __len__(self) -> int:
         return self._len

@@ -35,7 +35,7 @@ from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import Record
 from phivision_jax.data.store.shard_files import READERS, Shard
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST = "manifest.json"
 _AT_ONCE = 32  # Files looked for at a time: on network storage each takes its while.
 

@@ -29,7 +29,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.records import MODES, TASKS, mode_of
-from phivision_jax.data.sources import Read, Source
+from phivision_jax.data.sources.source import Read, Source
 from phivision_jax.data.store.dataset import describe_file
 from phivision_jax.data.store.record_check import measure, with_bytes
 from phivision_jax.io.workers import Stop, Stopped

@@ -30,7 +30,7 @@ import numpy as np
 from phivision_jax.data import quarantine
 from phivision_jax.data.quarantine import Quarantined, TooManyBadRecords
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources import Source
+from phivision_jax.data.sources.source import Source
 from phivision_jax.data.store.dataset import MANIFEST, SCHEMA, Dataset, describe_file
 from phivision_jax.data.store.import_chunk import CHUNKS, DTYPES, WORK, Chunk, Options, default_chunk, write_chunk
 from phivision_jax.io import progress as bars

@@ -89,7 +89,7 @@ FIRST = [8, 9, 26, 90]
 
 def test_one_stretch_or_several(monkeypatch):
     whole = sample(5_000, 0.3, 0, HELD_OUT)
-    monkeypatch.setattr("phivision_jax.data.shuffle._AT_ONCE", 777)
+    monkeypatch.setattr("phivision_jax.data.shuffle._BLOCK", 777)
     assert np.array_equal(sample(5_000, 0.3, 0, HELD_OUT), whole)
 
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources import Read
 from phivision_jax.data.sources.items import ItemOptions, ItemReader
+from phivision_jax.data.sources.source import Read
 from phivision_jax.text.chat import flatten
 from tests.support.records import png
 

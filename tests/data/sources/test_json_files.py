@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.sources import Read, json_files
+from phivision_jax.data.sources import json_files
 from phivision_jax.data.sources.items import ItemOptions
 from phivision_jax.data.sources.json_files import JsonSource, Piece, elements
+from phivision_jax.data.sources.source import Read
 from tests.support.records import png
 
 PNG = png(24, 16)

@@ -9,12 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.sources import Read, files_of, open_source, shorten
 from phivision_jax.data.sources.easy_vqa import easy_vqa
+from phivision_jax.data.sources.files import files_of_split, shorten
 from phivision_jax.data.sources.items import ItemOptions
 from phivision_jax.data.sources.json_files import JsonSource
 from phivision_jax.data.sources.memory import RecordsSource
+from phivision_jax.data.sources.open_source import open_source
 from phivision_jax.data.sources.parquet import ParquetSource
+from phivision_jax.data.sources.source import Read
 from tests.support.records import make_record, mixed_records
 
 OPTIONS = ItemOptions()
@@ -34,7 +36,7 @@ def test_files_by_their_extension(tmp_path, name):
         return
     path.write_text(json.dumps(ITEM))
     if name in ("a.txt", "a"):
-        with pytest.raises(ValueError, match=r"cannot be told from its name: looked for \.json"):
+        with pytest.raises(ValueError, match=r"is not clear from its name: looked for \.json"):
             open_source(path, options=OPTIONS)
     assert isinstance(open_source(path, options=OPTIONS, format="json"), JsonSource)
 
@@ -56,7 +58,7 @@ def test_folders_by_what_they_hold(tmp_path):
 
 def test_splits_of_a_folder(tmp_path):
     def names(split: str = "train") -> tuple[str, str]:
-        read, left_out = files_of(tmp_path, "json", split)
+        read, left_out = files_of_split(tmp_path, "json", split)
         assert sorted(read + left_out) == sorted(tmp_path.iterdir())
         return shorten(read), shorten(left_out)
 
@@ -79,7 +81,11 @@ def test_splits_of_a_folder(tmp_path):
         names("test")[0] == "shapes_test.json, test.jsonl" and names("val")[0] == "shapes-Validation.json, x_val.json"
     )
     source = open_source(tmp_path, options=OPTIONS)
-    assert isinstance(source, JsonSource) and len(source) == 3 and source.files == files_of(tmp_path, "json", "train")
+    assert (
+        isinstance(source, JsonSource)
+        and len(source) == 3
+        and source.files == files_of_split(tmp_path, "json", "train")
+    )
 
 
 def test_files_one_folder_down(tmp_path):

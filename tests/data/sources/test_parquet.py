@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.sources import Read, parquet
+from phivision_jax.data.sources import parquet
 from phivision_jax.data.sources.items import ItemOptions
 from phivision_jax.data.sources.parquet import ParquetSource
+from phivision_jax.data.sources.source import Read
 from tests.support.records import png
 
 PNG = [png(24, 16, seed) for seed in range(3)]

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phivision_jax.data.sources import Read, open_source
 from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.open_source import open_source
+from phivision_jax.data.sources.source import Read
 from tests.support.records import png
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -132,7 +133,7 @@ def test_what_cannot_be_opened(directory, tmp_path, monkeypatch):
 def test_tensorflow_is_not_imported(directory):
     program = f"""
 import sys
-from phivision_jax.data.sources import open_source
+from phivision_jax.data.sources.open_source import open_source
 from phivision_jax.data.sources.items import ItemOptions
 source = open_source({str(directory)!r}, options=ItemOptions())
 print(len(list(source.read(0, 5))), "tensorflow" in sys.modules)

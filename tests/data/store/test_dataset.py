@@ -127,7 +127,7 @@ def test_open_says_what_is_wrong(tmp_path, written):
 
     path = written.directory / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
-    with pytest.raises(ValueError, match="schema 99, this program reads 3"):
+    with pytest.raises(ValueError, match="schema 99, this program reads 4"):
         Dataset.open(written.directory)
 
 

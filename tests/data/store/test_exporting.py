@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources import Read, open_source
 from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.open_source import open_source
+from phivision_jax.data.sources.source import Read
 from phivision_jax.data.store import exporting
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.data.store.exporting import export

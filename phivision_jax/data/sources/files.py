@@ -1,0 +1,97 @@
+"""The files of a format and of a split in a folder, by their names."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Format = Literal["json", "parquet", "tfds", "array-record"]
+
+PATTERNS: dict[Format, re.Pattern[str]] = {
+    "json": re.compile(r"\.(json|jsonl|ndjson)$", re.IGNORECASE),
+    "parquet": re.compile(r"\.(parquet|pq)$", re.IGNORECASE),
+    # TFDS and Beam append the number of the shard: name-train.array_record-00000-of-00008.
+    "array-record": re.compile(r"\.(array_record|arrayrecord)(-\d+-of-\d+)?$", re.IGNORECASE),
+}
+# JSON that describes data and holds none.
+_DESCRIPTIONS = {
+    "config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "features.json", "manifest.json",
+    "state.json", "work.json",
+}  # fmt: skip
+# As a word of its own: "test-0" and "shapes_test", but not "testimony".
+_SPLIT = re.compile(
+    r"(?<![a-z])(train(?:ing)?|validation|valid|val|dev|test(?:ing)?|eval(?:uation)?)(?![a-z])", re.IGNORECASE
+)
+
+
+class Files(NamedTuple):
+    """Files of one format in a folder: those of the wanted split, and the others."""
+
+    read: list[Path]
+    left_out: list[Path]
+
+
+def files_of_split(path: Path, format: Format, split: str) -> Files:
+    """The files to read: ``path`` itself, or the files of a folder that belong to the split.
+
+    A file belongs to the split in its name ("test-0.parquet", "shapes_test.json"), and to train if its name has none
+    ("part-0.parquet"). Any other ``split`` is a prefix of file names.
+
+    Raises:
+      ValueError: when the folder has no such file; the message lists the files that it has.
+    """
+    if path.is_file():
+        return Files([path], [])
+    found = files_of_format(path, format)
+    chosen = [file for file in found if _belongs_to(file.name, split)]
+    if not chosen:
+        others = f", only {shorten(found)}" if found else ""
+        raise ValueError(f"{path} has no {format} file of split {split!r}{others}")
+    return Files(chosen, [file for file in found if file not in chosen])
+
+
+def files_of_format(folder: Path, format: Format) -> list[Path]:
+    """The files of a format in a folder, in its subfolder ``data``, or in its one subfolder that has any.
+
+    Raises:
+      ValueError: when several subfolders have such files.
+    """
+    if files := files_directly_in(folder, format):
+        return files
+    subfolders = sorted(inner for inner in folder.iterdir() if inner.is_dir() and inner.name[0] != ".")
+    found = {inner.name: files for inner in subfolders if (files := files_directly_in(inner, format))}
+    if len(found) > 1:
+        shown = ", ".join([*found][:5]) + (" …" if len(found) > 5 else "")
+        raise ValueError(f"{folder} has {format} files in {len(found)} subfolders ({shown}): give one of them")
+    return next(iter(found.values()), [])
+
+
+def files_directly_in(folder: Path, format: Format) -> list[Path]:
+    """The files of a format in a folder or in its subfolder ``data``, sorted; hidden and descriptive files excluded."""
+    for place in (folder, folder / "data"):
+        names = sorted(os.listdir(place)) if place.is_dir() else []
+        files = [place / n for n in names if PATTERNS[format].search(n) and n not in _DESCRIPTIONS and n[0] != "."]
+        if files:
+            return files
+    return []
+
+
+def _belongs_to(name: str, split: str) -> bool:
+    if not _SPLIT.fullmatch(split):
+        return name.startswith(split)
+    named = _SPLIT.search(name)
+    return named[0].lower().startswith(split.lower()) if named else split == "train"
+
+
+def shorten(files: Sequence[Path]) -> str:
+    """The first five names."""
+    return ", ".join(file.name for file in files[:5]) + (" …" if len(files) > 5 else "")
+
+
+def identify(files: Sequence[Path]) -> list[list[Any]]:
+    """Path, size and modification time of each file, for ``Source.key``."""
+    stats = [(file, file.stat()) for file in files]
+    return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]

@@ -1,0 +1,101 @@
+"""The reader for a file or folder, chosen by its names or by ``format``."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+from phivision_jax.data.sources.files import PATTERNS, Format, files_directly_in, files_of_format
+from phivision_jax.data.sources.source import Source
+
+if TYPE_CHECKING:
+    from phivision_jax.data.sources.items import ItemOptions
+
+_LOOKED_FOR = (
+    "looked for .json, .jsonl or .ndjson, .parquet, .array_record files, and for dataset_info.json (TFDS); "
+    "choose a format with --format"
+)
+_COMPRESSED = re.compile(r"\.(json|jsonl|ndjson|parquet)\.(gz|zst|bz2|xz|zip|lz4)$", re.IGNORECASE)
+
+
+def open_source(
+    spec: str | os.PathLike[str],
+    *,
+    format: Format | Literal["auto"] = "auto",
+    split: str = "train",
+    options: ItemOptions,
+    name: str | None = None,
+) -> Source:
+    """Open a file, a folder, or "tfds:NAME" for reading.
+
+    Args:
+      spec: what to read.
+      format: how to read it; "auto" decides by the file's extension or the folder's files.
+      split: of a TFDS data set, or of a folder of JSON or parquet files (see ``files_of_split``).
+      options: how items become records.
+      name: name of the source; default: the stem of the file or the name of the folder.
+
+    Raises:
+      FileNotFoundError: when there is no such file or folder.
+      ValueError: when the format is not clear, or the data cannot be read in it.
+      ModuleNotFoundError: for TFDS when its package is not installed.
+    """
+    spec = os.fspath(spec)
+    path = Path(spec)
+    if spec.startswith("tfds:"):
+        if format not in ("auto", "tfds"):
+            raise ValueError(f"{spec} is read as tfds, not as {format}")
+        format = "tfds"
+    elif not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {spec}")
+    elif format == "auto":
+        format = _format_of(path)
+    # Imported when needed: TFDS takes a second, and is an extra.
+    if format == "json":
+        from phivision_jax.data.sources.json_files import JsonSource
+
+        return JsonSource(path, options, split=split, name=name)
+    if format == "parquet":
+        from phivision_jax.data.sources.parquet import ParquetSource
+
+        return ParquetSource(path, options, split=split, name=name)
+    if format == "tfds":
+        from phivision_jax.data.sources.tfds import TfdsSource
+
+        return TfdsSource(spec.removeprefix("tfds:"), options, split=split, name=name)
+    if format == "array-record":
+        from phivision_jax.data.sources.array_record import ArrayRecordSource
+
+        return ArrayRecordSource(path, options, name=name)
+    raise ValueError(f"format must be one of auto, {', '.join(get_args(Format))}, not {format!r}")
+
+
+def _format_of(path: Path) -> Format:
+    if path.is_file():
+        for format, pattern in PATTERNS.items():
+            if pattern.search(path.name):
+                return format
+        _refuse_compressed([path.name], path)
+        raise ValueError(f"the format of {path} is not clear from its name: {_LOOKED_FOR}")
+    # Our own datasets and those of TFDS have files of other formats too.
+    if (path / "manifest.json").is_file() and any(path.glob("*.array_record")):
+        return "array-record"
+    if (path / "dataset_info.json").is_file() and not any(path.glob("*.arrow")):
+        return "tfds"
+    found = [format for format in PATTERNS if files_directly_in(path, format)]
+    found = found or [format for format in PATTERNS if files_of_format(path, format)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"{path} has files of more than one format ({', '.join(found)}): choose one with --format")
+    _refuse_compressed(sorted(os.listdir(path)), path)
+    raise ValueError(f"{path} has nothing that can be read: {_LOOKED_FOR}")
+
+
+def _refuse_compressed(names: Iterable[str], path: Path) -> None:
+    if name := next((name for name in names if _COMPRESSED.search(name)), None):
+        file = path if path.is_file() else path / name
+        raise ValueError(f"{file} is compressed: unpack it first (gunzip, unzstd, ...)")
