@@ -27,7 +27,7 @@ STAGES = ("stage1", "stage2", "stage3")
 def get_config(stage: str = "stage2") -> ConfigDict:
     if stage not in STAGES:
         raise ValueError(f"configs/phi4_rv_15b.py has the stages {', '.join(STAGES)}, not {stage!r}")
-    c = ConfigDict(dataclasses.asdict(RunConfig()))
+    c = ConfigDict(dataclasses.asdict(RunConfig()), type_safe=False)
     c.data.stage = stage
     # Decay as in Phi-4-reasoning's training, on kernels of linear layers: no norms, biases, tables of embeddings and
     # positions, and not the head, which is such a table (optim.is_decayed). 0.95 forgets a bad stretch in 20 steps, and

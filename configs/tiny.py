@@ -14,7 +14,7 @@ from phivision_jax.training.run_config import RunConfig
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "long"):
         raise ValueError(f"configs/tiny.py has the variants '' and 'long', not {variant!r}")
-    c = ConfigDict(dataclasses.asdict(RunConfig()))
+    c = ConfigDict(dataclasses.asdict(RunConfig()), type_safe=False)
 
     # 64x64 pictures as 8x8 patches of 8x8 pixels; three of the four vision blocks run.
     c.model.min_patches = c.model.max_patches = 64

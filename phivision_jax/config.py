@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeAliasType, get_args, get_origin, get_type_hints
 
 ImageAttention = Literal["causal", "bidirectional"]
 
@@ -147,26 +148,85 @@ class LoraConfig:
 
 
 def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Build a (nested) dataclass from plain dicts, refusing names it does not have.
+    """Build a dataclass, and those nested in it, from plain dicts; every value must have its field's type.
+
+    Args:
+      where: prefix of the field names in errors, such as ``"optim."``.
 
     Raises:
-      ValueError: for an unknown field, with the closest known name; for a value that is not among a field's choices.
+      ValueError: for an unknown field (naming the nearest) or a value of another type (naming what is wanted).
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    types = field_types(cls)
     for name in values:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(fields)}"
-            raise ValueError(f"{cls.__name__} has no field {where + name!r}{hint}")
-    kwargs, hints = {}, get_type_hints(cls)
-    for name, value in values.items():
-        default = fields[name].default
-        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
-            value = dataclass_from_dict(type(default), value, f"{where}{name}.")
-        elif isinstance(default, tuple) and isinstance(value, list):
-            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
-        choices = get_args(hints[name]) if get_origin(hints[name]) is Literal else ()
-        if choices and value not in choices:
-            raise ValueError(f"{where}{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
-        kwargs[name] = value
-    return cls(**kwargs)
+        if name not in types:
+            raise ValueError(unknown_field(cls, where + name))
+    return cls(**{name: check_value(value, types[name], where + name) for name, value in values.items()})
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Field name → type of a dataclass."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def unknown_field(cls: type, name: str) -> str:
+    """The sentence for a dotted field name whose last part ``cls`` does not have."""
+    *parents, last = name.split(".")
+    fields = list(field_types(cls))
+    near = difflib.get_close_matches(last, fields, n=1)
+    hint = f"did you mean {'.'.join([*parents, near[0]])!r}?" if near else f"{cls.__name__} has {', '.join(fields)}"
+    return f"there is no field {name!r}; {hint}"
+
+
+def without_none(hint: Any) -> Any:
+    """``T`` of ``T | None`` (the first of several types); any other type unchanged."""
+    hint = hint.__value__ if isinstance(hint, TypeAliasType) else hint
+    return get_args(hint)[0] if isinstance(hint, UnionType) else hint
+
+
+def check_value(value: Any, hint: Any, name: str) -> Any:
+    """``value`` as a field of this type holds it: lists become tuples, integers floats, dicts dataclasses.
+
+    Raises:
+      ValueError: when it is of another type; the message names the field, the value and what is wanted.
+    """
+    wanted, hint = hint, without_none(hint)
+    origin, args = get_origin(hint), get_args(hint)
+    if value is None and type(None) in get_args(wanted):
+        return None
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return dataclass_from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+    elif origin is Literal:
+        if any(type(value) is type(choice) and value == choice for choice in args):
+            return value
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            each = args[:1] * len(value) if args[-1] is Ellipsis else args
+            if len(value) == len(each):
+                return tuple(check_value(item, each[i], f"{name}[{i}]") for i, item in enumerate(value))
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        if isinstance(value, Mapping):
+            return {key: check_value(v, args[1], f"{name}[{key!r}]") for key, v in value.items()}
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    raise ValueError(f"{name} must be {wanted_value(wanted)}, not {value!r}")
+
+
+def wanted_value(hint: Any) -> str:
+    """What a field of this type takes, in words: ``"an integer"``, ``"a number or None"``."""
+    origin, args = get_origin(hint), get_args(hint)
+    if isinstance(hint, UnionType):
+        return f"{wanted_value(args[0])} or None" if type(None) in args else wanted_value(args[0])
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, args))
+    if origin is tuple:
+        if args[-1] is Ellipsis:
+            return f"a list, each item {wanted_value(args[0])}"
+        return f"a pair ({', '.join(map(wanted_value, args))})"
+    words = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
+    return words.get(hint, "a group of fields")

@@ -10,7 +10,7 @@ from phivision_jax.training.run_config import MeshConfig, RunConfig
 def test_misspelt_field_names_the_nearest():
     values = dataclasses.asdict(RunConfig())
     values["optim"]["learnig_rate"] = 1.0
-    with pytest.raises(ValueError, match=r"optim\.learnig_rate.*'learning_rate'"):
+    with pytest.raises(ValueError, match=r"optim\.learnig_rate.*'optim\.learning_rate'"):
         RunConfig.from_dict(values)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from flax import nnx
 
-from phivision_jax.cli.preflight import load_config
+from phivision_jax.cli.load_config import load_config
 from phivision_jax.config import LoraConfig
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.models import phivision

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import importlib.util
 import json as json_library
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +46,7 @@ def preflight(
         plot: Where the figure goes; default: beside the JSON file, if there is one.
         set: Change fields of the configuration: data.batch_rows=512 remat=full.
     """
+    from phivision_jax.cli.load_config import load_config
     from phivision_jax.hardware.topology import parse_topology
     from phivision_jax.preflight import report
     from phivision_jax.preflight.compiling import check_machine
@@ -75,43 +74,6 @@ def preflight(
         print(f"wrote {picture}")
     if not found["fits"]:
         raise SystemExit(3)
-
-
-def load_config(spec: str, changes: tuple[str, ...] = ()) -> RunConfig:
-    """A configuration file's ``get_config``, called with what stands behind the colon, and fields changed by name.
-
-    Raises:
-      ValueError: for a file that is not there, is no Python or has no ``get_config``; a field or value that cannot be.
-    """
-    from phivision_jax.training.run_config import RunConfig
-
-    path, _, variant = spec.partition(":")
-    if not Path(path).is_file():
-        raise ValueError(f"--config: {path} does not exist; give a file like configs/phi4_rv_15b.py:stage2")
-    found = importlib.util.spec_from_file_location("config", path)
-    if found is None or found.loader is None:
-        raise ValueError(f"--config: {path} is not a Python file; give one like configs/phi4_rv_15b.py:stage2")
-    module = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ValueError(f"--config: {error}") from None
-    if not hasattr(module, "get_config"):
-        raise ValueError(f"--config: {path} has no function get_config")
-    values = (module.get_config(variant) if variant else module.get_config()).to_dict()
-    for change in changes:
-        name, equals, text = change.partition("=")
-        if not equals:
-            raise ValueError(f"--set: {change!r} is not like data.batch_rows=512")
-        *parents, last = name.split(".")
-        at: Any = values
-        for parent in parents:
-            at = at.setdefault(parent, {}) if isinstance(at, dict) else {}
-        try:
-            at[last] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            at[last] = text  # a word: remat=full
-    return RunConfig.from_dict(values)
 
 
 def _train(cfg: RunConfig, where: Topology, low_effort: bool, title: str = "compiling") -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from phivision_jax.cli.preflight import load_config
+from phivision_jax.cli.load_config import load_config
 from phivision_jax.config import DecoderConfig
 from phivision_jax.hardware.topology import GIB, parse_topology
 from phivision_jax.preflight import generation

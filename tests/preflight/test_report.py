@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from phivision_jax.cli.preflight import load_config
+from phivision_jax.cli.load_config import load_config
 from phivision_jax.hardware.topology import GIB, parse_topology
 from phivision_jax.preflight import report
 from phivision_jax.preflight.model import layout_search, modelled_step
@@ -125,19 +125,6 @@ def test_what_the_compiler_cannot_compile_does_not_end_the_search():
     found = layout_search.search(CFG, WHERE, attempt, said.append)
     assert found is not None and found["cfg"].remat == "full"
     assert said[0].endswith("does not compile at low effort: the compiler was ended by SIGABRT")
-
-
-def test_fields_are_changed_by_name(tmp_path):
-    cfg = load_config("configs/phi4_rv_15b.py:stage1", ("remat=full", "data.batch_rows=512", "mesh.fsdp=64"))
-    assert (cfg.remat, cfg.data.batch_rows, cfg.mesh.fsdp, cfg.data.stage) == ("full", 512, 64, "stage1")
-    for change, message in (("remat", "is not like"), ("data.rows=3", "has no field 'data.rows'")):
-        with pytest.raises(ValueError, match=message):
-            load_config("configs/phi4_rv_15b.py", (change,))
-    with pytest.raises(ValueError, match=r"nothing\.py does not exist"):
-        load_config("nothing.py")
-    (tmp_path / "broken.py").write_text("{broken")
-    with pytest.raises(ValueError, match=r"--config: '\{' was never closed \(broken\.py, line 1\)"):
-        load_config(str(tmp_path / "broken.py"))
 
 
 def test_the_page_holds_the_tables_of_the_results():

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from phivision_jax.cli.preflight import load_config, preflight
+from phivision_jax.cli.load_config import load_config
+from phivision_jax.cli.preflight import preflight
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.hardware.topology import parse_topology
 from phivision_jax.preflight import report
