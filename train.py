@@ -107,7 +107,7 @@ def train(cfg: RunConfig, where: str) -> int:
         run = directory.local
         if leads or directory.mirrored:
             record_log.cut_all(run, first)
-        processes.first_alone("logs are cut", lambda: None)
+        processes.on_process_zero("logs are cut", lambda: None)
         writer = MetricsWriter(run, first, wandb=cfg.wandb, config=meta["run"])
         records = record_log.RecordLog(run, jax.process_index(), first)
         bad = quarantine.RunLog(run / quarantine.file_of_process(jax.process_index()), cfg.data.max_bad)
@@ -136,7 +136,7 @@ def train(cfg: RunConfig, where: str) -> int:
         with (
             processes.Preemption(first) as preemption,
             training_bar(steps, first, shown=leads) as bar,
-            saved_whatever_happens(checkpoints, watchdog),
+            finish_save_on_error(checkpoints, watchdog),
         ):
             # A start that was told to stop has saved at once, and left this to us.
             missed = first and not any(name.startswith(("validation/", "eval/")) for name in writer.measured)
@@ -161,7 +161,7 @@ def train(cfg: RunConfig, where: str) -> int:
                     timing = goodput.row()
                     row = timing | speed.row(timing["time/step_s"]) | log_row(metrics)
                     row |= learning_rates(float(step.learning_rate(done - 1)), rates)
-                    row |= {"elapsed_s": time.monotonic() - began, "holes": bad.holes}
+                    row |= {"elapsed_s": time.monotonic() - began, "failed_examples": bad.holes}
                     goodput.write(done)
                 if not stop or last:
                     row |= measure(done)
@@ -198,7 +198,7 @@ def train(cfg: RunConfig, where: str) -> int:
 
 
 @contextlib.contextmanager
-def saved_whatever_happens(checkpoints: RunCheckpoints, watchdog: Watchdog) -> Iterator[None]:
+def finish_save_on_error(checkpoints: RunCheckpoints, watchdog: Watchdog) -> Iterator[None]:
     """An error in here waits for the checkpoint that is being written, which may be the only one to go back to.
 
     Where others write their parts of it, only for an error that all of them have.
@@ -265,11 +265,11 @@ def main(argv: list[str]) -> None:
         )
     try:
         processes.initialize()
-        processes.end_when_told()
+        processes.exit_on_signal()
         cfg = config_of_flags()
     except ValueError as error:
         sys.exit(f"train.py: {error}")
-    with processes.together("train.py", EXPECTED):
+    with processes.propagate_failure("train.py", EXPECTED):
         if flags.FLAGS.replay is not None:
             replay(cfg, run, flags.FLAGS.replay, say)
             return

@@ -26,7 +26,7 @@ from phivision_jax import sharding
 from phivision_jax.checkpoint import layout, manifest
 from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig, dataclass_from_dict
 from phivision_jax.convert.hf_config import model_config
-from phivision_jax.distributed.processes import agree
+from phivision_jax.distributed.processes import first_error
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location
 from phivision_jax.models import lora, phivision
@@ -182,7 +182,7 @@ def restore_params(directory: Location, target: Mapping[str, Any]) -> dict[str, 
         merge.
     """
     parts = (layout.PARAMS, layout.META)
-    manifest.check(directory, parts, jax.process_index(), jax.process_count(), agree)
+    manifest.check(directory, parts, jax.process_index(), jax.process_count(), first_error)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         metadata = checkpointer.metadata(storage.absolute(directory) / layout.PARAMS)
     if metadata.item_metadata is None:

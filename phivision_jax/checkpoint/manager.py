@@ -39,7 +39,7 @@ from phivision_jax.checkpoint.files_item import FilesSave
 from phivision_jax.checkpoint.layout import ASSETS, CHECKPOINTS, CHECKSUMS, FORMAT, META, OPT_STATE, PARAMS
 from phivision_jax.checkpoint.retention import Best
 from phivision_jax.checkpoint.run_steps import Steps, first_line
-from phivision_jax.distributed.processes import agree
+from phivision_jax.distributed.processes import first_error
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location
 
@@ -316,7 +316,7 @@ class RunCheckpoints:
         wanted = [step for step in self._steps() if at_most is None or step <= at_most]
         share = (jax.process_index(), jax.process_count())
         for step in sorted(set(wanted) - self._damaged.keys(), reverse=True):
-            if step not in self._checked and (wrong := agree(self._steps.damage(step, *share))):
+            if step not in self._checked and (wrong := first_error(self._steps.damage(step, *share))):
                 self._damaged[step] = wrong
                 continue
             self._checked.add(step)
@@ -346,7 +346,7 @@ class RunCheckpoints:
         if wrong is None and CHECKSUMS in meta:
             found = checksums({PARAMS: restored[PARAMS], OPT_STATE: restored[OPT_STATE]})
             wrong = differing(meta[CHECKSUMS], {name: f"{value:08x}" for name, value in found.items()})
-        wrong = agree(wrong)
+        wrong = first_error(wrong)
         if wrong is not None and wrong.startswith(_UNREADABLE) and self._steps.has_manifest(step):
             raise CheckpointError(f"every file of {checkpoint} is whole, but {wrong}")
         return restored, wrong

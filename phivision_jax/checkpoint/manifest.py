@@ -77,13 +77,13 @@ def check(
     parts: Collection[str],
     share: int = 0,
     shares: int = 1,
-    agree: Callable[[str | None], str | None] = lambda wrong: wrong,
+    first_error: Callable[[str | None], str | None] = lambda wrong: wrong,
 ) -> None:
     """Refuse a checkpoint in whose parts a file is not as it was written; one without a manifest is taken as it is.
 
     Args:
       parts: as for ``damage``, of which share and shares are too.
-      agree: what one process says, on all of them; called by each that calls this.
+      first_error: what one process says, on all of them; called by each that calls this.
 
     Raises:
       ValueError: naming the file.
@@ -93,7 +93,7 @@ def check(
         wrong = damage(checkpoint, share, shares, parts)
     except FileNotFoundError:  # a conversion, or a step that was killed before it was sealed
         wrong = None
-    if wrong := agree(wrong):
+    if wrong := first_error(wrong):
         raise ValueError(f"{checkpoint} is damaged: {wrong}; bring back a copy of it, or take another step of its run")
 
 

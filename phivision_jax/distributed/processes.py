@@ -3,7 +3,7 @@
 A step is one program over all devices, so no process can stop alone: the others would wait in its collectives for ever.
 
     told to stop   SIGTERM (preemption, maintenance) or Ctrl-C on any of them: all agree on a step (``Preemption``)
-    an error       on any of them: the others are told the sentence and end as well (``together``)
+    an error       on any of them: the others are told the sentence and end as well (``propagate_failure``)
     a death        the others' collectives fail, or JAX misses its heartbeats and ends them (``initialize``)
     a hang         ``watchdog.py``
 
@@ -71,7 +71,7 @@ def initialize() -> None:
     )
 
 
-def first_alone(what: str, function: Callable[[], Any]) -> None:
+def on_process_zero(what: str, function: Callable[[], Any]) -> None:
     """Have the first process do something to the run's directory; nobody goes on before it is done."""
     if jax.process_index() == 0:
         function()
@@ -79,7 +79,7 @@ def first_alone(what: str, function: Callable[[], Any]) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def agree(sentence: str | None) -> str | None:
+def first_error(sentence: str | None) -> str | None:
     """What any process says, on all of them: the first one's by number. All must call it; a collective."""
     if jax.process_count() == 1:
         return sentence
@@ -90,7 +90,7 @@ def agree(sentence: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def together(program: str, expected: tuple[type[Exception], ...]) -> Iterator[None]:
+def propagate_failure(program: str, expected: tuple[type[Exception], ...]) -> Iterator[None]:
     """What ends one process ends all: an exception in here is told to the others, which print it and end as well.
 
     They may be anywhere, in a collective that will never come to its end too, so a thread of theirs listens and ends
@@ -152,7 +152,7 @@ def _leave(client: Any) -> NoReturn:
     os._exit(code)
 
 
-def end_when_told() -> None:
+def exit_on_signal() -> None:
     """Until ``Preemption`` takes over, SIGTERM and Ctrl-C end this process at once, and it may be started again.
 
     There is nothing to save yet. A handler of Python's is called when the main thread is back from whatever it does in

@@ -26,7 +26,7 @@ from phivision_jax.data.feed.encode import GROUP_NAMES, group_weights
 from phivision_jax.data.feed.pipeline import BatchInfo, batches, rows_of_process, to_device
 from phivision_jax.data.plan.plan import Plan, differing, make_plan, plan_inputs
 from phivision_jax.data.store.dataset import Dataset
-from phivision_jax.distributed.processes import first_alone
+from phivision_jax.distributed.processes import on_process_zero
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location
@@ -117,7 +117,7 @@ def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints
     check_rows(cfg, mesh)
     retention.check(cfg)
     assets = directory.local / "assets"
-    first_alone("assets", lambda: make_assets(cfg, directory))
+    on_process_zero("assets", lambda: make_assets(cfg, directory))
     directory.take("assets")
     processor = Processor.from_directory(assets, cfg.model)
     mixture = train_data.training_mixture(cfg.data)
@@ -202,8 +202,8 @@ def make_or_load_plan(
         directory.give("plan")
 
     # All look before one of them saves it.
-    first_alone("plan is made", lambda: None)
-    first_alone("plan is saved", save)
+    on_process_zero("plan is made", lambda: None)
+    on_process_zero("plan is saved", save)
     return plan
 
 

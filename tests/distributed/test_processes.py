@@ -73,7 +73,7 @@ def test_one_process_stops_on_sigterm_and_on_ctrl_c(capsys):
 STARTING = """
 import functools, hashlib, os, signal, threading, time
 from phivision_jax.training import processes
-processes.end_when_told()
+processes.exit_on_signal()
 {before}
 threading.Timer(0.5, functools.partial(print, "compiling", flush=True)).start()
 hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
@@ -109,9 +109,12 @@ def test_where_nothing_is_to_be_saved_it_ends_at_once(number, before, said):
 
 
 def test_one_process_fails_as_ever():
-    with pytest.raises(SystemExit, match=r"train.py: the disk is full"), processes.together("train.py", (OSError,)):
+    with (
+        pytest.raises(SystemExit, match=r"train.py: the disk is full"),
+        processes.propagate_failure("train.py", (OSError,)),
+    ):
         raise OSError("the disk is full")
-    with pytest.raises(KeyError), processes.together("train.py", (OSError,)):
+    with pytest.raises(KeyError), processes.propagate_failure("train.py", (OSError,)):
         raise KeyError("a mistake of ours")
 
 

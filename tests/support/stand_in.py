@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.distributed.heartbeat import PREEMPTED
-from phivision_jax.distributed.processes import Preemption, agree, first_alone, initialize, together
+from phivision_jax.distributed.processes import Preemption, first_error, initialize, on_process_zero, propagate_failure
 from phivision_jax.distributed.watchdog import Watchdog
 from phivision_jax.training.telemetry.metrics import MetricsWriter
 from phivision_jax.training.telemetry.record_log import RecordLog
@@ -40,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
         (run / "assets").mkdir(parents=True, exist_ok=True)
         (run / "assets" / "tokenizer.json").write_text("{}")
 
-    first_alone("assets", make_assets)
+    on_process_zero("assets", make_assets)
     checkpoints = RunCheckpoints(run, keep=2)
     size = 32  # of any mesh here
     array = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=at)
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     writer = MetricsWriter(run, first) if me == 0 else None
     records = RecordLog(run, me, first)
     where = f"process {me} of {jax.process_count()}"
-    said = agree(f"{where} says so" if me == jax.process_count() - 1 else None)
+    said = first_error(f"{where} says so" if me == jax.process_count() - 1 else None)
     print(f"{where} hears: {said}", flush=True)
     time.sleep(args.slow_start)
     print(f"{where}: continuing from step {first}" if first else f"{where}: begins", flush=True)
@@ -132,5 +132,5 @@ def parse() -> argparse.Namespace:
 if __name__ == "__main__":
     args = parse()
     initialize()
-    with together("stand_in.py", (ValueError,)):
+    with propagate_failure("stand_in.py", (ValueError,)):
         main(args)
