@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from phivision_jax.batch import IGNORE, IMAGE_TOKEN, Batch, Example, PatchedImage, expand, fill_rows
+from phivision_jax.batch import Batch, Example, PatchedImage, expand, fill_rows
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.data.plan.packing import Capacity, Lengths, pack
+from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN
 from phivision_jax.training.run_config import OptimConfig
 
 

@@ -23,17 +23,12 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
+from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN, PLACEHOLDER
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from phivision_jax.config import ImageAttention, ModelConfig
-
-IMAGE_TOKEN = -200
-"""Stands for a whole image in token ids that are not yet laid out (the released code's marker)."""
-IGNORE = -100
-"""The label of a token that the loss does not see."""
-PLACEHOLDER = 0
-"""The token id at columns whose embedding a vision token replaces; any id would do."""
 
 # The types of a Batch's leaves: NumPy on the host, jax.Array on the device, ShapeDtypeStruct in a spec.
 type Array = Any

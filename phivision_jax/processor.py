@@ -27,7 +27,9 @@ from phivision_jax.images.naflex import preprocess
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location, read_json
 from phivision_jax.text import chat
-from phivision_jax.text.chat import ChatTemplate, Message, Mode
+from phivision_jax.text.chat import Message
+from phivision_jax.text.constants import PromptMode
+from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import Tokenizer
 
 # preprocessor_config.json: what its other keys must say, since only this arithmetic is computed (2 is bilinear).
@@ -134,7 +136,7 @@ class Processor:
         messages: Sequence[Message],
         images: Sequence[ImageSource] | None = None,
         *,
-        mode: Mode | None = None,
+        mode: PromptMode = "auto",
         generation_prompt: bool = False,
         group: int = 0,
         max_patches: int | None = None,
@@ -184,7 +186,7 @@ class Processor:
         conversations: Sequence[Sequence[Message]],
         images: Sequence[Sequence[ImageSource]] | None = None,
         *,
-        mode: Mode = "auto",
+        mode: PromptMode = "auto",
         generation_prompt: bool = True,
         length: int | None = None,
         num_patches: int | None = None,

@@ -3,8 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from phivision_jax.batch import IGNORE, Batch, PatchedImage, batch_spec, expand, fill_rows
+from phivision_jax.batch import Batch, PatchedImage, batch_spec, expand, fill_rows
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.text.constants import IGNORE
 
 U, A = 7, 9  # a user's token, an assistant's
 PAD = 99

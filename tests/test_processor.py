@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phivision_jax.batch import IGNORE, Batch
+from phivision_jax.batch import Batch
 from phivision_jax.config import DecoderConfig, ModelConfig
 from phivision_jax.images.naflex import preprocess
 from phivision_jax.processor import Processor
-from phivision_jax.text.chat import ChatTemplate
+from phivision_jax.text.constants import IGNORE
+from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "pixels"

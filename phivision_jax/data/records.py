@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import msgpack
 
 from phivision_jax.io.suggest import did_you_mean
+from phivision_jax.text.constants import Mode
 from phivision_jax.text.tokenizer import THINK
 
-Mode = Literal["think", "nothink"]
 MODES: tuple[str, ...] = get_args(Mode)
 # Indices and metrics store positions in this tuple: append, never reorder.
 TASKS: tuple[str, ...] = (

@@ -12,19 +12,20 @@ import grain
 import numpy as np
 from jax.sharding import Mesh
 
-from phivision_jax.batch import PLACEHOLDER, Batch, Example, expand, fill_rows
+from phivision_jax.batch import Batch, Example, expand, fill_rows
 from phivision_jax.data.feed.encode import mode_of
 from phivision_jax.data.plan.record_sizes import check_processor, lengths_of
 from phivision_jax.evaluation.scoring import exact_match
 from phivision_jax.inference.generate import answer_text, generate_ids
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.sharding import row_sharding
+from phivision_jax.text.constants import PLACEHOLDER
 
 if TYPE_CHECKING:
     from phivision_jax.data.records import Record
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.processor import Processor
-    from phivision_jax.text.chat import Mode
+    from phivision_jax.text.constants import PromptMode
 
 _log = logging.getLogger(__name__)
 _BLANK = expand([PLACEHOLDER], [])
@@ -88,7 +89,7 @@ class Evaluator:
         rows: int,
         max_new_tokens: int,
         num_examples: int | None = None,
-        mode: Mode = "auto",
+        mode: PromptMode = "auto",
         mesh: Mesh | None = None,
     ) -> None:
         check_processor(dataset, processor)

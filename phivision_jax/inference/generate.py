@@ -26,7 +26,7 @@ from phivision_jax.models.phivision import PhiVision
 if TYPE_CHECKING:
     from phivision_jax.images.decode import ImageSource
     from phivision_jax.processor import Processor
-    from phivision_jax.text.chat import Mode
+    from phivision_jax.text.constants import PromptMode
 
 LENGTH_MULTIPLE = 128
 """Prompts and patches are padded to multiples of this, so that few shapes are ever compiled."""
@@ -38,7 +38,7 @@ def generate(
     prompt: str | Sequence[Any],
     images: Sequence[Any] | None = None,
     *,
-    mode: Mode = "auto",
+    mode: PromptMode = "auto",
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -204,7 +204,7 @@ def generate_tokens(
     return jax.lax.while_loop(unfinished, decode, carry)[3]
 
 
-def answer_text(processor: Processor, ids: np.ndarray, mode: Mode = "auto") -> str:
+def answer_text(processor: Processor, ids: np.ndarray, mode: PromptMode = "auto") -> str:
     """The text of generated ids up to the end token; thoughts keep their tags."""
     eos = np.flatnonzero(ids == processor.tokenizer.eos_id)
     ids = ids[: eos[0]] if len(eos) else ids

@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint directory: text to ids and back, and the ids that steer the model.
+"""A checkpoint's tokenizer: text to ids and back, and the ids of the control tokens.
 
-The ids come from ``tokenizer.json`` through the ``tokenizers`` library. Nothing is ever added in front (Phi-4 has no
-BOS), and control tokens that stand in the text are read as such: the chat template writes them there.
+The ids come from ``tokenizer.json`` through the ``tokenizers`` library. Nothing is added in front (Phi-4 has no BOS).
+Control tokens in a text become their ids, because the chat template writes them there.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ EOS = "<|im_end|>"
 """Ends a turn, and an answer."""
 PAD = "<|dummy_85|>"
 NOTHINK = "<|dummy_84|>"
-"""Begins an answer given without thinking."""
+"""Begins an answer without thoughts."""
 THINK, END_THINK = "<think>", "</think>"
-"""Around the thoughts that precede an answer."""
+"""Around the thoughts at the beginning of an answer."""
 TURN_TOKENS = ("<|im_start|>", "<|im_sep|>", EOS)
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 _REQUIRED = (*TURN_TOKENS, PAD, NOTHINK, THINK, END_THINK)
-_SMALL = Path(__file__).parent / "small" / "tokenizer.json"
+_SMALL = Path(__file__).parent / "small"
 
 
 class Tokenizer:
-    """Built from the files of a checkpoint; see ``from_directory`` and ``small``.
+    """A tokenizer built from the files of a checkpoint; see ``from_directory`` and ``small``.
 
     Attributes:
-      files: the files it was read from, name to bytes: what ``save`` writes.
-      vocab_size: the number of ids, the unused ones below the largest included.
-      eos_id, pad_id, nothink_id, think_id, end_think_id: ids of the tokens named above.
+      files: the contents of its files by name, as ``save`` writes them.
+      vocab_size: the number of ids, including unused ones below the largest.
+      eos_id, pad_id, nothink_id, think_id, end_think_id: the ids of the tokens named above.
       control_tokens: the texts of the tokens marked special, which message content may not contain.
     """
 
@@ -45,8 +46,8 @@ class Tokenizer:
         missing = [token for token in _REQUIRED if token not in vocabulary]
         if missing:
             raise ValueError(
-                f"{where}/tokenizer.json has no token {', '.join(missing)}: the chat format and the thinking modes "
-                "need it. Take the tokenizer files of a Phi-4-reasoning-vision checkpoint"
+                f"{where}/{TOKENIZER} has no token {', '.join(missing)}: the chat format and the thinking modes need "
+                "it. Take the tokenizer files of a Phi-4-reasoning-vision checkpoint"
             )
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id, self.pad_id, self.nothink_id = vocabulary[EOS], vocabulary[PAD], vocabulary[NOTHINK]
@@ -57,104 +58,103 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:
-        """Read ``tokenizer.json`` and, where there is one, ``tokenizer_config.json``.
+        """Read ``tokenizer.json`` and, if present, ``tokenizer_config.json``.
 
         Raises:
           FileNotFoundError: when there is no ``tokenizer.json``.
-          ValueError: when it is broken, the two files contradict each other, or a token that the chat format or the
-            modes need is not there; each names the file.
+          ValueError: when it cannot be read, the two files contradict each other, or a token that the chat format or
+            the thinking modes need is missing; each names the file.
         """
         path = Path(path)
-        if not (path / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"{path} holds no tokenizer.json")
-        names = ("tokenizer.json", "tokenizer_config.json")
-        return cls({n: (path / n).read_bytes() for n in names if (path / n).is_file()}, str(path))
+        if not (path / TOKENIZER).is_file():
+            raise FileNotFoundError(f"{path} holds no {TOKENIZER}")
+        names = (TOKENIZER, TOKENIZER_CONFIG)
+        return cls({name: (path / name).read_bytes() for name in names if (path / name).is_file()}, str(path))
 
     @classmethod
     def small(cls) -> Tokenizer:
-        """The project's own 512 tokens: English questions about pictures, short; any other text, byte by byte."""
-        return cls({_SMALL.name: _SMALL.read_bytes()}, str(_SMALL.parent))
+        """The project's own 512 tokens: short English questions about images; any other text, byte by byte."""
+        return cls.from_directory(_SMALL)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, control tokens in it included, nothing added."""
+        """The ids of a text, control tokens included, nothing added."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids, and for each the characters [start, end) it came from.
+        """The ids of a text, and for each the characters [start, end) that it came from.
 
-        Tokens that share one character (its bytes) all have its span. A control token that swallows the white space
-        beside it (``lstrip``, ``rstrip``) spans it too.
+        Tokens for the bytes of one character all have its span. The span of a control token includes the white space
+        that it strips (``lstrip``, ``rstrip``).
         """
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """The text of the ids (integers of any kind); ``skip_special`` leaves out the control tokens.
+        """The text of token ids (integers of any type).
 
-        The tags around thoughts stay, whether the checkpoint marks them special or not.
+        Args:
+          skip_special: leave out the control tokens, but not the tags around thoughts, whether the checkpoint marks
+            these special or not.
 
         Raises:
-          ValueError: for a number that is no id.
+          ValueError: for a number that is not an id.
         """
         plain = [int(i) for i in ids]
         for i in plain:
             if not 0 <= i < self.vocab_size:
-                raise ValueError(f"{i} is not a token id: they lie in 0…{self.vocab_size - 1}")
+                raise ValueError(f"{i} is not a token id: ids are 0 to {self.vocab_size - 1}")
         if skip_special:
             plain = [i for i in plain if i not in self._hidden]
         return self._backend.decode(plain, skip_special_tokens=False)
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """Characters in the longest token: a text of n characters has at least n / longest_token tokens."""
+        """Characters of the longest token: a text of n characters has at least n / longest_token tokens."""
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over what determines the ids: normaliser, pre-tokenizer, model, added tokens."""
+        """SHA-256 of what determines the ids: normalizer, pre-tokenizer, model, added tokens."""
         state = json.loads(self._backend.to_str())
         decisive = {key: state[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the files it was read from, byte for byte, into a directory."""
+        """Write its files into a directory, byte for byte as they were read."""
         for name, content in self.files.items():
             (Path(path) / name).write_bytes(content)
 
 
 def _build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
-    """The library's tokenizer, with the added tokens of ``tokenizer_config.json`` put over those of ``tokenizer.json``.
+    """The library's tokenizer, in which the added tokens of ``tokenizer_config.json`` override its own.
 
-    transformers does the same: where the two disagree about white space beside a token, the config wins.
+    transformers does the same: where the files disagree about white space beside a token, the config wins.
     """
     try:
-        backend = tokenizers.Tokenizer.from_buffer(files["tokenizer.json"])
-    except Exception as error:  # The library raises plain Exception.
-        raise ValueError(f"{where}/tokenizer.json cannot be read: {error}") from None
-    # A file saved after use may ask for cutting or padding; here only a plan decides lengths.
+        backend = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{where}/{TOKENIZER} cannot be read: {error}") from None
+    # A saved tokenizer may truncate or pad; here the data plan decides lengths.
     backend.no_truncation()
     backend.no_padding()
-    config = read_tokenizer_config(files, where)
+    config = read_tokenizer_config(files.get(TOKENIZER_CONFIG), where)
     added = {int(index): entry for index, entry in config.get("added_tokens_decoder", {}).items()}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     backend.add_tokens(
-        [
-            AddedToken(entry["content"], **{f: entry[f] for f in flags if f in entry})
-            for _, entry in sorted(added.items())
-        ]
+        [AddedToken(added[i]["content"], **{f: added[i][f] for f in flags if f in added[i]}) for i in sorted(added)]
     )
     for index, entry in added.items():
         if (found := backend.token_to_id(entry["content"])) != index:
             raise ValueError(
-                f"{where}: tokenizer_config.json says that {entry['content']} is token {index}, "
-                f"tokenizer.json makes it {found}: the two files do not belong together"
+                f"{where}: {TOKENIZER_CONFIG} has {entry['content']} as token {index}, {TOKENIZER} as {found}: the "
+                "files do not belong together"
             )
     return backend
 
 
-def read_tokenizer_config(files: Mapping[str, bytes], where: str) -> dict:
-    """``tokenizer_config.json`` as a dict, empty where there is none."""
+def read_tokenizer_config(content: bytes | None, where: str) -> dict:
+    """``tokenizer_config.json`` as a dict, empty for a missing file."""
     try:
-        return json.loads(files.get("tokenizer_config.json", b"{}"))
+        return json.loads(content or b"{}")
     except ValueError as error:
-        raise ValueError(f"{where}/tokenizer_config.json is not JSON: {error}") from None
+        raise ValueError(f"{where}/{TOKENIZER_CONFIG} is not JSON: {error}") from None

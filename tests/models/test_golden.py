@@ -27,7 +27,7 @@ from phivision_jax.images.naflex import grid_of
 from phivision_jax.inference.generate import generate_ids
 from phivision_jax.models.phivision import PhiVision, merge
 from phivision_jax.models.siglip2 import interpolation_weights
-from phivision_jax.text.chat import ChatTemplate
+from phivision_jax.text.template import ChatTemplate
 from phivision_jax.training.loss import batch_loss
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from phivision_jax.batch import IGNORE, Batch, PatchedImage, expand, fill_rows
+from phivision_jax.batch import Batch, PatchedImage, expand, fill_rows
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.text.constants import IGNORE
 
 TINY = ModelConfig(
     vision=VisionConfig(

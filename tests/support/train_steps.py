@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from phivision_jax import sharding
-from phivision_jax.batch import IGNORE, Batch, PatchedImage, batch_spec, expand, fill_rows
+from phivision_jax.batch import Batch, PatchedImage, batch_spec, expand, fill_rows
 from phivision_jax.data.feed.pipeline import to_device
 from phivision_jax.models.phivision import Params
+from phivision_jax.text.constants import IGNORE
 from phivision_jax.training.run_config import OptimConfig, RunConfig
 from phivision_jax.training.step import State, TrainStep, make_train_step
 from tests.support.batches import TINY

@@ -21,10 +21,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from phivision_jax.data.quarantine import BadRecord
+from phivision_jax.text.constants import IMAGE_MARKER
 
 FORMS = ("conversations", "messages", "texts", "question")
 """The fields by which a form is recognised; where an item has several, the first."""
-MARKER = "<image>"
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -73,14 +73,14 @@ def conversation_of(item: Mapping[str, Any]) -> Conversation:
             {"role": "user", "content": _text(item["question"], "the question")},
             {"role": "assistant", "content": _text(answer, "the answer")},
         ]
-        images = [NEXT] * sum(message["content"].count(MARKER) for message in messages)
+        images = [NEXT] * sum(message["content"].count(IMAGE_MARKER) for message in messages)
         return Conversation(messages, images, used, may_prepend=True)
     messages = []
     for i, turn in enumerate(_rows(item[form], f"the field {form}")):
         if form == "texts":
             for role in ("user", "assistant"):
                 messages.append({"role": role, "content": _text(turn.get(role), f"texts {i}: {role}")})
-                images += [NEXT] * messages[-1]["content"].count(MARKER)
+                images += [NEXT] * messages[-1]["content"].count(IMAGE_MARKER)
         else:
             messages.append(_message(turn, i, images))
     return Conversation(messages, images, (form,), may_prepend=form == "texts")
@@ -112,17 +112,17 @@ def _message(turn: Mapping[str, Any], i: int, images: list[Any]) -> dict[str, An
     kept = {"weight": 0} if weight == 0 else {}
     content = turn[holds]
     if isinstance(content, str):
-        images += [NEXT] * content.count(MARKER)
+        images += [NEXT] * content.count(IMAGE_MARKER)
         return {"role": _ROLES[role], "content": content, **kept}
     texts = []
     for part in _rows(content, f"the content of message {i}"):
         kind = part.get("type")
         if kind == "text":
             texts.append(_text(part.get("text"), f"message {i}: a part's text"))
-            images += [NEXT] * texts[-1].count(MARKER)
+            images += [NEXT] * texts[-1].count(IMAGE_MARKER)
         elif kind in ("image", "image_url"):
             # As text.chat.flatten writes it.
-            texts.append(MARKER + "\n")
+            texts.append(IMAGE_MARKER + "\n")
             images.append(_image_of(part, images, i))
         else:
             raise BadRecord("fields", f"message {i}: a part of type {kind!r}: known are text, image and image_url")

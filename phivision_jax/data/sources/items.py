@@ -31,11 +31,12 @@ from typing import Any, Literal
 
 from phivision_jax.data.quarantine import BadRecord, Quarantined, Reason
 from phivision_jax.data.records import MODES, TASKS, Mode, Record
-from phivision_jax.data.sources.conversations import MARKER, NEXT, conversation_of
+from phivision_jax.data.sources.conversations import NEXT, conversation_of
 from phivision_jax.data.sources.coordinates import Unit, fill_placeholders, rewrite_lists
 from phivision_jax.data.sources.fetch import fetch, is_given
 from phivision_jax.data.sources.source import ModeFrom, Read
 from phivision_jax.images.decode import ImageTooLargeError, image_size
+from phivision_jax.text.constants import IMAGE_MARKER
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
 IDS = ("id", "uid", "question_id")
@@ -176,14 +177,14 @@ class ItemReader:
         """
         listed = _listed(item)
         if prepend_to and not wanted:
-            prepend_to[0]["content"] = (MARKER + "\n") * len(listed) + prepend_to[0]["content"]
+            prepend_to[0]["content"] = (IMAGE_MARKER + "\n") * len(listed) + prepend_to[0]["content"]
             wanted = [NEXT] * len(listed)
         free = sum(image is NEXT for image in wanted)
         if free != len(listed):
             at_markers = len(wanted) - free
             raise BadRecord(
                 "image-count",
-                f"{free} {MARKER} markers in the messages, but {len(listed)} images"
+                f"{free} {IMAGE_MARKER} markers in the messages, but {len(listed)} images"
                 + (f" besides the {at_markers} given in the messages" if at_markers else ""),
             )
         rest = iter(listed)
@@ -232,7 +233,7 @@ def settle_mode(
 def _without_system(messages: Sequence[dict[str, Any]], keep: bool) -> list[dict[str, Any]]:
     """The messages without the system's; ``keep``: their text is put in front of the first user message."""
     system = [message["content"] for message in messages if message["role"] == "system"]
-    if any(MARKER in text for text in system):
+    if any(IMAGE_MARKER in text for text in system):
         raise BadRecord("image-count", "an image stands in a system message, which is not kept in its place")
     rest = [message for message in messages if message["role"] != "system"]
     if keep:

@@ -22,7 +22,7 @@ from PIL import Image
 from phivision_jax.data.records import Record
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.io.progress import bar
-from phivision_jax.text.chat import IMAGE_MARKER
+from phivision_jax.text.constants import IMAGE_MARKER
 
 DATA = "data.jsonl"
 _LLAVA_ROLES = {"user": "human", "assistant": "gpt", "system": "system"}

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgpack
 
-from phivision_jax.batch import IMAGE_TOKEN
 from phivision_jax.data.quarantine import BadRecord, Reason
 from phivision_jax.data.records import Record, mode_of
 from phivision_jax.images.decode import ImageTooLargeError, image_size, open_image, to_rgb
 from phivision_jax.text import chat
+from phivision_jax.text.constants import IMAGE_MARKER, IMAGE_TOKEN, ROLES
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 32_768
 """Pixels. A longer strip, squeezed into the encoder's patches, leaves nothing to be seen."""
-_ROLES = ("system", "user", "assistant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +94,8 @@ def count_text_tokens(record: Record, processor: Processor) -> int:
         raise BadRecord("too-long", f"the text has at least {fewest:,} tokens, the model has {longest:,} positions")
     try:
         ids, _ = chat.encode(processor.tokenizer, processor.template, record.messages, mode=mode_of(record))
-    except chat.ControlTokenError as error:
-        raise BadRecord("control-token", str(error)) from None
-    except chat.ModeError as error:
-        raise BadRecord("mode", str(error)) from None
+    except chat.MessageError as error:
+        raise BadRecord(error.reason, str(error)) from None
     except chat.UnmarkedTemplateError:
         raise
     except ValueError as error:
@@ -131,12 +128,12 @@ def _check_messages(record: Record) -> None:
     markers = answers = learned = 0
     for i, message in enumerate(record.messages):
         role, content = message.get("role"), message.get("content")
-        if role not in _ROLES:
-            raise BadRecord("role", f"message {i} has role {role!r}: it must be one of {', '.join(_ROLES)}")
+        if role not in ROLES:
+            raise BadRecord("role", f"message {i} has role {role!r}: it must be one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise BadRecord("fields", f"message {i}: its content is {type(content).__name__}, not text")
         _check_unicode(f"message {i}", content)
-        markers += content.count(chat.IMAGE_MARKER)
+        markers += content.count(IMAGE_MARKER)
         if role == "assistant":
             answers += 1
             learned += message.get("weight") != 0
@@ -148,7 +145,7 @@ def _check_messages(record: Record) -> None:
         raise BadRecord("empty-answer", "every answer has weight 0: there is nothing to learn")
     if markers != len(record.images):
         raise BadRecord(
-            "image-count", f"{markers} {chat.IMAGE_MARKER} markers in the messages, but {len(record.images)} images"
+            "image-count", f"{markers} {IMAGE_MARKER} markers in the messages, but {len(record.images)} images"
         )
 
 
@@ -157,7 +154,7 @@ def _said(content: str) -> str:
     content = content.removeprefix(NOTHINK)
     if content.startswith(THINK) and END_THINK in content:
         content = content.partition(END_THINK)[2]
-    return content.replace(chat.IMAGE_MARKER, "").strip()
+    return content.replace(IMAGE_MARKER, "").strip()
 
 
 def _check_unicode(what: str, text: str) -> None:

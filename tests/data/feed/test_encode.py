@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from phivision_jax.batch import IGNORE
 from phivision_jax.data.feed.encode import GROUP_NAMES, encode_record, group_id, hole
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS, mode_of
 from phivision_jax.data.store.record_check import count_text_tokens
+from phivision_jax.text.constants import IGNORE
 from tests.support.records import make_record
 
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phivision_jax.batch import IGNORE, Example, PatchedImage, fill_rows
+from phivision_jax.batch import Example, PatchedImage, fill_rows
 from phivision_jax.data.plan import packing
 from phivision_jax.data.plan.packing import Capacity, Lengths, attention_work, balance, best_fit_decreasing, pack, place
+from phivision_jax.text.constants import IGNORE
 
 
 def lengths_from(text: list[int], images: list[list[int]]) -> Lengths:

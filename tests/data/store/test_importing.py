@@ -22,7 +22,8 @@ from phivision_jax.data.store.import_chunk import CHUNKS, WORK
 from phivision_jax.data.store.importing import import_source, write_dataset
 from phivision_jax.data.store.integrity import validate
 from phivision_jax.processor import Processor
-from phivision_jax.text.chat import ChatTemplate, UnmarkedTemplateError
+from phivision_jax.text.chat import UnmarkedTemplateError
+from phivision_jax.text.template import ChatTemplate
 from tests.support.generated_source import KINDS, MadeUpSource
 from tests.support.paths import ROOT
 from tests.support.records import CONFIG, make_record

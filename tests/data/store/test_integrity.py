@@ -13,7 +13,7 @@ from phivision_jax.data.store.dataset import MANIFEST, Dataset, describe_file
 from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.data.store.integrity import Report, validate
 from phivision_jax.processor import Processor
-from phivision_jax.text.chat import ChatTemplate
+from phivision_jax.text.template import ChatTemplate
 from tests.support.records import CONFIG, make_record, mixed_records, png
 
 

@@ -19,7 +19,8 @@ from phivision_jax.data.store import record_check
 from phivision_jax.data.store.record_check import Measured, count_text_tokens, measure, with_bytes
 from phivision_jax.images.decode import image_size, open_image
 from phivision_jax.processor import Processor
-from phivision_jax.text.chat import ChatTemplate, UnmarkedTemplateError
+from phivision_jax.text.chat import UnmarkedTemplateError
+from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import Tokenizer
 from tests.support.records import CONFIG, make_record, png
 

@@ -1,0 +1,170 @@
+"""A checkpoint's chat template (jinja), rendered as transformers renders it."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from phivision_jax.text.tokenizer import TOKENIZER_CONFIG, read_tokenizer_config
+
+TEMPLATE_FILE = "chat_template.jinja"
+_SMALL = Path(__file__).parent / "small"
+_MARKED = "_marked"  # in the context: every generated piece, to notice those that render does not see
+
+
+class ChatTemplate:
+    """A jinja template in an immutable sandbox; see ``from_directory`` and ``small``.
+
+    The settings are those of transformers: ``trim_blocks`` and ``lstrip_blocks`` on, ``break`` and ``continue``,
+    ``raise_exception``, ``strftime_now``, a ``tojson`` that keeps non-ASCII text, and the special tokens of
+    ``tokenizer_config.json`` by name.
+
+    Args:
+      source: the template's text.
+      special_tokens: values of ``bos_token``, ``eos_token`` … in the template.
+      where: the template's name in error messages.
+    """
+
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str] | None = None, where: str = "chat template"
+    ) -> None:
+        self.source = source
+        self.special_tokens = dict(special_tokens or {})
+        self._where = where
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{where}, line {error.lineno}: {error.message}") from None
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> ChatTemplate:
+        """Read ``chat_template.jinja``, or else the ``chat_template`` in ``tokenizer_config.json``.
+
+        Raises:
+          FileNotFoundError: when there is neither.
+          ValueError: when the template does not compile.
+        """
+        path = Path(path)
+        file, config_file = path / TEMPLATE_FILE, path / TOKENIZER_CONFIG
+        config = read_tokenizer_config(config_file.read_bytes() if config_file.is_file() else None, str(path))
+        special_tokens = {
+            key: value["content"] if isinstance(value, Mapping) else value
+            for key, value in config.items()
+            if key.endswith("_token") and isinstance(value, str | Mapping)
+        }
+        if file.is_file():
+            return cls(file.read_bytes().decode(), special_tokens, str(file))
+        source = config.get("chat_template")
+        if isinstance(source, list):  # several templates, by name
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        if source is None:
+            raise FileNotFoundError(
+                f"{path} holds no {TEMPLATE_FILE}, and no default chat_template in {TOKENIZER_CONFIG}"
+            )
+        return cls(source, special_tokens, f"chat_template in {config_file}")
+
+    @classmethod
+    def small(cls) -> ChatTemplate:
+        """The project's own template: the turns of Phi-4, no system prompt, no white space between turns."""
+        return cls.from_directory(_SMALL)
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """Render a conversation to text.
+
+        Args:
+          messages: dicts whose ``content`` is a string.
+          generation_prompt: end with the beginning of the assistant's next turn.
+
+        Returns:
+          The text, and the character spans [start, end) inside ``{% generation %}`` blocks, in order.
+
+        Raises:
+          ValueError: when the template refuses the messages or fails on them.
+        """
+        marked: list[_Generated] = []
+        variables = {**self.special_tokens, "messages": messages, "add_generation_prompt": generation_prompt}
+        context = self._template.new_context({**variables, "tools": None, "documents": None, _MARKED: marked})
+        text, spans = "", []
+        try:
+            for piece in self._template.root_render_func(context):
+                if isinstance(piece, _Generated):
+                    spans.append((len(text), len(text) + len(piece)))
+                text += piece
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{self._where}: {error}") from None
+        if len(spans) != len(marked):
+            raise ValueError(
+                f"{self._where}: a {{% generation %}} block inside a macro, a set block or a filter block hides where "
+                "its text ends up: write it at the top level or inside plain if and for"
+            )
+        return text, spans
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the template and the special tokens that it may print."""
+        return hashlib.sha256(json.dumps([self.source, self.special_tokens], sort_keys=True).encode()).hexdigest()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A compiled template cannot be pickled, and data workers need one in their own processes.
+        return type(self), (self.source, self.special_tokens, self._where)
+
+    def save(self, path: str | Path) -> None:
+        """Write the template into a directory as ``chat_template.jinja``, which takes precedence when it is read."""
+        (Path(path) / TEMPLATE_FILE).write_text(self.source, encoding="utf-8", newline="")
+
+
+class _Generated(str):
+    """Text rendered inside a ``{% generation %}`` block."""
+
+
+class _GenerationBlocks(Extension):
+    """``{% generation %} … {% endgeneration %}`` yields its text as one ``_Generated`` piece.
+
+    ``ChatTemplate.render`` joins the pieces of a template itself, so it sees where each of them begins.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2's declaration
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_mark", [nodes.ContextReference()])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark(self, context: Context, caller: Callable[[], str]) -> str:
+        piece = _Generated(caller())
+        context[_MARKED].append(piece)
+        return piece
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
