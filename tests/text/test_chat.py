@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from phivision_jax.text.chat import MessageError, encode, flatten
-from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN
+from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN, PromptMode
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import Tokenizer
 from tests.support.chat import RELEASED_LIKE, assistant, user
@@ -153,7 +153,8 @@ def test_encode_weight_zero_has_no_loss() -> None:
         {**assistant("d"), "weight": 0},
         assistant("e") | {"weight": 1},
     ]
-    for mode, tag in (("auto", ""), ("nothink", "<|dummy_84|>")):
+    tags: dict[PromptMode, str] = {"auto": "", "nothink": "<|dummy_84|>"}
+    for mode, tag in tags.items():
         ids, labels = encode(SMALL, TEMPLATE, conversation, mode=mode)
         assert learned_text(ids, labels) == f"{tag}b<|im_end|>{tag}e<|im_end|>"
         assert ids == encode(SMALL, TEMPLATE, [{**m, "weight": None} for m in conversation], mode=mode)[0]
