@@ -1,12 +1,13 @@
-"""The text of a compiled program, taken apart: computations, instructions, sizes, loops.
+"""Parse the text of a compiled program and walk what it runs.
 
-What is read is the scheduled HLO that ``compiled.as_text()`` prints (by ``collectives.py`` and ``matmuls.py``). A
-compiler's own totals count the body of a loop once, and a search for names misses what is inside a fusion. So a program
-is walked from its entry the way it runs:
+The input is the scheduled HLO that ``compiled.as_text()`` prints. A compiler's own totals count the body of a loop
+once, and a text search misses what is inside a fusion, so ``walk`` follows a program from its entry:
 
     ENTRY main ── while (40 trips) ── body ── all-gather            40 times, loops (40,)
         │                             └── while (3) ── all-reduce   120 times, loops (40, 3)
         └── fusion ── all-reduce                                    once, loops ()
+
+``collectives.py`` and ``matmuls.py`` say what to look for.
 """
 
 from __future__ import annotations
@@ -15,67 +16,68 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
+    """One line of HLO."""
+
     name: str
     type: str
-    """Of its result, as printed, layouts and all."""
+    """Type of the result as printed, with layouts."""
     opcode: str
     rest: str
     """Operands and attributes."""
 
     @functools.cached_property
     def operands(self) -> list[str]:
-        """Names of its operands, in order; a constant has none."""
+        """Names of the operands, in order; a constant has none."""
         inside = next((self.rest[:i] for i, depth in enumerate(_depths(self.rest)) if depth < 0), self.rest)
         return re.findall(r"%([\w.\-]+)", inside)
 
     @functools.cached_property
     def called(self) -> list[str]:
-        """Computations that it runs once; of those of a "conditional" it runs one. A loop's body is not among them."""
+        """Computations that it runs once (a "conditional": one of them). A loop's body is not among them."""
         return [name for group in _CALLED.findall(self.rest) for name in re.findall(r"[\w.\-]+", group)]
 
     @property
-    def branches(self) -> list[str]:
-        """Of a conditional: the computations of which it runs one.
-
-        Raises:
-          ValueError: when it names none.
-        """
-        if not self.called:
-            raise ValueError(f"HLO: the {self.opcode} {self.name} states no branches")
-        return self.called
+    def op_name(self) -> str:
+        """Path of JAX transformations, named scopes and the primitive; empty where the compiler kept none."""
+        match = re.search(r'\bop_name="([^"]*)"', self.rest)
+        return match[1] if match else ""
 
     def attribute(self, key: str) -> str:
         """The name or word after ``key=``.
 
         Raises:
-          ValueError: when the instruction does not state it.
+          ValueError: when the instruction has no such attribute.
         """
         match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
         if match is None:
-            raise ValueError(f"HLO: {self.opcode} {self.name} states no {key}")
+            raise ValueError(f"HLO: {self.opcode} {self.name} has no {key}")
         return match[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
+    """A program: its computations by name."""
+
     computations: dict[str, list[Instruction]]
-    """Instructions of each, in the order in which they are scheduled; the last is the root."""
+    """Instructions in the order in which they are scheduled; the last is the root."""
     entry: str
     devices: int
-    """That run it together. Of several slices each has a program of its own, and this counts those of one."""
+    """Devices that run it together. Each of several slices has its own program, which counts its own devices."""
 
     def trips(self, loop: Instruction) -> int:
-        """How often a ``while`` runs its body.
+        """Number of times a ``while`` runs its body.
 
-        XLA:CPU writes the trips beside the loop; for TPU they follow from the one constant that the condition compares
-        with, since the counter of a scan starts at 0, and from what the body adds to it: 2, where it was unrolled.
+        XLA:CPU prints the trips beside the loop. For TPUs they follow from the single constant in the loop's condition,
+        since the counter of a scan starts at 0, and from the body's increment (2 for a loop unrolled by two).
 
         Raises:
-          ValueError: when they are not one constant.
+          ValueError: when the condition does not have exactly one constant.
         """
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(match[1])
@@ -89,26 +91,26 @@ class Module:
         }
         if len(constants) != 1:
             raise ValueError(
-                f"HLO: the loop {loop.name} cannot be counted, since its trips are not one constant: "
-                f"{sorted(constants)}"
+                f"HLO: cannot count the trips of loop {loop.name}: its condition compares with {sorted(constants)}, "
+                "not with one constant"
             )
         return -(-constants.pop() // self._stride(loop))
 
     def _stride(self, loop: Instruction) -> int:
-        """What the body adds to the element of its state that the condition looks at; 1 where that is not plain."""
-        looked_at = [
+        """Increment of the state element that the condition reads; 1 where the body does not show it."""
+        counters = [
             re.search(r"index=(\d+)", instruction.rest)
             for instruction in self.computations[loop.attribute("condition")]
             if instruction.opcode == "get-tuple-element"
         ]
         body = {instruction.name: instruction for instruction in self.computations[loop.attribute("body")]}
         root = next(reversed(body.values()), None)
-        if len(looked_at) != 1 or looked_at[0] is None or root is None or root.opcode != "tuple":
+        if len(counters) != 1 or counters[0] is None or root is None or root.opcode != "tuple":
             return 1
-        counter = body.get(root.operands[int(looked_at[0][1])])
-        if counter is None or counter.opcode != "add":
+        added_to = body.get(root.operands[int(counters[0][1])])
+        if added_to is None or added_to.opcode != "add":
             return 1
-        added = (body[name] for name in counter.operands if name in body and body[name].opcode == "constant")
+        added = (body[name] for name in added_to.operands if name in body and body[name].opcode == "constant")
         return next((int(one.rest.partition(")")[0]) for one in added), 1)
 
 
@@ -121,10 +123,7 @@ _CALLED = re.compile(
 
 
 def parse(text: str) -> Module:
-    """The computations of a module.
-
-    Args:
-      text: ``compiled.as_text()``.
+    """Parse ``compiled.as_text()``.
 
     Raises:
       ValueError: when the text has no entry computation.
@@ -138,17 +137,76 @@ def parse(text: str) -> Module:
         elif current is not None and (match := _INSTRUCTION.match(line)):
             current.append(Instruction(*match.groups()))
     if not entry:
-        raise ValueError("this is not the text of an HLO module: it has no ENTRY computation")
+        raise ValueError("this text is no HLO module: it has no ENTRY computation")
     header = text[: text.find("\n")]
     counts = (re.search(rf"\b{key}=(\d+)", header) for key in ("replica_count", "num_partitions"))
     return Module(computations, entry, math.prod(int(match[1]) for match in counts if match))
+
+
+class Frame(NamedTuple):
+    """A position in a computation."""
+
+    instructions: list[Instruction]
+    index: int
+
+    @property
+    def instruction(self) -> Instruction:
+        return self.instructions[self.index]
+
+
+class Executed(NamedTuple):
+    """An instruction that a program runs."""
+
+    frames: tuple[Frame, ...]
+    """The calls that lead to it from the entry; the last frame is the instruction itself."""
+    loops: tuple[int, ...]
+    """Trips of the loops around it, outermost first."""
+
+    @property
+    def instruction(self) -> Instruction:
+        return self.frames[-1].instruction
+
+
+def walk[T](module: Module, make: Callable[[Executed], T | None], weight: Callable[[T], float]) -> list[T]:
+    """Collect the results of ``make`` over all executed instructions, in the order of the text.
+
+    A computation that is called twice counts twice. Of a conditional's branches the heaviest counts.
+
+    Args:
+      make: called with each executed instruction; None means nothing to collect here, so look inside.
+      weight: of a result, to compare branches.
+
+    Raises:
+      ValueError: when a loop around a result has no constant number of trips, or a conditional no branches.
+    """
+
+    def inside(name: str, frames: tuple[Frame, ...], loops: tuple[int, ...]) -> list[T]:
+        found: list[T] = []
+        for index, instruction in enumerate(module.computations[name]):
+            stack = (*frames, Frame(module.computations[name], index))
+            called = functools.partial(inside, frames=stack, loops=loops)
+            if (made := make(Executed(stack, loops))) is not None:
+                found.append(made)
+            elif instruction.opcode == "while":
+                body = instruction.attribute("body")
+                if called(body):  # the number of trips matters only where something is counted
+                    found += inside(body, stack, (*loops, module.trips(instruction)))
+            elif instruction.opcode == "conditional":
+                if not instruction.called:
+                    raise ValueError(f"HLO: conditional {instruction.name} has no branches")
+                found += max(map(called, instruction.called), key=lambda branch: sum(map(weight, branch)))
+            elif not instruction.opcode.endswith(("-update", "-done")):  # their start has run it
+                found += [one for computation in instruction.called for one in called(computation)]
+        return found
+
+    return inside(module.entry, (), ())
 
 
 _BITS = {"pred": 8, "bf16": 16, "token": 0}
 
 
 def num_bytes(type_: str) -> int:
-    """Of an array type, or of all arrays of a tuple: ``(f32[8,16]{1,0}, bf16[4])`` has 520."""
+    """Size of an array type, or of all arrays in a tuple: ``(f32[8,16]{1,0}, bf16[4])`` has 520 bytes."""
     total = 0
     for dtype, dims in arrays(type_):
         digits = re.match(r"[a-z]+(\d+)", dtype)
@@ -166,7 +224,7 @@ def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def elements(type_: str) -> list[str]:
-    """The elements of a tuple type, nested tuples whole; an array is its own only element."""
+    """The elements of a tuple type, nested tuples unsplit; an array is its own only element."""
     if not type_.startswith("("):
         return [type_]
     parts, inner = [""], type_[1:-1]
@@ -179,7 +237,7 @@ def elements(type_: str) -> list[str]:
 
 
 def _depths(text: str) -> list[int]:
-    """Depth in brackets after each character."""
+    """Nesting depth of brackets after each character."""
     depths, depth = [], 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

@@ -1,8 +1,8 @@
-"""The matrix products that a compiled program runs: how many FLOPs, where, how often.
+"""Matrix products of a compiled program: FLOPs, source and number of runs.
 
-Read beside ``flops.py``, which counts what a step needs, this shows what the program computes besides: recompute,
-padding, a product that the compiler runs twice. TPU programs write every product as a ``convolution``, most of them
-inside fusions; kernels (custom calls) are opaque and not counted.
+Compared with the model FLOPs of ``hardware/flops.py``, this shows what a program computes on top: recompute, padding, a
+product that the compiler runs twice. TPU programs write every product as a ``convolution``, mostly inside fusions;
+kernels (custom calls) are opaque and not counted.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
 
-from phivision_jax.preflight.hlo import Instruction, Module, arrays, parse
+from phivision_jax.preflight.hlo import Executed, Instruction, Module, arrays, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Matmul:
 
     name: str
     flops: float
-    """Of one run: 2 · elements of the result · terms summed for each."""
+    """FLOPs of one run: 2 · elements of the result · terms summed for each."""
     loops: tuple[int, ...]
     """Trips of the loops around it, outermost first."""
     source: str
@@ -32,49 +31,30 @@ class Matmul:
         return self.flops * math.prod(self.loops)
 
 
-def matmul_flops(hlo: str) -> float:
-    """FLOPs of all products per device, in one run of the program.
-
-    Args:
-      hlo: ``compiled.as_text()``.
-
-    Raises:
-      ValueError: as ``matmuls`` does.
-    """
-    return sum(matmul.total_flops for matmul in matmuls(hlo))
+def matmul_flops(module: Module) -> float:
+    """FLOPs of all products per device in one run of the program; raises as ``matmuls`` does."""
+    return sum(matmul.total_flops for matmul in matmuls(module))
 
 
-def matmuls(hlo: str) -> list[Matmul]:
-    """Every product that the program runs, in the order of the text; those of a computation called twice, twice.
+def matmuls(module: Module) -> list[Matmul]:
+    """List every product that the program runs, in the order of the text.
 
-    Of a conditional's branches the one with most FLOPs is taken.
+    Of a conditional's branches the one with the most FLOPs counts.
 
     Raises:
-      ValueError: when the text has no entry computation, a loop around a product has no constant number of trips, or a
-        conditional no branches.
+      ValueError: when a loop around a product has no constant number of trips, or a product has an unknown format.
     """
-    module = parse(hlo)
-    return list(_walk(module, module.entry, (), ""))
+    return walk(module, _matmul, weight=lambda matmul: matmul.total_flops)
 
 
-def _walk(module: Module, at: str, loops: tuple[int, ...], source: str) -> Iterator[Matmul]:
-    types = {instruction.name: instruction.type for instruction in module.computations[at]}
-    for instruction in module.computations[at]:
-        # A clone of a product inside a fusion may have lost its own metadata, while the fusion kept it.
-        match = re.search(r'op_name="([^"]*)"', instruction.rest)
-        here = match[1] if match else source
-        if instruction.opcode in ("dot", "convolution"):
-            yield Matmul(instruction.name, _flops(instruction, types), loops, here)
-        elif instruction.opcode == "while":
-            body = instruction.attribute("body")
-            if any(_walk(module, body, loops, here)):  # trips matter only where something is counted
-                yield from _walk(module, body, (*loops, module.trips(instruction)), here)
-        elif instruction.opcode == "conditional":
-            branches = (list(_walk(module, branch, loops, here)) for branch in instruction.branches)
-            yield from max(branches, key=lambda inside: sum(matmul.total_flops for matmul in inside))
-        elif not instruction.opcode.endswith(("-update", "-done")):  # these name again what their start has run
-            for called in instruction.called:
-                yield from _walk(module, called, loops, here)
+def _matmul(executed: Executed) -> Matmul | None:
+    product = executed.instruction
+    if product.opcode not in ("dot", "convolution"):
+        return None
+    types = {instruction.name: instruction.type for instruction in executed.frames[-1].instructions}
+    # A clone of a product inside a fusion may have lost its metadata, while the fusion kept it.
+    names = (frame.instruction.op_name for frame in reversed(executed.frames))
+    return Matmul(product.name, _flops(product, types), executed.loops, next(filter(None, names), ""))
 
 
 def _flops(product: Instruction, types: dict[str, str]) -> float:
@@ -88,19 +68,19 @@ def _flops(product: Instruction, types: dict[str, str]) -> float:
 
 
 def _pairs(product: Instruction, left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...]) -> float:
-    """Multiplications of a convolution: what a window would read of padding or of holes is not counted.
+    """Multiplications of a convolution, without those with padding or dilation zeros.
 
     ``dim_labels=0bf_0oi->0bf`` names the axes: batch and features, output and input features of the kernel, and each
-    spatial axis by its number. TPU writes a batched product as a spatial axis on which the window is as wide as the
-    input, so that every result sees one true pair and padding else.
+    spatial axis by its number. TPU programs write a batched product as a spatial axis on which the window is as wide as
+    the input, so that every result has one real pair and otherwise padding.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", product.rest)
     if labels is None:
-        raise ValueError(f"HLO: the convolution {product.name} states no dim_labels")
+        raise ValueError(f"HLO: convolution {product.name} has no dim_labels")
     size_in, size_kernel, size_out = (
         dict(zip(names, shape, strict=True)) for names, shape in zip(labels.groups(), (left, right, out), strict=True)
     )
-    # Groups of features or of the batch need no word here: the kernel's input features are those of one group.
+    # Feature and batch groups are covered: the kernel has the input features of one group.
     total = float(size_out["b"] * size_out["f"] * size_kernel["i"])
     window = _window(product.rest)
     for i, axis in enumerate(sorted(label for label in size_out if label.isdigit())):
@@ -116,13 +96,13 @@ def _window(rest: str) -> dict[str, list[str]]:
 
 
 def _taps(size: int, kernel: int, out: int, field: dict[str, str]) -> int:
-    """Pairs (result, tap of the kernel) along one axis whose input is there and not a hole."""
+    """Pairs (result, kernel tap) along one axis that read an element of the input."""
     stride, dilate, spread = (int(field.get(key, 1)) for key in ("stride", "rhs_dilate", "lhs_dilate"))
     low = int(field.get("pad", "0_0").split("_")[0])
     length = (size - 1) * spread + 1
     count = 0
     for tap in range(kernel):
-        # Results o whose position o · stride + tap · dilate − low lies in the input, and on no hole.
+        # Results o whose position o · stride + tap · dilate − low is in the input and not between its elements.
         first = tap * dilate - low
         lowest = max(0, -(first // stride))
         highest = min(out - 1, (length - 1 - first) // stride)

@@ -163,24 +163,19 @@ def _compile(lowered: Any, held_bytes: int, options: dict[str, Any], tables: Pat
     }
 
 
-def _work(hlo: str, mesh: dict[str, int]) -> dict[str, Any]:
-    """What a program multiplies and sends; it must say how often its loops run, as a training step does."""
+def _work(text: str, mesh: dict[str, int]) -> dict[str, Any]:
+    """Products and collectives of a program whose loops all have a constant number of trips, as in a training step."""
+    from phivision_jax.preflight import hlo
     from phivision_jax.preflight.collectives import axes_of, collectives, wire_bytes
     from phivision_jax.preflight.matmuls import matmul_flops
 
+    module = hlo.parse(text)
     found = [
-        {
-            "kind": one.kind,
-            "name": one.name,
-            "result_bytes": one.result_bytes,
-            "times": one.times,
-            "wire_bytes": wire_bytes(one) * one.times,
-            "axes": axes_of(one, mesh),
-            "overlapped": one.overlapped,
-        }
-        for one in collectives(hlo)
+        {name: getattr(one, name) for name in ("kind", "name", "result_bytes", "times", "overlapped")}
+        | {"wire_bytes": wire_bytes(one) * one.times, "axes": axes_of(one, mesh)}
+        for one in collectives(module)
     ]
-    return {"matmul_flops": matmul_flops(hlo), "collectives": found}
+    return {"matmul_flops": matmul_flops(module), "collectives": found}
 
 
 def _bytes_here(tree: Any) -> int:

@@ -1,4 +1,4 @@
-"""Taking HLO text apart, on instructions written by hand in the spellings of XLA:CPU and of the TPU compiler."""
+"""Parsing of HLO written by hand in the formats of XLA:CPU and of the TPU compiler."""
 
 import pytest
 
@@ -26,14 +26,15 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 """
 
 
-def test_parts():
+def test_parse():
     module = parse(TEXT)
     assert (module.entry, module.devices) == ("main", 8)
     assert list(module.computations) == ["body", "compare", "condition", "main"]
     loop, last = module.computations["main"]
     assert (loop.name, loop.opcode, loop.attribute("body"), loop.called) == ("w", "while", "body", [])
     assert (last.opcode, last.type, last.operands, last.called) == ("fusion", "f32[4]{0}", ["w", "x"], ["compare"])
-    with pytest.raises(ValueError, match="fusion y states no body"):
+    assert (last.op_name, loop.op_name) == ("f(%z)", "")
+    with pytest.raises(ValueError, match="fusion y has no body"):
         last.attribute("body")
     assert Instruction("b", "f32[]", "conditional", "%c), branch_computations={%one, %two.1}").called == [
         "one",
@@ -67,26 +68,26 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 """
 
 
-def test_an_unrolled_loop_runs_its_body_half_as_often():
+def test_trips_unrolled_loop():
     module = parse(UNROLLED)
     assert module.trips(module.computations["main"][0]) == 4  # at 0, 2, 4 and 6
     by_one = parse(UNROLLED.replace("constant(2)", "constant(1)"))
     assert by_one.trips(by_one.computations["main"][0]) == 7
-    unknown = parse(UNROLLED.replace("add(%i, %two)", "fusion(%i)"))  # a scan's, made in a fusion
+    unknown = parse(UNROLLED.replace("add(%i, %two)", "fusion(%i)"))  # as in a scan, inside a fusion
     assert unknown.trips(unknown.computations["main"][0]) == 7
 
 
-def test_trips():
+def test_trips_from_condition():
     module = parse(TEXT)
     loop = module.computations["main"][0]
     assert module.trips(loop) == 40  # the constant is in a fusion that the condition calls
     stated = Instruction("w", "s32[]", "while", loop.rest + ', backend_config={"known_trip_count":{"n":"7"}}')
     assert module.trips(stated) == 7
-    with pytest.raises(ValueError, match=r"loop w cannot be counted, since its trips are not one constant: \[\]"):
+    with pytest.raises(ValueError, match=r"trips of loop w: its condition compares with \[\], not with one"):
         parse(TEXT.replace("constant(40)", "parameter(0)")).trips(loop)
 
 
-def test_sizes():
+def test_num_bytes_and_elements():
     assert num_bytes("(f32[8,16]{1,0:T(8,128)}, bf16[4]{0:T(1024)(128)(2,1)})") == 520
     assert num_bytes("pred[3]") == 3
     assert num_bytes("s4[5]") == 3

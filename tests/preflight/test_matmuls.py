@@ -1,18 +1,18 @@
-"""Products counted by hand: of programs compiled for CPU, and of convolutions as the TPU compiler writes products."""
+"""Products counted by hand: programs compiled for CPU, and convolutions as the TPU compiler writes products."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from phivision_jax.preflight.matmuls import matmul_flops, matmuls
+from phivision_jax.preflight import hlo, matmuls
 
 
 def flops(f, *shapes):
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return matmul_flops(jax.jit(f).lower(*args).compile().as_text())
+    return matmuls.matmul_flops(hlo.parse(jax.jit(f).lower(*args).compile().as_text()))
 
 
-def test_forward_and_backward_through_a_scan():
+def test_matmul_flops_scan_gradient():
     L, B, D, F = 3, 8, 16, 32
 
     def loss(weights, x):
@@ -27,26 +27,26 @@ def test_forward_and_backward_through_a_scan():
     product = 2 * B * D * F
 
     def count(f):
-        return matmul_flops(jax.jit(jax.grad(f)).lower(*args).compile().as_text())
+        return matmuls.matmul_flops(hlo.parse(jax.jit(jax.grad(f)).lower(*args).compile().as_text()))
 
     # Forward two products a layer; backward two for each, the first layer's input included, which a scan cannot skip.
     assert count(loss) == L * 6 * product
 
 
-def test_a_batched_product_and_one_with_several_summed_axes():
+def test_matmul_flops_einsums():
     assert flops(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (5, 8, 16), (5, 16, 4)) == 2 * 5 * 8 * 16 * 4
     assert flops(lambda a, b: jnp.einsum("ijk,jkl->il", a, b), (8, 3, 4), (3, 4, 6)) == 2 * 8 * 3 * 4 * 6
     assert flops(lambda a, b: jnp.einsum("i,j->ij", a, b) * 2, (8,), (3,)) in (0, 2 * 8 * 3)  # may be a plain multiply
     assert flops(lambda a, b: a * b, (8,), (8,)) == 0
 
 
-def convolution(text, left, right, out):
-    hlo = f"""HloModule jit_f, is_scheduled=true
+def convolution(form, left, right, out):
+    text = f"""HloModule jit_f, is_scheduled=true
 
 %fused (a: {left}, b: {right}) -> {out} {{
   %a = {left}{{1,0:T(8,128)(2,1)}} parameter(0)
   %b = {right}{{1,0}} parameter(1)
-  ROOT %convolution.1 = {out}{{1,0:T(8,128)}} convolution(%a, %b), {text}
+  ROOT %convolution.1 = {out}{{1,0:T(8,128)}} convolution(%a, %b), {form}
 }}
 
 %body (p: (s32[], {left})) -> (s32[], {left}) {{
@@ -64,14 +64,15 @@ ENTRY %main (x: {left}, y: {right}) -> {out} {{
   ROOT %g = {out}{{1,0}} get-tuple-element(%w), index=1
 }}
 """
-    [one] = matmuls(hlo)
+    module = hlo.parse(text)
+    [one] = matmuls.matmuls(module)
     assert (one.name, one.loops, one.source) == ("convolution.1", (40,), "jit(f)/layer/dot_general")
-    assert one.total_flops == matmul_flops(hlo) == 40 * one.flops
+    assert one.total_flops == matmuls.matmul_flops(module) == 40 * one.flops
     return one.flops
 
 
 @pytest.mark.parametrize(
-    ("text", "left", "right", "out", "wanted"),
+    ("form", "left", "right", "out", "wanted"),
     [
         # Plain products, either operand transposed, the result transposed.
         ("dim_labels=bf_io->bf", "bf16[7,16]", "bf16[16,32]", "f32[7,32]", 2 * 7 * 16 * 32),
@@ -112,18 +113,19 @@ ENTRY %main (x: {left}, y: {right}) -> {out} {{
         ),
     ],
 )
-def test_products_as_the_tpu_compiler_writes_them(text, left, right, out, wanted):
-    assert convolution(text, left, right, out) == wanted
+def test_matmul_flops_tpu_convolutions(form, left, right, out, wanted):
+    assert convolution(form, left, right, out) == wanted
 
 
-def test_of_a_conditional_the_branch_with_most_products_counts():
+def test_matmul_flops_conditional_takes_heaviest_branch():
     x = jnp.ones((4, 8))
     text = jax.jit(lambda x, one: jax.lax.cond(one, lambda: x @ x.T @ x, lambda: x + x[0] @ x.T @ x))
     text = text.lower(x, True).compile().as_text()
-    assert matmul_flops(text) == 2 * 2 * 4 * 8 * 4
-    assert matmul_flops(_CONDITIONAL) == 2 * 4 * 8 * 4
-    with pytest.raises(ValueError, match="the conditional c states no branches"):
-        matmul_flops(_CONDITIONAL.replace(", true_computation=%few, false_computation=%most", ""))
+    assert matmuls.matmul_flops(hlo.parse(text)) == 2 * 2 * 4 * 8 * 4
+    assert matmuls.matmul_flops(hlo.parse(_CONDITIONAL)) == 2 * 4 * 8 * 4
+    with pytest.raises(ValueError, match="conditional c has no branches"):
+        branches = ", true_computation=%few, false_computation=%most"
+        matmuls.matmul_flops(hlo.parse(_CONDITIONAL.replace(branches, "")))
 
 
 _CONDITIONAL = """\
@@ -148,6 +150,6 @@ ENTRY %main (p: pred[], y.1: f32[4,4], x.1: f32[4,8]) -> f32[4,4] {
 """
 
 
-def test_what_cannot_be_counted_is_an_error():
-    with pytest.raises(ValueError, match=r"convolution\.1 states no dim_labels"):
+def test_matmul_flops_unknown_format():
+    with pytest.raises(ValueError, match=r"convolution\.1 has no dim_labels"):
         convolution("window={size=1}", "bf16[7,16]", "bf16[16,32]", "f32[7,32]")
