@@ -23,6 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from phivision_jax.batch import RowShape
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
@@ -35,14 +36,14 @@ from phivision_jax.training.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 WORDS = ["red", "green", "blue", "dark", "light", "small", "large", "round", "square", "open", "full", "quiet"]
-ROW: dict[str, Any] = {"length": 240, "vision_rows": 1, "num_patches": 128}
+ROW = RowShape(240, 1, 128)
 BATCH_ROWS = 8
 TRAIN = {
     "model.vision.hidden_size": 16, "model.vision.intermediate_size": 16, "model.vision.num_layers": 2,
     "model.vision.num_heads": 2, "model.vision.patch_size": 8, "model.decoder.hidden_size": 16,
     "model.decoder.intermediate_size": 16, "model.decoder.num_layers": 1, "model.decoder.num_heads": 2,
-    "model.decoder.num_kv_heads": 1, "model.min_patches": 4, "model.max_patches": 16, "data.length": ROW["length"],
-    "data.num_patches": ROW["num_patches"], "data.batch_rows": BATCH_ROWS, "data.epochs": 1, "log_every": 10,
+    "model.decoder.num_kv_heads": 1, "model.min_patches": 4, "model.max_patches": 16, "data.length": ROW.length,
+    "data.num_patches": ROW.num_patches, "data.batch_rows": BATCH_ROWS, "data.epochs": 1, "log_every": 10,
     "checkpoint_every": 10_000, "eval_every": 0,
 }  # fmt: skip
 
@@ -134,7 +135,7 @@ def main() -> None:
     dataset[args.records // 2]
     result["open_s"] = time.perf_counter() - began
     began = time.perf_counter()
-    plan = make_plan([dataset], Mixture.of(args.work / "set"), processor, **ROW, batch_rows=BATCH_ROWS)
+    plan = make_plan([dataset], Mixture.of(args.work / "set"), processor, ROW, batch_rows=BATCH_ROWS)
     result["plan_s"] = time.perf_counter() - began
     result["plan_examples_per_s"] = len(plan.examples) / result["plan_s"]
     print(json.dumps(result, indent=2))

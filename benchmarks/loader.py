@@ -41,6 +41,7 @@ import tyro
 from peer_process import Peer, peer_process
 from PIL import Image
 
+from phivision_jax.batch import RowShape
 from phivision_jax.images.decode import open_image
 from phivision_jax.images.naflex import grid_of, normalize, preprocess
 from phivision_jax.io.progress import bar
@@ -160,7 +161,7 @@ def pipeline_speeds(files: Sequence[bytes], folder: Path, turns: int) -> dict[in
     records = [Record(str(i), "photographs", (content,), messages, "nothink") for i, content in enumerate(files)]
     dataset = write_dataset(folder / "set", records, processor, progress=False)
     mixture = Mixture.of(dataset.directory, epochs=4)
-    plan = make_plan([dataset], mixture, processor, length=8192, vision_rows=1, num_patches=7168, batch_rows=1)
+    plan = make_plan([dataset], mixture, processor, RowShape(8192, 1, 7168), batch_rows=1)
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(-1, turns):
         for threads, measured in speeds.items():

@@ -26,7 +26,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from phivision_jax.data.plan.packing import Capacity, Lengths, attention_work, balance, best_fit_decreasing, pack
+from phivision_jax.batch import RowShape
+from phivision_jax.data.plan.packing import Lengths, attention_work, balance, best_fit_decreasing, pack
 from phivision_jax.data.plan.plan import WINDOW
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.images.naflex import grid_of
@@ -52,7 +53,7 @@ def made_up(n: int, seed: int = 0) -> Lengths:
 def ours(packer: Callable[..., tuple[np.ndarray, np.ndarray]]) -> Callable[..., list[list[int]]]:
     """Windows packed one by one, as a plan does it."""
 
-    def rows(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> list[list[int]]:
+    def rows(examples: np.ndarray, lengths: Lengths, capacity: RowShape) -> list[list[int]]:
         made: list[list[int]] = []
         for first in range(0, len(examples), WINDOW):
             packed, offsets = packer(examples[first : first + WINDOW], lengths, capacity)
@@ -65,7 +66,7 @@ def ours(packer: Callable[..., tuple[np.ndarray, np.ndarray]]) -> Callable[..., 
 def grains(packer: Any, bins: int) -> Callable[..., list[list[int]]]:
     """Grain's; a third feature, one number per example, tells which example went where."""
 
-    def rows(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> list[list[int]]:
+    def rows(examples: np.ndarray, lengths: Lengths, capacity: RowShape) -> list[list[int]]:
         patches = lengths.patches
 
         def element(i: int) -> dict[str, np.ndarray]:
@@ -75,7 +76,7 @@ def grains(packer: Any, bins: int) -> Callable[..., list[list[int]]]:
                 "number": np.array([i]),
             }
 
-        total = capacity.vision_rows * capacity.num_patches
+        total = capacity.total_patches
         source = grain.MapDataset.source(examples).map(element).to_iter_dataset(grain.ReadOptions(num_threads=0))
         packed = packer(
             source,
@@ -88,11 +89,11 @@ def grains(packer: Any, bins: int) -> Callable[..., list[list[int]]]:
     return rows
 
 
-def padding(rows: Iterable[list[int]], lengths: Lengths, capacity: Capacity) -> dict[str, float]:
+def padding(rows: Iterable[list[int]], lengths: Lengths, capacity: RowShape) -> dict[str, float]:
     rows = list(rows)
     columns = sum(int(lengths.columns[row].sum()) for row in rows)
     patches = sum(int(lengths.patches[row].sum()) for row in rows)
-    total = capacity.vision_rows * capacity.num_patches
+    total = capacity.total_patches
     return {
         "rows": len(rows),
         "text_padding": 1 - columns / (len(rows) * capacity.length),
@@ -100,7 +101,7 @@ def padding(rows: Iterable[list[int]], lengths: Lengths, capacity: Capacity) -> 
     }
 
 
-def waiting(examples: np.ndarray, lengths: Lengths, capacity: Capacity, *, balanced: bool) -> float:
+def waiting(examples: np.ndarray, lengths: Lengths, capacity: RowShape, *, balanced: bool) -> float:
     """Attention work of a step's fullest row over the mean row, as a sum over the steps of one window."""
     packed, offsets = pack(examples[:WINDOW], lengths, capacity)
     work = attention_work(packed, offsets, lengths)
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=TURNS)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     args = parser.parse_args()
-    capacity = Capacity(args.length, args.vision_rows, args.num_patches)
+    capacity = RowShape(args.length, args.vision_rows, args.num_patches)
     lengths = made_up(args.examples + args.examples // 8)
     fits = (lengths.columns <= capacity.length) & (lengths.patches <= capacity.num_patches)
     examples = np.flatnonzero(fits)[: args.examples]

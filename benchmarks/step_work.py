@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from phivision_jax.batch import Batch, Example, PatchedImage, expand, fill_rows
+from phivision_jax.batch import Batch, RowShape
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from phivision_jax.data.plan.packing import Capacity, Lengths, pack
+from phivision_jax.data.plan.packing import Lengths, pack
+from phivision_jax.images.layout import PatchedImage
+from phivision_jax.rows import Example, expand, fill_rows
 from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN
 from phivision_jax.training.run_config import OptimConfig
 
@@ -111,12 +113,8 @@ def mixed_items(rng: np.random.Generator, count: int) -> list[Item]:
 def our_batch(rows: Sequence[Sequence[Item]], length: int, patches: int) -> Batch:
     return fill_rows(
         [[item.laid_out() for item in row] for row in rows],
-        length=length,
-        vision_rows=1,
-        num_patches=patches,
-        patch_dim=MODEL.vision.patch_dim,
-        image_attention=MODEL.image_attention,
-        pad_token_id=MODEL.decoder.pad_token_id,
+        RowShape(length, 1, patches),
+        MODEL,
     )
 
 
@@ -156,7 +154,7 @@ def packed(items: Sequence[Item], rows: int) -> list[Batch]:
     sizes = [len(image.patches) for item in items for image in item.images]
     offsets = np.concatenate([[0], np.cumsum([len(item.images) for item in items])])
     lengths = Lengths(np.array([item.columns for item in items]), np.array(sizes, np.int64), offsets)
-    order, ends = pack(np.arange(len(items)), lengths, Capacity(T, 1, PATCHES))
+    order, ends = pack(np.arange(len(items)), lengths, RowShape(T, 1, PATCHES))
     filled = [[items[i] for i in row] for row in np.split(order, ends[1:-1])]
     filled += [[]] * (-len(filled) % rows)
     return [our_batch(filled[i : i + rows], T, PATCHES) for i in range(0, len(filled), rows)]

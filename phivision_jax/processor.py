@@ -20,12 +20,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from phivision_jax.batch import Batch, Example, PatchedImage, expand, fill_rows
+from phivision_jax.batch import Batch
 from phivision_jax.config import ModelConfig
 from phivision_jax.images.decode import ImageSource, open_image
+from phivision_jax.images.layout import PatchedImage
 from phivision_jax.images.naflex import preprocess
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location, read_json
+from phivision_jax.rows import Example, expand, one_per_row
 from phivision_jax.text import chat
 from phivision_jax.text.chat import Message
 from phivision_jax.text.constants import PromptMode
@@ -122,7 +124,9 @@ class Processor:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise ValueError("this checkpoint came without tokenizer.json: text needs one; Batch.from_ids takes ids")
+            raise ValueError(
+                "this checkpoint came without tokenizer.json, which text needs; rows.batch_from_ids takes ids"
+            )
         return self._tokenizer
 
     @property
@@ -214,18 +218,7 @@ class Processor:
                 examples.append(self.encode(messages, row_images, mode=mode, generation_prompt=generation_prompt))
             except ValueError as error:
                 raise ValueError(f"conversation {i}: {error}") from None
-        config = self.config
-        return fill_rows(
-            [[example] for example in examples],
-            length=_round_up(max(len(e.tokens) for e in examples), multiple) if length is None else length,
-            vision_rows=1,
-            num_patches=(
-                _round_up(max(e.num_patches for e in examples), multiple) if num_patches is None else num_patches
-            ),
-            patch_dim=config.vision.patch_dim,
-            image_attention=config.image_attention,
-            pad_token_id=config.decoder.pad_token_id,
-        )
+        return one_per_row(examples, self.config, length=length, num_patches=num_patches, multiple=multiple)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of generated ids, control tokens left out."""
@@ -250,10 +243,6 @@ class Processor:
         for part in (self._tokenizer, self._template):
             if part is not None:
                 part.save(path)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _check_pixels(file: Path, config: ModelConfig) -> None:

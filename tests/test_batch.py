@@ -3,12 +3,19 @@ import dataclasses
 import numpy as np
 import pytest
 
-from phivision_jax.batch import Batch, PatchedImage, batch_spec, expand, fill_rows
+from phivision_jax.batch import Batch, RowShape, batch_spec
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.images.layout import PatchedImage
+from phivision_jax.rows import batch_from_ids, expand, fill_rows
 from phivision_jax.text.constants import IGNORE
 
 U, A = 7, 9  # a user's token, an assistant's
 PAD = 99
+
+
+CONFIG = ModelConfig(
+    vision=VisionConfig(patch_size=2), min_patches=1, max_patches=16, decoder=DecoderConfig(pad_token_id=PAD)
+)
 
 
 def image(rows: int, columns: int, value: int = 1) -> PatchedImage:
@@ -18,12 +25,8 @@ def image(rows: int, columns: int, value: int = 1) -> PatchedImage:
 def fill(rows, length=12, vision_rows=1, num_patches=4, image_attention="causal") -> Batch:
     return fill_rows(
         rows,
-        length=length,
-        vision_rows=vision_rows,
-        num_patches=num_patches,
-        patch_dim=12,
-        image_attention=image_attention,
-        pad_token_id=PAD,
+        RowShape(length, vision_rows, num_patches),
+        dataclasses.replace(CONFIG, image_attention=image_attention),
     )
 
 
@@ -55,7 +58,7 @@ def test_images_fill_vision_rows_best_fit_and_are_never_cut():
 
 
 def test_too_many_columns_name_the_row_and_the_numbers():
-    with pytest.raises(ValueError, match="row 1: 13 columns do not fit length 12"):
+    with pytest.raises(ValueError, match="row 1: 13 tokens do not fit length 12"):
         fill([[], [expand([U] * 13, [])]])
 
 
@@ -82,38 +85,34 @@ def test_grid_and_patches_must_match():
 
 def test_from_ids_refuses_what_it_cannot_lay_out():
     with pytest.raises(ValueError, match="at least one row"):
-        Batch.from_ids([])
+        batch_from_ids([], config=CONFIG)
     with pytest.raises(ValueError, match="example 0: an example needs at least one id"):
-        Batch.from_ids([[], [1]])
-    with pytest.raises(ValueError, match="example 0: patches are float32; give raw pixels as uint8"):
-        Batch.from_ids([[-200]], [[(np.zeros((1, 768), np.float32), (1, 1))]])
+        batch_from_ids([[], [1]], config=CONFIG)
+    with pytest.raises(ValueError, match="patches are float32; give raw pixels as uint8"):
+        PatchedImage(np.zeros((1, 768), np.float32), (1, 1))
 
 
 def test_from_ids_takes_arrays_and_no_images():
-    batch = Batch.from_ids(np.array([[1, 2], [3, 4]]), [None, []])
+    batch = batch_from_ids(np.array([[1, 2], [3, 4]]), [None, []], config=CONFIG)
     assert batch.tokens.tolist() == [[1, 2], [3, 4]] and batch.loss_weights.sum() == 0
 
 
 def test_from_ids_takes_pil_images_and_ready_patches():
     from PIL import Image
 
-    config = ModelConfig(
-        vision=VisionConfig(patch_size=2), min_patches=1, max_patches=16, decoder=DecoderConfig(pad_token_id=5)
-    )
-    ready = (np.zeros((6, 12), np.uint8), (2, 3))
-    batch = Batch.from_ids([[1, -200, 2], [3, -200], [4]], [[Image.new("RGB", (4, 4))], [ready], []], config=config)
+    ready = PatchedImage(np.zeros((6, 12), np.uint8), (2, 3))
+    batch = batch_from_ids([[1, -200, 2], [3, -200], [4]], [[Image.new("RGB", (4, 4))], [ready], []], config=CONFIG)
     assert batch.patch_grid[:, 0, 0].tolist() == [[2, 2], [2, 3], [1, 1]]
     assert batch.tokens.shape == (3, 7) and batch.patches.shape == (3, 1, 6, 12)
     assert batch.segment_ids.sum(1).tolist() == [6, 7, 1]
     with pytest.raises(ValueError, match="example 1: 1 image markers"):
-        Batch.from_ids([[1], [-200]], [[], []], config=config)
+        batch_from_ids([[1], [-200]], [[], []], config=CONFIG)
 
 
 def test_spec_is_what_fill_rows_makes():
     batch = fill([[]], vision_rows=2)
-    spec = batch_spec(rows=1, length=12, vision_rows=2, num_patches=4, patch_dim=12)
-    for field in dataclasses.fields(Batch):
-        made, want = getattr(batch, field.name), getattr(spec, field.name)
+    spec = batch_spec(1, RowShape(12, 2, 4), 12)
+    for name, made, want in zip(Batch._fields, batch, spec, strict=True):
         assert (made is None) == (want is None)
         if want is not None:
-            assert (made.shape, made.dtype) == (want.shape, want.dtype), field.name
+            assert (made.shape, made.dtype) == (want.shape, want.dtype), name

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phivision_jax.batch import Batch
 from phivision_jax.config import DecoderConfig, ModelConfig
 from phivision_jax.images.naflex import preprocess
 from phivision_jax.processor import Processor
+from phivision_jax.rows import batch_from_ids
 from phivision_jax.text.constants import IGNORE
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import Tokenizer
@@ -92,9 +92,9 @@ def test_batch_equals_from_ids() -> None:
     ours = PROCESSOR.batch([ask(image)])
     t = PROCESSOR.tokenizer.encode
     ids = [*t("<|im_start|>user<|im_sep|>"), -200, *t("\nwhat shape?<|im_end|><|im_start|>assistant<|im_sep|>")]
-    plain = Batch.from_ids([ids], [[image]], config=CONFIG)
-    for field in dataclasses.fields(Batch):
-        np.testing.assert_array_equal(getattr(ours, field.name), getattr(plain, field.name))
+    plain = batch_from_ids([ids], [[image]], config=CONFIG)
+    for mine, theirs in zip(ours, plain, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_errors_say_which_conversation_and_image(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -6,12 +7,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from phivision_jax import sharding
-from phivision_jax.batch import batch_spec
+from phivision_jax.batch import RowShape, batch_spec
 from phivision_jax.config import ModelConfig
 from phivision_jax.models import phivision
 
 _, STATE = phivision.abstract(ModelConfig())
-SPEC = {"rows": 8, "length": 64, "vision_rows": 2, "num_patches": 16}
+SHAPE = RowShape(64, 2, 16)
 
 
 def test_a_mesh_takes_all_devices_by_default():
@@ -121,10 +122,12 @@ MESHES = [
 @pytest.mark.parametrize("shape", MESHES)
 def test_a_rows_images_live_where_its_text_does(shape):
     """By hand from the mesh: device (slice, data, fsdp, tensor, context) has its rows, and its part of each of them."""
-    mesh, spec = sharding.make_mesh(shape), batch_spec(**SPEC)
+    mesh, spec = sharding.make_mesh(shape), batch_spec(8, SHAPE)
     at = sharding.batch_shardings(mesh, spec)
     cut, parts = shape.get("context", 1), 8 // shape.get("tensor", 1) // shape.get("context", 1)
-    rows = {field: where.devices_indices_map(getattr(spec, field).shape) for field, where in vars(at).items() if where}
+    rows = {
+        field: where.devices_indices_map(getattr(spec, field).shape) for field, where in at._asdict().items() if where
+    }
     for place, device in np.ndenumerate(mesh.devices):
         group, c = int(np.ravel_multi_index(place[:3], mesh.devices.shape[:3])), place[4]
         mine = set(range(8)[group * 8 // parts : (group + 1) * 8 // parts])
@@ -138,7 +141,7 @@ def test_a_rows_images_live_where_its_text_does(shape):
 
 def test_a_merge_table_names_features_of_the_whole_row():
     mesh = sharding.make_mesh({"fsdp": 4, "context": 2})
-    at = sharding.batch_shardings(mesh, batch_spec(**SPEC, merge=(6, 4, 1)))
+    at = sharding.batch_shardings(mesh, batch_spec(8, dataclasses.replace(SHAPE, merge=(6, 4, 1))))
     for where in (at.merge_index, at.merge_weight):
         assert where.shard_shape((8, 6, 4, 1)) == (2, 6, 4, 1)
 
@@ -153,8 +156,9 @@ def test_a_merge_table_names_features_of_the_whole_row():
 )
 def test_a_batch_that_does_not_divide_names_its_setting(change, message):
     mesh = sharding.make_mesh({"fsdp": 4, "context": 2})
+    rows, shape = change.get("rows", 8), {name: size for name, size in change.items() if name != "rows"}
     with pytest.raises(ValueError, match=message):
-        sharding.batch_shardings(mesh, batch_spec(**SPEC | change))
+        sharding.batch_shardings(mesh, batch_spec(rows, dataclasses.replace(SHAPE, **shape)))
 
 
 def test_constrain_outside_a_mesh_does_nothing():

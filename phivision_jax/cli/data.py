@@ -312,6 +312,7 @@ def plan(
     from phivision_jax.data.plan.mixture import Mixture
     from phivision_jax.data.plan.plan import check_out, make_plan
     from phivision_jax.data.store.dataset import Dataset
+    from phivision_jax.rows import row_shape
 
     given = {"epochs": epochs, "examples": examples, "reasoning_share": reasoning_share}
     settings = {name: value for name, value in given.items() if value is not None}
@@ -325,13 +326,12 @@ def plan(
         mixture = mixture.only(stage)
     check_out(out)
     datasets = [Dataset.open(path) for _, path in mixture.sources]
+    processor = processor_for(checkpoint).with_patches(patch_size, min_patches, max_patches)
     made = make_plan(
         datasets,
         mixture,
-        processor_for(checkpoint).with_patches(patch_size, min_patches, max_patches),
-        length=length,
-        vision_rows=vision_rows,
-        num_patches=num_patches,
+        processor,
+        row_shape(processor.config, length, vision_rows, num_patches),
         batch_rows=batch_rows,
         seed=seed,
         on_overflow=on_overflow,

@@ -36,6 +36,7 @@ def stats(
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.data.view.statistics import compute
     from phivision_jax.data.view.statistics_tables import print_stats
+    from phivision_jax.rows import row_shape
 
     if not datasets:
         raise ValueError("name at least one dataset directory")
@@ -44,7 +45,7 @@ def stats(
     if checkpoint is not None:
         for dataset in opened:
             check_processor(dataset, processor)
-    counted = compute(opened, processor.config, length=length, vision_rows=vision_rows, num_patches=num_patches)
+    counted = compute(opened, processor.config, row_shape(processor.config, length, vision_rows, num_patches))
     print_stats(counted)
     if out is not None:
         from phivision_jax.data.view.statistics_page import plot_png, write_html

@@ -12,12 +12,13 @@ import grain
 import numpy as np
 from jax.sharding import Mesh
 
-from phivision_jax.batch import Batch, Example, expand, fill_rows
+from phivision_jax.batch import Batch
 from phivision_jax.data.feed.encode import mode_of
 from phivision_jax.data.plan.record_sizes import check_processor, lengths_of
 from phivision_jax.evaluation.scoring import exact_match
 from phivision_jax.inference.generate import answer_text, generate_ids
 from phivision_jax.models.phivision import PhiVision
+from phivision_jax.rows import Example, expand, fill_rows, row_shape
 from phivision_jax.sharding import row_sharding
 from phivision_jax.text.constants import PLACEHOLDER
 
@@ -99,8 +100,10 @@ class Evaluator:
         self.records = np.linspace(0, len(dataset), count, endpoint=False).astype(int)
         # The index counts the answer too, so a prompt is never longer than its record.
         lengths = lengths_of(dataset.index, processor.config)
-        self.length = int(-(-lengths.columns[self.records].max() // MULTIPLE) * MULTIPLE)
-        self.num_patches = int(-(-lengths.patches[self.records].max() // MULTIPLE) * MULTIPLE)
+        length, num_patches = (
+            int(-(-counts[self.records].max() // MULTIPLE) * MULTIPLE) for counts in (lengths.columns, lengths.patches)
+        )
+        self.shape = row_shape(processor.config, length, num_patches=num_patches)
 
     def __call__(self, model: PhiVision, advance: Callable[[int], None] = lambda _: None) -> EvalResult:
         """Answer all questions; ``advance`` receives the number of questions of each batch as it finishes."""
@@ -121,12 +124,8 @@ class Evaluator:
             examples = [self._prompt(record) for record in records]
             batch = fill_rows(
                 [[example] for example in examples + [_BLANK] * (self.rows - len(examples))],
-                length=self.length,
-                vision_rows=1,
-                num_patches=self.num_patches,
-                patch_dim=self.processor.config.vision.patch_dim,
-                image_attention=self.processor.config.image_attention,
-                pad_token_id=self.processor.config.decoder.pad_token_id,
+                self.shape,
+                self.processor.config,
             )
             return records, examples, batch
 

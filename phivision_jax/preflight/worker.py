@@ -50,13 +50,7 @@ def train_facts(config: dict[str, Any], topology: str, slices: int, low_effort: 
     cfg = device_layout.resolve(RunConfig.from_dict(config), devices)
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices)
     step = make_train_step(cfg, mesh, steps=1_000)
-    batch = batch_spec(
-        rows=cfg.data.batch_rows,
-        length=cfg.data.length,
-        vision_rows=cfg.data.vision_rows,
-        num_patches=cfg.data.num_patches,
-        patch_dim=cfg.model.vision.patch_dim,
-    )
+    batch = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
     lowered = step.lower(batch)
     at = sharding.batch_shardings(mesh, batch)
     batch = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), batch, at)
@@ -94,6 +88,7 @@ def generate_facts(
     from phivision_jax.inference.generate import generate_tokens
     from phivision_jax.models import phivision
     from phivision_jax.preflight.memory import dump_options
+    from phivision_jax.rows import row_shape
     from phivision_jax.training.run_config import RunConfig
 
     _say(0)
@@ -105,13 +100,8 @@ def generate_facts(
     params = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=at), nnx.to_pure_dict(state), at
     )
-    spec = batch_spec(
-        rows=batch_rows,
-        length=prompt,
-        vision_rows=1,
-        num_patches=min(cfg.model.max_patches, prompt),
-        patch_dim=cfg.model.vision.patch_dim,
-    )
+    shape = row_shape(cfg.model, prompt, num_patches=min(cfg.model.max_patches, prompt))
+    spec = batch_spec(batch_rows, shape, cfg.model.vision.patch_dim)
     rows = sharding.row_sharding(placed)
     spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), spec)
     key = jax.eval_shape(lambda: jax.random.key(0))

@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from phivision_jax.batch import RowShape
 from phivision_jax.config import LoraConfig, ModelConfig, dataclass_from_dict
+from phivision_jax.rows import row_shape
 from phivision_jax.sharding import default_sizes
 
 
@@ -54,6 +56,10 @@ class DataConfig:
     """Of the order of the examples, and of which are kept out for validation."""
     num_threads: int = 4
     """Threads that decode images on each host."""
+
+    def row_shape(self, model: ModelConfig) -> RowShape:
+        """The shape of one row of a batch for this model."""
+        return row_shape(model, self.length, self.vision_rows, self.num_patches)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,13 +58,7 @@ class Prepared:
     def spec(self) -> Batch:
         """Shapes of a batch, over all hosts."""
         data = self.cfg.data
-        return batch_spec(
-            rows=data.batch_rows,
-            length=data.length,
-            vision_rows=data.vision_rows,
-            num_patches=data.num_patches,
-            patch_dim=self.cfg.model.vision.patch_dim,
-        )
+        return batch_spec(data.batch_rows, data.row_shape(self.cfg.model), self.cfg.model.vision.patch_dim)
 
     def batches(self, first: int) -> Iterator[tuple[Batch, BatchInfo]]:
         """This host's rows of every step from the one after ``first`` to the last."""
@@ -177,9 +171,7 @@ def make_or_load_plan(
     """The run's plan: made at the first start, or taken from ``data.plan``; the same at every other start."""
     data = cfg.data
     settings: dict[str, Any] = {
-        "length": data.length,
-        "vision_rows": data.vision_rows,
-        "num_patches": data.num_patches,
+        "shape": data.row_shape(processor.config),
         "batch_rows": data.batch_rows,
         "seed": data.seed,
         "on_overflow": data.on_overflow,

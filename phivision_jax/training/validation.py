@@ -51,13 +51,7 @@ class Validator:
     ) -> None:
         self._step, self._datasets, self._plan, self._processor = step, datasets, plan, processor
         self._rows, self._threads = cfg.data.batch_rows, cfg.data.num_threads
-        self._spec = batch_spec(
-            rows=cfg.data.batch_rows,
-            length=cfg.data.length,
-            vision_rows=cfg.data.vision_rows,
-            num_patches=cfg.data.num_patches,
-            patch_dim=cfg.model.vision.patch_dim,
-        )
+        self._spec = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
         # At the start, not when first called: a program that does not fit is to be known before hours of training.
         self._compiled = self.lower().compile(compiler_options(step.mesh))
         self.num_batches = min(cfg.validate_batches, plan.num_steps(cfg.data.batch_rows))

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from phivision_jax import sharding
-from phivision_jax.batch import batch_spec
+from phivision_jax.batch import RowShape, batch_spec
 from phivision_jax.data.feed.encode import GROUP_NAMES
 from phivision_jax.data.feed.pipeline import batches, to_device
 from phivision_jax.data.plan.mixture import Mixture
@@ -39,7 +39,7 @@ from phivision_jax.training.step import init_params, make_train_step
 from tests.support.records import CONFIG
 
 STEPS, ROWS = 20, 8
-SHAPE = {"length": 192, "vision_rows": 1, "num_patches": 128}
+SHAPE = RowShape(192, 1, 128)
 
 
 @pytest.fixture(scope="module")
@@ -162,14 +162,14 @@ def compiled():
     cfg = RunConfig(model=CONFIG, dtype="float32", optim=OptimConfig(learning_rate=3e-3, warmup_steps=2))
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     step = make_train_step(cfg, mesh, STEPS, len(GROUP_NAMES))
-    spec = batch_spec(rows=ROWS, **SHAPE, patch_dim=CONFIG.vision.patch_dim)
+    spec = batch_spec(ROWS, SHAPE, CONFIG.vision.patch_dim)
     params = jax.device_get(init_params(cfg, step))  # a run gives its own away
     return step, step.compile(spec), sharding.batch_shardings(mesh, spec), params
 
 
 def train(compiled, dataset: Dataset, processor) -> list[float]:
     step, run, at, params = compiled
-    plan = make_plan([dataset], Mixture.of("set", epochs=8), processor, **SHAPE, batch_rows=ROWS)
+    plan = make_plan([dataset], Mixture.of("set", epochs=8), processor, SHAPE, batch_rows=ROWS)
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, step.abstract_state["params"])
     state, losses = step.init(params), []
     for batch, info in batches([dataset], plan, processor, batch_rows=ROWS):

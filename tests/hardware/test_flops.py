@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from phivision_jax.batch import batch_spec
+from phivision_jax.batch import RowShape, batch_spec
 from phivision_jax.config import DecoderConfig, LoraConfig, ModelConfig, ProjectorConfig, VisionConfig
 from phivision_jax.hardware.flops import Workload, mfu, step_flops
 from phivision_jax.models import phivision
@@ -190,7 +190,7 @@ WIDE = ModelConfig(
 B, T, P = 2, 128, 96
 QUICKLY = {"xla_backend_optimization_level": 0}  # the machine code is never run
 EVERY_PAIR = Workload(tokens=B * T, pairs=B * T * T, patches=B * P, patch_pairs=B * P * P, vision_tokens=B * P)
-SPEC = batch_spec(rows=B, length=T, vision_rows=1, num_patches=P, patch_dim=WIDE.vision.patch_dim)
+SPEC = batch_spec(B, RowShape(T, 1, P), WIDE.vision.patch_dim)
 
 
 def test_step_flops_match_xla_forward():

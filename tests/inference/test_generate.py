@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phivision_jax.batch import Batch
 from phivision_jax.inference import generate as generation
 from phivision_jax.inference.generate import generate, generate_ids
 from phivision_jax.inference.sampling import sample
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
+from phivision_jax.rows import batch_from_ids
 
 NEW = 6
 IMAGES = [(6, 4), (2, 8), (4, 4)]
@@ -43,7 +43,7 @@ def by_forwards(model, ids, images, steps) -> list[int]:
     graphdef, params = model.split()
     ids, out = list(ids), []
     for _ in range(steps):
-        batch = Batch.from_ids([ids], [images], config=model.config, length=64, num_patches=64)
+        batch = batch_from_ids([ids], [images], config=model.config, length=64, num_patches=64)
         last = int((batch.segment_ids[0] > 0).sum()) - 1
         out.append(int(jnp.argmax(forward(graphdef, params, batch)[0, last])))
         ids.append(out[-1])
@@ -60,7 +60,7 @@ def model(request, tiny) -> PhiVision:
 
 def test_batched_greedy_is_what_each_prompt_gives_alone(model):
     ids, images = prompts(np.random.default_rng(4))
-    batch = Batch.from_ids(ids, images, config=model.config)
+    batch = batch_from_ids(ids, images, config=model.config)
     assert len({int(n) for n in (batch.segment_ids > 0).sum(1)}) == 3  # padding of three lengths
     got = generate_ids(model, batch, max_new_tokens=NEW, eos_id=None)
     want = [by_forwards(model, i, p, NEW) for i, p in zip(ids, images, strict=True)]
@@ -70,7 +70,7 @@ def test_batched_greedy_is_what_each_prompt_gives_alone(model):
 
 def test_eos_ends_a_row_and_not_its_neighbours(tiny):
     ids, images = prompts(np.random.default_rng(4))
-    batch = Batch.from_ids(ids, images, config=tiny.config)
+    batch = batch_from_ids(ids, images, config=tiny.config)
     free = generate_ids(tiny, batch, max_new_tokens=NEW, eos_id=None)
     eos = int(free[1, 2])
     got = generate_ids(tiny, batch, max_new_tokens=NEW, eos_id=eos)
@@ -82,14 +82,14 @@ def test_eos_ends_a_row_and_not_its_neighbours(tiny):
 
 @pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.5}])
 def test_settings_out_of_range(tiny, settings):
-    batch = Batch.from_ids([[1, 2, 3]], config=tiny.config)
+    batch = batch_from_ids([[1, 2, 3]], config=tiny.config)
     with pytest.raises(ValueError, match="temperature >= 0 and 0 < top_p <= 1"):
         generate_ids(tiny, batch, max_new_tokens=2, eos_id=None, **settings)
 
 
 def test_a_packed_batch_is_refused(tiny):
-    batch = Batch.from_ids([[1, 2, 3]], config=tiny.config)
-    packed = dataclasses.replace(batch, segment_ids=np.array([[1, 1, 2]], np.int32))
+    batch = batch_from_ids([[1, 2, 3]], config=tiny.config)
+    packed = batch._replace(segment_ids=np.array([[1, 1, 2]], np.int32))
     with pytest.raises(ValueError, match="one example per row"):
         generate_ids(tiny, packed, max_new_tokens=2, eos_id=None)
 

@@ -23,10 +23,12 @@ from safetensors.numpy import load_file
 import phivision_jax
 from phivision_jax.batch import Batch
 from phivision_jax.convert.mapping import hf_tensors
+from phivision_jax.images.layout import PatchedImage
 from phivision_jax.images.naflex import grid_of
 from phivision_jax.inference.generate import generate_ids
 from phivision_jax.models.phivision import PhiVision, merge
 from phivision_jax.models.siglip2 import interpolation_weights
+from phivision_jax.rows import batch_from_ids
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.training.loss import batch_loss
 
@@ -40,8 +42,6 @@ PROMPTS = ("single_image", "text_only", "two_images")
 VISION, LOGITS, LOSS, POSITIONS, GRADIENT = 2e-5, 1e-4, 2e-5, 1e-5, 1e-3
 
 type Case = dict[str, np.ndarray]
-type Image = tuple[np.ndarray, tuple[int, int]]
-"""Ready patches [n, 768] u8, and their grid."""
 
 
 @functools.cache
@@ -64,18 +64,18 @@ def token_lists(arrays: Case, prefix: str) -> list[list[int]]:
     return [tokens.tolist() for tokens in numbered(arrays, prefix)]
 
 
-def images_of(arrays: Case) -> list[list[Image]]:
+def images_of(arrays: Case) -> list[list[PatchedImage]]:
     """Per example, its images."""
     return [
-        [(arrays[f"patches_{j}"], tuple(arrays[f"grid_{j}"].tolist())) for j in of_example]
+        [PatchedImage(arrays[f"patches_{j}"], tuple(arrays[f"grid_{j}"].tolist())) for j in of_example]
         for of_example in numbered(arrays, "images_of")
     ]
 
 
-def lay_out(ids: list[list[int]], images: list[list[Image]], labels: list[list[int]] | None = None) -> Batch:
+def lay_out(ids: list[list[int]], images: list[list[PatchedImage]], labels: list[list[int]] | None = None) -> Batch:
     """One example per row, right padded to the same shapes throughout, so that few programs are compiled."""
     num_patches = 48 if any(images) else 0
-    return Batch.from_ids(ids, images, labels, config=model().config, length=72, num_patches=num_patches)
+    return batch_from_ids(ids, images, labels, config=model().config, length=72, num_patches=num_patches)
 
 
 def batch_of(arrays: Case) -> Batch:
@@ -199,7 +199,7 @@ def test_bf16_weights_computed_in_fp32(tmp_path):
         close(f"logits of example {i}", logits[i, : len(want)], want, LOGITS)
 
 
-def prompts() -> tuple[list[list[int]], list[list[Image]]]:
+def prompts() -> tuple[list[list[int]], list[list[PatchedImage]]]:
     """Ids and images of the three prompts: one image, none, two."""
     cases = [case(name) for name in PROMPTS]
     return [token_lists(c, "ids")[0] for c in cases], [images_of(c)[0] for c in cases]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from phivision_jax.batch import Batch
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert.mapping import abstract_params
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision, merge_features, splice
 from phivision_jax.models.vision_tail import VisionTail
+from phivision_jax.rows import batch_from_ids
 from phivision_jax.training.loss import batch_loss
 from tests.support.batches import EXAMPLES, random_rows
 
@@ -69,16 +69,14 @@ def test_merge_table_by_hand():
 def test_identity_merge_table_changes_nothing_and_space_to_channel_runs(tiny):
     batch = random_rows(np.random.default_rng(5), tiny.config, [[(6, [(2, 3)])]])
     M = batch.patches.shape[2]
-    identity = dataclasses.replace(
-        batch,
+    identity = batch._replace(
         merge_index=np.arange(M, dtype=np.int32).reshape(1, M, 1, 1),
         merge_weight=np.ones((1, M, 1, 1), np.float32),
     )
     np.testing.assert_allclose(tiny.vision_tokens(identity), tiny.vision_tokens(batch), atol=1e-6)
     wide = dataclasses.replace(tiny.config, projector=dataclasses.replace(tiny.config.projector, merge_size=2))
     model = PhiVision(wide, rngs=nnx.Rngs(0))
-    pairs = dataclasses.replace(
-        batch,
+    pairs = batch._replace(
         merge_index=np.array([[[[0], [1]], [[2], [-1]]]], np.int32),
         merge_weight=np.ones((1, 2, 2, 1), np.float32),
     )
@@ -140,8 +138,8 @@ def test_bidirectional_differs_from_causal_inside_images_only(tiny):
 
 
 def test_a_batch_of_text_needs_no_patches(tiny):
-    batch = Batch.from_ids([[1, 2, 3]], config=tiny.config)
-    padded = Batch.from_ids([[1, 2, 3]], config=tiny.config, num_patches=8)
+    batch = batch_from_ids([[1, 2, 3]], config=tiny.config)
+    padded = batch_from_ids([[1, 2, 3]], config=tiny.config, num_patches=8)
     assert batch.patches.shape[2] == 0
     assert tiny.vision_features(batch).shape == (1, 1, 0, tiny.config.vision.hidden_size)
     assert tiny.vision_tokens(batch).shape == (1, 0, tiny.config.decoder.hidden_size)

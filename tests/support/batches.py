@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from phivision_jax.batch import Batch, PatchedImage, expand, fill_rows
+from phivision_jax.batch import Batch
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.images.layout import PatchedImage
+from phivision_jax.rows import expand, fill_rows, row_shape
 from phivision_jax.text.constants import IGNORE
 
 TINY = ModelConfig(
@@ -44,12 +46,13 @@ def random_rows(rng, config, rows, length=None, num_patches=None, vision_rows=1)
     made = [[example(*e) for e in row] for row in rows]
     return fill_rows(
         made,
-        length=length or max(sum(len(e.tokens) for e in row) for row in made),
-        vision_rows=vision_rows,
-        num_patches=num_patches or max(1, *(sum(e.num_patches for e in row) for row in made)),
-        patch_dim=config.vision.patch_dim,
-        image_attention=config.image_attention,
-        pad_token_id=config.decoder.pad_token_id,
+        row_shape(
+            config,
+            length or max(sum(len(e.tokens) for e in row) for row in made),
+            vision_rows,
+            num_patches or max(1, *(sum(e.num_patches for e in row) for row in made)),
+        ),
+        config,
     )
 
 

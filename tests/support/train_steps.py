@@ -13,9 +13,11 @@ import jax
 import numpy as np
 
 from phivision_jax import sharding
-from phivision_jax.batch import Batch, PatchedImage, batch_spec, expand, fill_rows
+from phivision_jax.batch import Batch, RowShape, batch_spec
 from phivision_jax.data.feed.pipeline import to_device
+from phivision_jax.images.layout import PatchedImage
 from phivision_jax.models.phivision import Params
+from phivision_jax.rows import expand, fill_rows
 from phivision_jax.text.constants import IGNORE
 from phivision_jax.training.run_config import OptimConfig, RunConfig
 from phivision_jax.training.step import State, TrainStep, make_train_step
@@ -25,7 +27,8 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 # P is such that no number of vision tokens equals a number of columns: shapes in compiled programs tell them apart.
 ROWS, T, R, P = 8, 48, 2, 13
-SPEC = batch_spec(rows=ROWS, length=T, vision_rows=R, num_patches=P, patch_dim=TINY.vision.patch_dim)
+SHAPE = RowShape(T, R, P)
+SPEC = batch_spec(ROWS, SHAPE, TINY.vision.patch_dim)
 
 RUN = RunConfig(
     model=TINY,
@@ -67,12 +70,8 @@ def rows_across(seed: int, image_attention: Any) -> Batch:
         )
     return fill_rows(
         rows,
-        length=T,
-        vision_rows=R,
-        num_patches=P,
-        patch_dim=TINY.vision.patch_dim,
-        image_attention=image_attention,
-        pad_token_id=TINY.decoder.pad_token_id,
+        SHAPE,
+        dataclasses.replace(TINY, image_attention=image_attention),
     )
 
 

@@ -7,7 +7,6 @@ told:3          SIGTERM while step 3 is being taken, and again while it is being
 All checkpoints take SLOW seconds (default: none) until their manifest is begun.
 """
 
-import dataclasses
 import os
 import signal
 import sys
@@ -34,7 +33,7 @@ def batches(made, first):
         if info.step + 1 == int(what) and jax.process_index() == 0:
             weights = np.array(batch.loss_weights)
             weights[0, np.flatnonzero(weights[0])[0]] = np.inf
-            batch = dataclasses.replace(batch, loss_weights=weights)
+            batch = batch._replace(loss_weights=weights)
         yield batch, info
 
 

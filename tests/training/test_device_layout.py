@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from phivision_jax import sharding
-from phivision_jax.batch import batch_spec
+from phivision_jax.batch import RowShape, batch_spec
 from phivision_jax.hardware.layouts import LAYOUTS, OTHER
 from phivision_jax.models import remat
 from phivision_jax.training.device_layout import resolve, resolve_for
@@ -93,7 +93,7 @@ def test_resolve_leaves_indivisible_batch_to_the_step():
     odd = dataclasses.replace(recipe("stage2"), data=DataConfig(batch_rows=9, length=8192, vision_rows=1))
     cfg = resolve_for(odd, "cpu", 8)
     assert cfg.mesh.context == 1
-    spec = batch_spec(rows=9, length=8192, vision_rows=1, num_patches=16)
+    spec = batch_spec(9, RowShape(8192, 1, 16))
     with pytest.raises(ValueError, match=r"data\.batch_rows is 9"):
         sharding.batch_shardings(sharding.make_mesh(dataclasses.asdict(cfg.mesh)), spec)
 

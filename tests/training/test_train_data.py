@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.training.run_config import DataConfig
@@ -53,7 +54,7 @@ def test_path_stage_and_epochs(tmp_path):
 def test_replay_is_a_share_of_the_examples(bare):
     mixture = training_mixture(data(replay_path="base", replay_share=0.2, epochs=2))
     datasets = [bare(path) for _, path in mixture.sources]
-    plan = make_plan(datasets, mixture, BARE_PROCESSOR, **SIZES)
+    plan = make_plan(datasets, mixture, BARE_PROCESSOR, RowShape(12, 1, 8), batch_rows=2)
     assert len(plan.examples) == 250 and (plan.sources == 1).sum() == 50
 
 
@@ -61,7 +62,7 @@ def test_what_is_held_out_is_validated_on_and_never_trained_on(bare):
     cfg = data(validation_share=0.1, epochs=3, replay_path="base", replay_share=0.5, seed=4)
     mixture = training_mixture(cfg)
     datasets = [bare(path) for _, path in mixture.sources]
-    plan = make_plan(datasets, mixture, BARE_PROCESSOR, **SIZES, seed=4)
+    plan = make_plan(datasets, mixture, BARE_PROCESSOR, RowShape(12, 1, 8), batch_rows=2, seed=4)
     found = validation_plan(cfg, BARE_PROCESSOR, datasets)
     assert found is not None and found[0] == datasets
     held, trained = set(found[1].examples.tolist()), set(plan.examples[plan.sources == 0].tolist())
@@ -71,7 +72,7 @@ def test_what_is_held_out_is_validated_on_and_never_trained_on(bare):
     other = data(validation_share=0.1, epochs=9, length=6, batch_rows=4, seed=4)
     again = validation_plan(other, BARE_PROCESSOR, datasets[:1])
     assert again is not None and set(again[1].examples.tolist()) == held
-    assert found[1].capacity.length == 12 and found[1].inputs["batch_rows"] == 2
+    assert found[1].row_shape.length == 12 and found[1].inputs["batch_rows"] == 2
 
 
 def test_another_dataset_to_validate_on(bare, tmp_path):

@@ -17,13 +17,14 @@ import pytest
 from flax import nnx
 
 from phivision_jax import sharding
-from phivision_jax.batch import fill_rows
+from phivision_jax.batch import RowShape
 from phivision_jax.data.feed.encode import GROUP_NAMES, encode_record
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
+from phivision_jax.rows import fill_rows
 from phivision_jax.training import validation
 from phivision_jax.training.run_config import DataConfig, RunConfig
 from phivision_jax.training.step import make_train_step
@@ -71,8 +72,7 @@ def quickly(monkeypatch):
 
 def validator(dataset, cfg: RunConfig = RUN, devices: int = 1, **shape: int) -> Validator:
     data = cfg.data
-    sizes = {name: getattr(data, name) for name in ("length", "vision_rows", "num_patches", "batch_rows")}
-    plan = make_plan([dataset], Mixture.of("set"), PROCESSOR, **sizes)
+    plan = make_plan([dataset], Mixture.of("set"), PROCESSOR, data.row_shape(CONFIG), batch_rows=data.batch_rows)
     mesh = sharding.make_mesh(shape, jax.devices()[:devices])
     step = make_train_step(dataclasses.replace(cfg, microbatches=cfg.microbatches or 1), mesh, 10, len(GROUP_NAMES))
     return Validator(cfg, step, [dataset], plan, PROCESSOR)
@@ -95,15 +95,7 @@ def by_hand(dataset, params) -> dict[str, float]:
     losses: dict[str, list[float]] = {}
     for i in range(len(dataset)):
         example = encode_record(dataset[i], PROCESSOR)
-        batch = fill_rows(
-            [[example]],
-            length=100,
-            vision_rows=1,
-            num_patches=64,
-            patch_dim=CONFIG.vision.patch_dim,
-            image_attention="causal",
-            pad_token_id=CONFIG.decoder.pad_token_id,
-        )
+        batch = fill_rows([[example]], RowShape(100, 1, 64), CONFIG)
         log_p = np.asarray(jax.nn.log_softmax(logits(device_params, jax.tree.map(jnp.asarray, batch))), np.float64)[0]
         (at,) = np.nonzero(batch.loss_weights[0])
         losses.setdefault(GROUP_NAMES[example.group], []).extend(-log_p[at, batch.targets[0, at]])

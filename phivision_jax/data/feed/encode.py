@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phivision_jax.batch import Example, PatchedImage
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS, Mode, Record, mode_of
 from phivision_jax.images.decode import open_image, to_rgb
+from phivision_jax.images.layout import PatchedImage
+from phivision_jax.rows import Example
 from phivision_jax.text.constants import IGNORE, PLACEHOLDER
 
 if TYPE_CHECKING:

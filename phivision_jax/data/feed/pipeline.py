@@ -20,11 +20,12 @@ import grain
 import jax
 import numpy as np
 
-from phivision_jax.batch import Batch, Example, fill_rows
+from phivision_jax.batch import Batch
 from phivision_jax.data.feed.encode import encode_record, hole
 from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.images.naflex import grid_of
+from phivision_jax.rows import Example, fill_rows
 
 if TYPE_CHECKING:
     from phivision_jax.data.records import Record
@@ -90,7 +91,6 @@ def batches(
         raise IndexError(f"start_step {start_step} of a plan with {steps} steps of {batch_rows} rows")
     end = steps if end_step is None else min(end_step, steps)
     here = list(range(batch_rows)) if rows_here is None else list(rows_here)
-    capacity, config = plan.capacity, processor.config
 
     def load(step: int) -> tuple[Batch, BatchInfo]:
         rows = plan.rows(step, batch_rows)
@@ -103,17 +103,9 @@ def batches(
             ]
             filled.append([example for example, _ in encoded])
             record_ids.append(tuple(record_id for _, record_id in encoded))
-        batch = fill_rows(
-            filled,
-            length=capacity.length,
-            vision_rows=capacity.vision_rows,
-            num_patches=capacity.num_patches,
-            patch_dim=config.vision.patch_dim,
-            image_attention=config.image_attention,
-            pad_token_id=config.decoder.pad_token_id,
-        )
+        batch = fill_rows(filled, plan.row_shape, processor.config)
         if loss_weights is not None:
-            batch = dataclasses.replace(batch, loss_weights=batch.loss_weights * loss_weights[batch.group_ids])
+            batch = batch._replace(loss_weights=batch.loss_weights * loss_weights[batch.group_ids])
         return batch, BatchInfo(step, tuple(record_ids), tuple(holes))
 
     if start_step >= end:

@@ -24,23 +24,8 @@ import dataclasses
 
 import numpy as np
 
-from phivision_jax.batch import fullest_vision_row
-
-
-@dataclasses.dataclass(frozen=True)
-class Capacity:
-    """What one row takes."""
-
-    length: int
-    """T: text columns, image columns included."""
-    vision_rows: int
-    """R."""
-    num_patches: int
-    """P, of each vision row; an image lies within one."""
-
-    def __post_init__(self) -> None:
-        if self.length < 1 or self.vision_rows < 1 or self.num_patches < 0:
-            raise ValueError(f"a row needs length >= 1, vision_rows >= 1 and num_patches >= 0, not {self}")
+from phivision_jax.batch import RowShape
+from phivision_jax.rows import fullest_vision_row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +56,7 @@ def place(used: list[int], images: list[int], num_patches: int) -> list[int] | N
     return after
 
 
-def pack(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> tuple[np.ndarray, np.ndarray]:
+def pack(examples: np.ndarray, lengths: Lengths, capacity: RowShape) -> tuple[np.ndarray, np.ndarray]:
     """Pack the ``examples`` [n] (numbers into ``lengths``; each must fit an empty row) into rows.
 
     Returns:
@@ -85,7 +70,7 @@ def pack(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> tuple[np
     return spread if _rows(spread) <= _ROWS_FOR_BALANCE * _rows(tight) else tight
 
 
-def best_fit_decreasing(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> tuple[np.ndarray, np.ndarray]:
+def best_fit_decreasing(examples: np.ndarray, lengths: Lengths, capacity: RowShape) -> tuple[np.ndarray, np.ndarray]:
     """As ``pack``, with no eye on attention work."""
     return _pack(examples, lengths, capacity, spread_work=False)
 
@@ -98,17 +83,17 @@ def _rows(packed: tuple[np.ndarray, np.ndarray]) -> int:
     return len(packed[1]) - 1
 
 
-def _least_rows(examples: np.ndarray, lengths: Lengths, capacity: Capacity) -> int:
+def _least_rows(examples: np.ndarray, lengths: Lengths, capacity: RowShape) -> int:
     """As many rows as the sums of both budgets need, at least."""
-    patches = max(capacity.vision_rows * capacity.num_patches, 1)
+    patches = max(capacity.total_patches, 1)
     by_columns = -(-int(lengths.columns[examples].sum()) // capacity.length)
     return min(max(by_columns, -(-int(lengths.patches[examples].sum()) // patches)), len(examples))
 
 
 def _pack(
-    examples: np.ndarray, lengths: Lengths, capacity: Capacity, *, spread_work: bool
+    examples: np.ndarray, lengths: Lengths, capacity: RowShape, *, spread_work: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    n, length, total_patches = len(examples), capacity.length, capacity.vision_rows * capacity.num_patches
+    n, length, total_patches = len(examples), capacity.length, capacity.total_patches
     columns = lengths.columns[examples]
     begin, end = lengths.offsets[examples], lengths.offsets[examples + 1]
     patches = lengths.patches[examples]

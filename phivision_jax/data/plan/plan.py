@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.example_order import Pool, draw
 from phivision_jax.data.plan.mixture import Mixture
-from phivision_jax.data.plan.packing import Capacity, Lengths, attention_work, balance, pack
+from phivision_jax.data.plan.packing import Lengths, attention_work, balance, pack
 from phivision_jax.data.plan.realized_shares import Drawn, PlanSummary, account
 from phivision_jax.data.plan.record_sizes import REASONS, Overflow, check_processor, measure
 from phivision_jax.data.shuffle import permutation
@@ -66,8 +67,10 @@ class Plan:
     patches_used: int
 
     @property
-    def capacity(self) -> Capacity:
-        return Capacity(self.inputs["length"], self.inputs["vision_rows"], self.inputs["num_patches"])
+    def row_shape(self) -> RowShape:
+        merge = self.inputs["merge"]
+        sizes = {name: self.inputs[name] for name in ("length", "vision_rows", "num_patches")}
+        return RowShape(**sizes, merge=tuple(merge) if merge else None)
 
     @property
     def num_rows(self) -> int:
@@ -108,8 +111,8 @@ class Plan:
         return digest.hexdigest()
 
     def summary(self) -> PlanSummary:
-        columns = self.num_rows * self.capacity.length
-        patches = self.num_rows * self.capacity.vision_rows * self.capacity.num_patches
+        columns = self.num_rows * self.row_shape.length
+        patches = self.num_rows * self.row_shape.vision_rows * self.row_shape.num_patches
         return PlanSummary(
             rows=self.num_rows,
             examples=len(self.examples),
@@ -202,10 +205,8 @@ def plan_inputs(
     datasets: Sequence[Dataset],
     mixture: Mixture,
     processor: Processor,
+    shape: RowShape,
     *,
-    length: int,
-    vision_rows: int,
-    num_patches: int,
     batch_rows: int = 1,
     seed: int = 0,
     on_overflow: Overflow = "drop",
@@ -238,7 +239,7 @@ def plan_inputs(
         "sources": [dataset.hash for dataset in datasets],
         "names": list(mixture.names),
         "processor": processor.fingerprint,
-        **dataclasses.asdict(Capacity(length, vision_rows, num_patches)),
+        **dataclasses.asdict(shape),
         "batch_rows": batch_rows,
         "stages": stages,
         "seed": seed,
@@ -254,6 +255,7 @@ def make_plan(
     datasets: Sequence[Dataset],
     mixture: Mixture,
     processor: Processor,
+    shape: RowShape,
     *,
     progress: bool = False,
     **settings: Any,
@@ -264,25 +266,25 @@ def make_plan(
       datasets: of the mixture's sources, in their order.
       mixture: what to draw.
       processor: with the tokenizer and template that the datasets were counted with; its patch settings are free.
+      shape: of a row.
       progress: show a bar.
-      settings: of ``plan_inputs``. length: T, text columns of a row; vision_rows: R; num_patches: P, patches of a
-        vision row; batch_rows: B, rows of a step, between which attention work is balanced; seed: of all orders;
+      settings: of ``plan_inputs``. batch_rows: B, rows of a step, between which attention work is balanced; seed: of
+        all orders;
         on_overflow: what happens to records that no row takes: "drop" counts and names them, "resize" gives their
         images fewer patches where that helps, "error" stops; window: examples packed at a time.
 
     Raises:
       ValueError: as ``plan_inputs`` and ``mixture.draw``; when no record fits a row; by on_overflow="error".
     """
-    inputs = plan_inputs(datasets, mixture, processor, **settings)
-    capacity = Capacity(inputs["length"], inputs["vision_rows"], inputs["num_patches"])
+    inputs = plan_inputs(datasets, mixture, processor, shape, **settings)
     measured = [
-        measure(s, dataset, processor.config, capacity, inputs["on_overflow"]) for s, dataset in enumerate(datasets)
+        measure(s, dataset, processor.config, shape, inputs["on_overflow"]) for s, dataset in enumerate(datasets)
     ]
     if not any(m.fits.any() for m in measured):
         shortest = min((m.lengths.columns.min(), m.lengths.patches[m.lengths.columns.argmin()]) for m in measured)
         raise ValueError(
             f"{', '.join(str(d.directory) for d in datasets)}: none of {sum(map(len, datasets))} records fits a row of "
-            f"{capacity.length} columns and {capacity.vision_rows} x {capacity.num_patches} patches; the smallest "
+            f"{shape.length} columns and {shape.vision_rows} x {shape.num_patches} patches; the smallest "
             f"needs {shortest[0]} columns and {shortest[1]} patches"
         )
     lengths, first = _joined([m.lengths for m in measured])
@@ -298,12 +300,12 @@ def make_plan(
             f"{sum(map(len, datasets)):,}; hold out a {'larger' if mixture.part == 'validation' else 'smaller'} share"
         )
 
-    rows = _Rows(lengths, capacity, inputs["seed"], inputs["batch_rows"])
+    rows = _Rows(lengths, shape, inputs["seed"], inputs["batch_rows"])
     drawn: list[Drawn] = []
     for stage in mixture.stages:
         sources, records, one_pass = draw(pools, names, stage, inputs["seed"])
         numbers = first[sources] + records
-        together = one_pass * _passes_together(lengths.columns[numbers[:one_pass]], capacity)
+        together = one_pass * _passes_together(lengths.columns[numbers[:one_pass]], shape)
         drawn += account(stage, names, sources, records, pools, datasets, lengths.columns[numbers])
         with bar(f"plan {stage.name}", len(numbers), shown=progress) as advance:
             for begin in range(0, len(numbers), together):  # windows end with the pass
@@ -327,23 +329,23 @@ def make_plan(
     )
 
 
-def _passes_together(columns: np.ndarray, capacity: Capacity) -> int:
+def _passes_together(columns: np.ndarray, shape: RowShape) -> int:
     """1; more for a set so small that a pass of it does not fill two rows: those of several passes then share rows."""
-    rows = int(columns.sum()) / capacity.length
+    rows = int(columns.sum()) / shape.length
     return 1 if rows >= 2 else math.ceil(8 / rows)
 
 
 class _Rows:
     """The plan's rows as they come to be, window after window."""
 
-    def __init__(self, lengths: Lengths, capacity: Capacity, seed: int, batch_rows: int) -> None:
-        self.lengths, self.capacity, self.seed, self.batch_rows = lengths, capacity, seed, batch_rows
+    def __init__(self, lengths: Lengths, shape: RowShape, seed: int, batch_rows: int) -> None:
+        self.lengths, self.row_shape, self.seed, self.batch_rows = lengths, shape, seed, batch_rows
         self.examples: list[np.ndarray] = []
         self.counts: list[np.ndarray] = []
         self.total = 0
 
     def add(self, window: np.ndarray) -> None:
-        packed, offsets = pack(window, self.lengths, self.capacity)
+        packed, offsets = pack(window, self.lengths, self.row_shape)
         shuffled = permutation(len(offsets) - 1, self.seed, _ROW_ORDER, len(self.examples))
         work = attention_work(packed, offsets, self.lengths)
         order = balance(work, shuffled, self.batch_rows, self.total % self.batch_rows)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from phivision_jax.data.plan.packing import Capacity, Lengths, place
+from phivision_jax.batch import RowShape
+from phivision_jax.data.plan.packing import Lengths, place
 from phivision_jax.images import naflex
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Measured:
     """Both [k, 3], as in ``Plan``."""
 
 
-def measure(source: int, dataset: Dataset, config: ModelConfig, capacity: Capacity, overflow: Overflow) -> Measured:
+def measure(source: int, dataset: Dataset, config: ModelConfig, capacity: RowShape, overflow: Overflow) -> Measured:
     """Hold a source's records against an empty row, and resize those that ``overflow`` says to.
 
     Args:
@@ -67,7 +68,7 @@ def measure(source: int, dataset: Dataset, config: ModelConfig, capacity: Capaci
     lengths = lengths_of(dataset.index, config)
     has_images = dataset.index.num_images > 0
     too_long = lengths.columns > capacity.length
-    too_many = lengths.patches > capacity.vision_rows * capacity.num_patches
+    too_many = lengths.patches > capacity.total_patches
     if capacity.vision_rows > 1:  # with one, the sum says it all
         empty = [0] * capacity.vision_rows
         for i in np.flatnonzero(~too_many & has_images).tolist():
@@ -101,7 +102,7 @@ def _patches(size: tuple[int, int], config: ModelConfig, limit: int) -> int:
     return rows * columns
 
 
-def _patch_limit(text: int, sizes: Sequence[tuple[int, int]], config: ModelConfig, capacity: Capacity) -> int | None:
+def _patch_limit(text: int, sizes: Sequence[tuple[int, int]], config: ModelConfig, capacity: RowShape) -> int | None:
     """The most patches per image with which a record fits an empty row; None when even ``min_patches`` are too many."""
 
     def fits(limit: int) -> bool:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from phivision_jax.batch import Example, PatchedImage
 from phivision_jax.data.feed.encode import encode_record
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.view.drawing import LINE, MARGIN, PAPER, SOFT, WIDTH, Run, draw_runs, shortened, stacked
+from phivision_jax.images.layout import PatchedImage
+from phivision_jax.rows import Example
 from phivision_jax.text.constants import IGNORE
 
 if TYPE_CHECKING:

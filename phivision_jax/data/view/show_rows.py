@@ -156,8 +156,8 @@ def _legend() -> Image.Image:
 
 
 def _block(plan: Plan, datasets: Sequence[Dataset], row: int, batch: Batch, info: BatchInfo) -> Image.Image:
-    found, capacity = layout(batch, 0), plan.capacity
-    total = capacity.vision_rows * capacity.num_patches
+    found, capacity = layout(batch, 0), plan.row_shape
+    total = capacity.total_patches
     columns, patches = found.columns_used, found.patches_used
     numbers = [
         f"{len(found.segments)} example{'' if len(found.segments) == 1 else 's'}",

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.mixture import Mixture
-from phivision_jax.data.plan.packing import Capacity, Lengths, pack, place
+from phivision_jax.data.plan.packing import Lengths, pack, place
 from phivision_jax.data.plan.plan import WINDOW
 from phivision_jax.data.plan.record_sizes import lengths_of
 from phivision_jax.data.records import MODES, TASKS
@@ -110,7 +111,7 @@ class Stats:
     """One part per dataset, and a last one of all when there are several."""
 
     parts: tuple[Part, ...]
-    capacity: Capacity
+    capacity: RowShape
     patch_size: int
     patch_range: tuple[int, int]
     """Patches towards which small images are enlarged and large ones shrunk."""
@@ -130,46 +131,41 @@ class Stats:
         return as_text(self)
 
 
-def compute(
-    datasets: Sequence[Dataset], config: ModelConfig, *, length: int, vision_rows: int, num_patches: int
-) -> Stats:
+def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -> Stats:
     """Count.
 
     Args:
       datasets: at least one; text tokens are counted as their import counted them.
       config: its patch settings decide how many patches an image becomes.
-      length: T, text columns of a row.
-      vision_rows: R.
-      num_patches: P, patches of a vision row.
+      shape: of a row.
 
     Raises:
       ValueError: without a dataset, or when a row has no columns.
     """
     if not datasets:
         raise ValueError("statistics need at least one dataset")
-    capacity = Capacity(length, vision_rows, num_patches)
     names = Mixture.of(*(dataset.directory for dataset in datasets)).names
     lengths = [lengths_of(dataset.index, config) for dataset in datasets]
-    most = max(length, *(int(part.columns.max(initial=1)) for part in lengths))
+    most = max(shape.length, *(int(part.columns.max(initial=1)) for part in lengths))
     sides = max(max(int(np.max(dataset.index.image_sizes, initial=0)) for dataset in datasets), 1024)
     edges = {
         "columns": tuple(np.geomspace(1, most * 1.5, _BINS + 1).tolist()),
         "side": tuple(np.geomspace(16, sides * 1.5, _BINS + 1).tolist()),
     }
     parts = [
-        _part((name,), [dataset], [part], capacity, edges)
+        _part((name,), [dataset], [part], shape, edges)
         for name, dataset, part in zip(names, datasets, lengths, strict=True)
     ]
     if len(parts) > 1:
-        parts.append(_part(names, datasets, lengths, capacity, edges))
-    return Stats(tuple(parts), capacity, config.vision.patch_size, (config.min_patches, config.max_patches), edges)
+        parts.append(_part(names, datasets, lengths, shape, edges))
+    return Stats(tuple(parts), shape, config.vision.patch_size, (config.min_patches, config.max_patches), edges)
 
 
 def _part(
     names: Sequence[str],
     datasets: Sequence[Dataset],
     parts: Sequence[Lengths],
-    capacity: Capacity,
+    capacity: RowShape,
     edges: Mapping[str, Sequence[float]],
 ) -> Part:
     lengths = _joined(parts)
@@ -240,10 +236,10 @@ def _joined(parts: Sequence[Lengths]) -> Lengths:
     )
 
 
-def _overflow(lengths: Lengths, capacity: Capacity) -> tuple[np.ndarray, np.ndarray]:
+def _overflow(lengths: Lengths, capacity: RowShape) -> tuple[np.ndarray, np.ndarray]:
     """[N] bool each: more columns than a row has; images that the vision rows do not take."""
     patches = lengths.patches
-    too_many = patches > capacity.vision_rows * capacity.num_patches
+    too_many = patches > capacity.total_patches
     if capacity.vision_rows > 1:
         # Between one vision row's worth and all of them, it depends on how the images lie.
         for i in np.flatnonzero(~too_many & (patches > capacity.num_patches)).tolist():
@@ -267,13 +263,13 @@ def _largest(
     return tuple(named)
 
 
-def _estimate(fits: np.ndarray, lengths: Lengths, capacity: Capacity) -> tuple[int, float, float]:
+def _estimate(fits: np.ndarray, lengths: Lengths, capacity: RowShape) -> tuple[int, float, float]:
     """Rows that an epoch fills, and the padding of columns and patches, from packing at most one window of examples."""
     if not len(fits):
         return 0, 0.0, 0.0
     sample = fits[permutation(len(fits), 0)[:WINDOW]]
     rows = len(pack(sample, lengths, capacity)[1]) - 1
-    patches = rows * capacity.vision_rows * capacity.num_patches
+    patches = rows * capacity.total_patches
     return (
         round(rows * len(fits) / len(sample)) or 1,
         1 - int(lengths.columns[sample].sum()) / (rows * capacity.length),

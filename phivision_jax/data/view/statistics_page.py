@@ -16,7 +16,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from phivision_jax.data.plan.packing import Capacity
+from phivision_jax.batch import RowShape
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.view.statistics import MOST_IMAGES, Part, Stats
 from phivision_jax.data.view.statistics_tables import Section, sections
@@ -52,7 +52,7 @@ def _png(stats: Stats, *, dark: bool) -> bytes:
         _histogram(places[0, 1], parts, "columns", bins, "columns per example (text tokens + patches)")
         _limit(places[0, 1], capacity.length, f"T = {capacity.length:,}")
         _histogram(places[0, 2], parts, "patches", bins, "patches per example (examples with images)")
-        _limit(places[0, 2], capacity.vision_rows * capacity.num_patches, _patches_of_a_row(capacity))
+        _limit(places[0, 2], capacity.total_patches, _patches_of_a_row(capacity))
         _tasks(places[1, 0], stats)
         _histogram(places[1, 1], parts, "text", bins, "text tokens per example")
         _images(places[1, 2], parts)
@@ -76,7 +76,7 @@ def _shown(stats: Stats) -> list[tuple[str, str, list[Part]]]:
     return [(name, colour, of) for (name, of), colour in zip(names, _COLOURS, strict=False)]
 
 
-def _patches_of_a_row(capacity: Capacity) -> str:
+def _patches_of_a_row(capacity: RowShape) -> str:
     if capacity.vision_rows == 1:
         return f"P = {capacity.num_patches:,}"
     return f"R × P = {capacity.vision_rows} × {capacity.num_patches:,}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from phivision_jax.data.plan.packing import Capacity
+from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.plan import WINDOW
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.view.statistics import MOST_IMAGES, Part, Spread, Stats
@@ -121,7 +121,7 @@ def _mix_rows(parts: Sequence[Part]) -> tuple[tuple[str, ...], ...]:
     return tuple(rows)
 
 
-def _fit_rows(parts: Sequence[Part], capacity: Capacity) -> tuple[tuple[str, ...], ...]:
+def _fit_rows(parts: Sequence[Part], capacity: RowShape) -> tuple[tuple[str, ...], ...]:
     return (
         (f"longer than {capacity.length:,} columns", *(_share(p.too_long, p.examples) for p in parts)),
         ("images that the patches do not take", *(_share(p.too_many_patches, p.examples) for p in parts)),

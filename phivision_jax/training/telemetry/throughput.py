@@ -121,7 +121,7 @@ class Speed:
         self._works = []
         images, data = mean.pop("images"), self._cfg.data
         columns = data.batch_rows * data.length
-        patches = data.batch_rows * data.vision_rows * data.num_patches
+        patches = data.batch_rows * data.row_shape(self._cfg.model).total_patches
         row = {
             "tokens": mean["tokens"],
             "images": images,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import Plan, make_plan
@@ -35,7 +36,7 @@ def made(tmp_path_factory, processor) -> tuple[Path, list[Dataset], Plan]:
         write_dataset(folder / "set1", records[100:], processor, progress=False),
     ]
     mixture = Mixture.of(folder / "set0", folder / "set1", epochs=EPOCHS)
-    plan = make_plan(datasets, mixture, processor, length=160, vision_rows=2, num_patches=80, batch_rows=ROWS)
+    plan = make_plan(datasets, mixture, processor, RowShape(160, 2, 80), batch_rows=ROWS)
     plan.save(folder / "plan")
     return folder, datasets, plan
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data.feed.encode import GROUP_NAMES, group_weights
 from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
@@ -12,7 +13,7 @@ from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.store.importing import write_dataset
 from tests.support.records import make_record
 
-SHAPE = {"length": 160, "vision_rows": 1, "num_patches": 80}
+SHAPE = RowShape(160, 1, 80)
 
 
 def by_name(*rules: tuple[str, float]) -> dict[str, float]:
@@ -48,7 +49,7 @@ def test_target_tokens_of_an_example_are_weighed_by_its_group(tmp_path, processo
     records = [make_record(i, task=("math", "ocr")[i % 2]) for i in range(12)]
     records[3] = dataclasses.replace(records[3], mode="think", messages=(records[3].messages[0], thought))
     dataset = write_dataset(tmp_path / "set", records, processor, progress=False)
-    plan = make_plan([dataset], Mixture.of("set"), processor, **SHAPE)
+    plan = make_plan([dataset], Mixture.of("set"), processor, SHAPE)
     weights = group_weights([("^think", 0.25), ("math", 2.0)])
     wanted = {"math": 2.0, "ocr": 1.0}
     plain = batches([dataset], plan, processor, batch_rows=2)
@@ -71,7 +72,7 @@ def test_target_tokens_of_an_example_are_weighed_by_its_group(tmp_path, processo
 
 def test_batches_end_where_they_are_told(tmp_path, processor):
     dataset = write_dataset(tmp_path / "set", [make_record(i) for i in range(60)], processor, progress=False)
-    plan = make_plan([dataset], Mixture.of("set"), processor, **SHAPE)
+    plan = make_plan([dataset], Mixture.of("set"), processor, SHAPE)
     steps = plan.num_steps(2)
 
     def made(**bounds) -> list[int]:

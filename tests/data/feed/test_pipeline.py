@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from phivision_jax.batch import Batch
+from phivision_jax.batch import Batch, RowShape
 from phivision_jax.data.feed import pipeline
 from phivision_jax.data.feed.pipeline import batches, rows_of_process, to_device
 from phivision_jax.data.plan.mixture import Mixture
@@ -18,7 +18,7 @@ from phivision_jax.processor import Processor
 from tests.support.records import CONFIG, make_record, mixed_records
 
 ONE, TWO_EPOCHS = Mixture.of("set"), Mixture.of("set", epochs=2)
-SHAPE = {"length": 160, "vision_rows": 2, "num_patches": 80}
+SHAPE = RowShape(160, 2, 80)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def dataset(tmp_path_factory, processor):
 
 @pytest.fixture(scope="module")
 def plan(dataset, processor):
-    return make_plan([dataset], TWO_EPOCHS, processor, **SHAPE)
+    return make_plan([dataset], TWO_EPOCHS, processor, SHAPE)
 
 
 def assert_same(a, b) -> None:
@@ -143,8 +143,8 @@ def test_to_device_puts_each_row_where_the_sharding_says(dataset, plan, processo
 
 
 def test_images_that_were_too_large_come_with_fewer_patches(dataset, processor):
-    small = {"length": 60, "vision_rows": 1, "num_patches": 40}
-    plan = make_plan([dataset], ONE, processor, **small, on_overflow="resize")
+    small = RowShape(60, 1, 40)
+    plan = make_plan([dataset], ONE, processor, small, on_overflow="resize")
     assert plan.patch_limits and not len(plan.rejected)
     limits = {dataset[i].id: limit for (_, i), limit in plan.patch_limits.items()}
     seen = []
@@ -165,7 +165,7 @@ def test_two_datasets_share_rows(tmp_path, processor):
         write_dataset(tmp_path / name, part, processor, progress=False)
         for name, part in (("a", records[:25]), ("b", records[25:]))
     ]
-    plan = make_plan(parts, Mixture.of(tmp_path / "a", tmp_path / "b"), processor, **SHAPE)
+    plan = make_plan(parts, Mixture.of(tmp_path / "a", tmp_path / "b"), processor, SHAPE)
     rows = [row for _, info in batches(parts, plan, processor, batch_rows=2) for row in info.record_ids]
     assert sorted(record_id for row in rows for record_id in row) == sorted(r.id for r in records)
     assert any(len({record_id < "r025" for record_id in row}) == 2 for row in rows)
@@ -188,7 +188,7 @@ def spoiled(record_id: str):
 
 def test_a_bad_record_leaves_a_hole_and_moves_nothing(tmp_path, dataset, plan, processor):
     bad = write_dataset(tmp_path / "set", map(spoiled("r004"), mixed_records(40)), processor, progress=False)
-    bad_plan = make_plan([bad], TWO_EPOCHS, processor, **SHAPE)
+    bad_plan = make_plan([bad], TWO_EPOCHS, processor, SHAPE)
     out, sound = (
         list(batches([bad], bad_plan, processor, batch_rows=2)),
         list(batches([dataset], plan, processor, batch_rows=2)),
@@ -282,7 +282,7 @@ def test_plan_dataset_and_processor_must_belong_together(tmp_path, dataset, plan
     with pytest.raises(ValueError, match="patch settings; make it again"):
         batches([dataset], plan, finer, batch_rows=2)
     # The dataset itself holds no patches: other patch settings need another plan, not another import.
-    finer_plan = make_plan([dataset], ONE, finer, **SHAPE)
+    finer_plan = make_plan([dataset], ONE, finer, SHAPE)
     assert finer_plan.hash != plan.hash
     batch, _ = next(batches([dataset], finer_plan, finer, batch_rows=2))
     assert np.unique(batch.patch_grid.prod(axis=-1)).max() <= 32
@@ -291,7 +291,7 @@ def test_plan_dataset_and_processor_must_belong_together(tmp_path, dataset, plan
 def test_easy_vqa_all_the_way(tmp_path, processor):
     records = easy_vqa("train", questions_per_record=4, max_images=12)
     dataset = write_dataset(tmp_path / "easy", records, processor, progress=False)
-    plan = make_plan([dataset], ONE, processor, length=512, vision_rows=1, num_patches=384)
+    plan = make_plan([dataset], ONE, processor, RowShape(512, 1, 384))
     seen = 0
     for batch, info in batches([dataset], plan, processor, batch_rows=2):
         seen += sum(map(len, info.record_ids))

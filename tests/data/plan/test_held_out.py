@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.mixture import HELD_OUT, Mixture, Stage
 from phivision_jax.data.plan.plan import Plan, differing, make_plan, plan_inputs
 from phivision_jax.data.shuffle import sample
 from tests.support.records import BARE_PROCESSOR, BareDataset
 
-SIZES = {"length": 12, "vision_rows": 1, "num_patches": 8}
+SHAPE = RowShape(12, 1, 8)
 
 
 def dataset(n: int, tokens: int = 6) -> BareDataset:
@@ -43,7 +44,7 @@ def drawn(plan: Plan) -> set[tuple[int, int]]:
 def test_no_record_is_in_both_and_none_is_in_neither(sizes, share, seed, epochs, window, batch_rows, length):
     datasets, names = [dataset(n) for n in sizes], "abc"[: len(sizes)]
     mixed = mixture(names, share, epochs=epochs)
-    settings = {**SIZES, "length": length, "seed": seed, "window": window, "batch_rows": batch_rows}
+    settings = {"shape": RowShape(length, 1, 8), "seed": seed, "window": window, "batch_rows": batch_rows}
     held = drawn(make_plan(datasets, mixed.validation(), BARE_PROCESSOR, **settings))
     trained = drawn(make_plan(datasets, mixed, BARE_PROCESSOR, **settings))
     assert not held & trained
@@ -53,13 +54,13 @@ def test_no_record_is_in_both_and_none_is_in_neither(sizes, share, seed, epochs,
         (s, i) for s, n in enumerate(sizes) for i in np.flatnonzero(sample(n, share, seed, HELD_OUT)).tolist()
     }
     other = mixture(names, share, weights=dict.fromkeys(names, 1.0), examples=300)
-    assert held == drawn(make_plan(datasets, other.validation(), BARE_PROCESSOR, **SIZES, seed=seed))
+    assert held == drawn(make_plan(datasets, other.validation(), BARE_PROCESSOR, SHAPE, seed=seed))
 
 
 def test_each_is_validated_on_once_whatever_the_training_repeats():
     datasets = [dataset(400), dataset(300)]
     mixed = mixture("ab", 0.1, epochs=5, repeat={"a": 3}, weights={"a": 0.9, "b": 0.1})
-    plan = make_plan(datasets, mixed.validation(), BARE_PROCESSOR, **SIZES)
+    plan = make_plan(datasets, mixed.validation(), BARE_PROCESSOR, SHAPE)
     assert len(plan.examples) == len(drawn(plan)) == sum(sample(n, 0.1, 0, HELD_OUT).sum() for n in (400, 300))
 
 
@@ -97,29 +98,29 @@ def test_a_replayed_source_is_not_validated_on_but_held_out_all_the_same():
     """It may be the very data that is trained on."""
     same = dataset(200)
     mixed = dataclasses.replace(Mixture.of("mine").with_replay("mine", 0.5), held_out=0.2)
-    held = drawn(make_plan([same, same], mixed.validation(), BARE_PROCESSOR, **SIZES))
-    trained = drawn(make_plan([same, same], mixed, BARE_PROCESSOR, **SIZES))
+    held = drawn(make_plan([same, same], mixed.validation(), BARE_PROCESSOR, SHAPE))
+    trained = drawn(make_plan([same, same], mixed, BARE_PROCESSOR, SHAPE))
     assert {s for s, _ in held} == {0} and {s for s, _ in trained} == {0, 1}
     assert not {i for _, i in held} & {i for _, i in trained}
 
 
 def test_a_plan_of_another_share_is_another_plan():
-    inputs = [plan_inputs([dataset(50)], mixture("a", share), BARE_PROCESSOR, **SIZES) for share in (0.0, 0.1, 0.2)]
+    inputs = [plan_inputs([dataset(50)], mixture("a", share), BARE_PROCESSOR, SHAPE) for share in (0.0, 0.1, 0.2)]
     for now in inputs:
         for before in inputs:
             assert (differing(now, before) is None) == (now is before)
     assert differing(inputs[1], inputs[2]) == "held_out.share is 0.2 there, 0.1 here"
     assert "held_out" in str(differing(inputs[0], inputs[1]))  # no share now, some before
-    made = make_plan([dataset(50)], mixture("a", 0.1), BARE_PROCESSOR, **SIZES)
-    assert made.hash != make_plan([dataset(50)], mixture("a", 0.0), BARE_PROCESSOR, **SIZES).hash
+    made = make_plan([dataset(50)], mixture("a", 0.1), BARE_PROCESSOR, SHAPE)
+    assert made.hash != make_plan([dataset(50)], mixture("a", 0.0), BARE_PROCESSOR, SHAPE).hash
 
 
 def test_a_share_that_leaves_nothing_is_an_error():
     none = mixture("a", 0.001)
     with pytest.raises(ValueError, match=r"leaves none for validation: there are 50; hold out a larger share"):
-        make_plan([dataset(50)], none.validation(), BARE_PROCESSOR, **SIZES)
+        make_plan([dataset(50)], none.validation(), BARE_PROCESSOR, SHAPE)
     with pytest.raises(ValueError, match=r"leaves none for train: there are 3; hold out a smaller share"):
-        make_plan([dataset(3)], mixture("a", 0.999), BARE_PROCESSOR, **SIZES)
+        make_plan([dataset(3)], mixture("a", 0.999), BARE_PROCESSOR, SHAPE)
     with pytest.raises(ValueError, match="no records are held out"):
         mixture("a", 0.0).validation()
     with pytest.raises(ValueError, match="from 0 to below 1, not 1"):

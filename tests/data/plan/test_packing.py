@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phivision_jax.batch import Example, PatchedImage, fill_rows
+from phivision_jax.batch import RowShape
+from phivision_jax.config import ModelConfig, VisionConfig
 from phivision_jax.data.plan import packing
-from phivision_jax.data.plan.packing import Capacity, Lengths, attention_work, balance, best_fit_decreasing, pack, place
+from phivision_jax.data.plan.packing import Lengths, attention_work, balance, best_fit_decreasing, pack, place
+from phivision_jax.images.layout import PatchedImage
+from phivision_jax.rows import Example, fill_rows
 from phivision_jax.text.constants import IGNORE
 
 
@@ -20,7 +23,7 @@ def lengths_from(text: list[int], images: list[list[int]]) -> Lengths:
     return Lengths(np.array(columns, np.int64), np.array([p for of in images for p in of], np.int64), offsets)
 
 
-def rows_of(lengths: Lengths, capacity: Capacity, examples: list[int] | None = None) -> list[list[int]]:
+def rows_of(lengths: Lengths, capacity: RowShape, examples: list[int] | None = None) -> list[list[int]]:
     numbers = np.arange(len(lengths.columns)) if examples is None else np.array(examples, np.int64)
     packed, offsets = pack(numbers, lengths, capacity)
     return [row.tolist() for row in np.split(packed, offsets[1:-1])]
@@ -28,21 +31,21 @@ def rows_of(lengths: Lengths, capacity: Capacity, examples: list[int] | None = N
 
 def test_the_drawing_in_the_docstring():
     a, b, c, d = range(4)
-    assert rows_of(lengths_from([3, 0, 3, 4], [[4], [6], [], []]), Capacity(10, 1, 6)) == [[b, d], [a, c]]
+    assert rows_of(lengths_from([3, 0, 3, 4], [[4], [6], [], []]), RowShape(10, 1, 6)) == [[b, d], [a, c]]
 
 
 def test_best_fit_prefers_the_fuller_row():
     # 12 leaves 8 columns and 10 leaves 10; 9 fits the second alone and leaves 1. The last 1 fills that row exactly,
     # though the first was opened before it and has room too.
-    assert rows_of(lengths_from([12, 10, 9, 1], [[], [], [], []]), Capacity(20, 1, 0)) == [[0], [1, 2, 3]]
+    assert rows_of(lengths_from([12, 10, 9, 1], [[], [], [], []]), RowShape(20, 1, 0)) == [[0], [1, 2, 3]]
     # The fuller row has no patches left: the other one takes it.
-    assert rows_of(lengths_from([0, 4, 1], [[6], [2], [2]]), Capacity(10, 1, 6)) == [[0], [1, 2]]
+    assert rows_of(lengths_from([0, 4, 1], [[6], [2], [2]]), RowShape(10, 1, 6)) == [[0], [1, 2]]
 
 
 def test_an_image_is_not_cut_to_use_what_is_left_of_two_vision_rows():
     # Vision rows of 6 hold 4 + 4; 2 + 2 are left, so an image of 2 still goes in, one of 3 opens a new row.
-    assert rows_of(lengths_from([1, 1], [[4, 4], [2]]), Capacity(20, 2, 6)) == [[0, 1]]
-    assert rows_of(lengths_from([1, 1], [[4, 4], [3]]), Capacity(20, 2, 6)) == [[0], [1]]
+    assert rows_of(lengths_from([1, 1], [[4, 4], [2]]), RowShape(20, 2, 6)) == [[0, 1]]
+    assert rows_of(lengths_from([1, 1], [[4, 4], [3]]), RowShape(20, 2, 6)) == [[0], [1]]
     assert place([4, 4], [2, 2], 6) == [6, 6]
     assert place([4, 4], [2, 2, 1], 6) is None
     assert place([1, 3], [3], 6) == [1, 6]
@@ -50,18 +53,18 @@ def test_an_image_is_not_cut_to_use_what_is_left_of_two_vision_rows():
 
 def test_only_the_given_examples_are_packed():
     lengths = lengths_from([5, 5, 5, 5], [[], [], [], []])
-    assert rows_of(lengths, Capacity(10, 1, 0), [3, 1]) == [[3, 1]]
+    assert rows_of(lengths, RowShape(10, 1, 0), [3, 1]) == [[3, 1]]
 
 
 @pytest.mark.parametrize("images", [[[7]], [[4, 4, 4]], [[13]]])
 def test_an_example_that_fits_nowhere_is_an_error(images):
     with pytest.raises(ValueError, match="does not fit"):
-        rows_of(lengths_from([1], images), Capacity(40, 2, 6))
+        rows_of(lengths_from([1], images), RowShape(40, 2, 6))
 
 
 @st.composite
 def packings(draw):
-    capacity = Capacity(draw(st.integers(8, 40)), draw(st.integers(1, 3)), draw(st.integers(1, 16)))
+    capacity = RowShape(draw(st.integers(8, 40)), draw(st.integers(1, 3)), draw(st.integers(1, 16)))
     image = st.integers(1, min(capacity.num_patches, 8))
     examples = draw(st.lists(st.tuples(st.integers(1, 12), st.lists(image, max_size=3)), min_size=1, max_size=40))
     fitting = [
@@ -94,12 +97,8 @@ def test_rows_fit_and_no_example_is_lost_or_doubled(case):
     # fill_rows raises where columns or any vision row would overflow: what is planned can be laid out.
     batch = fill_rows(
         [[example_of(*examples[i]) for i in row] for row in rows],
-        length=capacity.length,
-        vision_rows=capacity.vision_rows,
-        num_patches=capacity.num_patches,
-        patch_dim=3,
-        image_attention="causal",
-        pad_token_id=0,
+        capacity,
+        ModelConfig(vision=VisionConfig(patch_size=1)),
     )
     assert (batch.segment_ids > 0).sum() == lengths.columns.sum()
     assert (batch.patch_segments > 0).sum() == lengths.patches.sum()
@@ -119,7 +118,7 @@ def test_a_window_of_mixed_lengths_is_packed_tightly(vision_rows, num_patches):
     text = np.clip(rng.lognormal(6.2, 0.9, 16_384), 20, 4000).astype(np.int64)
     lengths = Lengths(text, patches, offsets)
     lengths = Lengths(text + lengths.patches, patches, offsets)
-    capacity = Capacity(8192, vision_rows, num_patches)
+    capacity = RowShape(8192, vision_rows, num_patches)
     sizes = np.split(patches, offsets[1:-1])
     empty = [0] * vision_rows
     fits = [
@@ -139,7 +138,7 @@ def test_attention_work_is_spread_over_the_rows():
     kinds = [rng.integers(340, 480, 600), rng.integers(10, 200, 3000)]
     columns = np.concatenate(kinds).astype(np.int64)
     lengths = Lengths(columns, np.zeros(0, np.int64), np.zeros(len(columns) + 1, np.int64))
-    made = {f: f(np.arange(len(columns)), lengths, Capacity(1000, 1, 0)) for f in (pack, best_fit_decreasing)}
+    made = {f: f(np.arange(len(columns)), lengths, RowShape(1000, 1, 0)) for f in (pack, best_fit_decreasing)}
     rows = {f: len(offsets) - 1 for f, (_, offsets) in made.items()}
     spread = {f: np.std(w) / np.mean(w) for f in made for w in [attention_work(*made[f], lengths)]}
     assert spread[pack] < 0.5 * spread[best_fit_decreasing]
@@ -151,7 +150,7 @@ def test_spreading_never_costs_more_than_half_a_percent_of_rows():
     rng = np.random.default_rng(1)
     columns = np.concatenate([rng.integers(340, 660, 900), rng.integers(20, 200, 100)]).astype(np.int64)
     lengths = Lengths(columns, np.zeros(0, np.int64), np.zeros(1001, np.int64))
-    capacity = Capacity(1000, 1, 0)
+    capacity = RowShape(1000, 1, 0)
     tight = best_fit_decreasing(np.arange(1000), lengths, capacity)
     assert len(pack(np.arange(1000), lengths, capacity)[1]) - 1 <= 1.005 * (len(tight[1]) - 1)
 
@@ -202,5 +201,5 @@ def test_images_of_half_a_vision_row_do_not_search_every_row():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "place", counted)
-        _, offsets = pack(np.arange(n), lengths, Capacity(8192, 2, 3840))
+        _, offsets = pack(np.arange(n), lengths, RowShape(8192, 2, 3840))
     assert len(offsets) - 1 == n // 2 and asked < 3 * 2 * n

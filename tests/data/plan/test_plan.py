@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.mixture import Mixture, Stage
 from phivision_jax.data.plan.plan import Plan, differing, make_plan, plan_inputs
 from phivision_jax.data.plan.record_sizes import lengths_of
@@ -31,7 +32,8 @@ def made(dataset, **settings) -> Plan:
     rest = {k: v for k, v in settings.items() if k not in STAGE_FIELDS}
     mixture = Mixture((("bare", Path("bare")),), (stage,))
     sizes = {"length": 12, "vision_rows": 1, "num_patches": 8}
-    return make_plan([dataset], mixture, BARE_PROCESSOR, **sizes | rest)
+    shape = RowShape(**{name: rest.pop(name, size) for name, size in sizes.items()})
+    return make_plan([dataset], mixture, BARE_PROCESSOR, shape, **rest)
 
 
 def rows(plan: Plan) -> list[list[int]]:
@@ -39,7 +41,7 @@ def rows(plan: Plan) -> list[list[int]]:
     return [row[:, 1].tolist() for row in plan.rows(0, plan.num_rows)]
 
 
-VISION = {"vision_rows": 1, "num_patches": 8}
+SHAPE = RowShape(12, 1, 8)
 
 # Images of 24x16 pixels are 6 patches of 8x8, of 16x16 four. With text: 4+6, 2, 5+4, 3, 12, 13, and 1 + two of six.
 SMALL = ([4, 2, 5, 3, 12, 13, 1], [[(24, 16)], [], [(16, 16)], [], [], [], [(24, 16), (24, 16)]])
@@ -137,7 +139,7 @@ def test_seed_epoch_and_window_change_the_order():
     assert 8 < large[:30].sum() < 22
 
 
-HASH = "ed953bfba43b5fc4fb725964f5d26e59b90c4f0f4977da801f3119b4c624b8f1"
+HASH = "23987295b591b87d685c3929818d285dbefa69be3890de6afc36f47f8be7f933"
 
 
 def test_the_hash_is_the_same_everywhere_and_covers_everything():
@@ -160,8 +162,7 @@ def test_the_hash_is_the_same_everywhere_and_covers_everything():
 
 def test_the_inputs_say_what_the_plan_is_without_making_it():
     mixture = Mixture((("bare", Path("bare")),))
-    sizes = {"length": 12, "vision_rows": 1, "num_patches": 8}
-    inputs = plan_inputs([BareDataset(*SMALL)], mixture, BARE_PROCESSOR, **sizes)
+    inputs = plan_inputs([BareDataset(*SMALL)], mixture, BARE_PROCESSOR, SHAPE)
     assert inputs == made(BareDataset(*SMALL)).inputs == json.loads(json.dumps(inputs))
 
 
@@ -211,10 +212,10 @@ def test_errors():
     with pytest.raises(ValueError, match=r"2 records do not fit.*the first is 'r5' \(13 columns, 0 patches\)"):
         made(dataset, on_overflow="error")
     with pytest.raises(ValueError, match="1 datasets for a mixture of 2"):
-        make_plan([dataset], Mixture((("a", Path("a")), ("b", Path("b")))), BARE_PROCESSOR, length=1, **VISION)
+        make_plan([dataset], Mixture((("a", Path("a")), ("b", Path("b")))), BARE_PROCESSOR, RowShape(1, 1, 8))
     other = SimpleNamespace(**{**vars(BARE_PROCESSOR), "text_fingerprint": "d" * 64})
     with pytest.raises(ValueError, match=r"another tokenizer or chat template.*import the records again"):
-        make_plan([dataset], Mixture((("bare", Path("bare")),)), other, length=12, **VISION)
+        make_plan([dataset], Mixture((("bare", Path("bare")),)), other, SHAPE)
 
 
 def test_too_large_images_get_fewer_patches():
@@ -274,7 +275,7 @@ def test_the_shares_of_a_plan_are_those_asked_for(unit):
     weights = {"a": 0.4, "b": 0.3, "c": 0.2, "d": 0.1}
     stage = Stage(reasoning_share=0.2, reasoning_unit=unit, unit=unit, weights=weights, examples=12_000)
     mixture = Mixture(tuple((name, Path(name)) for name in names), (stage,))
-    plan = make_plan(datasets, mixture, BARE_PROCESSOR, length=512, vision_rows=1, num_patches=64, batch_rows=8)
+    plan = make_plan(datasets, mixture, BARE_PROCESSOR, RowShape(512, 1, 64), batch_rows=8)
     # Counted from the rows themselves, not from what the plan says of itself.
     pairs = np.concatenate(plan.rows(0, plan.num_rows))
     tokens = np.array([lengths_of(d.index, BARE_PROCESSOR.config).columns for d in datasets])[pairs[:, 0], pairs[:, 1]]
@@ -294,9 +295,8 @@ def test_a_stage_planned_alone_is_what_it_is_among_others():
     datasets = [BareDataset([12] * 60, [[]] * 60)]
     stages = (Stage("first", examples=30), Stage("second", examples=30))
     mixture = Mixture((("a", Path("a")),), stages)
-    sizes = {"length": 12, "vision_rows": 1, "num_patches": 0}
-    both = np.concatenate(make_plan(datasets, mixture, BARE_PROCESSOR, **sizes).rows(0, 60))[:, 1]
-    alone = [make_plan(datasets, mixture.only(s.name), BARE_PROCESSOR, **sizes).rows(0, 30) for s in stages]
+    both = np.concatenate(make_plan(datasets, mixture, BARE_PROCESSOR, RowShape(12)).rows(0, 60))[:, 1]
+    alone = [make_plan(datasets, mixture.only(s.name), BARE_PROCESSOR, RowShape(12)).rows(0, 30) for s in stages]
     first, second = (np.concatenate(rows)[:, 1] for rows in alone)
     assert sorted(first) == sorted(both[:30]) and sorted(second) == sorted(both[30:])
     assert len(set(first.tolist()) & set(second.tolist())) < 25  # not the same records over again
@@ -327,7 +327,7 @@ def test_what_was_asked_stands_beside_what_was_drawn():
     names = ("a", "b", "c")
     stage = Stage(reasoning_share=0.2, weights={"a": 0.5, "b": 0.25, "c": 0.25}, examples=100)
     mixture = Mixture(tuple((name, Path(name)) for name in names), (stage,))
-    plan = make_plan(datasets, mixture, BARE_PROCESSOR, length=12, **VISION)
+    plan = make_plan(datasets, mixture, BARE_PROCESSOR, SHAPE)
     found = {(d.kind, d.name): (d.examples, d.asked, d.passes) for d in plan.drawn}
     assert found["source", "a"] == (20, 0.5, 1.0) and found["source", "c"] == (0, 0.25, None)
     assert found["mode", "think"][:2] == (20, 0.2) and found["part", "b, nothink"] == (80, None, 4.0)
@@ -338,9 +338,7 @@ def test_what_was_asked_stands_beside_what_was_drawn():
 def test_stages_follow_each_other():
     datasets = [BareDataset([6] * 40, [[]] * 40), BareDataset([6] * 20, [[]] * 20)]
     stages = (Stage("first", sources=("b",), examples=10), Stage("second"))
-    plan = make_plan(
-        datasets, Mixture((("a", Path("a")), ("b", Path("b"))), stages), BARE_PROCESSOR, length=12, **VISION
-    )
+    plan = make_plan(datasets, Mixture((("a", Path("a")), ("b", Path("b"))), stages), BARE_PROCESSOR, SHAPE)
     order = np.concatenate(plan.rows(0, plan.num_rows))
     assert (order[:10, 0] == 1).all() and len(order) == 70
     assert sorted(map(tuple, order[10:].tolist())) == [(0, i) for i in range(40)] + [(1, i) for i in range(20)]

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.example_order import Pool, draw
 from phivision_jax.data.plan.mixture import Mixture, Stage
 from phivision_jax.data.plan.plan import differing, make_plan, plan_inputs
 from phivision_jax.data.records import MODES
 from tests.support.records import BARE_PROCESSOR, BareDataset
 
-SIZES = {"length": 12, "vision_rows": 1, "num_patches": 8}
+SHAPE = RowShape(12, 1, 8)
 THINK = MODES.index("think")
 
 
@@ -87,13 +88,13 @@ def test_a_plan_replays_and_says_so():
     datasets = [BareDataset([6] * 90, [[]] * 90), BareDataset([6] * 500, [[]] * 500)]
     mixture = Mixture.of("mine", epochs=2).with_replay("base", 0.1)
     assert mixture.names == ("mine", "replay/base")
-    plan = make_plan(datasets, mixture, BARE_PROCESSOR, **SIZES)
+    plan = make_plan(datasets, mixture, BARE_PROCESSOR, SHAPE)
     pairs = np.concatenate(plan.rows(0, plan.num_rows))
     assert len(pairs) == 200 and (pairs[:, 0] == 1).sum() == 20
     assert collections.Counter(pairs[pairs[:, 0] == 0, 1].tolist()) == dict.fromkeys(range(90), 2)
     assert "replay/base                    20 examples  10.00%" in str(plan.summary())
     assert "asked 10.00% of examples" in str(plan.summary())
-    without = plan_inputs(datasets[:1], Mixture.of("mine", epochs=2), BARE_PROCESSOR, **SIZES)
+    without = plan_inputs(datasets[:1], Mixture.of("mine", epochs=2), BARE_PROCESSOR, SHAPE)
     assert differing(without, plan.inputs) and differing(plan.inputs, without)
 
 

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data import quarantine
 from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
@@ -30,7 +31,7 @@ def test_every_good_record_is_seen_and_every_bad_one_named_once(tmp_path, proces
     assert done.returncode == 0, done.stderr[-2000:]
     dataset = Dataset.open(tmp_path / "set")
 
-    plan = make_plan([dataset], Mixture.of("set"), processor, length=512, vision_rows=1, num_patches=256, batch_rows=8)
+    plan = make_plan([dataset], Mixture.of("set"), processor, RowShape(512, 1, 256), batch_rows=8)
     assert not len(plan.rejected)
     log = quarantine.RunLog(tmp_path / "run.jsonl", 0.2)
     seen: collections.Counter[str] = collections.Counter()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor, ImageDraw
 
-from phivision_jax.batch import PatchedImage, expand, fill_rows
+from phivision_jax.batch import RowShape
 from phivision_jax.cli import main
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
@@ -19,10 +19,12 @@ from phivision_jax.data.view import drawing, show_records, show_rows
 from phivision_jax.data.view.drawing import Run, draw_runs, shortened
 from phivision_jax.data.view.show_records import Piece, examples_sheet, picture, pieces
 from phivision_jax.data.view.show_rows import STRIP_LEFT, STRIP_WIDTH, ImageSpan, layout, rows_sheet
+from phivision_jax.images.layout import PatchedImage
+from phivision_jax.rows import expand, fill_rows
 from phivision_jax.text.tokenizer import Tokenizer
 from tests.support.records import CONFIG, make_record, mixed_records, png
 
-SHAPE = {"length": 160, "vision_rows": 2, "num_patches": 80}
+SHAPE = RowShape(160, 2, 80)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def dataset(tmp_path_factory, processor):
 
 @pytest.fixture(scope="module")
 def plan(dataset, processor):
-    return make_plan([dataset], Mixture.of("set"), processor, **SHAPE)
+    return make_plan([dataset], Mixture.of("set"), processor, SHAPE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,8 +134,8 @@ def test_shortened() -> None:
 # Rows.
 
 
-def row_of(examples, **shape):
-    return fill_rows([examples], patch_dim=CONFIG.vision.patch_dim, image_attention="causal", pad_token_id=509, **shape)
+def row_of(examples, shape):
+    return fill_rows([examples], shape, CONFIG)
 
 
 def image_of(rows: int, columns: int) -> PatchedImage:
@@ -148,7 +150,7 @@ def test_layout_by_hand() -> None:
     first = expand([5, -200, -200, 6, 7], [image_of(2, 3), image_of(2, 2)], [-100, -100, -100, -100, 7])
     second = expand([5, 6], [], [-100, 6])
     third = expand([-200, 9], [image_of(1, 3)], [-100, 9])
-    found = layout(row_of([first, second, third], length=20, vision_rows=2, num_patches=8), 0)
+    found = layout(row_of([first, second, third], RowShape(20, 2, 8)), 0)
     assert found.segments == ((0, 13), (13, 15), (15, 19))
     assert found.images == (
         ImageSpan(segment=1, number=1, columns=(1, 7), vision_row=0, patches=(0, 6)),
@@ -162,7 +164,7 @@ def test_layout_by_hand() -> None:
 
 def test_images_of_two_examples_side_by_side_are_told_apart() -> None:
     one = expand([-200], [image_of(1, 2)])
-    found = layout(row_of([one, one], length=4, vision_rows=1, num_patches=4), 0)
+    found = layout(row_of([one, one], RowShape(4, 1, 4)), 0)
     assert [(i.segment, i.number, i.columns, i.patches) for i in found.images] == [
         (1, 1, (0, 2), (0, 2)),
         (2, 1, (2, 4), (2, 4)),
@@ -170,10 +172,10 @@ def test_images_of_two_examples_side_by_side_are_told_apart() -> None:
 
 
 def test_an_empty_row_and_one_without_images() -> None:
-    shape = {"length": 4, "vision_rows": 1, "num_patches": 0}
-    empty = layout(row_of([], **shape), 0)
+    shape = RowShape(4, 1, 0)
+    empty = layout(row_of([], shape), 0)
     assert (empty.segments, empty.images, empty.columns_used) == ((), (), 0)
-    assert layout(row_of([expand([1, 2], [])], **shape), 0).segments == ((0, 2),)
+    assert layout(row_of([expand([1, 2], [])], shape), 0).segments == ((0, 2),)
 
 
 def test_every_column_has_its_example_s_colour(dataset, plan, processor, tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ def test_every_column_has_its_example_s_colour(dataset, plan, processor, tmp_pat
         assert found.images and len(found.segments) > 1
         of_image = batch.vision_index[0] >= 0
         for column, segment in enumerate(batch.segment_ids[0].tolist()):
-            x = STRIP_LEFT + round((column + 0.5) * STRIP_WIDTH / SHAPE["length"])
+            x = STRIP_LEFT + round((column + 0.5) * STRIP_WIDTH / SHAPE.length)
             strip = {tuple(p) for p in pixels[y + 36 : y + 34 + 12, x - 2 : x + 3].reshape(-1, 3).tolist()}
             if not segment:
                 assert strip == {(255, 255, 255)}
@@ -207,7 +209,7 @@ def test_every_column_has_its_example_s_colour(dataset, plan, processor, tmp_pat
 def test_rows_name_holes_and_refuse_what_is_not_there(processor, tmp_path: Path) -> None:
     broken = make_record(1, ((64, 64),), images=(png(64, 64)[:-30],))
     dataset = write_dataset(tmp_path / "set", [make_record(0), broken], processor, progress=False)
-    plan = make_plan([dataset], Mixture.of("set"), processor, **SHAPE)
+    plan = make_plan([dataset], Mixture.of("set"), processor, SHAPE)
     batch, info = next(show_rows.batches([dataset], plan, processor, batch_rows=1, num_threads=0))
     names = ["".join(run.text for run in runs) for runs in show_rows._names(plan, [dataset], 0, layout(batch, 0), info)]
     assert sorted("hole: image-broken" in name for name in names) == [False, True]

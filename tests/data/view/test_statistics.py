@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.mixture import Mixture
-from phivision_jax.data.plan.packing import Capacity, Lengths
+from phivision_jax.data.plan.packing import Lengths
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.store.dataset import Index
@@ -64,11 +65,11 @@ PHOTOS = Counted(
     quarantined={"role": 2, "image-broken": 1},
 )
 TEXT = Counted("text", [(100, [], THINK, MATH), (3, [], NOTHINK, MATH)], quarantined={"role": 1})
-SHAPE = {"length": 90, "vision_rows": 1, "num_patches": 65}
+SHAPE = RowShape(90, 1, 65)
 
 
 def test_numbers_of_one_dataset_by_hand() -> None:
-    (part,) = compute([PHOTOS], CONFIG, **SHAPE).parts
+    (part,) = compute([PHOTOS], CONFIG, SHAPE).parts
     assert (part.name, part.examples, part.images) == ("photos", 4, 15)
     assert part.text_tokens == 65
     assert part.patches == 6 + 70 + 64 + 66
@@ -88,7 +89,7 @@ def test_numbers_of_one_dataset_by_hand() -> None:
 
 def test_what_does_not_fit_is_counted_once_and_the_largest_is_named_first() -> None:
     """T = 90, P = 65: record 2 has 94 columns; 1 (70 patches) and 3 (66) have too many patches; 2 is not too large."""
-    (part,) = compute([PHOTOS], CONFIG, **SHAPE).parts
+    (part,) = compute([PHOTOS], CONFIG, SHAPE).parts
     assert (part.too_long, part.too_many_patches) == (1, 2)
     assert [(r.id, r.columns, r.patches) for r in part.largest] == [
         ("photos-2", 94, 64),
@@ -103,14 +104,14 @@ def test_what_does_not_fit_is_counted_once_and_the_largest_is_named_first() -> N
 
 def test_too_large_both_ways_counts_as_too_long() -> None:
     both_ways = Counted("set", [(10, [(64, 64)] * 2, NOTHINK, GENERAL), (1, [(24, 16)], NOTHINK, GENERAL)])
-    (part,) = compute([both_ways], CONFIG, **SHAPE).parts
+    (part,) = compute([both_ways], CONFIG, SHAPE).parts
     assert (part.too_long, part.too_many_patches) == (1, 0)
 
 
 def test_images_of_a_second_dataset_stay_with_their_records() -> None:
     again = Counted("again", [])
     again.index, again.manifest = PHOTOS.index, PHOTOS.manifest
-    once, _, twice = compute([PHOTOS, again], CONFIG, **SHAPE).parts
+    once, _, twice = compute([PHOTOS, again], CONFIG, SHAPE).parts
     assert twice.patches == 2 * once.patches
     assert (twice.columns.least, twice.columns.mean, twice.columns.most) == (16, once.columns.mean, 94)
     assert (twice.too_long, twice.too_many_patches) == (2, 4)
@@ -118,7 +119,7 @@ def test_images_of_a_second_dataset_stay_with_their_records() -> None:
 
 
 def test_several_datasets_and_their_sum() -> None:
-    stats = compute([PHOTOS, TEXT], CONFIG, **SHAPE)
+    stats = compute([PHOTOS, TEXT], CONFIG, SHAPE)
     photos, text, both = stats.parts
     assert [part.name for part in stats.parts] == ["photos", "text", "all"] and stats.all is both
     assert (text.images, text.patches, text.patches_per_image, text.megapixels) == (0, 0, None, None)
@@ -134,16 +135,16 @@ def test_several_datasets_and_their_sum() -> None:
 
 
 def test_histograms_hold_every_example_and_every_image() -> None:
-    (part,) = compute([PHOTOS], CONFIG, **SHAPE).parts
+    (part,) = compute([PHOTOS], CONFIG, SHAPE).parts
     assert {name: sum(counts) for name, counts in part.histograms.items()} == {
         "text": 4, "columns": 4, "patches": 4, "image_patches": 15,
     }  # fmt: skip
     assert np.sum(part.resolutions) == 15
-    edges = compute([PHOTOS], CONFIG, **SHAPE).edges["side"]
+    edges = compute([PHOTOS], CONFIG, SHAPE).edges["side"]
     wide, high = (int(np.digitize(side, edges)) - 1 for side in (24, 16))
     assert part.resolutions[wide][high] == 13 and part.resolutions[high][wide] == 0
     # 1x1 pixels lie below the first bin and are counted in it.
-    (tiny,) = compute([Counted("tiny", [(1, [(1, 1)], 0, 0)])], CONFIG, **SHAPE).parts
+    (tiny,) = compute([Counted("tiny", [(1, [(1, 1)], 0, 0)])], CONFIG, SHAPE).parts
     assert tiny.resolutions[0][0] == 1
 
 
@@ -153,15 +154,15 @@ def test_images_over_several_vision_rows() -> None:
     patches = np.array([p for own in images for p in own])
     offsets = np.cumsum([0, *map(len, images)])
     lengths = Lengths(np.array([sum(own) + 1 for own in images]), patches, offsets)
-    _, too_many = _overflow(lengths, Capacity(100, 2, 10))
+    _, too_many = _overflow(lengths, RowShape(100, 2, 10))
     assert too_many.tolist() == [False, True, True, False, False, False]
 
 
 def test_the_estimate_is_what_a_plan_of_one_window_fills(tmp_path, processor) -> None:
     dataset = write_dataset(tmp_path / "set", mixed_records(40), processor, progress=False)
-    shape = {"length": 160, "vision_rows": 2, "num_patches": 80}
-    plan = make_plan([dataset], Mixture.of("set"), processor, **shape).summary()
-    (part,) = compute([dataset], CONFIG, **shape).parts
+    shape = RowShape(160, 2, 80)
+    plan = make_plan([dataset], Mixture.of("set"), processor, shape).summary()
+    (part,) = compute([dataset], CONFIG, shape).parts
     assert part.rows == pytest.approx(plan.rows, abs=1)  # another order may pack a row better or worse
     assert part.text_padding == pytest.approx(plan.text_padding, abs=0.03)
 
@@ -175,13 +176,13 @@ def test_records_are_not_read_but_for_the_names_of_the_largest() -> None:
             return super().__getitem__(i)
 
     large = Large("large", [(i % 100, [], NOTHINK, GENERAL) for i in range(n)])
-    (part,) = compute([large], CONFIG, **SHAPE).parts
+    (part,) = compute([large], CONFIG, SHAPE).parts
     assert part.examples == n and sum(part.histograms["columns"]) == n - n // 100  # of no tokens: below the first bin
     assert part.too_long == n * 9 // 100 and len(part.largest) == len(read) == 5
 
 
 def test_tables_say_the_numbers_in_words() -> None:
-    text = str(compute([PHOTOS, TEXT], CONFIG, **SHAPE))
+    text = str(compute([PHOTOS, TEXT], CONFIG, SHAPE))
     lines = {re.sub(r"\s+", " ", line.strip("│ ")).replace("│ ", "│") for line in text.splitlines()}
     for line in (
         "examples │4 │2 │6",
@@ -197,7 +198,7 @@ def test_tables_say_the_numbers_in_words() -> None:
 
 
 def test_png_and_json(tmp_path: Path) -> None:
-    stats = compute([PHOTOS, TEXT], CONFIG, **SHAPE)
+    stats = compute([PHOTOS, TEXT], CONFIG, SHAPE)
     plot_png(stats, tmp_path / "stats.png")
     with Image.open(tmp_path / "stats.png") as image:
         assert image.format == "PNG" and image.size == (1496, 902)
@@ -208,7 +209,7 @@ def test_png_and_json(tmp_path: Path) -> None:
 
 def test_page_is_one_file_with_figures_for_light_and_dark(tmp_path: Path) -> None:
     odd = Counted("a<b", [(10, [(24, 16)], NOTHINK, GENERAL)])
-    stats = compute([odd, TEXT], CONFIG, **SHAPE)
+    stats = compute([odd, TEXT], CONFIG, SHAPE)
     write_html(stats, tmp_path / "stats.html")
     page = (tmp_path / "stats.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 2
@@ -220,16 +221,16 @@ def test_page_is_one_file_with_figures_for_light_and_dark(tmp_path: Path) -> Non
 
 
 def test_text_alone_and_no_dataset(tmp_path: Path) -> None:
-    stats = compute([TEXT], CONFIG, length=200, vision_rows=1, num_patches=0)
+    stats = compute([TEXT], CONFIG, RowShape(200))
     assert stats.all.patch_padding == 0 and stats.all.rows == 1
     plot_png(stats, tmp_path / "text.png")
     with pytest.raises(ValueError, match="at least one dataset"):
-        compute([], CONFIG, **SHAPE)
+        compute([], CONFIG, SHAPE)
 
 
 def test_many_datasets_share_the_colours(tmp_path: Path) -> None:
     many = [Counted(f"set{i}", [(10 + i, [(24, 16)], NOTHINK, GENERAL)] * (i + 1)) for i in range(12)]
-    stats = compute(many, CONFIG, **SHAPE)
+    stats = compute(many, CONFIG, SHAPE)
     assert len(stats.parts) == 13 and stats.all.examples == sum(range(1, 13))
     plot_png(stats, tmp_path / "many.png")
     assert io.BytesIO((tmp_path / "many.png").read_bytes()).read(4) == b"\x89PNG"

@@ -1,0 +1,201 @@
+"""Examples, and how they fill the rows of a ``Batch``: NumPy only.
+
+An example's image markers are expanded into placeholders, one per vision token. Several examples then go into one row,
+each with its images in the row's vision rows; an image is never split.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from phivision_jax.batch import Batch, RowShape
+from phivision_jax.images.layout import PatchedImage
+from phivision_jax.images.naflex import preprocess
+from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN, PLACEHOLDER
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from phivision_jax.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One encoded conversation, its image markers expanded."""
+
+    tokens: np.ndarray
+    """[t] i32; ``PLACEHOLDER`` at image tokens."""
+    labels: np.ndarray
+    """[t] i32, not shifted; ``IGNORE`` where there is no loss."""
+    image_starts: tuple[int, ...] = ()
+    """The position of each image's first token."""
+    images: tuple[PatchedImage, ...] = ()
+    group: int = 0
+
+    @property
+    def num_patches(self) -> int:
+        return sum(len(image.patches) for image in self.images)
+
+
+def expand(
+    ids: Sequence[int], images: Sequence[PatchedImage], labels: Sequence[int] | None = None, group: int = 0
+) -> Example:
+    """Replace each −200 in ``ids`` by the tokens of its image.
+
+    Raises:
+      ValueError: when there are no ids, the number of markers is not the number of images, or labels and ids differ in
+        length.
+    """
+    given = np.asarray(ids, np.int32).reshape(-1)
+    given_labels = np.full_like(given, IGNORE) if labels is None else np.asarray(labels, np.int32).reshape(-1)
+    if len(given) == 0:
+        raise ValueError("an example needs at least one id")
+    if given.shape != given_labels.shape:
+        raise ValueError(f"{len(given)} ids but {len(given_labels)} labels")
+    markers = np.flatnonzero(given == IMAGE_TOKEN)
+    if len(markers) != len(images):
+        raise ValueError(f"{len(markers)} image markers ({IMAGE_TOKEN}) but {len(images)} images")
+    repeats = np.ones(len(given), np.int64)
+    repeats[markers] = [len(image.patches) for image in images]
+    starts = np.concatenate([[0], np.cumsum(repeats)])[markers]
+    tokens, expanded_labels = np.repeat(given, repeats), np.repeat(given_labels, repeats)
+    is_image = tokens == IMAGE_TOKEN
+    tokens[is_image], expanded_labels[is_image] = PLACEHOLDER, IGNORE
+    return Example(tokens, expanded_labels, tuple(int(s) for s in starts), tuple(images), group)
+
+
+def fill_rows(rows: Sequence[Sequence[Example]], shape: RowShape, config: ModelConfig) -> Batch:
+    """Lay out examples side by side, row by row. An empty row is all padding.
+
+    Args:
+      rows: the examples of each row.
+      shape: of every row.
+      config: patch size, mask mode and padding id.
+
+    Raises:
+      ValueError: when a row's examples exceed its length or its images do not fit its vision rows, naming the row and
+        the numbers.
+    """
+    arrays = shape.arrays(len(rows), config.vision.patch_dim)
+    batch = Batch(**{name: np.zeros(*leaf) for name, leaf in arrays.items()})
+    batch.tokens[...] = config.decoder.pad_token_id
+    batch.span_end[...] = np.arange(shape.length, dtype=np.int32)
+    batch.vision_index[...] = -1
+    batch.patch_grid[...] = 1
+    for b, examples in enumerate(rows):
+        position, used, images_in_row = 0, [0] * shape.vision_rows, [0] * shape.vision_rows
+        for segment, example in enumerate(examples, start=1):
+            n = len(example.tokens)
+            if position + n > shape.length:
+                raise ValueError(f"row {b}: {position + n} tokens do not fit length {shape.length}")
+            at = slice(position, position + n)
+            batch.tokens[b, at] = example.tokens
+            batch.positions[b, at] = np.arange(n)
+            batch.segment_ids[b, at] = segment
+            batch.group_ids[b, at] = example.group
+            has_loss = example.labels[1:] != IGNORE
+            batch.targets[b, position : position + n - 1] = np.where(has_loss, example.labels[1:], 0)
+            batch.loss_weights[b, position : position + n - 1] = has_loss
+            for start, image in zip(example.image_starts, example.images, strict=True):
+                k = len(image.patches)
+                r = fullest_vision_row(used, k, shape.num_patches)
+                if r is None:
+                    raise ValueError(
+                        f"row {b}: an image of {k} patches does not fit ({used} of {shape.num_patches} used)"
+                    )
+                images_in_row[r] += 1
+                p = slice(used[r], used[r] + k)
+                batch.patches[b, r, p] = image.patches
+                batch.patch_segments[b, r, p] = images_in_row[r]
+                batch.patch_coords[b, r, p] = np.indices(image.grid).reshape(2, -1).T
+                batch.patch_grid[b, r, p] = image.grid
+                span = slice(position + start, position + start + k)
+                batch.vision_index[b, span] = r * shape.num_patches + np.arange(used[r], used[r] + k)
+                if config.image_attention == "bidirectional":
+                    batch.span_end[b, span] = span.stop - 1
+                used[r] += k
+            position += n
+    return batch
+
+
+def row_shape(config: ModelConfig, length: int, vision_rows: int = 1, num_patches: int = 0) -> RowShape:
+    """The shape of rows of this many text positions and patches, for a model's image layout."""
+    return RowShape(length, vision_rows, num_patches)
+
+
+def fullest_vision_row(used: Sequence[int], need: int, capacity: int) -> int | None:
+    """Best fit: the vision row with the least room left that still takes ``need`` patches."""
+    fitting = [r for r, u in enumerate(used) if u + need <= capacity]
+    return max(fitting, key=lambda r: used[r]) if fitting else None
+
+
+def one_per_row(
+    examples: Sequence[Example],
+    config: ModelConfig,
+    *,
+    length: int | None = None,
+    num_patches: int | None = None,
+    multiple: int = 1,
+) -> Batch:
+    """A ``Batch`` of one example per row, with one vision row each.
+
+    Args:
+      length: T; default: the longest example.
+      num_patches: P; default: the most patches of any example.
+      multiple: rounds those defaults up to a multiple of this, so that few shapes are ever compiled.
+    """
+
+    def rounded(value: int) -> int:
+        return -(-value // multiple) * multiple
+
+    shape = row_shape(
+        config,
+        length=rounded(max(len(e.tokens) for e in examples)) if length is None else length,
+        num_patches=rounded(max(e.num_patches for e in examples)) if num_patches is None else num_patches,
+    )
+    return fill_rows([[example] for example in examples], shape, config)
+
+
+def batch_from_ids(
+    ids: Sequence[Sequence[int]],
+    images: Sequence[Sequence[Image | PatchedImage]] | None = None,
+    labels: Sequence[Sequence[int]] | None = None,
+    *,
+    config: ModelConfig,
+    length: int | None = None,
+    num_patches: int | None = None,
+) -> Batch:
+    """A ``Batch`` of one example per row, made without a tokenizer.
+
+    Args:
+      ids: per example, token ids with −200 (``IMAGE_TOKEN``) for each image.
+      images: per example, its images in order.
+      labels: per example, one label per id, −100 (``IGNORE``) where there is no loss; default: no loss.
+      config: patch size, patch range, mask mode and padding id.
+      length, num_patches: as in ``one_per_row``.
+
+    Raises:
+      ValueError: when markers and images do not match, or an example does not fit.
+    """
+    if len(ids) == 0:
+        raise ValueError("a batch needs at least one row of ids")
+    images = images if images is not None else [[] for _ in ids]
+    labels = labels if labels is not None else [[IGNORE] * len(row) for row in ids]
+    if not len(ids) == len(images) == len(labels):
+        raise ValueError(f"{len(ids)} rows of ids, {len(images)} of images, {len(labels)} of labels: need one each")
+    sizes = config.vision.patch_size, config.min_patches, config.max_patches
+    examples = []
+    for i, (row_ids, row_images, row_labels) in enumerate(zip(ids, images, labels, strict=True)):
+        try:
+            patched = [
+                image if isinstance(image, PatchedImage) else PatchedImage(*preprocess(image, *sizes))
+                for image in row_images or ()
+            ]
+            examples.append(expand(row_ids, patched, row_labels))
+        except ValueError as error:
+            raise ValueError(f"example {i}: {error}") from None
+    return one_per_row(examples, config, length=length, num_patches=num_patches)
