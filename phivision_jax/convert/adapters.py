@@ -54,11 +54,11 @@ class Adapters:
 
     def shapes(self, leaf: Leaf) -> dict[str, Shape]:
         """The arrays of this leaf's adapter: none, unless it is the kernel of a linear layer that has one."""
-        if leaf.path not in self.kernels or not leaf.transposed:
+        if leaf.path not in self.kernels or not leaf.is_linear:
             return {}
-        layers = leaf.shape[:1] if leaf.stacked else ()
+        layers, inputs = leaf.shape[: leaf.stacked], leaf.layer_shape[: leaf.row_axis]
         a, b = _paths(leaf)
-        return {a: (*layers, *leaf.rest, self.rank), b: (*layers, self.rank, *leaf.rows)}
+        return {a: (*layers, *inputs, self.rank), b: (*layers, self.rank, *leaf.layer_shape[leaf.row_axis :])}
 
     def merge(self, kernel: np.ndarray, leaf: Leaf, layer: int, rows: range, read: Read) -> np.ndarray:
         """``kernel``, their rows [n, in] of ``leaf``, with the adapter's share; as it is where there is no adapter."""

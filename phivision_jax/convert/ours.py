@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -118,7 +119,8 @@ def _region(leaf: Leaf, layers: range, rows: range) -> tuple[slice, ...]:
 
 def block_rows(leaf: Leaf, itemsize: int) -> int:
     """How many of their rows make a chunk: even cuts of the axis where there are any, at most ``BLOCK_BYTES``."""
-    length, row_bytes = leaf.rows[0], int(np.prod(leaf.layer_shape)) // leaf.rows[0] * itemsize
+    length = leaf.layer_shape[leaf.row_axis]
+    row_bytes = math.prod(leaf.layer_shape) // length * itemsize
     most = max(1, BLOCK_BYTES // row_bytes)
     even = next((n for n in range(min(most, length), most // 2, -1) if length % n == 0), min(most, length))
     return even * leaf.rows_per_index

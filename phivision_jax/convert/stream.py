@@ -57,10 +57,10 @@ class FreshProjector:
 
     def read(self, leaf: Leaf, layers: range, rows: range) -> list[np.ndarray]:
         shape = (leaf.num_rows, *leaf.row_shape)
-        if not leaf.transposed:
+        if not leaf.is_linear:
             return [np.zeros(shape, self._dtype)[rows.start : rows.stop]]
         rng = np.random.default_rng([self._seed, *leaf.path.encode()])
-        kernel = rng.standard_normal(shape, np.float32) / math.sqrt(math.prod(leaf.rest))
+        kernel = rng.standard_normal(shape, np.float32) / math.sqrt(math.prod(leaf.row_shape))
         return [kernel.astype(self._dtype)[rows.start : rows.stop]]
 
     def close(self) -> None:

@@ -23,13 +23,14 @@ from phivision_jax.checkpoint import loading
 from phivision_jax.checkpoint.load_hf import load_hf_params
 from phivision_jax.convert import ours, output
 from phivision_jax.convert.hf_config import model_config
-from phivision_jax.convert.mapping import abstract_params, flatten, tree_from_hf
+from phivision_jax.convert.mapping import flatten
 from phivision_jax.io import storage
 from phivision_jax.io.storage import location
 from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
 from phivision_jax.text.tokenizer import Tokenizer
 from tests.support.batches import EXAMPLES, random_rows
+from tests.support.parameter_trees import abstract_params, tree_from_hf
 from tests.support.released_layout import (
     SMALL,
     random_tensors,

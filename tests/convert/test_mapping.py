@@ -7,24 +7,30 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.mapping import (
     Leaf,
-    abstract_params,
     check,
     flatten,
     hf_shapes,
     hf_tensors,
     model_leaves,
-    tree_from_hf,
 )
-from tests.support.released_layout import SMALL, projector_shapes, random_tensors, shapes_of, text_shapes, vision_shapes
+from tests.support.parameter_trees import abstract_params, tree_from_hf
+from tests.support.released_layout import (
+    SMALL,
+    any_config,
+    projector_shapes,
+    random_tensors,
+    shapes_of,
+    text_shapes,
+    vision_shapes,
+)
 
 
-def test_released_model_has_695_tensors_and_15_119_518_144_parameters() -> None:
+def test_model_leaves_released_counts() -> None:
     by_hand = text_shapes(5120, 17_920, 40, 40, 10, 100_352)
     assert (len(by_hand), sum(map(math.prod, by_hand.values()))) == (243, 14_659_507_200)
     vision = vision_shapes(1152, 4304, 27, 16, 256)
@@ -37,7 +43,7 @@ def test_released_model_has_695_tensors_and_15_119_518_144_parameters() -> None:
     assert sum(math.prod(leaf.shape) for leaf in abstract) == 15_119_518_144
 
 
-def test_abstract_params_are_the_tree_of_the_contract() -> None:
+def test_build_tree_released_shapes() -> None:
     flat = dict(flatten(abstract_params(ModelConfig(), np.float16)))
     assert flat["decoder/layers/self_attn/q_proj/kernel"].shape == (40, 5120, 40, 128)
     assert flat["decoder/layers/self_attn/v_proj/kernel"].shape == (40, 5120, 10, 128)
@@ -53,19 +59,23 @@ def test_abstract_params_are_the_tree_of_the_contract() -> None:
     assert set(abstract_params(ModelConfig(), vision_tail=False)) == {"vision", "projector", "decoder"}
 
 
-def test_transforms_by_hand() -> None:
-    q = Leaf("q", ("qkv",), rows=(2, 3), rest=(4,), transposed=True)  # [D, N, H] = [4, 2, 3]
+def test_leaf_to_ours_by_hand() -> None:
+    sizes = {"N": 2, "H": 3, "D": 4}
+    q = Leaf("q", ("qkv",), "(N H) D -> D N H", sizes)
     theirs = np.arange(24).reshape(6, 4)
     assert q.to_ours(theirs).shape == (4, 2, 3)
     assert q.to_ours(theirs)[1, 1, 2] == theirs[1 * 3 + 2, 1]
-    o = Leaf("o", ("o",), rows=(4,), rest=(2, 3), transposed=True)  # [N, H, D] = [2, 3, 4]
+    assert (q.layer_shape, q.num_rows, q.row_shape, q.row_axis, q.rows_per_index) == ((4, 2, 3), 6, (4,), 1, 3)
+    assert q.to_ours(theirs[3:]).shape == (4, 1, 3)
+    o = Leaf("o", ("o",), "D (N H) -> N H D", sizes)
     theirs = np.arange(24).reshape(4, 6)
     assert o.to_ours(theirs)[1, 2, 3] == theirs[3, 1 * 3 + 2]
-    bias = Leaf("b", ("b",), rows=(2, 3))
+    assert (o.layer_shape, o.num_rows, o.row_shape, o.row_axis, o.rows_per_index) == ((2, 3, 4), 4, (6,), 2, 1)
+    bias = Leaf("b", ("b",), "(N H) -> N H", sizes)
     assert bias.to_ours(np.arange(6)).tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_fused_rows_are_q_k_v_and_gate_up() -> None:
+def test_leaves_split_fused_rows() -> None:
     tensors = random_tensors(shapes_of(SMALL), np.float32)
     decoder = tree_from_hf(tensors.__getitem__, model_config(SMALL))["decoder"]["layers"]
     qkv, gate_up = (
@@ -80,7 +90,7 @@ def test_fused_rows_are_q_k_v_and_gate_up() -> None:
     np.testing.assert_array_equal(decoder["mlp"]["up_proj"]["kernel"][1], gate_up[24:].T)
 
 
-def test_last_vision_block_is_the_tail() -> None:
+def test_vision_leaves_last_block_is_tail() -> None:
     tensors = random_tensors(shapes_of(SMALL), np.float32)
     tree = tree_from_hf(tensors.__getitem__, model_config(SMALL), vision_tail=True)
     name = "model.vision_tower.vision_tower.vision_model.encoder.layers.{}.mlp.fc1.weight"
@@ -89,33 +99,8 @@ def test_last_vision_block_is_the_tail() -> None:
     np.testing.assert_array_equal(tree["vision_tail"]["layer"]["mlp"]["fc1"]["kernel"], tensors[name.format(2)].T)
 
 
-@st.composite
-def configs(draw: Any) -> dict[str, Any]:
-    kv, group, half = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    vision_heads, vision_head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 5))
-    width = vision_heads * vision_head_dim
-    vision = SMALL["vision_config"] | {
-        "hidden_size": width,
-        "intermediate_size": draw(st.integers(1, 9)),
-        "num_hidden_layers": draw(st.integers(2, 4)),
-        "num_attention_heads": vision_heads,
-        "patch_size": draw(st.integers(1, 3)),
-        "num_patches": draw(st.sampled_from([1, 4, 9])),
-    }
-    return SMALL | {
-        "vocab_size": draw(st.integers(48, 70)),
-        "hidden_size": kv * group * 2 * half,
-        "intermediate_size": draw(st.integers(1, 9)),
-        "num_hidden_layers": draw(st.integers(1, 4)),
-        "num_attention_heads": kv * group,
-        "num_key_value_heads": kv,
-        "mm_hidden_size": width,
-        "vision_config": vision,
-    }
-
-
-@given(configs())
-def test_every_tensor_and_leaf_is_used_once_and_comes_back(values: dict[str, Any]) -> None:
+@given(any_config())
+def test_mapping_round_trips_any_config(values: dict[str, Any]) -> None:
     config, shapes = model_config(values), shapes_of(values)
     assert hf_shapes(model_leaves(config)) == shapes
     tensors = random_tensors(shapes, np.float32)
@@ -129,7 +114,7 @@ def test_every_tensor_and_leaf_is_used_once_and_comes_back(values: dict[str, Any
         np.testing.assert_array_equal(back[name], tensor, err_msg=name)
 
 
-def test_hf_tensors_takes_a_tree_without_the_tail_and_refuses_a_wrong_one() -> None:
+def test_hf_tensors_without_tail_and_wrong_tree() -> None:
     config = model_config(SMALL)
     tree = tree_from_hf(random_tensors(shapes_of(SMALL), np.float32).__getitem__, config)
     names = dict(hf_tensors(tree, config))
@@ -140,7 +125,7 @@ def test_hf_tensors_takes_a_tree_without_the_tail_and_refuses_a_wrong_one() -> N
         list(hf_tensors(tree, config))
 
 
-def test_check_lists_all_kinds_of_fault_shortly() -> None:
+def test_check_lists_faults_briefly() -> None:
     want: dict[str, tuple[int, ...]] = {f"w{i}": (2,) for i in range(20)}
     with pytest.raises(ValueError) as error:
         check({"w0": (3,), "x": (1,)}, want, "here")

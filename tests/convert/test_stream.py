@@ -24,10 +24,11 @@ from phivision_jax.checkpoint.load_hf import load_hf_params
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert import jobs, ours, output
 from phivision_jax.convert.hf_config import model_config
-from phivision_jax.convert.mapping import abstract_params, flatten, tree_from_hf
-from tests.convert.test_mapping import configs
+from phivision_jax.convert.mapping import flatten
+from tests.support.parameter_trees import abstract_params, tree_from_hf
 from tests.support.released_layout import (
     SMALL,
+    any_config,
     random_tensors,
     read_tensors,
     same_directories,
@@ -63,7 +64,7 @@ def test_there_and_back_is_byte_for_byte(tmp_path: Path, run: Run, dtype: Any, s
 
 
 @settings(max_examples=12)
-@given(configs(), st.integers(1, 5), st.sampled_from([np.float32, BF16]), st.sampled_from([40, 300, 32_000_000]))
+@given(any_config(), st.integers(1, 5), st.sampled_from([np.float32, BF16]), st.sampled_from([40, 300, 32_000_000]))
 def test_any_size_sharding_and_block(values: dict[str, Any], shards: int, dtype: Any, block_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "BLOCK_BYTES", block_bytes)

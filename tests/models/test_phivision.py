@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 
 from phivision_jax.config import ModelConfig
-from phivision_jax.convert.mapping import abstract_params
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision, merge_features, splice
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.rows import batch_from_ids
 from phivision_jax.training.loss import batch_loss
 from tests.support.batches import EXAMPLES, random_rows
+from tests.support.parameter_trees import abstract_params
 
 
 def shapes(tree):

@@ -1,6 +1,6 @@
-"""A small random checkpoint in the released layout, its names and shapes written by hand.
+"""Small random checkpoints in the released layout, with names and shapes written by hand.
 
-Nothing here comes from ``convert``: a test that takes its names from the table it tests can only agree with it.
+Nothing here comes from ``convert``: a test that takes its names from the table under test can only agree with it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 VISION = "model.vision_tower.vision_tower.vision_model"
@@ -113,6 +114,32 @@ def shapes_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return text | vision | projector_shapes(v["hidden_size"], config["hidden_size"])
 
 
+@st.composite
+def any_config(draw: Any) -> dict[str, Any]:
+    """The ``config.json`` of a small model of any shape."""
+    kv, group, half = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    vision_heads, vision_head_dim = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    width = vision_heads * vision_head_dim
+    vision = SMALL["vision_config"] | {
+        "hidden_size": width,
+        "intermediate_size": draw(st.integers(1, 9)),
+        "num_hidden_layers": draw(st.integers(2, 4)),
+        "num_attention_heads": vision_heads,
+        "patch_size": draw(st.integers(1, 3)),
+        "num_patches": draw(st.sampled_from([1, 4, 9])),
+    }
+    return SMALL | {
+        "vocab_size": draw(st.integers(48, 70)),
+        "hidden_size": kv * group * 2 * half,
+        "intermediate_size": draw(st.integers(1, 9)),
+        "num_hidden_layers": draw(st.integers(1, 4)),
+        "num_attention_heads": kv * group,
+        "num_key_value_heads": kv,
+        "mm_hidden_size": width,
+        "vision_config": vision,
+    }
+
+
 def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: Any, seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {name: rng.standard_normal(shape, np.float32).astype(dtype) for name, shape in shapes.items()}
@@ -121,7 +148,7 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], dtype: Any, seed: int = 0
 def write_hf(
     directory: Path, config: dict[str, Any], tensors: dict[str, np.ndarray], shards: int = 3, seed: int = 0
 ) -> Path:
-    """A directory as Hugging Face has it; tensors fall to shards at random, so any order must do."""
+    """Write a Hugging Face directory; tensors are distributed over shards at random, so that any order must work."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     (directory / "modeling_phi4_visionr.py").write_text("raise SystemExit('remote code was executed')\n")
@@ -151,7 +178,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def same_directories(a: Path, b: Path) -> bool:
-    """The same files with the same bytes."""
+    """Whether two directories hold the same files with the same bytes."""
 
     def content(directory: Path) -> dict[str, bytes]:
         return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
