@@ -1,7 +1,8 @@
-"""``phivision data stats`` and ``phivision data show``: numbers and pictures of datasets and plans."""
+"""``phivision data stats`` and ``phivision data show``: reports on datasets and plans."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,40 +22,40 @@ def stats(
     num_patches: int = 7168,
     out: Path | None = None,
 ) -> None:
-    """Print what datasets hold: sizes, lengths, modes, tasks, what was not imported, what will not fit a row.
+    """Report sizes, lengths, modes and tasks of datasets, what was not imported, and what exceeds a row.
 
     Args:
-        datasets: Directories of imports; several get a column each and their sum.
-        checkpoint: Whose patch settings count; default: the released ones.
-        length: T, text columns of a row; image columns count.
-        vision_rows: R, vision rows of a row.
-        num_patches: P, patches of a vision row.
-        out: Also write stats.png, stats.html (one file, figure and tables) and stats.json into this directory.
+        datasets: Directories of imported datasets; each gets a column of the tables, several also one for all together.
+        checkpoint: Count patches with this checkpoint's settings; default: the released model's.
+        length: T, tokens per row (text and images).
+        vision_rows: R, vision rows per row.
+        num_patches: P, patches per vision row.
+        out: Also write stats.html (figure and tables in one file), stats.png and stats.json to this directory.
     """
     from phivision_jax.cli.data import processor_for
     from phivision_jax.data.plan.record_sizes import check_processor
-    from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.data.view.statistics import compute
-    from phivision_jax.data.view.statistics_tables import print_stats
+    from phivision_jax.data.view.statistics_report import figure, tables
+    from phivision_jax.io import html
     from phivision_jax.rows import row_shape
 
-    if not datasets:
-        raise ValueError("name at least one dataset directory")
-    opened = [Dataset.open(path) for path in datasets]
+    opened = _open(datasets)
     processor = processor_for(checkpoint)
     if checkpoint is not None:
         for dataset in opened:
             check_processor(dataset, processor)
-    counted = compute(opened, processor.config, row_shape(processor.config, length, vision_rows, num_patches))
-    print_stats(counted)
+    computed = compute(opened, processor.config, row_shape(processor.config, length, vision_rows, num_patches))
+    report = tables(computed)
+    html.print_sections(report)
     if out is not None:
-        from phivision_jax.data.view.statistics_page import plot_png, write_html
-
         out.mkdir(parents=True, exist_ok=True)
-        (out / "stats.json").write_text(json.dumps(counted.to_json(), indent=1) + "\n", encoding="utf-8")
-        plot_png(counted, out / "stats.png")
-        write_html(counted, out / "stats.html")
-        print(f"written: {out / 'stats.html'}, stats.png, stats.json")
+        title = ", ".join(dataset.directory.name for dataset in opened)
+        plots = figure(computed)
+        page = html.page(title, [html.Section("Distributions", figures=[plots]), *report])
+        (out / "stats.html").write_text(page, encoding="utf-8")
+        (out / "stats.png").write_bytes(plots.png)
+        (out / "stats.json").write_text(json.dumps(dataclasses.asdict(computed), indent=1) + "\n", encoding="utf-8")
+        print(f"wrote {out / 'stats.html'}, stats.png, stats.json")
 
 
 def show(
@@ -69,76 +70,87 @@ def show(
     rows: tuple[int, ...] = (0, 1, 2),
     checkpoint: Path | None = None,
 ) -> None:
-    """Draw examples as the model gets them, what the loss sees in colour; or with --plan, whose columns a row holds.
+    """Show records as the model receives them, with the loss in colour; or with --plan, how examples fill rows.
 
     Args:
-        datasets: Directory of an import; with --plan, all that the plan was made from, in its order.
-        out: The PNG to write.
-        records: Numbers of the records to draw.
-        ids: Their ids instead.
-        sample: So many at random, where neither is given.
-        seed: Of --sample.
-        plan: Directory of a plan: draw rows of it.
-        rows: Which rows of the plan.
-        checkpoint: Whose tokenizer, template and patch settings the dataset was imported with; default: the project's
-            small ones.
+        datasets: Directory of an imported dataset; with --plan, all datasets of the plan, in its order.
+        out: HTML page to write, one file.
+        records: Numbers of the records to show.
+        ids: Ids of the records to show, instead.
+        sample: Number of records to sample where neither is given.
+        seed: Seed for --sample.
+        plan: Directory of a plan: show rows of it.
+        rows: Numbers of the rows of the plan.
+        checkpoint: Checkpoint with the tokenizer and chat template that the dataset was imported with; default: the
+            project's small ones.
     """
     from phivision_jax.cli.data import processor_for
     from phivision_jax.data.plan.record_sizes import check_processor
-    from phivision_jax.data.shuffle import permutation
-    from phivision_jax.data.store.dataset import Dataset
+    from phivision_jax.io import html
 
-    if not datasets:
-        raise ValueError("name at least one dataset directory")
-    opened = [Dataset.open(path) for path in datasets]
+    if out.suffix != ".html":
+        raise ValueError(f"--out {out}: show writes an HTML page; give a name that ends in .html")
+    opened = _open(datasets)
     processor = processor_for(checkpoint)
     for dataset in opened:
         check_processor(dataset, processor)
+    names = ", ".join(dataset.directory.name for dataset in opened)
     if plan is not None:
         from phivision_jax.data.plan.plan import Plan
-        from phivision_jax.data.view.show_rows import rows_sheet
+        from phivision_jax.data.view.show_rows import row_section
 
         if records or ids:
-            raise ValueError("--plan draws rows: choose them with --rows, or leave --plan out to draw records")
-        made = Plan.load(plan)
-        if made.inputs["sources"] != [dataset.hash for dataset in opened]:
-            raise ValueError(f"{plan} was made from {', '.join(made.inputs['names'])}: name these, in this order")
-        wrong = [row for row in rows if not 0 <= row < made.num_rows]
-        if wrong:
-            raise ValueError(f"--rows {wrong[0]}: the plan has rows 0 to {made.num_rows - 1:,}")
-        rows_sheet(made, opened, processor, rows, out)
+            raise ValueError("--plan shows rows: choose them with --rows, or leave --plan out to show records")
+        loaded = Plan.load(plan)
+        if loaded.inputs["sources"] != [dataset.hash for dataset in opened]:
+            raise ValueError(f"{plan} was made from {', '.join(loaded.inputs['names'])}: name these, in this order")
+        if wrong := [row for row in rows if not 0 <= row < loaded.num_rows]:
+            raise ValueError(f"--rows {wrong[0]}: the plan has rows 0 to {loaded.num_rows - 1:,}")
+        title = f"Rows of plan {plan.name} of {names}"
+        sections = [row_section(loaded, opened, processor, row) for row in rows]
     else:
-        from phivision_jax.data.view.show_records import examples_sheet
+        from phivision_jax.data.view.show_records import LEGEND, record_section
 
         if len(opened) > 1:
-            raise ValueError("records are drawn from one dataset at a time; several go with --plan")
-        dataset = opened[0]
-        if records and ids:
-            raise ValueError("give --records or --ids, not both")
-        if not records and not ids and sample < 1:
-            raise ValueError(f"--sample must be 1 or more, not {sample}")
-        wrong = [i for i in records if not 0 <= i < len(dataset)]
-        if wrong:
-            raise ValueError(f"--records {wrong[0]}: {dataset.directory} has records 0 to {len(dataset) - 1:,}")
-        chosen = records or _numbers_of(dataset, ids) or sorted(permutation(len(dataset), seed)[:sample].tolist())
-        examples_sheet(dataset, processor, chosen, out)
-    print(f"drawn: {out}")
+            raise ValueError("show takes the records of one dataset; several datasets need --plan")
+        title = f"Records of {names}"
+        numbers = _numbers(opened[0], records, ids, sample, seed)
+        sections = [LEGEND, *(record_section(opened[0], processor, i) for i in numbers)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(html.page(title, sections), encoding="utf-8")
+    print(f"wrote {out}")
 
 
-def _numbers_of(dataset: Dataset, ids: tuple[str, ...]) -> list[int]:
-    """Where the records with these ids are; reads the dataset until all are found."""
+def _open(directories: tuple[Path, ...]) -> list[Dataset]:
+    from phivision_jax.data.store.dataset import Dataset
+
+    if not directories:
+        raise ValueError("name at least one dataset directory")
+    return [Dataset.open(path) for path in directories]
+
+
+def _numbers(dataset: Dataset, records: tuple[int, ...], ids: tuple[str, ...], sample: int, seed: int) -> list[int]:
+    """The numbers of the records to show; reads the dataset until all ids are found."""
+    from phivision_jax.data.shuffle import permutation
     from phivision_jax.io.progress import bar
 
+    if records and ids:
+        raise ValueError("give --records or --ids, not both")
+    if wrong := [i for i in records if not 0 <= i < len(dataset)]:
+        raise ValueError(f"--records {wrong[0]}: {dataset.directory} has records 0 to {len(dataset) - 1:,}")
+    if not records and not ids:
+        if sample < 1:
+            raise ValueError(f"--sample must be 1 or more, not {sample}")
+        return sorted(permutation(len(dataset), seed)[:sample].tolist())
+    if records:
+        return list(records)
     found: dict[str, int] = {}
-    if ids:
-        with bar("looking for ids", len(dataset)) as advance:
-            for i in range(len(dataset)):
-                own = dataset[i].id
-                if own in ids:
-                    found.setdefault(own, i)
-                advance(1)
-                if len(found) == len(set(ids)):
-                    break
+    with bar("search ids", len(dataset)) as advance:
+        for i in range(len(dataset)):
+            found.setdefault(dataset[i].id, i)
+            advance(1)
+            if found.keys() >= set(ids):
+                break
     if missing := [own for own in ids if own not in found]:
         raise ValueError(f"--ids {missing[0]}: {dataset.directory} has no such record")
     return [found[own] for own in ids]

@@ -117,7 +117,8 @@ def print_sections(sections: Sequence[Section], console: Console | None = None) 
     for section in sections:
         if section.table is None:
             continue
-        shown = RichTable(title=section.title, title_justify="left", caption=section.note, caption_justify="left")
+        title, note = Text(section.title), Text(section.note)
+        shown = RichTable(title=title, title_justify="left", caption=note, caption_justify="left")
         for i, name in enumerate(section.table.header):
             shown.add_column(Text(name), justify="left" if i < section.table.names else "right", overflow="fold")
         for row in section.table.rows:

@@ -287,7 +287,7 @@ def make_plan(
             f"{shape.length} columns and {shape.vision_rows} x {shape.num_patches} patches; the smallest "
             f"needs {shortest[0]} columns and {shortest[1]} patches"
         )
-    lengths, first = _joined([m.lengths for m in measured])
+    lengths, first = join_lengths([m.lengths for m in measured])
     names = mixture.names
     pools = []
     for m, dataset in zip(measured, datasets, strict=True):
@@ -357,7 +357,7 @@ class _Rows:
         self.total += len(sizes)
 
 
-def _joined(parts: Sequence[Lengths]) -> tuple[Lengths, np.ndarray]:
+def join_lengths(parts: Sequence[Lengths]) -> tuple[Lengths, np.ndarray]:
     """The lengths of all sources as one, and the number of each source's first record in it."""
     first = np.concatenate([[0], np.cumsum([len(part.columns) for part in parts])])[:-1]
     images = np.concatenate([[0], np.cumsum([len(part.image_patches) for part in parts])])[:-1]

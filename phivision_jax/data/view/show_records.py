@@ -1,26 +1,24 @@
-"""Examples as the model gets them: the resized image with its patches, the tokens, and what the loss sees in colour.
+"""Records as the model receives them: resized images with their patches, and the tokens that the loss sees in colour.
 
-Everything is drawn from the ``Example`` that training makes of the record, not from the record: what is wrong with a
-template, a mask or an image shows here.
+Everything is read from the ``Example`` that training makes of a record, not from the record, so a wrong template, mask
+or image shows here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
+from einops import rearrange
+from PIL import Image
 
 from phivision_jax.data.feed.encode import encode_record
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS
-from phivision_jax.data.view.drawing import LINE, MARGIN, PAPER, SOFT, WIDTH, Run, draw_runs, shortened, stacked
 from phivision_jax.images.layout import PatchedImage
+from phivision_jax.io.html import Figure, Section, Span, Style, image_figure
 from phivision_jax.rows import Example
 from phivision_jax.text.constants import IGNORE
 
@@ -29,189 +27,107 @@ if TYPE_CHECKING:
     from phivision_jax.processor import Processor
     from phivision_jax.text.tokenizer import Tokenizer
 
-MOST_TOKENS = 240
-"""Of a stretch of text of one kind; a longer one is shortened in the middle."""
-LEARNED, LEARNED_PAPER = "#0a5c2b", "#d3f2dc"
-CONTEXT, CONTROL, IMAGE, CUT = "#5b626b", "#a9afb7", "#0072b2", "#c2410c"
-_LEFT, _GAP = 520, 28
+MAX_TOKENS = 400
+"""Longer stretches of text lose their middle."""
+_MAX_WIDTH, _MAX_HEIGHT = 520, 460
+"""Pixels of a shown image."""
+_GRID = np.array([0, 114, 178])
+"""Colour of the lines between patches: it shows on photos and on white pages."""
 _PLACEHOLDER = "▢"
+LEGEND = Section(
+    "Legend",
+    text=(
+        Span("the loss sees this", "good"),
+        Span("   the model reads this, the loss does not"),
+        Span("   <|control token|>", "faint"),
+        Span(f"   image k {_PLACEHOLDER}×n", "accent"),
+        Span(" the n tokens of an image", "soft"),
+        Span("   … left out here …", "warning"),
+    ),
+)
 
-type Kind = Literal["context", "learned", "image", "cut"]
 
+def spans(example: Example, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS) -> list[Span]:
+    """The tokens of an example in order, as text in the styles of ``LEGEND``.
 
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """A stretch of columns of one kind."""
+    Line breaks are visible, a turn begins a new line, and a stretch of more than ``max_tokens`` loses its middle.
+    """
+    kinds = np.where(example.labels != IGNORE, 1, 0)
+    for k, (start, image) in enumerate(zip(example.image_starts, example.images, strict=True)):
+        kinds[start : start + len(image.patches)] = 2 + k
+    control = re.compile("(" + "|".join(map(re.escape, tokenizer.control_tokens)) + ")")
+    found: list[Span] = []
 
-    kind: Kind
-    """"learned": the loss looks at it; "context": it does not; "image": an image's columns; "cut": left out here."""
-    text: str
-    columns: int
+    def add(start: int, stop: int) -> None:
+        text = tokenizer.decode(example.tokens[start:stop], skip_special=False).replace("\n", "↵\n")
+        for part in filter(None, control.split(text)):
+            line_break = "\n" if part == "<|im_start|>" and found else ""
+            context: Style = "faint" if control.fullmatch(part) else "plain"
+            found.append(Span(line_break + part, "good" if kinds[start] else context))
 
-
-def pieces(example: Example, tokenizer: Tokenizer, most: int = MOST_TOKENS) -> list[Piece]:
-    """The columns of an example in order, as text; stretches of more than ``most`` tokens lose their middle."""
-    tokens, seen = example.tokens, example.labels != IGNORE
-    kinds = np.where(seen, 1, 0)
-    for number, (start, image) in enumerate(zip(example.image_starts, example.images, strict=True)):
-        kinds[start : start + len(image.patches)] = 2 + number
-    bounds = np.concatenate([[0], np.flatnonzero(np.diff(kinds)) + 1, [len(kinds)]]).tolist()
-    found: list[Piece] = []
-    for start, stop in itertools.pairwise(bounds):
-        columns, kind = stop - start, int(kinds[start])
-        if kind >= 2:
-            found.append(Piece("image", f"image {kind - 1} {_PLACEHOLDER}×{columns:,}", columns))
-            continue
-        name: Kind = "learned" if kind == 1 else "context"
-        if columns <= most:
-            found.append(Piece(name, tokenizer.decode(tokens[start:stop], skip_special=False), columns))
-            continue
-        head, tail = most // 2, most - most // 2
-        found.append(Piece(name, tokenizer.decode(tokens[start : start + head], skip_special=False), head))
-        found.append(Piece("cut", f" … {columns - most:,} tokens … ", columns - most))
-        found.append(Piece(name, tokenizer.decode(tokens[stop - tail : stop], skip_special=False), tail))
+    for start, stop in itertools.pairwise([0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]):
+        count = stop - start
+        if kinds[start] >= 2:
+            found.append(Span(f" image {kinds[start] - 1} {_PLACEHOLDER}×{count:,} ", "accent"))
+        elif count <= max_tokens:
+            add(start, stop)
+        else:
+            head = max_tokens // 2
+            add(start, start + head)
+            found.append(Span(f" … {count - max_tokens:,} tokens … ", "warning"))
+            add(stop - max_tokens + head, stop)
     return found
 
 
-def picture(image: PatchedImage, patch_size: int) -> Image.Image:
-    """The pixels behind an image's patches."""
-    rows, columns = image.grid
-    tiles = image.patches.reshape(rows, columns, patch_size, patch_size, 3).swapaxes(1, 2)
-    return Image.fromarray(np.ascontiguousarray(tiles).reshape(rows * patch_size, columns * patch_size, 3))
+def pixels(image: PatchedImage, patch_size: int) -> np.ndarray:
+    """[H, W, 3] u8: the pixels that an image's patches hold."""
+    return rearrange(image.patches, "(h w) (p q c) -> (h p) (w q) c", h=image.grid[0], p=patch_size, q=patch_size)
 
 
-def examples_sheet(dataset: Dataset, processor: Processor, records: Sequence[int], path: str | Path) -> None:
-    """A PNG with the examples below each other.
+def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
+    """Record ``i``: its images with their patches, its numbers, and its text with the loss in colour.
 
-    Args:
-      dataset: holds them.
-      processor: of the model.
-      records: their numbers in the dataset.
-      path: of the PNG.
+    A record that cannot be encoded shows the reason instead.
 
     Raises:
-      ValueError: when no record is named.
-      IndexError: for a number that the dataset does not have.
+      IndexError: when the dataset has no such record.
     """
-    if not records:
-        raise ValueError("name at least one record to show")
-    stacked([_legend(), *(_card(dataset, processor, i) for i in records)], path)
-
-
-def _legend() -> Image.Image:
-    runs = [
-        Run("the loss sees this", LEARNED, LEARNED_PAPER),
-        Run("   the model reads this, the loss does not", CONTEXT),
-        Run("   <|control token|>", CONTROL),
-        Run(f"   image k {_PLACEHOLDER}×n", IMAGE, bold=True),
-        Run(" its n columns: one per patch", SOFT),
-        Run("   … left out here …", CUT),
-    ]
-    block = Image.new("RGB", (WIDTH, 26), PAPER)
-    draw_runs(ImageDraw.Draw(block), (MARGIN, 2), WIDTH - 2 * MARGIN, runs)
-    return block
-
-
-def _card(dataset: Dataset, processor: Processor, i: int) -> Image.Image:
-    record = dataset[i]
-    index = dataset.index
-    title = [
-        Run(shortened(record.id, 70), bold=True),
-        Run(f"   record {i:,} of {dataset.directory.name}", SOFT),
-        Run(f"   {MODES[index.modes[i]]} / {TASKS[index.tasks[i]]}", IMAGE),
-    ]
+    record, index = dataset[i], dataset.index
+    note = f"record {i:,} of {dataset.directory.name} · {MODES[index.modes[i]]} / {TASKS[index.tasks[i]]} · "
     try:
         example = encode_record(record, processor)
     except BadRecord as error:
-        body = [Run(f"cannot be trained on ({error.reason}): {error}", CUT)]
-        return _laid_out(title, "it leaves a hole in its row", body, [])
-    text = len(example.tokens) - example.num_patches
-    learned = int((example.labels != IGNORE).sum())
-    numbers = f"{text:,} text tokens + {example.num_patches:,} patches = {len(example.tokens):,} columns; "
-    numbers += f"the loss sees {learned:,}"
-    columns = 1 if len(example.images) <= 2 else 2
-    width = (_LEFT - (columns - 1) * 12) // columns
-    pictures = [
-        _framed(image, processor.config.vision.patch_size, size, number, width)
-        for number, (image, size) in enumerate(zip(example.images, index.sizes_of(i), strict=True), 1)
+        text = [Span(f"cannot be encoded ({error.reason}): {error}", "warning")]
+        return Section(record.id, note + "a placeholder takes its place in a row", text=text)
+    image_tokens = sum(len(image.patches) for image in example.images)
+    note += (
+        f"{len(example.tokens) - image_tokens:,} text tokens + {image_tokens:,} image tokens = "
+        f"{len(example.tokens):,}; {example.num_patches:,} patches; the loss sees {(example.labels != IGNORE).sum():,}"
+    )
+    figures = [
+        _image_figure(image, processor.config.vision.patch_size, size, k)
+        for k, (image, size) in enumerate(zip(example.images, index.sizes_of(i), strict=True), 1)
     ]
-    return _laid_out(title, numbers, _styled(pieces(example, processor.tokenizer), processor.tokenizer), pictures)
+    return Section(record.id, note, figures, text=spans(example, processor.tokenizer))
 
 
-def _laid_out(title: list[Run], numbers: str, body: list[Run], pictures: list[Image.Image]) -> Image.Image:
-    left = MARGIN + (_LEFT + _GAP if pictures else 0)
-    width = WIDTH - left - MARGIN
-    head = draw_runs(None, (0, 0), width, title, 16) + draw_runs(None, (0, 0), width, [Run(numbers)], 14) + 10
-    places, beneath = _places(pictures)
-    block = Image.new("RGB", (WIDTH, max(head + draw_runs(None, (0, 0), width, body), beneath)), PAPER)
-    draw = ImageDraw.Draw(block)
-    y = draw_runs(draw, (left, 0), width, title, 16)
-    draw_runs(draw, (left, y), width, [Run(numbers, SOFT)], 14)
-    draw_runs(draw, (left, head), width, body)
-    for image, place in zip(pictures, places, strict=True):
-        block.paste(image, place)
-    return block
-
-
-def _places(pictures: list[Image.Image]) -> tuple[list[tuple[int, int]], int]:
-    """Where each picture stands, in columns filled from the top, and where the lowest ends."""
-    if not pictures:
-        return [], 0
-    heights = [0] * max(1, _LEFT // pictures[0].width)
-    places = []
-    for image in pictures:
-        column = heights.index(min(heights))
-        places.append((MARGIN + column * (image.width + 12), heights[column]))
-        heights[column] += image.height + 12
-    return places, max(heights)
-
-
-def _framed(image: PatchedImage, patch_size: int, size: tuple[int, int], number: int, width: int) -> Image.Image:
-    """One image within ``width`` pixels, its patch grid over it and its numbers below."""
-    pixels = picture(image, patch_size)
+def _image_figure(image: PatchedImage, patch_size: int, original: tuple[int, int], number: int) -> Figure:
+    """One image scaled for the page, the grid of its patches over it and its sizes below."""
+    resized = Image.fromarray(pixels(image, patch_size))
     rows, columns = image.grid
-    scale = min(width / pixels.width, 460 / pixels.height)
-    shown = max(1, round(pixels.width * scale)), max(1, round(pixels.height * scale))
+    scale = min(_MAX_WIDTH / resized.width, _MAX_HEIGHT / resized.height)
+    width, height = (max(1, round(side * scale)) for side in resized.size)
     smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-    drawn = pixels.resize(shown, smooth)
-    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 1000, 100_000) if n * shown[0] / columns >= 5)
-    lines = Image.new("RGBA", shown)
-    draw = ImageDraw.Draw(lines)
-    for count, extent, across in ((columns, shown[0], False), (rows, shown[1], True)):
-        for k in range(0, count + 1, every):
-            at = min(round(k * extent / count), extent - 1)
-            draw.line((0, at, shown[0], at) if across else (at, 0, at, shown[1]), fill=(255, 255, 255, 110))
-    drawn = Image.alpha_composite(drawn.convert("RGBA"), lines).convert("RGB")
-    resized = "" if size == pixels.size else f" → {pixels.width}×{pixels.height}"
-    caption = f"image {number}: {size[0]}×{size[1]}{resized} px\n{columns} × {rows} = {rows * columns:,} patches"
-    if every > 1:
-        caption += f", lines: 1 in {every}"
-    runs = [Run(caption, SOFT)]
-    framed = Image.new("RGB", (width, shown[1] + 6 + draw_runs(None, (0, 0), width, runs, 13)), PAPER)
-    framed.paste(drawn, (0, 0))
-    draw = ImageDraw.Draw(framed)
-    draw.rectangle((0, 0, shown[0] - 1, shown[1] - 1), outline=LINE)
-    draw_runs(draw, (0, shown[1] + 6), width, runs, 13)
-    return framed
-
-
-def _styled(found: Sequence[Piece], tokenizer: Tokenizer) -> list[Run]:
-    """Colours; a line break is shown and made; a turn begins a new line."""
-    control = re.compile("(" + "|".join(re.escape(token) for token in tokenizer.control_tokens) + ")")
-    runs: list[Run] = []
-    for piece in found:
-        if piece.kind == "image":
-            runs.append(Run(f" {piece.text} ", IMAGE, bold=True))
-        elif piece.kind == "cut":
-            runs.append(Run(piece.text, CUT))
-        else:
-            learned = piece.kind == "learned"
-            text = piece.text.replace("\n", "↵\n")
-            for part in control.split(text):
-                if not part:
-                    continue
-                if part == "<|im_start|>" and runs:
-                    part = "\n" + part
-                colour = LEARNED if learned else CONTROL if control.fullmatch(part.strip()) else CONTEXT
-                runs.append(Run(part, colour, LEARNED_PAPER if learned else None))
-    return runs
+    shown = np.asarray(resized.resize((width, height), smooth)).copy()
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 1000, 100_000) if n * width / columns >= 5)
+    x, y = (
+        np.minimum(np.round(np.arange(0, n + 1, every) * side / n).astype(int), side - 1)
+        for n, side in ((columns, width), (rows, height))
+    )
+    lines = np.zeros((height, width, 1), bool)
+    lines[y], lines[:, x] = True, True
+    shown = np.where(lines, shown * 0.5 + _GRID * 0.5, shown).astype(np.uint8)
+    change = "" if original == resized.size else f" → {resized.width}×{resized.height}"
+    caption = f"image {number}: {original[0]}×{original[1]}{change} pixels\n"
+    caption += f"{columns} × {rows} = {rows * columns:,} patches" + (f", lines: 1 in {every}" if every > 1 else "")
+    return image_figure(Image.fromarray(shown), caption)

@@ -1,0 +1,254 @@
+"""The statistics of datasets as a figure, and as tables with one column per dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from phivision_jax.batch import RowShape
+from phivision_jax.data.plan.plan import WINDOW
+from phivision_jax.data.records import MODES, TASKS
+from phivision_jax.data.view.statistics import MAX_IMAGES, Numbers, Statistics
+from phivision_jax.io.html import COLOURS, RED, Figure, Section, Table, plot
+
+MODE_COLOURS = ("#7b3294", "#1b9e77")
+_MEASURES = {
+    "text_tokens": "text tokens per example",
+    "patches": "patches per example (of those with images)",
+    "tokens": "tokens per example (text and images)",
+    "image_patches": "patches per image",
+    "megapixels": "megapixels per image",
+}
+_VALUES = {"median": "median", "mean": "mean", "p95": "95th percentile", "max": "largest"}
+
+type Cells = dict[tuple[str, str], str]
+"""One dataset's column of a table: (heading within the table, label of the row) → the cell's text."""
+
+
+def tables(stats: Statistics) -> list[Section]:
+    """Tables of sizes, lengths, modes and tasks, and use of rows; the largest records that do not fit a row."""
+    shape = stats.shape
+    row = f"T = {shape.length:,} tokens and {_vision_size(shape)} patches"
+    estimate = f"Rows and padding of one epoch are estimated by packing up to {WINDOW:,} examples."
+    found = [
+        Section("Size", table=_table(stats, _sizes)),
+        Section("Lengths and sizes", table=_table(stats, _lengths)),
+        Section("Modes and tasks", "In each cell: share of examples · share of tokens.", table=_table(stats, _mix)),
+        Section(f"In rows of {row}", estimate, table=_table(stats, _packing)),
+    ]
+    if largest := stats.groups[-1]["largest"]:
+        rows = [(f"{r['dataset']} #{r['record']}", r["id"], f"{r['tokens']:,}", f"{r['patches']:,}") for r in largest]
+        table = Table(("record", "id", "tokens", "patches"), rows, names=2)
+        found.append(Section("Largest records that do not fit a row", table=table))
+    return found
+
+
+def _table(stats: Statistics, cells: Callable[[Numbers], Cells]) -> Table:
+    """A column per dataset. The last one, of all together, has every row that any of them has."""
+    columns = [cells(numbers) for numbers in stats.groups]
+    rows: list[tuple[str, ...]] = []
+    current = ""
+    for heading, label in columns[-1]:
+        if heading != current:
+            rows.append((heading,))
+            current = heading
+        rows.append((label, *(column.get((heading, label), "–") for column in columns)))
+    return Table(("", *(numbers["name"] for numbers in stats.groups)), rows)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count:,} ({count / total:.1%})" if count and total else f"{count:,}"
+
+
+def _sizes(numbers: Numbers) -> Cells:
+    examples, failed = numbers["examples"], sum(numbers["quarantined"].values())
+    cells = {"examples": f"{examples:,}"}
+    for n, count in enumerate(numbers["images_per_example"]):
+        if count:
+            label = f"  with {n or 'no'} image{'' if n == 1 else 's'}{' or more' if n == MAX_IMAGES else ''}"
+            cells[label] = _share(count, examples)
+    cells |= {
+        "  with a system message": _share(numbers["system_messages"], examples),
+        "images": f"{numbers['images']:,}",
+        "text tokens": f"{numbers['text_tokens']:,}",
+        "patches": f"{numbers['patches']:,}",
+        "not imported": _share(failed, examples + failed),
+        **{f"  {reason}": f"{count:,}" for reason, count in sorted(numbers["quarantined"].items())},
+    }
+    return {("", label): cell for label, cell in cells.items()}
+
+
+def _lengths(numbers: Numbers) -> Cells:
+    return {
+        (title, f"  {label}"): f"{spread[value]:,.{2 if measure == 'megapixels' else 0}f}"
+        for measure, title in _MEASURES.items()
+        if (spread := numbers["spreads"][measure])
+        for value, label in _VALUES.items()
+    }
+
+
+def _mix(numbers: Numbers) -> Cells:
+    cells: Cells = {}
+
+    def add(heading: str, label: str, modes: Sequence[str], tasks: Sequence[str]) -> None:
+        shares = []
+        for counts in (numbers["examples_by"], numbers["tokens_by"]):
+            total = sum(sum(by_task.values()) for by_task in counts.values())
+            shares.append(sum(counts[mode][task] for mode in modes for task in tasks) / max(total, 1))
+        if shares[0]:
+            cells[heading, f"  {label}"] = f"{shares[0]:.1%} · {shares[1]:.1%}"
+
+    for mode in MODES:
+        add("mode", mode, [mode], TASKS)
+    for task in TASKS:
+        add("task", task, MODES, [task])
+        add("task", f"  {task}, think", ["think"], [task])
+    for origin, count in sorted(numbers["mode_from"].items()):
+        cells["origin of the mode", f"  {origin}"] = _share(count, numbers["examples"])
+    return cells
+
+
+def _packing(numbers: Numbers) -> Cells:
+    cells = {
+        "more tokens than a row": _share(numbers["too_long"], numbers["examples"]),
+        "more patches than a row": _share(numbers["too_many_patches"], numbers["examples"]),
+        "rows per epoch, about": f"{numbers['rows']:,}",
+        "padding in tokens": f"{numbers['text_padding']:.1%}",
+        "padding in patches": f"{numbers['patch_padding']:.1%}",
+    }
+    return {("", label): cell for label, cell in cells.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The figure.
+
+
+def figure(stats: Statistics) -> Figure:
+    """Distributions of image sizes, lengths, tasks and images per example."""
+    caption = "Image sizes, lengths, tasks and images per example; the tables below have the numbers."
+    return plot(lambda canvas: _draw(canvas, stats), caption, 8.2)
+
+
+def _draw(canvas: Canvas, stats: Statistics) -> None:
+    axes = canvas.subplots(2, 3)
+    shape = stats.shape
+    _draw_resolutions(axes[0, 0], stats)
+    _draw_histogram(axes[0, 1], stats, "tokens", shape.length, f"T = {shape.length:,}")
+    total = stats.shape.total_patches
+    _draw_histogram(axes[0, 2], stats, "patches", total, f"{_vision_size(shape)}")
+    _draw_tasks(axes[1, 0], stats.groups[-1])
+    _draw_histogram(axes[1, 1], stats, "text_tokens")
+    counts = np.arange(MAX_IMAGES + 1)
+    _stack(axes[1, 2], stats, np.arange(MAX_IMAGES + 2) - 0.5, lambda g: g["images_per_example"])
+    axes[1, 2].set(title="images per example", xticks=counts, xticklabels=[*map(str, counts[:-1]), f"{MAX_IMAGES}+"])
+    handles, labels = axes[1, 2].get_legend_handles_labels()
+    if len(labels) > 1:
+        canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+
+
+def _vision_size(shape: RowShape) -> str:
+    if shape.vision_rows == 1:
+        return f"P = {shape.num_patches:,}"
+    return f"R × P = {shape.vision_rows} × {shape.num_patches:,}"
+
+
+def bars(stats: Statistics) -> Iterator[tuple[str, str, list[Numbers]]]:
+    """Label, colour and datasets of each bar of a stack: the largest ones each, the others together."""
+    groups = stats.groups[:-1] or stats.groups
+    if len(groups) > len(COLOURS):
+        groups = sorted(groups, key=lambda g: -g["examples"])
+    alone = len(groups) if len(groups) <= len(COLOURS) else len(COLOURS) - 1
+    for g, colour in zip(groups[:alone], COLOURS, strict=False):
+        yield g["name"], colour, [g]
+    if groups[alone:]:
+        yield f"{len(groups) - alone} others", COLOURS[-1], groups[alone:]
+
+
+def _number(value: float, _: Any = None) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _stack(axes: Axes, stats: Statistics, edges: np.ndarray, counts: Callable[[Numbers], Sequence[int]]) -> np.ndarray:
+    """Draw a histogram of examples stacked by dataset; return its heights."""
+    below = np.zeros(len(edges) - 1)
+    for label, colour, groups in bars(stats):
+        top = below + np.sum([counts(g) for g in groups], axis=0)
+        axes.stairs(top, edges, baseline=below, fill=True, color=colour, label=label)
+        below = top
+    axes.set(ylabel="examples", ylim=(0, max(below.max() * 1.05, 1)))
+    axes.grid(axis="y")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+    return below
+
+
+def _draw_histogram(axes: Axes, stats: Statistics, measure: str, limit: int = 0, label: str = "") -> None:
+    bins = np.array(stats.edges["tokens"])
+    heights = _stack(axes, stats, bins, lambda g: g["histograms"][measure])
+    used = np.flatnonzero(heights)
+    if not len(used):
+        return _say_none(axes, _MEASURES[measure])
+    high = bins[min(used[-1] + 3, len(bins) - 1)]
+    axes.set(xscale="log", title=_MEASURES[measure], xlim=(bins[max(used[0] - 2, 0)], max(high, limit * 1.5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axes.xaxis.set_major_formatter(FuncFormatter(_number))
+    axes.xaxis.set_minor_locator(NullLocator())
+    if limit:  # the end of a row; always in view, so that its distance from the data shows
+        axes.axvline(limit, color=RED, linewidth=1.2, linestyle="--")
+        axes.text(limit * 0.96, 0.98, label, color=RED, fontsize=8, rotation=90, ha="right", va="top",
+                  transform=axes.get_xaxis_transform())  # fmt: skip
+
+
+def _say_none(axes: Axes, title: str) -> None:
+    axes.set(title=title, xticks=[], yticks=[], ylabel="")
+    axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
+
+
+def _draw_resolutions(axes: Axes, stats: Statistics) -> None:
+    edges, counts = np.array(stats.edges["side"]), np.array(stats.groups[-1]["resolutions"], float).T
+    title = "images by width and height, pixels"
+    if not counts.any():
+        return _say_none(axes, title)
+    used = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
+    limits = edges[max(used[0] - 4, 0)], edges[min(used[-1] + 5, len(edges) - 1)]
+    axes.set(xscale="log", yscale="log", title=title, xlim=limits, ylim=limits, aspect="equal")
+    mesh = axes.pcolormesh(edges, edges, np.ma.masked_equal(counts, 0), norm=LogNorm(1, counts.max() + 1))
+    bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02, format=FuncFormatter(_number))
+    bar.ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5), numticks=20), minor_locator=NullLocator())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks([2**n for n in range(5, 15) if limits[0] <= 2**n <= limits[1]])
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    widths = np.geomspace(*limits, 100)
+    for patches, style in zip(stats.patch_range, (":", "--"), strict=True):
+        axes.plot(widths, patches * stats.patch_size**2 / widths, style, color=RED, linewidth=1.2, scaley=False)
+    least, most = stats.patch_range
+    axes.text(0.5, -0.14, f"dotted: {least:,} patches, smaller are enlarged · dashed: {most:,}, larger are shrunk",
+              ha="center", color=RED, fontsize=8, transform=axes.transAxes)  # fmt: skip
+
+
+def _draw_tasks(axes: Axes, numbers: Numbers) -> None:
+    """Two bars per task, split by mode: the share of the examples above the share of the tokens."""
+    total = {task: sum(numbers["examples_by"][mode][task] for mode in MODES) for task in TASKS}
+    tasks = sorted((task for task in TASKS if total[task]), key=lambda task: -total[task])
+    y = np.arange(len(tasks))
+    for by, unit, shift, alpha in (("examples_by", "examples", -0.2, 1.0), ("tokens_by", "tokens", 0.2, 0.55)):
+        shares = np.array([[numbers[by][mode][task] for task in tasks] for mode in MODES], float)
+        shares /= shares.sum()
+        left = np.zeros(len(tasks))
+        for mode, share, colour in zip(MODES, shares, MODE_COLOURS, strict=True):
+            axes.barh(y + shift, share, 0.38, left=left, color=colour, alpha=alpha, label=f"{mode}, by {unit}")
+            left = left + share
+    axes.set(title="tasks and modes", yticks=y, yticklabels=tasks, ylim=(max(len(tasks), 3) - 0.4, -0.6))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.grid(axis="x")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")

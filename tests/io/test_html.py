@@ -1,0 +1,88 @@
+"""Tests of the page builder: structure, escaping, figures for both themes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from phivision_jax.io.html import Figure, Section, Span, Table, image_figure, page, plot, print_sections
+
+VOID = {"meta", "img", "source", "br"}
+
+
+class Checker(HTMLParser):
+    """Collects text and attributes, and fails on tags that are not closed in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+
+def parse(html: str) -> Checker:
+    checker = Checker()
+    checker.feed(html)
+    assert checker.open == []
+    return checker
+
+
+def test_page_escapes_everything() -> None:
+    odd = '<b> & "quotes" </script>'
+    sections = [
+        Section(odd, odd, [Figure(b"png", odd)], Table([odd, odd], [[odd, odd], [odd]]), [Span(odd, "good")]),
+    ]
+    checker = parse(page(odd, sections))
+    assert sum(text.strip() == odd.strip() for text in checker.text) == 11
+    assert not {tag for tag, _ in checker.tags} & {"b", "script"}
+
+
+def test_page_is_one_file_with_both_themes() -> None:
+    figure = plot(lambda canvas: canvas.subplots().plot([1, 2]), "a line", 2.0)
+    checker = parse(page("t", [Section("s", figures=[figure])]))
+    sources = [attrs.get("srcset") or attrs.get("src") for tag, attrs in checker.tags if tag in ("source", "img")]
+    assert all(source.startswith("data:image/png;base64,") for source in sources) and len(sources) == 2
+    dark, light = (base64.b64decode(source.split(",")[1]) for source in sources)
+    assert (light, dark) == (figure.png, figure.dark)
+    corner = [Image.open(io.BytesIO(png)).convert("RGB").getpixel((0, 0)) for png in (light, dark)]
+    assert corner == [(255, 255, 255), (0x16, 0x18, 0x1C)]
+    assert Image.open(io.BytesIO(light)).size == (1496, 220)
+
+
+def test_image_figure_keeps_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    figure = image_figure(Image.fromarray(pixels), "noise")
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(figure.png))), pixels)
+
+
+def test_page_keeps_text_as_it_is() -> None:
+    html = page("t", [Section("s", text=[Span("two\n  lines"), Span("\n\nend", "soft")])])
+    assert '<span class="plain">two\n  lines</span><span class="soft">\n\nend</span>' in html
+
+
+def test_print_sections_prints_headings_and_brackets() -> None:
+    console = Console(file=io.StringIO(), width=60, color_system=None)
+    table = Table(("", "[b]x"), [("heading",), ("[red]name", "1")])
+    print_sections([Section("no table"), Section("[i]Title", "a note", table=table)], console)
+    text = console.file.getvalue()
+    lines = [re.sub(r"\s+", " ", line.strip("│┃ ")) for line in text.splitlines()]
+    assert "[i]Title" in lines and "a note" in lines and "heading" in lines and "[b]x" in text
+    assert "[red]name │ 1" in lines and "no table" not in text
