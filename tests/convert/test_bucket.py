@@ -242,7 +242,7 @@ def test_killed_for_real(bucket: str, hf: Path, tmp_path: Path, scratch: Path, r
     program = f"""if True:
         import os, signal, sys
         from convert import cli
-        from phivision_jax import storage
+        from phivision_jax.io import storage
         upload = storage.upload
         storage.upload = lambda s, t, names, d="": (upload(s, t, names[:2]), os.kill(os.getpid(), signal.SIGKILL))
         cli.main(["to-hf", {str(tmp_path / "ours")!r}, {bucket + "/out"!r}])"""

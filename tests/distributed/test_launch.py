@@ -15,7 +15,7 @@ from tests.support.paths import ROOT
 SCRIPT = """
 import os, signal, socket, sys, time
 from pathlib import Path
-from phivision_jax.training import heartbeat
+from phivision_jax.distributed import heartbeat
 folder, number = Path(sys.argv[1].split("=")[1]), int(os.environ.get("JAX_PROCESS_ID", 0))
 start = len(list(folder.glob(f"start-{number}-*")))
 (folder / f"start-{number}-{start}").write_text(" ".join(f"{n}={os.environ.get(n)}" for n in (

@@ -72,7 +72,7 @@ def test_one_process_stops_on_sigterm_and_on_ctrl_c(capsys):
 # The last line is an hour in C, out of which no handler of Python's is called: as compiling is.
 STARTING = """
 import functools, hashlib, os, signal, threading, time
-from phivision_jax.training import processes
+from phivision_jax.distributed import processes
 processes.exit_on_signal()
 {before}
 threading.Timer(0.5, functools.partial(print, "compiling", flush=True)).start()

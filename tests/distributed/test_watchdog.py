@@ -17,7 +17,7 @@ from tests.support.launched import ENVIRONMENT, ROOT
 SCRIPT = """
 import ctypes, os, sys, time
 from pathlib import Path
-from phivision_jax.training import watchdog
+from phivision_jax.distributed import watchdog
 watchdog._FROZEN_S, watchdog.HEARTBEAT_S = 3.0, 0.2
 dog = watchdog.Watchdog(Path(sys.argv[1]), limit_s=1.0)
 for i in range(4):
