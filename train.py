@@ -242,7 +242,7 @@ def evaluate(
     evaluator: Evaluator, made: setup.Prepared, state: dict[str, Any], writer: MetricsWriter, done: int
 ) -> dict[str, float]:
     """Accuracy of generated answers; some of them go to TensorBoard with their pictures."""
-    with jax.set_mesh(made.step.mesh):
+    with made.step.in_force():
         result = evaluator(phivision.merge(made.step.graphdef, state["params"]))
     shown = [evaluator.dataset[int(i)] for i in evaluator.records[: made.cfg.samples]]
     writer.write_images(done, "samples", answer_images(shown, result.answers))

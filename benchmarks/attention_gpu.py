@@ -34,6 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from phivision_jax import sharding
 from phivision_jax.config import ModelConfig
 from phivision_jax.models.attention import attend
+from phivision_jax.models.attention.plain import plain
 
 MIB = 2**20
 TURNS = 7
@@ -97,7 +98,7 @@ def loss(tower: Tower, form: str) -> Callable[..., jax.Array]:
     ) -> jax.Array:
         if FORMS[form] is None:
             columns = span_end if tower.spans else jnp.full_like(span_end, q.shape[1])
-            out = attend.plain(q, k, v, segments, segments, columns)
+            out = plain(q, k, v, segments, segments, columns)
         else:
             with attend.backend(FORMS[form]):
                 out = attend.attend(q, k, v, segment_ids=segments, span_end=span_end if tower.spans else None)

@@ -25,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
 from phivision_jax.models.attention import attend
+from phivision_jax.models.attention import plain as reference
 from phivision_jax.preflight import memory
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -48,7 +49,7 @@ def dense_mask(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ma
     """The same kernel, given a T×T mask at run time."""
     from phivision_jax.models.attention import splash
 
-    blocks = splash.BLOCKS[attend.target_device().device_kind]
+    blocks = splash.BLOCKS[sharding.target_device().device_kind]
     config = splash.kernel.SplashConfig(
         block_q=blocks.q,
         block_kv=blocks.kv,
@@ -68,7 +69,7 @@ def dense_mask(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ma
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, span_end: jax.Array) -> jax.Array:
-    return attend.plain(q, k, v, segments, segments, span_end)
+    return reference.plain(q, k, v, segments, segments, span_end)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,8 @@ class VisionConfig:
     are carried through checkpoints untouched (``vision_tail``).
     """
 
+    encoder: str = "siglip2"
+    """Name of the vision side in ``models.vision.VISION_SIDES``."""
     hidden_size: int = 1152
     intermediate_size: int = 4304
     num_layers: int = 27

@@ -1,27 +1,28 @@
-"""Mesh axes and the one table that maps logical axis names to them.
+"""Mesh axes, and the one table that maps logical axis names to them.
 
-Models name what an axis *is* ("embed", "heads"); this file alone says where it lives. Changing the parallelism is
-editing ``RULES``.
+Models name what an axis *is* ("embed", "heads"); this file alone decides on which mesh axes it is split:
 
-    slice     copies of everything in the slices of a multi-slice job; only gradients cross the network between them
-    data      copies of the parameters within a slice, each with rows of its own
-    fsdp      rows too, and every parameter cut into as many parts: gathered for a layer, gone after it
-    tensor    heads, the FFN's width and the vocabulary
-    context   the columns of a row, and its vision rows
+    slice     replicas of everything, one per slice of a multi-slice job; only gradients cross the network between them
+    data      replicas of the parameters within a slice, each with its own rows
+    fsdp      also splits rows, and shards every parameter: gathered for a layer, freed after it
+    tensor    attention heads, the MLP's hidden width and the vocabulary
+    context   the positions of a row, and its vision rows
 
-A row's images live where its text does: nothing of a row crosses ``slice``, ``data`` or ``fsdp``.
+A row's images are on the same devices as its text: nothing of a row crosses ``slice``, ``data`` or ``fsdp``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from phivision_jax.batch import Batch
 
@@ -29,10 +30,10 @@ MESH_AXES = ("slice", "data", "fsdp", "tensor", "context")
 
 type MeshAxes = str | tuple[str, ...] | None
 
-RULES: dict[str, MeshAxes] = {
+RULES: Mapping[str, MeshAxes] = {
     # activations
     "batch": ("slice", "data", "fsdp"),
-    "copy": ("slice", "data"),  # rows of all devices that share one copy of the parameters
+    "replica": ("slice", "data"),  # the rows of all devices that share one replica of the parameters
     "length": "context",
     "vision_rows": "context",
     # parameters: fsdp along the widths, tensor along what a layer fans out to
@@ -40,7 +41,7 @@ RULES: dict[str, MeshAxes] = {
     "patch_embed": "fsdp",
     "mlp": "tensor",
     "heads": "tensor",
-    "kv_heads": "tensor",  # ten of them: tensor over 2 needs None here, and every device then keeps all ten
+    "kv_heads": "tensor",  # ten of them: a tensor axis larger than 2 needs None here, so that every device has all ten
     "vocab": "tensor",
     "projector": "tensor",
     "patch_mlp": "tensor",
@@ -49,14 +50,43 @@ RULES: dict[str, MeshAxes] = {
     "layer": None,
     "lora": None,  # the rank of an adapter
 }
+"""The default rules; ``override_rules`` changes some of them for one run."""
 
 FSDP_GROUP = 32
-"""Most devices that share one copy of the parameters, where a mesh does not say. In larger groups the TPU compiler
-turned reduce-scatters into all-reduces of whole layers (v5p: 128, v5e, v6e: 256), or padded widths (64: 80 to 96)."""
+"""Most devices that share one replica of the parameters when a mesh does not specify it. In larger groups the TPU
+compiler turned reduce-scatters into all-reduces of entire layers (v5p: 128, v5e, v6e: 256), or padded widths (64: 80
+to 96)."""
+
+_overrides = jax.make_user_context(())  # (logical axis, mesh axes) pairs; part of jit's cache key
+
+
+def override_rules(rules: Mapping[str, MeshAxes]) -> AbstractContextManager[None]:
+    """``with override_rules({"kv_heads": None}):`` replaces rules for everything that is placed or traced inside.
+
+    Rules decide only where arrays are: results do not depend on them beyond rounding.
+
+    Raises:
+      ValueError: for a logical or a mesh axis that does not exist.
+    """
+    for axis, mesh_axes in rules.items():
+        _check_axis(axis)
+        if unknown := set(names_of(mesh_axes)) - set(MESH_AXES):
+            raise ValueError(f"rule {axis!r}: mesh axis {min(unknown)!r} does not exist; choose {', '.join(MESH_AXES)}")
+    return _overrides(tuple(sorted({**dict(_overrides.value), **rules}.items())))
+
+
+def rule(axis: str) -> MeshAxes:
+    """The mesh axes over which a logical axis is split."""
+    return dict(_overrides.value).get(axis, RULES[axis])
+
+
+def dividing_rules(axes: Sequence[str | None], sizes: Sequence[int]) -> list[MeshAxes]:
+    """The rules of these axes on the mesh in force; None for an axis whose size they do not divide."""
+    return [rule(a) if a and size % axis_size(a) == 0 else None for a, size in zip(axes, sizes, strict=True)]
 
 
 def default_sizes(num_devices: int, slices: int = 1, tensor: int = 1, context: int = 1) -> dict[str, int]:
-    """Sizes of all axes: groups of at most ``FSDP_GROUP`` devices along fsdp, copies along data.
+    """Sizes of all mesh axes: groups of at most ``FSDP_GROUP`` devices along fsdp, replicas along data.
 
     Raises:
       ValueError: when slices, tensor and context do not divide the devices.
@@ -73,10 +103,14 @@ def default_sizes(num_devices: int, slices: int = 1, tensor: int = 1, context: i
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of the five axes; those not named have size 1, and ``default_sizes`` decides when nothing is named.
+    """A mesh of the five axes.
 
-    Devices of one slice (``slice_index``, on TPUs) stay together. On devices that know no slices, the axis ``slice`` is
-    made of neighbours, so that a job of several slices can be tried on one machine.
+    Devices of one TPU slice (``slice_index``) stay together. On devices without slices the axis ``slice`` groups
+    neighbours, so that a multi-slice job can be tried on one machine.
+
+    Args:
+      shape: sizes of axes, 1 for those not named; default: ``default_sizes``.
+      devices: default: all of them.
 
     Raises:
       ValueError: when the sizes do not multiply to the number of devices, an axis does not exist, or ``slice`` is not
@@ -86,7 +120,7 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     slices = num_slices(devices)
     shape = dict(shape or default_sizes(len(devices), slices or 1))
     if unknown := set(shape) - set(MESH_AXES):
-        raise ValueError(f"mesh axis {sorted(unknown)[0]!r} does not exist; the axes are {', '.join(MESH_AXES)}")
+        raise ValueError(f"mesh axis {min(unknown)!r} does not exist; the axes are {', '.join(MESH_AXES)}")
     sizes = tuple(shape.get(axis, 1) for axis in MESH_AXES)
     if np.prod(sizes) != len(devices):
         wanted = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1)
@@ -105,37 +139,44 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int | None:
-    """How many TPU slices the devices are in; None where devices know no slices."""
+    """The number of TPU slices that the devices are in; None for devices without slices."""
     found = {getattr(device, "slice_index", None) for device in devices if device.platform == "tpu"}
     return len(found) if found and None not in found else None
 
 
-def partition_spec(axes: Sequence[str | None], what: str = "") -> PartitionSpec:
-    """Logical axis names to a PartitionSpec.
+def target_device() -> jax.Device | AbstractDevice:
+    """The chip being compiled for: a device (or a description of one) of the mesh in force, else JAX's first."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (None if mesh.empty else mesh.abstract_device) or jax.devices()[0]
+
+
+def partition_spec(axes: Sequence[str | None], array: str = "") -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes.
 
     Args:
-      what: named in errors: a parameter's path, say.
+      array: what the array is, for errors: a parameter's path, for example.
 
     Raises:
-      ValueError: for a name that ``RULES`` does not have, or two names that share a mesh axis.
+      ValueError: for a logical axis that has no rule, or two that share a mesh axis.
     """
-    where = f"{what}: " if what else ""
-    taken: dict[str, str] = {}
-    for axis in axes:
-        if axis is None:
-            continue
-        if axis not in RULES:
-            raise ValueError(f"{where}logical axis {axis!r} has no rule; sharding.RULES has {', '.join(RULES)}")
-        for mesh_axis in names_of(RULES[axis]):
-            if mesh_axis in taken:
-                first = taken[mesh_axis]
+    where = f"{array}: " if array else ""
+    users: dict[str, str] = {}
+    for axis in filter(None, axes):
+        _check_axis(axis, where)
+        for mesh_axis in names_of(rule(axis)):
+            if first := users.get(mesh_axis):
                 raise ValueError(
                     f"{where}logical axes {first!r} and {axis!r} both map to mesh axis {mesh_axis!r} (sharding.RULES: "
-                    f"{first!r} is {RULES[first]!r}, {axis!r} is {RULES[axis]!r}); one array's axes need different "
+                    f"{first!r} is {rule(first)!r}, {axis!r} is {rule(axis)!r}); one array's axes need different "
                     "mesh axes: map one of them to another, or to None"
                 )
-            taken[mesh_axis] = axis
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+            users[mesh_axis] = axis
+    return PartitionSpec(*(None if axis is None else rule(axis) for axis in axes))
+
+
+def _check_axis(axis: str, where: str = "") -> None:
+    if axis not in RULES:
+        raise ValueError(f"{where}logical axis {axis!r} has no rule; sharding.RULES has {', '.join(RULES)}")
 
 
 def names_of(axes: MeshAxes) -> tuple[str, ...]:
@@ -144,21 +185,35 @@ def names_of(axes: MeshAxes) -> tuple[str, ...]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation's sharding by logical names; does nothing outside a mesh (``jax.set_mesh``)."""
+    """Pin an activation's sharding by logical names; does nothing when no mesh is in force (``jax.set_mesh``)."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
 def axis_size(axis: str) -> int:
-    """Into how many parts a logical axis is split on the mesh in force (``jax.set_mesh``); 1 without one."""
+    """The number of shards of a logical axis on the mesh in force (``jax.set_mesh``); 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else parts(mesh, RULES[axis])
+    return 1 if mesh.empty else num_shards(mesh, axis)
 
 
-def parts(mesh: Mesh | jax.sharding.AbstractMesh, axes: MeshAxes) -> int:
-    """Into how many parts these mesh axes split an array's axis."""
-    return int(np.prod([mesh.shape[name] for name in names_of(axes)]))
+def num_shards(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """The number of shards into which a mesh splits a logical axis."""
+    return int(np.prod([mesh.shape[name] for name in names_of(rule(axis))]))
+
+
+def abstract(tree: Any, shardings: Any, dtype: DTypeLike | None = None) -> Any:
+    """The arrays of ``tree`` as ``jax.ShapeDtypeStruct`` with these shardings: what a program is compiled for.
+
+    Args:
+      shardings: a tree like ``tree``, or one sharding for all of its arrays.
+      dtype: of all arrays; default: each its own.
+    """
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding), tree, shardings
+    )
 
 
 def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
@@ -178,10 +233,10 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
         if len(axes) != len(shape):
             raise ValueError(f"{name}: shape {shape} but logical axes {axes}")
         spec = partition_spec(axes, name)
-        for dim, axis, mesh_axes in zip(shape, axes, spec, strict=True):
-            if dim % (n := parts(mesh, mesh_axes)):
+        for dim, axis in zip(shape, axes, strict=True):
+            if axis and dim % (n := num_shards(mesh, axis)):
                 raise ValueError(
-                    f"{name}: its axis {axis!r} of {dim} does not divide over mesh axes {names_of(mesh_axes)} "
+                    f"{name}: its axis {axis!r} of {dim} does not divide over mesh axes {names_of(rule(axis))} "
                     f"({n} devices); choose a mesh that divides it, or map {axis!r} to None in sharding.RULES"
                 )
         return NamedSharding(mesh, spec)
@@ -192,35 +247,34 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
 
 _VISION_FIELDS = ("patches", "patch_segments", "patch_coords", "patch_grid")
 AXES_OF_FIELD = dict.fromkeys(_VISION_FIELDS, "vision_rows") | {"merge_index": None, "merge_weight": None}
-"""What the second axis of a Batch's field is; "length" for those not named."""
+"""The logical name of the second axis of a Batch's fields; "length" for fields not named here."""
 
 SETTINGS = {"batch": "data.batch_rows", "length": "data.length", "vision_rows": "data.vision_rows"}
 
 
 def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
-    """Every leaf of a Batch is split by rows, text and vision alike; along ``context`` by columns and vision rows.
+    """The sharding of every leaf of a Batch: rows alike for text and vision, positions and vision rows by ``context``.
 
     Raises:
-      ValueError: when rows, columns or vision rows do not divide over the mesh, naming the field and the rule.
+      ValueError: when rows, positions or vision rows do not divide over the mesh, naming the setting and the rule.
     """
 
     def sharding(path: tuple, leaf: Any) -> NamedSharding:
         field = path[-1].name
         axes = ("batch", AXES_OF_FIELD.get(field, "length"))
-        spec = partition_spec(axes, field)
-        for dim, axis, mesh_axes in zip(leaf.shape, axes, spec, strict=False):
-            if dim % (n := parts(mesh, mesh_axes)):
+        for dim, axis in zip(leaf.shape, axes, strict=False):
+            if axis and dim % (n := num_shards(mesh, axis)):
                 raise ValueError(
-                    f"{SETTINGS[axis or '']} is {dim}, which does not divide over mesh axes {names_of(mesh_axes)} "
-                    f"({n} parts: the rule of {axis!r}, for {field}); take a multiple of {n}, or another mesh"
+                    f"{SETTINGS[axis]} is {dim}, which does not divide over mesh axes {names_of(rule(axis))} "
+                    f"({n} shards: the rule of {axis!r}, for {field}); take a multiple of {n}, or another mesh"
                 )
-        return NamedSharding(mesh, spec)
+        return NamedSharding(mesh, partition_spec(axes, field))
 
     return jax.tree.map_with_path(sharding, batch)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows alone are split: for batches whose columns need not divide, like prompts."""
+    """Split rows only: for batches whose positions need not divide, like prompts."""
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 

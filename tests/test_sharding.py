@@ -1,3 +1,5 @@
+"""The mesh, the rules, and the shardings that follow from them, by hand."""
+
 import dataclasses
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ _, STATE = phivision.abstract(ModelConfig())
 SHAPE = RowShape(64, 2, 16)
 
 
-def test_a_mesh_takes_all_devices_by_default():
+def test_make_mesh_defaults_to_all_devices():
     assert dict(sharding.make_mesh().shape) == {"slice": 1, "data": 1, "fsdp": 8, "tensor": 1, "context": 1}
     assert dict(sharding.make_mesh({"data": 8}).shape) == {"slice": 1, "data": 8, "fsdp": 1, "tensor": 1, "context": 1}
 
@@ -24,7 +26,7 @@ def test_a_mesh_takes_all_devices_by_default():
     ("devices", "slices", "tensor", "context", "expected"),
     [
         (8, 1, 1, 1, (1, 1, 8, 1, 1)),
-        (256, 1, 1, 1, (1, 8, 32, 1, 1)),  # groups of 32, copies beyond
+        (256, 1, 1, 1, (1, 8, 32, 1, 1)),  # groups of 32, replicas beyond
         (256, 2, 1, 4, (2, 1, 32, 1, 4)),
         (96, 1, 2, 1, (1, 2, 24, 2, 1)),  # 48 = 2 x 24: 32 does not divide it
     ],
@@ -33,7 +35,7 @@ def test_default_sizes(devices, slices, tensor, context, expected):
     assert tuple(sharding.default_sizes(devices, slices, tensor, context).values()) == expected
 
 
-def test_default_sizes_that_do_not_divide():
+def test_default_sizes_rejects_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match="8 devices do not divide into slice 1 x tensor 3 x context 1"):
         sharding.default_sizes(8, tensor=3)
 
@@ -41,17 +43,17 @@ def test_default_sizes_that_do_not_divide():
 @pytest.mark.parametrize(
     ("shape", "message"), [({"fsdp": 3}, "needs 3 devices, but there are 8"), ({"model": 8}, "'model' does not exist")]
 )
-def test_a_mesh_that_cannot_be(shape, message):
+def test_make_mesh_rejects_shape(shape, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(shape)
 
 
-def test_simulated_slices_are_neighbours():
+def test_make_mesh_groups_neighbours_into_slices():
     mesh = sharding.make_mesh({"slice": 2, "fsdp": 4})
     assert [[d.id for d in part.flat] for part in mesh.devices] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_a_mesh_has_the_slices_that_its_devices_are_in():
+def test_make_mesh_needs_the_devices_slices():
     chips = [SimpleNamespace(platform="tpu", slice_index=i // 4) for i in range(8)]
     assert sharding.num_slices(chips) == 2 and sharding.num_slices(jax.devices()) is None
     with pytest.raises(ValueError, match=r"slice is 1, but the devices are in 2 slices; set slice=2"):
@@ -60,51 +62,81 @@ def test_a_mesh_has_the_slices_that_its_devices_are_in():
         sharding.make_mesh({"slice": 4, "fsdp": 2}, chips)
 
 
-def test_an_unknown_logical_axis_is_named():
+def test_partition_spec_rejects_unknown_axis():
     with pytest.raises(ValueError, match="'embd' has no rule"):
         sharding.partition_spec(("embd",))
 
 
-def test_two_axes_on_one_mesh_axis_name_the_parameter_and_both_rules(monkeypatch):
-    monkeypatch.setitem(sharding.RULES, "head_dim", ("data", "tensor"))
+def test_param_shardings_rejects_two_axes_on_one_mesh_axis():
     message = (
         r"self_attn/\w+/kernel: logical axes '(kv_)?heads' and 'head_dim' both map to mesh axis 'tensor' .*"
         r"heads' is 'tensor', 'head_dim' is \('data', 'tensor'\)"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), sharding.override_rules({"head_dim": ("data", "tensor")}):
         sharding.param_shardings(STATE, sharding.make_mesh())
 
 
-def test_the_released_model_shards_over_fsdp_and_tensor():
-    at = sharding.param_shardings(STATE, sharding.make_mesh({"fsdp": 4, "tensor": 2}))
-    layers = at["decoder"]["layers"]
+def test_param_shardings_of_released_model():
+    shardings = sharding.param_shardings(STATE, sharding.make_mesh({"fsdp": 4, "tensor": 2}))
+    layers = shardings["decoder"]["layers"]
     assert layers["self_attn"]["q_proj"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor", None)
     assert layers["self_attn"]["k_proj"]["kernel"].spec == PartitionSpec(None, "fsdp", "tensor", None)
     assert layers["mlp"]["down_proj"]["kernel"].spec == PartitionSpec(None, "tensor", "fsdp")
-    assert at["decoder"]["embed_tokens"]["embedding"].spec == PartitionSpec("tensor", "fsdp")
+    assert shardings["decoder"]["embed_tokens"]["embedding"].spec == PartitionSpec("tensor", "fsdp")
 
 
-def test_no_parameter_is_whole_on_a_device_but_the_small():
-    at = sharding.param_shardings(STATE, sharding.make_mesh({"fsdp": 8}))
+def test_param_shardings_replicate_small_parameters_only():
+    shardings = sharding.param_shardings(STATE, sharding.make_mesh({"fsdp": 8}))
     shapes = phivision.nnx.to_pure_dict(STATE)
-    for leaf, where in zip(jax.tree.leaves(shapes), jax.tree.leaves(at), strict=True):
-        assert not where.is_fully_replicated or leaf.size < 2**20, (leaf.shape, where)
+    for leaf, found in zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True):
+        assert not found.is_fully_replicated or leaf.size < 2**20, (leaf.shape, found)
 
 
-def test_ten_kv_heads_over_four_name_the_parameter_and_the_rule():
+def test_param_shardings_rejects_ten_kv_heads_over_four():
     with pytest.raises(ValueError, match=r"k_proj/kernel: its axis 'kv_heads' of 10 .* 'kv_heads' to None"):
         sharding.param_shardings(STATE, sharding.make_mesh({"fsdp": 2, "tensor": 4}))
 
 
-def test_ten_kv_heads_go_over_four_once_a_rule_says_that_every_device_has_all(monkeypatch):
-    monkeypatch.setitem(sharding.RULES, "kv_heads", None)
-    at = sharding.param_shardings(STATE, sharding.make_mesh({"fsdp": 2, "tensor": 4}))["decoder"]["layers"]["self_attn"]
-    assert at["k_proj"]["kernel"].spec == PartitionSpec(None, "fsdp", None, None)
-    assert at["k_proj"]["kernel"].shard_shape((40, 5120, 10, 128)) == (40, 2560, 10, 128)
-    assert at["q_proj"]["kernel"].shard_shape((40, 5120, 40, 128)) == (40, 2560, 10, 128)
+def test_override_rules_replicates_kv_heads():
+    with sharding.override_rules({"kv_heads": None}):
+        shardings = sharding.param_shardings(STATE, sharding.make_mesh({"fsdp": 2, "tensor": 4}))
+    attention = shardings["decoder"]["layers"]["self_attn"]
+    assert attention["k_proj"]["kernel"].spec == PartitionSpec(None, "fsdp", None, None)
+    assert attention["k_proj"]["kernel"].shard_shape((40, 5120, 10, 128)) == (40, 2560, 10, 128)
+    assert attention["q_proj"]["kernel"].shard_shape((40, 5120, 40, 128)) == (40, 2560, 10, 128)
+    assert sharding.rule("kv_heads") == "tensor"  # outside nothing has changed
 
 
-def test_shape_and_axes_must_match():
+def test_override_rules_nests_and_reaches_constraints():
+    mesh, x = sharding.make_mesh({"fsdp": 4, "tensor": 2}), jax.numpy.ones((8, 8))
+    with jax.set_mesh(mesh), sharding.override_rules({"heads": "fsdp", "batch": None}):
+        with sharding.override_rules({"batch": "tensor"}):
+            inner = jax.jit(lambda x: sharding.constrain(x, "batch", "heads"))(x)
+        outer = jax.jit(lambda x: sharding.constrain(x, "batch", "heads"))(x)
+    assert inner.sharding.shard_shape((8, 8)) == (4, 2) and outer.sharding.shard_shape((8, 8)) == (8, 2)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [({"kv_head": None}, "'kv_head' has no rule"), ({"heads": ("fsdp", "model")}, "'model' does not exist")],
+)
+def test_override_rules_rejects_unknown_axes(rules, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.override_rules(rules)
+
+
+def test_abstract_carries_shardings_and_dtype():
+    mesh = sharding.make_mesh()
+    rows, everywhere = sharding.row_sharding(mesh), sharding.replicated(mesh)
+    tree = {"a": np.zeros((8, 2), np.float32), "b": np.zeros(3, np.int32)}
+    found = sharding.abstract(tree, {"a": rows, "b": everywhere})
+    assert found["a"] == jax.ShapeDtypeStruct((8, 2), np.float32, sharding=rows)
+    assert found["b"] == jax.ShapeDtypeStruct((3,), np.int32, sharding=everywhere)
+    same = sharding.abstract(tree, everywhere, np.float16)
+    assert {(x.sharding, x.dtype) for x in same.values()} == {(everywhere, np.dtype("float16"))}
+
+
+def test_param_shardings_rejects_wrong_number_of_axes():
     _, state = phivision.abstract(ModelConfig())
     state["decoder"]["norm"]["scale"].set_metadata(out_sharding=("embed", None))
     with pytest.raises(ValueError, match=r"decoder/norm/scale: shape \(5120,\) but logical axes"):
@@ -120,53 +152,50 @@ MESHES = [
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_a_rows_images_live_where_its_text_does(shape):
-    """By hand from the mesh: device (slice, data, fsdp, tensor, context) has its rows, and its part of each of them."""
+def test_batch_shardings_keep_images_with_their_text(shape):
+    """By hand from the mesh: device (slice, data, fsdp, tensor, context) has its rows, and its shard of each row."""
     mesh, spec = sharding.make_mesh(shape), batch_spec(8, SHAPE)
-    at = sharding.batch_shardings(mesh, spec)
-    cut, parts = shape.get("context", 1), 8 // shape.get("tensor", 1) // shape.get("context", 1)
-    rows = {
-        field: where.devices_indices_map(getattr(spec, field).shape) for field, where in at._asdict().items() if where
-    }
-    for place, device in np.ndenumerate(mesh.devices):
-        group, c = int(np.ravel_multi_index(place[:3], mesh.devices.shape[:3])), place[4]
-        mine = set(range(8)[group * 8 // parts : (group + 1) * 8 // parts])
-        for field, where in rows.items():
-            index, shape_of = where[device], getattr(spec, field).shape
+    shardings = {field: found for field, found in sharding.batch_shardings(mesh, spec)._asdict().items() if found}
+    context, groups = shape.get("context", 1), 8 // shape.get("tensor", 1) // shape.get("context", 1)
+    for coordinates, device in np.ndenumerate(mesh.devices):
+        group, c = int(np.ravel_multi_index(coordinates[:3], mesh.devices.shape[:3])), coordinates[4]
+        mine = set(range(8)[group * 8 // groups : (group + 1) * 8 // groups])
+        for field, found in shardings.items():
+            size = getattr(spec, field).shape
+            index, part = found.devices_indices_map(size)[device], size[1] // context
             assert set(range(8)[index[0]]) == mine, field
-            size = shape_of[1] // cut
-            assert set(range(shape_of[1])[index[1]]) == set(range(c * size, (c + 1) * size)), field
+            assert set(range(size[1])[index[1]]) == set(range(c * part, (c + 1) * part)), field
             assert all(i == slice(None) for i in index[2:])
 
 
-def test_a_merge_table_names_features_of_the_whole_row():
+def test_batch_shardings_do_not_split_merge_tables():
     mesh = sharding.make_mesh({"fsdp": 4, "context": 2})
-    at = sharding.batch_shardings(mesh, batch_spec(8, dataclasses.replace(SHAPE, merge=(6, 4, 1))))
-    for where in (at.merge_index, at.merge_weight):
-        assert where.shard_shape((8, 6, 4, 1)) == (2, 6, 4, 1)
+    shardings = sharding.batch_shardings(mesh, batch_spec(8, dataclasses.replace(SHAPE, merge=(6, 4, 1))))
+    for found in (shardings.merge_index, shardings.merge_weight):
+        assert found.shard_shape((8, 6, 4, 1)) == (2, 6, 4, 1)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": 6}, r"data\.batch_rows is 6, .*\('slice', 'data', 'fsdp'\) \(4 parts: .*'batch', .*multiple of 4"),
-        ({"length": 63}, r"data\.length is 63, .*\('context',\) \(2 parts: the rule of 'length'"),
+        ({"rows": 6}, r"data\.batch_rows is 6, .*\('slice', 'data', 'fsdp'\) \(4 shards: .*'batch', .*multiple of 4"),
+        ({"length": 63}, r"data\.length is 63, .*\('context',\) \(2 shards: the rule of 'length'"),
         ({"vision_rows": 3}, r"data\.vision_rows is 3, .*'vision_rows', for patches"),
     ],
 )
-def test_a_batch_that_does_not_divide_names_its_setting(change, message):
+def test_batch_shardings_rejects_sizes_that_do_not_divide(change, message):
     mesh = sharding.make_mesh({"fsdp": 4, "context": 2})
     rows, shape = change.get("rows", 8), {name: size for name, size in change.items() if name != "rows"}
     with pytest.raises(ValueError, match=message):
         sharding.batch_shardings(mesh, batch_spec(rows, dataclasses.replace(SHAPE, **shape)))
 
 
-def test_constrain_outside_a_mesh_does_nothing():
+def test_constrain_without_mesh_does_nothing():
     x = jax.numpy.ones(3)
     assert sharding.constrain(x, "batch") is x
 
 
-def test_constrain_in_a_mesh_places_by_logical_names():
+def test_constrain_pins_sharding_by_logical_names():
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2, "context": 2})
     with jax.set_mesh(mesh):
         x = jax.jit(lambda x: sharding.constrain(x, "batch", "length", "heads", None))(jax.numpy.ones((8, 4, 2, 3)))

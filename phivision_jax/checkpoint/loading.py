@@ -69,9 +69,7 @@ def load(
         config = dataclasses.replace(config, image_attention=image_attention)
     graphdef, state = phivision.abstract(config, dtype=dtype, remat=remat, vision_remat=remat)
     at = sharding.param_shardings(state, mesh or sharding.make_mesh(devices=jax.devices()[:1]))
-    target = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, param_dtype, sharding=place), nnx.to_pure_dict(state), at
-    )
+    target = sharding.abstract(nnx.to_pure_dict(state), at, param_dtype)
     processor = processor_of(path, config)  # first: a tokenizer that is damaged is known before all weights are read
     return phivision.merge(graphdef, read_params(path, config, target)), processor
 

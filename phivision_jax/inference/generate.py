@@ -194,7 +194,7 @@ def generate_tokens(
             jnp.ones((B, 1), jnp.int32),
             cache=cache,
             cache_segments=segments,
-            column=column,
+            offset=column,
         )
         token = jnp.where(done, eos_id, choose(hidden, i))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1)

@@ -1,12 +1,15 @@
 """The pieces both towers are made of. Each parameter is declared once: shape, logical axes and initialiser together.
 
-Axis legend, used in every einsum and shape comment of the models:
+Axis legend, for every einsum, rearrangement and shape comment of the models, the loss and attention:
 
-    B batch row     T query position   S key position   N query heads   K kv heads    G N/K        H head dim
-    D model dim     F ffn dim          V vocab          L layers        R vision rows P patches    M vision tokens
-    I images        C channels (the vision width)
+    B  batch row          T  query position    S  key position    M  vision token      R  vision row    P  patch
+    D  model width        F  MLP width         V  vocabulary      C  vision width      L  layer
+    N  query head         K  key head          G  N/K             H  head dimension
 
-Compute follows the dtype of the activations: a parameter is cast where it is used, norms and angles work in fp32.
+Lower case is for parts of an axis or a few things of a kind: t, s, v a block of T, S, V; u the shards of V; n, k the
+features of a vision token in a merge table and their terms; g groups of examples in metrics.
+
+Compute follows the dtype of the activations: a parameter is cast where it is used; norms and angles are fp32.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
 
 from phivision_jax.models.elementwise import layer_norm, rms_norm
-from phivision_jax.models.remat import PRODUCT, name
+from phivision_jax.models.remat import PRODUCT
 
 ONES, ZEROS = jax.nn.initializers.ones, jax.nn.initializers.zeros
 
@@ -37,12 +41,12 @@ def truncated_normal(stddev: float) -> Initializer:
 
 
 def project(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
-    """x [..., *in] · kernel [*in, *out] = [..., *out], summed over the last ``n`` axes of x. In reverse mode only.
+    """x [..., *in] · kernel [*in, *out] = [..., *out], contracting the last ``n`` axes of x; reverse mode only.
 
-    The gradients are those of autodiff but for one order: it makes the kernel's as (dyᵀ · x)ᵀ, which XLA computes on
-    CPUs much more slowly than xᵀ · dy.
+    The gradients are those of autodiff, but the kernel's is computed as xᵀ · dy: autodiff's (dyᵀ · x)ᵀ is much slower
+    on CPUs.
     """
-    return name(_project(x, kernel, n), PRODUCT)
+    return checkpoint_name(_project(x, kernel, n), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -65,9 +69,18 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 class Linear(nnx.Module):
-    """y = x · kernel (+ bias), contracting the last ``len(inputs)`` axes of x: heads keep axes of their own.
+    """A linear layer, declared by its contraction: ``Linear("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", …))``.
 
-    With adapters (``adapt``) also + alpha / rank · (x · A) · B; Hu et al. 2021, arXiv 2106.09685, §4.1.
+    The kernel's contracted axes come first, and last in x; x may have other leading axes than those named. With
+    adapters (``adapt``) the result is x · W + alpha / rank · (x · A) · B; Hu et al. 2021, arXiv 2106.09685, §4.1.
+
+    Args:
+      equation: "x,kernel->y", as for einsum.
+      shape, axes: sizes and logical names of the kernel's axes.
+      init_scale: of the initial weights, whose standard deviation is init_scale / √fan_in.
+
+    Raises:
+      ValueError: for an equation that contracts in another way.
     """
 
     lora_a: nnx.Param | None = None
@@ -76,42 +89,44 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        inputs: tuple[int, ...],
-        outputs: tuple[int, ...],
+        equation: str,
+        shape: tuple[int, ...],
         axes: tuple[str | None, ...],
         *,
         rngs: nnx.Rngs,
         bias: bool = False,
         init_scale: float = 1.0,
     ) -> None:
-        self.num_inputs = len(inputs)
-        # LeCun: variance 1/fan_in keeps the scale of activations; residual outputs shrink it by their depth.
-        init = truncated_normal(init_scale / math.sqrt(math.prod(inputs)))
-        self.kernel = param(rngs, (*inputs, *outputs), axes, init)
-        self.bias = param(rngs, outputs, axes[self.num_inputs :], ZEROS) if bias else None
+        x, kernel = equation.partition("->")[0].split(",")
+        self.num_inputs = n = len(set(x) & set(kernel))
+        if len(kernel) != len(shape) or equation != f"{x[:-n]}{kernel[:n]},{kernel}->{x[:-n]}{kernel[n:]}":
+            raise ValueError(f"{equation!r} does not contract the last axes of x with the first of a kernel {shape}")
+        init = truncated_normal(init_scale / math.sqrt(math.prod(shape[:n])))
+        self.kernel = param(rngs, shape, axes, init)
+        self.bias = param(rngs, shape[n:], axes[n:], ZEROS) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         n = self.num_inputs
         y = project(x, self.kernel[...].astype(x.dtype), n)
         if self.lora_a is not None and self.lora_b is not None:
-            # Never A · B: that would be as large as the kernel.
+            # A · B is never formed: it would be as large as the kernel.
             narrow = project(x, self.lora_a[...].astype(x.dtype), n)
             y = y + self.lora_scale * project(narrow, self.lora_b[...].astype(x.dtype), 1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     def adapt(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
-        """Add a low-rank adapter that changes nothing yet: A [in…, rank] is drawn, B [rank, out…] is zero.
+        """Add a low-rank adapter that changes nothing yet: A [in…, rank] is random, B [rank, out…] zero.
 
-        Where the kernel is stacked over layers, both are too. A is uniform in ±1/√in, as in the paper's own code and
-        in PEFT, so that learning rates found there serve here.
+        For a kernel that is stacked over layers, A and B are stacked too. A is uniform in ±1/√in, as in the paper's
+        own code and in PEFT, so that learning rates carry over.
         """
         shape, axes = self.kernel.get_value().shape, self.kernel.get_metadata()["out_sharding"]
         layers = axes.count("layer")
         n = layers + self.num_inputs
-        draw = jax.nn.initializers.variance_scaling(
+        init = jax.nn.initializers.variance_scaling(
             1 / 3, "fan_in", "uniform", in_axis=range(layers, n), batch_axis=range(layers)
         )
-        self.lora_a = param(rngs, (*shape[:n], rank), (*axes[:n], "lora"), draw)
+        self.lora_a = param(rngs, (*shape[:n], rank), (*axes[:n], "lora"), init)
         self.lora_b = param(rngs, (*shape[:layers], rank, *shape[n:]), (*axes[:layers], "lora", *axes[n:]), ZEROS)
         self.lora_scale = alpha / rank
 
@@ -122,6 +137,7 @@ class LayerNorm(nnx.Module):
         self.scale = param(rngs, (dim,), (axis,), ONES)
         self.bias = param(rngs, (dim,), (axis,), ZEROS)
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         return layer_norm(x, self.scale[...], self.bias[...], self.eps)
 
@@ -131,6 +147,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.scale = param(rngs, (dim,), (axis,), ONES)
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.scale[...], self.eps)
 
@@ -138,7 +155,7 @@ class RMSNorm(nnx.Module):
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin of the rotary angles, each [..., H/2] in fp32.
 
-    fp32 matters: inverse frequencies rounded to bf16 put the angle 0.11 rad off at position 64, 14.7 rad at 8,192.
+    bf16 would not do: rounded inverse frequencies put the angle 0.11 rad off at position 64, 14.7 rad at 8,192.
     """
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None].astype(jnp.float32) * frequencies
@@ -146,7 +163,7 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [B, T, N, H] by angles [B, T, H/2]; the halves of H are the pairs (not neighbours)."""
+    """Rotate x [B, T, N, H] by angles [B, T, H/2]; element i is paired with i + H/2, not with its neighbour."""
     cos, sin = cos[:, :, None], sin[:, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -154,5 +171,10 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def stack[M: nnx.Module](make: Callable[[nnx.Rngs], M], num_layers: int, rngs: nnx.Rngs) -> M:
     """``num_layers`` modules in one, every parameter with a leading "layer" axis, to be scanned over."""
-    # The "layer" entry matters: without it the specs of the unstacked axes would shift left by one, in silence.
+    # Without the "layer" entry the specs of the unstacked axes would silently shift left by one.
     return nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: "layer"})(rngs.split(num_layers))
+
+
+def residual_scale(num_layers: int) -> float:
+    """``init_scale`` of the layers that write into the residual stream: their sum over the depth has unit variance."""
+    return (2 * num_layers) ** -0.5

@@ -1,11 +1,11 @@
-"""Low-rank adapters (LoRA: Hu et al. 2021, arXiv 2106.09685): made beside kernels, and folded into them again.
+"""Low-rank adapters (LoRA: Hu et al. 2021, arXiv 2106.09685): added beside kernels, and merged into them.
 
     decoder/layers/mlp/up_proj/   kernel [L, D, F]        frozen
-                                  lora_a [L, D, rank]     drawn;  x · kernel + alpha / rank · (x · A) · B
-                                  lora_b [L, rank, F]     zero at first
+                                  lora_a [L, D, rank]     random;  x · kernel + alpha / rank · (x · A) · B
+                                  lora_b [L, rank, F]     initially zero
 
-A tree of parameters that holds adapters says so by their names alone: what trains (``training/optim.py``) and what an
-export has to merge (``convert/adapters.py``) follow from that. ``alpha`` is not in the tree: it is metadata.
+Adapters are recognised by these parameter names alone: they decide what trains (``training/optim.py``) and what an
+export merges (``convert/adapters.py``). ``alpha`` is not in the tree: it is metadata.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ A, B = "lora_a", "lora_b"
 
 
 def is_adapter(path: tuple) -> bool:
-    """Whether this path of a parameter is that of an adapter's."""
+    """True for the path of an adapter's parameter."""
     return path[-1] in (A, B)
 
 
@@ -34,13 +34,13 @@ def add(model: nnx.Module, cfg: LoraConfig, rngs: nnx.Rngs) -> None:
     """Attach an adapter to every ``Linear`` of ``model`` whose path ``cfg.targets`` matches anywhere.
 
     Args:
-      rngs: draws A; with the same linear layers matched, the same numbers on any mesh.
+      rngs: for A, whose values depend on the matched layers but not on the mesh.
 
     Raises:
-      ValueError: for a rank below 1, a pattern that is no regular expression, or that matches no linear layer.
+      ValueError: for a rank below 1; for a pattern that is not a regular expression or matches no linear layer.
     """
     if cfg.rank < 1:
-        raise ValueError(f"lora.rank is {cfg.rank}; an adapter's is at least 1, and 0 in a configuration means none")
+        raise ValueError(f"lora.rank is {cfg.rank}; give at least 1, or 0 for no adapters")
     linears = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Linear)}
     try:
         matched = [name for name in linears if re.search(cfg.targets, name)]
@@ -54,23 +54,23 @@ def add(model: nnx.Module, cfg: LoraConfig, rngs: nnx.Rngs) -> None:
 
 
 def without(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree less its adapters, nothing merged: what a checkpoint without any has to give."""
+    """The tree without its adapters, unmerged: the parameters that a base checkpoint has to provide."""
     flat = nnx.traversals.flatten_mapping(params)
     return nnx.traversals.unflatten_mapping({path: leaf for path, leaf in flat.items() if not is_adapter(path)})
 
 
 def merge(params: Mapping[str, Any], cfg: LoraConfig) -> dict[str, Any]:
-    """The tree without adapters that answers as the one with them: kernels are W + alpha / rank · A · B.
+    """The equivalent tree without adapters: kernels become W + alpha / rank · A · B.
 
     Args:
-      params: nested dict of arrays, or any part of one; left as it is.
-      cfg: that of the training; its rank and alpha are used.
+      params: nested dict of arrays, or any part of one; not modified.
+      cfg: the rank and alpha of the training run.
 
     Returns:
-      Kernels in the dtype they had; sums and products are in fp32.
+      Kernels in their own dtype; sums and products are fp32.
 
     Raises:
-      ValueError: when an adapter has another rank than ``cfg``.
+      ValueError: when an adapter's rank is not that of ``cfg``.
     """
     flat = nnx.traversals.flatten_mapping(params)
     merged = {path: leaf for path, leaf in flat.items() if not is_adapter(path)}
@@ -78,16 +78,16 @@ def merge(params: Mapping[str, Any], cfg: LoraConfig) -> dict[str, Any]:
         if path[-1] == A:
             if a.shape[-1] != cfg.rank:
                 name = "/".join(map(str, path))
-                raise ValueError(f"{name} is of rank {a.shape[-1]}, lora.rank is {cfg.rank}; give the run's own lora")
-            kernel = (*path[:-1], "kernel")
-            merged[kernel] = _merge_kernel(flat[kernel], a, flat[*path[:-1], B], cfg.alpha / cfg.rank)
+                raise ValueError(f"{name} has rank {a.shape[-1]}, lora.rank is {cfg.rank}; give the training run's")
+            layer = path[:-1]
+            merged[*layer, "kernel"] = _merge_kernel(flat[*layer, "kernel"], a, flat[*layer, B], cfg.alpha / cfg.rank)
     return nnx.traversals.unflatten_mapping(merged)
 
 
 def _merge_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
     """kernel [(L,) in…, out…], a [(L,) in…, rank], b [(L,) rank, out…]."""
-    if a.ndim + b.ndim - 2 > kernel.ndim:  # a layer axis: one layer at a time, as A · B is as large as the kernel
+    if a.ndim + b.ndim - 2 > kernel.ndim:  # stacked: one layer at a time, as A · B is as large as the kernel
         return jax.lax.map(lambda layer: _merge_kernel(layer[0], layer[1], layer[2], scale), (kernel, a, b))
-    # The default precision of a product on TPUs is bf16's.
+    # Products on TPUs are bf16 by default.
     product = jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision=jax.lax.Precision.HIGHEST)
     return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)

@@ -6,16 +6,17 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from phivision_jax.config import ModelConfig
 from phivision_jax.models.layers import Linear
 
 
 class Projector(nnx.Module):
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        C, D = cfg.projector.merge_size * cfg.vision.hidden_size, cfg.decoder.hidden_size
-        self.fc1 = Linear((C,), (D,), ("patch_embed", "projector"), bias=True, rngs=rngs)
-        self.fc2 = Linear((D,), (D,), ("projector", "embed"), bias=True, rngs=rngs)
+    """Two linear layers with an exact (erf) GELU between them, from width C of a (merged) feature to D."""
 
-    def __call__(self, features: Float[Array, "*B M GC"]) -> Float[Array, "*B M D"]:
-        # torch.nn.GELU() is the exact one (erf), unlike the encoder's tanh form.
+    def __init__(self, C: int, D: int, *, rngs: nnx.Rngs) -> None:
+        self.fc1 = Linear("BMC,CD->BMD", (C, D), ("patch_embed", "projector"), bias=True, rngs=rngs)
+        self.fc2 = Linear("BMC,CD->BMD", (D, D), ("projector", "embed"), bias=True, rngs=rngs)
+
+    @jax.named_scope("projector")
+    def __call__(self, features: Float[Array, "*B M C"]) -> Float[Array, "*B M D"]:
+        # torch.nn.GELU() is the exact form, unlike the encoder's tanh approximation.
         return self.fc2(jax.nn.gelu(self.fc1(features), approximate=False))

@@ -1,15 +1,15 @@
-"""Rematerialisation policies by name: what a scanned layer keeps for its backward pass, and where.
+"""Rematerialisation policies by name: the values that a scanned layer keeps for its backward pass, and where.
 
-    policy             kept, per token of a decoder layer (bf16)                                 computed again
-    full               x                                                               10 KiB    the whole layer
+    policy             kept, per token of a decoder layer (bf16)                                 recomputed
+    full               x                                                               10 KiB    the entire layer
     attention          x; q, k, v; attention's result and its normalisers              35 KiB    o, gate, up; no splash
     dots               the result of every product with a weight; attention's result  117 KiB    norms, RoPE, SiLU
-    none               what the gradient of each operation asks for                              nothing
-    offload            x, in the host's memory                                          0 KiB    the whole layer
-    offload_attention  what "attention" keeps, in the host's memory                     0 KiB    o, gate, up
+    none               whatever the gradient of each operation needs                             nothing
+    offload            x, in the host's memory                                          0 KiB    the entire layer
+    offload_attention  the values of "attention", in the host's memory                  0 KiB    o, gate, up
 
 x is the layer's input. Offloading moves it to pinned host memory and back while other layers compute. With adapters
-"dots" keeps their products, too.
+"dots" also keeps their products.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 INPUT = "layer_input"
 QKV = "qkv"
 ATTENTION = "attention"
 PRODUCT = "product"
-"""Names of the values that policies speak of; ``name`` marks them in the layers."""
+"""Names of the values that policies select; ``checkpoint_name`` marks them in the layers."""
 
 _policies = jax.checkpoint_policies
 
@@ -47,24 +46,18 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
     "offload_attention": _offload(INPUT, QKV, ATTENTION),
 }
 
-name = checkpoint_name
-
 
 def check(policy: str) -> str:
-    """The policy's name again.
-
-    Raises:
-      ValueError: for a policy that does not exist.
-    """
+    """Return a policy's name, or raise ValueError if there is no such policy."""
     if policy not in POLICIES:
         raise ValueError(f"remat policy {policy!r} does not exist; choose one of {', '.join(POLICIES)}")
     return policy
 
 
 def checkpoint(body: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """Wrap a scan body so that its backward keeps what ``policy`` names."""
+    """Wrap a scan body so that its backward pass keeps the values that ``policy`` selects."""
     keep = POLICIES[check(policy)]
     if keep is None:
         return body
-    # prevent_cse only matters outside of scan, where it costs optimisation barriers.
+    # prevent_cse=True adds optimisation barriers that are needed outside of scan only.
     return jax.checkpoint(body, prevent_cse=False, policy=keep)

@@ -1,7 +1,7 @@
 """The SigLIP-2 NaFlex vision encoder: any grid, many images packed in a row, attention inside each image only.
 
 Source: SigLIP 2 (arXiv 2502.14786, NaFlex) and transformers' ``modeling_siglip2.py``, whose submodule names it keeps.
-The features are ``hidden_states[-2]``: the last block, its post-norm and the pooling head never run and live in
+The features are ``hidden_states[-2]``: the last block, its post-norm and the pooling head never run; they exist in
 checkpoints only, as ``vision_tail``.
 """
 
@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, UInt8
+from jaxtyping import Array, Float, Int32
 
+from phivision_jax.batch import Batch
 from phivision_jax.config import VisionConfig
 from phivision_jax.models.attention.attend import attend
 from phivision_jax.models.elementwise import gelu
-from phivision_jax.models.layers import LayerNorm, Linear, param, stack, truncated_normal
-from phivision_jax.models.remat import INPUT, QKV, checkpoint, name
+from phivision_jax.models.layers import LayerNorm, Linear, param, residual_scale, stack, truncated_normal
+from phivision_jax.models.remat import INPUT, QKV, checkpoint
 from phivision_jax.sharding import constrain
 
 
 def interpolation_weights(index: Int32[Array, ...], size: Int32[Array, ...], side: int) -> Float[Array, "... side"]:
-    """How much each of ``side`` table entries weighs at output ``index`` of an axis resized to ``size``.
+    """The weights of ``side`` table entries at output ``index`` of an axis resized to ``size``.
 
     Bilinear, antialiased, align_corners=False, as ``torch.nn.functional.interpolate(antialias=True)`` defines it: a
     triangle of half-width max(side/size, 1) around the output's centre, normalised over the table.
@@ -49,23 +52,23 @@ class PositionEmbedding(nnx.Module):
     def __call__(self, coords: Int32[Array, "*B P 2"], grid: Int32[Array, "*B P 2"]) -> Float[Array, "*B P C"]:
         rows = interpolation_weights(coords[..., 0], grid[..., 0], self.side)
         columns = interpolation_weights(coords[..., 1], grid[..., 1], self.side)
-        weights = (rows[..., :, None] * columns[..., None, :]).reshape(*coords.shape[:-1], -1)  # [B, P, 256]
-        return weights @ self.embedding[...]
+        weights = rearrange(rows[..., :, None] * columns[..., None, :], "... row column -> ... (row column)")
+        return weights @ self.embedding[...]  # [B, P, 256] · [256, C]
 
 
 class Attention(nnx.Module):
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs) -> None:
         C, N, H = cfg.hidden_size, cfg.num_heads, cfg.head_dim
-        qkv_axes = ("patch_embed", "patch_heads", "head_dim")
-        self.q_proj = Linear((C,), (N, H), qkv_axes, bias=True, rngs=rngs)
-        self.k_proj = Linear((C,), (N, H), qkv_axes, bias=True, rngs=rngs)
-        self.v_proj = Linear((C,), (N, H), qkv_axes, bias=True, rngs=rngs)
-        self.out_proj = Linear(
-            (N, H), (C,), ("patch_heads", "head_dim", "patch_embed"), bias=True, rngs=rngs, init_scale=_residual(cfg)
-        )
+        inputs, outputs = ("patch_embed", "patch_heads", "head_dim"), ("patch_heads", "head_dim", "patch_embed")
+        scale = residual_scale(cfg.num_layers)
+        self.q_proj = Linear("BRPC,CNH->BRPNH", (C, N, H), inputs, bias=True, rngs=rngs)
+        self.k_proj = Linear("BRPC,CNH->BRPNH", (C, N, H), inputs, bias=True, rngs=rngs)
+        self.v_proj = Linear("BRPC,CNH->BRPNH", (C, N, H), inputs, bias=True, rngs=rngs)
+        self.out_proj = Linear("BRPNH,NHC->BRPC", (N, H, C), outputs, bias=True, rngs=rngs, init_scale=scale)
 
+    @jax.named_scope("attention")
     def __call__(self, x: Float[Array, "B R P C"], segments: Int32[Array, "B R P"]) -> Float[Array, "B R P C"]:
-        q, k, v = (name(proj(x), QKV) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, R, P, N, H]
+        q, k, v = (checkpoint_name(proj(x), QKV) for proj in (self.q_proj, self.k_proj, self.v_proj))
         out = attend(q, k, v, segment_ids=segments, axes=("batch", "vision_rows", None, "patch_heads"))
         return self.out_proj(out)
 
@@ -73,9 +76,11 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs) -> None:
         C, F = cfg.hidden_size, cfg.intermediate_size
-        self.fc1 = Linear((C,), (F,), ("patch_embed", "patch_mlp"), bias=True, rngs=rngs)
-        self.fc2 = Linear((F,), (C,), ("patch_mlp", "patch_embed"), bias=True, rngs=rngs, init_scale=_residual(cfg))
+        scale = residual_scale(cfg.num_layers)
+        self.fc1 = Linear("BRPC,CF->BRPF", (C, F), ("patch_embed", "patch_mlp"), bias=True, rngs=rngs)
+        self.fc2 = Linear("BRPF,FC->BRPC", (F, C), ("patch_mlp", "patch_embed"), bias=True, rngs=rngs, init_scale=scale)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(gelu(self.fc1(x)))
 
@@ -88,40 +93,26 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(cfg, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B R P C"], segments: Int32[Array, "B R P"]) -> Float[Array, "B R P C"]:
-        x = name(x, INPUT)
+        x = checkpoint_name(x, INPUT)
         x = x + self.self_attn(self.layer_norm1(x), segments)
         x = x + self.mlp(self.layer_norm2(x))
         return constrain(x, "batch", "vision_rows", None, None)
 
 
 class Siglip2Encoder(nnx.Module):
-    """Patches to features; see the module's docstring."""
+    """The encoder as a ``models.vision.VisionSide``: attention never leaves a vision row, nor an image within it."""
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, remat: str) -> None:
-        self.dtype, self.remat = jnp.dtype(dtype), remat
-        self.patch_embedding = Linear((cfg.patch_dim,), (cfg.hidden_size,), (None, "patch_embed"), bias=True, rngs=rngs)
+        self.width, self.dtype, self.remat = cfg.hidden_size, jnp.dtype(dtype), remat
+        C, axes = cfg.hidden_size, (None, "patch_embed")
+        self.patch_embedding = Linear("BRPF,FC->BRPC", (cfg.patch_dim, C), axes, bias=True, rngs=rngs)
         self.position_embedding = PositionEmbedding(cfg, rngs=rngs)
         self.layers = stack(lambda r: EncoderLayer(cfg, rngs=r), cfg.num_active_layers, rngs)
 
-    def __call__(
-        self,
-        patches: UInt8[Array, "B R P patch_dim"],
-        segments: Int32[Array, "B R P"],
-        coords: Int32[Array, "B R P 2"],
-        grid: Int32[Array, "B R P 2"],
-    ) -> Float[Array, "B R P C"]:
-        """Encode packed images; attention never leaves a vision row, nor an image within it.
-
-        Features of padding (segment 0) are finite and meaningless.
-        """
-        pixels = patches.astype(jnp.float32) / 127.5 - 1.0  # (x/255 - 0.5) / 0.5, the released normalisation
+    def __call__(self, batch: Batch) -> Float[Array, "B R P C"]:
+        pixels = batch.patches.astype(jnp.float32) / 127.5 - 1.0  # (x/255 - 0.5) / 0.5, the released normalisation
         x = self.patch_embedding(pixels.astype(self.dtype))
-        x = x + self.position_embedding(coords, grid).astype(self.dtype)
+        x = x + self.position_embedding(batch.patch_coords, batch.patch_grid).astype(self.dtype)
         x = constrain(x, "batch", "vision_rows", None, None)
-        body = checkpoint(lambda x, layer: (layer(x, segments), None), self.remat)
+        body = checkpoint(lambda x, layer: (layer(x, batch.patch_segments), None), self.remat)
         return jax.lax.scan(body, x, self.layers)[0]
-
-
-def _residual(cfg: VisionConfig) -> float:
-    """Scale of the layers that write into the residual stream: their sum over the depth keeps unit variance."""
-    return (2 * cfg.num_layers) ** -0.5

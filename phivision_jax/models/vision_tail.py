@@ -1,6 +1,6 @@
-"""What a checkpoint carries of SigLIP-2 beyond what runs: the last block, its post-norm and the pooling head.
+"""The parts of SigLIP-2 that checkpoints carry but that never run: the last block, its post-norm and the pooling head.
 
-They are made here only so that a model trained from nothing can be written in the released layout.
+They exist so that a model trained from random weights can be written in the released layout.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from phivision_jax.models.siglip2 import MLP, EncoderLayer
 class PoolingAttention(nnx.Module):
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs) -> None:
         C = cfg.hidden_size
-        self.in_proj = Linear((C,), (3 * C,), ("patch_embed", None), bias=True, rngs=rngs)
-        self.out_proj = Linear((C,), (C,), (None, "patch_embed"), bias=True, rngs=rngs)
+        self.in_proj = Linear("BC,CF->BF", (C, 3 * C), ("patch_embed", None), bias=True, rngs=rngs)
+        self.out_proj = Linear("BF,FC->BC", (C, C), (None, "patch_embed"), bias=True, rngs=rngs)
 
 
 class PoolingHead(nnx.Module):
@@ -29,7 +29,7 @@ class PoolingHead(nnx.Module):
 
 
 class VisionTail(nnx.Module):
-    """Parameters only; it has no forward on purpose."""
+    """Parameters only, without a forward pass."""
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs) -> None:
         self.layer = EncoderLayer(cfg, rngs=rngs)

@@ -52,8 +52,7 @@ def train_facts(config: dict[str, Any], topology: str, slices: int, low_effort: 
     step = make_train_step(cfg, mesh, steps=1_000)
     batch = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
     lowered = step.lower(batch)
-    at = sharding.batch_shardings(mesh, batch)
-    batch = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), batch, at)
+    batch = sharding.abstract(batch, step.batch_shardings(batch))
     held = {
         "parameters": _bytes_here(step.abstract_state["params"]),
         "optimizer": _bytes_here(step.abstract_state["opt_state"]),
@@ -96,16 +95,15 @@ def generate_facts(
     devices = topologies.get_topology_desc(platform="tpu", topology_name=where.xla_name).devices
     placed = sharding.make_mesh(mesh, devices)
     graphdef, state = phivision.abstract(cfg.model, dtype=jnp.bfloat16)
-    at = sharding.param_shardings(state, placed)
-    params = jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=at), nnx.to_pure_dict(state), at
-    )
+    with sharding.override_rules(cfg.rules):
+        at = sharding.param_shardings(state, placed)
+    params = sharding.abstract(nnx.to_pure_dict(state), at, jnp.bfloat16)
     shape = row_shape(cfg.model, prompt, num_patches=min(cfg.model.max_patches, prompt))
     spec = batch_spec(batch_rows, shape, cfg.model.vision.patch_dim)
     rows = sharding.row_sharding(placed)
-    spec = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), spec)
+    spec = sharding.abstract(spec, rows)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    with jax.set_mesh(placed):
+    with jax.set_mesh(placed), sharding.override_rules(cfg.rules):
         lowered = generate_tokens.lower(graphdef, params, spec, key, new_tokens, -1, 0.0, 1.0)
     held = {"parameters": _bytes_here(params), "batch": _bytes_here(spec)}
     facts = {"memory": held, "mesh": {name: int(size) for name, size in placed.shape.items()}}

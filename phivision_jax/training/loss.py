@@ -27,6 +27,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int32, Shaped
 
 from phivision_jax.batch import Batch
@@ -40,7 +41,7 @@ SHARE = 4
 """One column in so many: more than that hold a loss in few batches of questions about images (the design's mix has an
 answer in 15 % of its columns), and a row of text alone fills any share that is worth a program of its own."""
 
-type _Tiles = tuple[Float[Array, "*tiles s v D"], Int32[Array, "*tiles s"]]
+type _Tiles = tuple[Float[Array, "*tiles u v D"], Int32[Array, "*tiles u"]]
 """Of the head, and the first id of each part of it."""
 
 type _Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -61,20 +62,22 @@ def batch_loss(
     """
     kernel, counted = model.decoder.lm_head.kernel[...], batch.loss_weights != 0
     losses, hits = cross_entropy(model.hidden(batch), kernel, batch.targets, counted)
-    token_loss = losses * batch.loss_weights  # [B, T]
-    weight = batch.loss_weights.sum()
-    groups = jax.nn.one_hot(batch.group_ids, num_groups)  # [B, T, groups]
-    aux = {
-        "weight": weight,
-        "correct": (hits * batch.loss_weights).sum(),
-        "group_loss": jnp.einsum("BT,BTg->g", token_loss, groups),
-        "group_weight": jnp.einsum("BT,BTg->g", batch.loss_weights, groups),
-    }
-    total = weight if total_weight is None else total_weight
-    # A batch of padding alone has loss 0, not 0/0. Only ratios of weights matter otherwise, however small they are.
-    return token_loss.sum() / jnp.where(total == 0, 1.0, total), aux
+    with jax.named_scope("loss"):
+        token_loss = losses * batch.loss_weights  # [B, T]
+        weight = batch.loss_weights.sum()
+        groups = jax.nn.one_hot(batch.group_ids, num_groups)  # [B, T, g]
+        aux = {
+            "weight": weight,
+            "correct": (hits * batch.loss_weights).sum(),
+            "group_loss": jnp.einsum("BT,BTg->g", token_loss, groups),
+            "group_weight": jnp.einsum("BT,BTg->g", batch.loss_weights, groups),
+        }
+        total = weight if total_weight is None else total_weight
+        # A batch of padding alone has loss 0, not 0/0. Only ratios of weights matter otherwise, however small they are.
+        return token_loss.sum() / jnp.where(total == 0, 1.0, total), aux
 
 
+@jax.named_scope("loss")
 def cross_entropy(
     x: Float[Array, "B T D"],
     kernel: Float[Array, "V D"],
@@ -134,8 +137,8 @@ def _backward(
         dx, dW = _gradients(some_x, some_targets, scalars[0], scalars[1], cut, kernel.dtype)
         return columns.spread(dx), dW
 
-    dx, dW = _on_counted(of, counted)  # [tiles, s, v, D]
-    return dx, dW.swapaxes(0, 1).reshape(kernel.shape), None, None
+    dx, dW = _on_counted(of, counted)  # [tiles, u, v, D]
+    return dx, rearrange(dW, "tiles u v D -> (u tiles v) D"), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -185,8 +188,8 @@ def _losses(x: Float[Array, "B T D"], targets: Int32[Array, "B T"], cut: _Tiles)
     def body(carry: _Sums, tile: _Tiles) -> tuple[_Sums, None]:
         largest, total, picked, beaten = carry
         W, first = tile
-        logits, target = _logits(x, W), targets[..., None, None]  # [B, T, s, v]
-        entry = first[:, None] + jnp.arange(W.shape[1])  # [s, v]
+        logits, target = _logits(x, W), targets[..., None, None]  # [B, T, u, v]
+        entry = first[:, None] + jnp.arange(W.shape[1])  # [u, v]
         top = logits.max((2, 3))
         # Of equal logits the first id counts, as argmax has it: is there one before the target's?
         earlier = ((logits == top[..., None, None]) & (entry < target)).any((2, 3))
@@ -210,7 +213,7 @@ def _gradients(
     scale: Float[Array, "B T"],
     cut: _Tiles,
     dtype: jnp.dtype,
-) -> tuple[Float[Array, "B T D"], Float[Array, "tiles s v D"]]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "tiles u v D"]]:
     """Of x, and of the head in ``dtype``; ``scale`` is that of the losses."""
 
     def body(dx: jax.Array, tile: _Tiles) -> tuple[jax.Array, jax.Array]:
@@ -219,27 +222,29 @@ def _gradients(
         entry = first[:, None] + jnp.arange(W.shape[1])
         hit = entry == targets[..., None, None]
         dlogits = ((probabilities - hit) * scale[..., None, None]).astype(x.dtype)
-        dx += jnp.einsum("BTsv,svD->BTD", dlogits, W, preferred_element_type=jnp.float32)
-        # x first: on CPUs a transposed x costs less than a transposed dlogits.
-        dW = jnp.einsum("BTD,BTsv->Dsv", x, dlogits, preferred_element_type=jnp.float32).transpose(1, 2, 0)
+        with jax.named_scope("head"):
+            dx += jnp.einsum("BTuv,uvD->BTD", dlogits, W, preferred_element_type=jnp.float32)
+            # x first: on CPUs a transposed x costs less than a transposed dlogits.
+            dW = jnp.einsum("BTD,BTuv->Duv", x, dlogits, preferred_element_type=jnp.float32)
         # Here, not after the loop: a whole gradient of the table on every device would be summed and thrown away.
-        return dx, constrain(dW.astype(dtype), "vocab", None, "embed")
+        return dx, constrain(rearrange(dW, "D u v -> u v D").astype(dtype), "vocab", None, "embed")
 
     dx, dW = jax.lax.scan(body, constrain(jnp.zeros(x.shape, jnp.float32), "batch", "length", None), cut)
     return dx.astype(x.dtype), dW
 
 
+@jax.named_scope("head")
 def _logits(x: jax.Array, W: jax.Array) -> jax.Array:
-    return jnp.einsum("BTD,svD->BTsv", x, W, preferred_element_type=jnp.float32)
+    return jnp.einsum("BTD,uvD->BTuv", x, W, preferred_element_type=jnp.float32)
 
 
+@jax.named_scope("head")
 def _tiles(kernel: jax.Array, dtype: jnp.dtype, tiles: int) -> _Tiles:
-    """The head as tiles [tiles, s, v, D] of s shards of the vocabulary; and the first id of each part [tiles, s]."""
-    V, D = kernel.shape
-    shards = axis_size("vocab")
+    """The head as tiles [tiles, u, v, D] of u shards of the vocabulary; and the first id of each part [tiles, u]."""
+    V, shards = kernel.shape[0], axis_size("vocab")
     v = V // (shards * tiles)
     # Cast, then gathered along D once: in the loop it would be gathered again for every tile.
     whole = constrain(kernel.astype(dtype), "vocab", None)
-    cut = whole.reshape(shards, tiles, v, D).swapaxes(0, 1)
+    cut = rearrange(whole, "(u tiles v) D -> tiles u v D", u=shards, v=v)
     first = jnp.arange(shards)[None] * (V // shards) + jnp.arange(tiles)[:, None] * v
     return constrain(cut, None, "vocab", None, None), first.astype(jnp.int32)

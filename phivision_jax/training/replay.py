@@ -62,7 +62,7 @@ def _replay(cfg: RunConfig, directory: RunDirectory, number: int, say: Callable[
         for batch, info in made.batches(first):
             placed = made.place(batch)
             if info.step + 1 == number:
-                with jax.set_mesh(made.step.mesh):
+                with made.step.in_force():
                     losses, weights = jax.device_get(row_losses(state["params"], placed))
             state, metrics = compiled(state, placed)
             advance(1)
@@ -72,7 +72,7 @@ def _replay(cfg: RunConfig, directory: RunDirectory, number: int, say: Callable[
     taken = "not taken" if host["skipped_in_a_row"] else "taken"
     say(f"step {number} ({taken}): loss {host['loss']:.6g}, gradient norm {host['grad_norm']:.6g}")
     say("  " + ", ".join(f"{name} {host[name]:.4g}" for name in host if name.startswith("grad_norm/")))
-    here = rows_of_process(sharding.batch_shardings(made.step.mesh, made.spec).tokens, made.cfg.data.batch_rows)
+    here = rows_of_process(made.step.batch_shardings(made.spec).tokens, made.cfg.data.batch_rows)
     who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
     for name, bad in _not_finite(batch).items():
         print(f"  {who}{name} of the batch has {bad:,} values that are not finite", flush=True)

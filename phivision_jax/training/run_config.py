@@ -10,7 +10,7 @@ from typing import Any, Literal
 from phivision_jax.batch import RowShape
 from phivision_jax.config import LoraConfig, ModelConfig, dataclass_from_dict
 from phivision_jax.rows import row_shape
-from phivision_jax.sharding import default_sizes
+from phivision_jax.sharding import MeshAxes, default_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +161,9 @@ class RunConfig:
     lora: LoraConfig = LoraConfig()
     guard: GuardConfig = GuardConfig()
     mesh: MeshConfig = MeshConfig()
+    sharding_rules: tuple[tuple[str, str], ...] = ()
+    """(logical axis, mesh axes) pairs that replace rules of ``sharding.RULES``, like (("kv_heads", ""),): no mesh axis
+    replicates, several are separated by commas."""
     init_from: str = ""
     """Checkpoint (ours or a Hugging Face directory) to start from; empty for random weights."""
     model_from: Literal["config", "init_from"] = "config"
@@ -216,6 +219,11 @@ class RunConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """From nested plain dicts, tokens as steps; a misspelt field is an error that names the nearest one."""
         return dataclass_from_dict(cls, values).in_steps()
+
+    @property
+    def rules(self) -> dict[str, MeshAxes]:
+        """``sharding_rules`` as ``sharding.override_rules`` takes them."""
+        return {axis: tuple(filter(None, mesh_axes.split(","))) or None for axis, mesh_axes in self.sharding_rules}
 
     def in_steps(self) -> RunConfig:
         """With ``optim.tokens`` and ``optim.warmup_tokens`` as steps of B · T tokens, rounded.

@@ -63,7 +63,7 @@ class Prepared:
     def batches(self, first: int) -> Iterator[tuple[Batch, BatchInfo]]:
         """This host's rows of every step from the one after ``first`` to the last."""
         data = self.cfg.data
-        at = sharding.batch_shardings(self.step.mesh, self.spec)
+        at = self.step.batch_shardings(self.spec)
         return batches(
             self.datasets,
             self.plan,
@@ -78,17 +78,13 @@ class Prepared:
 
     def place(self, batch: Batch) -> Batch:
         """This host's rows on its devices, as a part of the global batch."""
-        return to_device(batch, sharding.batch_shardings(self.step.mesh, self.spec), self.cfg.data.batch_rows)
+        return to_device(batch, self.step.batch_shardings(self.spec), self.cfg.data.batch_rows)
 
     @property
     def vision_tail(self) -> Any:
         """Shapes of the part of a checkpoint that is never run, whole on every device."""
         tail = jax.eval_shape(lambda: VisionTail(self.cfg.model.vision, rngs=nnx.Rngs(self.cfg.seed)))
-        at = sharding.replicated(self.step.mesh)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-            nnx.to_pure_dict(nnx.state(tail, nnx.Param)),
-        )
+        return sharding.abstract(nnx.to_pure_dict(nnx.state(tail, nnx.Param)), sharding.replicated(self.step.mesh))
 
     def describe(self) -> str:
         count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.step.abstract_state["params"]))
@@ -155,7 +151,8 @@ def make_assets(cfg: RunConfig, directory: RunDirectory) -> None:
 
 def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """Rows are split over the slice, data and fsdp axes, in training and in evaluation, where there is one."""
-    parts = sharding.parts(mesh, sharding.RULES["batch"])
+    with sharding.override_rules(cfg.rules):
+        parts = sharding.num_shards(mesh, "batch")
     evaluated = {"eval_batch": cfg.eval_batch} if cfg.data.eval_path else {}
     for name, rows in ({"data.batch_rows": cfg.data.batch_rows} | evaluated).items():
         if rows % parts:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -39,8 +40,21 @@ class TrainStep:
     num_groups: int
     microbatches: int
     mesh: Mesh
+    rules: Mapping[str, sharding.MeshAxes]
+    """The run's changes to ``sharding.RULES``."""
     abstract_state: State
     """ShapeDtypeStructs that carry the shardings."""
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """The mesh and the sharding rules for everything that is traced inside."""
+        with jax.set_mesh(self.mesh), sharding.override_rules(self.rules):
+            yield
+
+    def batch_shardings(self, batch: Batch) -> Batch:
+        """``sharding.batch_shardings`` on this mesh, by this run's rules."""
+        with sharding.override_rules(self.rules):
+            return sharding.batch_shardings(self.mesh, batch)
 
     @property
     def shardings(self) -> State:
@@ -68,16 +82,16 @@ class TrainStep:
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
         """The step before it is compiled."""
-        rows, unit = batch.tokens.shape[0], self.microbatches * sharding.parts(self.mesh, sharding.RULES["batch"])
+        with sharding.override_rules(self.rules):
+            shards = sharding.num_shards(self.mesh, "batch")
+        rows, unit = batch.tokens.shape[0], self.microbatches * shards
         if rows % unit:
             raise ValueError(
-                f"data.batch_rows is {rows}, which does not divide over {unit // self.microbatches} devices (mesh axes "
+                f"data.batch_rows is {rows}, which does not divide over {shards} devices (mesh axes "
                 f"slice, data and fsdp) x {self.microbatches} microbatches; take a multiple of {unit}"
             )
-        at = sharding.batch_shardings(self.mesh, batch)
-        placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), batch, at)
-        metrics = sharding.replicated(self.mesh)
-        with jax.set_mesh(self.mesh):
+        placed, metrics = sharding.abstract(batch, self.batch_shardings(batch)), sharding.replicated(self.mesh)
+        with self.in_force():
             step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, metrics))
             return step.lower(self.abstract_state, placed)
 
@@ -102,8 +116,9 @@ class TrainStep:
             like = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], parts))
             zeros = self.pin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
             ((loss, aux), grads), _ = jax.lax.scan(add, zeros, parts)
-        updates, opt_state = self.tx.update(grads, state["opt_state"], trainable, loss=loss, step=state["step"])
-        params = optim.unflatten({**optax.apply_updates(trainable, updates), **frozen})
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.tx.update(grads, state["opt_state"], trainable, loss=loss, step=state["step"])
+            params = optim.unflatten({**optax.apply_updates(trainable, updates), **frozen})
         metrics = {
             "loss": loss,
             **aux,
@@ -143,7 +158,8 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1)
     graphdef, state = phivision.abstract(
         cfg.model, dtype=jnp.dtype(cfg.dtype), remat=cfg.remat, vision_remat=cfg.vision_remat, lora=cfg.lora
     )
-    params, at = nnx.to_pure_dict(state), sharding.param_shardings(state, mesh)
+    with sharding.override_rules(cfg.rules):
+        params, at = nnx.to_pure_dict(state), sharding.param_shardings(state, mesh)
     tx = guarded(optim.make_optimizer(params, cfg.optim, steps), cfg.guard)
     trainable, _ = optim.partition(params, cfg.optim)
     flat_at = optim.flatten(at)
@@ -156,11 +172,8 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1)
         "step": jax.ShapeDtypeStruct((), np.int32),
     }
     shardings = {"params": at, "opt_state": opt_at, "step": sharding.replicated(mesh)}
-    abstract_state = jax.tree.map(
-        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, shardings
-    )
-    rate = optim.schedule(cfg.optim, steps)
-    return TrainStep(graphdef, tx, cfg.optim, rate, num_groups, cfg.microbatches, mesh, abstract_state)
+    abstract_state, rate = sharding.abstract(shapes, shardings), optim.schedule(cfg.optim, steps)
+    return TrainStep(graphdef, tx, cfg.optim, rate, num_groups, cfg.microbatches, mesh, cfg.rules, abstract_state)
 
 
 def init_params(cfg: RunConfig, step: TrainStep, base: phivision.Params | None = None) -> phivision.Params:

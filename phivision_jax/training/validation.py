@@ -68,7 +68,7 @@ class Validator:
           ``validation/loss``, ``validation/token_accuracy``, and ``validation/loss/think/math`` and so on for every
           mode and task that is there; means over target tokens.
         """
-        at = sharding.batch_shardings(self._step.mesh, self._spec)
+        at = self._step.batch_shardings(self._spec)
         made = batches(
             self._datasets,
             self._plan,
@@ -90,9 +90,8 @@ class Validator:
     def lower(self) -> jax.stages.Lowered:
         """The program before it is compiled: sums of one batch."""
         step, metrics = self._step, sharding.replicated(self._step.mesh)
-        at = sharding.batch_shardings(step.mesh, self._spec)
-        placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), self._spec, at)
-        with jax.set_mesh(step.mesh):
+        placed = sharding.abstract(self._spec, step.batch_shardings(self._spec))
+        with step.in_force():
             return jax.jit(self.sums, out_shardings=metrics).lower(step.abstract_state["params"], placed)
 
     def sums(self, params: phivision.Params, batch: Batch) -> Sums:

@@ -169,7 +169,7 @@ def test_metadata_that_do_not_say_how_to_merge(checkpoint: Path, tmp_path: Path,
     path.write_text(json.dumps({**meta, "run": {"lora": {**dataclasses.asdict(LORA), "rank": 2}}}))
     code, text = run("inspect", checkpoint)
     assert code == 2 and "30 mis-shaped: " in text and "lora_a [" in text
-    with pytest.raises(ValueError, match=r"lora_a is of rank 3, lora\.rank is 2"):
+    with pytest.raises(ValueError, match=r"lora_a has rank 3, lora\.rank is 2"):
         phivision_jax.load(checkpoint)
 
 

@@ -46,7 +46,7 @@ logits = jax.jit(
 
 
 def by_hand():
-    layer = Linear((2,), (2,), ("embed", "mlp"), rngs=nnx.Rngs(0))
+    layer = Linear("D,DF->F", (2, 2), ("embed", "mlp"), rngs=nnx.Rngs(0))
     layer.kernel[...] = jnp.array([[1.0, 2.0], [3.0, 4.0]])
     layer.adapt(1, 3.0, nnx.Rngs(0))
     layer.lora_a[...] = jnp.array([[1.0], [-1.0]])
@@ -61,7 +61,7 @@ def test_a_layer_by_hand():
 
 
 def test_the_scale_is_alpha_over_rank():
-    layer = Linear((1,), (1,), ("embed", "mlp"), rngs=nnx.Rngs(0))
+    layer = Linear("D,DF->F", (1, 1), ("embed", "mlp"), rngs=nnx.Rngs(0))
     layer.adapt(4, 2.0, nnx.Rngs(0))
     layer.kernel[...], layer.lora_a[...], layer.lora_b[...] = jnp.zeros((1, 1)), jnp.ones((1, 4)), jnp.ones((4, 1))
     assert float(layer(jnp.ones(1))[0]) == 4 * 2.0 / 4
@@ -123,7 +123,7 @@ def test_merged_answers_as_adapted(tiny, adapted, batch):
         ({"targets": "up_porj"}, r"lora\.targets: 'up_porj' matches no linear layer \(they look like '.*up_proj'\)"),
         ({"targets": "lm_head|norm|kernel"}, "matches no linear layer"),  # not Linear; paths end at the layer
         ({"targets": "("}, r"lora\.targets: '\(' is not a regular expression"),
-        ({"rank": -1}, r"lora\.rank is -1; an adapter's is at least 1"),
+        ({"rank": -1}, r"lora\.rank is -1; give at least 1"),
     ],
 )
 def test_adapters_that_cannot_be_meant(changes, message):
@@ -132,7 +132,7 @@ def test_adapters_that_cannot_be_meant(changes, message):
 
 
 def test_merging_with_another_rank():
-    with pytest.raises(ValueError, match=r"fc/lora_a is of rank 1, lora\.rank is 2; give the run's own"):
+    with pytest.raises(ValueError, match=r"fc/lora_a has rank 1, lora\.rank is 2; give the training run's"):
         lora.merge({"fc": nnx.to_pure_dict(nnx.state(by_hand()))}, LoraConfig(rank=2))
 
 

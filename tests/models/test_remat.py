@@ -6,7 +6,7 @@ import re
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.ad_checkpoint import print_saved_residuals
+from jax.ad_checkpoint import checkpoint_name, print_saved_residuals
 
 from phivision_jax.config import DecoderConfig, VisionConfig
 from phivision_jax.models import remat
@@ -62,12 +62,12 @@ def test_dots_keeps_the_products_of_a_layer_of_the_tower(capsys):
 @pytest.mark.parametrize("policy, wanted", [("full", D), ("dots", D + 2 * F + 4)])
 def test_dots_keeps_an_adapter_s_products_too(policy, wanted, capsys):
     def made():
-        linear = Linear((D,), (F,), ("embed", "mlp"), rngs=nnx.Rngs(0))
+        linear = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), rngs=nnx.Rngs(0))
         linear.adapt(4, 8.0, nnx.Rngs(1))
         return linear
 
     def run(x, layer):
-        return jnp.square(layer(remat.name(x, remat.INPUT)))
+        return jnp.square(layer(checkpoint_name(x, remat.INPUT)))
 
     assert kept(remat.checkpoint(run, policy), jnp.ones((1, T, D)), nnx.eval_shape(made), capsys) == T * wanted
 

@@ -90,7 +90,7 @@ def run(
 
     Adam's first moment after one step is (1 − b1) times the gradient: no second program for gradients alone.
     """
-    at = sharding.batch_shardings(step.mesh, SPEC)
+    at = step.batch_shardings(SPEC)
     state, losses, grads = step.init(params), [], {}
     for batch in batches:
         state, metrics = compiled(state, to_device(batch, at, ROWS))

@@ -91,7 +91,7 @@ def test_eight_devices_are_one(alone, params, shape):
     assert jax.tree.map(lambda x: x.sharding, state) == step.shardings
     # The numbers come out right wherever things are. What a device holds shows in its program alone: its rows of
     # columns and its vision rows, not those of others.
-    rows, cut = ROWS // sharding.parts(step.mesh, sharding.RULES["batch"]), shape.get("context", 1)
+    rows, cut = ROWS // sharding.num_shards(step.mesh, "batch"), shape.get("context", 1)
     program = compiled.as_text()
     columns, patches = f"f32[{rows},{T // cut},{TINY.decoder.hidden_size}]", f"[{rows},{R // cut},{P},"
     assert columns in program and f"f32{patches}{TINY.vision.hidden_size}]" in program and f"u8{patches}12]" in program
@@ -127,8 +127,7 @@ def test_microbatches_deal_out_every_devices_own_rows():
         for got, all_rows in zip(jax.tree.leaves(parts), jax.tree.leaves(rows_across(0, "causal")), strict=True):
             np.testing.assert_array_equal(got[part], all_rows[part::2])
     mesh = sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
-    at = sharding.batch_shardings(mesh, SPEC)
-    placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), SPEC, at)
+    placed = sharding.abstract(SPEC, sharding.batch_shardings(mesh, SPEC))
     with jax.set_mesh(mesh):
         program = jax.jit(lambda batch: microbatches(batch, 2)).lower(placed).compile().as_text()
     for collective in ("all-to-all", "collective-permute", "all-gather", "all-reduce"):

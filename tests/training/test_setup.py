@@ -76,7 +76,7 @@ def test_the_recipe_has_rows_for_every_device(stage, kind, devices, slices):
     assert not cfg.data.eval_path and cfg.eval_batch == 64
     mesh = jax.sharding.AbstractMesh(dataclasses.astuple(cfg.mesh), sharding.MESH_AXES)
     setup.check_rows(cfg, mesh)
-    if sharding.parts(mesh, sharding.RULES["batch"]) > 64:
+    if sharding.num_shards(mesh, "batch") > 64:
         evaluated = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, eval_path="somewhere"))
         with pytest.raises(ValueError, match=r"eval_batch is 64, which does not divide over \d+ devices"):
             setup.check_rows(evaluated, mesh)

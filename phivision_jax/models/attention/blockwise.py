@@ -1,16 +1,19 @@
 """Attention in blocks of queries × keys, in plain JAX: memory grows with T, not with T², forward and backward.
 
-The softmax is made while walking over the keys ("online", Milakov and Gimelshein 2018), and the backward pass makes its
-weights again from their normaliser, as FlashAttention does (Dao et al. 2022, algorithms 1 and 4). A block of queries
-walks from the first block of keys that it may see to the last; here segment 2 begins at column 8:
+The softmax is computed while walking over the keys ("online", Milakov and Gimelshein 2018), and the backward pass
+recomputes its weights from the normaliser, as FlashAttention does (Dao et al. 2022, algorithms 1 and 4). A block of
+queries walks from the first block of keys that it may see to the last; in this example segment 2 begins at position 8:
 
     keys       0-3   4-7   8-11
-    queries 0-3  x                   nothing beyond the largest ``span_end`` of the block
+    queries 0-3  x                   no block beyond the largest ``span_end`` of the queries
             4-7  x     x
-            8-11             x       nothing whose segments lie outside of the block's smallest and largest
+            8-11             x       no block without a segment between the queries' smallest and largest
 
-Every pair is masked by its own segment and ``span_end`` as well: which blocks are walked over decides the time only,
-least where segments ascend along the row. On CPUs this beats all scores at once, since a block stays in the cache.
+Every pair is also masked by its own segment and ``span_end``: the choice of blocks affects the time only, which is
+least where segments ascend along the row. On CPUs this is faster than all scores at once: a block stays in the cache.
+
+Axes beside the legend of ``models/layers.py``: a row is i blocks of t queries, and j blocks of s keys; r = G·t are the
+queries of one block that share a key head.
 """
 
 from __future__ import annotations
@@ -19,24 +22,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
-from phivision_jax.models.attention.partition import by_device
-from phivision_jax.models.remat import ATTENTION, name
+from phivision_jax.models.attention.partition import shard_map_attention
+from phivision_jax.models.attention.plain import MASKED
+from phivision_jax.models.remat import ATTENTION
 
 BLOCK = 256
-"""Most columns of a block, of queries and of keys: a row is cut into as few equal blocks as that allows. Scores of four
-heads' queries, 1024 × 256, stay in a core's cache, and two cores can share a product of that size."""
-
-MASKED = -1e30
-"""Score of what a query may not see. Large and finite: infinities would make NaN of their differences."""
+"""Most queries, and most keys, of a block: a row is divided into as few equal blocks as that allows. The scores of four
+heads' queries, 1024 × 256, fit a core's cache, and two cores can share a product of that size."""
 
 # Running maximum before the first key. Above MASKED, so that a masked score weighs exp(-1e30) = 0 from the start.
 _LOWEST = -1e20
 
 _NO_SEGMENT = 2**30
-
-type _Residuals = tuple[jax.Array, ...]
 
 
 def blockwise(
@@ -52,56 +53,40 @@ def blockwise(
 ) -> Float[Array, "*B T N H"]:
     """Attention as ``models.attention.attend`` defines it; zero for padding (segment 0) and where no key is visible.
 
-    Under a mesh each device takes its own rows, heads and queries, with all keys of the row (gathered along
+    Under a mesh each device computes its own rows, heads and queries, with all keys of the row (gathered along
     ``context``). Scores and sums are fp32. Differentiable in reverse mode only.
 
     Args:
-      segment_ids: from 0 to 2^30; cheapest where they do not decrease along the row, padding last.
+      segment_ids: from 0 to 2^30; fastest where they do not decrease along the row and padding comes last.
       axes: as in ``attend``.
-      block: most columns of a block; rows need not be multiples of it.
+      block: largest size of a block; rows need not be multiples of it.
     """
     lead = q.ndim - 3
-    span_end = jnp.minimum(span_end, k.shape[-3] - 1)  # a last block of keys is filled with columns from S on
+    span_end = jnp.minimum(span_end, k.shape[-3] - 1)  # the last block of keys is padded with positions from S on
 
     def local(q, k, v, segments, span_end, kv_segments):
         sizes = _block_size(q.shape[-3], block), _block_size(k.shape[-3], block)
         rows = (x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, segments, kv_segments, span_end))
-        return _attention(*rows, sizes).reshape(q.shape)
+        return _attention(sizes, *rows).reshape(q.shape)
 
-    return by_device(local, q, k, v, (segment_ids, span_end), (kv_segment_ids,), axes=axes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    segments: Int32[Array, "B T"],
-    kv_segments: Int32[Array, "B S"],
-    span_end: Int32[Array, "B T"],
-    sizes: tuple[int, int],
-) -> Float[Array, "B T N H"]:
-    return _forward(q, k, v, segments, kv_segments, span_end, sizes)[0]
+    return shard_map_attention(local, q, k, v, (segment_ids, span_end), (kv_segment_ids,), axes=axes)
 
 
-def _forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segments: jax.Array,
-    kv_segments: jax.Array,
-    span_end: jax.Array,
-    sizes: tuple[int, int],
-) -> tuple[jax.Array, _Residuals]:
-    inputs = q, k, v, segments, kv_segments, span_end
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(sizes: tuple[int, int], *inputs: jax.Array) -> Float[Array, "B T N H"]:
+    """``inputs`` are those of ``_row``, each with a leading B."""
+    return _forward(sizes, *inputs)[0]
+
+
+def _forward(sizes: tuple[int, int], *inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     # One row at a time: under vmap every row would walk over the blocks of all rows.
     out, normaliser = jax.lax.map(lambda row: _row(sizes, *row), inputs)
-    out, normaliser = name(out, ATTENTION), name(normaliser, ATTENTION)
+    out, normaliser = checkpoint_name(out, ATTENTION), checkpoint_name(normaliser, ATTENTION)
     return out, (*inputs, out, normaliser)
 
 
-def _backward(sizes: tuple[int, int], residuals: _Residuals, d_out: jax.Array) -> tuple[jax.Array | None, ...]:
-    d_q, d_k, d_v = jax.lax.map(lambda row: _row_backward(sizes, *row), (*residuals, d_out))
+def _backward(sizes: tuple[int, int], saved: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+    d_q, d_k, d_v = jax.lax.map(lambda row: _row_backward(sizes, *row), (*saved, d_out))
     return d_q, d_k, d_v, None, None, None
 
 
@@ -116,13 +101,9 @@ def _row(
     segments: Int32[Array, " T"],
     kv_segments: Int32[Array, " S"],
     span_end: Int32[Array, " T"],
-) -> tuple[Float[Array, "T N H"], Float[Array, "I K C"]]:
-    """The result, and log Σ exp(score) of each query, in blocks (I blocks, K groups of C queries)."""
-    (T, N, _), K = q.shape, k.shape[1]
-    block, key_block = sizes
-    queries, keys, values = _query_blocks(q, K, block), _key_blocks(k, key_block), _key_blocks(v, key_block)
-    q_ids, k_ids = _id_blocks(_ids(segments), block), _id_blocks(kv_segments, key_block)
-    spans = _id_blocks(span_end, block)
+) -> tuple[Float[Array, "T N H"], Float[Array, "i K r"]]:
+    """The result, and log Σ exp(score) of each query, in blocks."""
+    queries, keys, values, q_ids, k_ids, spans = _blocks(sizes, q, k, v, segments, kv_segments, span_end)
 
     def one(args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, q_ids, span_end, first, last = args
@@ -132,7 +113,7 @@ def _row(
             scores = _scores(q, keys[j], q_ids, k_ids[j], span_end, j)
             new_top = jnp.maximum(top, scores.max(-1))
             weights, keep = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-            seen = jnp.einsum("KCS,KSH->KCH", weights.astype(v.dtype), values[j], preferred_element_type=jnp.float32)
+            seen = jnp.einsum("Krs,KsH->KrH", weights.astype(v.dtype), values[j], preferred_element_type=jnp.float32)
             return new_top, total * keep + weights.sum(-1), out * keep[..., None] + seen
 
         top, total = jnp.full(q.shape[:2], _LOWEST), jnp.zeros(q.shape[:2])
@@ -141,7 +122,7 @@ def _row(
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
     out, normaliser = jax.lax.map(one, (queries, q_ids, spans, *_walks(q_ids, k_ids, spans)))
-    return _from_query_blocks(out, T, N, block), normaliser
+    return _from_query_blocks(out, q), normaliser
 
 
 def _row_backward(
@@ -153,16 +134,13 @@ def _row_backward(
     kv_segments: Int32[Array, " S"],
     span_end: Int32[Array, " T"],
     out: Float[Array, "T N H"],
-    normaliser: Float[Array, "I K C"],
+    normaliser: Float[Array, "i K r"],
     d_out: Float[Array, "T N H"],
 ) -> tuple[Float[Array, "T N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
     """Gradients of q, k and v."""
-    (T, N, H), (S, K, _) = q.shape, k.shape
-    block, key_block = sizes
-    queries, keys, values = _query_blocks(q, K, block), _key_blocks(k, key_block), _key_blocks(v, key_block)
-    q_ids, k_ids = _id_blocks(_ids(segments), block), _id_blocks(kv_segments, key_block)
-    spans = _id_blocks(span_end, block)
-    # What a query's scores have in common: the softmax's gradient is weights · (d_weights - this).
+    (S, K, H), (block, _) = k.shape, sizes
+    queries, keys, values, q_ids, k_ids, spans = _blocks(sizes, q, k, v, segments, kv_segments, span_end)
+    # A term that all scores of a query share: the softmax's gradient is weights · (d_weights - common).
     common = (d_out.astype(jnp.float32) * out).sum(-1)
 
     def one(carry: tuple[jax.Array, jax.Array], args: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
@@ -172,12 +150,12 @@ def _row_backward(
             d_q, d_k, d_v = carry
             scores = _scores(q, keys[j], q_ids, k_ids[j], span_end, j)
             weights = jnp.exp(scores - normaliser[..., None])
-            d_weights = jnp.einsum("KCH,KSH->KCS", d_out, values[j], preferred_element_type=jnp.float32)
+            d_weights = jnp.einsum("KrH,KsH->Krs", d_out, values[j], preferred_element_type=jnp.float32)
             d_scores = (weights * (d_weights - common[..., None])).astype(q.dtype)
             weights = weights.astype(v.dtype)
-            d_v = d_v.at[j].add(jnp.einsum("KCS,KCH->KSH", weights, d_out, preferred_element_type=jnp.float32))
-            d_k = d_k.at[j].add(jnp.einsum("KCS,KCH->KSH", d_scores, q, preferred_element_type=jnp.float32))
-            d_q += jnp.einsum("KCS,KSH->KCH", d_scores, keys[j], preferred_element_type=jnp.float32)
+            d_v = d_v.at[j].add(jnp.einsum("Krs,KrH->KsH", weights, d_out, preferred_element_type=jnp.float32))
+            d_k = d_k.at[j].add(jnp.einsum("Krs,KrH->KsH", d_scores, q, preferred_element_type=jnp.float32))
+            d_q += jnp.einsum("Krs,KsH->KrH", d_scores, keys[j], preferred_element_type=jnp.float32)
             return d_q, d_k, d_v
 
         d_q, *carry = jax.lax.fori_loop(first, last, step, (jnp.zeros(q.shape, jnp.float32), *carry))
@@ -186,69 +164,62 @@ def _row_backward(
     blocks = queries, q_ids, spans, *_walks(q_ids, k_ids, spans), _query_blocks(d_out, K, block)
     zeros = jnp.zeros(keys.shape, jnp.float32)
     (d_k, d_v), d_q = jax.lax.scan(one, (zeros, zeros), (*blocks, _query_blocks(common, K, block), normaliser))
-    d_k, d_v = (jnp.swapaxes(x, 1, 2).reshape(-1, K, H)[:S] for x in (d_k * H**-0.5, d_v))
-    return _from_query_blocks(d_q, T, N, block), d_k.astype(k.dtype), d_v.astype(v.dtype)
+    d_k, d_v = (rearrange(x, "j K s H -> (j s) K H")[:S] for x in (d_k * H**-0.5, d_v))
+    return _from_query_blocks(d_q, q), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
 def _scores(
-    q: Float[Array, "K C H"],
-    k: Float[Array, "K S H"],
-    q_ids: Int32[Array, " Q"],
-    k_ids: Int32[Array, " S"],
-    span_end: Int32[Array, " Q"],
+    q: Float[Array, "K r H"],
+    k: Float[Array, "K s H"],
+    q_ids: Int32[Array, " t"],
+    k_ids: Int32[Array, " s"],
+    span_end: Int32[Array, " t"],
     j: Int32[Array, ""],
-) -> Float[Array, "K C S"]:
-    """fp32 scores of a block of queries (C = Q columns of every head of a group) and the j-th block of keys."""
-    scores = jnp.einsum("KCH,KSH->KCS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-    columns = j * len(k_ids) + jnp.arange(len(k_ids))
-    visible = (q_ids[:, None] == k_ids) & (columns <= span_end[:, None])
-    by_head = scores.reshape(len(scores), -1, *visible.shape)
+) -> Float[Array, "K r s"]:
+    """fp32 scores of a block of queries and the j-th block of keys."""
+    scores = jnp.einsum("KrH,KsH->Krs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    positions = j * len(k_ids) + jnp.arange(len(k_ids))
+    visible = (q_ids[:, None] == k_ids) & (positions <= span_end[:, None])  # [t, s], the same for all heads
+    by_head = rearrange(scores, "K (G t) s -> K G t s", t=len(q_ids))
     return jnp.where(visible, by_head, MASKED).reshape(scores.shape)
 
 
 def _walks(
-    q_ids: Int32[Array, "I Q"], k_ids: Int32[Array, "J S"], span_end: Int32[Array, "I Q"]
-) -> tuple[Int32[Array, " I"], Int32[Array, " I"]]:
-    """The first block of keys that a block of queries may see, and the one after the last; equal if there is none."""
+    q_ids: Int32[Array, "i t"], k_ids: Int32[Array, "j s"], span_end: Int32[Array, "i t"]
+) -> tuple[Int32[Array, " i"], Int32[Array, " i"]]:
+    """The first block of keys that each block of queries may see, and the one after the last; equal if none."""
     q_first, k_first = (jnp.where(ids > 0, ids, _NO_SEGMENT).min(1) for ids in (q_ids, k_ids))
     q_last, k_last = q_ids.max(1), k_ids.max(1)
-    J, S = k_ids.shape
+    j, s = k_ids.shape
     may = (q_first[:, None] <= k_last) & (q_last[:, None] >= k_first)
-    may &= jnp.arange(0, J * S, S) <= span_end.max(1)[:, None]
-    first, last = may.argmax(1), J - may[:, ::-1].argmax(1)
+    may &= jnp.arange(0, j * s, s) <= span_end.max(1)[:, None]
+    first, last = may.argmax(1), j - may[:, ::-1].argmax(1)
     return first, jnp.where(may.any(1), last, first)
 
 
-def _block_size(columns: int, block: int) -> int:
-    return -(-columns // -(-columns // block))
+def _block_size(length: int, block: int) -> int:
+    return -(-length // -(-length // block))
 
 
-def _ids(segments: Int32[Array, " T"]) -> Int32[Array, " T"]:
-    """Segments of queries: padding's is one that no key has."""
-    return jnp.where(segments == 0, -1, segments)
+def _blocks(sizes, q, k, v, segments, kv_segments, span_end) -> tuple[jax.Array, ...]:
+    """The arguments of ``_row`` as blocks."""
+    t, s = sizes
+    keys, values = (rearrange(_pad(x, s), "(j s) K H -> j K s H", s=s) for x in (k, v))
+    q_segments = jnp.where(segments == 0, -1, segments)  # no key has the segment of padding's queries
+    # Repeating the last id lengthens no walk; padded keys are masked by their positions.
+    ids = ((q_segments, t), (kv_segments, s), (span_end, t))
+    return _query_blocks(q, k.shape[1], t), keys, values, *(_pad(x, n, mode="edge").reshape(-1, n) for x, n in ids)
 
 
-def _id_blocks(ids: Int32[Array, " T"], block: int) -> Int32[Array, "I Q"]:
-    # The last column again, which lengthens no walk; keys beyond the row are masked by their columns.
-    return jnp.pad(ids, (0, -len(ids) % block), mode="edge").reshape(-1, block)
+def _pad(x: Float[Array, "T ..."], block: int, mode: str = "constant") -> Float[Array, "it ..."]:
+    """Fill the last block. Zeros as d_out of a padded query change no gradient."""
+    return jnp.pad(x, ((0, -len(x) % block), *((0, 0),) * (x.ndim - 1)), mode=mode)
 
 
-def _filled(x: Float[Array, "T ..."], block: int) -> Float[Array, "I Q ..."]:
-    """Zeros beyond the row: d_out of such a query changes no gradient."""
-    return jnp.pad(x, ((0, -len(x) % block), *((0, 0),) * (x.ndim - 1))).reshape(-1, block, *x.shape[1:])
+def _query_blocks(x: Float[Array, "T N ..."], K: int, block: int) -> Float[Array, "i K r ..."]:
+    return rearrange(_pad(x, block), "(i t) (K G) ... -> i K (G t) ...", t=block, K=K)
 
 
-def _key_blocks(x: Float[Array, "S K H"], block: int) -> Float[Array, "J K S H"]:
-    return jnp.swapaxes(_filled(x, block), 1, 2)
-
-
-def _query_blocks(x: Float[Array, "T N ..."], K: int, block: int) -> Float[Array, "I K C ..."]:
-    """The heads of a group below each other: C = N/K · block."""
-    x = _filled(x, block)
-    I, _, N, *rest = x.shape  # noqa: E741
-    return jnp.moveaxis(x.reshape(I, block, K, N // K, *rest), 1, 3).reshape(I, K, -1, *rest)
-
-
-def _from_query_blocks(x: Float[Array, "I K C H"], T: int, N: int, block: int) -> Float[Array, "T N H"]:
-    I, K, _, H = x.shape  # noqa: E741
-    return jnp.moveaxis(x.reshape(I, K, N // K, block, H), 3, 1).reshape(-1, N, H)[:T]
+def _from_query_blocks(x: Float[Array, "i K r H"], like: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+    G = like.shape[1] // x.shape[1]
+    return rearrange(x, "i K (G t) H -> (i t) (K G) H", G=G)[: len(like)]

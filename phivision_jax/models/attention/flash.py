@@ -1,17 +1,19 @@
-"""Attention on Hopper and Blackwell GPUs (compute capability 9 and 10): tokamax's kernels, told two numbers a column.
+"""Attention on Hopper and Blackwell GPUs (compute capability 9 and 10) with tokamax's kernels.
 
-Where every segment is one run of columns, a query sees the keys from ``first`` on that come before ``past``:
+Where every segment is contiguous, a query sees the keys from ``first`` on that come before ``past``, and these two
+integers per query replace a T×T mask:
 
-    column        0  1  2  3  4  5
+    position      0  1  2  3  4  5
     segment       1  1  1  1  2  0
-    span_end      0  2  2  3  4  5        columns 1 and 2 are an image
+    span_end      0  2  2  3  4  5        positions 1 and 2 are an image
     first         0  0  0  0  4  5
     past          1  3  3  4  5  6
 
-Blocks of keys before every ``first`` and after every ``past`` of a block of queries are not visited forward; backward
-all are (in this version of tokamax). What the kernels do not take is computed as on a CPU: other GPUs, other dtypes.
+The forward pass skips blocks of keys before every ``first`` or after every ``past`` of a block of queries; the backward
+pass visits all of them (in this version of tokamax). What the kernels do not support (other GPUs, other dtypes) is
+computed as on a CPU.
 
-The kernels are private modules of tokamax (``models/attention/tokamax_version.py``).
+The kernels are private modules of tokamax, hence the check of its version (``tokamax_version.py``).
 """
 
 from __future__ import annotations
@@ -22,20 +24,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend import backend as jax_backend
 from jaxtyping import Array, Float, Int32
 
-from phivision_jax.models.attention.partition import by_device
+from phivision_jax.models.attention.partition import shard_map_attention
 from phivision_jax.models.attention.tokamax_version import require_tokamax
-from phivision_jax.models.remat import ATTENTION, name
+from phivision_jax.models.remat import ATTENTION
 
 HEADS = range(64, 129)
-"""Widths of a head: narrower ones would be mostly padding, not all wider ones have a backward pass on Blackwell."""
+"""Supported head dimensions: smaller ones would be mostly padding, not all larger ones have a backward pass on
+Blackwell."""
 
 
-def takes(q: Float[Array, "*B T N H"], k: Float[Array, "*B T K H"], v: Float[Array, "*B T K H"]) -> bool:
-    """Whether the kernels are there for these: by the kind of JAX's default device, by dtype (bf16) and by width."""
-    capability = str(getattr(jax_backend.get_default_device(), "compute_capability", ""))  # of AMD's: a name
+def supported(q: Float[Array, "*B T N H"], k: Float[Array, "*B T K H"], v: Float[Array, "*B T K H"]) -> bool:
+    """Check that the kernels support JAX's default device, the dtype (bf16) and the head dimension.
+
+    Warns when only tokamax is missing.
+    """
+    capability = str(getattr(jax_backend.get_default_device(), "compute_capability", ""))  # a name on AMD's
     if capability.partition(".")[0] not in ("9", "10"):
         return False
     if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)} or q.shape[-1] not in HEADS:
@@ -44,7 +51,7 @@ def takes(q: Float[Array, "*B T N H"], k: Float[Array, "*B T K H"], v: Float[Arr
         require_tokamax()
         _operations()
     except ImportError as error:
-        warnings.warn(f"attention is computed in blocks, without the GPU's kernels: {error}", stacklevel=2)
+        warnings.warn(f"attention is computed in blocks, without the GPU kernels: {error}", stacklevel=2)
         return False
     return True
 
@@ -58,36 +65,36 @@ def flash(
     span_end: Int32[Array, "*B T"] | None = None,
     axes: tuple[str | None, ...] = ("batch", "length", "heads"),
 ) -> Float[Array, "*B T N H"]:
-    """Self-attention as ``models.attention.attend`` defines it, except in padding, of arrays that ``takes`` takes.
+    """Self-attention as ``models.attention.attend`` defines it, except in padding, of ``supported`` arrays.
 
-    A column of padding (segment 0) sees only itself; its result is finite and means nothing. Under a mesh each device
-    takes its own rows, heads and queries, with all keys of the row (gathered along ``context``). Differentiable in
+    A padding position (segment 0) sees only itself; its result is finite but meaningless. Under a mesh each device
+    computes its own rows, heads and queries, with all keys of the row (gathered along ``context``). Differentiable in
     reverse mode only.
 
     Args:
-      segment_ids: each segment is one run of columns; in any order, padding anywhere.
-      span_end: at least the query's own column.
+      segment_ids: contiguous segments, in any order, with padding anywhere.
+      span_end: at least the query's own position.
       axes: as in ``attend``.
     """
-    first, past = visible_columns(segment_ids, span_end)
-    return by_device(_attention, q, k, v, (first, past), axes=axes)
+    first, past = visible_keys(segment_ids, span_end)
+    return shard_map_attention(_attention, q, k, v, (first, past), axes=axes)
 
 
-def visible_columns(
+def visible_keys(
     segment_ids: Int32[Array, "*B T"], span_end: Int32[Array, "*B T"] | None
 ) -> tuple[Int32[Array, "*B T"], Int32[Array, "*B T"]]:
-    """The first key that each query sees, and the one past the last."""
+    """The first key that each query sees, and the one after the last."""
     axis, T = segment_ids.ndim - 1, segment_ids.shape[-1]
-    columns = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), segment_ids.shape)
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), segment_ids.shape)
     border = jnp.ones((*segment_ids.shape[:-1], 1), bool)
     changes = segment_ids[..., 1:] != segment_ids[..., :-1]
     begins, ends = (jnp.concatenate(sides, axis) for sides in ((border, changes), (changes, border)))
-    first = jax.lax.cummax(jnp.where(begins, columns, 0), axis)
-    past = jax.lax.cummin(jnp.where(ends, columns + 1, T), axis, reverse=True)
+    first = jax.lax.cummax(jnp.where(begins, positions, 0), axis)
+    past = jax.lax.cummin(jnp.where(ends, positions + 1, T), axis, reverse=True)
     if span_end is not None:
         past = jnp.minimum(past, span_end + 1)
     padding = segment_ids == 0
-    return jnp.where(padding, columns, first), jnp.where(padding, columns + 1, past)
+    return jnp.where(padding, positions, first), jnp.where(padding, positions + 1, past)
 
 
 @jax.custom_vjp
@@ -101,14 +108,12 @@ def _attention(
     return _forward(q, k, v, first, past)[0]
 
 
-def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, past: jax.Array
-) -> tuple[jax.Array, tuple[Any, ...]]:
+def _forward(q, k, v, first, past) -> tuple[jax.Array, tuple[Any, ...]]:
     forward, _, mask = _kernels(first, past)
-    # tokamax's rule for blocks. Its tables, asked first otherwise, hold no such masks, and it warns of every miss.
+    # tokamax's heuristic for block sizes. By default it looks in its tables first, which lack such masks, and warns.
     config = forward.bind(q, k, v, mask=mask, return_residuals=True).heuristics_config
     out, sums = forward.replace(config=config)(q, k, v, mask=mask, return_residuals=True)
-    out, sums = jax.tree.map(lambda x: name(x, ATTENTION), (out, sums))  # else remat would run the kernel once more
+    out, sums = jax.tree.map(lambda x: checkpoint_name(x, ATTENTION), (out, sums))  # else remat reruns the kernel
     return out, (q, k, v, first, past, out, sums)
 
 
@@ -127,7 +132,7 @@ _attention.defvjp(_forward, _backward)
 
 
 def _kernels(first: jax.Array, past: jax.Array) -> tuple[Any, Any, Any]:
-    """The forward pass, the backward pass, and the mask as both take it: the same for all heads."""
+    """The forward operation, the backward operation, and the mask for both, which all heads share."""
     from tokamax._src.ops.attention import base
 
     forward, backward = _operations()

@@ -1,15 +1,15 @@
-"""Attention on TPUs: the splash kernel of tokamax, told what a query may see by O(T) numbers instead of a T×T mask.
+"""Attention on TPUs: tokamax's splash kernel, with O(T) integers in place of a T×T mask.
 
-The kernel walks over blocks of queries × keys. Which blocks it visits, and which of them need a mask inside, follows
-from the smallest and largest ``span_end`` of a block of queries; inside a block it compares ``span_end`` with the key's
-column. It then drops blocks whose segments do not meet:
+The kernel walks over blocks of queries × keys. The smallest and largest ``span_end`` of a block of queries decide which
+blocks it visits and which of those need a mask; inside a block it compares ``span_end`` with the key's position. It
+then drops blocks whose segments do not meet:
 
     keys       0-3   4-7   8-11                 every block of queries sees a prefix of the keys, less other segments
     queries 0-3  part                           part: some pairs are masked by ``span_end``
             4-7  full  part                     full: none is (segments are compared in every block)
-            8-11 ·     ·     part               ·:    never visited; here segment 2 begins at column 8
+            8-11 ·     ·     part               ·:    never visited; in this example segment 2 begins at position 8
 
-The kernel is a private module of tokamax (``models/attention/tokamax_version.py``): hence the check below.
+The kernel is a private module of tokamax, hence the check of its version (``tokamax_version.py``).
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
-from phivision_jax.models.attention.attend import target_device
-from phivision_jax.models.attention.partition import by_device
+from phivision_jax.models.attention.partition import shard_map_attention
 from phivision_jax.models.attention.tokamax_version import require_tokamax
 from phivision_jax.models.remat import ATTENTION
+from phivision_jax.sharding import target_device
 
 require_tokamax()
 
@@ -39,7 +40,7 @@ LOG2E = math.log2(math.e)
 
 
 class Blocks(NamedTuple):
-    """Columns per block: queries, keys brought into VMEM, keys per matrix product; the same three backward."""
+    """Sizes of a block: queries, keys brought into VMEM, keys per matrix product; the same three backward."""
 
     q: int
     kv: int
@@ -49,13 +50,13 @@ class Blocks(NamedTuple):
     kv_bwd_compute: int
 
 
-# By device kind, as JAX calls them. Each compiles within the chip's VMEM; none has been timed on a chip.
+# By JAX's device kind. Each compiles within the chip's VMEM; none has been timed on a chip.
 BLOCKS = {
     "TPU v5 lite": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v5e
     "TPU v5": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v5p
     "TPU v6 lite": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v6e
 }
-# Without span_end, a block in which two images meet is computed whole: smaller ones waste less on 2,000 patches.
+# Without span_end, all of a block in which two images meet is computed: smaller ones waste less on 2,000 patches.
 VISION_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)
 DEFAULT_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)  # fits the smallest scoped VMEM of any chip
 
@@ -73,19 +74,19 @@ def splash(
 ) -> Float[Array, "*B T N H"]:
     """Self-attention as ``models.attention.attend`` defines it, except in padding (segment 0).
 
-    A column of padding sees only itself, so that padding costs nothing; its result is finite and means nothing. Under
-    a mesh each device takes its own rows, heads and queries, with all keys of the row (gathered along ``context``).
+    A padding position sees only itself, so that padding costs nothing; its result is finite but meaningless. Under a
+    mesh each device computes its own rows, heads and queries, with all keys of the row (gathered along ``context``).
 
     Args:
-      segment_ids: from 0 to 2^30; cheapest where they do not decrease along the row, padding last.
-      span_end: at least the query's own column.
+      segment_ids: from 0 to 2^30; fastest where they do not decrease along the row and padding comes last.
+      span_end: at least the query's own position.
       axes: as in ``attend``.
-      blocks: None for the table's, made smaller where the row is short.
-      interpret: run the kernel's Python on any backend. Slow: for tests.
+      blocks: default: those for the device (``BLOCKS``); smaller where the row is short.
+      interpret: run the kernel's Python on any backend; slow, for tests.
     """
     T, H = q.shape[-3], q.shape[-1]
     ids = jnp.where(segment_ids == 0, PADDING + jnp.arange(T), segment_ids)
-    # Scaled and rounded once, in fp32: in bf16 the factors themselves are off by up to 0.2 %, the same way every time.
+    # Scaled in fp32 and rounded once: in bf16 the factors themselves would be off by up to 0.2 %, always the same way.
     q = (q.astype(jnp.float32) * (H**-0.5 * LOG2E)).astype(q.dtype)
     if blocks is None:
         table = BLOCKS.get(target_device().device_kind, DEFAULT_BLOCKS)
@@ -101,7 +102,7 @@ def splash(
         rows = [None if x is None else x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, q_ids, span_end, kv_ids)]
         return jax.lax.map(row, tuple(rows)).reshape(q.shape)
 
-    return by_device(local, q, k, v, (ids, span_end), (ids,), axes=axes)
+    return shard_map_attention(local, q, k, v, (ids, span_end), (ids,), axes=axes)
 
 
 def _row(
@@ -118,7 +119,7 @@ def _row(
     T, S = q.shape[0], k.shape[0]
     bq, bkv = _block(T, blocks.q, LANES), _block(S, blocks.kv, blocks.kv_compute)
     bq_bwd, bkv_bwd = _block(T, blocks.q_bwd, LANES), _block(S, blocks.kv_bwd, blocks.kv_bwd_compute)
-    # Columns to fill the last block: queries like the last one, so that each still sees a key, and keys nobody sees.
+    # Fill the last block with queries like the last one, so that each still sees a key, and with keys nobody sees.
     more_q = -T % math.lcm(bq, bq_bwd)
     more_kv = ((0, -S % math.lcm(bkv, bkv_bwd)), (0, 0), (0, 0))
     q, k, v = jnp.pad(q, ((0, more_q), (0, 0), (0, 0))), jnp.pad(k, more_kv), jnp.pad(v, more_kv)
@@ -144,28 +145,28 @@ def _row(
         is_mqa=False,
         save_residuals=False,
         mask_value=base.DEFAULT_MASK_VALUE,
-        mask_function=None if span_end is None else operator.ge,  # span_end >= the key's column
+        mask_function=None if span_end is None else operator.ge,  # span_end >= the key's position
         fwd_mask_sparsity=1.0 if span_end is None else 0.5,
         dkv_mask_sparsity=1.0 if span_end is None else 0.5,
     )
-    q, k, v = (jnp.swapaxes(x, 0, 1) for x in (q, k, v))
-    out = attention(q, k, v, base.SegmentIds(q_ids, kv_ids))  # [N, T, H]
-    return jnp.swapaxes(out, 0, 1)[:T]
+    q, k, v = (rearrange(x, "T N H -> N T H") for x in (q, k, v))
+    out = attention(q, k, v, base.SegmentIds(q_ids, kv_ids))
+    return rearrange(out, "N T H -> T N H")[:T]
 
 
 def _mask_info(span_end: Int32[Array, " T"] | None, S: int, bq: int, bkv: int, backward: bool) -> MaskInfo:
-    """What each block of queries × keys holds. The kernel itself makes the list of those to visit, by the segments.
+    """The visibility of each block of queries × keys; the kernel itself selects which to visit, by segments.
 
-    Blocks of which nothing is seen are named too: keys seen by no query of this device (those of other parts of the
-    row, under ``context``) would else have no step that writes zeros to their gradient.
+    Invisible blocks are listed too: the gradient of keys that no query of this device sees (those of the other shards
+    of the row, under ``context``) would otherwise never be written, not even with zeros.
     """
-    if span_end is None:  # all of every block, as far as segments allow
+    if span_end is None:  # all of every block is visible, as far as segments allow
         return MaskInfo(None, None, None, None, None, None, None)
     by_block = span_end.reshape(-1, bq)
     first, last = jnp.arange(0, S, bkv), jnp.arange(0, S, bkv) + bkv - 1
     some = by_block.max(1)[:, None] >= first
     every = by_block.min(1)[:, None] >= last
-    state = some.astype(jnp.int8) + every  # 0: nothing is seen, 1: part of it, 2: all of it
+    state = some.astype(jnp.int8) + every  # visible: 0 nothing, 1 some of it, 2 all of it
     return MaskInfo(
         mask_next=None,
         active_rows=None,
@@ -178,9 +179,9 @@ def _mask_info(span_end: Int32[Array, " T"] | None, S: int, bq: int, bkv: int, b
 
 
 def _block(length: int, largest: int, multiple: int) -> int:
-    """Size of equal blocks that cover ``length`` with little to spare: at most ``largest``, a multiple of ``multiple``.
+    """The size of equal blocks that cover ``length`` with little padding: at most ``largest``.
 
-    A block of less than ``multiple`` is a multiple of a register's width instead.
+    Blocks are multiples of ``multiple``; those smaller than it are multiples of a register's width instead.
     """
     size = math.ceil(length / math.ceil(length / largest))
     unit = multiple if size > multiple else LANES

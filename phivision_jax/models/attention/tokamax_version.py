@@ -1,4 +1,4 @@
-"""The one version of tokamax whose kernels ``splash`` and ``flash`` call: private modules, promising nothing else."""
+"""The one version of tokamax whose kernels ``splash`` and ``flash`` call: private modules without a stable API."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ TOKAMAX = "0.0.17"
 
 
 def require_tokamax() -> None:
-    """Raises ImportError unless tokamax is installed in the version that ``splash`` and ``flash`` are written for."""
+    """Raise ImportError unless tokamax is installed in the version that ``splash`` and ``flash`` are written for."""
     try:
         found = metadata.version("tokamax")
     except metadata.PackageNotFoundError:
         found = "none"
     if found != TOKAMAX:
         raise ImportError(
-            f"attention's kernels are private modules of tokamax {TOKAMAX}, but the installed version is {found}; run "
-            f"`pip install tokamax=={TOKAMAX}`, or choose attention without kernels: models.attention.backend('xla')"
+            f"attention kernels need tokamax {TOKAMAX}, but the installed version is {found}; run "
+            f"`pip install tokamax=={TOKAMAX}`, or disable kernels: models.attention.attend.backend('xla')"
         )

@@ -17,8 +17,9 @@ from jax.extend import backend as jax_backend
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
 from phivision_jax.models.attention import flash as module
-from phivision_jax.models.attention.attend import attend, backend, plain
-from phivision_jax.models.attention.flash import flash, takes, visible_columns
+from phivision_jax.models.attention.attend import attend, backend
+from phivision_jax.models.attention.flash import flash, supported, visible_keys
+from phivision_jax.models.attention.plain import plain
 from phivision_jax.models.remat import checkpoint
 from phivision_jax.sharding import MESH_AXES, make_mesh, partition_spec
 
@@ -89,9 +90,9 @@ def assert_alike(got, want):
 
 def test_visible_columns_by_hand():
     segments, span = jnp.asarray([[1, 1, 1, 1, 2, 0, 0]]), jnp.asarray([[0, 2, 2, 3, 4, 5, 6]])
-    first, past = visible_columns(segments, span)
+    first, past = visible_keys(segments, span)
     assert (first.tolist(), past.tolist()) == ([[0, 0, 0, 0, 4, 5, 6]], [[1, 3, 3, 4, 5, 6, 7]])
-    first, past = visible_columns(segments, None)
+    first, past = visible_keys(segments, None)
     assert (first.tolist(), past.tolist()) == ([[0, 0, 0, 0, 4, 5, 6]], [[4, 4, 4, 4, 5, 6, 7]])
 
 
@@ -103,7 +104,7 @@ def test_visible_columns_by_hand():
 )
 def test_visible_columns_say_what_the_mask_says(seed, T, mode):
     segments, span = packing(np.random.default_rng(seed), 3, T, mode == "bidirectional")
-    first, past = visible_columns(segments, None if mode == "whole" else span)
+    first, past = visible_keys(segments, None if mode == "whole" else span)
     column = np.arange(T)
     told = (first[..., None] <= column) & (column < past[..., None])
     visible = segments[:, :, None] == segments[:, None, :]
@@ -201,15 +202,15 @@ def arrays_of(dtype=jnp.bfloat16, H=64):
 
 
 def test_what_the_kernels_take(monkeypatch):
-    assert not takes(*arrays_of())  # this is a CPU
+    assert not supported(*arrays_of())  # this is a CPU
     for capability, there in (("8.0", False), ("9.0", True), ("10.3", True), ("12.0", False), ("gfx942", False)):
         chip(monkeypatch, capability)
-        assert takes(*arrays_of()) == there
+        assert supported(*arrays_of()) == there
     chip(monkeypatch)
-    assert takes(*arrays_of(H=72)) and takes(*arrays_of(H=128))
-    assert not takes(*arrays_of(H=32)) and not takes(*arrays_of(H=256))
-    assert not takes(*arrays_of(jnp.float32)) and not takes(*arrays_of(jnp.float16))
-    assert not takes(*arrays_of()[:2], jnp.zeros((1, 128, 2, 64)))
+    assert supported(*arrays_of(H=72)) and supported(*arrays_of(H=128))
+    assert not supported(*arrays_of(H=32)) and not supported(*arrays_of(H=256))
+    assert not supported(*arrays_of(jnp.float32)) and not supported(*arrays_of(jnp.float16))
+    assert not supported(*arrays_of()[:2], jnp.zeros((1, 128, 2, 64)))
 
 
 def test_without_tokamax_there_are_blocks_and_a_warning(monkeypatch):
@@ -219,16 +220,16 @@ def test_without_tokamax_there_are_blocks_and_a_warning(monkeypatch):
     with monkeypatch.context() as other:
         chip(other)
         other.setattr("phivision_jax.models.attention.tokamax_version.TOKAMAX", "9.9")
-        with pytest.warns(match=r"in blocks, without the GPU's kernels: .*pip install tokamax==9\.9"):
-            assert not takes(*arrays_of())
+        with pytest.warns(match=r"in blocks, without the GPU kernels: .*pip install tokamax==9\.9"):
+            assert not supported(*arrays_of())
     chip(monkeypatch)
     monkeypatch.setattr(module, "_operations", missing)
-    with pytest.warns(match="in blocks, without the GPU's kernels: No module named 'xprof'"):
-        assert not takes(*arrays_of())
+    with pytest.warns(match="in blocks, without the GPU kernels: No module named 'xprof'"):
+        assert not supported(*arrays_of())
     chip(monkeypatch, "8.0")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing is missing where nothing would be used
-        assert not takes(*arrays_of())
+        assert not supported(*arrays_of())
 
 
 def test_attend_takes_the_kernels_where_it_should(monkeypatch):

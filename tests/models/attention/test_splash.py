@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from phivision_jax.models.attention.attend import attend, backend, plain
+from phivision_jax.models.attention.attend import attend, backend
+from phivision_jax.models.attention.plain import plain
 from phivision_jax.sharding import MESH_AXES, make_mesh
 
 pytest.importorskip("tokamax")
