@@ -1,0 +1,145 @@
+"""The README's tables: hardware and memory, compiled by ``phivision preflight``, and what the benchmarks measured.
+
+python benchmarks/readme_tables.py              # compiles ten programs, about ten minutes on two cores
+python benchmarks/readme_tables.py --tables     # only writes the tables, from docs/results
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks.tables import fill, markdown
+from phivision_jax.hardware.topology import GIB, parse_topology
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "docs/results", ROOT / "README.md"
+FINETUNE = "configs/finetune.py"
+LORA, RECOMPUTE = ("lora.rank=16",), ("remat=full", "vision_remat=full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One program of the released model on one slice."""
+
+    task: str
+    topology: str
+    changes: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> Path:
+        return RESULTS / "hardware" / f"{self.task.split(',')[0].replace(' ', '_').lower()}_{self.topology}.json"
+
+    @property
+    def command(self) -> list[str]:
+        words = [f"--config={FINETUNE}", f"--topology={self.topology}"]
+        words += ["--generate"] if self.task == "Inference" else ["--low-effort"]
+        return words + (["--set", *self.changes] if self.changes else [])
+
+
+CASES = (
+    Case("Inference", "v5e-4"),
+    Case("Inference", "v5e-8"),
+    Case("Inference", "v6e-4"),
+    Case("Inference", "v5p-8"),
+    Case("LoRA, rank 16", "v5e-16", LORA),
+    Case("LoRA, rank 16", "v6e-8", LORA),
+    Case("LoRA, rank 16", "v5p-8", LORA),
+    Case("Full fine-tuning", "v5e-64"),
+    Case("Full fine-tuning", "v6e-16"),
+    Case("Full fine-tuning", "v5p-8", RECOMPUTE),
+)
+
+
+def compile_case(case: Case) -> None:
+    case.result.parent.mkdir(exist_ok=True)
+    program = [sys.executable, "-m", "phivision_jax.cli", "preflight", *case.command, f"--json={case.result}"]
+    code = subprocess.run(program, cwd=ROOT).returncode
+    if code not in (0, 3):  # 3: it does not fit, which is a result
+        raise SystemExit(f"{' '.join(program)} ended with {code}")
+    case.result.with_suffix(".png").unlink(missing_ok=True)
+
+
+def hardware_table() -> str:
+    rows = []
+    for case in CASES:
+        if not case.result.exists():
+            continue
+        found = json.loads(case.result.read_text())
+        chips = parse_topology(case.topology).chips
+        hbm, peak = found["hbm_bytes_per_chip"] / GIB, found["peak_bytes_per_chip"]
+        needs = f"{peak / GIB:.1f} of {hbm:.1f} GiB" if peak else f"more than {hbm:.1f} GiB"
+        rows.append(
+            (case.task, f"{case.topology} ({chips} chips)", needs, "yes" if found["fits"] else "no", _size(found))
+        )
+    return markdown(("", "slice", "needed per chip", "fits", "batch"), rows)
+
+
+def _size(found: dict[str, Any]) -> str:
+    if "new_tokens" in found:
+        return f"{found['batch_rows']} prompts of {found['prompt']:,} + {found['new_tokens']:,} tokens"
+    return f"{found['batch_rows']} rows of {found['length']:,} tokens, remat {found['remat']}"
+
+
+def measured_table() -> str:
+    step, packing = _read("step"), _read("packing")
+    loader, conversion, kill, damage = _read("loader"), _read("conversion"), _read("kill"), _read("damage")
+    packers = packing["packers"]
+    grain = min(one["text_padding"] for name, one in packers.items() if name.startswith("Grain"))
+    decode = [row["ratio"] for row in loader["rows"] if row["decode"] and row["peer"] == "pil"]
+    speeds = {row["step"]: row for row in conversion["steps"]}
+    newest = damage["outcomes"]["newest of two"]
+    rows = [
+        ("Training step, packed batches of the recipe's mix", f"{_mix(step):.2f}× transformers + PyTorch, unpacked"),
+        ("Padding of packed text rows", f"{packers['ours']['text_padding']:.2%}; Grain's best packer {grain:.1%}"),
+        ("Image loading", f"{min(decode):.1f}–{max(decode):.1f}× the reference processor, the same pixels"),
+        ("Conversion of a 6 GB checkpoint", _conversion(speeds)),
+        (
+            f"{kill['kills']} kills and {kill['terms']} requests to stop in {kill['steps']:,} steps",
+            f"{len(kill['differences'])} differences to an undisturbed run",
+        ),
+        (f"{damage['flips']} flipped bits in the newest checkpoint", _damage(newest["flip"])),
+    ]
+    return markdown(("what", "result"), rows)
+
+
+def _mix(step: dict[str, Any]) -> float:
+    return next(side["ratio"] for side in step["mix"]["sides"] if side["name"] == "ours, packed")
+
+
+def _conversion(steps: dict[str, dict[str, Any]]) -> str:
+    both = [steps[name] for name in ("to-jax", "to-hf --like")]
+    speed = " and ".join(f"{one['mb_per_s']:,.0f}" for one in both)
+    return (
+        f"{speed} MB/s there and back, identical files, at most {max(s['peak_rss_gb'] for s in both):.2f} GB resident"
+    )
+
+
+def _damage(outcomes: dict[str, int]) -> str:
+    return "; ".join(f"{count} times: {outcome}" for outcome, count in outcomes.items())
+
+
+def _read(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def main(tables: bool = False) -> None:
+    """Compile the cases of the hardware table and write both tables into README.md.
+
+    Args:
+        tables: Only write the tables.
+    """
+    for case in () if tables else CASES:
+        compile_case(case)
+    page = fill(PAGE.read_text(), "hardware", hardware_table())
+    PAGE.write_text(fill(page, "measured", measured_table()))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
