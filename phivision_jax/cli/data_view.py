@@ -33,7 +33,7 @@ def stats(
         out: Also write stats.html (figure and tables in one file), stats.png and stats.json to this directory.
     """
     from phivision_jax.cli.data import processor_for
-    from phivision_jax.data.plan.record_sizes import check_processor
+    from phivision_jax.data.store.dataset import check_processor
     from phivision_jax.data.view.statistics import compute
     from phivision_jax.data.view.statistics_report import figure, tables
     from phivision_jax.io import html
@@ -85,7 +85,7 @@ def show(
             project's small ones.
     """
     from phivision_jax.cli.data import processor_for
-    from phivision_jax.data.plan.record_sizes import check_processor
+    from phivision_jax.data.store.dataset import check_processor
     from phivision_jax.io import html
 
     if out.suffix != ".html":

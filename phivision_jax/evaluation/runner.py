@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from phivision_jax.batch import Batch
-from phivision_jax.data.feed.encode import mode_of
-from phivision_jax.data.plan.record_sizes import check_processor, lengths_of
+from phivision_jax.data.plan.record_sizes import lengths_of
+from phivision_jax.data.records import mode_of
+from phivision_jax.data.store.dataset import check_processor
 from phivision_jax.evaluation.scoring import exact_match
 from phivision_jax.inference.generate import answer_text, generate_ids
 from phivision_jax.models.phivision import PhiVision

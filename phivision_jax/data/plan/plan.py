@@ -36,8 +36,9 @@ from phivision_jax.data.plan.example_order import Pool, draw
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.packing import Lengths, attention_work, balance, pack
 from phivision_jax.data.plan.realized_shares import Drawn, PlanSummary, account
-from phivision_jax.data.plan.record_sizes import REASONS, Overflow, check_processor, measure
+from phivision_jax.data.plan.record_sizes import REASONS, Overflow, measure
 from phivision_jax.data.shuffle import permutation
+from phivision_jax.data.store.dataset import check_processor
 from phivision_jax.io.progress import bar
 
 if TYPE_CHECKING:

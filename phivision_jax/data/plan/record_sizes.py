@@ -15,7 +15,6 @@ from phivision_jax.images import naflex
 if TYPE_CHECKING:
     from phivision_jax.config import ModelConfig
     from phivision_jax.data.store.dataset import Dataset, Index
-    from phivision_jax.processor import Processor
 
 Overflow = Literal["drop", "resize", "error"]
 REASONS = ("columns", "patches")
@@ -31,17 +30,6 @@ def lengths_of(index: Index, config: ModelConfig) -> Lengths:
     """Columns and patches of every record."""
     lengths = Lengths(index.text_tokens.astype(np.int64), grids_of(index, config).prod(axis=1), index.image_offsets)
     return dataclasses.replace(lengths, columns=lengths.columns + lengths.patches)
-
-
-def check_processor(dataset: Dataset, processor: Processor) -> None:
-    """Raise ValueError when the dataset's tokens were counted with another tokenizer or chat template."""
-    ours = processor.text_fingerprint
-    if dataset.manifest["text"] != ours:
-        raise ValueError(
-            f"{dataset.directory}: tokens were counted with another tokenizer or chat template "
-            f"({dataset.manifest['text'][:12]}, this processor's are {ours[:12]}); import the records again with it, "
-            "or name the checkpoint that they were imported with"
-        )
 
 
 @dataclasses.dataclass(frozen=True)

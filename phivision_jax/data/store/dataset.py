@@ -27,13 +27,16 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import Record
 from phivision_jax.data.store.shard_files import READERS, Shard
+
+if TYPE_CHECKING:
+    from phivision_jax.processor import Processor
 
 SCHEMA = 4
 MANIFEST = "manifest.json"
@@ -172,6 +175,17 @@ def check_size(directory: Path, file: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{path} holds {size} bytes, the manifest says {file['bytes']}: "
             "a cut-off copy? Copy or import the dataset again"
+        )
+
+
+def check_processor(dataset: Dataset, processor: Processor) -> None:
+    """Raise ValueError when the dataset's tokens were counted with another tokenizer or chat template."""
+    ours = processor.text_fingerprint
+    if dataset.manifest["text"] != ours:
+        raise ValueError(
+            f"{dataset.directory}: tokens were counted with another tokenizer or chat template "
+            f"({dataset.manifest['text'][:12]}, this processor's are {ours[:12]}); import the records again with it, "
+            "or name the checkpoint that they were imported with"
         )
 
 
