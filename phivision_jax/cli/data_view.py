@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
     from phivision_jax.data.store.dataset import Dataset
+    from phivision_jax.processor import Processor
 
 
 def stats(
@@ -32,26 +33,19 @@ def stats(
         num_patches: P, patches per vision row.
         out: Also write stats.html (figure and tables in one file), stats.png and stats.json to this directory.
     """
-    from phivision_jax.cli.data import processor_for
-    from phivision_jax.data.store.dataset import check_processor
     from phivision_jax.data.view.statistics import compute
     from phivision_jax.data.view.statistics_report import figure, tables
     from phivision_jax.io import html
     from phivision_jax.rows import row_shape
 
-    opened = _open(datasets)
-    processor = processor_for(checkpoint)
-    if checkpoint is not None:
-        for dataset in opened:
-            check_processor(dataset, processor)
+    opened, processor = _open(datasets, checkpoint, check=checkpoint is not None)
     computed = compute(opened, processor.config, row_shape(processor.config, length, vision_rows, num_patches))
     report = tables(computed)
     html.print_sections(report)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        title = ", ".join(dataset.directory.name for dataset in opened)
         plots = figure(computed)
-        page = html.page(title, [html.Section("Distributions", figures=[plots]), *report])
+        page = html.page(_names(opened), [html.Section("Distributions", figures=[plots]), *report])
         (out / "stats.html").write_text(page, encoding="utf-8")
         (out / "stats.png").write_bytes(plots.png)
         (out / "stats.json").write_text(json.dumps(dataclasses.asdict(computed), indent=1) + "\n", encoding="utf-8")
@@ -75,26 +69,20 @@ def show(
     Args:
         datasets: Directory of an imported dataset; with --plan, all datasets of the plan, in its order.
         out: HTML page to write, one file.
-        records: Numbers of the records to show.
-        ids: Ids of the records to show, instead.
-        sample: Number of records to sample where neither is given.
+        records: Numbers of records to show.
+        ids: Ids of records to show.
+        sample: Number of records to sample when neither is given.
         seed: Seed for --sample.
         plan: Directory of a plan: show rows of it.
         rows: Numbers of the rows of the plan.
         checkpoint: Checkpoint with the tokenizer and chat template that the dataset was imported with; default: the
             project's small ones.
     """
-    from phivision_jax.cli.data import processor_for
-    from phivision_jax.data.store.dataset import check_processor
     from phivision_jax.io import html
 
     if out.suffix != ".html":
         raise ValueError(f"--out {out}: show writes an HTML page; give a name that ends in .html")
-    opened = _open(datasets)
-    processor = processor_for(checkpoint)
-    for dataset in opened:
-        check_processor(dataset, processor)
-    names = ", ".join(dataset.directory.name for dataset in opened)
+    opened, processor = _open(datasets, checkpoint)
     if plan is not None:
         from phivision_jax.data.plan.plan import Plan
         from phivision_jax.data.view.show_rows import row_section
@@ -104,53 +92,66 @@ def show(
         loaded = Plan.load(plan)
         if loaded.inputs["sources"] != [dataset.hash for dataset in opened]:
             raise ValueError(f"{plan} was made from {', '.join(loaded.inputs['names'])}: name these, in this order")
-        if wrong := [row for row in rows if not 0 <= row < loaded.num_rows]:
-            raise ValueError(f"--rows {wrong[0]}: the plan has rows 0 to {loaded.num_rows - 1:,}")
-        title = f"Rows of plan {plan.name} of {names}"
+        _check_range("--rows", rows, loaded.num_rows, plan)
         sections = [row_section(loaded, opened, processor, row) for row in rows]
     else:
         from phivision_jax.data.view.show_records import LEGEND, record_section
 
         if len(opened) > 1:
             raise ValueError("show takes the records of one dataset; several datasets need --plan")
-        title = f"Records of {names}"
-        numbers = _numbers(opened[0], records, ids, sample, seed)
+        _check_range("--records", records, len(opened[0]), opened[0].directory)
+        numbers = [*records, *_find(opened[0], ids)] or _sample(opened[0], sample, seed)
         sections = [LEGEND, *(record_section(opened[0], processor, i) for i in numbers)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html.page(title, sections), encoding="utf-8")
+    out.write_text(html.page(_names(opened), sections), encoding="utf-8")
     print(f"wrote {out}")
 
 
-def _open(directories: tuple[Path, ...]) -> list[Dataset]:
-    from phivision_jax.data.store.dataset import Dataset
+def _open(
+    directories: tuple[Path, ...], checkpoint: Path | None, check: bool = True
+) -> tuple[list[Dataset], Processor]:
+    """Datasets and the processor for them; ``check`` that they were imported with its tokenizer and template."""
+    from phivision_jax.cli.data import processor_for
+    from phivision_jax.data.store.dataset import Dataset, check_processor
 
     if not directories:
         raise ValueError("name at least one dataset directory")
-    return [Dataset.open(path) for path in directories]
+    opened, processor = [Dataset.open(path) for path in directories], processor_for(checkpoint)
+    for dataset in opened if check else []:
+        check_processor(dataset, processor)
+    return opened, processor
 
 
-def _numbers(dataset: Dataset, records: tuple[int, ...], ids: tuple[str, ...], sample: int, seed: int) -> list[int]:
-    """The numbers of the records to show; reads the dataset until all ids are found."""
+def _names(datasets: list[Dataset]) -> str:
+    return ", ".join(dataset.directory.name for dataset in datasets)
+
+
+def _check_range(flag: str, numbers: tuple[int, ...], count: int, where: Path) -> None:
+    for number in numbers:
+        if not 0 <= number < count:
+            raise ValueError(f"{flag} {number}: {where} has {flag.strip('-')} 0 to {count - 1:,}")
+
+
+def _sample(dataset: Dataset, count: int, seed: int) -> list[int]:
     from phivision_jax.data.shuffle import permutation
+
+    if count < 1:
+        raise ValueError(f"--sample must be 1 or more, not {count}")
+    return sorted(permutation(len(dataset), seed)[:count].tolist())
+
+
+def _find(dataset: Dataset, ids: tuple[str, ...]) -> list[int]:
+    """The numbers of the records with these ids; reads the dataset until all are found."""
     from phivision_jax.io.progress import bar
 
-    if records and ids:
-        raise ValueError("give --records or --ids, not both")
-    if wrong := [i for i in records if not 0 <= i < len(dataset)]:
-        raise ValueError(f"--records {wrong[0]}: {dataset.directory} has records 0 to {len(dataset) - 1:,}")
-    if not records and not ids:
-        if sample < 1:
-            raise ValueError(f"--sample must be 1 or more, not {sample}")
-        return sorted(permutation(len(dataset), seed)[:sample].tolist())
-    if records:
-        return list(records)
     found: dict[str, int] = {}
-    with bar("search ids", len(dataset)) as advance:
+    with bar("search ids", len(dataset), shown=bool(ids)) as advance:
         for i in range(len(dataset)):
-            found.setdefault(dataset[i].id, i)
-            advance(1)
             if found.keys() >= set(ids):
                 break
-    if missing := [own for own in ids if own not in found]:
-        raise ValueError(f"--ids {missing[0]}: {dataset.directory} has no such record")
-    return [found[own] for own in ids]
+            found.setdefault(dataset[i].id, i)
+            advance(1)
+    for record_id in ids:
+        if record_id not in found:
+            raise ValueError(f"--ids {record_id}: {dataset.directory} has no such record")
+    return [found[record_id] for record_id in ids]

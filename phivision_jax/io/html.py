@@ -14,10 +14,10 @@ import functools
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jinja2
-from matplotlib import rc_context
+from matplotlib import style
 from matplotlib.figure import Figure as Canvas
 from PIL import Image
 from rich.console import Console
@@ -26,25 +26,9 @@ from rich.text import Text
 
 type Style = Literal["plain", "strong", "soft", "faint", "accent", "good", "warning"]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
+_HERE = Path(__file__).parent
 RED = "#e0322f"
-_STYLE: dict[str, Any] = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "image.cmap": "viridis_r",
-}
-_DARK: dict[str, Any] = {
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), "#16181c"),
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), "#e6e6e6"),
-    "axes.edgecolor": "#8a8f98",
-    "image.cmap": "viridis",
-}
+"""Marks limits in figures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +40,8 @@ class Table:
     """A row of one cell is a heading within the table."""
     names: int = 1
     """Number of leading columns of names, aligned left; the rest are numbers, aligned right."""
+    colours: Sequence[str] = ()
+    """A colour per row, shown before its first cell on a page; or none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +82,11 @@ def plot(draw: Callable[[Canvas], None], caption: str, height: float) -> Figure:
       height: in inches of 110 pixels.
     """
     pngs = []
-    for theme in (_STYLE, _STYLE | _DARK):
-        with rc_context(theme):
+    for styles in (["figures"], ["figures", "figures_dark"]):
+        with style.context([_HERE / f"{name}.mplstyle" for name in styles]):
             canvas, file = Canvas(figsize=(13.6, height), layout="constrained"), io.BytesIO()
             draw(canvas)
-            canvas.savefig(file, dpi=110)
+            canvas.savefig(file)
             pngs.append(file.getvalue())
     return Figure(pngs[0], caption, pngs[1])
 
@@ -136,7 +122,7 @@ def page(title: str, sections: Sequence[Section]) -> str:
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
     return environment.get_template("page.html.jinja")

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
@@ -108,8 +107,7 @@ def row_section(plan: Plan, datasets: Sequence[Dataset], processor: Processor, r
       ValueError: as ``pipeline.batches``.
       IndexError: for a row that the plan does not have.
     """
-    if not 0 <= row < plan.num_rows:
-        raise IndexError(f"row {row} of a plan with {plan.num_rows:,} rows")
+    examples = plan.rows(row, 1)[0].tolist()
     batch, info = next(batches(datasets, plan, processor, batch_rows=1, start_step=row, num_threads=0))
     found, shape = layout(batch, 0), plan.row_shape
     total = shape.total_patches
@@ -117,20 +115,22 @@ def row_section(plan: Plan, datasets: Sequence[Dataset], processor: Processor, r
     for count, size, unit in ((found.num_tokens, shape.length, "tokens"), (found.num_patches, total, "patches")):
         note += f" · {count:,} of {size:,} {unit} ({1 - count / max(size, 1):.1%} padding)"
     strips = plot(lambda canvas: draw(canvas, found, shape), CAPTION, 1.1 + 0.55 * shape.vision_rows)
-    return Section(f"row {row:,}", note, [strips], _table(plan, datasets, row, found, info))
+    return Section(f"row {row:,}", note, [strips], _table(examples, datasets, found, info))
 
 
-def _table(plan: Plan, datasets: Sequence[Dataset], row: int, found: RowLayout, info: BatchInfo) -> Table:
+def _table(
+    examples: Sequence[tuple[int, int]], datasets: Sequence[Dataset], found: RowLayout, info: BatchInfo
+) -> Table:
     failed = {bad.id: f"failed: {bad.reason}" for bad in info.holes}
     rows = []
-    for segment, (source, record) in enumerate(plan.rows(row, 1)[0].tolist(), 1):
+    for segment, (source, record) in enumerate(examples, 1):
         name, index = info.record_ids[0][segment - 1], datasets[source].index
         start, stop = found.segments[segment - 1]
         images = [image for image in found.images if image.segment == segment]
         image_tokens = sum(np.ptp(image.tokens) for image in images)
         rows.append(
             (
-                Markup('<i class="swatch" style="background:{}"></i>{}').format(_colour(segment), segment),
+                f"{segment}",
                 name,
                 datasets[source].directory.name,
                 f"{MODES[index.modes[record]]} / {TASKS[index.tasks[record]]}",
@@ -141,7 +141,7 @@ def _table(plan: Plan, datasets: Sequence[Dataset], row: int, found: RowLayout, 
             )
         )
     header = ("example", "record", "dataset", "mode / task", "", "text tokens", "image tokens", "patches")
-    return Table(header, rows, names=5)
+    return Table(header, rows, names=5, colours=[_colour(i + 1) for i in range(len(rows))])
 
 
 def _colour(segment: int) -> str:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.plan import WINDOW
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.view.statistics import MAX_IMAGES, Numbers, Statistics
-from phivision_jax.io.html import COLOURS, RED, Figure, Section, Table, plot
+from phivision_jax.io.html import RED, Figure, Section, Table, plot
 
-MODE_COLOURS = ("#7b3294", "#1b9e77")
 _MEASURES = {
     "text_tokens": "text tokens per example",
     "patches": "patches per example (of those with images)",
@@ -137,19 +135,17 @@ def figure(stats: Statistics) -> Figure:
 
 def _draw(canvas: Canvas, stats: Statistics) -> None:
     axes = canvas.subplots(2, 3)
-    shape = stats.shape
     _draw_resolutions(axes[0, 0], stats)
-    _draw_histogram(axes[0, 1], stats, "tokens", shape.length, f"T = {shape.length:,}")
-    total = stats.shape.total_patches
-    _draw_histogram(axes[0, 2], stats, "patches", total, f"{_vision_size(shape)}")
+    _draw_lengths(axes[0, 1], stats, "tokens", stats.shape.length, f"T = {stats.shape.length:,}")
+    _draw_lengths(axes[0, 2], stats, "patches", stats.shape.total_patches, _vision_size(stats.shape))
     _draw_tasks(axes[1, 0], stats.groups[-1])
-    _draw_histogram(axes[1, 1], stats, "text_tokens")
+    _draw_lengths(axes[1, 1], stats, "text_tokens")
     counts = np.arange(MAX_IMAGES + 1)
-    _stack(axes[1, 2], stats, np.arange(MAX_IMAGES + 2) - 0.5, lambda g: g["images_per_example"])
+    _stack(axes[1, 2], stats, np.arange(MAX_IMAGES + 2) - 0.5, lambda numbers: numbers["images_per_example"])
     axes[1, 2].set(title="images per example", xticks=counts, xticklabels=[*map(str, counts[:-1]), f"{MAX_IMAGES}+"])
     handles, labels = axes[1, 2].get_legend_handles_labels()
     if len(labels) > 1:
-        canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), frameon=False)
+        canvas.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 6), fontsize=9)
 
 
 def _vision_size(shape: RowShape) -> str:
@@ -158,97 +154,84 @@ def _vision_size(shape: RowShape) -> str:
     return f"R × P = {shape.vision_rows} × {shape.num_patches:,}"
 
 
-def bars(stats: Statistics) -> Iterator[tuple[str, str, list[Numbers]]]:
-    """Label, colour and datasets of each bar of a stack: the largest ones each, the others together."""
+def bars(stats: Statistics) -> list[tuple[str, list[Numbers]]]:
+    """Label and datasets of each bar of a stack: up to eight bars, small datasets of many in the last one."""
     groups = stats.groups[:-1] or stats.groups
-    if len(groups) > len(COLOURS):
-        groups = sorted(groups, key=lambda g: -g["examples"])
-    alone = len(groups) if len(groups) <= len(COLOURS) else len(COLOURS) - 1
-    for g, colour in zip(groups[:alone], COLOURS, strict=False):
-        yield g["name"], colour, [g]
-    if groups[alone:]:
-        yield f"{len(groups) - alone} others", COLOURS[-1], groups[alone:]
-
-
-def _number(value: float, _: Any = None) -> str:
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
+    if len(groups) <= 8:
+        return [(numbers["name"], [numbers]) for numbers in groups]
+    groups = sorted(groups, key=lambda numbers: -numbers["examples"])
+    return [*((numbers["name"], [numbers]) for numbers in groups[:7]), (f"{len(groups) - 7} others", groups[7:])]
 
 
 def _stack(axes: Axes, stats: Statistics, edges: np.ndarray, counts: Callable[[Numbers], Sequence[int]]) -> np.ndarray:
     """Draw a histogram of examples stacked by dataset; return its heights."""
     below = np.zeros(len(edges) - 1)
-    for label, colour, groups in bars(stats):
-        top = below + np.sum([counts(g) for g in groups], axis=0)
-        axes.stairs(top, edges, baseline=below, fill=True, color=colour, label=label)
+    for k, (label, groups) in enumerate(bars(stats)):
+        top = below + np.sum([counts(numbers) for numbers in groups], axis=0)
+        axes.stairs(top, edges, baseline=below, fill=True, color=f"C{k}", label=label)
         below = top
     axes.set(ylabel="examples", ylim=(0, max(below.max() * 1.05, 1)))
     axes.grid(axis="y")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+    axes.yaxis.set(major_locator=MaxNLocator(integer=True), major_formatter=EngFormatter(sep=""))
     return below
 
 
-def _draw_histogram(axes: Axes, stats: Statistics, measure: str, limit: int = 0, label: str = "") -> None:
+def _draw_lengths(axes: Axes, stats: Statistics, measure: str, limit: int = 0, label: str = "") -> None:
+    """Draw the histogram of a measure, and a line where a row ends."""
     bins = np.array(stats.edges["tokens"])
-    heights = _stack(axes, stats, bins, lambda g: g["histograms"][measure])
-    used = np.flatnonzero(heights)
+    axes.set(title=_MEASURES[measure])
+    used = np.flatnonzero(_stack(axes, stats, bins, lambda numbers: numbers["histograms"][measure]))
     if not len(used):
-        return _say_none(axes, _MEASURES[measure])
-    high = bins[min(used[-1] + 3, len(bins) - 1)]
-    axes.set(xscale="log", title=_MEASURES[measure], xlim=(bins[max(used[0] - 2, 0)], max(high, limit * 1.5)))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-    axes.xaxis.set_major_formatter(FuncFormatter(_number))
-    axes.xaxis.set_minor_locator(NullLocator())
-    if limit:  # the end of a row; always in view, so that its distance from the data shows
+        return _say_none(axes)
+    # The limit is always in view, so that its distance from the data shows.
+    high = max(bins[min(used[-1] + 3, len(bins) - 1)], limit * 1.5)
+    axes.set(xscale="log", xlim=(bins[max(used[0] - 2, 0)], high))
+    axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5), numticks=20), minor_locator=NullLocator())
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if limit:
         axes.axvline(limit, color=RED, linewidth=1.2, linestyle="--")
         axes.text(limit * 0.96, 0.98, label, color=RED, fontsize=8, rotation=90, ha="right", va="top",
                   transform=axes.get_xaxis_transform())  # fmt: skip
 
 
-def _say_none(axes: Axes, title: str) -> None:
-    axes.set(title=title, xticks=[], yticks=[], ylabel="")
+def _say_none(axes: Axes) -> None:
+    axes.set(xticks=[], yticks=[], ylabel="")
     axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
 
 
 def _draw_resolutions(axes: Axes, stats: Statistics) -> None:
-    edges, counts = np.array(stats.edges["side"]), np.array(stats.groups[-1]["resolutions"], float).T
-    title = "images by width and height, pixels"
+    edges, counts = np.array(stats.edges["side"]), np.array(stats.groups[-1]["resolutions"]).T
+    axes.set(title="images by width and height, pixels")
     if not counts.any():
-        return _say_none(axes, title)
+        return _say_none(axes)
     used = np.flatnonzero(counts.any(axis=0) | counts.any(axis=1))
     limits = edges[max(used[0] - 4, 0)], edges[min(used[-1] + 5, len(edges) - 1)]
-    axes.set(xscale="log", yscale="log", title=title, xlim=limits, ylim=limits, aspect="equal")
+    axes.set(xscale="log", yscale="log", xlim=limits, ylim=limits, aspect="equal")
     mesh = axes.pcolormesh(edges, edges, np.ma.masked_equal(counts, 0), norm=LogNorm(1, counts.max() + 1))
-    bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02, format=FuncFormatter(_number))
+    bar = axes.figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02, format=EngFormatter(sep=""))
     bar.ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5), numticks=20), minor_locator=NullLocator())
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_ticks([2**n for n in range(5, 15) if limits[0] <= 2**n <= limits[1]])
-        axis.set_minor_locator(NullLocator())
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set(major_locator=LogLocator(2, numticks=20), major_formatter="{x:g}", minor_locator=NullLocator())
     widths = np.geomspace(*limits, 100)
-    for patches, style in zip(stats.patch_range, (":", "--"), strict=True):
-        axes.plot(widths, patches * stats.patch_size**2 / widths, style, color=RED, linewidth=1.2, scaley=False)
-    least, most = stats.patch_range
-    axes.text(0.5, -0.14, f"dotted: {least:,} patches, smaller are enlarged · dashed: {most:,}, larger are shrunk",
+    for patches, line in zip(stats.patch_range, (":", "--"), strict=True):
+        axes.plot(widths, patches * stats.patch_size**2 / widths, line, color=RED, linewidth=1.2, scaley=False)
+    low, high = stats.patch_range
+    axes.text(0.5, -0.14, f"dotted: {low:,} patches, smaller are enlarged · dashed: {high:,}, larger are shrunk",
               ha="center", color=RED, fontsize=8, transform=axes.transAxes)  # fmt: skip
 
 
 def _draw_tasks(axes: Axes, numbers: Numbers) -> None:
-    """Two bars per task, split by mode: the share of the examples above the share of the tokens."""
+    """Two bars per task, split by mode: its share of the examples above its share of the tokens."""
     total = {task: sum(numbers["examples_by"][mode][task] for mode in MODES) for task in TASKS}
-    tasks = sorted((task for task in TASKS if total[task]), key=lambda task: -total[task])
+    tasks = sorted(filter(total.get, TASKS), key=lambda task: -total[task])
     y = np.arange(len(tasks))
-    for by, unit, shift, alpha in (("examples_by", "examples", -0.2, 1.0), ("tokens_by", "tokens", 0.2, 0.55)):
-        shares = np.array([[numbers[by][mode][task] for task in tasks] for mode in MODES], float)
-        shares /= shares.sum()
-        left = np.zeros(len(tasks))
-        for mode, share, colour in zip(MODES, shares, MODE_COLOURS, strict=True):
+    for unit, shift, alpha in (("examples", -0.2, 1.0), ("tokens", 0.2, 0.55)):
+        shares = np.array([[numbers[f"{unit}_by"][mode][task] for task in tasks] for mode in MODES])
+        shares, left = shares / shares.sum(), np.zeros(len(tasks))
+        for mode, share, colour in zip(MODES, shares, ("#7b3294", "#1b9e77"), strict=True):
             axes.barh(y + shift, share, 0.38, left=left, color=colour, alpha=alpha, label=f"{mode}, by {unit}")
             left = left + share
     axes.set(title="tasks and modes", yticks=y, yticklabels=tasks, ylim=(max(len(tasks), 3) - 0.4, -0.6))
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(axis="x")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(loc="lower right")

@@ -17,6 +17,7 @@ from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.data.view.show_rows import COLOURS, LOSS, ImageSpan, draw, layout, row_section
 from phivision_jax.images.layout import PatchedImage
+from phivision_jax.io.html import page
 from phivision_jax.rows import expand, fill_rows
 from tests.support.records import CONFIG, make_record, png
 
@@ -114,7 +115,8 @@ def test_row_section_lists_the_examples(dataset, plan, processor) -> None:
     used = sum(int(n) for row in section.table.rows for n in row[5:7])
     assert f"· {used} of 160 tokens (" in section.note
     assert f"· {sum(int(row[7]) for row in section.table.rows)} of 160 patches (" in section.note
-    assert "background:#4477aa" in section.table.rows[0][0] and section.figures[0].dark
+    assert section.table.colours[:2] == list(COLOURS[:2]) and section.figures[0].dark
+    assert '<i class="swatch" style="background: #4477aa"></i>1</td>' in page("Rows", [section])
 
 
 def test_row_section_names_failed_records(processor, tmp_path: Path) -> None:
@@ -123,5 +125,5 @@ def test_row_section_names_failed_records(processor, tmp_path: Path) -> None:
     plan = make_plan([dataset], Mixture.of("set"), processor, SHAPE)
     rows = {row[1]: row for row in row_section(plan, [dataset], processor, 0).table.rows}
     assert rows["r000"][4] == "" and rows["r001"][4] == "failed: image-broken" and rows["r001"][7] == "64"
-    with pytest.raises(IndexError, match="row 1 of a plan with 1 rows"):
+    with pytest.raises(IndexError, match="a plan with 1 steps of 1 rows"):
         row_section(plan, [dataset], processor, 1)

@@ -21,9 +21,8 @@ from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.store.dataset import Index
 from phivision_jax.data.store.importing import write_dataset
-from phivision_jax.data.view import statistics_report
 from phivision_jax.data.view.statistics import MAX_IMAGES, compute
-from phivision_jax.data.view.statistics_report import figure, tables
+from phivision_jax.data.view.statistics_report import bars, figure, tables
 from phivision_jax.io.html import page, print_sections
 from tests.support.records import CONFIG, mixed_records
 
@@ -243,6 +242,6 @@ def test_figure_draws_many_datasets_together() -> None:
     many = [FakeDataset(f"set{i}", [(10 + i, [(24, 16)], NOTHINK, GENERAL)] * (i + 1)) for i in range(12)]
     stats = compute(many, CONFIG, SHAPE)
     assert len(stats.groups) == 13 and stats.groups[-1]["examples"] == sum(range(1, 13))
-    bars = [(label, len(groups)) for label, _, groups in statistics_report.bars(stats)]
-    assert bars[0] == ("set11", 1) and bars[-1] == ("5 others", 5) and len(bars) == 8
+    stacked = [(label, len(groups)) for label, groups in bars(stats)]
+    assert stacked[0] == ("set11", 1) and stacked[-1] == ("5 others", 5) and len(stacked) == 8
     assert figure(stats).png.startswith(b"\x89PNG")
