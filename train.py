@@ -161,7 +161,7 @@ def train(cfg: RunConfig, where: str) -> int:
                     timing = goodput.row()
                     row = timing | speed.row(timing["time/step_s"]) | log_row(metrics)
                     row |= learning_rates(float(step.learning_rate(done - 1)), rates)
-                    row |= {"elapsed_s": time.monotonic() - began, "failed_examples": bad.holes}
+                    row |= {"elapsed_s": time.monotonic() - began, "failed_examples": bad.failed}
                     goodput.write(done)
                 if not stop or last:
                     row |= measure(done)

@@ -1,11 +1,10 @@
-"""``phivision data …``: what can be done with data sets on the command line.
+"""``phivision data …``: datasets on the command line.
 
-Each command is a typed function; what it needs is imported when it runs, so that ``--help`` does not wait for JAX.
+Each command is a typed function; it imports what it needs when it runs, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,32 +13,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from phivision_jax.cli.data_view import show, stats
+from phivision_jax.data.sources.item_options import ItemOptions
 
 if TYPE_CHECKING:
     from phivision_jax.data.sources.source import Source
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.processor import Processor
 
-type Unit = Literal["pixels", "thousand", "unit"]
-
 
 def import_(
     source: Annotated[Positional[str], arg(metavar="SOURCE")],
     out: Annotated[Positional[Path], arg(metavar="OUT")],
     /,
+    options: Annotated[ItemOptions, arg(name="")] = ItemOptions(),  # noqa: B008
     format: Literal["auto", "json", "parquet", "tfds", "array-record"] = "auto",
     split: str = "train",
     name: str | None = None,
-    images: Path | None = None,
-    also_allow: tuple[Path, ...] = (),
-    rename: tuple[str, ...] = (),
-    task: str = "general",
-    default_mode: Literal["nothink", "think", "refuse"] = "nothink",
-    system: Literal["template", "user", "drop"] = "template",
-    boxes: Unit = "pixels",
-    inline_boxes: Unit | None = None,
-    allow_urls: bool = False,
-    any_extension: bool = False,
     decode: bool = False,
     max_bad: float = 0.01,
     workers: int | None = None,
@@ -47,40 +36,27 @@ def import_(
     questions_per_record: int = 1,
     restart: bool = False,
 ) -> None:
-    """Make a dataset of what you have: records with their images, and an index of their lengths.
+    """Make a dataset from your data: records with their images, and an index of their lengths.
 
-    Reads LLaVA-style JSON and JSONL (image, conversations), messages in OpenAI's or Hugging Face's style, parquet as
-    the Hugging Face hub keeps it, TensorFlow Datasets, ArrayRecord. Started again after an interruption, the same
-    command goes on where it stopped. What cannot be used is named with its reason in OUT/quarantine.jsonl.
+    Reads LLaVA-style JSON and JSONL (image, conversations), messages in the style of OpenAI or Hugging Face, parquet as
+    the Hugging Face hub stores it, TensorFlow Datasets, and ArrayRecord. After an interruption the same command
+    continues. Items that cannot be used are listed with a reason in OUT/quarantine.jsonl.
 
     Args:
-        source: A file, a folder, tfds:NAME, or easy-vqa (a small real set: pip install easy-vqa; it makes OUT/train and
-            OUT/test).
+        source: A file, a folder, tfds:NAME, or easy-vqa (a small real data set, makes OUT/train and OUT/test; needs pip
+            install easy-vqa).
         out: Directory to make.
-        format: How to read; auto looks at names.
-        split: Of TFDS; of a folder, the files with it in their names; train: those with no split's name too.
-        name: Of the source, for mixtures and reports; default: the file's or folder's.
-        images: Folder in which the images' paths begin, and which none may leave; default: the data file's own.
-        also_allow: Further folders in which images may lie, for symbolic links that lead there.
-        rename: Fields that have other names in the data: theirs=ours, as in question=prompt.
-        task: Of records that name none.
-        default_mode: Of records that neither state nor show whether the answer comes after thinking.
-        system: System messages: left to the checkpoint's template, put before the first user message, or dropped.
-        boxes: What the numbers of the field objects count.
-        inline_boxes: Also rewrite [x, y] and [x1, y1, x2, y2] in texts from this unit to [0, 1].
-        allow_urls: Fetch images from http and https.
-        any_extension: Let pass image files of another format than their names say.
-        decode: Decode every image now, so that nothing is left for training to find.
-        max_bad: The share of bad records that stops the import.
-        workers: Processes; default: one per core. 0 imports in this one.
-        checkpoint: Whose tokenizer and template to count with; default: the project's small ones.
-        questions_per_record: Of easy-vqa: questions about one image per training conversation (test records have one).
-        restart: Remove what an interrupted import has done, instead of going on with it. Without it one that was begun
-            with other options is an error.
+        format: Format of the source; auto decides by names.
+        split: Split of a TFDS data set. Of a folder: the files with this word in their names; train also takes files
+            without a split's name.
+        name: Name of the source in mixtures and reports; default: the file's or folder's.
+        decode: Decode every image now, so that training finds no broken ones.
+        max_bad: Share of bad items above which the import stops.
+        workers: Worker processes; default: one per core. 0 imports in this process.
+        checkpoint: Checkpoint whose tokenizer and template count tokens; default: the project's small ones.
+        questions_per_record: For easy-vqa: questions about one image per training conversation (test records have one).
+        restart: Remove what an interrupted import has done instead of continuing it.
     """
-    from phivision_jax.data.records import TASKS
-    from phivision_jax.data.sources.items import ItemOptions
-    from phivision_jax.data.sources.open_source import open_source
     from phivision_jax.data.store.dataset import MANIFEST
     from phivision_jax.data.store.importing import import_source
 
@@ -88,69 +64,48 @@ def import_(
         raise ValueError(f"--max-bad is a share between 0 and 1, not {max_bad}")
     if workers is not None and workers < 0:
         raise ValueError(f"--workers must be 0 or more, not {workers}")
-    if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=1)
-        raise ValueError(f"--task {task}: {f'did you mean {near[0]}?' if near else f'known are {", ".join(TASKS)}'}")
-    for option, folder in (("--images", images), *(("--also-allow", folder) for folder in also_allow)):
-        if folder is not None and not folder.is_dir():
-            raise NotADirectoryError(f"{option} {folder}: there is no such folder")
+    jobs: list[tuple[Path, Source]]
     if source == "easy-vqa":
         from phivision_jax.data.sources.easy_vqa import easy_vqa
         from phivision_jax.data.sources.memory import RecordsSource
 
         splits: dict[Literal["train", "test"], int] = {"train": questions_per_record, "test": 1}
-        todo: list[tuple[Path, Source]] = [
+        jobs = [
             (out / part, RecordsSource(easy_vqa(part, questions_per_record=n), name=f"easy_vqa/{part}"))
             for part, n in splits.items()
         ]
     else:
-        options = ItemOptions(
-            images=images,
-            also_allow=also_allow,
-            default_mode=default_mode,
-            task=task,
-            system=system,
-            rename=tuple(_pair(text) for text in rename),
-            boxes=boxes,
-            inline_boxes=inline_boxes,
-            allow_urls=allow_urls,
-            any_extension=any_extension,
-        )
+        from phivision_jax.data.sources.open_source import open_source
+
         opened = open_source(source, format=format, split=split, options=options, name=name)
         if Path(source).is_dir():
             _print_files(opened)
-        todo = [(out, opened)]
+        jobs = [(out, opened)]
     processor = processor_for(checkpoint)
-    for directory, what in todo:
-        there = (directory / MANIFEST).exists()
+    for directory, what in jobs:
+        exists = (directory / MANIFEST).exists()
         dataset = import_source(
             what, directory, processor, workers=workers, decode=decode, max_bad=max_bad, restart=restart
         )
-        if there:
-            print(f"{directory} is there already")
+        if exists:
+            print(f"{directory} exists already")
         else:
             _summarise(dataset, processor)
 
 
 def _print_files(source: Source) -> None:
-    """Which files of a folder are read, and which are not: their names decided it."""
+    """Print which files of a folder are read and which are not, since their names decide it."""
     from phivision_jax.data.sources.files import Files, shorten
 
-    files: Files | None = getattr(source, "files", None)  # TFDS and ArrayRecord say themselves what belongs to them.
+    files: Files | None = getattr(source, "files", None)  # the metadata of TFDS and ArrayRecord name their files
     if files is not None:
+        count = f"{len(files.read):,} file{'s' * (len(files.read) > 1)}"
         left_out = f"; left out: {len(files.left_out):,} ({shorten(files.left_out)})" if files.left_out else ""
-        print(f"reading {len(files.read):,} of its files ({shorten(files.read)}){left_out}")
-
-
-def _pair(text: str) -> tuple[str, str]:
-    theirs, equals, ours = text.partition("=")
-    if not (theirs and equals and ours):
-        raise ValueError(f"--rename {text}: write it as theirs=ours, the data's name first")
-    return theirs, ours
+        print(f"reading {count} of the folder ({shorten(files.read)}){left_out}")
 
 
 def processor_for(checkpoint: Path | None) -> Processor:
-    """The checkpoint's, or the project's own small one: patch settings do not matter, an index holds pixels."""
+    """The processor of a checkpoint, or the project's small one; an index needs no patch settings."""
     from phivision_jax.config import DecoderConfig, ModelConfig
     from phivision_jax.processor import Processor
 
@@ -164,7 +119,7 @@ def processor_for(checkpoint: Path | None) -> Processor:
 
 
 def _summarise(dataset: Dataset, processor: Processor) -> None:
-    """What was imported; what its reader should think about goes to stderr."""
+    """Print what was imported; a warning goes to stderr."""
     from phivision_jax.data.quarantine import FILE
 
     manifest = dataset.manifest
@@ -188,7 +143,7 @@ def _summarise(dataset: Dataset, processor: Processor) -> None:
         print(f"  {label:<16} {value}")
     if default := counts["mode_from"].get("default", 0):
         print(
-            f"note: {default:,} of {len(dataset):,} records neither state nor show their mode and got the default one. "
+            f"note: {default:,} of {len(dataset):,} records neither state nor show their mode and got the default. "
             "Training on direct answers alone may erode the model's own choice to think: mix in reasoning data (see "
             "phivision data plan)",
             file=sys.stderr,
@@ -201,7 +156,7 @@ def _list(counts: dict[str, int]) -> str:
 
 
 def _keeps_system_messages(processor: Processor) -> bool:
-    probe = "a system message that no template says by itself"
+    probe = "a system message that is in no template"
     text, _ = processor.template.render([{"role": "system", "content": probe}, {"role": "user", "content": "?"}])
     return probe in text
 
@@ -212,12 +167,12 @@ def export(
     /,
     format: Literal["llava", "messages"] = "llava",
 ) -> None:
-    """Write a dataset as JSON lines and image files, which import reads back to the same records.
+    """Write a dataset as JSON lines and image files, from which import makes the same records again.
 
     Args:
         dataset: Directory of an import.
         out: Directory to make.
-        format: llava (image, conversations) or messages (OpenAI's, Hugging Face's).
+        format: llava (image, conversations) or messages (the form of OpenAI and Hugging Face).
     """
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.data.store.exporting import export
@@ -228,26 +183,21 @@ def export(
 def validate(
     dataset: Annotated[Positional[Path], arg(metavar="DATASET")],
     /,
-    checkpoint: Path | None = None,
     headers_only: bool = False,
     workers: int | None = None,
     out: Path | None = None,
 ) -> None:
-    """Check every byte, record and pixel of a dataset against its manifest and index; exits with 1 if one is wrong.
+    """Check every file, record and image of a dataset against its manifest and index; exits with 1 if one is damaged.
 
     Args:
         dataset: Directory of an import.
-        checkpoint: That it was imported with, to count text tokens again; default: the project's small tokenizer.
         headers_only: Do not decode the images.
-        workers: Processes; default: one per core.
-        out: Also write what is wrong to this file, one JSON object per line.
+        workers: Worker processes; default: one per core.
+        out: File to which the problems are also written, one JSON object per line.
     """
-    from phivision_jax.data.store.dataset import read_manifest
     from phivision_jax.data.store.integrity import validate
 
-    processor = processor_for(checkpoint)
-    counted = checkpoint is not None or read_manifest(dataset)["text"] == processor.text_fingerprint
-    report = validate(dataset, processor if counted else None, decode=not headers_only, workers=workers)
+    report = validate(dataset, decode=not headers_only, workers=workers)
     if out is not None:
         out.write_bytes(b"".join(p.to_json().encode(errors="backslashreplace") + b"\n" for p in report.problems))
     print(f"{dataset}:")
@@ -255,9 +205,8 @@ def validate(
         ("files", f"{report.files:,}"),
         ("records", f"{report.records:,}"),
         ("images", f"{report.images:,} ({'headers read' if headers_only else 'decoded'})"),
-        ("text tokens", "counted again" if counted else "not counted again: give --checkpoint"),
         ("duplicate ids", f"{report.duplicates:,}" + "".join(f"  {i!r}" for i in report.duplicate_ids)),
-        ("wrong", f"{len(report.problems):,}"),
+        ("problems", f"{len(report.problems):,}"),
     ):
         print(f"  {label:<16} {value}")
     for problem in report.problems:

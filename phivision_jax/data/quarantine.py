@@ -1,11 +1,15 @@
-"""Bad input: named once, with its reason, in a file; never dropped in silence, never the end of a run by itself.
+"""Bad input: each item is listed once, with its reason, in a file; none is dropped silently, none stops a run.
 
     {"id": "photo/17", "source": "photos", "reason": "image-broken", "detail": "image 0 cannot be decoded: …",
      "where": "photos.jsonl, line 18"}
 
-What shows at import (unreadable lines, missing files, broken headers) goes to ``quarantine.jsonl`` of the dataset and
-is not in it. What shows only when pixels are decoded leaves a hole in its row and goes to ``quarantine.jsonl`` of the
-run. Both stop with a summary once more than a stated share is bad: then it is the data set that is wrong.
+What an import finds (unreadable lines, missing files, broken headers) is listed in ``quarantine.jsonl`` of the dataset
+and is not part of it. What only decoding finds leaves a placeholder in its row of the batch and is listed in
+``quarantine.jsonl`` of the run. Both stop with a summary when the share of bad items is too large: then the data set is
+at fault.
+
+``REASONS`` are those of reading and importing. Any other step that rejects items has reasons of its own, written
+"step/reason" ("dedup/near-duplicate").
 """
 
 from __future__ import annotations
@@ -16,42 +20,41 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
 
-Reason = Literal[
-    "unreadable",  # of a dataset, not of a source: bytes on disk that are not what was written
+from phivision_jax.io import jsonl
+
+REASONS = (
+    "unreadable",  # bytes of a dataset that are no longer what was written
     "syntax",  # not JSON, not a row: nothing can be read
     "encoding",  # broken UTF-8, a lone surrogate
-    "fields",  # a field is missing or of the wrong kind
-    "role",  # a role that is not system, user or assistant
-    "empty-answer",  # no assistant message, or one that says nothing
-    "control-token",  # content that would be obeyed, not read
-    "mode",  # an answer that is not of the stated mode
+    "fields",  # a field is missing or has the wrong type
+    "role",  # a role other than system, user and assistant
+    "empty-answer",  # no assistant message, or one without text
+    "control-token",  # content with a control token, which the model would obey
+    "mode",  # an answer that does not fit the stated mode
     "too-long",  # more tokens than the model has positions
     "coordinates",  # a box or a point outside its image
-    "image-count",  # as many <image> as images: not so
+    "image-count",  # the number of <image> markers is not the number of images
     "image-missing",  # no such file
     "image-path",  # a path that leaves the image folder
-    "image-url",  # a URL that may not be, or cannot be, fetched
-    "image-extension",  # a name that says another format than the content
-    "image-size",  # a decompression bomb, or a strip longer than MAX_SIDE
+    "image-url",  # a URL that is not allowed or cannot be fetched
+    "image-extension",  # a file name of another format than the content
+    "image-size",  # a decompression bomb, or a side longer than MAX_SIDE
     "image-broken",  # cannot be decoded
-]
-REASONS: tuple[str, ...] = get_args(Reason)
+)
 MAX_SHARE = 0.01
-"""The share of bad records that stops an import or a training, by default."""
+"""Default share of bad records that stops an import or a training run."""
 FILE = "quarantine.jsonl"
-
 
 _log = logging.getLogger(__name__)
 
 
 class BadRecord(ValueError):
-    """This record cannot be used, for ``reason``; the message says the rest."""
+    """A record that cannot be used; ``reason`` is one of ``REASONS`` or "step/reason", the message is the detail."""
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
-        self.reason: Reason = reason
+        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,28 +62,33 @@ class Quarantined:
     """One line of the file."""
 
     id: str
-    """The record's own, or its place ("data.jsonl:18") where none can be read."""
+    """The record's own id, or its place ("data.jsonl:18") if it has none that can be read."""
     source: str
-    reason: Reason
+    reason: str
     detail: str
     where: str
-    """For a person: file and line, row or number."""
+    """The item's place for people: file and line, row or number."""
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+    def to_line(self) -> bytes:
+        """JSON and a line break. A lone surrogate becomes its JSON escape."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> Quarantined:
+        return cls(**json.loads(line))
 
 
 def file_of_process(number: int) -> str:
-    """Each host of a run names what it met itself: quarantine.jsonl, quarantine-1.jsonl, …"""
+    """Name of the file of one host of a run: quarantine.jsonl, quarantine-1.jsonl, …"""
     return FILE if number == 0 else f"quarantine-{number}.jsonl"
 
 
 class TooManyBadRecords(ValueError):
-    """More than the stated share is bad."""
+    """The share of bad records is larger than allowed."""
 
 
 class Tally:
-    """How many records are bad, by reason, and the first of each."""
+    """Counts of bad records by reason, with the first one of each."""
 
     def __init__(self) -> None:
         self._counts: collections.Counter[str] = collections.Counter()
@@ -91,10 +99,10 @@ class Tally:
         self._first.setdefault(bad.reason, bad)
 
     def check(self, total: int, max_share: float, file: Path) -> None:
-        """Stop when more than ``max_share`` of ``total`` records is bad.
+        """Stop when more than ``max_share`` of ``total`` records are bad.
 
         Raises:
-          TooManyBadRecords: with a summary by reason and an example of each, and where all are named.
+          TooManyBadRecords: with a summary by reason, an example of each, and the file that lists all.
         """
         if (count := self._counts.total()) <= max_share * total:
             return
@@ -103,17 +111,17 @@ class Tally:
             for reason, n in self._counts.most_common()
         ]
         raise TooManyBadRecords(
-            f"{count:,} of {total:,} records are bad, more than the {max_share:.2%} that are let pass; "
-            f"{file} names each:\n" + "\n".join(lines)
+            f"{count:,} of {total:,} records are bad, more than the {max_share:.2%} that max_bad allows; "
+            f"{file} lists them:\n" + "\n".join(lines)
         )
 
 
 class RunLog:
-    """``quarantine.jsonl`` of a run: each record that left a hole, named once however often it is met.
+    """``quarantine.jsonl`` of a run: each record that failed in training, listed once over epochs and restarts.
 
     Args:
-      file: appended to; what it names already is not named again.
-      max_share: of the examples since this process began, at least ``_FIRST_CHECK``, may be bad.
+      file: appended to.
+      max_share: largest share of failed examples since this process started, out of at least ``_FIRST_CHECK``.
     """
 
     _FIRST_CHECK = 1_000
@@ -121,44 +129,35 @@ class RunLog:
 
     def __init__(self, file: Path, max_share: float) -> None:
         self.file, self.max_share = file, max_share
-        self.holes = 0
-        """All of them since this process began, repeated ones too."""
+        self.failed = 0
+        """Failed examples since this process started, repeated ones included."""
         self._seen = 0
         self._tally = Tally()
-        self._named: set[tuple[str, str]] = set()
-        if file.is_file():
-            content = file.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1]
-            if whole != content:  # a kill cut the last line short
-                file.write_bytes(whole)
-            for bad in map(json.loads, whole.splitlines()):
-                self._named.add((bad["id"], bad["where"]))
+        self._listed = {(row["id"], row["where"]) for row in jsonl.read(file)}
 
-    def add(self, holes: Iterable[Quarantined], examples: int) -> None:
-        """Of ``examples`` more examples, these left holes.
+    def add(self, failed: Iterable[Quarantined], examples: int) -> None:
+        """Count ``examples`` more examples, of which these failed.
 
         Raises:
-          TooManyBadRecords: once they are more than the share.
+          TooManyBadRecords: when the share is too large.
         """
         self._seen += examples
-        for hole in holes:
-            self.holes += 1
-            self._tally.add(hole)
-            if (hole.id, hole.where) not in self._named:
-                self._named.add((hole.id, hole.where))
-                with self.file.open("a", encoding="utf-8") as file:
-                    file.write(hole.to_json() + "\n")
-                if len(self._named) <= self._LOGGED:
-                    _log.warning(
-                        "record %r of %r leaves a hole (%s): %s", hole.id, hole.source, hole.reason, hole.detail
-                    )
-                if len(self._named) == self._LOGGED:
-                    _log.warning("further holes are named in %s alone", self.file)
+        for bad in failed:
+            self.failed += 1
+            self._tally.add(bad)
+            if (bad.id, bad.where) in self._listed:
+                continue
+            self._listed.add((bad.id, bad.where))
+            jsonl.append(self.file, dataclasses.asdict(bad))
+            if len(self._listed) <= self._LOGGED:
+                _log.warning("record %r of %r failed (%s): %s", bad.id, bad.source, bad.reason, bad.detail)
+            if len(self._listed) == self._LOGGED:
+                _log.warning("further failed records are only listed in %s", self.file)
         self._tally.check(max(self._seen, self._FIRST_CHECK), self.max_share, self.file)
 
 
 def check_share(bad: Iterable[Quarantined], total: int, max_share: float, file: Path) -> None:
-    """Stop when more than ``max_share`` of ``total`` records is bad, see ``Tally.check``."""
+    """Stop when more than ``max_share`` of ``total`` records are bad, see ``Tally.check``."""
     tally = Tally()
     for quarantined in bad:
         tally.add(quarantined)

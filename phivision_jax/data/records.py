@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import msgpack
 
-from phivision_jax.io.suggest import did_you_mean
+from phivision_jax.io.messages import did_you_mean
 from phivision_jax.text.constants import Mode
 from phivision_jax.text.tokenizer import THINK
 

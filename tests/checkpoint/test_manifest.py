@@ -52,5 +52,7 @@ def test_a_damaged_manifest_vouches_for_nothing(checkpoint):
 
 
 def test_the_converter_gets_no_jax_by_it():
-    check = "import sys; from phivision_jax.checkpoint import manifest; assert not {'jax', 'orbax'} & sys.modules.keys()"
+    check = (
+        "import sys; from phivision_jax.checkpoint import manifest; assert not {'jax', 'orbax'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", check], check=True)

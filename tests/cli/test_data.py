@@ -1,4 +1,4 @@
-"""``phivision data`` as a user types it: what is printed, and how it ends."""
+"""``phivision data`` as users type it: output and exit codes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.records import png
 COMMAND = [sys.executable, "-m", "phivision_jax.cli", "data"]
 
 
-def test_a_reader_that_has_enough_is_no_error():
+def test_closed_pipe_is_no_error():
     """As in ``phivision data import --help | head -1``."""
     process = subprocess.Popen([*COMMAND, "import", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
@@ -43,7 +43,7 @@ class Done:
 
 @pytest.fixture
 def phivision(monkeypatch, capsys) -> Callable[..., Done]:
-    """The command in this process: starting one takes seconds."""
+    """Runs the command in this process: starting another takes seconds."""
 
     def call(*words: str | Path, code: int = 0) -> Done:
         monkeypatch.setattr(sys, "argv", ["phivision", "data", *map(str, words)])
@@ -63,7 +63,7 @@ def phivision(monkeypatch, capsys) -> Callable[..., Done]:
 
 
 def write_llava(folder: Path, n: int, bad: int = 0) -> Path:
-    """A folder as LLaVA's data come: data.json beside the images, some of which are missing."""
+    """Write data.json in LLaVA's form and its images, of which ``bad`` are missing."""
     (folder / "images").mkdir(parents=True)
     for i in range(5):
         (folder / "images" / f"{i}.png").write_bytes(png(8 * (i + 1), 16, seed=i))
@@ -86,7 +86,7 @@ def content(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def test_import_validate_export_import(phivision, tmp_path):
+def test_import_validate_export_and_import(phivision, tmp_path):
     source = write_llava(tmp_path / "llava", 40)
     done = phivision("import", source, tmp_path / "set", "--task", "math", "--name", "shapes", "--workers", "0")
     assert [line.split(None, 1) for line in done.stdout.splitlines() if line.startswith("  ")] == [
@@ -100,46 +100,49 @@ def test_import_validate_export_import(phivision, tmp_path):
     assert "30 of 40 records neither state nor show their mode" in done.stderr
     assert "erode the model's own choice to think" in done.stderr
     again = phivision("import", source, tmp_path / "set", "--task", "math", "--name", "shapes")
-    assert f"{tmp_path / 'set'} is there already" in again.stdout
+    assert f"{tmp_path / 'set'} exists already" in again.stdout
     other = phivision("import", source, tmp_path / "set", code=1)
-    assert "imported from other data or with other options; remove it" in other.stderr
+    assert "made from other data or with other options; remove it" in other.stderr
     assert '  source.name: "shapes", now "data"\n  source.options.task: "math", now "general"' in other.stderr
 
     done = phivision("validate", tmp_path / "set", "--workers", "0")
-    assert "wrong            0" in done.stdout and "40 (decoded)" in done.stdout
+    assert "problems         0" in done.stdout and "40 (decoded)" in done.stdout
     assert "40 records" in phivision("export", tmp_path / "set", tmp_path / "out", "--format", "messages").stdout
     phivision("import", tmp_path / "out" / "data.jsonl", tmp_path / "back", "--workers", "0")
     first, back = Dataset.open(tmp_path / "set"), Dataset.open(tmp_path / "back")
     assert first.hash == back.hash and [first[i] for i in range(40)] == [back[i] for i in range(40)]
 
 
-def test_bad_records(phivision, tmp_path):
+def test_import_stops_at_bad_share(phivision, tmp_path):
     source = write_llava(tmp_path / "llava", 40, bad=3)
     done = phivision("import", source, tmp_path / "set", "--workers", "0", code=1)
     assert "3 of 40 records are bad, more than the 1.00%" in done.stderr
-    assert "e.g. 'item-0'" in done.stderr and "with a larger max_bad (--max-bad), goes on there" in done.stderr
+    assert "e.g. 'item-0'" in done.stderr and "continues from there" in done.stderr
     other = phivision("import", source, tmp_path / "set", "--workers", "0", "--max-bad", "0.1", "--task", "ocr", code=1)
-    assert f"{tmp_path / '.set.partial'} holds an interrupted import" in other.stderr and "--restart" in other.stderr
+    assert (
+        f"{tmp_path / '.set.partial'} has the chunks of an interrupted run" in other.stderr
+        and "--restart" in other.stderr
+    )
     assert '  source.options.task: "general", now "ocr"' in other.stderr
     words = ["--workers", "0", "--max-bad", "0", "--task", "ocr", "--restart"]
-    assert "going on" not in phivision("import", source, tmp_path / "set", *words, code=1).stdout
+    assert "continuing" not in phivision("import", source, tmp_path / "set", *words, code=1).stdout
     words = ["--workers", "0", "--max-bad", "0", "--restart"]
-    assert "going on" not in phivision("import", source, tmp_path / "set", *words, code=1).stdout
+    assert "continuing" not in phivision("import", source, tmp_path / "set", *words, code=1).stdout
     done = phivision("import", source, tmp_path / "set", "--workers", "0", "--max-bad", "0.1")
-    assert "going on: 1 of 1 chunks are there already" in done.stdout
+    assert "continuing: 1 of 1 chunks are complete" in done.stdout
     assert f"image-missing 3: {tmp_path / 'set' / 'quarantine.jsonl'}" in done.stdout
     lines = (tmp_path / "set" / "quarantine.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["item-0", "item-1", "item-2"]
 
 
-def test_damage_is_named(phivision, tmp_path):
+def test_validate_lists_damage(phivision, tmp_path):
     phivision("import", write_llava(tmp_path / "llava", 8), tmp_path / "set", "--workers", "0")
     index = tmp_path / "set" / "index" / "modes.npy"
     index.write_bytes(index.read_bytes()[:-1] + b"\7")
     done = phivision(
         "validate", tmp_path / "set", "--headers-only", "--workers", "0", "--out", tmp_path / "wrong.jsonl", code=1
     )
-    assert "index/modes.npy: '': file: its sha256 differs" in done.stdout
+    assert "index/modes.npy: '': file: its sha256 is not the manifest's" in done.stdout
     assert json.loads((tmp_path / "wrong.jsonl").read_text())["reason"] == "file"
     index.write_bytes(index.read_bytes()[:-1])
     done = phivision("validate", tmp_path / "set", "--headers-only", "--workers", "0", code=1)
@@ -151,7 +154,7 @@ def test_damage_is_named(phivision, tmp_path):
     [
         (["import", "nowhere.json", "out"], 1, "nowhere.json"),
         (["import", "data.json", "out", "--rename", "question"], 1, "write it as theirs=ours"),
-        (["import", "data.json", "out", "--task", "maths"], 1, "did you mean math?"),
+        (["import", "data.json", "out", "--task", "maths"], 1, "did you mean 'math'?"),
         (["import", "data.json", "out", "--max-bad", "2"], 1, "between 0 and 1"),
         (["import", "data.json", "out", "--images", "nowhere"], 1, "--images nowhere: there is no such folder"),
         (
@@ -167,7 +170,7 @@ def test_damage_is_named(phivision, tmp_path):
         (["export", "nowhere", "out"], 1, "no dataset directory nowhere"),
     ],
 )
-def test_mistakes_get_a_sentence(phivision, tmp_path, monkeypatch, words, code, message):
+def test_mistakes_are_one_sentence(phivision, tmp_path, monkeypatch, words, code, message):
     write_llava(tmp_path / "llava", 3)
     monkeypatch.chdir(tmp_path / "llava")
     done = phivision(*words, code=code)
@@ -175,20 +178,20 @@ def test_mistakes_get_a_sentence(phivision, tmp_path, monkeypatch, words, code, 
     assert not (tmp_path / "llava" / "out").exists()
 
 
-def test_which_files_of_a_folder_are_read(phivision, tmp_path):
+def test_import_prints_files_of_folder(phivision, tmp_path):
     folder = tmp_path / "llava"
     source = write_llava(folder, 4)
     (folder / "test-0.json").write_bytes(source.read_bytes())
     source.rename(folder / "part-0.json")
     done = phivision("import", folder, tmp_path / "set", "--workers", "0")
-    assert "reading 1 of its files (part-0.json); left out: 1 (test-0.json)" in done.stdout
+    assert "reading 1 file of the folder (part-0.json); left out: 1 (test-0.json)" in done.stdout
     assert len(Dataset.open(tmp_path / "set")) == 4
     done = phivision("import", folder / "part-0.json", tmp_path / "other", "--workers", "0")
-    assert "of its files" not in done.stdout
+    assert "of the folder" not in done.stdout
 
 
-def test_modes_that_are_not_those_of_the_answers(phivision, tmp_path):
-    answers = {"stated": "<think>a</think>b", "r1": "a</think>b", "said": "<|dummy_84|>write <think>"}
+def test_import_quarantines_contradicting_modes(phivision, tmp_path):
+    answers = {"stated": "<think>a</think>b", "r1": "a</think>b", "mentioned": "<|dummy_84|>write <think>"}
     items = [
         {"id": id, "question": "?", "answer": answer, **({"mode": "nothink"} if id == "stated" else {})}
         for id, answer in answers.items()
@@ -196,13 +199,13 @@ def test_modes_that_are_not_those_of_the_answers(phivision, tmp_path):
     (tmp_path / "data.json").write_text(json.dumps(items))
     phivision("import", tmp_path / "data.json", tmp_path / "set", "--workers", "0", "--max-bad", "1")
     lines = map(json.loads, (tmp_path / "set" / "quarantine.jsonl").read_text().splitlines())
-    assert [(line["id"], line["reason"]) for line in lines] == [("stated", "mode"), ("said", "mode")]
+    assert [(line["id"], line["reason"]) for line in lines] == [("stated", "mode"), ("mentioned", "mode")]
     dataset = Dataset.open(tmp_path / "set")
     assert dataset[0].messages[1]["content"] == "<think>a</think>b"
     assert dataset.manifest["counts"]["mode_from"] == {"inferred": 1}
 
 
-def test_system_messages_and_what_the_template_does_with_them(phivision, tmp_path, monkeypatch):
+def test_import_reports_system_messages(phivision, tmp_path, monkeypatch):
     turns = [("system", "Be brief."), ("user", "a"), ("assistant", "b")]
     messages = [{"role": role, "content": content} for role, content in turns]
     (tmp_path / "data.jsonl").write_text(json.dumps({"id": "a", "messages": messages, "mode": "nothink"}) + "\n")
@@ -213,8 +216,8 @@ def test_system_messages_and_what_the_template_does_with_them(phivision, tmp_pat
     assert "1: the template drops them; --system user keeps" in done.stdout
 
 
-def test_easy_vqa(phivision, tmp_path, monkeypatch):
-    """As the README and the demo type it; the first pictures of the real set."""
+def test_import_easy_vqa(phivision, tmp_path, monkeypatch):
+    """The command of the README and the demo, with the first images of the real set."""
     pytest.importorskip("easy_vqa")
     monkeypatch.setattr(easy_vqa, "easy_vqa", functools.partial(easy_vqa.easy_vqa, max_images=5))
     words = ["import", "easy-vqa", tmp_path / "data", "--questions-per-record", "3", "--workers", "0"]
@@ -223,19 +226,19 @@ def test_easy_vqa(phivision, tmp_path, monkeypatch):
     assert len(train[0].messages) == 6 and len(test[0].messages) == 2
     assert (train[0].source, train.manifest["counts"]["mode_from"]) == ("easy_vqa/train", {"stated": len(train)})
     done = phivision(*words)
-    assert done.stdout.splitlines() == [f"{tmp_path / 'data' / part} is there already" for part in ("train", "test")]
+    assert done.stdout.splitlines() == [f"{tmp_path / 'data' / part} exists already" for part in ("train", "test")]
     done = phivision(*words[:3], "--workers", "0", code=1)
-    assert "imported from other data or with other options" in done.stderr
+    assert "made from other data or with other options" in done.stderr
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_interrupted(tmp_path, sent):
-    """A signal to the whole group, as a terminal or a scheduler sends it: one line, the partial stays, and goes on."""
+def test_import_interrupted(tmp_path, sent):
+    """A signal to the process group, as from a terminal or a scheduler: one line, and the chunks stay."""
     source = write_llava(tmp_path / "llava", 9_000)
     process = subprocess.Popen(
         [*COMMAND, "import", str(source), str(tmp_path / "set"), "--workers", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # What a shell starts in the background ignores Ctrl-C, and so would its children.
+        # Background jobs of a shell ignore Ctrl-C, and so would their children.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     chunks = tmp_path / ".set.partial" / "chunks"
@@ -246,14 +249,14 @@ def test_interrupted(tmp_path, sent):
     assert process.returncode == 130, out + err
     assert err.splitlines()[-2:] == [
         "phivision: interrupted",
-        f"what is done stays in {tmp_path / '.set.partial'}: the same import goes on there",
+        f"completed chunks are in {tmp_path / '.set.partial'}; the same command continues from there",
     ]
     assert "Traceback" not in err and list(chunks.glob("*")) and not (tmp_path / "set").exists()
 
 
 @pytest.mark.slow
-def test_killed_ten_times(tmp_path):
-    """SIGKILL to the whole process group at ten random moments, other numbers of workers each time."""
+def test_import_survives_ten_kills(tmp_path):
+    """SIGKILL to the process group at ten random moments, each time with another number of workers."""
     source = write_llava(tmp_path / "llava", 40_000, bad=20)
     subprocess.run([*COMMAND, "import", source, tmp_path / "undisturbed", "--workers", "2"], check=True)
     rng, chunks = random.Random(0), tmp_path / ".set.partial" / "chunks"
@@ -272,7 +275,7 @@ def test_killed_ten_times(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
             hit += 1
         process.wait()
-        print(f"kill {kill}: {before} chunks, {len(list(chunks.glob('*')))} afterwards")
+        print(f"kill {kill}: {before} chunks before, {len(list(chunks.glob('*')))} after")
     assert hit >= 8
     subprocess.run([*COMMAND, "import", source, tmp_path / "set"], check=True)
     assert content(tmp_path / "set") == content(tmp_path / "undisturbed")

@@ -28,7 +28,7 @@ from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.records import Record
 from phivision_jax.data.sources.easy_vqa import easy_vqa
-from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.open_source import open_source
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.data.store.exporting import export
@@ -194,7 +194,7 @@ def test_imports_validates_trains_and_comes_back(form, records, tmp_path, proces
     found = {record.id: record for record in (dataset[i] for i in range(len(dataset)))}
     assert found == {r.id: dataclasses.replace(r, source="mine") for r in records}
     assert not dataset.manifest["counts"]["quarantined"]
-    assert not validate(tmp_path / "set", processor, decode=True, workers=0).problems
+    assert not validate(tmp_path / "set", workers=0).problems
     for again in ("llava", "messages"):
         export(dataset, tmp_path / again, again, progress=False)
         assert read(tmp_path / again, tmp_path / f"{again}-set", processor).hash == dataset.hash

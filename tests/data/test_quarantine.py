@@ -11,39 +11,39 @@ def bad(i: int, reason="image-broken") -> Quarantined:
     return Quarantined(f"r{i}", "photos", reason, "cut short", f"photos, record {i}")
 
 
-def test_more_than_the_share_stops_with_a_summary(tmp_path):
+def test_check_share_stops_with_summary(tmp_path):
     found = [bad(0), bad(1, "role"), bad(2)]
-    check_share(found, 300, 0.01, tmp_path / "q.jsonl")  # exactly the share is let pass
+    check_share(found, 300, 0.01, tmp_path / "q.jsonl")  # exactly the share passes
     with pytest.raises(TooManyBadRecords) as error:
         check_share(found, 299, 0.01, tmp_path / "q.jsonl")
     lines = str(error.value).splitlines()
-    assert "3 of 299 records are bad, more than the 1.00%" in lines[0] and "q.jsonl names each" in lines[0]
+    assert "3 of 299 records are bad, more than the 1.00%" in lines[0] and "q.jsonl lists them" in lines[0]
     assert lines[1].split()[:2] == ["2", "image-broken"] and "'r0': cut short" in lines[1]
     assert lines[2].split()[:2] == ["1", "role"]
 
 
-def test_a_run_names_each_record_once_over_epochs_and_restarts(tmp_path, caplog):
+def test_run_log_lists_each_record_once(tmp_path, caplog):
     file = tmp_path / "quarantine.jsonl"
     log = RunLog(file, 0.5)
     log.add([bad(1), bad(2)], 100)
     log.add([bad(1)], 100)
-    assert log.holes == 3
+    assert log.failed == 3
     with file.open("a") as lines:
         lines.write('{"id": "r9", "sou')  # killed here
     again = RunLog(file, 0.5)
     again.add([bad(2), bad(3)], 100)
     named = [json.loads(line)["id"] for line in file.read_text().splitlines()]
     assert named == ["r1", "r2", "r3"]
-    assert "record 'r1' of 'photos' leaves a hole (image-broken): cut short" in caplog.text
+    assert "record 'r1' of 'photos' failed (image-broken): cut short" in caplog.text
 
 
-def test_a_run_stops_at_the_share_but_not_over_its_first_few(tmp_path):
+def test_run_log_stops_at_share_of_first_thousand(tmp_path):
     log = RunLog(tmp_path / "quarantine.jsonl", 0.01)
-    log.add([bad(i) for i in range(10)], 20)  # half of twenty, but of the first thousand one in a hundred
+    log.add([bad(i) for i in range(10)], 20)  # half of twenty, but 1 % of the first thousand
     with pytest.raises(TooManyBadRecords, match="11 of 1,000"):
         log.add([bad(10)], 20)
 
 
-def test_only_the_first_are_logged(tmp_path, caplog):
+def test_run_log_logs_only_first_records(tmp_path, caplog):
     RunLog(tmp_path / "q.jsonl", 1.0).add([bad(i) for i in range(50)], 1000)
-    assert caplog.text.count("leaves a hole") == 10 and caplog.text.count("further holes are named in") == 1
+    assert caplog.text.count("failed (image-broken)") == 10 and caplog.text.count("are only listed in") == 1

@@ -16,7 +16,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.sources.files import files_of_format, identify
-from phivision_jax.data.sources.items import ItemOptions, ItemReader
+from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.items import ItemReader
 from phivision_jax.data.sources.source import Read
 
 # No buffers for reading ahead: their threads would outnumber the cores.

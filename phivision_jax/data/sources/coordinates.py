@@ -15,12 +15,11 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from phivision_jax.data.quarantine import BadRecord
+from phivision_jax.data.sources.item_options import Unit
 
-Unit = Literal["pixels", "thousand", "unit"]
-"""Pixels of the upright image; thousandths of its sides; shares of its sides."""
 TOLERANCE = 0.01
 
 _PLACEHOLDER = re.compile("<(ref|bbox|point)>")

@@ -14,6 +14,7 @@
     source                         ``source``; none: the name of the source
     objects                        boxes and points for <bbox>, <point> and <ref> in the text, see ``coordinates``
     metadata                       ``metadata``, if it is a dict
+    lineage                        ``lineage``, if it is a list of strings
     anything else                  a key of ``metadata``, if it is what JSON can say: no bytes, dates, numbers beyond 64
                                    bits, or more than 100 levels. What is not is left out
 
@@ -29,11 +30,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from phivision_jax.data.quarantine import BadRecord, Quarantined, Reason
+from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.records import MODES, TASKS, Mode, Record
 from phivision_jax.data.sources.conversations import NEXT, conversation_of
-from phivision_jax.data.sources.coordinates import Unit, fill_placeholders, rewrite_lists
+from phivision_jax.data.sources.coordinates import fill_placeholders, rewrite_lists
 from phivision_jax.data.sources.fetch import fetch, is_given
+from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.source import ModeFrom, Read
 from phivision_jax.images.decode import ImageTooLargeError, image_size
 from phivision_jax.text.constants import IMAGE_MARKER
@@ -41,40 +43,6 @@ from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
 IDS = ("id", "uid", "question_id")
 _DEEPEST = 100
-
-
-@dataclasses.dataclass(frozen=True)
-class ItemOptions:
-    """How items become records."""
-
-    images: Path | None = None
-    """Folder in which the images' paths begin, and which none may leave; default: the folder of the data file."""
-    also_allow: tuple[Path, ...] = ()
-    """Further folders in which an image may lie, where symbolic links lead there."""
-    default_mode: Literal["nothink", "think", "refuse"] = "nothink"
-    """Of records that neither state nor show one; "refuse" quarantines them."""
-    task: str = "general"
-    """Of items that name none."""
-    system: Literal["template", "user", "drop"] = "template"
-    """System messages: left to the chat template, put in front of the first user message, or dropped."""
-    rename: tuple[tuple[str, str], ...] = ()
-    """Fields that have other names in the data: (their name, the name above)."""
-    boxes: Unit = "pixels"
-    """What the numbers in ``objects`` count."""
-    inline_boxes: Unit | None = None
-    """Rewrite every [x, y] and [x1, y1, x2, y2] in the text of records with one image, from this unit to [0, 1]."""
-    allow_urls: bool = False
-    """Fetch images from http and https."""
-    any_extension: bool = False
-    """Let pass files whose content is of another format than their names say."""
-
-    def key(self) -> dict[str, Any]:
-        """As JSON."""
-        return dataclasses.asdict(self) | {
-            "images": self.images and str(self.images.resolve()),
-            "also_allow": [str(folder.resolve()) for folder in self.also_allow],
-            "rename": [*map(list, self.rename)],
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +72,7 @@ class ItemReader:
         except BadRecord as bad:
             return self.bad(bad.reason, str(bad), place, where, item)
 
-    def bad(self, reason: Reason, detail: str, place: str, where: str, item: Any = None) -> Quarantined:
+    def bad(self, reason: str, detail: str, place: str, where: str, item: Any = None) -> Quarantined:
         """A quarantined item, under its own id if ``item`` has one."""
         try:
             own = _id(self._renamed(item)) if isinstance(item, Mapping) else None
@@ -116,13 +84,13 @@ class ItemReader:
         return Quarantined(id, source, reason, detail, where)
 
     def _renamed(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        renames = {theirs: ours for theirs, ours in self.options.rename if theirs in item}
+        renames = {theirs: ours for theirs, ours in self.options.renames.items() if theirs in item}
         kept = {name: value for name, value in item.items() if name not in renames}
         return kept | {ours: item[theirs] for theirs, ours in renames.items()}
 
     def id_fields(self) -> tuple[str, ...]:
         """The names under which an id may stand in the data."""
-        return (*IDS, *(theirs for theirs, ours in self.options.rename if ours in IDS))
+        return (*IDS, *(theirs for theirs, ours in self.options.renames.items() if ours in IDS))
 
     def _read(self, item: dict[str, Any], place: str, where: str) -> Read:
         options = self.options
@@ -147,7 +115,12 @@ class ItemReader:
             messages = _without_system(messages, keep=options.system == "user")
         task = _optional(item, "task") or options.task
         name = next((name for name in IDS if item.get(name) not in (None, "")), None)
-        used = (*conversation.used, name, "image", "images", "mode", "task", "source", "objects", "metadata")
+        used = [*conversation.used, name, "image", "images", "mode", "task", "source", "objects", "metadata"]
+        lineage = item.get("lineage")
+        if isinstance(lineage, list) and all(isinstance(step, str) for step in lineage):
+            used.append("lineage")
+        else:
+            lineage = []
         try:
             record = Record(
                 id=_id(item) or place,
@@ -157,6 +130,7 @@ class ItemReader:
                 mode=mode,
                 task=task,
                 metadata=_metadata(item, used),
+                lineage=tuple(lineage),
             )
         except BadRecord:
             raise

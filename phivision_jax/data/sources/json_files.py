@@ -21,10 +21,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from phivision_jax.data.quarantine import Quarantined, Reason
+from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.conversations import FORMS
 from phivision_jax.data.sources.files import Files, files_of_split, identify
-from phivision_jax.data.sources.items import ItemOptions, ItemReader
+from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.items import ItemReader
 from phivision_jax.data.sources.source import Read
 from phivision_jax.io.progress import bar
 
@@ -72,7 +73,7 @@ class JsonSource:
         paths = [path] if isinstance(path, Path) else list(path)
         self.name = name or (paths[0].stem if paths[0].is_file() else paths[0].resolve().name)
         self._options = options
-        forms = (*FORMS, *(theirs for theirs, ours in options.rename if ours in FORMS))
+        forms = (*FORMS, *(theirs for theirs, ours in options.renames.items() if ours in FORMS))
         found = [files_of_split(p, "json", split) for p in paths]
         self.files = Files(*([file for one in found for file in one[part]] for part in (0, 1)))
         self._files = [_File(file, forms) for file in self.files.read]
@@ -156,7 +157,7 @@ class _File:
         place = f"{self.path.name}:{number + 1}"
         where = f"{self.path.name}, " + (f"line {line}" if line else f"item {number + 1}, byte {piece.offset}")
 
-        def bad(reason: Reason, detail: str) -> Quarantined:
+        def bad(reason: str, detail: str) -> Quarantined:
             return reader.bad(reason, detail, place, where, _guess_id(piece.raw, reader.id_fields()))
 
         if piece.problem:

@@ -1,20 +1,22 @@
-"""Records that are in memory already, read like those of any other format."""
+"""Records that are in memory already."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources.items import ItemOptions, ItemReader
-from phivision_jax.data.sources.source import Read
+from phivision_jax.data.sources.fetch import fetch
+from phivision_jax.data.sources.source import ModeFrom, Read
 
 
 class RecordsSource:
-    """Records of a program, whose images may be paths anywhere: they are read when asked for."""
+    """Records as they are; images given as paths, anywhere on this machine, are read on demand."""
 
     def __init__(self, records: Sequence[Record], name: str = "memory") -> None:
         self.name = name
@@ -30,17 +32,16 @@ class RecordsSource:
         return {"format": "memory", "name": self.name, "records": digest.hexdigest()}
 
     def read(self, start: int, stop: int) -> Iterator[Read | Quarantined]:
-        # The root of the file system: a program's paths are its own affair.
-        reader = ItemReader(self.name, Path(Path.cwd().anchor), ItemOptions())
         for i, record in enumerate(self._records[start:stop], start):
-            images = [str(Path(image).absolute()) if isinstance(image, str) else image for image in record.images]
-            item = {
-                "id": record.id,
-                "source": record.source,
-                "images": images,
-                "messages": list(record.messages),
-                "mode": record.mode,
-                "task": record.task,
-                "metadata": dict(record.metadata),
-            }
-            yield reader.read(item, f"{self.name}:{i + 1}", f"record {i + 1} of {self.name}")
+            where = f"record {i + 1} of {self.name}"
+            try:
+                images = tuple(
+                    fetch(os.path.abspath(image), Path("/")) if isinstance(image, str) else image
+                    for image in record.images
+                )
+            except BadRecord as bad:
+                yield Quarantined(record.id, record.source, bad.reason, str(bad), where)
+                continue
+            system = any(message.get("role") == "system" for message in record.messages)
+            mode_from: ModeFrom = "stated" if record.mode else "inferred"
+            yield Read(dataclasses.replace(record, images=images), mode_from, system, where)

@@ -12,7 +12,7 @@ from phivision_jax.data.sources.files import PATTERNS, Format, files_directly_in
 from phivision_jax.data.sources.source import Source
 
 if TYPE_CHECKING:
-    from phivision_jax.data.sources.items import ItemOptions
+    from phivision_jax.data.sources.item_options import ItemOptions
 
 _LOOKED_FOR = (
     "looked for .json, .jsonl or .ndjson, .parquet, .array_record files, and for dataset_info.json (TFDS); "
@@ -40,9 +40,10 @@ def open_source(
 
     Raises:
       FileNotFoundError: when there is no such file or folder.
-      ValueError: when the format is not clear, or the data cannot be read in it.
+      ValueError: when the format is not clear, or the data cannot be read in it; for bad options.
       ModuleNotFoundError: for TFDS when its package is not installed.
     """
+    options.check()
     spec = os.fspath(spec)
     path = Path(spec)
     if spec.startswith("tfds:"):

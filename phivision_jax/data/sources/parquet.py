@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.files import files_of_split, identify
-from phivision_jax.data.sources.items import IDS, ItemOptions, ItemReader
+from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.items import IDS, ItemReader
 from phivision_jax.data.sources.source import Read
 
 BATCH_BYTES = 64 * 2**20
@@ -101,7 +102,7 @@ class ParquetSource:
         """Rows ``start`` … ``stop − 1`` of the k-th row group, with ``above`` rows of its file before it."""
         path, group = self._files[self._groups[k][0]], self._groups[k][1]
         reader = ItemReader(self.name, self._folder, self._options)
-        names = [theirs for theirs, ours in self._options.rename if ours in IDS]
+        names = [theirs for theirs, ours in self._options.renames.items() if ours in IDS]
         row = start
 
         def place(row: int) -> tuple[str, str]:

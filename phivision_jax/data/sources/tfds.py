@@ -15,7 +15,8 @@ import numpy as np
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.files import identify
-from phivision_jax.data.sources.items import IDS, ItemOptions, ItemReader
+from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.items import IDS, ItemReader
 from phivision_jax.data.sources.source import Read
 
 

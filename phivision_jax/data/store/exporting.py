@@ -60,7 +60,7 @@ def export(dataset: Dataset, out: Path, format: Literal["llava", "messages"], *,
                 paths = [_save(image, partial) for image in record.images]
                 fields = _llava(record, paths) if format == "llava" else _messages(record, paths)
                 fields |= {"mode": record.mode, "task": record.task, "source": record.source}
-                item = {"id": record.id, **fields, "metadata": record.metadata}
+                item = {"id": record.id, **fields, "metadata": record.metadata, "lineage": record.lineage}
                 file.write(json.dumps(item, ensure_ascii=False) + "\n")
                 advance(1)
         os.replace(partial, out)

@@ -1,22 +1,22 @@
-"""Can this record be trained on, and how long is it? Asked once, at import; what is not good has a reason.
+"""The check of records at import: whatever cannot be trained on is rejected with a reason.
 
-    record ──► strings ──► roles, answers, markers ──► chat.encode ──► images' headers (──► their pixels)
-               encoding    fields, role, empty-answer,  control-token,  image-broken, image-size
-                           image-count                  mode, too-long
+    record ──► strings ──► roles, answers, markers ──► images' headers (──► their pixels) ──► chat.encode
+               encoding    fields, role, empty-answer,  image-broken, image-size              control-token,
+                           image-count                                                        mode, too-long
+               └──────────── check_record: needs no processor ────────────┘   └─ count_text_tokens ─┘
 
-Everything that shows here is kept out of the dataset, so training meets only what shows in pixels alone. Without
-``decode`` no pixel is read: an import then runs at the speed of the disk.
+So training finds no bad records but those whose pixels are broken. Without ``decode`` no pixel is read, and an import
+is as fast as the disk.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import msgpack
 
-from phivision_jax.data.quarantine import BadRecord, Reason
+from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import Record, mode_of
 from phivision_jax.images.decode import ImageTooLargeError, image_size, open_image, to_rgb
 from phivision_jax.text import chat
@@ -27,68 +27,63 @@ if TYPE_CHECKING:
     from phivision_jax.processor import Processor
 
 MAX_SIDE = 32_768
-"""Pixels. A longer strip, squeezed into the encoder's patches, leaves nothing to be seen."""
+"""Pixels. A longer strip, resized to the encoder's patches, would be unrecognisable."""
+type ImageSizes = tuple[tuple[int, int], ...]
+"""Width and height of each image in pixels, after turning it upright."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """What the index holds of a record."""
+class RecordSize:
+    """Size of a record as the index stores it."""
 
     text_tokens: int
-    """Tokens of the conversation, images not counted."""
-    image_sizes: tuple[tuple[int, int], ...]
-    """Width and height in pixels, as the picture is seen (turned upright)."""
+    """Tokens of the conversation without its images."""
+    image_sizes: ImageSizes
 
 
-def measure(record: Record, processor: Processor, *, decode: bool) -> Measured:
-    """The lengths of a record that can be trained on.
+def measure_record(record: Record, processor: Processor, *, decode: bool) -> RecordSize:
+    """Check a record and return its size; see ``check_record`` and ``count_text_tokens`` for arguments and errors."""
+    image_sizes = check_record(record, decode=decode)
+    return RecordSize(count_text_tokens(record, processor), image_sizes)
+
+
+def check_record(record: Record, *, decode: bool) -> ImageSizes:
+    """Check strings, metadata, messages and images.
 
     Args:
-      record: images as bytes or paths.
-      processor: its tokenizer and template count; its ``config.decoder.max_positions`` limits.
+      record: any record, its images as bytes.
       decode: also decode every image and convert it to RGB, as training will.
 
+    Returns:
+      the sizes of its images.
+
     Raises:
-      BadRecord: with the reason, for a record that cannot be trained on, whatever its bytes.
-      OSError: when the file of an image that is given as a path cannot be read.
-      ValueError: when the template marks no assistant text: no record could be trained on.
+      BadRecord: when it cannot be stored or trained on.
     """
     _check_storable(record)
-    text_tokens = count_text_tokens(record, processor)
-    return Measured(text_tokens, measure_images(record, decode=decode))
+    _check_messages(record)
+    return measure_images(record, decode=decode)
 
 
-def measure_images(record: Record, *, decode: bool) -> tuple[tuple[int, int], ...]:
-    """Width and height of each image: the part of ``measure`` that needs no processor, and raises as it does."""
-    return tuple(_measure_image(image, k, decode) for k, image in enumerate(record.images))
-
-
-def with_bytes(record: Record) -> Record:
-    """The record with its images as bytes, whatever paths they stand at.
-
-    Raises:
-      BadRecord: when there is no such file.
-      OSError: when it cannot be read.
-    """
-    if not any(isinstance(image, str) for image in record.images):
-        return record
-    try:
-        images = tuple(Path(image).read_bytes() if isinstance(image, str) else image for image in record.images)
-    except FileNotFoundError as error:
-        raise BadRecord("image-missing", f"there is no file {error.filename}") from None
-    return dataclasses.replace(record, images=images)
+def measure_images(record: Record, *, decode: bool) -> ImageSizes:
+    """Sizes of the images of a record; the part of ``check_record`` that is about images."""
+    return tuple(_measure_image(image, f"image {k}", decode) for k, image in enumerate(record.images))
 
 
 def count_text_tokens(record: Record, processor: Processor) -> int:
-    """Tokens of the conversation, image columns not counted; no image is opened.
+    """Tokens of a checked record's conversation without its images.
+
+    Args:
+      record: see ``check_record``; its images are not opened.
+      processor: its tokenizer and template count, ``config.decoder.max_positions`` is the limit.
 
     Raises:
-      BadRecord: for messages that cannot be encoded or teach nothing, or not as many markers as images.
+      BadRecord: for messages that cannot be encoded or are too long.
+      UnmarkedTemplateError: when the template marks no assistant text, whatever the record.
     """
-    _check_messages(record)
     longest = processor.config.decoder.max_positions
-    # Tokenising megabytes only to refuse them would let one record stop an import for minutes. White space at the ends
-    # is not counted, since control tokens may swallow it.
+    # Tokenizing megabytes only to reject them would let one record delay an import by minutes. White space at the ends
+    # is not counted, since control tokens may absorb it.
     fewest = sum(len(m["content"].strip()) for m in record.messages) // processor.tokenizer.longest_token
     if fewest > longest:
         raise BadRecord("too-long", f"the text has at least {fewest:,} tokens, the model has {longest:,} positions")
@@ -99,24 +94,22 @@ def count_text_tokens(record: Record, processor: Processor) -> int:
     except chat.UnmarkedTemplateError:
         raise
     except ValueError as error:
-        raise BadRecord("fields", f"the messages do not suit the chat template: {error}") from None
+        raise BadRecord("fields", f"the chat template cannot render the messages: {error}") from None
     markers = ids.count(IMAGE_TOKEN)
     if markers != len(record.images):
-        raise BadRecord("image-count", "the chat template drops a message in which an image stands")
+        raise BadRecord("image-count", "the chat template drops a message that has an image")
     if len(ids) - markers > longest:
         raise BadRecord("too-long", f"the text has {len(ids) - markers:,} tokens, the model has {longest:,} positions")
     return len(ids) - markers
 
 
 def _check_storable(record: Record) -> None:
-    """Refuse what would not come back as it is: the texts of messages are looked at by themselves."""
-    for name, text in (("id", record.id), ("source", record.source)):
+    """Reject strings and metadata that msgpack would not give back; ``_check_messages`` checks message texts."""
+    for name, text in (("id", record.id), ("source", record.source), *(("lineage", step) for step in record.lineage)):
         _check_unicode(f"the {name}", text)
-    beside = [{k: v for k, v in m.items() if k not in ("role", "content")} for m in record.messages if len(m) > 2]
-    if not record.metadata and not beside:
-        return
+    extra = [{k: v for k, v in m.items() if k not in ("role", "content")} for m in record.messages if len(m) > 2]
     try:
-        msgpack.unpackb(msgpack.packb([dict(record.metadata), beside]))
+        msgpack.unpackb(msgpack.packb([dict(record.metadata), extra]))
     except UnicodeError as error:
         raise BadRecord("encoding", f"the metadata is not Unicode text: {error}") from None
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
@@ -137,20 +130,19 @@ def _check_messages(record: Record) -> None:
         if role == "assistant":
             answers += 1
             learned += message.get("weight") != 0
-            if not _said(content):
-                raise BadRecord("empty-answer", f"message {i}: the answer says nothing")
-    if not answers:
-        raise BadRecord("empty-answer", "no message is the assistant's")
+            if not _answer_text(content):
+                raise BadRecord("empty-answer", f"message {i}: the answer has no text")
     if not learned:
-        raise BadRecord("empty-answer", "every answer has weight 0: there is nothing to learn")
+        problem = "every answer has weight 0" if answers else "there is no assistant message"
+        raise BadRecord("empty-answer", f"{problem}: there is nothing to learn")
     if markers != len(record.images):
         raise BadRecord(
             "image-count", f"{markers} {IMAGE_MARKER} markers in the messages, but {len(record.images)} images"
         )
 
 
-def _said(content: str) -> str:
-    """An answer without mode tag, thoughts and images. Thoughts that never end are an error of mode, not silence."""
+def _answer_text(content: str) -> str:
+    """An answer without mode tag, thoughts and images. Unfinished thoughts are kept: ``chat.encode`` rejects them."""
     content = content.removeprefix(NOTHINK)
     if content.startswith(THINK) and END_THINK in content:
         content = content.partition(END_THINK)[2]
@@ -164,30 +156,26 @@ def _check_unicode(what: str, text: str) -> None:
         raise BadRecord("encoding", f"{what} is not Unicode text: {error.reason} at character {error.start}") from None
 
 
-def _measure_image(image: bytes | str, k: int, decode: bool) -> tuple[int, int]:
-    name = f"image {k}"
-
-    def bad(reason: Reason, detail: str) -> NoReturn:
+def _measure_image(image: bytes | str, name: str, decode: bool) -> tuple[int, int]:
+    def reject(reason: str, detail: str) -> NoReturn:
         raise BadRecord(reason, detail) from None
 
     try:
         width, height = image_size(image, name)
         if max(width, height) > MAX_SIDE:
-            bad("image-size", f"{name} has {width}x{height} pixels: a side may have {MAX_SIDE:,}")
+            reject("image-size", f"{name} has {width}x{height} pixels: the longest side may have {MAX_SIDE:,}")
         if min(width, height) < 1:
-            bad("image-broken", f"{name} has {width}x{height} pixels")
+            reject("image-broken", f"{name} has {width}x{height} pixels")
         if decode:
             pixels = to_rgb(open_image(image, name))
             if pixels.size != (width, height):
-                bad("image-broken", f"{name}: its header says {width}x{height}, its pixels {pixels.size}")
+                reject("image-broken", f"{name}: {width}x{height} pixels in its header, {pixels.size} decoded")
     except BadRecord:
         raise
     except ImageTooLargeError as error:
-        bad("image-size", str(error))
+        reject("image-size", str(error))
     except MemoryError:
-        bad("image-size", f"{name} cannot be decoded: there is not enough memory for it")
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and isinstance(image, str):
-            raise  # The file's; of bytes in memory it is the decoder's.
-        bad("image-broken", str(error) if name in str(error) else f"{name}: {error}")
+        reject("image-size", f"{name} cannot be decoded: there is not enough memory for it")
+    except (ValueError, OSError) as error:  # of bytes in memory, an OSError is the decoder's
+        reject("image-broken", str(error) if name in str(error) else f"{name}: {error}")
     return width, height

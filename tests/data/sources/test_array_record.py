@@ -9,7 +9,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from phivision_jax.data.sources.array_record import ArrayRecordSource
-from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.open_source import open_source
 from phivision_jax.data.sources.source import Read
 from tests.support.records import make_record, mixed_records, png

@@ -15,7 +15,8 @@ from PIL import Image
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources.items import ItemOptions, ItemReader
+from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.items import ItemReader
 from phivision_jax.data.sources.source import Read
 from phivision_jax.text.chat import flatten
 from tests.support.records import png
@@ -139,7 +140,7 @@ def test_ids():
 
 def test_renamed_fields():
     item = {"prompt": "what?", "caption": "that", "number": 4, "id": "theirs", "question": "lost"}
-    options = {"rename": (("prompt", "question"), ("caption", "answer"), ("number", "id"), ("absent", "task"))}
+    options = {"rename": ("prompt=question", "caption=answer", "number=id", "absent=task")}
     made = record(item, **options)
     assert made.id == "4" and made.messages == said("what?", "that") and made.metadata == {}
     assert refused(item | {"caption": 3}, **options).id == "4"
@@ -218,7 +219,7 @@ def test_links_into_other_folders(folder):
 
 def test_what_to_do_with_other_meanings_of_our_fields():
     for field, value, says in (
-        ("task", "vqa", "known are general"),
+        ("task", "vqa", "choose from general"),
         ("mode", "cot", "think, nothink"),
         ("source", [1], "list"),
     ):
@@ -226,7 +227,7 @@ def test_what_to_do_with_other_meanings_of_our_fields():
         bad = refused(item)
         assert bad.reason == "fields" and says in bad.detail
         assert f"--rename {field}=dataset_{field} keeps it as metadata" in bad.detail
-        made = record(item, rename=((field, f"dataset_{field}"),), task="ocr")
+        made = record(item, rename=(f"{field}=dataset_{field}",), task="ocr")
         assert made.metadata == {f"dataset_{field}": value} and made.task == "ocr"
 
 
@@ -312,7 +313,7 @@ def test_metadata_keeps_what_can_be_written_back():
 def test_what_is_refused(reason, item):
     bad = refused(item)
     assert (bad.reason, bad.source, bad.where) == (reason, "made", "made.json, item 7") and len(bad.detail) > 5
-    bad.to_json().encode()
+    bad.to_line().decode()
 
 
 def test_a_misspelt_task_is_named():
@@ -321,7 +322,7 @@ def test_a_misspelt_task_is_named():
 
 
 def test_options_as_json():
-    options = ItemOptions(images=Path("x"), also_allow=(Path("y"),), rename=(("a", "id"),), inline_boxes="unit")
+    options = ItemOptions(images=Path("x"), also_allow=(Path("y"),), rename=("a=id",), inline_boxes="unit")
     assert json.loads(json.dumps(options.key())) == options.key()
     assert options.key() != dataclasses.replace(options, images=None).key() != ItemOptions().key()
 
@@ -436,4 +437,4 @@ def test_anything_is_a_record_or_quarantined(item):
     if isinstance(result, Read):
         assert Record.from_bytes(result.record.to_bytes()) is not None
     else:
-        assert json.loads(result.to_json().encode())["reason"]
+        assert json.loads(result.to_line())["reason"]

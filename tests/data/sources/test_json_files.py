@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources import json_files
-from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.json_files import JsonSource, Piece, elements
 from phivision_jax.data.sources.source import Read
 from tests.support.records import png
@@ -145,7 +145,7 @@ def test_broken_lines_cost_themselves(tmp_path):
 
 def test_a_broken_line_is_named_by_a_renamed_id(tmp_path):
     broken = b'{"number": 5, "conversations": \n'
-    source = source_of(broken, tmp_path / "a.jsonl", ItemOptions(rename=(("number", "id"),)))
+    source = source_of(broken, tmp_path / "a.jsonl", ItemOptions(rename=("number=id",)))
     assert brief(read(source)) == ["5:syntax"]
 
 
@@ -207,7 +207,7 @@ def test_items_are_found_again_by_renamed_fields(tmp_path):
     raw = (
         json.dumps([{"id": i, "prompt": "x", "answer": "y"} for i in range(4)]).replace('"id": 1,', '"id": 1').encode()
     )
-    renamed = ItemOptions(rename=(("prompt", "question"),))
+    renamed = ItemOptions(rename=("prompt=question",))
     assert brief(read(source_of(raw, tmp_path / "a.json", renamed))) == ["0", "1:syntax", "2", "3"]
 
 

@@ -11,7 +11,7 @@ import pytest
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.easy_vqa import easy_vqa
 from phivision_jax.data.sources.files import files_of_split, shorten
-from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.json_files import JsonSource
 from phivision_jax.data.sources.memory import RecordsSource
 from phivision_jax.data.sources.open_source import open_source
@@ -120,13 +120,15 @@ def test_what_is_not_there(tmp_path):
 def test_records_in_memory(tmp_path):
     (tmp_path / "1.png").write_bytes(mixed_records(2)[1].images[0])  # type: ignore[arg-type]
     by_path = make_record(1, images=(str(tmp_path / "1.png"),))
-    records = [*mixed_records(6), by_path, make_record(7, images=("gone.png",)), make_record(8, mode=None)]
+    odd = make_record(9, (), messages=({"content": None},))  # left to the check of records
+    records = [*mixed_records(6), by_path, make_record(7, images=("gone.png",)), make_record(8, mode=None), odd]
     source = pickle.loads(pickle.dumps(RecordsSource(records, "mine")))
-    results = list(source.read(0, 9))
+    results = list(source.read(0, 10))
     assert [r.record for r in results[:6]] == records[:6]  # type: ignore[union-attr]
     assert isinstance(results[6], Read) and results[6].record == make_record(1)
     assert isinstance(results[7], Quarantined) and (results[7].id, results[7].reason) == ("r007", "image-missing")
-    assert isinstance(results[8], Read) and (results[8].record.mode, results[8].mode_from) == ("nothink", "default")
+    assert isinstance(results[8], Read) and (results[8].record.mode, results[8].mode_from) == (None, "inferred")
+    assert isinstance(results[9], Read) and results[9].record == odd
     assert list(source.read(2, 4)) == results[2:4] and results[0].where == "record 1 of mine"
     assert json.loads(json.dumps(source.key())) == source.key() == RecordsSource(records, "mine").key()
     assert RecordsSource(records[1:], "mine").key() != source.key()

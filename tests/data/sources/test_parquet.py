@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources import parquet
-from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.parquet import ParquetSource
 from phivision_jax.data.sources.source import Read
 from tests.support.records import png
@@ -135,7 +135,7 @@ def test_broken_text_costs_its_row(tmp_path):
         }
     )
     pq.write_table(table, tmp_path / "made.parquet")
-    results = read(open_(tmp_path / "made.parquet", ItemOptions(rename=(("name", "id"),))))
+    results = read(open_(tmp_path / "made.parquet", ItemOptions(rename=("name=id",))))
     assert ids(results) == ["r0", "r1:encoding", "made.parquet:3:encoding", "r3"]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.open_source import open_source
 from phivision_jax.data.sources.source import Read
 from tests.support.records import png
@@ -106,7 +106,7 @@ def test_ranges_splits_and_options(directory):
 
 def test_nested_features(directory):
     """A text inside a Dataset of dicts, and a flag inside a dict."""
-    options = ItemOptions(rename=(("steps", "texts"),))
+    options = ItemOptions(rename=("steps=texts",))
     source = TfdsSource(str(directory), options)
     features, examples = source._builder.info.features, source._examples
     from phivision_jax.data.sources.tfds import _plain
@@ -134,7 +134,7 @@ def test_tensorflow_is_not_imported(directory):
     program = f"""
 import sys
 from phivision_jax.data.sources.open_source import open_source
-from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.item_options import ItemOptions
 source = open_source({str(directory)!r}, options=ItemOptions())
 print(len(list(source.read(0, 5))), "tensorflow" in sys.modules)
 """

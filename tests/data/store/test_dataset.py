@@ -71,11 +71,11 @@ def test_paths_are_stored_as_bytes(tmp_path, processor):
 
 
 def test_nothing_half_written_has_the_name(tmp_path, processor, monkeypatch):
-    def killed(*args):
+    def killed(*args, **kwargs):
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(importing, "_finish", killed)
+        patch.setattr(importing, "write_index_and_manifest", killed)
         write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
     assert list(tmp_path.iterdir()) == []
     # What a killed import left behind is not in the way.

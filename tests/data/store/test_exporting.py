@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources.items import ItemOptions
+from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.open_source import open_source
 from phivision_jax.data.sources.source import Read
 from phivision_jax.data.store import exporting

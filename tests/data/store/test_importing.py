@@ -1,4 +1,4 @@
-"""Imports: the same bytes whatever happens on the way, everything bad named once, nothing half-done under the name."""
+"""Imports: the same bytes after any interruption, each bad item listed once, no incomplete dataset under its name."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 
 from phivision_jax.data.quarantine import TooManyBadRecords
-from phivision_jax.data.store import import_chunk as chunk_module
-from phivision_jax.data.store import importing
+from phivision_jax.data.sources.memory import RecordsSource
 from phivision_jax.data.store.dataset import MANIFEST, SCHEMA, Dataset
-from phivision_jax.data.store.import_chunk import CHUNKS, WORK
 from phivision_jax.data.store.importing import import_source, write_dataset
 from phivision_jax.data.store.integrity import validate
+from phivision_jax.io import atomic, retry, work
+from phivision_jax.io.work import CHUNKS, KEY, WORK
 from phivision_jax.processor import Processor
 from phivision_jax.text.chat import UnmarkedTemplateError
 from phivision_jax.text.template import ChatTemplate
 from tests.support.generated_source import KINDS, MadeUpSource
 from tests.support.paths import ROOT
-from tests.support.records import CONFIG, make_record
+from tests.support.records import CONFIG, make_record, png
 
 N, CHUNK = 60, 8
 BAD = {"unreadable": (3, 17, 59), "silent": (4, 40)}
@@ -44,10 +44,11 @@ def undisturbed(tmp_path_factory, processor) -> Dataset:
     )
 
 
-def test_everything_good_is_there_and_everything_bad_is_named(undisturbed, processor):
+def test_import_keeps_good_and_lists_bad_items(undisturbed, processor):
     good = [i for i in range(N) if i not in BAD["unreadable"] + BAD["silent"]]
     assert [undisturbed[i].id for i in range(len(undisturbed))] == [f"r{i:03d}" for i in good]
     assert [undisturbed[i] for i in range(len(undisturbed))] == [make_record(i, KINDS[i % 6]) for i in good]
+    assert undisturbed[3].lineage == ("import: set, line 6",)
     assert undisturbed.index.num_images.tolist() == [len(KINDS[i % 6]) for i in good]
     assert undisturbed.index.image_sizes.tolist() == [list(size) for i in good for size in KINDS[i % 6]]
     lines = (undisturbed.directory / "quarantine.jsonl").read_bytes().splitlines()
@@ -74,20 +75,20 @@ def test_everything_good_is_there_and_everything_bad_is_named(undisturbed, proce
         manifest["text_tokens"] == undisturbed.index.text_tokens.sum()
         and manifest["text"] == processor.text_fingerprint
     )
-    assert validate(undisturbed.directory, processor, workers=0, progress=False).problems == []
+    assert validate(undisturbed.directory, workers=0, progress=False).problems == []
     assert len(manifest["shards"]) > -(-N // CHUNK)
     assert {p.name for p in undisturbed.directory.iterdir()} == {
-        MANIFEST, "index", "quarantine.jsonl", *(s["file"] for s in manifest["shards"])
+        KEY, MANIFEST, "index", "quarantine.jsonl", *(s["file"] for s in manifest["shards"])
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_do_not_change_a_byte(undisturbed, tmp_path, processor, workers):
+def test_import_same_bytes_with_workers(undisturbed, tmp_path, processor, workers):
     again = import_source(MadeUpSource(N, **BAD), tmp_path / "set", processor, workers=workers, **SMALL)
     assert content(again.directory) == content(undisturbed.directory)
 
 
-def test_chunks_change_files_but_not_records(undisturbed, tmp_path, processor):
+def test_import_chunk_length_keeps_records(undisturbed, tmp_path, processor):
     one = import_source(MadeUpSource(N, **BAD), tmp_path / "set", processor, workers=0, max_bad=0.2, progress=False)
     assert len(one.manifest["shards"]) == 1 and one.hash != undisturbed.hash
     assert [one[i] for i in range(len(one))] == [undisturbed[i] for i in range(len(undisturbed))]
@@ -98,28 +99,28 @@ def test_chunks_change_files_but_not_records(undisturbed, tmp_path, processor):
     "items, chunk",
     [(1, 2048), (2048, 2048), (8_388_608, 2048), (8_388_609, 4096), (60_000_000, 16_384), (10**9, 245_760)],
 )
-def test_large_sets_have_longer_chunks(items, chunk):
-    """A chunk's end closes its shard: by 2,048 items, 60 million would be 29,297 files of whatever size."""
-    assert chunk_module.default_chunk(items) == chunk and -(-items // chunk) <= 4096
+def test_default_chunk_grows_with_items(items, chunk):
+    """The end of a chunk closes its shard: with 2,048 items each, 60 million would be 29,297 files of any size."""
+    assert work.default_chunk(items) == chunk and -(-items // chunk) <= 4096
 
 
-def test_a_large_set_has_few_files(tmp_path, processor, monkeypatch):
-    monkeypatch.setattr(chunk_module, "CHUNK", 4)
-    monkeypatch.setattr(chunk_module, "MOST_CHUNKS", 3)
+def test_import_large_set_has_few_files(tmp_path, processor, monkeypatch):
+    monkeypatch.setattr(work, "CHUNK", 4)
+    monkeypatch.setattr(work, "MOST_CHUNKS", 3)
     dataset = import_source(MadeUpSource(N), tmp_path / "set", processor, workers=0, progress=False)
-    assert dataset.manifest["import"]["chunk"] == 20 and len(dataset.manifest["shards"]) == 3
+    assert json.loads((dataset.directory / KEY).read_text())["chunk"] == 20 and len(dataset.manifest["shards"]) == 3
     assert [dataset[i] for i in range(N)] == [make_record(i, KINDS[i % 6]) for i in range(N)]
 
 
-def test_of_many_differences_the_first_are_shown():
+def test_changes_lists_first_differences():
     then, now = ({"files": [[f"{k}.jsonl", k, time] for k in range(20)]} for time in (1, 2))
-    lines = importing._changed(then, now).split("\n  ")
-    assert lines[1] == "files[0][2]: 1, now 2" and lines[-1] == "and 10 more" and len(lines) == 12
-    assert importing._changed({"a": {"b": None}}, {"a": {"b": ["x"]}}) == '\n  a.b: null, now ["x"]'
-    assert importing._changed({"a": [1]}, {"a": [1, 2], "b": 3}) == "\n  a: [1], now [1, 2]\n  b: null, now 3"
+    lines = work._changes(then, now).split("\n  ")
+    assert lines[1] == "files.0.2: 1, now 2" and lines[-1] == "and 10 more" and len(lines) == 12
+    assert work._changes({"a": {"b": None}}, {"a": {"b": ["x"]}}) == '\n  a.b: null, now ["x"]'
+    assert work._changes({"a": [1]}, {"a": [1, 2], "b": 3}) == "\n  a: [1], now [1, 2]\n  b: null, now 3"
 
 
-def test_text_alone_and_think(tmp_path, processor):
+def test_write_dataset_text_only_think(tmp_path, processor):
     messages = ({"role": "user", "content": "1+1"}, {"role": "assistant", "content": "<think>easy</think>2"})
     dataset = write_dataset(
         tmp_path / "set", [make_record(0, (), mode=None, messages=messages)], processor, progress=False
@@ -128,9 +129,9 @@ def test_text_alone_and_think(tmp_path, processor):
     assert dataset.index.image_sizes.shape == (0, 2)
 
 
-class TestGoingOn:
+class TestResume:
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_after_an_error(self, undisturbed, tmp_path, processor, workers, capsys):
+    def test_resume_after_error(self, undisturbed, tmp_path, processor, workers, capsys):
         source = MadeUpSource(N, **BAD, mishap="bug", at=30, once=tmp_path / "happened")
         with pytest.raises(KeyError):
             import_source(source, tmp_path / "set", processor, workers=workers, **SMALL)
@@ -139,11 +140,11 @@ class TestGoingOn:
         finished = {p.name for p in (partial / CHUNKS).iterdir()}
         assert finished and "00003.msgpack" not in finished
         again = import_source(source, tmp_path / "set", processor, workers=1, **{**SMALL, "progress": True})
-        assert f"going on: {len(finished)} of 8 chunks are there already" in capsys.readouterr().out
+        assert f"continuing: {len(finished)} of 8 chunks are complete" in capsys.readouterr().out
         assert content(again.directory) == content(undisturbed.directory)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["happened", "set"]
 
-    def test_finished_chunks_are_not_read_again(self, tmp_path, processor, monkeypatch):
+    def test_resume_skips_committed_chunks(self, tmp_path, processor, monkeypatch):
         source = MadeUpSource(N, mishap="bug", at=N - 1, once=tmp_path / "happened")
         with pytest.raises(KeyError):
             import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
@@ -153,7 +154,7 @@ class TestGoingOn:
         import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
         assert asked == [(56, 60)]
 
-    def test_a_damaged_chunk_is_done_again(self, undisturbed, tmp_path, processor):
+    def test_resume_repeats_damaged_chunk(self, undisturbed, tmp_path, processor):
         source = MadeUpSource(N, **BAD, mishap="bug", at=N - 1, once=tmp_path / "happened")
         with pytest.raises(KeyError):
             import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
@@ -163,11 +164,11 @@ class TestGoingOn:
         os.truncate(partial / "records-00002-000.array_record", 100)
         (partial / "records-00003-000.array_record").unlink()
         (partial / WORK / "00004-x").mkdir()
-        (partial / "records-00004-900.array_record").write_bytes(b"of another time")
+        (partial / "records-00004-900.array_record").write_bytes(b"left over")
         again = import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
 
-    def test_other_options_remove_nothing_unless_told_to(self, undisturbed, tmp_path, processor):
+    def test_resume_with_other_options_removes_nothing(self, undisturbed, tmp_path, processor):
         out, partial = tmp_path / "set", tmp_path / ".set.partial"
         stopped = MadeUpSource(N, **BAD, mishap="bug", at=50, once=tmp_path / "happened")
         with pytest.raises(KeyError):
@@ -177,18 +178,22 @@ class TestGoingOn:
         source = MadeUpSource(N - 1, **BAD)
         with pytest.raises(FileExistsError) as raised:
             import_source(source, out, processor, workers=0, decode=True, **SMALL)
-        said, *lines = str(raised.value).splitlines()
-        assert str(partial) in said and "begun with" in said and "remove the directory or give --restart" in said
+        first, *lines = str(raised.value).splitlines()
+        assert (
+            str(partial) in first
+            and "repeat its options" in first
+            and "remove the directory or give --restart" in first
+        )
         assert lines == ["  source.n: 60, now 59", "  items: 60, now 59", "  decode: false, now true"]
         assert content(partial) == before and not hasattr(raised.value, "__notes__")
-        # With the options that it was begun with it goes on; with --restart another begins.
+        # With its own options it continues; with --restart another starts.
         shutil.copytree(partial, tmp_path / ".other.partial")
         again = import_source(stopped, out, processor, workers=0, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
         other = import_source(source, tmp_path / "other", processor, workers=0, restart=True, **SMALL)
         assert len(other) == N - 1 - 4 and not (tmp_path / ".other.partial").exists()
 
-    def test_restart_does_all_again(self, undisturbed, tmp_path, processor, monkeypatch):
+    def test_restart_repeats_all_chunks(self, undisturbed, tmp_path, processor, monkeypatch):
         source = MadeUpSource(N, **BAD, mishap="bug", at=50, once=tmp_path / "happened")
         with pytest.raises(KeyError):
             import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
@@ -198,28 +203,28 @@ class TestGoingOn:
         again = import_source(source, tmp_path / "set", processor, workers=0, restart=True, **SMALL)
         assert asked == list(range(0, N, CHUNK)) and content(again.directory) == content(undisturbed.directory)
 
-    def test_where_nothing_is_done_there_is_nothing_to_ask(self, undisturbed, tmp_path, processor):
+    def test_other_options_replace_import_without_chunks(self, undisturbed, tmp_path, processor):
         with pytest.raises(KeyError):
             import_source(MadeUpSource(9, mishap="bug", at=0), tmp_path / "set", processor, workers=0, **SMALL)
-        assert (tmp_path / ".set.partial" / "import.json").exists()
+        assert (tmp_path / ".set.partial" / KEY).exists()
         again = import_source(MadeUpSource(N, **BAD), tmp_path / "set", processor, workers=0, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
 
-    def test_an_import_by_another_version_cannot_be_gone_on_with(self, tmp_path, processor):
+    def test_resume_refuses_other_schema(self, tmp_path, processor):
         with pytest.raises(KeyError):
             import_source(MadeUpSource(N, mishap="bug", at=50), tmp_path / "set", processor, workers=0, **SMALL)
-        path = tmp_path / ".set.partial" / "import.json"
+        path = tmp_path / ".set.partial" / KEY
         path.write_text(json.dumps({**json.loads(path.read_text()), "schema": SCHEMA - 1}))
-        with pytest.raises(FileExistsError, match="another version of this program; to begin anew") as raised:
+        with pytest.raises(FileExistsError, match="other data, options or program version") as raised:
             import_source(MadeUpSource(N), tmp_path / "set", processor, workers=0, **SMALL)
-        assert f"\n  schema: {SCHEMA - 1}, now {SCHEMA}" in str(raised.value) and "begun with" not in str(raised.value)
+        assert f"\n  schema: {SCHEMA - 1}, now {SCHEMA}" in str(raised.value)
 
-    def test_what_is_written_from_memory_is_not_in_the_way_of_an_import(self, tmp_path, processor):
-        """Nor does it remove what an import has done, or another is writing."""
+    def test_write_dataset_leaves_interrupted_import(self, tmp_path, processor):
+        """It also leaves what another process is writing."""
         with pytest.raises(KeyError):
             import_source(MadeUpSource(N, mishap="bug", at=50), tmp_path / "set", processor, workers=0, **SMALL)
         before = content(tmp_path / ".set.partial")
-        with importing._lock(tmp_path / ".set.writing", tmp_path / "set"):
+        with work._locked(tmp_path / ".set.writing", tmp_path / "set"):
             with pytest.raises(BlockingIOError):
                 write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
             assert (tmp_path / ".set.writing").exists()
@@ -229,9 +234,9 @@ class TestGoingOn:
         write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
         assert content(tmp_path / ".set.partial") == before
 
-    @pytest.mark.parametrize("place", ["_finish", "_clean", "rename", "manifest"])
-    def test_after_a_kill_at_the_end(self, undisturbed, tmp_path, processor, monkeypatch, place):
-        """Between the last chunk and the last clean-up, whichever step is the last one done."""
+    @pytest.mark.parametrize("place", ["_remove_strays", "_remove_traces", "rename", "manifest"])
+    def test_resume_after_kill_at_the_end(self, undisturbed, tmp_path, processor, monkeypatch, place):
+        """Between the last chunk and the last clean-up, after each of the steps."""
 
         def killed(*args, **kwargs):
             raise SystemExit("killed")
@@ -241,56 +246,52 @@ class TestGoingOn:
             if place == "rename":
                 patch.setattr(Path, "rename", killed)
             elif place == "manifest":
-                appearing = importing._appearing
-                patch.setattr(
-                    importing, "_appearing", lambda path: killed() if path.name == MANIFEST else appearing(path)
-                )
+                write = atomic.write
+                patch.setattr(atomic, "write", lambda path, c: killed() if path.name == MANIFEST else write(path, c))
             else:
-                patch.setattr(importing, place, killed)
+                patch.setattr(work, place, killed)
             with pytest.raises(SystemExit):
                 import_source(source, out, processor, workers=0, **SMALL)
-        assert out.exists() == (place == "_clean")
+        assert out.exists() == (place == "_remove_traces")
         again = import_source(source, out, processor, workers=0, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
         assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
-    def test_what_is_there_is_opened_and_other_things_are_left_alone(self, tmp_path, processor):
+    def test_existing_directory_is_opened_or_left_alone(self, tmp_path, processor):
         first = import_source(MadeUpSource(9), tmp_path / "set", processor, workers=0, **SMALL)
         before = content(first.directory)
         assert import_source(MadeUpSource(9), tmp_path / "set", processor, workers=0, **SMALL).hash == first.hash
-        with pytest.raises(FileExistsError, match=r"imported from other data.*:\n  source.n: 9, now 10\n  items: 9"):
+        with pytest.raises(FileExistsError, match=r"made from other data.*:\n  source.n: 9, now 10\n  items: 9"):
             import_source(MadeUpSource(10), tmp_path / "set", processor, workers=0, **SMALL)
         with pytest.raises(FileExistsError, match=r"remove it or choose another name:\n  decode: false, now true$"):
             import_source(MadeUpSource(9), tmp_path / "set", processor, workers=0, decode=True, **SMALL)
         assert content(first.directory) == before
         (tmp_path / "mine").mkdir()
-        with pytest.raises(FileExistsError, match="no imported dataset; remove it"):
+        with pytest.raises(FileExistsError, match=r"has no work\.json; remove it"):
             import_source(MadeUpSource(9), tmp_path / "mine", processor, workers=0, **SMALL)
         assert not (tmp_path / ".mine.partial").exists()
 
 
-class TestBad:
-    def test_it_stops_when_there_are_too_many_and_goes_on_when_they_are_let_pass(
-        self, undisturbed, tmp_path, processor
-    ):
+class TestBadItems:
+    def test_too_many_bad_items_stop_until_allowed(self, undisturbed, tmp_path, processor):
         source, out = MadeUpSource(N, **BAD), tmp_path / "set"
         options = {**SMALL, "max_bad": 2 / N}
         with pytest.raises(TooManyBadRecords, match=r"3 of 60 records are bad, more than the 3\.33%") as raised:
             import_source(source, out, processor, workers=0, **options)
         partial = tmp_path / ".set.partial"
-        # Certain with the third, in chunk 2 of 8.
+        # The third bad item is in chunk 2 of 8.
         assert len(list((partial / CHUNKS).iterdir())) == 3
         assert str(partial / "quarantine.jsonl") in str(raised.value)
         assert len((partial / "quarantine.jsonl").read_bytes().splitlines()) == 3
-        assert "what is done stays" in raised.value.__notes__[0] and "larger max_bad" in raised.value.__notes__[0]
-        with pytest.raises(TooManyBadRecords):  # what is there already counts, before anything is read
+        assert "max_bad" in str(raised.value) and "continues from there" in raised.value.__notes__[0]
+        with pytest.raises(TooManyBadRecords):  # committed chunks count before anything is read
             import_source(source, out, processor, workers=0, **options)
         assert len(list((partial / CHUNKS).iterdir())) == 3
         again = import_source(source, out, processor, workers=0, **{**options, "max_bad": 5 / N})
         assert content(again.directory) == content(undisturbed.directory)
 
-    def test_nothing_good(self, tmp_path, processor):
-        with pytest.raises(ValueError, match="no records to import: all 3 items are bad"):
+    def test_import_without_good_items(self, tmp_path, processor):
+        with pytest.raises(ValueError, match="no records to import: all items are bad"):
             import_source(
                 MadeUpSource(3, silent=(0, 1, 2)), tmp_path / "set", processor, workers=0, **{**SMALL, "max_bad": 1.0}
             )
@@ -298,86 +299,89 @@ class TestBad:
             import_source(MadeUpSource(0), tmp_path / "other", processor, workers=0, **SMALL)
         assert not (tmp_path / ".other.partial").exists()
 
-    def test_a_template_without_answers_is_one_error(self, tmp_path, processor):
+    def test_unmarked_template_is_one_error(self, tmp_path, processor):
         unmarked = Processor(processor.tokenizer, ChatTemplate("{{ messages[0].content }}"), CONFIG)
         with pytest.raises(UnmarkedTemplateError):
             import_source(MadeUpSource(3), tmp_path / "set", unmarked, workers=0, **SMALL)
         assert list(tmp_path.iterdir()) == []
 
-    def test_decoding_finds_more(self, tmp_path, processor):
-        dataset = import_source(MadeUpSource(9), tmp_path / "set", processor, workers=0, decode=True, **SMALL)
-        assert len(dataset) == 9 and dataset.manifest["import"]["decode"] is True
+    def test_decode_rejects_broken_pixels(self, tmp_path, processor):
+        source = RecordsSource([make_record(0), make_record(1, images=(png(24, 16)[:-100],))])
+        options = {**SMALL, "max_bad": 0.5}
+        assert len(import_source(source, tmp_path / "headers", processor, workers=0, **options)) == 2
+        dataset = import_source(source, tmp_path / "pixels", processor, workers=0, decode=True, **options)
+        assert len(dataset) == 1 and dataset.manifest["counts"]["quarantined"] == {"image-broken": 1}
 
 
-class TestMishaps:
+class TestErrors:
     @pytest.fixture(autouse=True)
     def no_waiting(self, monkeypatch):
         self.waits: list[float] = []
-        monkeypatch.setattr(chunk_module.time, "sleep", self.waits.append)
+        monkeypatch.setattr(retry.time, "sleep", self.waits.append)
 
-    def test_io_errors_pass(self, undisturbed, tmp_path, processor, caplog):
+    def test_io_error_is_retried(self, undisturbed, tmp_path, processor, caplog):
         source = MadeUpSource(N, **BAD, mishap="io", at=30, once=tmp_path / "happened")
         again = import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
         assert self.waits == [0.5] and "item 31 of made-up" in caplog.text
 
-    def test_io_errors_that_last(self, tmp_path, processor):
+    def test_lasting_io_error_is_raised(self, tmp_path, processor):
         with pytest.raises(OSError, match="Input/output error") as raised:
             import_source(MadeUpSource(N, mishap="io", at=30), tmp_path / "set", processor, workers=0, **SMALL)
         assert self.waits == [0.5, 1.0, 2.0]
         assert raised.value.__notes__ == [
-            f"what is done stays in {tmp_path / '.set.partial'}: the same import goes on there"
+            f"completed chunks are in {tmp_path / '.set.partial'}; the same command continues from there"
         ]
 
-    def test_a_file_that_may_not_be_read(self, tmp_path, processor):
+    def test_permission_error_is_not_retried(self, tmp_path, processor):
         with pytest.raises(PermissionError):
             import_source(MadeUpSource(N, mishap="denied", at=30), tmp_path / "set", processor, workers=0, **SMALL)
         assert self.waits == []
 
-    def test_a_source_that_ends_early(self, tmp_path, processor, monkeypatch):
+    def test_source_ends_early(self, tmp_path, processor, monkeypatch):
         monkeypatch.setattr(MadeUpSource, "read", lambda self, a, b: iter(()))
         with pytest.raises(RuntimeError, match="'made-up' ends before item 0 of 60"):
             import_source(MadeUpSource(N), tmp_path / "set", processor, workers=0, **SMALL)
 
-    def test_a_worker_that_dies(self, undisturbed, tmp_path, processor):
+    def test_worker_dies(self, undisturbed, tmp_path, processor):
         source = MadeUpSource(N, **BAD, mishap="die", at=30, once=tmp_path / "happened")
         with pytest.raises(ChildProcessError, match="a worker process died"):
             import_source(source, tmp_path / "set", processor, workers=2, **SMALL)
         again = import_source(source, tmp_path / "set", processor, workers=2, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
 
-    def test_a_full_disk(self, undisturbed, tmp_path, processor, monkeypatch):
-        """Full for the records, then full for a chunk's own file."""
-        source, work = MadeUpSource(N, **BAD), tmp_path / ".set.partial" / WORK
+    def test_full_disk(self, undisturbed, tmp_path, processor, monkeypatch):
+        """The disk is full for the records, then for a chunk's own file."""
+        source, folder = MadeUpSource(N, **BAD), tmp_path / ".set.partial" / WORK
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
             with pytest.raises(
-                OSError, match=r"records-00000-000.array_record cannot be written: File too large\nwhat is done stays"
+                OSError, match=r"records-00000-000.array_record cannot be written: File too large\ncompleted chunks"
             ):
                 import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert list(work.iterdir()) == []
+        assert list(folder.iterdir()) == []
 
-        def full(chunk, path):
+        def full(path, content):
             raise OSError(28, "No space left on device", str(path))
 
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-            patch.setattr(chunk_module.Chunk, "save", full)
+            patch.setattr(atomic, "write", full)
             import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
-        assert list(work.iterdir()) == []
+        assert list(folder.iterdir()) == []
         again = import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
 
-    def test_two_at_once(self, tmp_path, processor, monkeypatch):
+    def test_second_import_is_refused(self, tmp_path, processor, monkeypatch):
         def second(*args):
-            with pytest.raises(BlockingIOError, match=r"another import into .*set is under way"):
+            with pytest.raises(BlockingIOError, match=r"another process is making .*set"):
                 import_source(MadeUpSource(N), tmp_path / "set", processor, workers=0, **SMALL)
-            return finish(*args)
+            return remove_strays(*args)
 
-        finish = importing._finish
-        monkeypatch.setattr(importing, "_finish", second)
+        remove_strays = work._remove_strays
+        monkeypatch.setattr(work, "_remove_strays", second)
         assert len(import_source(MadeUpSource(N), tmp_path / "set", processor, workers=0, **SMALL)) == N
 
 
@@ -398,10 +402,10 @@ if __name__ == "__main__":
 
 
 def start(
-    tmp_path: Path, out: Path, workers: int, n: int, chunk: int, mishap: str = "", at: int = -1
+    tmp_path: Path, out: Path, workers: int, n: int, chunk: int, mishap: str = "", item: int = -1
 ) -> subprocess.Popen:
-    script = tmp_path / f"import_{n}_{at}.py"
-    script.write_text(IMPORT.format(here=str(ROOT), n=n, chunk=chunk, mishap=mishap, at=at))
+    script = tmp_path / f"import_{n}_{item}.py"
+    script.write_text(IMPORT.format(here=str(ROOT), n=n, chunk=chunk, mishap=mishap, at=item))
     command = [sys.executable, str(script), str(out), str(workers)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -422,8 +426,8 @@ def of_group(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kills, n, chunk", [(3, 400, 16), pytest.param(10, 6_000, 64, marks=pytest.mark.slow)])
-def test_killed_at_any_moment(tmp_path, processor, kills, n, chunk):
-    """SIGKILL to every process at moments spread over the whole import, in turn with no, one and two workers."""
+def test_import_survives_kills(tmp_path, processor, kills, n, chunk):
+    """SIGKILL to every process at moments spread over the import, with none, one and two workers in turn."""
     undisturbed = tmp_path / "undisturbed"
     source, options = MadeUpSource(n, unreadable=(3, 17, 59)), {"chunk": chunk, "shard_bytes": 50_000, "max_bad": 0.2}
     import_source(source, undisturbed, processor, workers=0, **options)
@@ -448,7 +452,7 @@ def test_killed_at_any_moment(tmp_path, processor, kills, n, chunk):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-def test_workers_die_with_their_parent(tmp_path):
+def test_workers_die_with_parent(tmp_path):
     process = start(tmp_path, tmp_path / "set", 2, N, CHUNK, "sleep", 30)
     chunks = tmp_path / ".set.partial" / CHUNKS
     while process.poll() is None and len(list(chunks.glob("*"))) < 3:

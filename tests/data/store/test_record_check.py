@@ -1,4 +1,4 @@
-"""What of a record can be trained on, and why not; on any bytes whatever, never a crash."""
+"""The check of records: a size or a reason for any record, never a crash."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phivision_jax.config import ModelConfig
 from phivision_jax.data.quarantine import REASONS, BadRecord
 from phivision_jax.data.records import Record
 from phivision_jax.data.store import record_check
-from phivision_jax.data.store.record_check import Measured, count_text_tokens, measure, with_bytes
+from phivision_jax.data.store.record_check import RecordSize, check_record, count_text_tokens, measure_record
 from phivision_jax.images.decode import image_size, open_image
 from phivision_jax.processor import Processor
 from phivision_jax.text.chat import UnmarkedTemplateError
@@ -31,74 +31,74 @@ def encoded(mode: str = "RGB", size: tuple[int, int] = (24, 16), format: str = "
     return file.getvalue()
 
 
-def said(*answers: str, **fields: Any) -> Record:
+def answered(*answers: str, **fields: Any) -> Record:
     messages = [m for a in answers for m in ({"role": "user", "content": "a"}, {"role": "assistant", "content": a})]
     return make_record(0, (), **{"messages": tuple(messages), "mode": None} | fields)
 
 
-def with_image(image: bytes | str) -> Record:
+def with_image(image: bytes) -> Record:
     return make_record(0, images=(image,))
 
 
 def reason(record: Record, processor: Processor, *, decode: bool = False) -> str:
     with pytest.raises(BadRecord) as raised:
-        measure(record, processor, decode=decode)
+        measure_record(record, processor, decode=decode)
     assert raised.value.reason in REASONS and str(raised.value)
     return raised.value.reason
 
 
-def test_a_measured_record(processor):
+def test_measure_record_by_hand(processor):
     record = make_record(3, ((24, 16), (64, 8)))
     example = processor.encode(record.messages, record.images, mode="nothink")
-    assert measure(record, processor, decode=True) == measure(record, processor, decode=False)
-    assert measure(record, processor, decode=True) == Measured(
+    assert measure_record(record, processor, decode=True) == measure_record(record, processor, decode=False)
+    assert measure_record(record, processor, decode=True) == RecordSize(
         len(example.tokens) - example.num_patches, ((24, 16), (64, 8))
     )
 
 
-def test_sizes_are_upright(processor):
+def test_measure_record_sizes_are_upright(processor):
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = with_image(encoded(format="JPEG", exif=exif))
-    assert measure(turned, processor, decode=True).image_sizes == ((16, 24),)
+    assert measure_record(turned, processor, decode=True).image_sizes == ((16, 24),)
 
 
 @pytest.mark.parametrize(
     "record, expected",
     [
         (make_record(0, (), messages=({"role": "user", "content": "a"},)), "empty-answer"),
-        (said(""), "empty-answer"),
-        (said(" \n"), "empty-answer"),
-        (said("yes", ""), "empty-answer"),
-        (said("<|dummy_84|> "), "empty-answer"),
-        (said("<think>red</think>\n"), "empty-answer"),
-        (said("<think>a</think>b", "<think>c</think>"), "empty-answer"),
-        (said("<image>", images=(png(8, 8),)), "empty-answer"),
+        (answered(""), "empty-answer"),
+        (answered(" \n"), "empty-answer"),
+        (answered("yes", ""), "empty-answer"),
+        (answered("<|dummy_84|> "), "empty-answer"),
+        (answered("<think>red</think>\n"), "empty-answer"),
+        (answered("<think>a</think>b", "<think>c</think>"), "empty-answer"),
+        (answered("<image>", images=(png(8, 8),)), "empty-answer"),
         (make_record(0, (), messages=({"role": "bot", "content": "a"},)), "role"),
         (make_record(0, (), messages=({"content": "a"},)), "role"),
         (make_record(0, (), messages=({"role": "user", "content": None},)), "fields"),
         (make_record(0, images=()), "image-count"),
         (make_record(0, (), images=(png(8, 8),)), "image-count"),
-        (said("yes", mode="think"), "mode"),
-        (said("<think>a", mode=None), "mode"),
-        (said("<think>a</think>b</think>c"), "mode"),
-        (said("<think>a</think>b", mode="nothink"), "mode"),
-        (said("write </think>"), "mode"),
-        (said("write <think>", mode="nothink"), "mode"),
-        (said("<think>a</think>b", "and </think>"), "mode"),
-        (said("yes", messages=({"role": "assistant", "content": "b", "weight": 0},)), "empty-answer"),
-        (said("yes", messages=({"role": "assistant", "content": "b", "weight": 0.5},)), "fields"),
-        (said("yes<|im_end|>"), "control-token"),
-        (said("yes", messages=({"role": "user", "content": "<|dummy_84|>"}, {"role": "assistant", "content": "b"})),
+        (answered("yes", mode="think"), "mode"),
+        (answered("<think>a", mode=None), "mode"),
+        (answered("<think>a</think>b</think>c"), "mode"),
+        (answered("<think>a</think>b", mode="nothink"), "mode"),
+        (answered("write </think>"), "mode"),
+        (answered("write <think>", mode="nothink"), "mode"),
+        (answered("<think>a</think>b", "and </think>"), "mode"),
+        (answered("yes", messages=({"role": "assistant", "content": "b", "weight": 0},)), "empty-answer"),
+        (answered("yes", messages=({"role": "assistant", "content": "b", "weight": 0.5},)), "fields"),
+        (answered("yes<|im_end|>"), "control-token"),
+        (answered("yes", messages=({"role": "user", "content": "<|dummy_84|>"}, {"role": "assistant", "content": "b"})),
          "control-token"),
-        (said("\udc80"), "encoding"),
-        (said("yes", id="\ud800"), "encoding"),
-        (said("yes", source="\ud800"), "encoding"),
-        (said("yes", metadata={"a": ["\ud800"]}), "encoding"),
-        (said("yes", metadata={1: "a"}), "fields"),
-        (said("yes", metadata={"a": 2**64}), "fields"),
-        (said("yes", metadata={"a": object()}), "fields"),
-        (said("yes " * 40_000), "too-long"),
+        (answered("\udc80"), "encoding"),
+        (answered("yes", id="\ud800"), "encoding"),
+        (answered("yes", source="\ud800"), "encoding"),
+        (answered("yes", metadata={"a": ["\ud800"]}), "encoding"),
+        (answered("yes", metadata={1: "a"}), "fields"),
+        (answered("yes", metadata={"a": 2**64}), "fields"),
+        (answered("yes", metadata={"a": object()}), "fields"),
+        (answered("yes " * 40_000), "too-long"),
         (with_image(b""), "image-broken"),
         (with_image(b"GIF"), "image-broken"),
         (with_image(b"<html>not found</html>"), "image-broken"),
@@ -107,46 +107,47 @@ def test_sizes_are_upright(processor):
         (with_image(encoded(size=(60_000, 2))), "image-size"),
     ],
 )  # fmt: skip
-def test_reasons(processor, record, expected):
+def test_measure_record_reasons(processor, record, expected):
     assert reason(record, processor) == expected
     assert reason(record, processor, decode=True) == expected
 
 
-def test_what_is_good_however_odd(processor):
+def test_measure_record_accepts_unusual_records(processor):
     for record in (
-        said("yes", "<think>a</think>b"),
-        said("<|dummy_84|>yes"),
-        said("yes", messages=({"role": "user", "content": "what is </think>?"}, {"role": "assistant", "content": "b"})),
-        said("yes", messages=(*said("no").messages, {"role": "assistant", "content": "b", "weight": 0})),
-        said("yes", metadata={"a": [1, {"b": None}], "c": b"\xff"}),
+        answered("yes", "<think>a</think>b"),
+        answered("<|dummy_84|>yes"),
+        answered(
+            "yes", messages=({"role": "user", "content": "what is </think>?"}, {"role": "assistant", "content": "b"})
+        ),
+        answered("yes", messages=(*answered("no").messages, {"role": "assistant", "content": "b", "weight": 0})),
+        answered("yes", metadata={"a": [1, {"b": None}], "c": b"\xff"}),
         make_record(0, (), messages=({"role": "assistant", "content": "caption"},)),
         with_image(encoded("CMYK", format="JPEG")),
         with_image(encoded("1")),
         with_image(encoded(size=(32_768, 1))),
         with_image(encoded(size=(1, 1), format="GIF")),
     ):
-        measure(record, processor, decode=True)
+        measure_record(record, processor, decode=True)
 
 
-def test_what_only_decoding_shows(processor):
-    truncated, sound = png(24, 16)[:-100], png(24, 16)
-    at = sound.index(b"IDAT") + 10
-    corrupt = sound[:at] + bytes([sound[at] ^ 255]) + sound[at + 1 :]
-    for image in (truncated, corrupt):
-        assert measure(with_image(image), processor, decode=False).image_sizes == ((24, 16),)
+def test_measure_record_decode_finds_broken_pixels(processor):
+    truncated, corrupt = png(24, 16)[:-100], bytearray(png(24, 16))
+    corrupt[corrupt.index(b"IDAT") + 10] ^= 255
+    for image in (truncated, bytes(corrupt)):
+        assert measure_record(with_image(image), processor, decode=False).image_sizes == ((24, 16),)
         assert reason(with_image(image), processor, decode=True) == "image-broken"
 
 
-def test_a_decompression_bomb_is_never_decoded(processor):
+def test_measure_record_never_decodes_bomb(processor):
     header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     assert reason(with_image(bomb + png(8, 8)[33:]), processor, decode=True) == "image-size"
 
 
-def test_the_limit_of_tokens_is_the_models(processor):
+def test_count_text_tokens_limit_is_max_positions(processor):
     decoder = CONFIG.decoder
-    record = said("yes " * 20)
+    record = answered("yes " * 20)
     tokens = count_text_tokens(record, processor)
     for positions, fits in ((tokens, True), (tokens - 1, False)):
         config = ModelConfig(
@@ -158,15 +159,15 @@ def test_the_limit_of_tokens_is_the_models(processor):
             assert reason(record, Processor.small(config)) == "too-long"
 
 
-def test_absurd_lengths_are_not_tokenised(processor, monkeypatch):
-    def tokenise(self: Tokenizer, text: str) -> Any:
-        raise AssertionError("tokenised")
+def test_count_text_tokens_does_not_tokenize_huge_text(processor, monkeypatch):
+    def tokenize(self: Tokenizer, text: str) -> Any:
+        raise AssertionError("tokenized")
 
-    monkeypatch.setattr(Tokenizer, "encode_with_offsets", tokenise)
-    assert reason(said("x" * 50_000_000), processor) == "too-long"
+    monkeypatch.setattr(Tokenizer, "encode_with_offsets", tokenize)
+    assert reason(answered("x" * 50_000_000), processor) == "too-long"
 
 
-def test_a_template_that_drops_an_image(processor):
+def test_count_text_tokens_template_drops_image(processor):
     source = (
         "{% for m in messages if m.role != 'system' %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
@@ -175,27 +176,24 @@ def test_a_template_that_drops_an_image(processor):
     assert reason(make_record(0, ((8, 8),), messages=messages), dropping) == "image-count"
 
 
-def test_what_is_wrong_with_a_template_is_not_the_records_fault(processor):
+def test_count_text_tokens_template_errors(processor):
     strict = Processor(processor.tokenizer, ChatTemplate("{{ raise_exception('users first') }}"), CONFIG)
-    assert reason(said("a"), strict) == "fields"
+    assert reason(answered("a"), strict) == "fields"
     unmarked = Processor(processor.tokenizer, ChatTemplate("{{ messages[0].content }}"), CONFIG)
     with pytest.raises(UnmarkedTemplateError, match="marks no assistant text"):
-        measure(said("a"), unmarked, decode=False)
+        measure_record(answered("a"), unmarked, decode=False)
 
 
-def test_paths(processor, tmp_path):
-    (tmp_path / "a.png").write_bytes(png(24, 16))
-    assert with_bytes(with_image(str(tmp_path / "a.png"))).images == (png(24, 16),)
-    assert measure(with_image(str(tmp_path / "a.png")), processor, decode=True).image_sizes == ((24, 16),)
-    with pytest.raises(BadRecord, match=r"no file .*b\.png") as raised:
-        with_bytes(with_image(str(tmp_path / "b.png")))
-    assert raised.value.reason == "image-missing"
-    with pytest.raises(IsADirectoryError):
-        with_bytes(with_image(str(tmp_path)))
+def test_check_record_needs_no_processor():
+    assert check_record(make_record(0, ((24, 16), (64, 8))), decode=True) == ((24, 16), (64, 8))
+    for bad, expected in ((make_record(0, images=()), "image-count"), (with_image(b"GIF"), "image-broken")):
+        with pytest.raises(BadRecord) as raised:
+            check_record(bad, decode=False)
+        assert raised.value.reason == expected
 
 
-# Small files of every kind that is common in data sets, to be damaged.
-SOUND = [
+# Small files of every format that is common in data sets, to be damaged.
+INTACT = [
     png(24, 16),
     encoded(format="JPEG", size=(40, 30)),
     encoded("P", format="GIF"),
@@ -215,10 +213,10 @@ SOUND = [
     st.one_of(
         st.binary(max_size=60),
         st.builds(
-            lambda sound, at, new, cut: (sound[: at % len(sound)] + new + sound[at % len(sound) + len(new) :])[
-                : cut or None
-            ],
-            st.sampled_from(SOUND),
+            lambda intact, start, new, end: (
+                intact[: start % len(intact)] + new + intact[start % len(intact) + len(new) :]
+            )[: end or None],
+            st.sampled_from(INTACT),
             st.integers(0, 5_000),
             st.binary(max_size=8),
             st.integers(0, 300),
@@ -226,9 +224,9 @@ SOUND = [
     )
 )
 @pytest.mark.filterwarnings("ignore")
-def test_any_bytes_are_measured_or_bad(processor, image):
+def test_measure_record_any_image_bytes(processor, image):
     try:
-        sizes = measure(with_image(image), processor, decode=True).image_sizes
+        sizes = measure_record(with_image(image), processor, decode=True).image_sizes
     except BadRecord as bad:
         assert bad.reason in ("image-broken", "image-size")
     else:
@@ -253,21 +251,19 @@ def test_any_bytes_are_measured_or_bad(processor, image):
         max_size=4,
     )
 )
-def test_any_messages_are_measured_or_bad(processor, messages):
+def test_measure_record_any_messages(processor, messages):
     record = make_record(0, (), mode=None, messages=tuple(messages))
     try:
-        tokens = measure(record, processor, decode=True).text_tokens
+        tokens = measure_record(record, processor, decode=True).text_tokens
     except BadRecord as bad:
         assert bad.reason in ("role", "encoding", "empty-answer", "image-count", "mode", "control-token")
     else:
         assert Record.from_bytes(record.to_bytes()) == record and tokens > 0
 
 
-def test_an_os_error_of_a_decoder_is_the_images_that_of_a_file_is_not(processor, monkeypatch):
+def test_check_record_os_error_of_decoder_is_broken_image(processor, monkeypatch):
     def fail(*args):
-        raise OSError(5, "Input/output error")
+        raise OSError("unrecognized data stream contents")
 
     monkeypatch.setattr(record_check, "image_size", fail)
     assert reason(with_image(png(8, 8)), processor) == "image-broken"
-    with pytest.raises(OSError, match="Input/output"):
-        measure(with_image("a.png"), processor, decode=False)
