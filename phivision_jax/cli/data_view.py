@@ -61,7 +61,7 @@ def show(
     sample: int = 6,
     seed: int = 0,
     plan: Path | None = None,
-    rows: tuple[int, ...] = (0, 1, 2),
+    rows: tuple[int, ...] = (),
     checkpoint: Path | None = None,
 ) -> None:
     """Show records as the model receives them, with the loss in colour; or with --plan, how examples fill rows.
@@ -74,9 +74,8 @@ def show(
         sample: Number of records to sample when neither is given.
         seed: Seed for --sample.
         plan: Directory of a plan: show rows of it.
-        rows: Numbers of the rows of the plan.
-        checkpoint: Checkpoint with the tokenizer and chat template that the dataset was imported with; default: the
-            project's small ones.
+        rows: Numbers of rows of the plan; default: the first three.
+        checkpoint: Checkpoint whose tokenizer the dataset was imported with; default: the project's small one.
     """
     from phivision_jax.io import html
 
@@ -93,7 +92,7 @@ def show(
         if loaded.inputs["sources"] != [dataset.hash for dataset in opened]:
             raise ValueError(f"{plan} was made from {', '.join(loaded.inputs['names'])}: name these, in this order")
         _check_range("--rows", rows, loaded.num_rows, plan)
-        sections = [row_section(loaded, opened, processor, row) for row in rows]
+        sections = [row_section(loaded, opened, processor, row) for row in rows or range(min(3, loaded.num_rows))]
     else:
         from phivision_jax.data.view.show_records import LEGEND, record_section
 

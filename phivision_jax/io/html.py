@@ -99,19 +99,19 @@ def image_figure(image: Image.Image, caption: str) -> Figure:
 
 
 def print_sections(sections: Sequence[Section], console: Console | None = None) -> None:
-    """Print the tables of sections."""
+    """Print the tables of sections, each with its title above and its note below."""
+    console = console or Console()
     for section in sections:
         if section.table is None:
             continue
-        title, note = Text(section.title), Text(section.note)
-        shown = RichTable(title=title, title_justify="left", caption=note, caption_justify="left")
+        shown = RichTable()
         for i, name in enumerate(section.table.header):
             shown.add_column(Text(name), justify="left" if i < section.table.names else "right", overflow="fold")
         for row in section.table.rows:
             if len(row) == 1:
                 shown.add_section()
             shown.add_row(*(Text(cell, "bold" if len(row) == 1 else "") for cell in row))
-        (console or Console()).print(shown)
+        console.print(Text(section.title, "bold"), shown, Text(section.note, "dim"), sep="\n")
 
 
 def page(title: str, sections: Sequence[Section]) -> str:

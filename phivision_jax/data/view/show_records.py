@@ -119,7 +119,7 @@ def _image_figure(image: PatchedImage, patch_size: int, original: tuple[int, int
     width, height = (max(1, round(side * scale)) for side in resized.size)
     smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
     shown = np.asarray(resized.resize((width, height), smooth)).copy()
-    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 1000, 100_000) if n * width / columns >= 5)
+    every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 1000, 100_000) if n * width / columns >= 8)
     x, y = (
         np.minimum(np.round(np.arange(0, n + 1, every) * side / n).astype(int), side - 1)
         for n, side in ((columns, width), (rows, height))
