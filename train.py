@@ -145,7 +145,7 @@ def train(cfg: RunConfig, where: str) -> int:
             for batch, info in fed(made, first, goodput, watchdog):
                 done = info.step + 1
                 records.write(done, info.record_ids)
-                bad.add(info.holes, sum(map(len, info.record_ids)))
+                bad.add(info.failed, sum(map(len, info.record_ids)))
                 profiler.before(done, goodput.drain, goodput.durations())
                 watchdog.alive("step", done)
                 with goodput("host"):

@@ -135,7 +135,7 @@ def main() -> None:
     dataset[args.records // 2]
     result["open_s"] = time.perf_counter() - began
     began = time.perf_counter()
-    plan = make_plan([dataset], Mixture.of(args.work / "set"), processor, ROW, batch_rows=BATCH_ROWS)
+    plan = make_plan([dataset], Mixture.from_directories(args.work / "set"), processor, ROW, batch_rows=BATCH_ROWS)
     result["plan_s"] = time.perf_counter() - began
     result["plan_examples_per_s"] = len(plan.examples) / result["plan_s"]
     print(json.dumps(result, indent=2))

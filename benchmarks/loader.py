@@ -160,7 +160,7 @@ def pipeline_speeds(files: Sequence[bytes], folder: Path, turns: int) -> dict[in
     processor = processor_for(None)
     records = [Record(str(i), "photographs", (content,), messages, "nothink") for i, content in enumerate(files)]
     dataset = write_dataset(folder / "set", records, processor, progress=False)
-    mixture = Mixture.of(dataset.directory, epochs=4)
+    mixture = Mixture.from_directories(dataset.directory, epochs=4)
     plan = make_plan([dataset], mixture, processor, RowShape(8192, 1, 7168), batch_rows=1)
     speeds: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(-1, turns):

@@ -47,7 +47,7 @@ def made_up(n: int, seed: int = 0) -> Lengths:
     patches = np.array([np.prod(grid_of(int(w), int(h))) for w, h in zip(width, height, strict=True)], np.int64)
     offsets = np.concatenate([[0], np.cumsum(images)])
     lengths = Lengths(text.astype(np.int64), patches, offsets)
-    return Lengths(lengths.columns + lengths.patches, patches, offsets)
+    return Lengths(lengths.tokens + lengths.patches, patches, offsets)
 
 
 def ours(packer: Callable[..., tuple[np.ndarray, np.ndarray]]) -> Callable[..., list[list[int]]]:
@@ -71,7 +71,7 @@ def grains(packer: Any, bins: int) -> Callable[..., list[list[int]]]:
 
         def element(i: int) -> dict[str, np.ndarray]:
             return {
-                "tokens": np.zeros(lengths.columns[i], np.uint8),
+                "tokens": np.zeros(lengths.tokens[i], np.uint8),
                 "patches": np.zeros(patches[i], np.uint8),
                 "number": np.array([i]),
             }
@@ -91,7 +91,7 @@ def grains(packer: Any, bins: int) -> Callable[..., list[list[int]]]:
 
 def padding(rows: Iterable[list[int]], lengths: Lengths, capacity: RowShape) -> dict[str, float]:
     rows = list(rows)
-    columns = sum(int(lengths.columns[row].sum()) for row in rows)
+    columns = sum(int(lengths.tokens[row].sum()) for row in rows)
     patches = sum(int(lengths.patches[row].sum()) for row in rows)
     total = capacity.total_patches
     return {
@@ -123,9 +123,9 @@ def main() -> None:
     args = parser.parse_args()
     capacity = RowShape(args.length, args.vision_rows, args.num_patches)
     lengths = made_up(args.examples + args.examples // 8)
-    fits = (lengths.columns <= capacity.length) & (lengths.patches <= capacity.num_patches)
+    fits = (lengths.tokens <= capacity.length) & (lengths.patches <= capacity.num_patches)
     examples = np.flatnonzero(fits)[: args.examples]
-    text = lengths.columns - lengths.patches
+    text = lengths.tokens - lengths.patches
     print(
         f"{len(examples):,} examples, on average {lengths.patches[examples].mean():,.0f} patches and "
         f"{text[examples].mean():,.0f} text tokens; T {capacity.length}, R {capacity.vision_rows}, "

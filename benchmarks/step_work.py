@@ -89,7 +89,7 @@ def make_item(rng: np.random.Generator, text: int, grids: Sequence[tuple[int, in
     ids = [IMAGE_TOKEN] * len(grids) + words
     labels = [IGNORE] * (len(grids) + text // 2) + words[text // 2 :]
     patch_dim = MODEL.vision.patch_dim
-    images = [PatchedImage(rng.integers(0, 256, (h * w, patch_dim), np.uint8), (h, w)) for h, w in grids]
+    images = [PatchedImage(rng.integers(0, 256, (h * w, patch_dim), np.uint8), ((h, w),)) for h, w in grids]
     return Item(ids, labels, images)
 
 
@@ -129,7 +129,7 @@ def peer_batch(items: Sequence[Item]) -> dict[str, np.ndarray]:
         "attention_mask": np.zeros((len(items), longest), np.int64),
         "pixel_values": np.zeros((len(images), most, MODEL.vision.patch_dim), np.float32),
         "pixel_attention_mask": np.zeros((len(images), most), np.int64),
-        "spatial_shapes": np.array([image.grid for image in images], np.int64).reshape(-1, 2),
+        "spatial_shapes": np.array([image.grids[0] for image in images], np.int64).reshape(-1, 2),
     }
     for b, item in enumerate(items):
         batch["input_ids"][b, : len(item.ids)] = item.ids

@@ -122,6 +122,8 @@ class ModelConfig:
     projector: ProjectorConfig = ProjectorConfig()
     decoder: DecoderConfig = DecoderConfig()
     image_attention: ImageAttention = "causal"
+    image_layout: str = "naflex"
+    """Name of the layout that turns images into patches and vision tokens (``images/layout.py``)."""
     min_patches: int = 256
     max_patches: int = 3600
 

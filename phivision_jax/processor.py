@@ -23,8 +23,7 @@ from PIL import Image
 from phivision_jax.batch import Batch
 from phivision_jax.config import ModelConfig
 from phivision_jax.images.decode import ImageSource, open_image
-from phivision_jax.images.layout import PatchedImage
-from phivision_jax.images.naflex import preprocess
+from phivision_jax.images.layout import PatchedImage, make_layout
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location, read_json
 from phivision_jax.rows import Example, expand, one_per_row
@@ -59,6 +58,7 @@ class Processor:
 
     def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None, config: ModelConfig) -> None:
         self._tokenizer, self._template, self.config = tokenizer, template, config
+        self.layout = make_layout(config)
         if tokenizer is not None:
             decoder = config.decoder
             if tokenizer.vocab_size > decoder.vocab_size:
@@ -178,10 +178,8 @@ class Processor:
         """
         if not isinstance(source, Image.Image):
             source = open_image(source, name if isinstance(source, bytes) else None)
-        config = self.config
-        most = min(max_patches or config.max_patches, config.max_patches)
         try:
-            return PatchedImage(*preprocess(source, config.vision.patch_size, min(config.min_patches, most), most))
+            return self.layout.encode(source, max_patches)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
 
@@ -233,8 +231,7 @@ class Processor:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over tokenizer, template and patch settings, what a plan depends on."""
-        config = self.config
-        parts = [self.text_fingerprint, config.vision.patch_size, config.min_patches, config.max_patches]
+        parts = [self.text_fingerprint, self.layout.fingerprint]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phivision_jax.batch import Batch, RowShape
-from phivision_jax.images.layout import PatchedImage
-from phivision_jax.images.naflex import preprocess
+from phivision_jax.images.layout import PatchedImage, make_layout
 from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN, PLACEHOLDER
 
 if TYPE_CHECKING:
@@ -40,6 +39,11 @@ class Example:
     def num_patches(self) -> int:
         return sum(len(image.patches) for image in self.images)
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that are not of an image."""
+        return len(self.tokens) - sum(image.size.tokens for image in self.images)
+
 
 def expand(
     ids: Sequence[int], images: Sequence[PatchedImage], labels: Sequence[int] | None = None, group: int = 0
@@ -60,7 +64,7 @@ def expand(
     if len(markers) != len(images):
         raise ValueError(f"{len(markers)} image markers ({IMAGE_TOKEN}) but {len(images)} images")
     repeats = np.ones(len(given), np.int64)
-    repeats[markers] = [len(image.patches) for image in images]
+    repeats[markers] = [image.size.tokens for image in images]
     starts = np.concatenate([[0], np.cumsum(repeats)])[markers]
     tokens, expanded_labels = np.repeat(given, repeats), np.repeat(given_labels, repeats)
     is_image = tokens == IMAGE_TOKEN
@@ -86,45 +90,76 @@ def fill_rows(rows: Sequence[Sequence[Example]], shape: RowShape, config: ModelC
     batch.span_end[...] = np.arange(shape.length, dtype=np.int32)
     batch.vision_index[...] = -1
     batch.patch_grid[...] = 1
+    if batch.merge_index is not None:
+        batch.merge_index[...] = -1
     for b, examples in enumerate(rows):
-        position, used, images_in_row = 0, [0] * shape.vision_rows, [0] * shape.vision_rows
-        for segment, example in enumerate(examples, start=1):
-            n = len(example.tokens)
-            if position + n > shape.length:
-                raise ValueError(f"row {b}: {position + n} tokens do not fit length {shape.length}")
-            at = slice(position, position + n)
-            batch.tokens[b, at] = example.tokens
-            batch.positions[b, at] = np.arange(n)
-            batch.segment_ids[b, at] = segment
-            batch.group_ids[b, at] = example.group
-            has_loss = example.labels[1:] != IGNORE
-            batch.targets[b, position : position + n - 1] = np.where(has_loss, example.labels[1:], 0)
-            batch.loss_weights[b, position : position + n - 1] = has_loss
-            for start, image in zip(example.image_starts, example.images, strict=True):
-                k = len(image.patches)
-                r = fullest_vision_row(used, k, shape.num_patches)
-                if r is None:
-                    raise ValueError(
-                        f"row {b}: an image of {k} patches does not fit ({used} of {shape.num_patches} used)"
-                    )
-                images_in_row[r] += 1
-                p = slice(used[r], used[r] + k)
-                batch.patches[b, r, p] = image.patches
-                batch.patch_segments[b, r, p] = images_in_row[r]
-                batch.patch_coords[b, r, p] = np.indices(image.grid).reshape(2, -1).T
-                batch.patch_grid[b, r, p] = image.grid
-                span = slice(position + start, position + start + k)
-                batch.vision_index[b, span] = r * shape.num_patches + np.arange(used[r], used[r] + k)
-                if config.image_attention == "bidirectional":
-                    batch.span_end[b, span] = span.stop - 1
-                used[r] += k
-            position += n
+        try:
+            _fill_row(Batch(*(array if array is None else array[b] for array in batch)), examples, shape, config)
+        except ValueError as error:
+            raise ValueError(f"row {b}: {error}") from None
     return batch
 
 
+def _fill_row(row: Batch, examples: Sequence[Example], shape: RowShape, config: ModelConfig) -> None:
+    """Write examples into one row of a batch; its arrays have no B axis and hold padding."""
+    position, merged = 0, 0
+    used, tiles = [0] * shape.vision_rows, [0] * shape.vision_rows
+    for segment, example in enumerate(examples, start=1):
+        n = len(example.tokens)
+        if position + n > shape.length:
+            raise ValueError(f"{position + n} tokens do not fit length {shape.length}")
+        span = slice(position, position + n)
+        row.tokens[span] = example.tokens
+        row.positions[span] = np.arange(n)
+        row.segment_ids[span] = segment
+        row.group_ids[span] = example.group
+        labels = example.labels[1:]
+        row.targets[position : position + n - 1] = np.where(labels != IGNORE, labels, 0)
+        row.loss_weights[position : position + n - 1] = labels != IGNORE
+        for start, image in zip(example.image_starts, example.images, strict=True):
+            patches, tokens = len(image.patches), image.size.tokens
+            r = fullest_vision_row(used, patches, shape.num_patches)
+            if r is None:
+                raise ValueError(f"an image of {patches} patches does not fit ({used} of {shape.num_patches} used)")
+            first = r * shape.num_patches + used[r]  # its first patch in the flattened [R·P]
+            row.patches[r, used[r] : used[r] + patches] = image.patches
+            for grid in image.grids:
+                tile = slice(used[r], used[r] + grid[0] * grid[1])
+                tiles[r] += 1
+                row.patch_segments[r, tile] = tiles[r]
+                row.patch_coords[r, tile] = np.indices(grid).reshape(2, -1).T
+                row.patch_grid[r, tile] = grid
+                used[r] = tile.stop
+            if shape.merge:
+                _fill_merge_tables(row, image, slice(merged, merged + tokens), first)
+                first, merged = merged, merged + tokens
+            span = slice(position + start, position + start + tokens)
+            row.vision_index[span] = np.arange(first, first + tokens)
+            if config.image_attention == "bidirectional":
+                row.span_end[span] = span.stop - 1
+        position += n
+
+
+def _fill_merge_tables(row: Batch, image: PatchedImage, tokens: slice, first_patch: int) -> None:
+    """Write an image's merge tables at these vision tokens of a row."""
+    index, weight = image.merge_index, image.merge_weight
+    if index is None or row.merge_index is None or row.merge_weight is None:
+        raise ValueError("an image without merge tables in rows that have them: its layout is not the model's")
+    if tokens.stop > len(row.merge_index):
+        raise ValueError(f"{tokens.stop} vision tokens do not fit merge tables of {len(row.merge_index)}")
+    row.merge_index[tokens] = np.where(index < 0, -1, index + first_patch)
+    row.merge_weight[tokens] = weight
+
+
 def row_shape(config: ModelConfig, length: int, vision_rows: int = 1, num_patches: int = 0) -> RowShape:
-    """The shape of rows of this many text positions and patches, for a model's image layout."""
-    return RowShape(length, vision_rows, num_patches)
+    """The shape of rows of this many text positions and patches, with the merge tables of a model's image layout."""
+    layout = make_layout(config)
+    shape = RowShape(length, vision_rows, num_patches)
+    if layout.merge is None:
+        return shape
+    # A vision token takes a position, so a row never has more than T of them.
+    tokens = min(length, layout.max_tokens(shape.total_patches))
+    return dataclasses.replace(shape, merge=(tokens, *layout.merge))
 
 
 def fullest_vision_row(used: Sequence[int], need: int, capacity: int) -> int | None:
@@ -187,14 +222,11 @@ def batch_from_ids(
     labels = labels if labels is not None else [[IGNORE] * len(row) for row in ids]
     if not len(ids) == len(images) == len(labels):
         raise ValueError(f"{len(ids)} rows of ids, {len(images)} of images, {len(labels)} of labels: need one each")
-    sizes = config.vision.patch_size, config.min_patches, config.max_patches
+    layout = make_layout(config)
     examples = []
     for i, (row_ids, row_images, row_labels) in enumerate(zip(ids, images, labels, strict=True)):
         try:
-            patched = [
-                image if isinstance(image, PatchedImage) else PatchedImage(*preprocess(image, *sizes))
-                for image in row_images or ()
-            ]
+            patched = [image if isinstance(image, PatchedImage) else layout.encode(image) for image in row_images or ()]
             examples.append(expand(row_ids, patched, row_labels))
         except ValueError as error:
             raise ValueError(f"example {i}: {error}") from None

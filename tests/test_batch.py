@@ -19,7 +19,7 @@ CONFIG = ModelConfig(
 
 
 def image(rows: int, columns: int, value: int = 1) -> PatchedImage:
-    return PatchedImage(np.full((rows * columns, 12), value, np.uint8), (rows, columns))
+    return PatchedImage(np.full((rows * columns, 12), value, np.uint8), ((rows, columns),))
 
 
 def fill(rows, length=12, vision_rows=1, num_patches=4, image_attention="causal") -> Batch:
@@ -30,7 +30,7 @@ def fill(rows, length=12, vision_rows=1, num_patches=4, image_attention="causal"
     )
 
 
-def test_the_drawing_in_the_docstring():
+def test_fill_rows_as_in_docstring():
     first = expand([U, -200, A, A], [image(2, 2)], [IGNORE, IGNORE, A, A])
     second = expand([U, A, A], [], [IGNORE, A, A])
     batch = fill([[first, second]])
@@ -46,7 +46,7 @@ def test_the_drawing_in_the_docstring():
     assert both.span_end[0].tolist() == [0, 4, 4, 4, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
-def test_images_fill_vision_rows_best_fit_and_are_never_cut():
+def test_fill_rows_places_images_by_best_fit():
     # 3 patches leave 1 of 4 in row 0; 2 go to row 1; the next 1 fits both and takes the fuller row 0.
     example = expand([-200, -200, -200], [image(1, 3, 10), image(1, 2, 20), image(1, 1, 30)])
     batch = fill([[example]], vision_rows=2)
@@ -57,50 +57,50 @@ def test_images_fill_vision_rows_best_fit_and_are_never_cut():
         fill([[expand([-200, -200], [image(1, 3), image(1, 3)])]], vision_rows=1)
 
 
-def test_too_many_columns_name_the_row_and_the_numbers():
+def test_fill_rows_rejects_long_row():
     with pytest.raises(ValueError, match="row 1: 13 tokens do not fit length 12"):
         fill([[], [expand([U] * 13, [])]])
 
 
-def test_an_empty_row_is_padding_without_loss():
+def test_fill_rows_pads_empty_row():
     batch = fill([[]])
     assert batch.loss_weights.sum() == 0 and (batch.segment_ids == 0).all() and (batch.tokens == PAD).all()
 
 
 @pytest.mark.parametrize(("ids", "images"), [([U, -200], []), ([U], [image(1, 1)]), ([-200, -200], [image(1, 1)])])
-def test_markers_and_images_must_match(ids, images):
+def test_expand_rejects_unmatched_markers(ids, images):
     with pytest.raises(ValueError, match=r"image markers \(-200\)"):
         expand(ids, images)
 
 
-def test_labels_and_ids_must_match():
+def test_expand_rejects_unmatched_labels():
     with pytest.raises(ValueError, match="3 ids but 2 labels"):
         expand([U, U, A], [], [IGNORE, A])
 
 
-def test_grid_and_patches_must_match():
+def test_patched_image_rejects_wrong_grid():
     with pytest.raises(ValueError, match="do not fill a grid of 2x2"):
-        PatchedImage(np.zeros((3, 12), np.uint8), (2, 2))
+        PatchedImage(np.zeros((3, 12), np.uint8), ((2, 2),))
 
 
-def test_from_ids_refuses_what_it_cannot_lay_out():
+def test_batch_from_ids_rejects_bad_input():
     with pytest.raises(ValueError, match="at least one row"):
         batch_from_ids([], config=CONFIG)
     with pytest.raises(ValueError, match="example 0: an example needs at least one id"):
         batch_from_ids([[], [1]], config=CONFIG)
     with pytest.raises(ValueError, match="patches are float32; give raw pixels as uint8"):
-        PatchedImage(np.zeros((1, 768), np.float32), (1, 1))
+        PatchedImage(np.zeros((1, 768), np.float32), ((1, 1),))
 
 
-def test_from_ids_takes_arrays_and_no_images():
+def test_batch_from_ids_takes_arrays():
     batch = batch_from_ids(np.array([[1, 2], [3, 4]]), [None, []], config=CONFIG)
     assert batch.tokens.tolist() == [[1, 2], [3, 4]] and batch.loss_weights.sum() == 0
 
 
-def test_from_ids_takes_pil_images_and_ready_patches():
+def test_batch_from_ids_takes_images_and_patches():
     from PIL import Image
 
-    ready = PatchedImage(np.zeros((6, 12), np.uint8), (2, 3))
+    ready = PatchedImage(np.zeros((6, 12), np.uint8), ((2, 3),))
     batch = batch_from_ids([[1, -200, 2], [3, -200], [4]], [[Image.new("RGB", (4, 4))], [ready], []], config=CONFIG)
     assert batch.patch_grid[:, 0, 0].tolist() == [[2, 2], [2, 3], [1, 1]]
     assert batch.tokens.shape == (3, 7) and batch.patches.shape == (3, 1, 6, 12)
@@ -109,10 +109,10 @@ def test_from_ids_takes_pil_images_and_ready_patches():
         batch_from_ids([[1], [-200]], [[], []], config=CONFIG)
 
 
-def test_spec_is_what_fill_rows_makes():
+def test_batch_spec_matches_fill_rows():
     batch = fill([[]], vision_rows=2)
     spec = batch_spec(1, RowShape(12, 2, 4), 12)
-    for name, made, want in zip(Batch._fields, batch, spec, strict=True):
-        assert (made is None) == (want is None)
+    for name, filled, want in zip(Batch._fields, batch, spec, strict=True):
+        assert (filled is None) == (want is None)
         if want is not None:
-            assert (made.shape, made.dtype) == (want.shape, want.dtype), name
+            assert (filled.shape, filled.dtype) == (want.shape, want.dtype), name

@@ -1,4 +1,4 @@
-"""The processor: messages and images to a Batch, whichever way the images come."""
+"""Encoding messages with images, however the images are given; saving, reading and comparing processors."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ def ask(*images: Any, text: str = "what shape?") -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "source", [PNG, str(PNG), PNG.read_bytes(), Image.open(PNG)], ids=["path", "str", "bytes", "pil"]
 )
-def test_every_source_gives_the_same(source: Any) -> None:
+def test_encode_takes_every_image_source(source: Any) -> None:
     inline = PROCESSOR.encode(ask(source))
     in_order = PROCESSOR.encode(ask(None), [source])
     as_string = PROCESSOR.encode([{"role": "user", "content": "<image>\nwhat shape?"}], [source])
     patches, grid = preprocess(Image.open(PNG), 16, 4, 64)
     for example in (inline, in_order, as_string):
-        assert example.images[0].grid == grid == (5, 2)
+        assert example.images[0].grids == (grid,) == ((5, 2),)
         np.testing.assert_array_equal(example.images[0].patches, patches)
         np.testing.assert_array_equal(example.tokens, inline.tokens)
 
 
-def test_inline_and_ordered_images_keep_their_places() -> None:
+def test_encode_orders_images() -> None:
     shapes = [Image.new("RGB", (16 * n, 16), "red") for n in (4, 5, 6)]
     example = PROCESSOR.encode(ask(None, shapes[1], None), [shapes[0], shapes[2]])
-    assert [image.grid for image in example.images] == [(1, 4), (1, 5), (1, 6)]
-    assert list(np.diff(example.image_starts)) == [4 + 1, 5 + 1]  # its columns and a line break
+    assert [image.grids for image in example.images] == [((1, 4),), ((1, 5),), ((1, 6),)]
+    assert list(np.diff(example.image_starts)) == [4 + 1, 5 + 1]  # its tokens and a line break
 
 
-def test_training_example_by_hand() -> None:
+def test_encode_training_example_by_hand() -> None:
     messages = [*ask(Image.new("RGB", (32, 32))), {"role": "assistant", "content": "circle"}]
     example = PROCESSOR.encode(messages, mode="nothink", group=3)
     tokenizer = PROCESSOR.tokenizer
@@ -68,7 +68,7 @@ def test_training_example_by_hand() -> None:
     assert PROCESSOR.decode(learned) == "circle"
 
 
-def test_batch_of_different_conversations() -> None:
+def test_batch_of_conversations() -> None:
     image = Image.open(PNG)
     conversations = [ask(image), ask(text="is red a color?"), ask(None, None)]
     batch = PROCESSOR.batch(conversations, [[], [], [image, image]], mode="think")
@@ -87,7 +87,7 @@ def test_batch_of_different_conversations() -> None:
     assert wider.tokens.shape == (1, 128) and wider.patches.shape == (1, 1, 128, 768)
 
 
-def test_batch_equals_from_ids() -> None:
+def test_batch_equals_batch_from_ids() -> None:
     image = Image.open(PNG)
     ours = PROCESSOR.batch([ask(image)])
     t = PROCESSOR.tokenizer.encode
@@ -97,7 +97,7 @@ def test_batch_equals_from_ids() -> None:
         np.testing.assert_array_equal(mine, theirs)
 
 
-def test_errors_say_which_conversation_and_image(tmp_path: Path) -> None:
+def test_errors_name_conversation_and_image(tmp_path: Path) -> None:
     image = Image.open(PNG)
     (tmp_path / "empty.png").write_bytes(b"")
     one_not_many: Any = ask(image)
@@ -117,29 +117,29 @@ def test_errors_say_which_conversation_and_image(tmp_path: Path) -> None:
             call()
 
 
-def test_files_turned_upright_but_open_images_taken_as_they_stand() -> None:
+def test_encode_turns_files_but_not_open_images() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
     Image.new("RGB", (64, 16)).save(file, "JPEG", exif=exif)
-    assert PROCESSOR.encode(ask(file.getvalue())).images[0].grid == (4, 1)
-    assert PROCESSOR.encode(ask(Image.open(file))).images[0].grid == (1, 4)
+    assert PROCESSOR.encode(ask(file.getvalue())).images[0].grids == ((4, 1),)
+    assert PROCESSOR.encode(ask(Image.open(file))).images[0].grids == ((1, 4),)
 
 
-def test_saved_and_read_again(tmp_path: Path) -> None:
+def test_save_and_from_directory(tmp_path: Path) -> None:
     PROCESSOR.save(tmp_path / "assets")
     again = Processor.from_directory(tmp_path / "assets", CONFIG)
     assert again.fingerprint == PROCESSOR.fingerprint
     assert again.encode(ask(text="a")).tokens.tolist() == PROCESSOR.encode(ask(text="a")).tokens.tolist()
 
 
-def test_pickled_for_a_worker() -> None:
+def test_processor_pickles() -> None:
     again = pickle.loads(pickle.dumps(PROCESSOR))
     assert again.fingerprint == PROCESSOR.fingerprint
     assert again.encode(ask(text="a")).tokens.tolist() == PROCESSOR.encode(ask(text="a")).tokens.tolist()
 
 
-def test_fingerprint_sees_each_part() -> None:
+def test_fingerprint_covers_each_part() -> None:
     tokenizer, template = Tokenizer.small(), ChatTemplate.small()
     others = [
         Processor(None, template, CONFIG),
@@ -154,9 +154,9 @@ def test_fingerprint_sees_each_part() -> None:
     assert len({p.fingerprint for p in [PROCESSOR, *others]}) == 7
 
 
-def test_directory_without_text_files(tmp_path: Path) -> None:
+def test_from_directory_without_text_files(tmp_path: Path) -> None:
     processor = Processor.from_directory(tmp_path, CONFIG)
-    assert processor.patch(PNG).grid == (5, 2)
+    assert processor.patch(PNG).grids == ((5, 2),)
     with pytest.raises(ValueError, match=r"came without tokenizer\.json"):
         processor.encode(ask(text="a"))
     Tokenizer.small().save(tmp_path)
@@ -174,7 +174,7 @@ def test_directory_without_text_files(tmp_path: Path) -> None:
         ("image_mean", [0.4, 0.5, 0.5]),
     ],
 )
-def test_preprocessor_config_that_contradicts(key: str, value: Any, tmp_path: Path) -> None:
+def test_from_directory_rejects_other_pixels(key: str, value: Any, tmp_path: Path) -> None:
     agreeing = {"min_num_patches": 4, "max_num_patches": 64, "patch_size": 16, "resample": 2, "image_mean": [0.5] * 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(agreeing))
     Processor.from_directory(tmp_path, CONFIG)
@@ -183,7 +183,7 @@ def test_preprocessor_config_that_contradicts(key: str, value: Any, tmp_path: Pa
         Processor.from_directory(tmp_path, CONFIG)
 
 
-def test_tokenizer_of_another_model() -> None:
+def test_processor_rejects_other_tokenizer() -> None:
     small = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=500))
     with pytest.raises(ValueError, match="512 tokens, the model's vocabulary 500"):
         Processor.small(small)

@@ -268,7 +268,7 @@ def plan(
     if len(sources) == 1:
         mixture = Mixture.read(sources[0], **settings)
     elif sources and not any(path.suffix == ".toml" for path in sources):
-        mixture = Mixture.of(*sources, **settings)
+        mixture = Mixture.from_directories(*sources, **settings)
     else:
         raise ValueError("give one mixture file (.toml), or one or more dataset directories")
     if stage is not None:

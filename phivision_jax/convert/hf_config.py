@@ -137,12 +137,18 @@ def config_json(model: ModelConfig, base: Mapping[str, Any] | None = None) -> di
       base: a ``config.json`` to update; its other keys, and the spelling of equal values, are kept.
 
     Raises:
-      ValueError: when ``config.json`` cannot express this model (``image_attention="bidirectional"``, merging).
+      ValueError: when ``config.json`` cannot express this model (``image_attention="bidirectional"``,
+        another image layout than NaFlex).
     """
     if model.image_attention != "causal":
         raise ValueError(
             f"config.json cannot express image_attention={model.image_attention!r}: Hugging Face code would run this "
             "model with a causal mask and give other answers"
+        )
+    if model.image_layout != "naflex":
+        raise ValueError(
+            f"config.json cannot express image_layout={model.image_layout!r}: Hugging Face code would feed this model "
+            "other patches and tokens"
         )
     if model.projector.merge_size != 1:
         raise ValueError(f"config.json cannot express projector.merge_size={model.projector.merge_size}")

@@ -265,7 +265,9 @@ def to_hf(
     with closing(source):
         expressible = config
         if force:
-            expressible = dataclasses.replace(config, image_attention="causal", projector=ProjectorConfig())
+            expressible = dataclasses.replace(
+                config, image_attention="causal", image_layout="naflex", projector=ProjectorConfig()
+            )
         config_json(expressible)  # raises for what config.json cannot say
         dtypes = dtypes_of(source, leaves, dtype)
         tensors = tensors_of(leaves, dtypes)

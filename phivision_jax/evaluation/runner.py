@@ -100,9 +100,9 @@ class Evaluator:
         count = len(dataset) if num_examples is None else min(num_examples, len(dataset))
         self.records = np.linspace(0, len(dataset), count, endpoint=False).astype(int)
         # The index counts the answer too, so a prompt is never longer than its record.
-        lengths = lengths_of(dataset.index, processor.config)
+        lengths = lengths_of(dataset.index, processor.layout)
         length, num_patches = (
-            int(-(-counts[self.records].max() // MULTIPLE) * MULTIPLE) for counts in (lengths.columns, lengths.patches)
+            int(-(-counts[self.records].max() // MULTIPLE) * MULTIPLE) for counts in (lengths.tokens, lengths.patches)
         )
         self.shape = row_shape(processor.config, length, num_patches=num_patches)
 

@@ -1,23 +1,171 @@
-"""How an image becomes patches for the vision encoder."""
+"""Image layouts: how an image becomes patches for the vision encoder, and its features become vision tokens.
+
+    image ──measure──► grids of its tiles, number of patches, number of tokens       arithmetic on width and height
+    image ──encode───► patches of the tiles ──► features ──merge tables──► tokens    patches on the host, the rest on
+                                                                                     the device
+
+A tile is a grid of patches that attend to each other; an image has one or several. The tokens of an image are its
+features, or weighted sums and concatenations of them, as rows of merge tables (``batch.Batch``).
+
+``ModelConfig.image_layout`` names the layout. NaFlex, the released one, has one tile and a token per patch. To add
+another, subclass ``ImageLayout`` and register it, in a module ``phivision_jax/images/<name>.py`` or in any other that
+is imported before the model's processor is made, such as the file of a run's configuration:
+
+    @register_layout("thumbnail")
+    class Thumbnail(ImageLayout):
+        merge = (1, 4)  # every token is the mean of 4 features
+        ...
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from phivision_jax.config import ModelConfig
+
+
+class ImageSize(NamedTuple):
+    """The size of an image after its layout."""
+
+    grids: tuple[tuple[int, int], ...]
+    """Rows and columns of patches of each tile."""
+    tokens: int
+    """Vision tokens of the image."""
+
+    @property
+    def patches(self) -> int:
+        return sum(rows * columns for rows, columns in self.grids)
 
 
 @dataclasses.dataclass(frozen=True)
 class PatchedImage:
-    """One image as the encoder takes it."""
+    """An image as the encoder takes it."""
 
     patches: np.ndarray
-    """[n, patch²·3] u8, row-major over the grid."""
-    grid: tuple[int, int]
-    """Rows and columns of patches; n is their product."""
+    """[n, patch²·3] u8: tile after tile, each row by row over its grid."""
+    grids: tuple[tuple[int, int], ...]
+    """Rows and columns of patches of each tile."""
+    merge_index: np.ndarray | None = None
+    """[tokens, G, K] i32: numbers of patches of this image, −1 for none; None where every patch is a token."""
+    merge_weight: np.ndarray | None = None
+    """[tokens, G, K] f32."""
 
     def __post_init__(self) -> None:
-        if self.patches.ndim != 2 or len(self.patches) != self.grid[0] * self.grid[1]:
-            raise ValueError(f"patches {self.patches.shape} do not fill a grid of {self.grid[0]}x{self.grid[1]}")
+        if self.patches.ndim != 2 or len(self.patches) != sum(rows * columns for rows, columns in self.grids):
+            grids = " and ".join(f"{rows}x{columns}" for rows, columns in self.grids)
+            raise ValueError(f"patches {self.patches.shape} do not fill a grid of {grids}")
         if self.patches.dtype != np.uint8:
             raise ValueError(f"patches are {self.patches.dtype}; give raw pixels as uint8, the model normalizes them")
+
+    @property
+    def tiles(self) -> list[np.ndarray]:
+        """Patches of each tile as its grid, [rows, columns, patch²·3] u8."""
+        ends = np.cumsum([rows * columns for rows, columns in self.grids])[:-1]
+        tiles = zip(np.split(self.patches, ends), self.grids, strict=True)
+        return [patches.reshape(*grid, -1) for patches, grid in tiles]
+
+    @property
+    def size(self) -> ImageSize:
+        return ImageSize(self.grids, len(self.patches if self.merge_index is None else self.merge_index))
+
+
+class ImageLayout(abc.ABC):
+    """Base of all layouts: ``measure``, ``encode``, and what must be known to merge features.
+
+    Sizes follow from width and height alone, so that rows can be planned without opening an image: ``encode`` gives
+    exactly the grids and tokens that ``measure`` says. ``max_patches`` asks for fewer patches than the model's, for
+    images that would not fit a row; a layout of a fixed size may ignore it.
+    """
+
+    merge: tuple[int, int] | None = None
+    """(G, K) of the merge tables: a token is the concatenation of G weighted sums of K features, where G is
+    ``projector.merge_size``. None where every patch is a token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.name, self.patch_size = config.image_layout, config.vision.patch_size
+        self.min_patches, self.max_patches = config.min_patches, config.max_patches
+
+    @abc.abstractmethod
+    def measure(self, width: int, height: int, max_patches: int | None = None) -> ImageSize:
+        """The size of an image of this many pixels."""
+
+    @abc.abstractmethod
+    def encode(self, image: Image, max_patches: int | None = None) -> PatchedImage:
+        """The patches of an image, and its merge rows.
+
+        Raises:
+          ValueError: for an image without pixels, or of a mode that has no conversion to RGB.
+        """
+
+    def measure_all(self, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Patches and tokens of many images: ``measure`` of [I, 2] widths and heights, as two arrays [I] of i64."""
+        distinct, inverse = np.unique(np.asarray(sizes, np.int64).reshape(-1, 2), axis=0, return_inverse=True)
+        measured = [self.measure(width, height) for width, height in distinct.tolist()]
+        counts = np.array([(size.patches, size.tokens) for size in measured], np.int64).reshape(-1, 2)[inverse]
+        return counts[:, 0], counts[:, 1]
+
+    def max_tokens(self, num_patches: int) -> int:
+        """The most tokens that images of this many patches in total can have: bounds the merge tables of a row."""
+        return num_patches
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values that tell two layouts apart: equal ones give equal patches and tokens for every image."""
+        names = ("name", "patch_size", "min_patches", "max_patches")
+        return {name: getattr(self, name) for name in names}
+
+    def blank(self, size: ImageSize) -> PatchedImage:
+        """A black image of the given size, whose merged tokens are zero."""
+        patches = np.zeros((size.patches, self.patch_size**2 * 3), np.uint8)
+        if self.merge is None:
+            return PatchedImage(patches, size.grids)
+        table = (size.tokens, *self.merge)
+        return PatchedImage(patches, size.grids, np.full(table, -1, np.int32), np.zeros(table, np.float32))
+
+
+_LAYOUTS: dict[str, Callable[[ModelConfig], ImageLayout]] = {}
+
+
+def register_layout[L: Callable[[ModelConfig], ImageLayout]](name: str) -> Callable[[L], L]:
+    """A decorator for layout classes, which ``ModelConfig.image_layout`` then selects by ``name``."""
+
+    def register(layout: L) -> L:
+        _LAYOUTS[name] = layout
+        return layout
+
+    return register
+
+
+def make_layout(config: ModelConfig) -> ImageLayout:
+    """The layout that a model is configured with.
+
+    Raises:
+      ValueError: when none of that name is registered, or its merge tables do not fit the projector.
+    """
+    name = config.image_layout
+    module = f"{__package__}.{name}"
+    if name not in _LAYOUTS and name.isidentifier() and importlib.util.find_spec(module):
+        importlib.import_module(module)
+    if name not in _LAYOUTS:
+        near = difflib.get_close_matches(name, _LAYOUTS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"import the module that registers it, or put it in {module}"
+        raise ValueError(f"image_layout {name!r} is not registered (known: {', '.join(_LAYOUTS) or 'none'}): {hint}")
+    layout = _LAYOUTS[name](config)
+    merged = layout.merge[0] if layout.merge else 1
+    if merged != config.projector.merge_size:
+        raise ValueError(
+            f"image_layout {name!r} concatenates {merged} features into a token, but projector.merge_size is "
+            f"{config.projector.merge_size}; make them equal"
+        )
+    return layout

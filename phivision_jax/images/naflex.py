@@ -16,12 +16,35 @@ from __future__ import annotations
 import functools
 import math
 
+import einops
 import numpy as np
 from PIL import Image
 
 from phivision_jax.images.decode import to_rgb
+from phivision_jax.images.layout import ImageLayout, ImageSize, PatchedImage, register_layout
 
 _SCALE_RANGE, _SCALE_PRECISION = (1e-6, 100.0), 1e-5
+
+
+@register_layout("naflex")
+class NaFlex(ImageLayout):
+    """One tile of the image's own aspect ratio, one token per patch."""
+
+    def measure(self, width: int, height: int, max_patches: int | None = None) -> ImageSize:
+        rows, columns = grid_of(width, height, self.patch_size, *self._range(max_patches))
+        return ImageSize(((rows, columns),), rows * columns)
+
+    def measure_all(self, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        patches = grids_of(sizes, self.patch_size, *self._range(None)).prod(axis=1)
+        return patches, patches
+
+    def encode(self, image: Image.Image, max_patches: int | None = None) -> PatchedImage:
+        patches, grid = preprocess(image, self.patch_size, *self._range(max_patches))
+        return PatchedImage(patches, (grid,))
+
+    def _range(self, max_patches: int | None) -> tuple[int, int]:
+        most = min(max_patches or self.max_patches, self.max_patches)
+        return min(self.min_patches, most), most
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -118,8 +141,8 @@ def preprocess(
     rgb = to_rgb(image)
     # Pillow's resize to the same size is a copy.
     pixels = np.asarray(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
-    tiles = pixels.reshape(rows, patch_size, columns, patch_size, 3).swapaxes(1, 2)
-    return np.ascontiguousarray(tiles).reshape(rows * columns, -1), (rows, columns)
+    patches = einops.rearrange(pixels, "(r h) (c w) rgb -> (r c) (h w rgb)", r=rows, c=columns)
+    return np.ascontiguousarray(patches), (rows, columns)
 
 
 def normalize(patches: np.ndarray) -> np.ndarray:

@@ -168,8 +168,8 @@ class RunConfig:
     """Checkpoint (ours or a Hugging Face directory) to start from; empty for random weights."""
     model_from: Literal["config", "init_from"] = "config"
     """Whose architecture is trained: ``model``'s, which ``init_from`` must have too, or that of ``init_from``,
-    whatever it is; of ``model`` then only settings (image_attention, min_patches, max_patches) other than their
-    defaults count."""
+    whatever it is; of ``model`` then only settings (image_attention, image_layout, min_patches, max_patches) other than
+    their defaults count."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the computation; parameters and optimizer state are fp32."""
     remat: str = "auto"
@@ -263,7 +263,8 @@ class RunConfig:
                         f"{where} holds another model than the configuration: model.{part}.{name} is {there} there, "
                         f"{here} here; {what}"
                     )
-        settings = {name: getattr(self.model, name) for name in ("image_attention", "min_patches", "max_patches")}
+        names = ("image_attention", "image_layout", "min_patches", "max_patches")
+        settings = {name: getattr(self.model, name) for name in names}
         if follow:
             settings = {name: value for name, value in settings.items() if value != getattr(released, name)}
         return dataclasses.replace(self, model=dataclasses.replace(found, **settings))

@@ -24,11 +24,12 @@ from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.config import ModelConfig
 from phivision_jax.data.feed.encode import GROUP_NAMES, group_weights
 from phivision_jax.data.feed.pipeline import BatchInfo, batches, rows_of_process, to_device
-from phivision_jax.data.plan.plan import Plan, differing, make_plan, plan_inputs
+from phivision_jax.data.plan.plan import Plan, make_plan, plan_inputs
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.distributed.processes import on_process_zero
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.io import storage
+from phivision_jax.io.messages import first_difference
 from phivision_jax.io.storage import Location
 from phivision_jax.models import lora
 from phivision_jax.models.vision_tail import VisionTail
@@ -179,7 +180,7 @@ def make_or_load_plan(
     else:
         found = where if where.exists() else Path(data.plan)
         plan, now = Plan.load(found), plan_inputs(datasets, mixture, processor, **settings)
-        if changed := differing(now, plan.inputs):
+        if changed := first_difference(now, plan.inputs):
             raise ValueError(
                 f"{found} is another plan than this configuration's: {changed}; keep data, tokenizer, patch settings, "
                 "row sizes and seed as they were, or take a new --run directory"
@@ -258,7 +259,7 @@ def check_unchanged(made: Prepared, meta: Mapping[str, Any], say: Callable[[str]
         return values | {"data": {"loss_weights": cfg.get("data", {}).get("loss_weights")}}
 
     now, before = json.loads(json.dumps(dataclasses.asdict(made.cfg))), meta["run"]
-    if changed := differing(decides(now), decides(before)):
+    if changed := first_difference(decides(now), decides(before)):
         raise ValueError(f"{changed}: this run was started otherwise; keep it as it was, or take a new --run")
     if meta["plan"] != made.plan.hash:
         raise ValueError(

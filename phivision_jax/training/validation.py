@@ -55,7 +55,7 @@ class Validator:
         # At the start, not when first called: a program that does not fit is to be known before hours of training.
         self._compiled = self.lower().compile(compiler_options(step.mesh))
         self.num_batches = min(cfg.validate_batches, plan.num_steps(cfg.data.batch_rows))
-        self.holes: tuple[Quarantined, ...] = ()
+        self.failed: tuple[Quarantined, ...] = ()
         """Records of this host that could not be encoded the last time; they are not in the means."""
 
     def __call__(self, params: phivision.Params) -> dict[str, float]:
@@ -78,13 +78,13 @@ class Validator:
             end_step=self.num_batches,
             num_threads=self._threads,
         )
-        holes: list[tuple[Quarantined, ...]] = []
+        failed: list[tuple[Quarantined, ...]] = []
         parts: list[Sums] = []
         for batch, info in made:
-            holes.append(info.holes)
+            failed.append(info.failed)
             # Waited for: a queue of batches would fill the devices.
             parts.append(jax.device_get(self._compiled(params, to_device(batch, at, self._rows))))
-        self.holes = tuple(itertools.chain(*holes))
+        self.failed = tuple(itertools.chain(*failed))
         return means(parts)
 
     def lower(self) -> jax.stages.Lowered:

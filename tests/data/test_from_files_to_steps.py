@@ -169,13 +169,13 @@ def compiled():
 
 def train(compiled, dataset: Dataset, processor) -> list[float]:
     step, run, at, params = compiled
-    plan = make_plan([dataset], Mixture.of("set", epochs=8), processor, SHAPE, batch_rows=ROWS)
+    plan = make_plan([dataset], Mixture.from_directories("set", epochs=8), processor, SHAPE, batch_rows=ROWS)
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, step.abstract_state["params"])
     state, losses = step.init(params), []
     for batch, info in batches([dataset], plan, processor, batch_rows=ROWS):
         if info.step == STEPS:
             break
-        assert not info.holes
+        assert not info.failed
         state, metrics = run(state, to_device(batch, at, ROWS))
         losses.append(float(metrics["loss"]))
     return losses

@@ -48,11 +48,11 @@ def rgb_at_origin(image: Image.Image) -> tuple[int, ...]:
         ("YCbCr", (128, 128, 128), (128, 128, 128)),
     ],
 )
-def test_modes(mode: str, colour: Any, expected: tuple[int, ...]) -> None:
+def test_to_rgb_of_modes(mode: str, colour: Any, expected: tuple[int, ...]) -> None:
     assert rgb_at_origin(Image.new(mode, (3, 2), colour)) == expected
 
 
-def test_palettes() -> None:
+def test_to_rgb_of_palettes() -> None:
     image = Image.new("P", (2, 2), 1)
     image.putpalette([10, 20, 30, 40, 50, 60])
     assert rgb_at_origin(image) == (40, 50, 60)
@@ -60,13 +60,13 @@ def test_palettes() -> None:
     assert rgb_at_origin(image) == (255, 255, 255)
 
 
-def test_rgb_is_untouched() -> None:
+def test_to_rgb_keeps_rgb() -> None:
     image = Image.new("RGB", (2, 2), (0, 0, 0))
     image.info["transparency"] = (0, 0, 0)
     assert to_rgb(image) is image
 
 
-def test_sixteen_bit_png_from_bytes() -> None:
+def test_open_image_of_16_bits() -> None:
     grey = Image.fromarray(np.full((4, 5), 257 * 77, np.uint16))
     assert rgb_at_origin(open_image(encoded(grey, "PNG"))) == (77, 77, 77)
 
@@ -79,7 +79,7 @@ def test_sixteen_bit_png_from_bytes() -> None:
         (np.array([[-1.0, 7.4, 200.0, 300.0, np.nan]], np.float32), [0, 7, 200, 255, 0]),
     ],
 )
-def test_numbers_of_32_bits(grey: np.ndarray, expected: list[int]) -> None:
+def test_to_rgb_of_32_bits(grey: np.ndarray, expected: list[int]) -> None:
     rgb = np.asarray(to_rgb(Image.fromarray(grey)))
     assert rgb[0].tolist() == [[value] * 3 for value in expected]
     # As files hold them, too.
@@ -87,14 +87,14 @@ def test_numbers_of_32_bits(grey: np.ndarray, expected: list[int]) -> None:
     assert np.array_equal(np.asarray(to_rgb(open_image(file))), rgb)
 
 
-def test_no_program_is_run_for_a_file() -> None:
+def test_open_image_runs_no_program() -> None:
     with pytest.raises(ValueError, match="not an image of a known format"):
         open_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation(format: str, orientation: int) -> None:
+def test_open_image_applies_orientation(format: str, orientation: int) -> None:
     """The upright image is 48x32 with a red top-left quarter; the file holds it turned the other way."""
     upright = Image.new("RGB", (48, 32), "blue")
     upright.paste("red", (0, 0, 24, 16))
@@ -115,7 +115,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def test_exif_behind_the_pixels_of_a_png_does_not_part_size_from_pixels() -> None:
+def test_image_size_with_exif_after_pixels() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     png = encoded(Image.new("RGB", (6, 4)), "PNG")
@@ -124,7 +124,7 @@ def test_exif_behind_the_pixels_of_a_png_does_not_part_size_from_pixels() -> Non
     assert open_image(late).size == image_size(late)
 
 
-def test_size_reads_the_header_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_size_reads_header_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(Image.effect_noise((400, 300), 50), "PNG")
     with monkeypatch.context() as patch:
         patch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("pixels were decoded"))
@@ -136,7 +136,7 @@ def test_size_reads_the_header_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert open_image(path).tobytes() == open_image(data).tobytes()
 
 
-def test_errors_name_the_file(tmp_path: Path) -> None:
+def test_open_image_errors_name_file(tmp_path: Path) -> None:
     data = encoded(Image.effect_noise((64, 64), 50), "JPEG")
     header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
@@ -154,14 +154,14 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
             open_image(content, "record 7")
 
 
-def test_a_disk_error_is_not_a_broken_image(tmp_path: Path) -> None:
+def test_open_image_keeps_os_errors(tmp_path: Path) -> None:
     for function in (open_image, image_size):
         with pytest.raises(FileNotFoundError):
             function(tmp_path / "absent.png")
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "MPO", "AVIF", "GIF", "BMP", "JPEG2000", "ICO"])
-def test_pixels_need_no_file_once_opened(format: str, tmp_path: Path) -> None:
+def test_open_image_closes_file(format: str, tmp_path: Path) -> None:
     frames = [Image.effect_noise((64, 48), 60).convert("RGB"), Image.new("RGB", (64, 48), "red")]
     several = {"save_all": True, "append_images": frames[1:]} if format in ("TIFF", "MPO", "GIF") else {}
     data = encoded(frames[0], format, **several)
@@ -176,7 +176,7 @@ def test_pixels_need_no_file_once_opened(format: str, tmp_path: Path) -> None:
         assert image.resize((5, 7)).size == image.copy().resize((5, 7)).size == (5, 7)
 
 
-def test_first_frame_of_an_animation() -> None:
+def test_open_image_takes_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert rgb_at_origin(open_image(data)) == (255, 0, 0)

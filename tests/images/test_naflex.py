@@ -28,15 +28,15 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
         ((16, 3000), (16, 3008)),  # 188 patches: the minimum is a target, not a floor
         ((100, 100), (256, 256)),
         ((4988, 3019), (1216, 736)),  # the search stops 1e-5 short of the scale at which 77 columns fit
-        ((5915, 5438), (992, 912)),  # likewise 58 rows
+        ((5915, 5438), (992, 912)),  # and at which 58 rows fit
         ((1, 1), (112, 112)),  # the search ends at a scale of 100
     ],
 )
-def test_known_sizes(size: tuple[int, int], target: tuple[int, int]) -> None:
+def test_target_size_by_hand(size: tuple[int, int], target: tuple[int, int]) -> None:
     assert target_size(*size) == target
 
 
-def test_size_table() -> None:
+def test_grid_of_released_size_table() -> None:
     rows = json.loads((GOLDEN / "size_table.json").read_text())["rows"]
     assert len(rows) == 321
     for width, height, _, h, w, _, tiny_h, tiny_w in rows:
@@ -47,7 +47,7 @@ def test_size_table() -> None:
 @given(
     st.integers(1, 20_000), st.integers(1, 20_000), st.sampled_from([14, 16]), st.integers(1, 400), st.integers(0, 4000)
 )
-def test_grid_stays_within_the_target(width: int, height: int, patch: int, least: int, more: int) -> None:
+def test_grid_of_stays_within_target(width: int, height: int, patch: int, least: int, more: int) -> None:
     h, w = grid_of(width, height, patch, least, least + more)
     natural = (width // patch) * (height // patch)
     assert 1 <= h * w <= min(max(natural, least), least + more)
@@ -55,14 +55,14 @@ def test_grid_stays_within_the_target(width: int, height: int, patch: int, least
 
 
 @pytest.mark.parametrize("bounds", [(16, 256, 3600), (14, 1, 400), (8, 4, 64)])
-def test_many_sizes_at_once(bounds: tuple[int, int, int]) -> None:
+def test_grids_of_equals_grid_of(bounds: tuple[int, int, int]) -> None:
     sizes = np.exp(np.random.default_rng(0).uniform(0, np.log(20_000), (3_000, 2))).astype(np.int32) + 1
     assert grids_of(sizes, *bounds).tolist() == [list(grid_of(w, h, *bounds)) for w, h in sizes.tolist()]
     assert grids_of(np.zeros((0, 2), np.int32)).shape == (0, 2)
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
-def test_no_pixels(size: tuple[int, int]) -> None:
+def test_grid_of_rejects_empty_image(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="no patches"):
         grid_of(*size)
     with pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels has no patches"):
@@ -70,7 +70,7 @@ def test_no_pixels(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["noise_37x91", "chart_333x777", "gradient_400x30"])
-def test_pixels_bit_for_bit(name: str) -> None:
+def test_preprocess_matches_released_pixels(name: str) -> None:
     golden = np.load(GOLDEN / f"tiny_{name}.npz")
     with Image.open(GOLDEN / f"{name}.png") as image:
         patches, grid = preprocess(image, 16, 4, 64)
@@ -81,13 +81,13 @@ def test_pixels_bit_for_bit(name: str) -> None:
     np.testing.assert_array_equal(normalize(patches).view(np.int32), expected.view(np.int32))
 
 
-def test_normalize_table_bit_for_bit() -> None:
+def test_normalize_matches_released_values() -> None:
     ours = normalize(np.arange(256, dtype=np.uint8))
     assert ours.dtype == np.float32
     np.testing.assert_array_equal(ours.view(np.int32), np.load(GOLDEN / "lut.npz")["lut"].view(np.int32))
 
 
-def test_order_of_patches_by_hand() -> None:
+def test_preprocess_patch_order_by_hand() -> None:
     """A 4x4 image of patches of 2: pixel (y, x) holds (10 y + x, 0, 255); nothing is resized."""
     pixels = np.zeros((4, 4, 3), np.uint8)
     pixels[..., 0], pixels[..., 2] = 10 * np.arange(4)[:, None] + np.arange(4), 255
@@ -98,13 +98,13 @@ def test_order_of_patches_by_hand() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "1", "I;16", "CMYK"])
-def test_every_mode_gives_patches(mode: str) -> None:
+def test_preprocess_takes_every_mode(mode: str) -> None:
     image = Image.new(mode, (40, 20))
     patches, grid = preprocess(image, 16, 1, 16)
     assert patches.shape == (grid[0] * grid[1], 768)
 
 
-def test_an_image_of_the_right_size_is_not_changed_by_being_cut() -> None:
+def test_preprocess_copies_pixels() -> None:
     """No resizing, hence no copy of the pixels: the patches must not be a view of them, nor the other way round."""
     image = Image.effect_noise((64, 48), 60).convert("RGB")
     before = image.tobytes()

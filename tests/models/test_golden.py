@@ -67,7 +67,7 @@ def token_lists(arrays: Case, prefix: str) -> list[list[int]]:
 def images_of(arrays: Case) -> list[list[PatchedImage]]:
     """Per example, its images."""
     return [
-        [PatchedImage(arrays[f"patches_{j}"], tuple(arrays[f"grid_{j}"].tolist())) for j in of_example]
+        [PatchedImage(arrays[f"patches_{j}"], (tuple(arrays[f"grid_{j}"].tolist()),)) for j in of_example]
         for of_example in numbered(arrays, "images_of")
     ]
 

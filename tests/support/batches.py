@@ -39,7 +39,7 @@ def random_rows(rng, config, rows, length=None, num_patches=None, vision_rows=1)
             ids.insert(at, -200)
             labels.insert(at, IGNORE)
             images.append(
-                PatchedImage(rng.integers(0, 256, (grid[0] * grid[1], config.vision.patch_dim), np.uint8), grid)
+                PatchedImage(rng.integers(0, 256, (grid[0] * grid[1], config.vision.patch_dim), np.uint8), (grid,))
             )
         return expand(ids, images, labels)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.data.records import Record
 from phivision_jax.data.store.dataset import Index
+from phivision_jax.images.layout import make_layout
 
 # Patches of 8x8 pixels, so a 64x64 picture is 64 patches and a 24x16 one is 2 rows of 3.
 CONFIG = ModelConfig(
@@ -58,6 +59,7 @@ def mixed_records(n: int) -> list[Record]:
 # As much of a processor as planning looks at.
 BARE_PROCESSOR: Any = SimpleNamespace(
     config=CONFIG,
+    layout=make_layout(CONFIG),
     fingerprint="p" * 64,
     text_fingerprint="t" * 64,
 )

@@ -56,7 +56,7 @@ def rows_across(seed: int, image_attention: Any) -> Batch:
         labels = np.where(np.arange(len(ids)) >= len(ids) - learnt, ids, IGNORE)
         ids[before], labels[before] = -200, IGNORE
         patches = rng.integers(0, 256, (grid[0] * grid[1], TINY.vision.patch_dim), np.uint8)
-        return expand(ids.tolist(), [PatchedImage(patches, grid)], labels.tolist())
+        return expand(ids.tolist(), [PatchedImage(patches, (grid,))], labels.tolist())
 
     rows = []
     for b in range(ROWS):

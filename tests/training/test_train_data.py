@@ -128,5 +128,5 @@ def test_a_file_in_a_dataset_s_place_names_the_command_to_run(tmp_path, field, n
 def test_a_file_among_a_mixture_s_sources(tmp_path):
     (tmp_path / "mine.json").write_text("[]")
     (tmp_path / "mix.toml").write_text('[[sources]]\npath = "mine.json"\n')
-    with pytest.raises(ValueError, match=r"mix\.toml: .*mine\.json is a file; records are imported once"):
+    with pytest.raises(ValueError, match=r"mix\.toml: .*mine\.json is a file; import its records once"):
         training_mixture(data(path=str(tmp_path / "mix.toml")))

@@ -1,4 +1,4 @@
-"""From a record to an ``Example``: the processor's tokens and patches, and the group that metrics are split by."""
+"""Encode records as ``Example``: tokens, patches, and the group that metrics are split by."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS, Mode, Record, mode_of
 from phivision_jax.images.decode import open_image, to_rgb
-from phivision_jax.images.layout import PatchedImage
+from phivision_jax.images.layout import ImageLayout, ImageSize
 from phivision_jax.rows import Example
 from phivision_jax.text.constants import IGNORE, PLACEHOLDER
 
@@ -25,19 +25,19 @@ GROUP_NAMES: tuple[str, ...] = tuple(f"{mode}/{task}" for mode in MODES for task
 
 
 def group_id(mode: Mode, task: str) -> int:
-    """The ``Batch.group_ids`` value of an example: mode × task, as a position in ``GROUP_NAMES``."""
+    """The ``Batch.group_ids`` value of an example: its mode and task, as an index into ``GROUP_NAMES``."""
     return MODES.index(mode) * len(TASKS) + TASKS.index(task)
 
 
 def group_weights(rules: Sequence[tuple[str, float]]) -> np.ndarray:
-    """[groups] f32: what multiplies the weights of an example's target tokens, by its group.
+    """[groups] f32: factors for the loss weights of examples, by group.
 
     Args:
       rules: (regular expression, weight) pairs tried in order on a group's name, like "think/math"; the first that
         matches anywhere counts, and 1 where none does. 0 leaves a group out of the loss.
 
     Raises:
-      ValueError: for a pattern that is no regular expression or matches no group; for a weight below 0; when every
+      ValueError: for a pattern that is not a regular expression or matches no group; for a negative weight; when every
         group would be left out.
     """
     for pattern, weight in rules:
@@ -59,46 +59,43 @@ def group_weights(rules: Sequence[tuple[str, float]]) -> np.ndarray:
 
 
 def encode_record(record: Record, processor: Processor, max_patches: int | None = None) -> Example:
-    """Decode the images, resize them to patches, and lay out the conversation.
+    """Decode a record's images, lay them out, and encode the conversation.
 
     Args:
       record: with its images as bytes or paths.
       processor: of the model.
-      max_patches: per image, where a plan allows fewer than the processor does.
+      max_patches: limit per image, where a plan allows fewer patches than the processor does.
 
     Raises:
       BadRecord: for a record that cannot be encoded: a broken image, markers and images that do not match, an answer
-        that is not of its mode. The same record fails the same way each time.
+        that contradicts its mode. The same record fails in the same way each time.
       OSError: when an image's file cannot be read.
     """
     mode = mode_of(record)
-    pictures = []
+    images = []
     for i, image in enumerate(record.images):
         try:
-            pictures.append(to_rgb(open_image(image, f"image {i}")))
+            images.append(to_rgb(open_image(image, f"image {i}")))
         except ValueError as error:
             raise BadRecord("image-broken", str(error)) from error
     try:
         return processor.encode(
-            record.messages, pictures, mode=mode, group=group_id(mode, record.task), max_patches=max_patches
+            record.messages, images, mode=mode, group=group_id(mode, record.task), max_patches=max_patches
         )
     except ValueError as error:
         raise BadRecord("fields", str(error)) from error
 
 
-def hole(text_tokens: int, grids: Sequence[tuple[int, int]], patch_dim: int) -> Example:
-    """Stands for a record that cannot be encoded: the size that was planned for it, nothing in it, no loss.
+def placeholder_example(text_tokens: int, images: Sequence[ImageSize], layout: ImageLayout) -> Example:
+    """The stand-in for a record that cannot be encoded: of its planned size, empty and without loss.
 
-    It keeps the planned columns and patches, so that every other example of the row stays where it is.
+    It takes the planned tokens and patches, so that every other example of the row stays in its place.
     """
-    counts = [rows * columns for rows, columns in grids]
-    length = text_tokens + sum(counts)
+    tokens = [image.tokens for image in images]
+    length = text_tokens + sum(tokens)
     return Example(
         tokens=np.full(length, PLACEHOLDER, np.int32),
         labels=np.full(length, IGNORE, np.int32),
-        image_starts=tuple(itertools.accumulate(counts, initial=0))[:-1],
-        images=tuple(
-            PatchedImage(np.zeros((count, patch_dim), np.uint8), grid)
-            for count, grid in zip(counts, grids, strict=True)
-        ),
+        image_starts=tuple(itertools.accumulate(tokens, initial=0))[:-1],
+        images=tuple(layout.blank(image) for image in images),
     )

@@ -1,39 +1,39 @@
-"""From a plan to batches: each host makes the rows its devices hold, on threads, in the plan's order.
+"""From a plan to batches: each host makes the rows of its devices, on threads, in the plan's order.
 
     step s ──► plan.rows(s, B) ──► this host's rows ──► read, decode, encode ──► fill_rows ──► Batch ──► to_device
-                                   (from the sharding)        a bad record leaves a hole
+                                   (from the sharding)     a placeholder for a bad record
 
-A step is made from the plan alone, so iteration can begin at any step, on any number of hosts, and gives exactly what
-an uninterrupted run gives. A record that cannot be encoded is replaced by a hole of its planned size and named in
-``BatchInfo``; an I/O error is tried again, then raised.
+A step depends on the plan alone, so iteration can begin at any step, on any number of hosts, and gives exactly the
+batches of an uninterrupted run. A record that cannot be encoded is replaced by a placeholder of its planned size and
+listed in ``BatchInfo.failed``; reading is retried after an I/O error.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import grain
-import jax
 import numpy as np
 
 from phivision_jax.batch import Batch
-from phivision_jax.data.feed.encode import encode_record, hole
+from phivision_jax.data.feed.encode import encode_record, placeholder_example
 from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.quarantine import BadRecord, Quarantined
-from phivision_jax.images.naflex import grid_of
+from phivision_jax.io.retry import retry
 from phivision_jax.rows import Example, fill_rows
 
 if TYPE_CHECKING:
+    import jax
+
     from phivision_jax.data.records import Record
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.processor import Processor
 
-IO_ATTEMPTS = 4
-IO_FIRST_WAIT_S = 0.5
+READ_ATTEMPTS = 4
+READ_FIRST_WAIT_S = 0.5
 """Seconds before the second attempt to read a record; doubled each time."""
 
 _log = logging.getLogger(__name__)
@@ -41,13 +41,13 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class BatchInfo:
-    """What a batch holds, for the host's eyes only."""
+    """The records behind the rows of a batch, for the host."""
 
     step: int
     record_ids: tuple[tuple[str, ...], ...]
-    """Per row of this host's batch, the ids of its records; the n-th is segment n + 1."""
-    holes: tuple[Quarantined, ...]
-    """Those of them that could not be encoded."""
+    """Record ids of each of this host's rows; the n-th of a row is segment n + 1."""
+    failed: tuple[Quarantined, ...]
+    """Records that could not be encoded, so that placeholders take their places."""
 
 
 def batches(
@@ -66,26 +66,26 @@ def batches(
     """The plan's batches from ``start_step`` to ``end_step`` or its end, as NumPy.
 
     Args:
-      datasets: what the plan was made from, in its order.
-      plan: it fixes T, R and P.
-      processor: of the same fingerprint.
+      datasets: the datasets of the plan, in its order.
+      plan: rows, and their shape.
+      processor: with the fingerprint of the plan's.
       batch_rows: B, rows of a step over all hosts.
-      rows_here: which of the B rows to make, in this order; default all. ``rows_of_process`` gives a host's.
-      start_step: resume here.
-      end_step: the first step that is not wanted.
-      loss_weights: [groups] f32 (``encode.group_weights``): multiplies the weights of an example's target tokens.
-      num_threads: how many steps are made at a time; 0 makes them in the caller's thread.
-      prefetch: how many steps may be ready ahead of the consumer.
+      rows_here: the rows to make, in this order; default: all B. ``rows_of_process`` gives a host's.
+      start_step: first step.
+      end_step: the step after the last.
+      loss_weights: [groups] f32 factors for the loss weights (``encode.group_weights``).
+      num_threads: steps that are made at the same time; 0 makes them in the caller's thread.
+      prefetch: steps that may be ready ahead of the consumer.
 
     Raises:
-      ValueError: when plan, dataset and processor do not belong together, or a record is not as long as planned.
-      IndexError: when ``start_step`` lies behind the plan's end.
+      ValueError: when plan, datasets and processor do not belong together, or a record is not as long as planned.
+      IndexError: when ``start_step`` is beyond the plan's end.
     """
     if plan.inputs["sources"] != [dataset.hash for dataset in datasets]:
         given = ", ".join(str(dataset.directory) for dataset in datasets)
         raise ValueError(f"the plan was made from other datasets than {given}; make it again")
     if plan.inputs["processor"] != processor.fingerprint:
-        raise ValueError("the plan was made with another tokenizer, chat template or patch settings; make it again")
+        raise ValueError("the plan was made with another tokenizer, chat template or image layout; make it again")
     steps = plan.num_steps(batch_rows)
     if not 0 <= start_step <= steps:
         raise IndexError(f"start_step {start_step} of a plan with {steps} steps of {batch_rows} rows")
@@ -94,19 +94,19 @@ def batches(
 
     def load(step: int) -> tuple[Batch, BatchInfo]:
         rows = plan.rows(step, batch_rows)
-        holes: list[Quarantined] = []
+        failed: list[Quarantined] = []
         filled: list[list[Example]] = []
         record_ids: list[tuple[str, ...]] = []
         for row in (rows[j] for j in here):
             encoded = [
-                _load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), holes) for s, i in row.tolist()
+                _load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), failed) for s, i in row.tolist()
             ]
             filled.append([example for example, _ in encoded])
             record_ids.append(tuple(record_id for _, record_id in encoded))
         batch = fill_rows(filled, plan.row_shape, processor.config)
         if loss_weights is not None:
             batch = batch._replace(loss_weights=batch.loss_weights * loss_weights[batch.group_ids])
-        return batch, BatchInfo(step, tuple(record_ids), tuple(holes))
+        return batch, BatchInfo(step, tuple(record_ids), tuple(failed))
 
     if start_step >= end:
         return iter(())
@@ -115,58 +115,52 @@ def batches(
 
 
 def _load_example(
-    dataset: Dataset, i: int, processor: Processor, max_patches: int | None, holes: list[Quarantined]
+    dataset: Dataset, i: int, processor: Processor, max_patches: int | None, failed: list[Quarantined]
 ) -> tuple[Example, str]:
-    """Record ``i`` encoded, or the hole that it leaves; and its id."""
-    config = processor.config
-    most = max_patches or config.max_patches
-    bounds = config.vision.patch_size, min(config.min_patches, most), most
+    """Record ``i`` encoded, or its placeholder (then it is added to ``failed``); and the record's id."""
     planned_text = int(dataset.index.text_tokens[i])
-    planned_grids = [grid_of(*size, *bounds) for size in dataset.index.sizes_of(i)]
+    planned = [processor.layout.measure(*size, max_patches) for size in dataset.index.sizes_of(i)]
     record_id, source = f"{dataset.directory.name}:{i}", dataset.directory.name
     try:
         record = _read(dataset, i)
         record_id, source = record.id, record.source
         example = encode_record(record, processor, max_patches)
-        found = [image.grid for image in example.images]
-        if found != planned_grids:
-            raise BadRecord("image-broken", f"images decode to grids {found}, their headers say {planned_grids}")
+        if (found := [image.size for image in example.images]) != planned:
+            grids = [[size.grids for size in sizes] for sizes in (found, planned)]
+            raise BadRecord("image-broken", f"images decode to grids {grids[0]}, planned were {grids[1]}")
     except BadRecord as error:
         where = f"{dataset.directory}, record {i}"
-        holes.append(Quarantined(record_id, source, error.reason, str(error), where))
-        return hole(planned_text, planned_grids, config.vision.patch_dim), record_id
-    text = len(example.tokens) - example.num_patches
-    if text != planned_text:
+        failed.append(Quarantined(record_id, source, error.reason, str(error), where))
+        return placeholder_example(planned_text, planned, processor.layout), record_id
+    if example.text_tokens != planned_text:
         raise ValueError(
-            f"record {record_id!r} of {source!r} has {text} text tokens, its index says {planned_text}: "
-            "it was written by another version of this program; import the dataset again"
+            f"record {record_id!r} of {source!r} has {example.text_tokens} text tokens, but {planned_text} in its "
+            "index: another version of this program wrote it; import the dataset again"
         )
     return example, record_id
 
 
 def _read(dataset: Dataset, i: int) -> Record:
-    """Read record ``i``, trying again after an I/O error: on network storage most of them pass."""
-    wait = IO_FIRST_WAIT_S
-    for attempt in range(1, IO_ATTEMPTS + 1):
-        try:
-            return dataset[i]
-        except OSError as error:
-            if attempt == IO_ATTEMPTS:
-                raise OSError(
-                    f"record {i} of {dataset.directory}: {attempt} attempts to read it failed: {error}"
-                ) from error
-            _log.warning("record %d of %s: %s; trying again in %.1f s", i, dataset.directory, error, wait)
-            time.sleep(wait)
-            wait *= 2
-    raise AssertionError("unreachable")
+    """Read record ``i``, retrying after an I/O error: on network storage most of them pass."""
+    record = f"record {i} of {dataset.directory}"
+    try:
+        return retry(
+            lambda: dataset[i],
+            attempts=READ_ATTEMPTS,
+            first_wait_s=READ_FIRST_WAIT_S,
+            log=_log.warning,
+            what=record,
+        )
+    except OSError as error:
+        raise OSError(f"{record}: {READ_ATTEMPTS} attempts to read it failed: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which rows a host makes, and how they reach its devices.
+# The rows of a host, and their way to its devices.
 
 
 class RowSharding(Protocol):
-    """What is asked of a ``jax.sharding.Sharding``."""
+    """The part of ``jax.sharding.Sharding`` that is needed here."""
 
     @property
     def device_set(self) -> Collection[Any]: ...
@@ -179,7 +173,7 @@ def rows_of_process(sharding: RowSharding, batch_rows: int) -> list[int]:
 
     Several devices may hold one row (tensor or context parallelism), and so may several hosts: each then makes it.
     """
-    # As many columns as devices divide evenly however the sharding splits the columns.
+    # A length of the number of devices divides evenly, however the sharding splits it.
     indices = sharding.addressable_devices_indices_map((batch_rows, len(sharding.device_set))).values()
     return sorted({row for index in indices for row in range(batch_rows)[index[0]]})
 
@@ -192,6 +186,8 @@ def to_device(batch: Batch, sharding: jax.sharding.Sharding | Batch, batch_rows:
       sharding: one for all fields, or a Batch of one per field. All split the rows alike.
       batch_rows: B.
     """
+    import jax
+
     shardings = sharding if isinstance(sharding, Batch) else jax.tree.map(lambda _: sharding, batch)
     local = {row: j for j, row in enumerate(rows_of_process(shardings.tokens, batch_rows))}
 

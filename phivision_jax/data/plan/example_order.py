@@ -1,13 +1,13 @@
-"""From a stage of a mixture to the order of its examples.
+"""The order of a stage's examples, by the shares that its mixture asks for.
 
-Records of one source, mode and task (as far as the settings tell these apart) are a cell. Each cell gets a share of the
+Records of one source, mode and task (as far as the settings distinguish them) are a cell. Each cell gets a share of the
 examples: its size at first, then scaled until the sources' weights, the tasks' caps or temperature and the reasoning
 share hold at once (iterative proportional fitting; Deming and Stephan 1940). Where they cannot all hold, the reasoning
-share does, then the tasks', and the plan's summary says what was drawn.
+share does, then the tasks'; the plan's summary reports the realized shares.
 
-The k-th record of a cell is due at time (k + ½) / share, or at the tokens drawn so far / share of tokens; the plan
-takes records in the order of these times. So every stretch of the plan has the shares, not only the whole, and inside
-a cell records follow a permutation of the epoch: none comes again before all of the cell have come once.
+The k-th record of a cell is due at time (k + ½) / share, or at (tokens before it) / share of tokens; the plan takes
+records in the order of these times. So the shares hold in every stretch of the plan. Inside a cell, records follow a
+permutation of the epoch: none comes again before all of the cell have come once.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from phivision_jax.data.shuffle import permutation
 
 _FITTING_ROUNDS = 2_000
 _THINK = MODES.index("think")
-# What a seed is used for; ``mixture`` and ``plan`` have numbers of their own.
-CELL_ORDER = 0
+# Purposes of a seed are numbered over all modules of ``data.plan``.
+_CELL_ORDER = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """The records of one source that can be drawn: all of equal length [n]."""
+    """The records of one source that examples may come from, as arrays of equal length [n]."""
 
     records: np.ndarray
-    """[n] i64: numbers in the source."""
+    """[n] i64: indices in the source."""
     tokens: np.ndarray
-    """[n] i64: columns of each."""
+    """[n] i64: tokens of each, image tokens included."""
     modes: np.ndarray
     tasks: np.ndarray
-    """[n]: positions in ``MODES`` and ``TASKS``."""
+    """[n]: indices into ``MODES`` and ``TASKS``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,40 +47,41 @@ class _Cell:
     source: int
     mode: int | None
     task: int | None
-    """None: not told apart."""
+    """None where cells do not distinguish it."""
     records: np.ndarray
     tokens: np.ndarray
     size: float
-    """Examples times ``repeat``."""
+    """Number of records times ``repeat``."""
 
     @property
     def mean_tokens(self) -> float:
         return int(self.tokens.sum()) / len(self.tokens)
 
 
-def draw(pools: Sequence[Pool], names: Sequence[str], stage: Stage, seed: int) -> tuple[np.ndarray, np.ndarray, int]:
+def order_examples(
+    pools: Sequence[Pool], names: Sequence[str], stage: Stage, seed: int
+) -> tuple[np.ndarray, np.ndarray, int]:
     """The examples of a stage in order.
 
     Args:
       pools: one per source.
       names: of the sources.
-      stage: what to draw.
-      seed: of the permutations; stages of other names have other ones.
+      seed: of the permutations, which also depend on the stage's name.
 
     Returns:
-      ``(sources, records, length of a pass)``: [N] and [N] i64; the pass is what ``epochs`` counts, with what is
-      replayed during it.
+      ``(sources, records, length of a pass)``: [N] and [N] i64; a pass is one of ``epochs``, with the examples replayed
+      during it.
 
     Raises:
-      ValueError: when there is nothing to draw from, or a reasoning share is asked of sources without such records.
+      ValueError: when no record is available, or a reasoning share is requested of sources without such records.
     """
     chosen = stage.chosen(names)
     cells = _cells(pools, names, chosen, stage)
     if not cells:
-        raise ValueError(f"stage {stage.name!r} has no records to draw from")
+        raise ValueError(f"stage {stage.name!r} has no records")
     own = max(1, round(math.fsum(cell.size for cell in cells)))
-    one_pass = math.ceil(own / stage.share_of_own - 1e-9)
-    total = stage.examples or max(1, round(own * (stage.epochs or 1) / stage.share_of_own))
+    one_pass = math.ceil(own / stage.own_share - 1e-9)
+    total = stage.examples or max(1, round(own * (stage.epochs or 1) / stage.own_share))
     shares = cell_shares(cells, names, stage).tolist()
     modes: dict[int | None, list[int]] = {}
     for c, cell in enumerate(cells):
@@ -103,7 +104,7 @@ def draw(pools: Sequence[Pool], names: Sequence[str], stage: Stage, seed: int) -
         _cell_stream(_replayed(pools, names, name, stage), len(cells) + k, seed, stage.name)
         for k, name in enumerate(stage.replay)
     ]
-    sources, records, _ = _merge([stream, *replayed], [stage.share_of_own, *stage.replay.values()], "examples")(total)
+    sources, records, _ = _merge([stream, *replayed], [stage.own_share, *stage.replay.values()], "examples")(total)
     return sources, records, one_pass
 
 
@@ -149,12 +150,12 @@ def _cells(pools: Sequence[Pool], names: Sequence[str], chosen: Sequence[int], s
 
 
 def cell_shares(cells: Sequence[_Cell], names: Sequence[str], stage: Stage) -> np.ndarray:
-    """[cells] f64: the share of the examples that each cell gets; they add up to 1."""
+    """[cells] f64: each cell's share of the examples; they add up to 1."""
     shares = np.array([cell.size for cell in cells], np.float64)
     in_tokens = np.array([cell.mean_tokens for cell in cells])
     amounts = in_tokens if stage.unit == "tokens" else np.ones(len(cells))
 
-    # What is to hold: the group of each cell, the share of each group, and what a cell's examples count.
+    # Each constraint: the group of each cell, the share of each group, and the amount that a cell's example counts.
     constraints: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     if stage.weights:
         sources, group = np.unique([cell.source for cell in cells], return_inverse=True)
@@ -175,7 +176,7 @@ def cell_shares(cells: Sequence[_Cell], names: Sequence[str], stage: Stage) -> n
         for constraint in constraints:
             _scale(shares, *constraint)
         if np.abs(shares / shares.sum() - before).max() < 1e-15:
-            break  # all hold; or they contradict each other, and every round ends where the last did
+            break  # all hold, or they contradict each other and every round ends where the last did
     # Twelve digits: the last ones of a power or a sum need not be the same on every machine.
     return np.array([float(f"{share:.12g}") for share in (shares / shares.sum()).tolist()])
 
@@ -217,17 +218,17 @@ def task_shares(held: Mapping[int, float], stage: Stage) -> dict[int, float]:
 
 
 type _Stream = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""An endless sequence of examples, of which any beginning can be had: sources, records and tokens, each [n] i64."""
+"""An endless sequence of examples: the first n as sources, records and tokens, each [n] i64."""
 
 
 def _cell_stream(cell: _Cell, c: int, seed: int, stage: str) -> _Stream:
     """The records of one cell, a new permutation each epoch."""
-    # By its name, not its place: a stage that is planned alone draws what it draws among the others.
+    # By name, not by number: a stage that is planned alone has the same examples as among others.
     purpose = int.from_bytes(hashlib.sha256(stage.encode()).digest()[:4])
 
     def first(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         size = len(cell.records)
-        epochs = [permutation(size, seed, CELL_ORDER, purpose, c, epoch) for epoch in range(-(-n // size))]
+        epochs = [permutation(size, seed, _CELL_ORDER, purpose, c, epoch) for epoch in range(-(-n // size))]
         order = np.concatenate(epochs)[:n] if epochs else np.zeros(0, np.int64)
         return np.full(n, cell.source, np.int64), cell.records[order], cell.tokens[order]
 
@@ -235,7 +236,7 @@ def _cell_stream(cell: _Cell, c: int, seed: int, stage: str) -> _Stream:
 
 
 def _merge(streams: Sequence[_Stream], shares: Sequence[float], unit: Unit) -> _Stream:
-    """One stream of several, each by its share in ``unit``: ordered by the time at which each example is due."""
+    """Interleave streams by their shares in ``unit``, in the order of the times at which examples are due."""
     if len(streams) == 1:
         return streams[0]
 
@@ -253,8 +254,8 @@ def _merge(streams: Sequence[_Stream], shares: Sequence[float], unit: Unit) -> _
                 break
             for k in short:
                 counts[k] = min(n, counts[k] + counts[k] // 4 + 16)
-        columns = [np.concatenate(column)[order] for column in zip(*taken, strict=True)]
-        return columns[0], columns[1], columns[2]
+        sources, records, tokens = (np.concatenate(arrays)[order] for arrays in zip(*taken, strict=True))
+        return sources, records, tokens
 
     return first
 

@@ -1,29 +1,29 @@
-"""How much of what: several datasets drawn in stated proportions, as a file.
+"""Mixtures: the proportions in which examples come from several datasets, as a TOML file.
 
-    reasoning_share = 0.2                 # of examples: 20 % think, whatever the sources hold
+    reasoning_share = 0.2                 # 20 % of the examples think, whatever the sources hold
 
     [[sources]]
-    path = "math"                         # a dataset directory, from this file on; its name is the folder's
+    path = "math"                         # a dataset directory, relative to this file; its name is the folder's
     repeat = 3                            # each of its records three times
 
     [[sources]]
     path = "gui"
 
-    [[stages]]                            # optional; one after the other, each with settings of its own
+    [[stages]]                            # optional; one after the other, each with its own settings
     name = "align"
     sources = ["gui"]
     examples = 100_000
 
     [[stages]]
     name = "instruct"
-    weights = { math = 0.3, gui = 0.7 }   # shares; without any, sources count by their size
+    weights = { math = 0.3, gui = 0.7 }   # shares; without weights, sources count by their size
     epochs = 2
 
-Beside all that a stage may rehearse: ``replay = { base = 0.1 }`` makes every tenth example one of the source "base",
-and the other nine what the stage says without it. And a share of every source can be held out: which records these are
-follows from their numbers and the seed alone, so no other setting ever moves one between training and validation.
+A stage may also rehearse: with ``replay = { base = 0.1 }`` every tenth example is from the source "base", and the other
+settings apply to the other nine. A share of every source can be held out for validation. Which records these are
+follows from their indices and the seed alone, so no other setting ever moves a record between training and validation.
 
-How an order follows from all this: ``order.py``.
+``example_order`` derives the order of the examples.
 """
 
 from __future__ import annotations
@@ -43,36 +43,37 @@ from phivision_jax.data.records import TASKS
 from phivision_jax.data.shuffle import sample
 
 Unit = Literal["examples", "tokens"]
-# What a seed is used for; ``order`` and ``plan`` have numbers of their own, 0 and 1.
+# Purposes of a seed are numbered over all modules of ``data.plan``.
 HELD_OUT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """How examples are drawn for one stretch of a plan."""
+    """The selection of examples for one stretch of a plan."""
 
     name: str = "all"
     sources: tuple[str, ...] = ()
-    """Names of the sources to draw from; none: all that are not replayed."""
+    """Names of the sources to use; empty for all that are not replayed."""
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Share of each source, in any scale; none: by size times ``repeat``."""
+    """Share of each source, in any scale; empty for size times ``repeat``."""
     repeat: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """How often each record of a source counts; 1 for those not named."""
+    """Number of times that each record of a source counts; 1 for sources not named."""
     unit: Unit = "examples"
-    """What the weights, caps and temperature count: examples, or tokens (text columns, images included)."""
+    """Unit of weights, caps and temperature: examples, or tokens (those of images included)."""
     reasoning_share: float | None = None
-    """Share that thinks; None: as the sources hold it."""
+    """Share of examples that think; None for the sources' own."""
     reasoning_unit: Unit = "examples"
+    """Unit of the reasoning share."""
     task_temperature: float = 1.0
-    """Task shares to this power: 1 leaves them, 0 makes all tasks alike; against over-represented ones."""
+    """Exponent of the tasks' shares, against over-represented tasks: 1 keeps them, 0 makes all tasks equal."""
     task_caps: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """The largest share of a task; what is cut goes to the others in proportion."""
+    """The largest share of a task; the excess goes to the other tasks in proportion."""
     replay: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Share of the examples that comes from each of these sources, to which nothing else here applies."""
+    """Share of the examples that comes from each of these sources, to which no other setting applies."""
     epochs: float | None = None
     """Passes over the sources (times ``repeat``), not over the replayed ones; default 1. Give this or ``examples``."""
     examples: int | None = None
-    """How many in all, replayed ones included."""
+    """Total number of examples, replayed ones included."""
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
@@ -81,7 +82,7 @@ class Stage:
         if self.epochs is not None and self.examples is not None:
             raise ValueError(f"{where}: give epochs or examples, not both")
         if self.examples is not None and not (isinstance(self.examples, int) and self.examples > 0):
-            raise ValueError(f"{where}: examples must be a whole number above 0, not {self.examples!r}")
+            raise ValueError(f"{where}: examples must be a positive integer, not {self.examples!r}")
         limits: list[tuple[str, Any, float, float]] = [
             ("reasoning_share", self.reasoning_share, 0, 1),
             ("task_temperature", self.task_temperature, 0, math.inf),
@@ -91,28 +92,28 @@ class Stage:
             *((f"replay of {name!r}", value, 1e-9, 1) for name, value in self.replay.items()),
             ("epochs", self.epochs, 1e-9, math.inf),
         ]
-        for what, value, low, high in limits:
+        for name, value, low, high in limits:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and low <= value <= high and math.isfinite(value)):
                 kind = "a share" if high == 1 else "a number"
                 least = "above 0" if low else "from 0 to 1" if high == 1 else "of 0 or more"
-                raise ValueError(f"{where}: {what} must be {kind} {least}, not {value!r}")
-        if self.replay and self.share_of_own <= 0:
+                raise ValueError(f"{where}: {name} must be {kind} {least}, not {value!r}")
+        if self.replay and self.own_share <= 0:
             raise ValueError(f"{where}: replay takes every example; its shares must add up to less than 1")
         for task in self.task_caps:
             if task not in TASKS:
                 raise ValueError(f"{where}: unknown task {task!r} in task_caps; known are {', '.join(TASKS)}")
 
     @property
-    def share_of_own(self) -> float:
-        """Of the examples that are not replayed."""
+    def own_share(self) -> float:
+        """Share of the examples that are not replayed."""
         return 1 - math.fsum(self.replay.values())
 
     def chosen(self, names: Sequence[str]) -> list[int]:
-        """Numbers of the sources that this stage draws from, replayed ones not counted.
+        """Indices of the sources that this stage uses, replayed ones excluded.
 
         Raises:
-          ValueError: for a name that is no source's, or weights for some sources but not for all.
+          ValueError: for an unknown source, or weights for some sources but not for all.
         """
         for field in ("sources", "weights", "repeat", "replay"):
             for name in getattr(self, field):
@@ -130,7 +131,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Named datasets, and the stages that draw from them."""
+    """Named datasets, and the stages that use them."""
 
     sources: tuple[tuple[str, Path], ...]
     """Name and directory of each."""
@@ -138,7 +139,7 @@ class Mixture:
     held_out: float = 0.0
     """Share of the records of each source that is kept for validation."""
     part: Literal["train", "validation"] = "train"
-    """Whether the stages draw from all other records, or from those."""
+    """The records that the stages use: "validation" for those held out, "train" for all others."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -150,43 +151,42 @@ class Mixture:
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.sources)
 
-    def draws(self, records: int, seed: int) -> np.ndarray:
-        """[records] bool: which of a source's records can be drawn at all.
+    def eligible(self, num_records: int, seed: int) -> np.ndarray:
+        """[records] bool: the records of a source that are in this mixture's part.
 
-        By their numbers and the seed alone: a dataset that is there under two names holds out the same records.
+        It follows from indices and seed alone: a dataset that occurs under two names holds out the same records.
         """
-        held = sample(records, self.held_out, seed, HELD_OUT)
-        return held if self.part == "validation" else ~held
+        held_out = sample(num_records, self.held_out, seed, HELD_OUT)
+        return held_out if self.part == "validation" else ~held_out
 
     def with_replay(self, path: str | os.PathLike[str], share: float) -> Mixture:
-        """With another dataset, from which this share of the examples of every stage is drawn."""
+        """This mixture with another dataset, from which every stage takes the given share of its examples."""
         name = f"replay/{Path(path).resolve().name}"
         if name in self.names:
             raise ValueError(f"a source is called {name!r} already; give it another name")
         _check_directory(Path(path))
         stages = []
         for stage in self.stages:
-            kept = stage.share_of_own * (1 - share)
+            if stage.replay and stage.own_share * (1 - share) <= 0:
+                raise ValueError(f"stage {stage.name!r}: replay takes every example")
             replay = {**{other: old * (1 - share) for other, old in stage.replay.items()}, name: share}
-            if stage.replay and kept <= 0:
-                raise ValueError(f"stage {stage.name!r}: replay leaves nothing of its own")
             stages.append(dataclasses.replace(stage, replay=replay))
         return dataclasses.replace(self, sources=(*self.sources, (name, Path(path))), stages=tuple(stages))
 
     def validation(self) -> Mixture:
-        """The held-out records of the sources that the stages draw from, each once.
+        """The held-out records of the sources that the stages use, each once.
 
-        Those of replayed sources are held out as well (they may be the same data), and not drawn here.
+        Records of replayed sources are held out as well (they may be the same data), but not validated on.
         """
         names = {self.names[s] for stage in self.stages for s in stage.chosen(self.names)}
         stage = Stage("validation", sources=tuple(name for name in self.names if name in names))
         return dataclasses.replace(self, stages=(stage,), part="validation")
 
     def only(self, stage: str) -> Mixture:
-        """With one of the stages alone.
+        """This mixture with one of its stages.
 
         Raises:
-          ValueError: when there is none of that name.
+          ValueError: for an unknown stage.
         """
         kept = tuple(s for s in self.stages if s.name == stage)
         if not kept:
@@ -194,36 +194,37 @@ class Mixture:
         return dataclasses.replace(self, stages=kept)
 
     @classmethod
-    def of(cls, *directories: str | os.PathLike[str], **settings: Any) -> Mixture:
-        """Datasets by their directories, in one stage of these ``settings``."""
+    def from_directories(cls, *directories: str | os.PathLike[str], **settings: Any) -> Mixture:
+        """Datasets by their directories, in one stage with these ``settings``."""
         return cls(_named([{"path": Path(d)} for d in directories]), (Stage(**settings),))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], **settings: Any) -> Mixture:
-        """A dataset directory alone, or a ``.toml`` file as the module's docstring shows; ``settings`` are defaults.
+        """Read a ``.toml`` file as in the module's docstring, or take a single dataset directory.
+
+        Args:
+          settings: defaults of the stages.
 
         Raises:
-          FileNotFoundError: when there is no such file.
-          ValueError: for a file that is not TOML, and for a field that does not exist, with the nearest that does.
+          FileNotFoundError: for a ``.toml`` file that does not exist.
+          ValueError: for a file that is not TOML or has an unknown field (naming the nearest).
         """
         path = Path(path)
         if path.suffix != ".toml":
-            return cls.of(path, **settings)
+            return cls.from_directories(path, **settings)
         try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
+            return cls._from_dict(tomllib.loads(path.read_text(encoding="utf-8")), path.parent, settings)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not TOML: {error}") from None
-        try:
-            return cls._of_dict(values, path.parent, settings)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod
-    def _of_dict(cls, values: Mapping[str, Any], folder: Path, defaults: Mapping[str, Any]) -> Mixture:
-        values = _over(defaults, values)
-        entries, stages = values.pop("sources", []), values.pop("stages", [{}])
-        for name, tables in (("sources", entries), ("stages", stages)):
-            if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+    def _from_dict(cls, values: Mapping[str, Any], folder: Path, defaults: Mapping[str, Any]) -> Mixture:
+        values = _override(defaults, values)
+        entries, tables = values.pop("sources", []), values.pop("stages", [{}])
+        for name, found in (("sources", entries), ("stages", tables)):
+            if not isinstance(found, list) or not found or not all(isinstance(table, dict) for table in found):
                 raise ValueError(f"a mixture needs [[{name}]], tables of which each begins with that line")
         for entry in entries:
             if not isinstance(entry.get("path"), str):
@@ -234,30 +235,30 @@ class Mixture:
         for field, key in (("weights", "weight"), ("repeat", "repeat")):
             own = {name: e[key] for (name, _), e in zip(sources, entries, strict=True) if key in e}
             values[field] = own | values.get(field, {})
-        made = []
-        for i, stage in enumerate(stages):
-            settings = _over({**values, "name": f"stage {i + 1}" if len(stages) > 1 else "all"}, stage)
+        stages = []
+        for i, table in enumerate(tables):
+            settings = _override({**values, "name": f"stage {i + 1}" if len(tables) > 1 else "all"}, table)
             if settings.get("sources"):
                 kept = set(settings["sources"])
                 for field in ("weights", "repeat"):
-                    if field not in stage:  # what the file says of all sources, as far as this stage has them
+                    if field not in table:  # the file's, for the sources that this stage has
                         settings[field] = {n: v for n, v in settings[field].items() if n in kept}
-            made.append(dataclass_from_dict(Stage, settings))
-        called = [stage.name for stage in made]
-        if doubled := {name for name in called if called.count(name) > 1}:
+            stages.append(dataclass_from_dict(Stage, settings))
+        names = [stage.name for stage in stages]
+        if doubled := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two stages are called {min(doubled)!r}; give each a name of its own")
-        return cls(sources, tuple(made))
+        return cls(sources, tuple(stages))
 
 
-def _over(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` over ``defaults``; epochs and examples are two ways to say one thing."""
+def _override(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` over ``defaults``; epochs and examples exclude each other."""
     if "epochs" in values or "examples" in values:
         defaults = {key: value for key, value in defaults.items() if key not in ("epochs", "examples")}
     return {**defaults, **values}
 
 
 def _named(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Path], ...]:
-    """Name and path of each source; of folders with one name, with their parents' names in front."""
+    """Name and path of each source; folders with equal names have their parents' names in front."""
     paths = [Path(entry["path"]) for entry in entries]
     for path in paths:
         _check_directory(path)
@@ -276,10 +277,10 @@ def _named(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Path], ...]
 
 
 def _check_directory(path: Path) -> None:
-    """A file of records is what an import reads, not what it writes."""
+    """Raise ValueError for a file: a source is the directory that an import has made, not the imported file."""
     if path.is_file():
         raise ValueError(
-            f"{path} is a file; records are imported once, and the directory that makes is what is drawn from:\n"
+            f"{path} is a file; import its records once, then train on the directory that the import makes:\n"
             f"    phivision data import {path} {path.with_suffix('')} --images FOLDER --checkpoint CHECKPOINT\n"
             f"then give {path.with_suffix('')} instead (docs/data.md)"
         )

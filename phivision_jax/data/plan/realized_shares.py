@@ -1,4 +1,4 @@
-"""What a plan drew of what: by source, mode and task, in examples and tokens, beside what was asked."""
+"""Realized shares of a plan: examples and tokens by source, mode and task, next to the requested shares."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What one stage took from one group of records."""
+class RealizedShare:
+    """Examples and tokens that one stage takes from one group of records."""
 
     stage: str
     kind: str
@@ -27,50 +27,55 @@ class Drawn:
     examples: int
     tokens: int
     example_share: float
+    """Share of the stage's examples."""
     token_share: float
-    """Of the stage."""
+    """Share of the stage's tokens."""
     passes: float | None = None
-    """Of a source or part: how often its records that fit were gone through."""
-    asked: float | None = None
-    """The share that was asked for, where one was."""
-    asked_in: str = "examples"
-    """What that share counts."""
+    """Passes over the records of a source or part that fit a row."""
+    requested: float | None = None
+    """The requested share, if any."""
+    requested_unit: str = "examples"
+    """Unit of the requested share: "examples" or "tokens"."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanSummary:
+    """Totals of a plan; ``str`` gives the lines that are printed."""
+
     rows: int
     examples: int
     text_padding: float
-    """Share of the columns of all rows that hold nothing."""
+    """Share of the positions of all rows that hold no token."""
     patch_padding: float
     rejected: Mapping[str, int]
-    """Number of records by source and reason; which ones is in ``Plan.rejected``."""
+    """Number of records by source and reason; ``Plan.rejected`` lists them."""
     resized: int
-    drawn: tuple[Drawn, ...]
+    shares: tuple[RealizedShare, ...]
 
     def __str__(self) -> str:
         lines = [
             f"{self.rows:,} rows, {self.examples:,} examples ({self.examples / max(self.rows, 1):.2f} per row)",
             f"padding: text {self.text_padding:.2%}, patches {self.patch_padding:.2%}",
         ]
-        lines += [f"no row takes: {count:,} records of {which}" for which, count in self.rejected.items()]
+        lines += [f"do not fit a row: {count:,} records of {group}" for group, count in self.rejected.items()]
         if self.resized:
             lines.append(f"resized to fewer patches: {self.resized:,} records")
-        stages = list(dict.fromkeys(d.stage for d in self.drawn))
+        stages = list(dict.fromkeys(share.stage for share in self.shares))
         for stage in stages:
-            lines.append(f"drawn{f' in stage {stage!r}' if len(stages) > 1 else ''}:")
-            for d in (d for d in self.drawn if d.stage == stage):
-                passes = f"  {d.passes:.2f} passes" if d.passes is not None else ""
-                asked = f"  asked {d.asked:.2%} of {d.asked_in}" if d.asked is not None else ""
+            lines.append(f"stage {stage!r}:" if len(stages) > 1 else "shares:")
+            for share in (share for share in self.shares if share.stage == stage):
+                passes = f"  {share.passes:.2f} passes" if share.passes is not None else ""
+                requested = ""
+                if share.requested is not None:
+                    requested = f"  requested {share.requested:.2%} of {share.requested_unit}"
                 lines.append(
-                    f"  {d.kind:<6} {d.name:<20} {d.examples:>12,} examples {d.example_share:7.2%}"
-                    f" {d.tokens:>16,} tokens {d.token_share:7.2%}{passes}{asked}"
+                    f"  {share.kind:<6} {share.name:<20} {share.examples:>12,} examples {share.example_share:7.2%}"
+                    f" {share.tokens:>16,} tokens {share.token_share:7.2%}{passes}{requested}"
                 )
         return "\n".join(lines)
 
 
-def account(
+def realized_shares(
     stage: Stage,
     names: Sequence[str],
     sources: np.ndarray,
@@ -78,48 +83,65 @@ def account(
     pools: Sequence[Pool],
     datasets: Sequence[Dataset],
     tokens: np.ndarray,
-) -> list[Drawn]:
-    """What a stage drew, by source, mode and task."""
+) -> list[RealizedShare]:
+    """The shares of one stage's examples.
+
+    Args:
+      names: of the sources.
+      sources, records, tokens: [n] of each example: its source, its record, its tokens.
+      pools: per source, the records that were available.
+      datasets: per source.
+    """
     modes, tasks = np.empty(len(records), np.int64), np.empty(len(records), np.int64)
     for s, dataset in enumerate(datasets):
-        at = sources == s
-        modes[at], tasks[at] = dataset.index.modes[records[at]], dataset.index.tasks[records[at]]
-    by_mode = stage.reasoning_share is not None
-    asked: dict[tuple[str, str], tuple[float, str]] = {}
-    if stage.weights:
-        total = sum(stage.weights[names[s]] for s in stage.chosen(names))
-        asked |= {("source", names[s]): (stage.weights[names[s]] / total, stage.unit) for s in stage.chosen(names)}
-    if stage.reasoning_share is not None:
-        asked["mode", "think"] = (stage.reasoning_share, stage.reasoning_unit)
-    if stage.replay:  # what else was asked is asked of the rest, and this table is about everything
-        asked = {("source", name): (share, "examples") for name, share in stage.replay.items()}
-    parts = [f"{name}, {mode}" for name in names for mode in MODES]
-    sizes = {
-        "source": [len(pool.records) for pool in pools],
-        "part": [int((pool.modes == m).sum()) for pool in pools for m in range(len(MODES))],
+        of_source = sources == s
+        modes[of_source] = dataset.index.modes[records[of_source]]
+        tasks[of_source] = dataset.index.tasks[records[of_source]]
+    kinds: dict[str, tuple[np.ndarray, Sequence[str]]] = {
+        "source": (sources, names),
+        "mode": (modes, MODES),
+        "task": (tasks, TASKS),
     }
-    groups = [("source", sources, names), ("mode", modes, MODES), ("task", tasks, TASKS)]
-    drawn = []
-    for kind, numbers, labels in [*groups, ("part", sources * len(MODES) + modes, parts)] if by_mode else groups:
-        examples = np.bincount(numbers, minlength=len(labels))
+    available = {"source": [len(pool.records) for pool in pools]}
+    if stage.reasoning_share is not None:
+        kinds["part"] = sources * len(MODES) + modes, [f"{name}, {mode}" for name in names for mode in MODES]
+        available["part"] = [int((pool.modes == m).sum()) for pool in pools for m in range(len(MODES))]
+    requested = _requested(stage, names)
+    shares = []
+    for kind, (numbers, labels) in kinds.items():
+        examples = np.bincount(numbers, minlength=len(labels)).tolist()
         # Weights of bincount are floats: exact below 2⁵³ tokens.
-        columns = np.bincount(numbers, weights=tokens, minlength=len(labels)).astype(np.int64)
+        group_tokens = np.bincount(numbers, weights=tokens, minlength=len(labels)).astype(np.int64).tolist()
         for i, label in enumerate(labels):
-            share, unit = asked.get((kind, label), (None, "examples"))
-            if examples[i] or share:
-                size = sizes[kind][i] if kind in sizes else 0
-                drawn.append(
-                    Drawn(
-                        stage=stage.name,
-                        kind=kind,
-                        name=label,
-                        examples=int(examples[i]),
-                        tokens=int(columns[i]),
-                        example_share=int(examples[i]) / len(records),
-                        token_share=int(columns[i]) / int(tokens.sum()),
-                        passes=int(examples[i]) / size if size else None,
-                        asked=share,
-                        asked_in=unit,
-                    )
+            share, unit = requested.get((kind, label), (None, "examples"))
+            if not examples[i] and not share:
+                continue
+            size = available[kind][i] if kind in available else 0
+            shares.append(
+                RealizedShare(
+                    stage=stage.name,
+                    kind=kind,
+                    name=label,
+                    examples=examples[i],
+                    tokens=group_tokens[i],
+                    example_share=examples[i] / len(records),
+                    token_share=group_tokens[i] / int(tokens.sum()),
+                    passes=examples[i] / size if size else None,
+                    requested=share,
+                    requested_unit=unit,
                 )
-    return drawn
+            )
+    return shares
+
+
+def _requested(stage: Stage, names: Sequence[str]) -> dict[tuple[str, str], tuple[float, str]]:
+    """(kind, name) → the share that a stage requests, and its unit."""
+    if stage.replay:  # the stage's other shares refer to the rest, these to all examples
+        return {("source", name): (share, "examples") for name, share in stage.replay.items()}
+    requested: dict[tuple[str, str], tuple[float, str]] = {}
+    if stage.weights:
+        weights = {names[s]: stage.weights[names[s]] for s in stage.chosen(names)}
+        requested = {("source", name): (w / sum(weights.values()), stage.unit) for name, w in weights.items()}
+    if stage.reasoning_share is not None:
+        requested["mode", "think"] = (stage.reasoning_share, stage.reasoning_unit)
+    return requested

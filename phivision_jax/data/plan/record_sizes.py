@@ -1,110 +1,108 @@
-"""How large records are in a model's columns and patches, and what no row takes: arithmetic on the index alone."""
+"""Sizes of records in tokens and patches, from the index alone, and which of them fit a row."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.packing import Lengths, place
-from phivision_jax.images import naflex
 
 if TYPE_CHECKING:
-    from phivision_jax.config import ModelConfig
+    from phivision_jax.batch import RowShape
     from phivision_jax.data.store.dataset import Dataset, Index
+    from phivision_jax.images.layout import ImageLayout
 
 Overflow = Literal["drop", "resize", "error"]
-REASONS = ("columns", "patches")
-"""Why no row takes a record: it is longer than T, or its images do not fit R vision rows of P."""
+REASONS = ("tokens", "patches")
+"""Why a record fits no row: it is longer than T, or its images do not fit R vision rows of P patches."""
 
 
-def grids_of(index: Index, config: ModelConfig) -> np.ndarray:
-    """[I, 2] i64: rows and columns of patches of every image, by arithmetic on its size."""
-    return naflex.grids_of(index.image_sizes, config.vision.patch_size, config.min_patches, config.max_patches)
+def lengths_of(index: Index, layout: ImageLayout) -> Lengths:
+    """Tokens and patches of every record."""
+    patches, tokens = layout.measure_all(index.image_sizes)
+    image_tokens = np.diff(np.concatenate([[0], np.cumsum(tokens)])[index.image_offsets])
+    return Lengths(index.text_tokens.astype(np.int64) + image_tokens, patches, index.image_offsets)
 
 
-def lengths_of(index: Index, config: ModelConfig) -> Lengths:
-    """Columns and patches of every record."""
-    lengths = Lengths(index.text_tokens.astype(np.int64), grids_of(index, config).prod(axis=1), index.image_offsets)
-    return dataclasses.replace(lengths, columns=lengths.columns + lengths.patches)
+def _overflow(lengths: Lengths, shape: RowShape) -> tuple[np.ndarray, np.ndarray]:
+    """[N] bool each: examples of more tokens than a row has, and those whose images do not fit its vision rows."""
+    patches = lengths.patches
+    too_many = patches > shape.total_patches
+    # Above one vision row's worth, it depends on the images' sizes.
+    for i in np.flatnonzero(~too_many & (patches > shape.num_patches)).tolist():
+        too_many[i] = place([0] * shape.vision_rows, lengths.images_of(i).tolist(), shape.num_patches) is None
+    return lengths.tokens > shape.length, too_many
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """One source against the rows."""
+class SourceFit:
+    """The records of one source, compared with an empty row."""
 
     lengths: Lengths
     fits: np.ndarray
-    """[N] bool: an empty row takes it."""
+    """[N] bool."""
     rejected: np.ndarray
+    """[k, 3], as in ``Plan``."""
     resized: np.ndarray
-    """Both [k, 3], as in ``Plan``."""
+    """[k, 3], as in ``Plan``."""
 
 
-def measure(source: int, dataset: Dataset, config: ModelConfig, capacity: RowShape, overflow: Overflow) -> Measured:
-    """Hold a source's records against an empty row, and resize those that ``overflow`` says to.
+def fit_source(source: int, dataset: Dataset, layout: ImageLayout, shape: RowShape, on_overflow: Overflow) -> SourceFit:
+    """Compare a source's records with an empty row; with ``on_overflow`` "resize", shrink images where that helps.
 
     Args:
-      source: its number, for ``rejected`` and ``resized``.
+      source: the source's number, for ``rejected`` and ``resized``.
 
     Raises:
-      ValueError: by overflow "error", naming the first record that does not fit.
+      ValueError: with ``on_overflow`` "error", naming the first record that does not fit.
     """
-    lengths = lengths_of(dataset.index, config)
-    has_images = dataset.index.num_images > 0
-    too_long = lengths.columns > capacity.length
-    too_many = lengths.patches > capacity.total_patches
-    if capacity.vision_rows > 1:  # with one, the sum says it all
-        empty = [0] * capacity.vision_rows
-        for i in np.flatnonzero(~too_many & has_images).tolist():
-            images = lengths.image_patches[lengths.offsets[i] : lengths.offsets[i + 1]].tolist()
-            too_many[i] = place(empty, images, capacity.num_patches) is None
+    lengths = lengths_of(dataset.index, layout)
+    too_long, too_many = _overflow(lengths, shape)
     fits = ~(too_long | too_many)
     resized = []
-    if overflow == "resize":
-        for i in np.flatnonzero(~fits & has_images).tolist():
-            limit = _patch_limit(int(dataset.index.text_tokens[i]), dataset.index.sizes_of(i), config, capacity)
-            if limit is not None:
-                patches = [_patches(size, config, limit) for size in dataset.index.sizes_of(i)]
-                lengths.image_patches[lengths.offsets[i] : lengths.offsets[i + 1]] = patches
-                lengths.columns[i] = dataset.index.text_tokens[i] + sum(patches)
+    if on_overflow == "resize":
+        for i in np.flatnonzero(~fits & (dataset.index.num_images > 0)).tolist():
+            if found := _resize(int(dataset.index.text_tokens[i]), dataset.index.sizes_of(i), layout, shape):
+                limit, tokens, patches = found
+                lengths.tokens[i] = tokens
+                lengths.images_of(i)[:] = patches
                 fits[i] = True
                 resized.append((source, i, limit))
     out = np.flatnonzero(~fits)
-    if len(out) and overflow == "error":
+    if len(out) and on_overflow == "error":
         raise ValueError(
-            f"{dataset.directory}: {len(out):,} records do not fit a row of {capacity.length} columns and "
-            f"{capacity.vision_rows} x {capacity.num_patches} patches, the first is {dataset[int(out[0])].id!r} "
-            f"({lengths.columns[out[0]]} columns, {lengths.patches[out[0]]} patches): "
+            f"{dataset.directory}: {len(out):,} records do not fit a row of {shape.length} tokens and "
+            f"{shape.vision_rows} x {shape.num_patches} patches, the first is {dataset[int(out[0])].id!r} "
+            f"({lengths.tokens[out[0]]} tokens, {lengths.patches[out[0]]} patches): "
             "take longer rows, or on_overflow drop or resize"
         )
     rejected = np.stack([np.full(len(out), source), out, np.where(too_long[out], 0, 1)], axis=1)
-    return Measured(lengths, fits, rejected, np.array(resized, np.int64).reshape(-1, 3))
+    return SourceFit(lengths, fits, rejected, np.array(resized, np.int64).reshape(-1, 3))
 
 
-def _patches(size: tuple[int, int], config: ModelConfig, limit: int) -> int:
-    rows, columns = naflex.grid_of(*size, config.vision.patch_size, min(config.min_patches, limit), limit)
-    return rows * columns
+def _resize(
+    text_tokens: int, sizes: list[tuple[int, int]], layout: ImageLayout, shape: RowShape
+) -> tuple[int, int, list[int]] | None:
+    """The highest limit of patches per image with which a record fits an empty row, by bisection.
 
+    Returns:
+      ``(limit, tokens, patches of each image)``; None when ``min_patches`` per image are too many.
+    """
 
-def _patch_limit(text: int, sizes: Sequence[tuple[int, int]], config: ModelConfig, capacity: RowShape) -> int | None:
-    """The most patches per image with which a record fits an empty row; None when even ``min_patches`` are too many."""
+    def within(limit: int) -> tuple[int, int, list[int]] | None:
+        images = [layout.measure(*size, limit) for size in sizes]
+        tokens, patches = text_tokens + sum(image.tokens for image in images), [image.patches for image in images]
+        fits = tokens <= shape.length and place([0] * shape.vision_rows, patches, shape.num_patches) is not None
+        return (limit, tokens, patches) if fits else None
 
-    def fits(limit: int) -> bool:
-        patches = [_patches(size, config, limit) for size in sizes]
-        placed = place([0] * capacity.vision_rows, patches, capacity.num_patches)
-        return text + sum(patches) <= capacity.length and placed is not None
-
-    low, high = config.min_patches, config.max_patches
-    if not fits(low):
-        return None
-    while low < high:  # low fits; fewer patches never fit worse, but for the rounding of grids, so low is kept proven
+    low, high = layout.min_patches, layout.max_patches
+    best = within(low)
+    while best and low < high:  # the best so far has limit ``low``; a lower limit may round to a worse grid
         middle = (low + high + 1) // 2
-        if fits(middle):
-            low = middle
+        if found := within(middle):
+            low, best = middle, found
         else:
             high = middle - 1
-    return low
+    return best

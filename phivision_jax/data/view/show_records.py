@@ -17,7 +17,6 @@ from PIL import Image
 from phivision_jax.data.feed.encode import encode_record
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS
-from phivision_jax.images.layout import PatchedImage
 from phivision_jax.io.html import Figure, Section, Span, Style, image_figure
 from phivision_jax.rows import Example
 from phivision_jax.text.constants import IGNORE
@@ -54,7 +53,7 @@ def spans(example: Example, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS) 
     """
     kinds = np.where(example.labels != IGNORE, 1, 0)
     for k, (start, image) in enumerate(zip(example.image_starts, example.images, strict=True)):
-        kinds[start : start + len(image.patches)] = 2 + k
+        kinds[start : start + image.size.tokens] = 2 + k
     control = re.compile("(" + "|".join(map(re.escape, tokenizer.control_tokens)) + ")")
     found: list[Span] = []
 
@@ -79,9 +78,9 @@ def spans(example: Example, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS) 
     return found
 
 
-def pixels(image: PatchedImage, patch_size: int) -> np.ndarray:
-    """[H, W, 3] u8: the pixels that an image's patches hold."""
-    return rearrange(image.patches, "(h w) (p q c) -> (h p) (w q) c", h=image.grid[0], p=patch_size, q=patch_size)
+def pixels(tile: np.ndarray, patch_size: int) -> np.ndarray:
+    """[H, W, 3] u8: the pixels of a tile [rows, columns, patch²·3] (``PatchedImage.tiles``)."""
+    return rearrange(tile, "h w (p q c) -> (h p) (w q) c", p=patch_size, q=patch_size)
 
 
 def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
@@ -99,22 +98,23 @@ def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
     except BadRecord as error:
         text = [Span(f"cannot be encoded ({error.reason}): {error}", "warning")]
         return Section(record.id, note + "a placeholder takes its place in a row", text=text)
-    image_tokens = sum(len(image.patches) for image in example.images)
+    image_tokens = len(example.tokens) - example.text_tokens
     note += (
-        f"{len(example.tokens) - image_tokens:,} text tokens + {image_tokens:,} image tokens = "
+        f"{example.text_tokens:,} text tokens + {image_tokens:,} image tokens = "
         f"{len(example.tokens):,}; {example.num_patches:,} patches; the loss sees {(example.labels != IGNORE).sum():,}"
     )
     figures = [
-        _image_figure(image, processor.config.vision.patch_size, size, k)
+        _tile_figure(tile, processor.config.vision.patch_size, size, f"image {k}" + (f", tile {t}" if t > 1 else ""))
         for k, (image, size) in enumerate(zip(example.images, index.sizes_of(i), strict=True), 1)
+        for t, tile in enumerate(image.tiles, 1)
     ]
     return Section(record.id, note, figures, text=spans(example, processor.tokenizer))
 
 
-def _image_figure(image: PatchedImage, patch_size: int, original: tuple[int, int], number: int) -> Figure:
-    """One image scaled for the page, the grid of its patches over it and its sizes below."""
-    resized = Image.fromarray(pixels(image, patch_size))
-    rows, columns = image.grid
+def _tile_figure(tile: np.ndarray, patch_size: int, original: tuple[int, int], name: str) -> Figure:
+    """One tile of an image scaled for the page, the grid of its patches over it and its sizes below."""
+    resized = Image.fromarray(pixels(tile, patch_size))
+    rows, columns = tile.shape[:2]
     scale = min(_MAX_WIDTH / resized.width, _MAX_HEIGHT / resized.height)
     width, height = (max(1, round(side * scale)) for side in resized.size)
     smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
@@ -128,6 +128,6 @@ def _image_figure(image: PatchedImage, patch_size: int, original: tuple[int, int
     lines[y], lines[:, x] = True, True
     shown = np.where(lines, shown * 0.5 + _GRID * 0.5, shown).astype(np.uint8)
     change = "" if original == resized.size else f" → {resized.width}×{resized.height}"
-    caption = f"image {number}: {original[0]}×{original[1]}{change} pixels\n"
+    caption = f"{name}: {original[0]}×{original[1]}{change} pixels\n"
     caption += f"{columns} × {rows} = {rows * columns:,} patches" + (f", lines: 1 in {every}" if every > 1 else "")
     return image_figure(Image.fromarray(shown), caption)

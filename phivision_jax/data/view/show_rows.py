@@ -41,7 +41,7 @@ CAPTION = (
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpan:
-    """An image in a row. Spans are [first, last + 1)."""
+    """An image in a row, or one tile of it. Spans are [first, last + 1)."""
 
     segment: int
     """The example that owns it, from 1."""
@@ -73,16 +73,21 @@ class RowLayout:
 def layout(batch: Batch, b: int) -> RowLayout:
     """Read row ``b`` of a batch (NumPy)."""
     segment_ids, owners, index = batch.segment_ids[b], batch.patch_segments[b], batch.vision_index[b]
-    # Images are runs of tokens whose patches belong to one image of one vision row.
     num_patches = max(owners.shape[1], 1)
-    vision_rows, first = np.divmod(index, num_patches)
-    owner = np.where(index >= 0, np.append(owners, 0)[index], 0)
+    # The first and last patch of each position's vision token in the flattened [R·P].
+    first = last = index
+    if batch.merge_index is not None:
+        merged = batch.merge_index[b].reshape(len(batch.merge_index[b]), -1)[index]
+        first, last = np.where(merged < 0, owners.size, merged).min(-1), merged.max(-1)
+    # Images are runs of tokens whose patches belong to one tile of one vision row.
+    vision_rows = first // num_patches
+    owner = np.where(index >= 0, np.append(owners, 0)[first], 0)
     images: list[ImageSpan] = []
     for start, stop in _runs(segment_ids, np.where(index >= 0, vision_rows, -1), owner):
         if index[start] >= 0:
-            segment, patch = int(segment_ids[start]), int(first[start])
+            segment, base = int(segment_ids[start]), int(vision_rows[start]) * num_patches
             number = 1 + sum(image.segment == segment for image in images)
-            patches = (patch, patch + stop - start)
+            patches = (int(first[start:stop].min()) - base, int(last[start:stop].max()) + 1 - base)
             images.append(ImageSpan(segment, number, (start, stop), int(vision_rows[start]), patches))
     segments = tuple((start, stop) for start, stop in _runs(segment_ids) if segment_ids[start])
     return RowLayout(segments, tuple(images), batch.loss_weights[b] > 0, int((owners > 0).sum()))
@@ -121,7 +126,7 @@ def row_section(plan: Plan, datasets: Sequence[Dataset], processor: Processor, r
 def _table(
     examples: Sequence[tuple[int, int]], datasets: Sequence[Dataset], found: RowLayout, info: BatchInfo
 ) -> Table:
-    failed = {bad.id: f"failed: {bad.reason}" for bad in info.holes}
+    failed = {bad.id: f"failed: {bad.reason}" for bad in info.failed}
     rows = []
     for segment, (source, record) in enumerate(examples, 1):
         name, index = info.record_ids[0][segment - 1], datasets[source].index

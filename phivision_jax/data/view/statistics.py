@@ -15,11 +15,12 @@ import numpy as np
 
 from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.mixture import Mixture
-from phivision_jax.data.plan.packing import Lengths, pack
-from phivision_jax.data.plan.plan import WINDOW, join_lengths
-from phivision_jax.data.plan.record_sizes import Measured, measure
+from phivision_jax.data.plan.packing import Lengths, join_lengths, pack
+from phivision_jax.data.plan.plan import WINDOW
+from phivision_jax.data.plan.record_sizes import SourceFit, fit_source
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.shuffle import permutation
+from phivision_jax.images.layout import make_layout
 
 if TYPE_CHECKING:
     from phivision_jax.config import ModelConfig
@@ -70,7 +71,7 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
 
     Args:
       datasets: at least one; their text tokens are as counted at import.
-      config: its patch settings decide how many patches an image becomes.
+      config: its patch settings and image layout decide how many patches an image becomes.
       shape: of the rows that the records are measured against.
 
     Raises:
@@ -78,9 +79,10 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
     """
     if not datasets:
         raise ValueError("statistics need at least one dataset")
-    names = Mixture.of(*(dataset.directory for dataset in datasets)).names
-    measured = [measure(s, dataset, config, shape, "drop") for s, dataset in enumerate(datasets)]
-    longest = max(shape.length, *(int(m.lengths.columns.max(initial=1)) for m in measured))
+    names = Mixture.from_directories(*(dataset.directory for dataset in datasets)).names
+    layout = make_layout(config)
+    measured = [fit_source(s, dataset, layout, shape, "drop") for s, dataset in enumerate(datasets)]
+    longest = max(shape.length, *(int(m.lengths.tokens.max(initial=1)) for m in measured))
     side = max(1024, *(int(np.max(dataset.index.image_sizes, initial=0)) for dataset in datasets))
     edges = {
         "tokens": np.geomspace(1, longest * 1.5, _BINS + 1).tolist(),
@@ -98,7 +100,7 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
 def _numbers(
     names: Sequence[str],
     datasets: Sequence[Dataset],
-    measured: Sequence[Measured],
+    measured: Sequence[SourceFit],
     shape: RowShape,
     edges: dict[str, list[float]],
 ) -> Numbers:
@@ -110,17 +112,17 @@ def _numbers(
     )
     measures = {
         "text_tokens": text,
-        "tokens": lengths.columns,
+        "tokens": lengths.tokens,
         "patches": lengths.patches[num_images > 0],
         "image_patches": lengths.image_patches,
     }
     exceeding = np.flatnonzero(~fits)
-    too_long = int((lengths.columns > shape.length).sum())
+    too_long = int((lengths.tokens > shape.length).sum())
     largest = []
-    for i in exceeding[np.argsort(-lengths.columns[exceeding], kind="stable")[:LISTED]].tolist():
+    for i in exceeding[np.argsort(-lengths.tokens[exceeding], kind="stable")[:LISTED]].tolist():
         source = int(np.searchsorted(first, i, side="right")) - 1
         record = i - int(first[source])
-        size = {"tokens": int(lengths.columns[i]), "patches": int(lengths.patches[i])}
+        size = {"tokens": int(lengths.tokens[i]), "patches": int(lengths.patches[i])}
         largest.append({"dataset": names[source], "record": record, "id": datasets[source][record].id, **size})
     counts = [dataset.manifest["counts"] for dataset in datasets]
     widths, heights = np.maximum(sizes, edges["side"][0]).T
@@ -134,7 +136,7 @@ def _numbers(
         "resolutions": np.histogram2d(widths, heights, (edges["side"],) * 2)[0].astype(int).tolist(),
         "images_per_example": np.bincount(np.minimum(num_images, MAX_IMAGES), minlength=MAX_IMAGES + 1).tolist(),
         "examples_by": _by_mode_and_task(modes, tasks),
-        "tokens_by": _by_mode_and_task(modes, tasks, lengths.columns),
+        "tokens_by": _by_mode_and_task(modes, tasks, lengths.tokens),
         "system_messages": sum(c["system_messages"] for c in counts),
         "mode_from": _total([c["mode_from"] for c in counts]),
         "quarantined": _total([c["quarantined"] for c in counts]),
@@ -172,6 +174,6 @@ def _epoch(fits: np.ndarray, lengths: Lengths, shape: RowShape) -> dict[str, flo
     patches = rows * shape.total_patches
     return {
         "rows": round(rows * len(fits) / max(len(sample), 1)),
-        "text_padding": 1 - int(lengths.columns[sample].sum()) / (rows * shape.length) if rows else 0.0,
+        "text_padding": 1 - int(lengths.tokens[sample].sum()) / (rows * shape.length) if rows else 0.0,
         "patch_padding": 1 - int(lengths.patches[sample].sum()) / patches if patches else 0.0,
     }

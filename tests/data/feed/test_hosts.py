@@ -27,7 +27,7 @@ ROWS, EPOCHS = 4, 3
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, processor) -> tuple[Path, list[Dataset], Plan]:
+def planned(tmp_path_factory, processor) -> tuple[Path, list[Dataset], Plan]:
     """Two sources, every record once in each of three epochs."""
     folder = tmp_path_factory.mktemp("hosts")
     records = mixed_records(150)
@@ -35,14 +35,14 @@ def made(tmp_path_factory, processor) -> tuple[Path, list[Dataset], Plan]:
         write_dataset(folder / "set0", records[:100], processor, progress=False),
         write_dataset(folder / "set1", records[100:], processor, progress=False),
     ]
-    mixture = Mixture.of(folder / "set0", folder / "set1", epochs=EPOCHS)
+    mixture = Mixture.from_directories(folder / "set0", folder / "set1", epochs=EPOCHS)
     plan = make_plan(datasets, mixture, processor, RowShape(160, 2, 80), batch_rows=ROWS)
     plan.save(folder / "plan")
     return folder, datasets, plan
 
 
 def run_hosts(folder: Path, count: int, first: int, last: int) -> dict[tuple[int, int], tuple[list, list]]:
-    """What ``count`` hosts hold of the steps ``first`` … ``last`` − 1: ids and tokens of each row."""
+    """Ids and tokens of each row that ``count`` hosts make in the steps ``first`` … ``last`` − 1."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -66,7 +66,7 @@ def run_hosts(folder: Path, count: int, first: int, last: int) -> dict[tuple[int
     held = {}
     for number, host in enumerate(hosts):
         out, err = host.communicate(timeout=300)
-        # Who sees another one go down first may abort over it.
+        # A host that notices another's end first may abort.
         assert host.returncode in (0, -signal.SIGKILL, -signal.SIGABRT), err[-2000:]
         for line in (json.loads(line) for line in out.splitlines() if line.startswith("{")):  # the others are Gloo's
             assert line["row"] % count == number
@@ -74,9 +74,9 @@ def run_hosts(folder: Path, count: int, first: int, last: int) -> dict[tuple[int
     return held
 
 
-def one_host(made, processor) -> dict[tuple[int, int], tuple[list, list]]:
+def one_host(planned, processor) -> dict[tuple[int, int], tuple[list, list]]:
     """The uninterrupted run of one host, in this process."""
-    _, datasets, plan = made
+    _, datasets, plan = planned
     return {
         (info.step, row): (list(info.record_ids[row]), batch.tokens[row].tolist())
         for batch, info in batches(datasets, plan, processor, batch_rows=ROWS)
@@ -85,9 +85,9 @@ def one_host(made, processor) -> dict[tuple[int, int], tuple[list, list]]:
 
 
 @pytest.mark.parametrize("stops", [3, pytest.param(25, marks=pytest.mark.slow)])
-def test_killed_hosts_and_others_continue_the_sequence_of_one(made, processor, stops):
-    folder, _, plan = made
-    whole = one_host(made, processor)
+def test_killed_hosts_are_continued_by_others(planned, processor, stops):
+    folder, _, plan = planned
+    expected = one_host(planned, processor)
     steps = plan.num_steps(ROWS)
     rng = random.Random(stops)
     ends = [*sorted(rng.sample(range(1, steps), stops)), steps]
@@ -97,7 +97,7 @@ def test_killed_hosts_and_others_continue_the_sequence_of_one(made, processor, s
         part = run_hosts(folder, count, first, last)
         assert sorted(part) == [(step, row) for step in range(first, last) for row in range(ROWS)]
         held |= part
-    assert held == whole
+    assert held == expected
     # No example is lost or doubled within an epoch: an epoch is the next 150 examples of the sequence.
     sequence = [record_id for key in sorted(held) for record_id in held[key][0]]
     assert len(sequence) == EPOCHS * 150

@@ -20,7 +20,7 @@ def by_name(*rules: tuple[str, float]) -> dict[str, float]:
     return dict(zip(GROUP_NAMES, group_weights(rules).tolist(), strict=True))
 
 
-def test_the_first_rule_that_matches_counts():
+def test_group_weights_use_first_match():
     weights = by_name(("think/math", 3.0), ("^think", 0.5), ("math", 2.0))
     # Both names end in "think/math"; a pattern matches anywhere.
     assert weights["think/math"] == weights["nothink/math"] == 3.0
@@ -39,17 +39,17 @@ def test_the_first_rule_that_matches_counts():
         ([(".", 0.0)], "nothing to learn"),
     ],
 )
-def test_rules_that_cannot_be_meant(rules, message):
+def test_group_weights_reject_bad_rules(rules, message):
     with pytest.raises(ValueError, match=message):
         group_weights(rules)
 
 
-def test_target_tokens_of_an_example_are_weighed_by_its_group(tmp_path, processor):
+def test_batches_weigh_targets_by_group(tmp_path, processor):
     thought = {"role": "assistant", "content": "<think>two and two</think>yes"}
     records = [make_record(i, task=("math", "ocr")[i % 2]) for i in range(12)]
     records[3] = dataclasses.replace(records[3], mode="think", messages=(records[3].messages[0], thought))
     dataset = write_dataset(tmp_path / "set", records, processor, progress=False)
-    plan = make_plan([dataset], Mixture.of("set"), processor, SHAPE)
+    plan = make_plan([dataset], Mixture.from_directories("set"), processor, SHAPE)
     weights = group_weights([("^think", 0.25), ("math", 2.0)])
     wanted = {"math": 2.0, "ocr": 1.0}
     plain = batches([dataset], plan, processor, batch_rows=2)
@@ -62,21 +62,21 @@ def test_target_tokens_of_an_example_are_weighed_by_its_group(tmp_path, processo
             for segment, record_id in enumerate(row, start=1):
                 i = int(record_id[1:])
                 factor = 0.25 if i == 3 else wanted[records[i].task]
-                at = before.segment_ids[j] == segment
-                np.testing.assert_array_equal(after.loss_weights[j][at], factor * before.loss_weights[j][at])
-                assert before.loss_weights[j][at].sum() > 0
+                own = before.segment_ids[j] == segment
+                np.testing.assert_array_equal(after.loss_weights[j][own], factor * before.loss_weights[j][own])
+                assert before.loss_weights[j][own].sum() > 0
                 seen.add(factor)
     assert seen == {0.25, 1.0, 2.0}
     assert not after.loss_weights[after.segment_ids == 0].any()
 
 
-def test_batches_end_where_they_are_told(tmp_path, processor):
+def test_batches_bounds(tmp_path, processor):
     dataset = write_dataset(tmp_path / "set", [make_record(i) for i in range(60)], processor, progress=False)
-    plan = make_plan([dataset], Mixture.of("set"), processor, SHAPE)
+    plan = make_plan([dataset], Mixture.from_directories("set"), processor, SHAPE)
     steps = plan.num_steps(2)
 
-    def made(**bounds) -> list[int]:
+    def steps_of(**bounds) -> list[int]:
         return [info.step for _, info in batches([dataset], plan, processor, batch_rows=2, **bounds)]
 
-    assert steps > 3 and made(end_step=2) == [0, 1] and made(start_step=1, end_step=3) == [1, 2]
-    assert made(end_step=steps + 5) == list(range(steps)) and made(start_step=2, end_step=2) == []
+    assert steps > 3 and steps_of(end_step=2) == [0, 1] and steps_of(start_step=1, end_step=3) == [1, 2]
+    assert steps_of(end_step=steps + 5) == list(range(steps)) and steps_of(start_step=2, end_step=2) == []

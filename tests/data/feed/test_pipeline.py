@@ -8,16 +8,16 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phivision_jax.batch import Batch, RowShape
-from phivision_jax.data.feed import pipeline
 from phivision_jax.data.feed.pipeline import batches, rows_of_process, to_device
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.sources.easy_vqa import easy_vqa
 from phivision_jax.data.store.importing import write_dataset
+from phivision_jax.io import retry
 from phivision_jax.processor import Processor
 from tests.support.records import CONFIG, make_record, mixed_records
 
-ONE, TWO_EPOCHS = Mixture.of("set"), Mixture.of("set", epochs=2)
+ONE, TWO_EPOCHS = Mixture.from_directories("set"), Mixture.from_directories("set", epochs=2)
 SHAPE = RowShape(160, 2, 80)
 
 
@@ -41,22 +41,22 @@ def rows_in(batch: Batch, which: list[int]) -> Batch:
     return jax.tree.map(lambda a: a[which], batch)
 
 
-def test_every_record_is_seen_and_the_last_step_is_filled_with_empty_rows(dataset, plan, processor):
-    whole = list(batches([dataset], plan, processor, batch_rows=3))
-    assert [info.step for _, info in whole] == list(range(plan.num_steps(3)))
-    seen = [record_id for _, info in whole for row in info.record_ids for record_id in row]
+def test_batches_cover_plan_and_fill_last_step(dataset, plan, processor):
+    complete = list(batches([dataset], plan, processor, batch_rows=3))
+    assert [info.step for _, info in complete] == list(range(plan.num_steps(3)))
+    seen = [record_id for _, info in complete for row in info.record_ids for record_id in row]
     assert sorted(seen) == sorted(2 * [f"r{i:03d}" for i in range(40)])
-    assert not any(info.holes for _, info in whole)
+    assert not any(info.failed for _, info in complete)
     assert plan.num_rows % 3, "the last step of this plan is not full"
-    last, info = whole[-1]
+    last, info = complete[-1]
     empty = [j for j, row in enumerate(info.record_ids) if not row]
     assert empty == list(range(plan.num_rows % 3, 3))
     assert not rows_in(last, empty).segment_ids.any() and not rows_in(last, empty).patch_segments.any()
     # One shape for all steps: one compilation.
-    assert len({str(jax.tree.map(np.shape, batch)) for batch, _ in whole}) == 1
+    assert len({str(jax.tree.map(np.shape, batch)) for batch, _ in complete}) == 1
 
 
-def test_a_row_holds_what_its_record_ids_say(dataset, plan, processor):
+def test_row_holds_its_records(dataset, plan, processor):
     batch, info = next(batches([dataset], plan, processor, batch_rows=2))
     by_id = {record.id: record for record in mixed_records(40)}
     for j, row in enumerate(info.record_ids):
@@ -69,16 +69,16 @@ def test_a_row_holds_what_its_record_ids_say(dataset, plan, processor):
             np.testing.assert_array_equal(batch.patches[j].reshape(-1, 192)[mine], np.concatenate(patches))
 
 
-def test_resume_at_any_step_is_the_tail_of_the_whole(dataset, plan, processor):
-    whole = list(batches([dataset], plan, processor, batch_rows=2, num_threads=0))
-    for start in range(len(whole) + 1):
-        assert_same(list(batches([dataset], plan, processor, batch_rows=2, start_step=start)), whole[start:])
+def test_resume_at_any_step_is_tail(dataset, plan, processor):
+    complete = list(batches([dataset], plan, processor, batch_rows=2, num_threads=0))
+    for start in range(len(complete) + 1):
+        assert_same(list(batches([dataset], plan, processor, batch_rows=2, start_step=start)), complete[start:])
     with pytest.raises(IndexError, match="start_step"):
-        batches([dataset], plan, processor, batch_rows=2, start_step=len(whole) + 1)
+        batches([dataset], plan, processor, batch_rows=2, start_step=len(complete) + 1)
 
 
 class Host:
-    """What one of several hosts sees of a sharding: its own devices."""
+    """A sharding as one of several hosts sees it, with that host's devices."""
 
     def __init__(self, sharding: NamedSharding, devices: list) -> None:
         self.sharding, self.devices, self.device_set = sharding, devices, sharding.device_set
@@ -100,39 +100,39 @@ def shardings() -> dict[str, NamedSharding]:
     }
 
 
-def test_rows_of_hosts_by_hand():
-    made, devices = shardings(), jax.devices()
+def test_rows_of_process_by_hand():
+    named, devices = shardings(), jax.devices()
 
-    def of(name, *numbers):
-        return rows_of_process(Host(made[name], [devices[n] for n in numbers]), 8)
+    def rows(name, *numbers):
+        return rows_of_process(Host(named[name], [devices[n] for n in numbers]), 8)
 
     # 2 x 2 groups of 2 rows, each on the 2 devices of "tensor".
-    assert of("rows", 0, 1, 2, 3) == [0, 1, 2, 3] and of("rows", 4, 5, 6, 7) == [4, 5, 6, 7]
-    assert of("rows", 2, 3) == [2, 3]
+    assert rows("rows", 0, 1, 2, 3) == [0, 1, 2, 3] and rows("rows", 4, 5, 6, 7) == [4, 5, 6, 7]
+    assert rows("rows", 2, 3) == [2, 3]
     # "fsdp" alone: devices 0, 1, 4, 5 hold rows 0-3, and so both hosts make all rows.
-    assert of("few", 0, 1, 2, 3) == of("few", 4, 5, 6, 7) == list(range(8))
+    assert rows("few", 0, 1, 2, 3) == rows("few", 4, 5, 6, 7) == list(range(8))
     # Rows that are not one stretch: a host's devices lie apart in the mesh.
-    assert of("crossed", 0, 2, 4, 6) == [0, 1, 4, 5]
-    assert of("context", 0, 1, 2, 3) == [0, 1, 2, 3]
-    assert rows_of_process(made["rows"], 8) == list(range(8))
+    assert rows("crossed", 0, 2, 4, 6) == [0, 1, 4, 5]
+    assert rows("context", 0, 1, 2, 3) == [0, 1, 2, 3]
+    assert rows_of_process(named["rows"], 8) == list(range(8))
 
 
 @pytest.mark.parametrize("name", ["rows", "few", "crossed"])
-def test_two_hosts_make_the_rows_of_one(dataset, plan, processor, name):
+def test_two_hosts_make_rows_of_one(dataset, plan, processor, name):
     sharding = shardings()[name]
-    whole = list(batches([dataset], plan, processor, batch_rows=4))
+    complete = list(batches([dataset], plan, processor, batch_rows=4))
     for devices in (jax.devices()[0:8:2], jax.devices()[1:8:2], jax.devices()[:4], jax.devices()[4:8]):
         here = rows_of_process(Host(sharding, devices), 4)
         mine = list(batches([dataset], plan, processor, batch_rows=4, rows_here=here))
         expected = [
             (rows_in(b, here), dataclasses.replace(i, record_ids=tuple(i.record_ids[j] for j in here)))
-            for b, i in whole
+            for b, i in complete
         ]
         assert_same(mine, expected)
 
 
 @pytest.mark.parametrize("name", ["rows", "few", "crossed", "context", "replicated"])
-def test_to_device_puts_each_row_where_the_sharding_says(dataset, plan, processor, name):
+def test_to_device_follows_sharding(dataset, plan, processor, name):
     batch, _ = next(batches([dataset], plan, processor, batch_rows=8))
     sharding = shardings()[name]
     on_device = to_device(batch, sharding, 8)
@@ -142,14 +142,14 @@ def test_to_device_puts_each_row_where_the_sharding_says(dataset, plan, processo
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, per_field), batch)
 
 
-def test_images_that_were_too_large_come_with_fewer_patches(dataset, processor):
+def test_batches_resize_large_images(dataset, processor):
     small = RowShape(60, 1, 40)
     plan = make_plan([dataset], ONE, processor, small, on_overflow="resize")
     assert plan.patch_limits and not len(plan.rejected)
     limits = {dataset[i].id: limit for (_, i), limit in plan.patch_limits.items()}
     seen = []
     for batch, info in batches([dataset], plan, processor, batch_rows=2):
-        assert not info.holes
+        assert not info.failed
         for j, row in enumerate(info.record_ids):
             for segment, record_id in enumerate(row, start=1):
                 mine = batch.vision_index[j][(batch.segment_ids[j] == segment) & (batch.vision_index[j] >= 0)]
@@ -159,13 +159,13 @@ def test_images_that_were_too_large_come_with_fewer_patches(dataset, processor):
     assert sorted(seen) == sorted(f"r{i:03d}" for i in range(40))
 
 
-def test_two_datasets_share_rows(tmp_path, processor):
+def test_batches_of_two_datasets(tmp_path, processor):
     records = mixed_records(40)
     parts = [
         write_dataset(tmp_path / name, part, processor, progress=False)
         for name, part in (("a", records[:25]), ("b", records[25:]))
     ]
-    plan = make_plan(parts, Mixture.of(tmp_path / "a", tmp_path / "b"), processor, SHAPE)
+    plan = make_plan(parts, Mixture.from_directories(tmp_path / "a", tmp_path / "b"), processor, SHAPE)
     rows = [row for _, info in batches(parts, plan, processor, batch_rows=2) for row in info.record_ids]
     assert sorted(record_id for row in rows for record_id in row) == sorted(r.id for r in records)
     assert any(len({record_id < "r025" for record_id in row}) == 2 for row in rows)
@@ -174,7 +174,7 @@ def test_two_datasets_share_rows(tmp_path, processor):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What goes wrong.
+# Bad records and I/O errors.
 
 
 def spoiled(record_id: str):
@@ -186,26 +186,26 @@ def spoiled(record_id: str):
     )
 
 
-def test_a_bad_record_leaves_a_hole_and_moves_nothing(tmp_path, dataset, plan, processor):
+def test_bad_record_becomes_placeholder(tmp_path, dataset, plan, processor):
     bad = write_dataset(tmp_path / "set", map(spoiled("r004"), mixed_records(40)), processor, progress=False)
     bad_plan = make_plan([bad], TWO_EPOCHS, processor, SHAPE)
     out, sound = (
         list(batches([bad], bad_plan, processor, batch_rows=2)),
         list(batches([dataset], plan, processor, batch_rows=2)),
     )
-    assert [hole.id for _, info in out for hole in info.holes] == ["r004", "r004"]
-    hole = next(hole for _, info in out for hole in info.holes)
-    assert (hole.source, hole.reason, hole.where) == ("made-up", "image-broken", f"{tmp_path / 'set'}, record 4")
-    assert "image 0" in hole.detail
+    assert [bad.id for _, info in out for bad in info.failed] == ["r004", "r004"]
+    failed = next(bad for _, info in out for bad in info.failed)
+    assert (failed.source, failed.reason, failed.where) == ("made-up", "image-broken", f"{tmp_path / 'set'}, record 4")
+    assert "image 0" in failed.detail
     for (batch, info), (expected, expected_info) in zip(out, sound, strict=True):
         assert info.record_ids == expected_info.record_ids
         segments = np.zeros_like(batch.segment_ids, bool)
         for j, row in enumerate(info.record_ids):
             for segment in [s for s, record_id in enumerate(row, start=1) if record_id == "r004"]:
                 segments[j] |= batch.segment_ids[j] == segment
-        assert segments.any() == bool(info.holes)
+        assert segments.any() == bool(info.failed)
         assert not batch.loss_weights[segments].any()
-        # Every other example has its tokens, columns, patches and vision rows as if nothing had happened.
+        # Every other example has its tokens, patches and places as if nothing had happened.
         for name in ("tokens", "targets", "loss_weights", "vision_index", "group_ids"):
             kept, planned = getattr(batch, name), getattr(expected, name)
             np.testing.assert_array_equal(kept[~segments], planned[~segments])
@@ -235,9 +235,9 @@ class Flaky:
         return self._dataset[i]
 
 
-def test_io_errors_are_tried_again_then_raised(dataset, plan, processor, monkeypatch):
+def test_batches_retry_io_errors(dataset, plan, processor, monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr(pipeline.time, "sleep", waits.append)
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
     flaky = Flaky(dataset, failures=3)
     assert_same(
         list(batches([flaky], plan, processor, batch_rows=2, num_threads=0)),
@@ -248,38 +248,38 @@ def test_io_errors_are_tried_again_then_raised(dataset, plan, processor, monkeyp
         list(batches([Flaky(dataset, failures=4)], plan, processor, batch_rows=2, num_threads=0))
 
 
-def test_an_error_on_a_thread_reaches_the_caller(dataset, plan, processor, monkeypatch):
-    monkeypatch.setattr(pipeline.time, "sleep", lambda _: None)
+def test_batches_raise_errors_of_threads(dataset, plan, processor, monkeypatch):
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
     with pytest.raises(OSError, match="attempts to read it failed"):
         list(batches([Flaky(dataset, failures=10**6)], plan, processor, batch_rows=2, num_threads=2))
 
 
-def test_an_index_that_does_not_describe_the_records_is_an_error(dataset, plan, processor):
+def test_batches_reject_wrong_index(dataset, plan, processor):
     wrong = Flaky(dataset, failures=0)
     wrong.index = dataclasses.replace(dataset.index, text_tokens=dataset.index.text_tokens + 1)
-    with pytest.raises(ValueError, match=r"text tokens.*its index says.*import the dataset again"):
+    with pytest.raises(ValueError, match=r"text tokens.*in its index.*import the dataset again"):
         next(batches([wrong], plan, processor, batch_rows=2, num_threads=0))
 
 
-def test_pixels_of_another_size_than_the_header_said_are_a_hole(dataset, plan, processor):
-    """A header may lie; the row was planned for what it said."""
-    lying = Flaky(dataset, failures=0)
+def test_image_unlike_its_header_becomes_placeholder(dataset, plan, processor):
+    """The row is planned from the header's size."""
+    wrong = Flaky(dataset, failures=0)
     sizes = np.array(dataset.index.image_sizes)
-    at = int(dataset.index.image_offsets[1])
-    sizes[at] = sizes[at][::-1]
-    lying.index = dataclasses.replace(dataset.index, image_sizes=sizes)
-    found = list(batches([lying], plan, processor, batch_rows=2))
-    holes = [hole for _, info in found for hole in info.holes]
-    assert [(hole.id, hole.reason) for hole in holes] == [("r001", "image-broken")] * 2
-    assert "images decode to grids [(2, 3)], their headers say [(3, 2)]" in holes[0].detail
+    first = int(dataset.index.image_offsets[1])
+    sizes[first] = sizes[first][::-1]
+    wrong.index = dataclasses.replace(dataset.index, image_sizes=sizes)
+    found = list(batches([wrong], plan, processor, batch_rows=2))
+    failed = [bad for _, info in found for bad in info.failed]
+    assert [(bad.id, bad.reason) for bad in failed] == [("r001", "image-broken")] * 2
+    assert "images decode to grids [((2, 3),)], planned were [((3, 2),)]" in failed[0].detail
 
 
-def test_plan_dataset_and_processor_must_belong_together(tmp_path, dataset, plan, processor):
+def test_batches_reject_mismatched_plan(tmp_path, dataset, plan, processor):
     other = write_dataset(tmp_path / "other", [make_record(0)], processor, progress=False)
     with pytest.raises(ValueError, match="from other datasets"):
         batches([other], plan, processor, batch_rows=2)
     finer = Processor.small(dataclasses.replace(CONFIG, max_patches=32))
-    with pytest.raises(ValueError, match="patch settings; make it again"):
+    with pytest.raises(ValueError, match="image layout; make it again"):
         batches([dataset], plan, finer, batch_rows=2)
     # The dataset itself holds no patches: other patch settings need another plan, not another import.
     finer_plan = make_plan([dataset], ONE, finer, SHAPE)
@@ -288,7 +288,7 @@ def test_plan_dataset_and_processor_must_belong_together(tmp_path, dataset, plan
     assert np.unique(batch.patch_grid.prod(axis=-1)).max() <= 32
 
 
-def test_easy_vqa_all_the_way(tmp_path, processor):
+def test_batches_of_easy_vqa(tmp_path, processor):
     records = easy_vqa("train", questions_per_record=4, max_images=12)
     dataset = write_dataset(tmp_path / "easy", records, processor, progress=False)
     plan = make_plan([dataset], ONE, processor, RowShape(512, 1, 384))
@@ -296,6 +296,6 @@ def test_easy_vqa_all_the_way(tmp_path, processor):
     for batch, info in batches([dataset], plan, processor, batch_rows=2):
         seen += sum(map(len, info.record_ids))
         images = [row[row >= 0] for row in batch.vision_index]
-        assert [len(of) for of in images] == [64 * len(row) for row in info.record_ids]
+        assert [len(tokens) for tokens in images] == [64 * len(row) for row in info.record_ids]
         assert (batch.loss_weights.sum(axis=1) >= 2 * np.array([len(row) for row in info.record_ids])).all()
     assert seen == len(records)

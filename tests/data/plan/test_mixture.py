@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phivision_jax.data.plan.example_order import Pool, draw, task_shares
+from phivision_jax.data.plan.example_order import Pool, order_examples, task_shares
 from phivision_jax.data.plan.mixture import Mixture, Stage
 from phivision_jax.data.records import MODES, TASKS
 
@@ -24,9 +24,9 @@ def pool(n: int, tokens=10, think: float = 0.0, task=MATH, seed: int = 0) -> Poo
     return Pool(np.arange(n), np.broadcast_to(np.asarray(tokens), n), modes, np.full(n, task))
 
 
-def drawn(pools: list[Pool], stage: Stage, seed: int = 0) -> list[tuple[int, int]]:
+def examples_of(pools: list[Pool], stage: Stage, seed: int = 0) -> list[tuple[int, int]]:
     names = [f"s{i}" for i in range(len(pools))]
-    sources, records, _ = draw(pools, names, stage, seed)
+    sources, records, _ = order_examples(pools, names, stage, seed)
     return list(zip(sources.tolist(), records.tolist(), strict=True))
 
 
@@ -42,20 +42,20 @@ def token_share(pools, examples, group) -> dict:
     return {key: count / tokens.total() for key, count in tokens.items()}
 
 
-def test_one_source_is_a_permutation_per_epoch():
-    examples = drawn([pool(50)], Stage(epochs=3))
+def test_order_is_permutation_per_epoch():
+    examples = examples_of([pool(50)], Stage(epochs=3))
     for epoch in range(3):
         assert sorted(i for _, i in examples[50 * epoch : 50 * (epoch + 1)]) == list(range(50))
     assert examples[:50] != examples[50:100]
-    assert drawn([pool(50)], Stage(examples=70)) == examples[:70]
-    assert drawn([pool(50)], Stage(), seed=1) != examples[:50]
-    later = drawn([pool(50)], Stage(name="later"))
+    assert examples_of([pool(50)], Stage(examples=70)) == examples[:70]
+    assert examples_of([pool(50)], Stage(), seed=1) != examples[:50]
+    later = examples_of([pool(50)], Stage(name="later"))
     assert later != examples[:50] and sorted(later) == sorted(examples[:50])
 
 
-def test_sources_interleave_by_weight_from_the_first_example_on():
+def test_order_interleaves_sources_by_weight():
     """Weights 3 : 1 are due at 1/6, 3/6, 5/6, … and 1/2, 3/2, …: three and one among any four."""
-    examples = drawn([pool(100), pool(100)], Stage(weights={"s0": 3, "s1": 1}, examples=80))
+    examples = examples_of([pool(100), pool(100)], Stage(weights={"s0": 3, "s1": 1}, examples=80))
     assert [s for s, _ in examples[:8]] == [0, 0, 1, 0, 0, 0, 1, 0]
     for first in range(0, 80, 4):
         assert [s for s, _ in examples[first : first + 4]].count(1) == 1
@@ -68,11 +68,11 @@ def test_sources_interleave_by_weight_from_the_first_example_on():
     epochs=st.integers(1, 3),
     seed=st.integers(0, 3),
 )
-def test_without_weights_each_record_comes_as_often_as_it_is_repeated(sizes, repeat, epochs, seed):
+def test_order_repeats_records(sizes, repeat, epochs, seed):
     pools = [pool(n, seed=i) for i, n in enumerate(sizes)]
     stage = Stage(repeat={f"s{i}": r for i, r in enumerate(repeat[: len(sizes)])}, epochs=epochs)
     one_pass = sum(n * r for n, r in zip(sizes, repeat, strict=False))
-    examples = drawn(pools, stage, seed)
+    examples = examples_of(pools, stage, seed)
     assert len(examples) == epochs * one_pass
     for first in range(0, len(examples), one_pass):
         counts = collections.Counter(examples[first : first + one_pass])
@@ -81,14 +81,14 @@ def test_without_weights_each_record_comes_as_often_as_it_is_repeated(sizes, rep
 
 @pytest.mark.parametrize("unit", ["examples", "tokens"])
 @pytest.mark.parametrize("held", [(0.05, 0.6), (0.0, 0.6), (0.3, 0.9)])
-def test_the_reasoning_share_is_held_whatever_the_sources_hold(unit, held):
+def test_reasoning_share_holds(unit, held):
     rng = np.random.default_rng(0)
     pools = [pool(8_000, rng.integers(50, 8_000, 8_000), think, seed=i) for i, think in enumerate(held)]
     # Thoughts are long: the shares in examples and in tokens are far apart.
     pools = [Pool(p.records, p.tokens * np.where(p.modes == THINK, 4, 1), p.modes, p.tasks) for p in pools]
     weights = {"s0": 0.75, "s1": 0.25}
     stage = Stage(reasoning_share=0.2, reasoning_unit=unit, weights=weights, unit=unit, examples=20_000)
-    examples = drawn(pools, stage)
+    examples = examples_of(pools, stage)
 
     def modes(s, i):
         return pools[s].modes[i]
@@ -100,31 +100,31 @@ def test_the_reasoning_share_is_held_whatever_the_sources_hold(unit, held):
         assert by_source[0] == pytest.approx(0.75, abs=0.005)
 
 
-def test_where_shares_cannot_all_hold_the_reasoning_share_does():
+def test_reasoning_share_wins_over_weights():
     pools = [pool(1_000, think=0.0), pool(1_000, think=1.0)]
-    examples = drawn(pools, Stage(reasoning_share=0.2, weights={"s0": 0.5, "s1": 0.5}, examples=5_000))
+    examples = examples_of(pools, Stage(reasoning_share=0.2, weights={"s0": 0.5, "s1": 0.5}, examples=5_000))
     assert share(s for s, _ in examples)[1] == pytest.approx(0.2, abs=0.001)
 
 
-def test_a_reasoning_share_of_all_or_nothing():
+def test_reasoning_share_of_zero_or_one():
     pools = [pool(100, think=0.3)]
-    for asked, mode in ((0.0, NOTHINK), (1.0, THINK)):
-        assert {pools[s].modes[i] for s, i in drawn(pools, Stage(reasoning_share=asked))} == {mode}
+    for wanted, mode in ((0.0, NOTHINK), (1.0, THINK)):
+        assert {pools[s].modes[i] for s, i in examples_of(pools, Stage(reasoning_share=wanted))} == {mode}
     with pytest.raises(ValueError, match=r"reasoning_share is 0\.2, but no record of its sources is of mode think"):
-        drawn([pool(10)], Stage(reasoning_share=0.2))
+        examples_of([pool(10)], Stage(reasoning_share=0.2))
 
 
-def test_mixed_units():
-    """Sources by tokens, reasoning by examples: the latter is exact, the former as near as whole epochs make it."""
+def test_shares_in_mixed_units():
+    """Sources by tokens, reasoning by examples: the latter is exact, the former as near as complete epochs allow."""
     rng = np.random.default_rng(1)
     pools = [pool(4_000, rng.integers(100, 900, 4_000), think, seed=i) for i, think in enumerate((0.1, 0.5))]
     stage = Stage(reasoning_share=0.2, unit="tokens", weights={"s0": 0.6, "s1": 0.4}, examples=30_000)
-    examples = drawn(pools, stage)
+    examples = examples_of(pools, stage)
     assert share(pools[s].modes[i] for s, i in examples)[THINK] == pytest.approx(0.2, abs=0.001)
     assert token_share(pools, examples, lambda s, _: s)[0] == pytest.approx(0.6, abs=0.005)
 
 
-def test_caps_and_temperature_on_paper():
+def test_task_shares_by_hand():
     held = {MATH: 0.8, GUI: 0.15, OCR: 0.05}
     capped = task_shares(held, Stage(task_caps={"math": 0.5}))
     assert capped == pytest.approx({MATH: 0.5, GUI: 0.375, OCR: 0.125})
@@ -138,15 +138,15 @@ def test_caps_and_temperature_on_paper():
         task_shares(held, Stage(task_caps={"math": 0.3, "gui": 0.3, "ocr": 0.3}))
 
 
-def test_a_cap_is_held_in_the_draw():
+def test_order_holds_task_caps():
     pools = [pool(9_000, task=MATH), pool(600, task=GUI), pool(400, task=OCR)]
-    examples = drawn(pools, Stage(task_caps={"math": 0.4}, examples=5_000))
+    examples = examples_of(pools, Stage(task_caps={"math": 0.4}, examples=5_000))
     assert share(pools[s].tasks[i] for s, i in examples) == pytest.approx({MATH: 0.4, GUI: 0.36, OCR: 0.24}, abs=0.001)
 
 
-def test_no_record_comes_again_before_its_cell_is_through():
+def test_order_finishes_cell_before_repeating():
     pools = [pool(40, think=0.25), pool(30, think=0.5, seed=1)]
-    examples = drawn(pools, Stage(reasoning_share=0.2, examples=400))
+    examples = examples_of(pools, Stage(reasoning_share=0.2, examples=400))
     for s, mode in itertools.product((0, 1), (THINK, NOTHINK)):
         cell = [i for source, i in examples if source == s and pools[s].modes[i] == mode]
         size = int((pools[s].modes == mode).sum())
@@ -176,25 +176,25 @@ def write(folder: Path, text: str) -> Path:
     return folder / "mix.toml"
 
 
-def test_a_file_without_stages_is_one_stage(tmp_path):
+def test_read_without_stages(tmp_path):
     mixture = Mixture.read(write(tmp_path, FILE), epochs=1)
     assert mixture.sources == (("math", tmp_path / "math"), ("screens", tmp_path / "other/gui"))
     assert mixture.stages == (Stage(reasoning_share=0.2, epochs=2, repeat={"math": 3}),)
 
 
-def test_stages_say_what_they_change(tmp_path):
+def test_read_stages_override_file(tmp_path):
     more = '[[stages]]\nname = "align"\nsources = ["screens"]\nexamples = 10\nreasoning_share = 0.0\n[[stages]]\n'
     first, second = Mixture.read(write(tmp_path, FILE + more)).stages
     assert first == Stage("align", ("screens",), examples=10, reasoning_share=0.0)
     assert second == Stage("stage 2", reasoning_share=0.2, epochs=2, repeat={"math": 3})
 
 
-def test_the_folder_names_a_source_and_its_parents_where_two_are_alike(tmp_path):
-    mixture = Mixture.of(tmp_path / "a/train", tmp_path / "b/train", epochs=2)
+def test_names_come_from_folders(tmp_path):
+    mixture = Mixture.from_directories(tmp_path / "a/train", tmp_path / "b/train", epochs=2)
     assert mixture.names == ("a/train", "b/train") and mixture.stages == (Stage(epochs=2),)
     assert Mixture.read(tmp_path / "a/train").names == ("train",)
     with pytest.raises(ValueError, match="two sources are called"):
-        Mixture.of(tmp_path / "a", tmp_path / "a")
+        Mixture.from_directories(tmp_path / "a", tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_the_folder_names_a_source_and_its_parents_where_two_are_alike(tmp_path)
         ("task_caps = {maths = 0.1}\n[[sources]]\npath = 'a'", "unknown task 'maths'"),
     ],
 )
-def test_what_is_wrong_is_said_with_the_file(tmp_path, text, message):
+def test_read_names_file_in_errors(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match=rf"mix\.toml.*{message}"):
         Mixture.read(path)
@@ -225,16 +225,16 @@ def test_what_is_wrong_is_said_with_the_file(tmp_path, text, message):
         Mixture.read(tmp_path / "absent.toml")
 
 
-def test_names_and_weights_are_checked():
+def test_stage_rejects_bad_names_and_weights():
     for stage, message in [
         (Stage(sources=("s9",)), "sources names 's9'; the sources are s0, s1"),
         (Stage(weights={"s0": 1}), "weights leave out s1"),
         (Stage(weights={"s0": 1, "s2": 1}), "weights names 's2'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            drawn([pool(3), pool(3)], stage)
-    assert {s for s, _ in drawn([pool(3), pool(3)], Stage(weights={"s0": 0, "s1": 2}))} == {1}
-    with pytest.raises(ValueError, match="no records to draw from"):
-        drawn([pool(3)], Stage(weights={"s0": 0}))
+            examples_of([pool(3), pool(3)], stage)
+    assert {s for s, _ in examples_of([pool(3), pool(3)], Stage(weights={"s0": 0, "s1": 2}))} == {1}
+    with pytest.raises(ValueError, match="has no records"):
+        examples_of([pool(3)], Stage(weights={"s0": 0}))
     with pytest.raises(ValueError, match="weights of 's0' must be a number of 0 or more, not -1"):
         Stage(weights={"s0": -1})

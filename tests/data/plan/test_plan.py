@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import json
 import os
 import subprocess
@@ -16,18 +17,19 @@ from hypothesis import strategies as st
 
 from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.mixture import Mixture, Stage
-from phivision_jax.data.plan.plan import Plan, differing, make_plan, plan_inputs
+from phivision_jax.data.plan.plan import _ARRAYS, Plan, make_plan, plan_inputs
 from phivision_jax.data.plan.record_sizes import lengths_of
 from phivision_jax.data.records import MODES
 from phivision_jax.images.naflex import grid_of
+from phivision_jax.io.messages import first_difference
 from tests.support.paths import ROOT
 from tests.support.records import BARE_PROCESSOR, BareDataset
 
 STAGE_FIELDS = {f.name for f in dataclasses.fields(Stage)}
 
 
-def made(dataset, **settings) -> Plan:
-    """One source, one stage; what is a stage's goes into it."""
+def plan_of(dataset, **settings) -> Plan:
+    """A plan of one source and one stage; ``settings`` are the stage's, sizes of a row, or the plan's."""
     stage = Stage(**{k: v for k, v in settings.items() if k in STAGE_FIELDS})
     rest = {k: v for k, v in settings.items() if k not in STAGE_FIELDS}
     mixture = Mixture((("bare", Path("bare")),), (stage,))
@@ -47,36 +49,36 @@ SHAPE = RowShape(12, 1, 8)
 SMALL = ([4, 2, 5, 3, 12, 13, 1], [[(24, 16)], [], [(16, 16)], [], [], [], [(24, 16), (24, 16)]])
 
 
-def test_lengths_are_arithmetic_on_sizes():
-    lengths = lengths_of(BareDataset(*SMALL).index, BARE_PROCESSOR.config)
-    assert lengths.columns.tolist() == [10, 2, 9, 3, 12, 13, 13]
+def test_lengths_of_sizes():
+    lengths = lengths_of(BareDataset(*SMALL).index, BARE_PROCESSOR.layout)
+    assert lengths.tokens.tolist() == [10, 2, 9, 3, 12, 13, 13]
     assert lengths.patches.tolist() == [6, 0, 4, 0, 0, 0, 12]
-    assert lengths_of(BareDataset([3], [[]]).index, BARE_PROCESSOR.config).patches.tolist() == [0]
+    assert lengths_of(BareDataset([3], [[]]).index, BARE_PROCESSOR.layout).patches.tolist() == [0]
 
 
-def test_a_plan_on_paper():
-    """T = 12, P = 8: 12 alone, 10 + 2, 9 + 3; 13 columns are too long, 12 patches too many in 13 columns."""
-    plan = made(BareDataset(*SMALL))
+def test_plan_by_hand():
+    """T = 12, P = 8: 12 alone, 10 + 2, 9 + 3; 13 tokens are too long; so are 13 with 12 patches, which are too many."""
+    plan = plan_of(BareDataset(*SMALL))
     assert sorted(sorted(row) for row in rows(plan)) == [[0, 1], [2, 3], [4]]
     assert plan.rejected.tolist() == [[0, 5, 0], [0, 6, 0]]
     summary = plan.summary()
-    assert (summary.rows, summary.examples, summary.rejected) == (3, 5, {"bare (columns)": 2})
+    assert (summary.rows, summary.examples, summary.rejected) == (3, 5, {"bare (tokens)": 2})
     assert summary.text_padding == 0 and summary.patch_padding == pytest.approx(1 - 10 / 24)
-    assert "no row takes: 2 records of bare (columns)" in str(summary)
+    assert "do not fit a row: 2 records of bare (tokens)" in str(summary)
 
 
-def test_images_that_fit_no_vision_row_are_rejected_for_patches():
+def test_plan_rejects_images_for_patches():
     dataset = BareDataset([1, 1, 1], [[(24, 16), (24, 16)], [(24, 16)], [(24, 16)] * 3])
-    one, two = (made(dataset, length=40, vision_rows=r, num_patches=12 // r) for r in (1, 2))
+    one, two = (plan_of(dataset, length=40, vision_rows=r, num_patches=12 // r) for r in (1, 2))
     assert one.rejected.tolist() == two.rejected.tolist() == [[0, 2, 1]]
     # Two vision rows of 8 have 16 patches in all, yet take no third image of 6.
-    assert made(dataset, length=40, vision_rows=2, num_patches=8).rejected.tolist() == [[0, 2, 1]]
-    with pytest.raises(ValueError, match=r"none of 3 records fits.*the smallest needs 7 columns and 6 patches"):
-        made(dataset, num_patches=5)
+    assert plan_of(dataset, length=40, vision_rows=2, num_patches=8).rejected.tolist() == [[0, 2, 1]]
+    with pytest.raises(ValueError, match=r"none of 3 records fits.*the smallest needs 7 tokens and 6 patches"):
+        plan_of(dataset, num_patches=5)
 
 
-def test_steps_cover_all_rows_and_the_last_is_filled_up():
-    plan = made(BareDataset([7] * 5, [[]] * 5))
+def test_rows_fill_up_last_step():
+    plan = plan_of(BareDataset([7] * 5, [[]] * 5))
     assert plan.num_rows == 5 and plan.num_steps(2) == 3
     steps = [[row[:, 1].tolist() for row in plan.rows(s, 2)] for s in range(3)]
     assert [*steps[0], *steps[1], *steps[2]][:5] == rows(plan) and steps[2][1] == []
@@ -88,107 +90,116 @@ def test_steps_cover_all_rows_and_the_last_is_filled_up():
 @settings(max_examples=60)
 @given(
     text=st.lists(st.integers(1, 14), min_size=1, max_size=40),
-    picture=st.sampled_from([(24, 16), (16, 16), (8, 16)]),
+    image_size=st.sampled_from([(24, 16), (16, 16), (8, 16)]),
     every=st.integers(1, 4),
     seed=st.integers(0, 5),
     epochs=st.integers(1, 3),
     window=st.integers(1, 50),
     vision_rows=st.integers(1, 3),
 )
-def test_each_epoch_uses_each_record_once(text, picture, every, seed, epochs, window, vision_rows):
-    dataset = BareDataset(text, [[picture] if i % every == 0 else [] for i in range(len(text))])
-    lengths = lengths_of(dataset.index, BARE_PROCESSOR.config)
-    if not (lengths.columns <= 12).any():
+def test_plan_uses_each_record_once_per_epoch(text, image_size, every, seed, epochs, window, vision_rows):
+    dataset = BareDataset(text, [[image_size] if i % every == 0 else [] for i in range(len(text))])
+    lengths = lengths_of(dataset.index, BARE_PROCESSOR.layout)
+    if not (lengths.tokens <= 12).any():
         return
-    plan = made(dataset, seed=seed, epochs=epochs, window=window, vision_rows=vision_rows)
+    plan = plan_of(dataset, seed=seed, epochs=epochs, window=window, vision_rows=vision_rows)
     rejected = set(plan.rejected[:, 1].tolist())
-    assert rejected == set(np.flatnonzero(lengths.columns > 12).tolist())
+    assert rejected == set(np.flatnonzero(lengths.tokens > 12).tolist())
     accepted = len(dataset) - len(rejected)
     # Windows end with the epoch, so each epoch is one stretch of the plan; but for sets that do not fill two rows.
     flat = [i for row in rows(plan) for i in row]
     assert sorted(flat) == sorted(epochs * sorted(set(range(len(dataset))) - rejected))
-    for e in range(epochs) if lengths.columns[sorted(set(flat))].sum() >= 24 else ():
+    for e in range(epochs) if lengths.tokens[sorted(set(flat))].sum() >= 24 else ():
         assert sorted(flat[e * accepted : (e + 1) * accepted]) == sorted(set(range(len(dataset))) - rejected)
     for row in rows(plan):
-        assert row and lengths.columns[row].sum() <= 12 and lengths.patches[row].sum() <= 8 * vision_rows
-    assert plan.columns_used == epochs * lengths.columns[[i for i in range(len(dataset)) if i not in rejected]].sum()
+        assert row and lengths.tokens[row].sum() <= 12 and lengths.patches[row].sum() <= 8 * vision_rows
+    assert plan.tokens_used == epochs * lengths.tokens[[i for i in range(len(dataset)) if i not in rejected]].sum()
 
 
-def test_a_few_records_fill_rows_over_many_epochs():
-    plan = made(BareDataset([5], [[]]), epochs=48)  # of twelve columns: two in a row
+def test_plan_packs_passes_of_tiny_dataset_together():
+    plan = plan_of(BareDataset([5], [[]]), epochs=48)  # of 12 positions: two in a row
     assert plan.num_rows == 24 and plan.summary().text_padding == pytest.approx(1 / 6)
 
 
-def test_number_of_examples_cuts_the_last_epoch_short():
-    plan = made(BareDataset([5] * 10, [[]] * 10), examples=25)
+def test_plan_examples_shorten_last_epoch():
+    plan = plan_of(BareDataset([5] * 10, [[]] * 10), examples=25)
     counts = collections.Counter(i for row in rows(plan) for i in row)
     assert sum(counts.values()) == 25 and set(counts.values()) == {2, 3}
 
 
-def test_seed_epoch_and_window_change_the_order():
+def test_plan_order_depends_on_seed_epoch_window():
     dataset = BareDataset([12] * 30, [[]] * 30)  # one per row: the order is seen bare
-    first, second = np.split(np.array(rows(made(dataset, epochs=2))).reshape(-1), 2)
+    first, second = np.split(np.array(rows(plan_of(dataset, epochs=2))).reshape(-1), 2)
     assert sorted(first) == sorted(second) and not np.array_equal(first, second)
-    assert not np.array_equal(first, np.array(rows(made(dataset, seed=1))).reshape(-1))
+    assert not np.array_equal(first, np.array(rows(plan_of(dataset, seed=1))).reshape(-1))
     # Not only the rows' order: which records share a window is new in each epoch.
-    first, second = np.split(np.array(rows(made(dataset, epochs=2, window=5))).reshape(-1), 2)
+    first, second = np.split(np.array(rows(plan_of(dataset, epochs=2, window=5))).reshape(-1), 2)
     assert set(first[:5]) != set(second[:5])
     # Best-fit-decreasing puts large rows first; the shuffle inside the window undoes that.
     mixed = BareDataset([12] * 30 + [7] * 30, [[]] * 60)
-    large = np.array([dataset_row[0] < 30 for dataset_row in rows(made(mixed))])
+    large = np.array([dataset_row[0] < 30 for dataset_row in rows(plan_of(mixed))])
     assert 8 < large[:30].sum() < 22
 
 
-HASH = "23987295b591b87d685c3929818d285dbefa69be3890de6afc36f47f8be7f933"
+HASH = "a8defc477fae7ca9bc706bcb1ff57e418d42b20bfa3a519c416bd2725d62eff6"
 
 
-def test_the_hash_is_the_same_everywhere_and_covers_everything():
-    plan = made(BareDataset(*SMALL))
-    # The same in this process, on other machines, next year: training resumes by it.
+ARRAYS = "cffd59b7f181e99beed27190d072ff4973351a20910306f7a2296d9c8aabb830"
+"""sha256 over the arrays alone: tells whether a new ``HASH`` comes from new inputs or from other rows."""
+
+
+def test_hash_covers_inputs():
+    plan = plan_of(BareDataset(*SMALL))
+    arrays = hashlib.sha256()
+    for name, dtype in _ARRAYS.items():
+        arrays.update(np.ascontiguousarray(getattr(plan, name), dtype=dtype).data)
+    assert arrays.hexdigest() == ARRAYS
+    # Runs resume by the hash, so it must be the same on every machine and in later versions.
     assert plan.hash == HASH
     other = BareDataset(*SMALL)
     other.hash = "1" * 64
     changed = [
-        made(BareDataset(*SMALL), seed=1),
-        made(BareDataset(*SMALL), epochs=2),
-        made(BareDataset(*SMALL), num_patches=9),
-        made(BareDataset(*SMALL), window=3),
-        made(BareDataset(*SMALL), batch_rows=2),
-        made(BareDataset(*SMALL), on_overflow="resize"),
-        made(other),
+        plan_of(BareDataset(*SMALL), seed=1),
+        plan_of(BareDataset(*SMALL), epochs=2),
+        plan_of(BareDataset(*SMALL), num_patches=9),
+        plan_of(BareDataset(*SMALL), window=3),
+        plan_of(BareDataset(*SMALL), batch_rows=2),
+        plan_of(BareDataset(*SMALL), on_overflow="resize"),
+        plan_of(other),
     ]
     assert len({plan.hash, *(p.hash for p in changed)}) == 1 + len(changed)
 
 
-def test_the_inputs_say_what_the_plan_is_without_making_it():
+def test_plan_inputs_match_plan():
     mixture = Mixture((("bare", Path("bare")),))
     inputs = plan_inputs([BareDataset(*SMALL)], mixture, BARE_PROCESSOR, SHAPE)
-    assert inputs == made(BareDataset(*SMALL)).inputs == json.loads(json.dumps(inputs))
+    assert inputs == plan_of(BareDataset(*SMALL)).inputs == json.loads(json.dumps(inputs))
 
 
-def test_the_hash_is_the_same_in_a_fresh_process():
-    code = "import tests.data.plan.test_plan as t; print(t.made(t.BareDataset(*t.SMALL)).hash)"
+def test_hash_in_fresh_process():
+    code = "import tests.data.plan.test_plan as t; print(t.plan_of(t.BareDataset(*t.SMALL)).hash)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == HASH
 
 
 def test_save_and_load(tmp_path):
-    plan = made(BareDataset(*SMALL), epochs=3)
+    plan = plan_of(BareDataset(*SMALL), epochs=3)
     plan.save(tmp_path / "plan")
     loaded = Plan.load(tmp_path / "plan")
+    assert loaded.row_shape == plan.row_shape == SHAPE
     assert loaded.hash == plan.hash and rows(loaded) == rows(plan)
     assert np.array_equal(loaded.rejected, plan.rejected)
     assert loaded.summary() == plan.summary()
     assert [p.name for p in tmp_path.iterdir()] == ["plan"]
-    made(BareDataset(*SMALL)).save(tmp_path / "plan")  # replaces it
+    plan_of(BareDataset(*SMALL)).save(tmp_path / "plan")  # replaces it
     assert Plan.load(tmp_path / "plan").hash == HASH
 
 
-def test_load_says_what_is_wrong(tmp_path):
+def test_load_rejects_damaged_plan(tmp_path):
     with pytest.raises(FileNotFoundError, match="no plan at"):
         Plan.load(tmp_path / "plan")
-    made(BareDataset(*SMALL)).save(tmp_path / "plan")
+    plan_of(BareDataset(*SMALL)).save(tmp_path / "plan")
     examples = tmp_path / "plan" / "examples.npy"
     content = examples.read_bytes()
     examples.write_bytes(content[:-4] + b"\1\0\0\0")
@@ -203,14 +214,14 @@ def test_load_says_what_is_wrong(tmp_path):
         Plan.load(tmp_path / "plan")
 
 
-def test_errors():
+def test_plan_rejects_bad_arguments():
     dataset = BareDataset(*SMALL)
     with pytest.raises(ValueError, match="epochs or examples, not both"):
-        made(dataset, epochs=1, examples=3)
+        plan_of(dataset, epochs=1, examples=3)
     with pytest.raises(ValueError, match="epochs must be a number above 0, not 0"):
-        made(dataset, epochs=0)
-    with pytest.raises(ValueError, match=r"2 records do not fit.*the first is 'r5' \(13 columns, 0 patches\)"):
-        made(dataset, on_overflow="error")
+        plan_of(dataset, epochs=0)
+    with pytest.raises(ValueError, match=r"2 records do not fit.*the first is 'r5' \(13 tokens, 0 patches\)"):
+        plan_of(dataset, on_overflow="error")
     with pytest.raises(ValueError, match="1 datasets for a mixture of 2"):
         make_plan([dataset], Mixture((("a", Path("a")), ("b", Path("b")))), BARE_PROCESSOR, RowShape(1, 1, 8))
     other = SimpleNamespace(**{**vars(BARE_PROCESSOR), "text_fingerprint": "d" * 64})
@@ -218,11 +229,11 @@ def test_errors():
         make_plan([dataset], Mixture((("bare", Path("bare")),)), other, SHAPE)
 
 
-def test_too_large_images_get_fewer_patches():
+def test_plan_resizes_large_images():
     """60 patches of 64x60 pixels do not fit P = 30, nor, with 20 tokens, T = 40."""
     dataset = BareDataset([5, 20, 39, 3], [[(64, 60)], [(64, 60), (24, 16)], [(64, 60)], [(24, 16)]])
-    plan = made(dataset, length=40, num_patches=30, on_overflow="resize")
-    assert plan.rejected.tolist() == [[0, 2, 0]]  # no room for a picture of any size
+    plan = plan_of(dataset, length=40, num_patches=30, on_overflow="resize")
+    assert plan.rejected.tolist() == [[0, 2, 0]]  # no room for an image of any size
     assert sorted(plan.patch_limits) == [(0, 0), (0, 1)]
     for i, text, sizes in ((0, 5, [(64, 60)]), (1, 20, [(64, 60), (24, 16)])):
         limit = plan.patch_limits[0, i]
@@ -232,22 +243,12 @@ def test_too_large_images_get_fewer_patches():
 
         assert patches(limit) <= min(30, 40 - text) < patches(limit + 1)  # the largest that fits
     assert plan.summary().resized == 2 and "resized to fewer patches: 2 records" in str(plan.summary())
-    total = (
-        5
-        + 20
-        + 3
-        + 6
-        + sum(
-            int(np.prod(grid_of(w, h, 8, min(4, lim), lim)))
-            for i, sizes in ((0, [(64, 60)]), (1, [(64, 60), (24, 16)]))
-            for w, h in sizes
-            for lim in [plan.patch_limits[0, i]]
-        )
-    )
-    assert plan.columns_used == total
+    patches = [(64, 60, plan.patch_limits[0, 0]), (64, 60, plan.patch_limits[0, 1]), (24, 16, plan.patch_limits[0, 1])]
+    total = sum(int(np.prod(grid_of(w, h, 8, min(4, limit), limit))) for w, h, limit in patches)
+    assert plan.tokens_used == 5 + 20 + 3 + 6 + total
 
 
-def test_rows_of_one_step_have_about_the_same_attention_work():
+def test_plan_balances_attention_work_of_steps():
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(1, 5, 900), rng.integers(6, 12, 300)])
     dataset = BareDataset(lengths.tolist(), [[]] * len(lengths))
@@ -257,14 +258,14 @@ def test_rows_of_one_step_have_about_the_same_attention_work():
         steps = work[: len(work) // 8 * 8].reshape(-1, 8)
         return float((steps.max(axis=1) / steps.mean(axis=1)).mean())
 
-    assert spread(made(dataset, batch_rows=8)) < 1.1 < 1.3 < spread(made(dataset))
+    assert spread(plan_of(dataset, batch_rows=8)) < 1.1 < 1.3 < spread(plan_of(dataset))
     # Every window begins in the middle of a step; that one too is kept close.
-    assert spread(made(dataset, batch_rows=8, window=150)) < 1.15
+    assert spread(plan_of(dataset, batch_rows=8, window=150)) < 1.15
 
 
 @pytest.mark.parametrize("unit", ["examples", "tokens"])
-def test_the_shares_of_a_plan_are_those_asked_for(unit):
-    """The seed's recipe, 20 % reasoning, of sources that hold 5 % to 60 %; thoughts are several times as long."""
+def test_plan_holds_shares(unit):
+    """20 % reasoning from sources with 5 % to 60 % of it; answers that think are several times as long."""
     rng = np.random.default_rng(0)
     datasets = []
     for think in (0.05, 0.2, 0.4, 0.6):
@@ -276,22 +277,22 @@ def test_the_shares_of_a_plan_are_those_asked_for(unit):
     stage = Stage(reasoning_share=0.2, reasoning_unit=unit, unit=unit, weights=weights, examples=12_000)
     mixture = Mixture(tuple((name, Path(name)) for name in names), (stage,))
     plan = make_plan(datasets, mixture, BARE_PROCESSOR, RowShape(512, 1, 64), batch_rows=8)
-    # Counted from the rows themselves, not from what the plan says of itself.
+    # Counted from the rows themselves, not from the plan's own shares.
     pairs = np.concatenate(plan.rows(0, plan.num_rows))
-    tokens = np.array([lengths_of(d.index, BARE_PROCESSOR.config).columns for d in datasets])[pairs[:, 0], pairs[:, 1]]
+    tokens = np.array([lengths_of(d.index, BARE_PROCESSOR.layout).tokens for d in datasets])[pairs[:, 0], pairs[:, 1]]
     modes = np.array([d.index.modes for d in datasets])[pairs[:, 0], pairs[:, 1]]
     amount = tokens if unit == "tokens" else np.ones(len(pairs))
     assert amount[modes == MODES.index("think")].sum() / amount.sum() == pytest.approx(0.2, abs=0.005)
     for s, name in enumerate(names):
         assert amount[pairs[:, 0] == s].sum() / amount.sum() == pytest.approx(weights[name], abs=0.005)
-        drawn = next(d for d in plan.drawn if (d.kind, d.name) == ("source", name))
-        share = drawn.token_share if unit == "tokens" else drawn.example_share
+        found = next(d for d in plan.shares if (d.kind, d.name) == ("source", name))
+        share = found.token_share if unit == "tokens" else found.example_share
         assert share == pytest.approx(amount[pairs[:, 0] == s].sum() / amount.sum())
-        assert drawn.passes == pytest.approx((pairs[:, 0] == s).sum() / 3000)
+        assert found.passes == pytest.approx((pairs[:, 0] == s).sum() / 3000)
     assert "mode   think" in str(plan.summary()) and "passes" in str(plan.summary())
 
 
-def test_a_stage_planned_alone_is_what_it_is_among_others():
+def test_plan_of_one_stage_equals_its_part():
     datasets = [BareDataset([12] * 60, [[]] * 60)]
     stages = (Stage("first", examples=30), Stage("second", examples=30))
     mixture = Mixture((("a", Path("a")),), stages)
@@ -302,25 +303,26 @@ def test_a_stage_planned_alone_is_what_it_is_among_others():
     assert len(set(first.tolist()) & set(second.tolist())) < 25  # not the same records over again
 
 
-def test_what_differs_is_named_by_its_leaf():
-    inputs = made(BareDataset(*SMALL)).inputs
-    other = made(BareDataset(*SMALL), epochs=2, seed=0).inputs
-    assert differing(inputs, inputs) is None
-    assert differing(inputs, other) == "stages.0.epochs is 2.0 there, 1.0 here"
-    assert differing(inputs, made(BareDataset(*SMALL), batch_rows=4).inputs) == "batch_rows is 4 there, 1 here"
-    # Nothing said, 1 and 1.0 are one plan.
-    assert made(BareDataset(*SMALL), epochs=1).hash == made(BareDataset(*SMALL), epochs=1.0).hash == HASH
+def test_first_difference_of_inputs():
+    inputs = plan_of(BareDataset(*SMALL)).inputs
+    other = plan_of(BareDataset(*SMALL), epochs=2, seed=0).inputs
+    assert first_difference(inputs, inputs) is None
+    assert first_difference(inputs, other) == "stages.0.epochs is 2.0 there, 1.0 here"
+    other = plan_of(BareDataset(*SMALL), batch_rows=4).inputs
+    assert first_difference(inputs, other) == "batch_rows is 4 there, 1 here"
+    # The default, 1 and 1.0 give one plan.
+    assert plan_of(BareDataset(*SMALL), epochs=1).hash == plan_of(BareDataset(*SMALL), epochs=1.0).hash == HASH
 
 
-def test_nothing_but_a_plan_is_replaced(tmp_path):
+def test_save_replaces_only_plans(tmp_path):
     (tmp_path / "notes").mkdir()
     for where in (tmp_path / "notes", Path(".")):
         with pytest.raises(FileExistsError, match=r"not a plan|no name"):
-            made(BareDataset(*SMALL)).save(where)
+            plan_of(BareDataset(*SMALL)).save(where)
     assert [p.name for p in tmp_path.iterdir()] == ["notes"]
 
 
-def test_what_was_asked_stands_beside_what_was_drawn():
+def test_summary_shows_requested_shares():
     """Weights that cannot hold beside the reasoning share, and a source of which nothing fits."""
     think, direct = np.full(20, MODES.index("think")), np.full(20, MODES.index("nothink"))
     datasets = [BareDataset([6] * 20, [[]] * 20, m) for m in (think, direct)] + [BareDataset([99], [[]])]
@@ -328,20 +330,20 @@ def test_what_was_asked_stands_beside_what_was_drawn():
     stage = Stage(reasoning_share=0.2, weights={"a": 0.5, "b": 0.25, "c": 0.25}, examples=100)
     mixture = Mixture(tuple((name, Path(name)) for name in names), (stage,))
     plan = make_plan(datasets, mixture, BARE_PROCESSOR, SHAPE)
-    found = {(d.kind, d.name): (d.examples, d.asked, d.passes) for d in plan.drawn}
+    found = {(d.kind, d.name): (d.examples, d.requested, d.passes) for d in plan.shares}
     assert found["source", "a"] == (20, 0.5, 1.0) and found["source", "c"] == (0, 0.25, None)
     assert found["mode", "think"][:2] == (20, 0.2) and found["part", "b, nothink"] == (80, None, 4.0)
-    assert "asked 25.00% of examples" in str(plan.summary())
-    assert "no row takes: 1 records of c (columns)" in str(plan.summary())
+    assert "requested 25.00% of examples" in str(plan.summary())
+    assert "do not fit a row: 1 records of c (tokens)" in str(plan.summary())
 
 
-def test_stages_follow_each_other():
+def test_plan_keeps_order_of_stages():
     datasets = [BareDataset([6] * 40, [[]] * 40), BareDataset([6] * 20, [[]] * 20)]
     stages = (Stage("first", sources=("b",), examples=10), Stage("second"))
     plan = make_plan(datasets, Mixture((("a", Path("a")), ("b", Path("b"))), stages), BARE_PROCESSOR, SHAPE)
     order = np.concatenate(plan.rows(0, plan.num_rows))
     assert (order[:10, 0] == 1).all() and len(order) == 70
     assert sorted(map(tuple, order[10:].tolist())) == [(0, i) for i in range(40)] + [(1, i) for i in range(20)]
-    assert [(d.stage, d.name, d.examples) for d in plan.drawn if d.kind == "source"] == [
+    assert [(d.stage, d.name, d.examples) for d in plan.shares if d.kind == "source"] == [
         ("first", "b", 10), ("second", "a", 40), ("second", "b", 20),
     ]  # fmt: skip

@@ -31,14 +31,14 @@ def test_every_good_record_is_seen_and_every_bad_one_named_once(tmp_path, proces
     assert done.returncode == 0, done.stderr[-2000:]
     dataset = Dataset.open(tmp_path / "set")
 
-    plan = make_plan([dataset], Mixture.of("set"), processor, RowShape(512, 1, 256), batch_rows=8)
+    plan = make_plan([dataset], Mixture.from_directories("set"), processor, RowShape(512, 1, 256), batch_rows=8)
     assert not len(plan.rejected)
     log = quarantine.RunLog(tmp_path / "run.jsonl", 0.2)
     seen: collections.Counter[str] = collections.Counter()
     for _, info in batches([dataset], plan, processor, batch_rows=8):
-        log.add(info.holes, sum(map(len, info.record_ids)))
+        log.add(info.failed, sum(map(len, info.record_ids)))
         seen.update(record_id for row in info.record_ids for record_id in row)
-        seen.subtract(hole.id for hole in info.holes)
+        seen.subtract(hole.id for hole in info.failed)
 
     named = [
         json.loads(line)

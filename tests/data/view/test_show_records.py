@@ -60,7 +60,7 @@ def test_spans_shorten_long_text() -> None:
 def test_pixels_inverts_patches() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
     patches = image.reshape(2, 8, 3, 8, 3).swapaxes(1, 2).reshape(6, -1)
-    np.testing.assert_array_equal(pixels(PatchedImage(patches, (2, 3)), 8), image)
+    np.testing.assert_array_equal(pixels(PatchedImage(patches, ((2, 3),)).tiles[0], 8), image)
 
 
 def test_record_section_shows_the_patches(dataset, processor) -> None:

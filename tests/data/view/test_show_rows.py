@@ -26,7 +26,7 @@ SHAPE = RowShape(160, 2, 80)
 
 @pytest.fixture(scope="module")
 def plan(dataset, processor):
-    return make_plan([dataset], Mixture.of("set"), processor, SHAPE)
+    return make_plan([dataset], Mixture.from_directories("set"), processor, SHAPE)
 
 
 def row_of(examples, *shape):
@@ -34,7 +34,7 @@ def row_of(examples, *shape):
 
 
 def image_of(rows: int, columns: int) -> PatchedImage:
-    return PatchedImage(np.zeros((rows * columns, CONFIG.vision.patch_dim), np.uint8), (rows, columns))
+    return PatchedImage(np.zeros((rows * columns, CONFIG.vision.patch_dim), np.uint8), ((rows, columns),))
 
 
 def test_layout_by_hand() -> None:
@@ -122,7 +122,7 @@ def test_row_section_lists_the_examples(dataset, plan, processor) -> None:
 def test_row_section_names_failed_records(processor, tmp_path: Path) -> None:
     broken = make_record(1, ((64, 64),), images=(png(64, 64)[:-30],))
     dataset = write_dataset(tmp_path / "set", [make_record(0), broken], processor, progress=False)
-    plan = make_plan([dataset], Mixture.of("set"), processor, SHAPE)
+    plan = make_plan([dataset], Mixture.from_directories("set"), processor, SHAPE)
     rows = {row[1]: row for row in row_section(plan, [dataset], processor, 0).table.rows}
     assert rows["r000"][4] == "" and rows["r001"][4] == "failed: image-broken" and rows["r001"][7] == "64"
     with pytest.raises(IndexError, match="a plan with 1 steps of 1 rows"):
