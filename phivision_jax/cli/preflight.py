@@ -1,8 +1,7 @@
-"""``phivision preflight``: does a training or generation fit a TPU slice that is not here, and how fast is it."""
+"""``phivision preflight``: memory, collectives and modelled speed of a step on an absent TPU slice."""
 
 from __future__ import annotations
 
-import dataclasses
 import json as json_library
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,101 +27,87 @@ def preflight(
     plot: Annotated[Path | None, arg(metavar="FILE")] = None,
     set: Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE")] = (),
 ) -> None:
-    """Compile for TPUs that are not here: does it fit, which collectives, how long would a step take (modelled).
+    """Compile a training step for a TPU slice, on a machine without a TPU, and report whether it fits.
 
-    Runs on Linux x86-64 without a TPU; a full step takes minutes, with --low-effort half of one. Every figure of speed
-    is modelled (docs/roofline.md). Exits with 3 when the step does not fit.
+    Reports memory by content, collectives and their overlap, and a modelled step time (docs/roofline.md explains the
+    model). Runs on Linux x86-64. A full-size step compiles in minutes, with --low-effort in half a minute. The exit
+    status is 3 when the step does not fit.
 
     Args:
-        config: A configuration file, and its variant after a colon: configs/phi4_rv_15b.py:stage2.
-        topology: The slice, by XLA's name (v5p:4x4x8, v5e:16x16, v6e:16x16) or Cloud's (v5p-256, v5litepod-256).
-        slices: Slices of that shape.
-        generate: Generation instead of training: weights, KV cache, largest batch, prefill, time per token.
-        search: Try other groups, remat policies and microbatches, and confirm the fastest that fits.
-        low_effort: Compile at low effort: quick, with a little more memory and nothing overlapped.
-        prompt: With --generate: tokens of a prompt, image included.
-        new_tokens: With --generate: tokens of an answer.
-        json: Also write everything to this file.
-        plot: Where the figure goes; default: beside the JSON file, if there is one.
-        set: Change fields of the configuration: data.batch_rows=512 remat=full.
+        config: Configuration file, with a variant after a colon: configs/phi4_rv_15b.py:stage2.
+        topology: Slice by its XLA name (v5p:4x4x8, v5e:16x16, v6e:16x16) or Cloud name (v5p-256, v5litepod-256).
+        slices: Number of such slices.
+        generate: Compile generation instead of training: weights, KV cache, largest batch, time per token.
+        search: Try other meshes, remat policies and microbatches; report the fastest that fits.
+        low_effort: Compile quickly; the program needs a little more memory and overlaps no communication.
+        prompt: Tokens of a prompt with --generate, image included.
+        new_tokens: Tokens of an answer with --generate.
+        json: Write the report to this file as well.
+        plot: Draw memory and step time to this file; default: next to the JSON file, if there is one.
+        set: Fields of the configuration to change: data.batch_rows=512 remat=full.
     """
     from phivision_jax.cli.load_config import load_config
     from phivision_jax.hardware.topology import parse_topology
-    from phivision_jax.preflight import report
+    from phivision_jax.preflight import step_report
     from phivision_jax.preflight.compiling import check_machine
 
-    if sum((generate, search)) > 1:
+    if generate and search:
         raise ValueError("--generate and --search exclude each other: the search is for training steps")
     where, cfg = parse_topology(topology, slices), load_config(config, set)
     check_machine()
     print(where)
     if generate:
         found = _generate(cfg, where, prompt, new_tokens)
-    elif search:
-        found = _search(cfg, where)
     else:
-        found = _train(cfg, where, low_effort)
-    if not generate:
-        print(report.text(found, where).split("\n", 1)[1])
+        found = _search(cfg, where) if search else _train(cfg, where, low_effort)
+        print(step_report.text(found))
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
         json.write_text(json_library.dumps(found, indent=1) + "\n")
         print(f"\nwrote {json}")
-    picture = plot or (json.with_suffix(".png") if json is not None else None)
-    if picture is not None and not generate:
-        report.plot(found, picture)
-        print(f"wrote {picture}")
+    figure = plot or (json and json.with_suffix(".png"))
+    if figure and not generate:
+        step_report.plot(found, figure)
+        print(f"wrote {figure}")
     if not found["fits"]:
         raise SystemExit(3)
 
 
 def _train(cfg: RunConfig, where: Topology, low_effort: bool, title: str = "compiling") -> dict[str, Any]:
-    from phivision_jax.preflight import report
-    from phivision_jax.preflight.compiling import compile_facts
-    from phivision_jax.training.run_config import RunConfig
+    from phivision_jax.preflight import step_report
+    from phivision_jax.preflight.compiling import run_worker
+    from phivision_jax.preflight.worker import train_facts
 
-    facts = compile_facts(
-        {
-            "what": "train",
-            "config": dataclasses.asdict(cfg),
-            "topology": where.xla_name,
-            "slices": where.slices,
-            "low_effort": low_effort,
-        },
-        f"{title} at {'low' if low_effort else 'default'} effort",
-    )
-    return report.summary(RunConfig.from_dict(facts["config"]), where, facts, low_effort)
+    effort = "low" if low_effort else "default"
+    facts = run_worker(f"{title} at {effort} effort", train_facts, cfg, where, low_effort)
+    return step_report.summary(facts["cfg"], where, facts, low_effort)
 
 
 def _search(cfg: RunConfig, where: Topology) -> dict[str, Any]:
     from phivision_jax.preflight.model.layout_search import search
+    from phivision_jax.preflight.step_report import MARGIN
     from phivision_jax.training.device_layout import resolve_for
 
-    resolved = resolve_for(cfg, where.device_kind, where.devices, where.slices)
-    found = search(resolved, where, lambda tried, low: _train(tried, where, low, "trying"), print)
+    resolved = resolve_for(cfg, where.chip.device_kind, where.devices, where.slices)
+    found = search(resolved, where, lambda tried, low: _train(tried, where, low, "trying"), print, MARGIN)
     if found is None:
-        raise ValueError(f"nothing that was tried fits {where}; use more chips or shorter rows")
-    mesh = found["mesh"]
-    print(
-        f"best: --config.mesh.fsdp={mesh['fsdp']} --config.mesh.data={mesh['data']} "
-        f"--config.mesh.context={mesh['context']} --config.remat={found['remat']} "
-        f"--config.vision_remat={found['vision_remat']} "
-        f"--config.microbatches={found['microbatches']}\n"
-    )
+        raise ValueError(f"no layout that was tried fits {where}; use more chips or shorter rows")
+    best = {f"mesh.{axis}": found["mesh"][axis] for axis in ("fsdp", "data", "context")}
+    best |= {name: found[name] for name in ("remat", "vision_remat", "microbatches")}
+    print("best: " + " ".join(f"--config.{name}={value}" for name, value in best.items()) + "\n")
     return found
 
 
 def _generate(cfg: RunConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
     from phivision_jax.preflight import generation
-    from phivision_jax.preflight.compiling import compile_facts
+    from phivision_jax.preflight.compiling import run_worker
+    from phivision_jax.preflight.worker import generate_facts
 
     if where.slices > 1:
-        raise ValueError("--generate is about one slice: several are so many copies of it")
+        raise ValueError("--generate takes one slice: further slices are replicas of it")
 
     def attempt(planned: Mapping[str, Any]) -> dict[str, Any]:
-        request = {"what": "generate", "config": dataclasses.asdict(cfg)}
-        request |= {name: planned[name] for name in ("topology", "mesh", "batch_rows", "prompt", "new_tokens")}
-        return compile_facts(request, f"compiling for {planned['batch_rows']:,} prompts")
+        return run_worker(f"compiling for {planned['batch_rows']:,} prompts", generate_facts, cfg, where, planned)
 
     found = generation.confirm(generation.plan(cfg, where, prompt, new_tokens), where, attempt)
     try:

@@ -1,15 +1,15 @@
-"""Options of the TPU compiler, per chip, each with its reason. Other platforms compile with XLA's defaults.
+"""Options of the TPU compiler by kind of chip, each with its reason. Other platforms compile with XLA's defaults.
 
-What they are for: by default every gather of weights is waited for. Found with ``phivision preflight``, which says of
-each collective whether something runs meanwhile; none has been timed on a chip.
+Without them the chip waits for every gather of weights. They were chosen with ``phivision preflight``, which reports
+the computation that overlaps each collective; none has been timed on a chip.
 """
 
 from __future__ import annotations
 
 from jax.sharding import Mesh
 
-# v5e has no SparseCore: a gather is cut into steps that ride inside the matrix products around it. For other chips the
-# compiler refuses to fuse gathers.
+# v5e has no SparseCore: a gather is split into steps that are fused with the matrix products around it. For other chips
+# the compiler does not fuse gathers.
 _FUSED = {
     "xla_enable_async_all_gather": "true",  # without it there is nothing to fuse
     "xla_tpu_enable_async_collective_fusion": "true",
@@ -31,19 +31,18 @@ _SPARSE_CORE = {
 }
 
 OPTIONS: dict[str, dict[str, str]] = {"TPU v5 lite": _FUSED, "TPU v5": _SPARSE_CORE, "TPU v6 lite": _SPARSE_CORE}
-"""By device kind, as JAX calls it."""
-
+"""By JAX's device kind."""
 
 LOW_EFFORT = {
     "optimization_level": "O0",
-    "xla_sc_backend_opt_level": "O2",  # the least it takes: nearly half of the time goes into the SparseCores' programs
-    "xla_jf_vliw_scheduler": "false",  # instructions are packed as they come: a tenth of the time
+    "xla_sc_backend_opt_level": "O2",  # the lowest it accepts; the SparseCores' programs take half of the time
+    "xla_jf_vliw_scheduler": "false",  # packs instructions in order: a tenth of the time
 }
-"""On top of a chip's own: programs that are looked at and never run. Memory, products and collectives are nearly those
-of the default."""
+"""Added to a chip's own options for programs that are analysed but never run. Memory, products and collectives are
+nearly those of the default."""
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """What ``lowered.compile`` takes for the devices of this mesh."""
+    """Options for ``lowered.compile`` on the devices of this mesh."""
     device = mesh.devices.flat[0]
     return OPTIONS.get(device.device_kind, {}) if device.platform == "tpu" else {}

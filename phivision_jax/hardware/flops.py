@@ -88,18 +88,15 @@ class Cost:
         return self.forward + self.backward
 
 
+PARTS = ("vision", "vision_attention", "projector", "decoder", "decoder_attention", "head")
+
+
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one step over the global batch, by part of the model."""
+    """FLOPs of one step over the global batch."""
 
-    vision: Cost
-    """Matrix products of the tower, patch embedding included."""
-    vision_attention: Cost
-    projector: Cost
-    decoder: Cost
-    """Matrix products of the layers."""
-    decoder_attention: Cost
-    head: Cost
+    parts: dict[str, Cost]
+    """By ``PARTS`` of the model; "vision" and "decoder" are the matrix products of their layers."""
 
     @property
     def forward(self) -> float:
@@ -109,10 +106,6 @@ class StepFlops:
     def total(self) -> float:
         return sum(cost.total for cost in self.parts.values())
 
-    @property
-    def parts(self) -> dict[str, Cost]:
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
 
 def mfu(flops: float, seconds: float, chips: int, peak_flops: float) -> float:
     """Model FLOPs utilisation: the share of the chips' peak that the model's own work takes.
@@ -120,7 +113,7 @@ def mfu(flops: float, seconds: float, chips: int, peak_flops: float) -> float:
     Args:
       flops: of one step over the global batch (``StepFlops.total``).
       seconds: duration of one step.
-      peak_flops: of one chip, per second (``Topology.peak_bf16_flops``).
+      peak_flops: of one chip, per second (``Chip.peak_bf16_flops``).
 
     Raises:
       ValueError: for a duration, number of chips or peak that is not positive.
@@ -169,7 +162,7 @@ def step_flops(
         x = _decoder_layers(count, config, layers * work.tokens, layers * work.pairs, x)
     x |= count.trains("decoder/norm", "scale")
     count.linear("head", "decoder/lm_head", x, work.tokens, decoder.hidden_size, decoder.vocab_size, bias=False)
-    return StepFlops(**count.costs)
+    return StepFlops(count.costs)
 
 
 def _vision_layers(count: _Count, config: ModelConfig, patches: float, pairs: float, x: bool) -> bool:
@@ -208,7 +201,7 @@ class _Count:
 
     def __init__(self, is_trainable: Callable[[str], bool], lora: LoraConfig) -> None:
         self.is_trainable, self.lora = is_trainable, lora
-        self.costs = {field.name: Cost() for field in dataclasses.fields(StepFlops)}
+        self.costs = {part: Cost() for part in PARTS}
 
     def trains(self, module: str, *leaves: str) -> bool:
         return any(self.is_trainable(f"{module}/{leaf}") for leaf in leaves)

@@ -1,4 +1,4 @@
-"""What one kind of device can hold of the released model: group size, tokens at a time, remat policies.
+"""Layouts of the released model by kind of device: group size, tokens at a time, remat policies.
 
 ``training/device_layout.py`` closes what a configuration leaves open with these tables. They are made for the released
 model (15B, fp32 AdamW) and were checked with the TPU compiler (``docs/preflight.md``); a smaller model needs less

@@ -1,1 +1,1 @@
-"""What a run needs and costs on a TPU slice that is not here: its name, the arithmetic of a step, what devices send."""
+"""Compile a step for TPU slices that are not at hand: memory, collectives, products, and a modelled time."""

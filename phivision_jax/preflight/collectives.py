@@ -62,7 +62,7 @@ class Collective:
     groups: Groups = ()
     """Devices that exchange data, by position in ``mesh.devices.flat``; (source, target) pairs of a permute."""
     overlapped: bool = False
-    """Whether computation runs at the same time; see the module's docstring."""
+    """Computation runs at the same time; see the module's docstring."""
 
     @property
     def times(self) -> int:
@@ -110,13 +110,11 @@ def axes_of(collective: Collective, mesh_shape: Mapping[str, int]) -> tuple[str,
     Raises:
       ValueError: when a group has a device that the mesh does not have.
     """
-    sizes, found = list(mesh_shape.values()), set()
-    for group in collective.groups:
-        if max(group) >= math.prod(sizes):
-            raise ValueError(f"{collective.name} has device {max(group)}, but the mesh {dict(mesh_shape)} does not")
-        coordinates = [_unravel(device, sizes) for device in group]
-        found |= {axis for axis, seen in enumerate(zip(*coordinates, strict=True)) if len(set(seen)) > 1}
-    return tuple(name for axis, name in enumerate(mesh_shape) if axis in found)
+    devices, sizes = np.array(collective.groups), tuple(mesh_shape.values())
+    if devices.max(initial=0) >= math.prod(sizes):
+        raise ValueError(f"{collective.name} has device {devices.max()}, but the mesh {dict(mesh_shape)} does not")
+    coordinates = np.unravel_index(devices, sizes)
+    return tuple(name for name, along in zip(mesh_shape, coordinates, strict=True) if (along != along[:, :1]).any())
 
 
 def wire_bytes(collective: Collective) -> float:
@@ -158,7 +156,7 @@ def _chain(instruction: Instruction) -> str:
 
 
 def _chain_overlaps(module: Module, steps: list[Executed]) -> bool:
-    """Whether a product runs after one step of a chain and up to the next, where their computations still agree."""
+    """Report whether a product runs between the steps of a chain, in the innermost computation that holds both."""
     for one, other in itertools.pairwise(steps):
         first, second = next((a, b) for a, b in zip(one.frames, other.frames, strict=False) if a != b)
         if any(_multiplies(module, x) for x in first.instructions[first.index + 1 : second.index + 1]):
@@ -221,36 +219,25 @@ def _groups(instruction: Instruction, devices: int) -> Groups:
     match = re.search(r"\b(?:replica_groups|source_target_pairs)=(.*?)(?:, [a-z_]+=|$)", instruction.rest)
     text = match[1] if match else "{}"
     if text == "{}":
-        return (tuple(range(devices)),)
-    if re.fullmatch(r"\{\{[\d,{}]*\}\}", text):  # {{0,1},{2,3}}
-        return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", text))
-    if match := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):  # [4,32]<=[4,8,4]T(1,0,2)
-        shape, dims, order = (tuple(map(int, part.split(","))) if part else () for part in match.groups())
-        ids = np.arange(math.prod(dims)).reshape(dims).transpose(order or range(len(dims))).reshape(shape)
-        return tuple(map(tuple, ids.tolist()))
-    if match := re.fullmatch(r"mesh\[(.*)\] \{(.*)\}", text):  # mesh['data'=4,'fsdp'=32] {'fsdp'}
-        axes = re.findall(r"'(.*?)'=(\d+)", match[1])
+        groups = np.arange(devices)[None]
+    elif re.fullmatch(r"\{\{[\d,{}]*\}\}", text):  # {{0,1},{2,3}}
+        groups = np.array([list(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", text)])
+    elif match := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):  # [4,32]<=[4,8,4]T(1,0,2)
+        shape, dims, order = (tuple(map(int, part.split(","))) if part else None for part in match.groups())
+        groups = np.arange(math.prod(dims or ())).reshape(dims).transpose(order).reshape(shape)
+    elif match := re.fullmatch(r"mesh\[(.*)\] \{(.*)\}", text):  # mesh['data'=4,'fsdp'=32] {'fsdp'}
+        sizes = {name: int(size) for name, size in re.findall(r"'(.*?)'=(\d+)", match[1])}
+        first = ids = np.arange(math.prod(sizes.values()))
+        strides, members = dict(zip(sizes, len(ids) // np.cumprod(list(sizes.values())), strict=True)), 1
         # Part of an axis is 'fsdp':(2)4, those 4 below its first 2.
-        return _mesh_groups(axes, re.findall(r"'(.*?)'(?::\((\d+)\)(\d+))?", match[2]))
-    raise ValueError(f"HLO: {instruction.name} has device groups in an unknown format: {text}")
-
-
-def _mesh_groups(axes: list[tuple[str, str]], chosen: list[tuple[str, str, str]]) -> Groups:
-    sizes: dict[str, int] = {}
-    strides: dict[str, int] = {}
-    total = 1
-    for name, size in reversed(axes):
-        sizes[name], strides[name] = int(size), total
-        total *= int(size)
-    digits = []  # (stride, size) of the coordinates that vary within a group
-    for name, above, part in chosen:
-        count = int(part or sizes[name])
-        digits.append((strides[name] * sizes[name] // (int(above or 1) * count), count))
-    groups: dict[int, list[int]] = {}
-    for device in range(total):
-        first = device - sum(device // stride % size * stride for stride, size in digits)
-        groups.setdefault(first, []).append(device)
-    return tuple(map(tuple, groups.values()))
+        for name, above, part in re.findall(r"'(.*?)'(?::\((\d+)\)(\d+))?", match[2]):
+            count = int(part or sizes[name])
+            stride = strides[name] * sizes[name] // (int(above or 1) * count)
+            first, members = first - ids // stride % count * stride, members * count
+        groups = np.argsort(first, kind="stable").reshape(-1, members)
+    else:
+        raise ValueError(f"HLO: {instruction.name} has device groups in an unknown format: {text}")
+    return tuple(map(tuple, groups.tolist()))
 
 
 def _slices(instruction: Instruction, devices: int) -> Groups:
@@ -260,7 +247,3 @@ def _slices(instruction: Instruction, devices: int) -> Groups:
         raise ValueError(f"HLO: {instruction.name} crosses slices, but names them in an unknown format")
     slices = [int(number) - 1 for number in match[1].split(",")]
     return tuple(tuple(number * devices + device for number in slices) for device in range(devices))
-
-
-def _unravel(device: int, sizes: list[int]) -> tuple[int, ...]:
-    return tuple(map(int, np.unravel_index(device, sizes)))

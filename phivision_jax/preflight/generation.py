@@ -1,8 +1,8 @@
-"""What generation takes on a slice: weights, KV cache, the largest batch, and the times of prefill and of one token.
+"""Generation on a slice: memory of weights and KV cache, the largest batch, modelled times of prefill and decoding.
 
-Weights are bf16 and split over ``tensor`` (two: ten KV heads) and as few ``fsdp`` parts as leave room for the cache;
-the rest of the slice are copies, each with prompts of its own. The largest batch is found by arithmetic and confirmed
-by the compiler, prefill and decoding in one program.
+Weights are bf16, sharded over ``tensor`` (2: there are ten KV heads) and over as few ``fsdp`` devices as leave room for
+the cache; the rest of the slice are replicas with prompts of their own. The largest batch is computed, and confirmed
+by compiling prefill and decoding as one program.
 """
 
 from __future__ import annotations
@@ -10,42 +10,45 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from phivision_jax.hardware.flops import Workload, step_flops
 from phivision_jax.hardware.topology import GIB, Topology
+from phivision_jax.models import phivision
 from phivision_jax.preflight.model import roofline
-from phivision_jax.preflight.report import MARGIN
+from phivision_jax.preflight.step_report import MARGIN
 from phivision_jax.training.run_config import RunConfig
 
 TENSOR = 2
 WEIGHTS_SHARE = 0.55
-"""Of the HBM, at most: the cache is what makes generation fast."""
+"""Largest share of the HBM for weights: a larger cache takes more prompts at a time."""
 
 
 def parameters(cfg: RunConfig) -> int:
-    import jax
-
-    from phivision_jax.models import phivision
-
+    """Number of parameters of the model."""
     return sum(leaf.size for leaf in jax.tree.leaves(phivision.abstract(cfg.model)[1]))
 
 
 def plan(cfg: RunConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
-    """Mesh, bytes per chip, and the batch that arithmetic allows.
+    """Choose mesh and batch, and compute bytes per chip.
+
+    Args:
+      prompt, new_tokens: length of a prompt and of its answer.
 
     Raises:
-      ValueError: when the weights leave no room for a single prompt on all chips together.
+      ValueError: when the weights leave no room for a single prompt.
     """
     decoder, weights = cfg.model.decoder, 2 * parameters(cfg)
-    hbm = where.hbm_bytes_per_device
+    hbm = where.chip.hbm_bytes // where.chip.devices
     tensor = TENSOR if where.devices % TENSOR == 0 and decoder.num_kv_heads % TENSOR == 0 else 1
     groups = [n for n in (1, 2, 4, 8, 16, 32) if where.devices % (tensor * n) == 0]
     fsdp = next((n for n in groups if weights / (tensor * n) <= WEIGHTS_SHARE * hbm), groups[-1])
-    copies = where.devices // (tensor * fsdp)
+    replicas = where.devices // (tensor * fsdp)
     row = 2 * 2 * decoder.num_layers * (prompt + new_tokens) * decoder.num_kv_heads * decoder.head_dim  # keys, values
-    # Prefill holds, for a row at a time, its activations and the widest product.
+    # Prefill needs the activations and the widest product of one row at a time.
     working = prompt * (decoder.hidden_size * 4 + 2 * decoder.intermediate_size / tensor) * 2
     room = hbm * (1 - MARGIN) - weights / (tensor * fsdp)
-    # The loop keeps the cache twice while it passes it on: what comes in, and what goes out.
+    # The decoding loop holds the cache twice: its input and its output.
     per_device = int(room // (2 * row / tensor + working))
     if per_device < 1:
         raise ValueError(
@@ -54,11 +57,11 @@ def plan(cfg: RunConfig, where: Topology, prompt: int, new_tokens: int) -> dict[
         )
     return {
         "topology": where.xla_name,
-        "mesh": {"data": copies, "fsdp": fsdp, "tensor": tensor},
-        "weights_bytes_per_chip": weights / (tensor * fsdp) * where.devices / where.chips,
+        "mesh": {"data": replicas, "fsdp": fsdp, "tensor": tensor},
+        "weights_bytes_per_chip": weights / (tensor * fsdp) * where.chip.devices,
         "cache_bytes_per_row": row,
         "rows_per_device": per_device,
-        "batch_rows": per_device * copies * fsdp,
+        "batch_rows": per_device * replicas * fsdp,
         "prompt": prompt,
         "new_tokens": new_tokens,
     }
@@ -67,10 +70,10 @@ def plan(cfg: RunConfig, where: Topology, prompt: int, new_tokens: int) -> dict[
 def confirm(
     chosen: dict[str, Any], where: Topology, attempt: Callable[[Mapping[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The plan with the largest batch that the compiler accepts, and what it says of it.
+    """The plan with the largest batch that the compiler accepts, and its memory.
 
     Args:
-      attempt: compiles generation as planned and gives the worker's facts.
+      attempt: compiles generation as planned and returns the worker's facts.
     """
     rows = chosen["rows_per_device"]
     while True:
@@ -83,8 +86,8 @@ def confirm(
     peak = facts["peak_bytes"] if facts["fits"] else facts["needed_bytes"]
     return tried | {
         "fits": facts["fits"],
-        "peak_bytes_per_chip": None if peak is None else peak * where.devices // where.chips,
-        "hbm_bytes_per_chip": where.hbm_bytes_per_chip,
+        "peak_bytes_per_chip": None if peak is None else peak * where.chip.devices,
+        "hbm_bytes_per_chip": where.chip.hbm_bytes,
         "compile_seconds": facts["compile_seconds"],
     }
 
@@ -92,10 +95,10 @@ def confirm(
 def times(cfg: RunConfig, where: Topology, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Modelled seconds: prefill multiplies while weights are gathered, decoding reads weights and cache for each token.
 
-    Products of new tokens with the cache are left out: reading it takes longer.
+    Products of new tokens with the cache are left out: reading the cache takes longer.
 
     Raises:
-      ValueError: for chips without published runs to fit, or published bandwidths.
+      ValueError: for chips without published runs to fit, or without published bandwidths.
     """
     rows, mesh = chosen["batch_rows"], chosen["mesh"]
     image = min(cfg.model.max_patches, chosen["prompt"])
@@ -104,7 +107,7 @@ def times(cfg: RunConfig, where: Topology, chosen: Mapping[str, Any]) -> dict[st
         return step_flops(cfg.model, work).forward / where.chips
 
     gathered = chosen["weights_bytes_per_chip"] * (mesh["fsdp"] - 1)
-    cache = chosen["cache_bytes_per_row"] * chosen["rows_per_device"] / mesh["tensor"] * where.devices / where.chips
+    cache = chosen["cache_bytes_per_row"] * chosen["rows_per_device"] / mesh["tensor"] * where.chip.devices
     prefill = roofline.Work(
         matmul_flops=flops(Workload.of_examples(rows, chosen["prompt"], [image])), ici_bytes_overlapped=gathered
     )
@@ -122,7 +125,7 @@ def times(cfg: RunConfig, where: Topology, chosen: Mapping[str, Any]) -> dict[st
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """What ``confirm`` and ``times`` found, for a terminal."""
+    """The report for a terminal, of ``confirm`` and ``times``."""
     peak, hbm = found["peak_bytes_per_chip"], found["hbm_bytes_per_chip"]
     held = "unknown" if peak is None else f"{peak / GIB:.2f} GiB"
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
@@ -134,12 +137,11 @@ def text(found: Mapping[str, Any]) -> str:
         f"  {'fits' if found['fits'] else 'DOES NOT FIT'}: peak {held} of {hbm / GIB:.2f} GiB a chip",
     ]
     if "not_modelled" in found:
-        return "\n".join([*lines, f"  not modelled: {found['not_modelled']}"])
-    return "\n".join(
-        [
-            *lines,
+        lines.append(f"  not modelled: {found['not_modelled']}")
+    else:
+        lines += [
             f"  prefill           {found['modelled_prefill_seconds']:.2f} s (modelled)",
             f"  one token each    {found['modelled_decode_step_seconds'] * 1000:.1f} ms, "
             f"{found['modelled_decode_tokens_per_second']:,.0f} tokens/s (modelled)",
         ]
-    )
+    return "\n".join(lines)

@@ -46,7 +46,7 @@ class Instruction:
     def op_name(self) -> str:
         """Path of JAX transformations, named scopes and the primitive; empty where the compiler kept none."""
         match = re.search(r'\bop_name="([^"]*)"', self.rest)
-        return match[1] if match else ""
+        return match[1].replace("\\", "") if match else ""
 
     def attribute(self, key: str) -> str:
         """The name or word after ``key=``.
@@ -64,6 +64,7 @@ class Instruction:
 class Module:
     """A program: its computations by name."""
 
+    name: str
     computations: dict[str, list[Instruction]]
     """Instructions in the order in which they are scheduled; the last is the root."""
     entry: str
@@ -138,9 +139,10 @@ def parse(text: str) -> Module:
             current.append(Instruction(*match.groups()))
     if not entry:
         raise ValueError("this text is no HLO module: it has no ENTRY computation")
-    header = text[: text.find("\n")]
+    header = text.partition("\n")[0]
+    name = re.match(r"HloModule ([\w.\-]+)", header)
     counts = (re.search(rf"\b{key}=(\d+)", header) for key in ("replica_count", "num_partitions"))
-    return Module(computations, entry, math.prod(int(match[1]) for match in counts if match))
+    return Module(name[1] if name else "", computations, entry, math.prod(int(match[1]) for match in counts if match))
 
 
 class Frame(NamedTuple):
@@ -185,8 +187,8 @@ def walk[T](module: Module, make: Callable[[Executed], T | None], weight: Callab
         for index, instruction in enumerate(module.computations[name]):
             stack = (*frames, Frame(module.computations[name], index))
             called = functools.partial(inside, frames=stack, loops=loops)
-            if (made := make(Executed(stack, loops))) is not None:
-                found.append(made)
+            if (result := make(Executed(stack, loops))) is not None:
+                found.append(result)
             elif instruction.opcode == "while":
                 body = instruction.attribute("body")
                 if called(body):  # the number of trips matters only where something is counted

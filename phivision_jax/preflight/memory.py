@@ -1,30 +1,64 @@
-"""What fills a chip's memory, by name: from the compiler's own tables.
+"""The buffers that fill a chip's memory at the peak, read from the compiler's own tables.
 
-``compiled.memory_analysis()`` gives sums only, and for TPUs an empty buffer assignment. What the compiler writes down
-when asked (``dump_options``) has it all, in two files for each program:
+``compiled.memory_analysis()`` has only sums, and for TPUs its buffer assignment is empty. With ``dump_options`` the
+compiler writes two files for each program:
 
-    *-buffer-assignment.txt    every value's size and place: parameters, outputs, and one block of temporaries in which
-                               values take turns
-    *-live-range.txt           from which step of the schedule to which a value is needed, loop bodies included
+    *-buffer-assignment.txt    size and offset of every value: parameters, outputs, and one block of temporaries in
+                               which values take turns
+    *-live-range.txt           first and last step of the schedule that need a value, loop bodies included
 
-Its own list of "live ranges at peak" is not used: it takes another moment than the one with the most bytes.
+The compiler's own list of "live ranges at peak" is not used: it is of another step than the one with the most bytes.
 
-A program that does not fit is an error with one of two texts: an early one with a sum, and a late one with a table,
-which ``allocations`` reads.
+A program that does not fit fails with one of two messages: an early one with a sum, and a late one with a table, which
+``allocations`` reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
+
+from phivision_jax.preflight import hlo
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
+    """A value in memory."""
+
     bytes: int
     what: str
-    """Name of the instruction, type of the value."""
+    """Instruction, type, and the named scopes that made it."""
+
+
+def scope(op_name: str) -> str:
+    """Shorten a compiler's ``op_name`` to named scopes, primitive, and the pass that it belongs to.
+
+    ``jit(step)/transpose(jvp(decoder))/while/body/checkpoint/rematted_computation/attention/dot_general`` becomes
+    ``decoder/attention/dot_general, recomputed``.
+    """
+    inside = "recomputed" if "rematted_computation" in op_name else "backward" if "transpose(" in op_name else ""
+    if "/" not in op_name:  # an argument's path, like state['params']['decoder']
+        return op_name
+    parts = (re.sub(r"^(?:(?:transpose|jvp|vmap)\()+|\)+$", "", part) for part in op_name.split("/"))
+    return "/".join(part for part in parts if not _PLUMBING.fullmatch(part)) + (f", {inside}" if inside else "")
+
+
+_PLUMBING = re.compile(
+    r"|while|body|cond|branch_\d+_fun|eval_jaxpr|closed_call|checkpoint|remat2?|rematted_computation|shard_map|jit\(?.*"
+)
+
+
+def op_names(module: hlo.Module) -> dict[str, str]:
+    """The ``op_name`` of every instruction; without one, that of the last instruction it calls or of its operand."""
+    found: dict[str, str] = {}
+    for instructions in module.computations.values():  # callees come before callers, operands before users
+        for x in instructions:
+            inside = (found.get(y.name, "") for name in x.called for y in reversed(module.computations.get(name, [])))
+            before = (found[name] for name in x.operands if name in found)
+            found[x.name] = x.op_name or next(filter(None, (*inside, *before)), "")
+    return found
 
 
 def dump_options(directory: Path) -> dict[str, str | bool]:
@@ -33,7 +67,7 @@ def dump_options(directory: Path) -> dict[str, str | bool]:
 
 
 def dumped(directory: Path, module: str) -> tuple[str, str]:
-    """The two tables of a program that was compiled with ``dump_options``.
+    """Read the two tables of a program that was compiled with ``dump_options``.
 
     Args:
       module: name of the program, like ``jit_step``.
@@ -46,7 +80,7 @@ def dumped(directory: Path, module: str) -> tuple[str, str]:
         found = sorted(directory.glob(f"*.{module}.*-{table}.txt"))
         if len(found) != 1:
             raise FileNotFoundError(
-                f"{directory} holds {len(found)} tables {table} of {module}, not one; dump into an empty directory"
+                f"{directory} has {len(found)} tables {table} of {module} instead of one; dump into an empty directory"
             )
         texts.append(found[0].read_text())
     return texts[0], texts[1]
@@ -57,59 +91,55 @@ _VALUE = re.compile(r"\s*value: <\d+ (\S+) @\d+> \(size=(\d+),offset=(\d+)\): ([
 _LIVE = re.compile(r"    (\S+?)(\{[\d,]*\}):(\d+)-(\d+)$")
 
 
-def peak_buffers(assignment: str, live_range: str) -> list[Buffer]:
-    """What is in memory at the moment with the most of it, largest first.
+def peak_buffers(assignment: str, live_range: str, sources: Mapping[str, str]) -> list[Buffer]:
+    """List the values in memory at the step with the most bytes, largest first.
 
     Args:
-      assignment, live_range: as ``dumped`` gives them.
+      assignment, live_range: the tables (``dumped``).
+      sources: ``op_names`` of the program.
 
     Raises:
-      ValueError: when the first text has no allocations.
+      ValueError: when the first table has no allocations.
     """
-    spans = _spans(live_range)
-    held: list[Buffer] = []  # by parameters and results, all the time
-    passing: list[tuple[int, int, int, Buffer]] = []  # first and last step, place in the block of temporaries
+    spans = {
+        m[1] + m[2].removesuffix("{}"): (int(m[3]), int(m[4])) for m in map(_LIVE.match, live_range.split("\n")) if m
+    }
+    held: list[Buffer] = []  # parameters and results, in memory at every step
+    passing: list[tuple[int, int, int, Buffer]] = []  # first and last step, offset in the block of temporaries
     size, kind, named, found = 0, "", True, False
     for line in assignment.splitlines():
         if match := _ALLOCATION.match(line):
             found, size, kind, named = True, int(match[1]), match[2], False
         elif (match := _VALUE.match(line)) and "color" not in kind:  # colours are memories other than HBM
-            name, bytes_, offset, type_ = match[1], int(match[2]), int(match[3]), match[4]
+            name, type_ = match[1], match[4]
+            what = " ".join(filter(None, (name, type_, scope(sources.get(name.partition("{")[0], "")))))
             if "temp" not in kind:
                 if not named:
-                    held.append(Buffer(size, f"{name} {type_}"))
+                    held.append(Buffer(size, what))
                 named = True
             elif name in spans:
-                passing.append((*spans[name], offset, Buffer(bytes_, f"{name} {type_}")))
+                passing.append((*spans[name], int(match[3]), Buffer(int(match[2]), what)))
     if not found:
-        raise ValueError("this is not a table of buffers: it has no allocations")
-    at_peak: dict[int, Buffer] = {}
+        raise ValueError("this text is no table of buffers: it has no allocations")
+    peak: dict[int, Buffer] = {}
     for step in sorted({first for first, *_ in passing}):
         alive: dict[int, Buffer] = {}
         for first, last, offset, buffer in passing:
-            # Values at the same place share it: an update in place, a loop's state.
+            # Values at the same offset share memory: an update in place, a loop's state.
             if first <= step <= last and buffer.bytes > alive.get(offset, Buffer(-1, "")).bytes:
                 alive[offset] = buffer
-        if sum(b.bytes for b in alive.values()) > sum(b.bytes for b in at_peak.values()):
-            at_peak = alive
-    return sorted([*held, *at_peak.values()], key=lambda buffer: -buffer.bytes)
-
-
-def _spans(live_range: str) -> dict[str, tuple[int, int]]:
-    spans = {}
-    for line in live_range.splitlines():
-        if match := _LIVE.match(line):
-            spans[match[1] + match[2].removesuffix("{}")] = (int(match[3]), int(match[4]))
-    return spans
+        if sum(b.bytes for b in alive.values()) > sum(b.bytes for b in peak.values()):
+            peak = alive
+    return sorted([*held, *peak.values()], key=lambda buffer: -buffer.bytes)
 
 
 _UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
-def allocations(error: str) -> list[tuple[int, str]]:
-    """(bytes, what) of the largest allocations in the text of an out-of-memory error; empty where it has no table.
+def allocations(error: str) -> list[Buffer]:
+    """The largest allocations in an out-of-memory message, largest first; empty where it has no table.
 
-    Bytes are as exact as the compiler prints them, to three or four digits.
+    Sizes are as exact as the compiler prints them, to three or four digits.
     """
     table = []
     for entry in re.split(r"\n\s*\d+\. Size: ", error)[1:]:
@@ -119,16 +149,16 @@ def allocations(error: str) -> list[tuple[int, str]]:
         fields = dict(re.findall(r"^\s*(Operator|Shape|XLA label): (.*)$", entry, re.MULTILINE))
         source = re.search(r'op_name="([^"]*)"', fields.get("Operator", ""))
         label = re.match(r"%?([\w.\-]+)", fields.get("XLA label", ""))
-        words = [label and label[1], re.sub(r"\{[^}]*\}", "", fields.get("Shape", "")), source and source[1]]
-        table.append((round(float(size[1]) * _UNITS[size[2]]), " ".join(filter(None, words))))
-    return table
+        words = [label and label[1], re.sub(r"\{[^}]*\}", "", fields.get("Shape", "")), source and scope(source[1])]
+        table.append(Buffer(round(float(size[1]) * _UNITS[size[2]]), " ".join(filter(None, words))))
+    return sorted(table, key=lambda buffer: -buffer.bytes)
 
 
 def needed(error: str, held: int) -> int | None:
-    """Bytes that a program would have needed, from the text of an out-of-memory error; None where it does not say.
+    """Bytes that a program would have needed, from an out-of-memory message; None where it has no sum.
 
     Args:
-      held: bytes of the program's arguments, for the early text, which speaks of temporaries alone.
+      held: bytes of the program's arguments, for the early message, which counts only temporaries.
     """
     if match := re.search(r"Used ([\d.]+)([BKMG]) of [\d.]+[BKMG] hbm", error):
         return round(float(match[1]) * _UNITS[match[2]])

@@ -213,5 +213,5 @@ def test_step_flops_match_xla_gradients(lr_rules):
 
     compiled = jax.jit(gradients).lower(trainable, frozen, SPEC).compile(QUICKLY)
     cost = step_flops(WIDE, EVERY_PAIR, lr_rules)
-    wanted = cost.total + cost.head.forward  # the loss makes the logits again in its backward pass
+    wanted = cost.total + cost.parts["head"].forward  # the loss makes the logits again in its backward pass
     assert compiled.cost_analysis()["flops"] == pytest.approx(wanted, rel=0.02)

@@ -35,24 +35,25 @@ def test_parse_topology_cloud_and_xla_names_agree(cloud, xla, chips, devices, ho
 
 
 def test_parse_topology_chips_and_rates():
-    v5p, v4 = parse_topology("v5p:4x4x8"), parse_topology("v4:4x4x8")
-    assert (v5p.generation, v5p.shape, v5p.hbm_bytes_per_chip) == ("v5p", (4, 4, 8), int(95.74 * 2**30))
+    v5p, v4 = parse_topology("v5p:4x4x8").chip, parse_topology("v4:4x4x8").chip
+    assert (v5p.devices, v5p.hbm_bytes) == (1, int(95.74 * 2**30))
     assert (v5p.peak_bf16_flops, v5p.hbm_bandwidth, v5p.ici_bandwidth, v5p.dcn_bandwidth) == (
         459e12,
         2765e9,
         1200e9,
         6.25e9,
     )
-    assert v5p.hbm_bytes_per_device == v5p.hbm_bytes_per_chip
-    assert v4.hbm_bytes_per_device == 15.25 * 2**30
+    assert (v4.devices, v4.hbm_bytes // v4.devices) == (2, 15.25 * 2**30)
     assert (v4.ici_bandwidth, v4.dcn_bandwidth) == (None, None)
-    assert parse_topology("v6e-8").dcn_bandwidth == 12.5e9
-    assert parse_topology("v5litepod-8").dcn_bandwidth == 3.125e9
+    assert parse_topology("v6e-8").chip.dcn_bandwidth == 12.5e9
+    assert parse_topology("v5litepod-8").chip.dcn_bandwidth == 3.125e9
 
 
 def test_parse_topology_slices():
     one, two = parse_topology("v5p-256"), parse_topology("v5p:4x4x8", slices=2)
-    assert two == dataclasses.replace(one, slices=2, chips=256, devices=256, hosts=64)
+    assert two == dataclasses.replace(one, slices=2)
+    assert (two.chips, two.devices, two.hosts, two.chips_per_host) == (256, 256, 64, 4)
+    assert (two.xla_name, two.cloud_name, two.shape) == ("v5p:4x4x8", "v5p-256", (4, 4, 8))
     assert str(one) == "v5p:4x4x8 (v5p-256): 128 chips, 32 hosts of 4"
     assert str(two) == "2 slices of v5p:4x4x8 (v5p-256): 256 chips, 64 hosts of 4"
     assert parse_topology("v6e-8", slices=3).hosts == 3
@@ -78,7 +79,7 @@ def test_parse_topology_cubes_without_cloud_name(name, hosts):
         ("v5e:16x32", "the nearest is v5e:16x16"),
         ("v6e:8x4", "the nearest is v6e:4x8 .32 chips"),
         ("v6e:4x4x4", "the nearest is v6e:8x8"),
-        ("v5p-200", "TensorCores, two to a chip.; the nearest is v5p-256, which is v5p:4x4x8"),
+        ("v5p-200", "TensorCores, two per chip.; the nearest is v5p-256, which is v5p:4x4x8"),
         ("v6e-200", "counts chips.; the nearest is v6e-256, which is v6e:16x16"),
         ("v5e-250", "the nearest is v5litepod-256"),
         ("v5litepod-0", "the nearest is v5litepod-1, "),

@@ -1,4 +1,4 @@
-"""What preflight says of generation: the arithmetic by hand, no compiler needed."""
+"""Preflight of generation: arithmetic by hand, without a compiler."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ CFG = load_config("configs/phi4_rv_15b.py:stage2")
 WHERE = parse_topology("v6e:2x4")
 
 
-def test_weights_cache_and_batch_by_hand():
+def test_plan():
     found = generation.plan(CFG, WHERE, prompt=4096, new_tokens=1024)
     # 15,119,518,144 parameters less the vision tower's unused last block, post-norm and pooling head, in bf16 halves.
     weights = 2 * generation.parameters(CFG)
@@ -28,7 +28,7 @@ def test_weights_cache_and_batch_by_hand():
     assert found["batch_rows"] == 4 * found["rows_per_device"]
 
 
-def test_times_by_hand():
+def test_times():
     chosen = generation.plan(CFG, WHERE, prompt=4096, new_tokens=1024)
     found = generation.times(CFG, WHERE, chosen)
     rows = chosen["rows_per_device"]
@@ -38,12 +38,12 @@ def test_times_by_hand():
     assert found["modelled_decode_step_seconds"] == pytest.approx(read + multiplied, rel=1e-4)
     step = found["modelled_decode_step_seconds"]
     assert found["modelled_decode_tokens_per_second"] == pytest.approx(chosen["batch_rows"] / step)
-    # Prefill multiplies each of the prompt's columns with the decoder, and patches with the tower besides.
-    columns = rows * 4096 * 2 * (decoder - 100_352 * 5120) / 2 / (918e12 * 0.7668)
-    assert columns < found["modelled_prefill_seconds"] < 1.3 * columns
+    # Prefill multiplies each token of the prompt with the decoder's weights, and patches with the tower's too.
+    tokens = rows * 4096 * 2 * (decoder - 100_352 * 5120) / 2 / (918e12 * 0.7668)
+    assert tokens < found["modelled_prefill_seconds"] < 1.3 * tokens
 
 
-def test_gathered_weights_are_waited_for_with_each_token():
+def test_times_gathered_weights():
     one = generation.plan(CFG, WHERE, prompt=4096, new_tokens=1024)
     four = one | {
         "mesh": {"data": 1, "fsdp": 4, "tensor": 2},
@@ -55,7 +55,7 @@ def test_gathered_weights_are_waited_for_with_each_token():
     )  # received: half of 800 GB/s
 
 
-def test_the_batch_shrinks_until_the_compiler_takes_it():
+def test_confirm_shrinks_batch():
     tried = []
 
     def attempt(planned):
@@ -74,7 +74,7 @@ def test_the_batch_shrinks_until_the_compiler_takes_it():
     )
 
 
-def test_too_few_chips_and_unpublished_rates_are_sentences():
+def test_plan_and_times_errors():
     with pytest.raises(ValueError, match="leave no room for one prompt of 4,096 tokens"):
         generation.plan(CFG, parse_topology("v5e:1x1"), 4096, 1024)
     where = parse_topology("v4:2x2x1")

@@ -28,7 +28,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 
 def test_parse():
     module = parse(TEXT)
-    assert (module.entry, module.devices) == ("main", 8)
+    assert (module.name, module.entry, module.devices) == ("jit_f", "main", 8)
     assert list(module.computations) == ["body", "compare", "condition", "main"]
     loop, last = module.computations["main"]
     assert (loop.name, loop.opcode, loop.attribute("body"), loop.called) == ("w", "while", "body", [])

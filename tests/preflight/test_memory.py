@@ -1,8 +1,20 @@
-"""The compiler's tables of memory, in its own spelling, with peaks that can be added up by hand."""
+"""The compiler's tables of memory: written by hand with known peaks, and of a small compiled program."""
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from phivision_jax.preflight.memory import Buffer, allocations, dump_options, dumped, needed, peak_buffers
+from phivision_jax.preflight import hlo
+from phivision_jax.preflight.memory import (
+    Buffer,
+    allocations,
+    dump_options,
+    dumped,
+    needed,
+    op_names,
+    peak_buffers,
+    scope,
+)
 
 ASSIGNMENT = """BufferAssignment:
 allocation 0: size 1000, page 0, parameter 0, shape |f32[250]| at ShapeIndex {}, maybe-live-out:
@@ -33,29 +45,76 @@ LIVE = """HloLiveRange (max 9):
 """
 
 
-def test_the_moment_with_the_most():
+SOURCES = {"param.1": "state['params']", "gathered": "jit(step)/transpose(jvp(decoder))/while/body/mlp/dot_general"}
+
+
+def test_peak_buffers_by_hand():
     # Step 3 holds 600 + 300 (of which the update in place is part); step 7 holds 700.
-    assert peak_buffers(ASSIGNMENT, LIVE) == [
-        Buffer(1000, "param.1 f32[250]"),
-        Buffer(600, "gathered f32[10,15]"),
+    assert peak_buffers(ASSIGNMENT, LIVE, SOURCES) == [
+        Buffer(1000, "param.1 f32[250] state['params']"),
+        Buffer(600, "gathered f32[10,15] decoder/mlp/dot_general, backward"),
         Buffer(300, "loop{1} bf16[150]"),
         Buffer(64, "add.3 f32[]"),
     ]
-    later = peak_buffers(ASSIGNMENT, LIVE.replace("gathered{}:1-3", "gathered{}:1-1"))
+    later = peak_buffers(ASSIGNMENT, LIVE.replace("gathered{}:1-3", "gathered{}:1-1"), {})
     assert [buffer.what for buffer in later] == ["param.1 f32[250]", "late f32[175]", "add.3 f32[]"]
     with pytest.raises(ValueError, match="has no allocations"):
-        peak_buffers("", LIVE)
+        peak_buffers("", LIVE, {})
 
 
-def test_tables_of_one_program(tmp_path):
+def test_peak_buffers_show_named_scopes(tmp_path):
+    """Of a scanned, rematerialised layer compiled for CPU: parameters by path, activations by scope and pass."""
+
+    def layer(x, w):
+        with jax.named_scope("mlp"):
+            return jnp.tanh(x @ w["up"]) @ w["down"], None
+
+    def step(weights, x):
+        def loss(weights):
+            with jax.named_scope("decoder"):
+                y, _ = jax.lax.scan(jax.checkpoint(layer), x, weights)
+            with jax.named_scope("loss"):
+                return (y**2).sum()
+
+        return jax.grad(loss)(weights)
+
+    weights = {name: jnp.ones((3, *shape)) for name, shape in (("up", (8, 256)), ("down", (256, 8)))}
+    compiled = jax.jit(step).lower(weights, jnp.ones((1024, 8))).compile(dump_options(tmp_path))
+    module = hlo.parse(compiled.as_text())
+    buffers = peak_buffers(*dumped(tmp_path, module.name), op_names(module))
+    widest = [buffer.what for buffer in buffers if buffer.bytes >= 1024 * 256 * 4]
+    assert widest and all("f32[1024,256] decoder/mlp/" in what for what in widest), widest
+    assert {what.rpartition(", ")[2] for what in widest} <= {"backward", "recomputed"}, widest
+    assert any(buffer.what.endswith("weights['up']") for buffer in buffers), buffers
+
+
+@pytest.mark.parametrize(
+    ("op_name", "expected"),
+    [
+        ("jit(step)/jvp(loss)/mul", "loss/mul"),
+        ("jit(step)/transpose(jvp(decoder))/while", "decoder, backward"),
+        (
+            "jit(step)/transpose(jvp(decoder))/while/body/eval_jaxpr/checkpoint/rematted_computation/mlp/jit(silu)/add",
+            "decoder/mlp/add, recomputed",
+        ),
+        ("jit(step)/optimizer/mul", "optimizer/mul"),
+        ("state['params']['decoder']", "state['params']['decoder']"),
+        ("", ""),
+    ],
+)
+def test_scope(op_name, expected):
+    assert scope(op_name) == expected
+
+
+def test_dumped(tmp_path):
     assert dump_options(tmp_path)["xla_dump_to"] == str(tmp_path)
     for table in ("buffer-assignment", "live-range", "buffer-assignment-values"):
         (tmp_path / f"module_0000.jit_step.cl_1.after_optimizations-{table}.txt").write_text(table)
     assert dumped(tmp_path, "jit_step") == ("buffer-assignment", "live-range")
-    with pytest.raises(FileNotFoundError, match="holds 0 tables buffer-assignment of jit_other"):
+    with pytest.raises(FileNotFoundError, match="has 0 tables buffer-assignment of jit_other"):
         dumped(tmp_path, "jit_other")
     (tmp_path / "module_0001.jit_step.cl_1.after_optimizations-live-range.txt").write_text("again")
-    with pytest.raises(FileNotFoundError, match="holds 2 tables live-range of jit_step"):
+    with pytest.raises(FileNotFoundError, match="has 2 tables live-range of jit_step"):
         dumped(tmp_path, "jit_step")
 
 
@@ -67,7 +126,7 @@ Program hbm requirement 16.02G:
   Largest program allocations in hbm:
 
   1. Size: 1.34G
-     Operator: op_name="jit(step)/dot_general" source_file="phi4.py" source_line=206
+     Operator: op_name="jit(step)/jvp(mlp)/dot_general" source_file="phi4.py" source_line=206
      Shape: f32[16,2048,11008]{2,1,0:T(8,128)}
      Unpadded size: 1.34G
      XLA label: fusion.1858.remat4 = fusion(fusion.936), kind=kOutput, calls=fused_computation.1624
@@ -83,15 +142,15 @@ Program hbm requirement 16.02G:
 """
 
 
-def test_the_table_of_an_error():
+def test_allocations():
     assert allocations(ERROR) == [
-        (round(1.34 * 2**30), "fusion.1858.remat4 f32[16,2048,11008] jit(step)/dot_general"),
-        (570 * 2**20, "fusion.11 f32[29184,1,2560]"),
+        Buffer(round(1.34 * 2**30), "fusion.1858.remat4 f32[16,2048,11008] mlp/dot_general"),
+        Buffer(570 * 2**20, "fusion.11 f32[29184,1,2560]"),
     ]
     assert allocations("total memory required for HLO temporaries (32.29G) exceeds available HBM (15.75G).") == []
 
 
-def test_what_is_missing_is_said_by_either_text():
+def test_needed_from_either_message():
     late = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
     assert needed(late, held=7) == 20.5 * 2**30
     early = "RESOURCE_EXHAUSTED: the program's temporaries (512.0M) exceeds"

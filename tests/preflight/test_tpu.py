@@ -1,4 +1,4 @@
-"""The real step at real widths, two layers of each tower, compiled by the TPU compiler for chips that are not here."""
+"""The training step at full width, with two layers per tower, compiled by the TPU compiler for absent slices."""
 
 import concurrent.futures
 import dataclasses
@@ -11,9 +11,9 @@ from phivision_jax.cli.load_config import load_config
 from phivision_jax.cli.preflight import preflight
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.hardware.topology import parse_topology
-from phivision_jax.preflight import report
-from phivision_jax.preflight.compiling import compile_facts
-from phivision_jax.training.run_config import RunConfig
+from phivision_jax.preflight import step_report
+from phivision_jax.preflight.compiling import run_worker
+from phivision_jax.preflight.worker import train_facts
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu exists for Linux on x86-64")
 
@@ -37,26 +37,28 @@ def compilations():
 def compiled(topology):
     cfg = dataclasses.replace(load_config("configs/phi4_rv_15b.py:stage2"), model=MODEL)
     where = parse_topology(topology)
-    request = {"what": "train", "config": dataclasses.asdict(cfg), "topology": where.xla_name, "slices": 1}
-    facts = compile_facts(request | {"low_effort": True}, topology, shown=False)
-    return report.summary(RunConfig.from_dict(facts["config"]), where, facts, True), facts, where
+    facts = run_worker(topology, train_facts, cfg, where, True, shown=False)
+    return step_report.summary(facts["cfg"], where, facts, True), facts, where
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_the_step_at_real_widths_compiles_and_sends_what_it_should(topology, compilations):
+def test_step_compiles_for_tpu(topology, compilations):
     found, facts, where = compilations[topology].result()
-    assert found["fits"] and 0 < found["peak_bytes_per_chip"] < where.hbm_bytes_per_chip
-    # Nothing larger than a layer's weight is gathered or summed, but for the vocabulary's tables.
+    assert found["fits"] and 0 < found["peak_bytes_per_chip"] < where.chip.hbm_bytes
+    # Nothing larger than a layer's weight is gathered or summed, except the vocabulary's tables.
     large = [one for one in facts["collectives"] if one["result_bytes"] > LAYER]
     assert all(one["kind"] == "all-gather" and one["result_bytes"] <= TABLE for one in large)
     assert sum(one["times"] for one in large) <= 2
     assert not any(one["axes"] and "data" in one["axes"] for one in facts["collectives"] if one["kind"] == "all-gather")
-    # What is multiplied is what the model, its padding and the remat policy imply, and nothing twice.
+    # The program multiplies what the model, its padding and the remat policy imply, and nothing twice.
     assert found["matmul_flops_compiled"] / found["matmul_flops_implied"] == pytest.approx(1, abs=0.03)
-    assert found["modelled_mfu"] > 0 and "modelled" in report.text(found, where)
+    assert found["modelled_mfu"] > 0 and "modelled" in step_report.text(found)
+    # The largest buffers are named by the scopes of the model, or by the path of a parameter or moment.
+    named = [one["what"].split(" ", 2)[2:] for one in found["largest_buffers"]]
+    assert all(named) and any("/mlp/" in what for [what] in named), found["largest_buffers"]
 
 
-def test_a_step_that_is_too_large_says_so_and_exits_with_3(capsys, tmp_path):
+def test_preflight_exits_with_3_when_too_large(capsys, tmp_path):
     sizes = (
         "model.decoder.num_layers=16",
         "model.vision.num_layers=3",

@@ -1,6 +1,6 @@
-"""The fastest layout that fits: our own count ranks the remat policies, the compiler says what each leaves room for.
+"""Search for the fastest layout that fits: the modelled time ranks remat policies, the compiler decides what fits.
 
-for each policy, fastest first by modelled step time (our count alone, in seconds)
+for each policy, fastest first by modelled step time (our own count, in seconds)
   the least demanding of its layouts at low effort: largest group, one row at a time
     too large → the policy cannot fit at all, on with the next
     fits      → layouts that send less first: more rows at a time, smaller groups; each at low effort, then at default
@@ -15,14 +15,13 @@ from typing import Any
 from phivision_jax.hardware.topology import Topology
 from phivision_jax.models.remat import POLICIES
 from phivision_jax.preflight.model import modelled_step
-from phivision_jax.preflight.report import MARGIN
 from phivision_jax.training.run_config import MeshConfig, RunConfig
 
 GROUPS = (16, 32, 64, 128)
 
 
 def candidates(cfg: RunConfig, where: Topology) -> list[list[RunConfig]]:
-    """Configurations by policy, fastest first by our count; of a policy, what sends least first.
+    """Configurations by policy, fastest policy first; within a policy, those that send least first.
 
     Args:
       cfg: with nothing left open (``training.device_layout.resolve``).
@@ -46,35 +45,37 @@ def candidates(cfg: RunConfig, where: Topology) -> list[list[RunConfig]]:
 
 def _meshes(cfg: RunConfig, where: Topology) -> Iterator[MeshConfig]:
     mesh = cfg.mesh
-    copies = where.devices // (mesh.slice * mesh.tensor * mesh.context)
+    replicas = where.devices // (mesh.slice * mesh.tensor * mesh.context)
     for fsdp in dict.fromkeys((*GROUPS, mesh.fsdp)):
-        if copies % fsdp == 0:
-            yield dataclasses.replace(mesh, fsdp=fsdp, data=copies // fsdp)
+        if replicas % fsdp == 0:
+            yield dataclasses.replace(mesh, fsdp=fsdp, data=replicas // fsdp)
 
 
 def search(
     cfg: RunConfig,
     where: Topology,
     attempt: Callable[[RunConfig, bool], dict[str, Any]],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
+    margin: float,
 ) -> dict[str, Any] | None:
-    """The report of the fastest candidate that fits with a margin at default effort; None if none does.
+    """The report of the fastest candidate that fits at default effort; None if none does.
 
     Args:
-      attempt: compiles a configuration, at low effort or not, and gives its report (``report.summary``), or raises
+      attempt: compiles a configuration, at low effort or not, and returns its report (``step_report.summary``); raises
         ValueError where the compiler fails.
-      say: told about every attempt, in a sentence.
+      log: receives a line about every attempt.
+      margin: share of the memory that must stay free.
     """
 
     def fitting(tried: RunConfig, low_effort: bool) -> dict[str, Any] | None:
         effort = "low" if low_effort else "default"
         try:
             report = attempt(tried, low_effort)
-        except ValueError as error:  # the compiler itself fails on some: one less, not the end of the search
-            say(f"{_name(tried)}: does not compile at {effort} effort: {error}")
+        except ValueError as error:  # the compiler fails on some layouts; the search goes on
+            log(f"{_name(tried)}: does not compile at {effort} effort: {error}")
             return None
-        fits = report["fits"] and report["free_share"] >= MARGIN
-        say(f"{_name(tried)}: {'fits' if fits else 'too large'} at {effort} effort")
+        fits = report["fits"] and report["free_share"] >= margin
+        log(f"{_name(tried)}: {'fits' if fits else 'too large'} at {effort} effort")
         return report if fits else None
 
     for layouts in candidates(cfg, where):

@@ -1,12 +1,12 @@
-"""How long a step would take on chips that are not here: the model behind every time and MFU that is called *modelled*.
+"""Roofline model of a step's time, behind every time and MFU that is called *modelled*.
 
     seconds = matmul FLOPs / (peak · e)  +  attention FLOPs / (peak · e · 2/3)  +  HBM bytes / HBM bandwidth
-              + what communication sticks out of half of that, per kind of link, and what cannot hide at all
+              + per kind of link: exposed communication, and overlapped communication beyond half of the time so far
 
-``e``, the one fitted number of a generation, comes from published runs of other people's models (``EFFICIENCY``); the
-rest is counted here: what a chip executes, recompute and padding included, unlike ``flops``, which counts
-what the model asks for. MFU is the latter over these seconds. ``docs/roofline.md`` has every constant's source and the
-error on runs that were held out.
+``e``, the only fitted number of a generation, comes from published runs of other models (``EFFICIENCY``). The rest is
+counted here: the work that a chip executes, recompute and padding included, unlike ``hardware/flops.py``, which counts
+what the model requires. MFU is the latter over these seconds. ``docs/roofline.md`` has every constant's source and the
+error on held-out runs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Self
 
 from flax import nnx
 
+from phivision_jax.batch import RowShape
 from phivision_jax.config import ModelConfig
 from phivision_jax.hardware.flops import Workload, step_flops
 from phivision_jax.hardware.topology import CHIPS
@@ -30,7 +31,7 @@ EFFICIENCY = {"v5e": 0.8117, "v5p": 0.8278, "v6e": 0.7668}
 """Share of the peak that matrix products reach."""
 
 ATTENTION_RATIO = 2 / 3
-"""Efficiency of the attention kernel over that of matrix products, beside the array's idle part. Not fitted."""
+"""Efficiency of the attention kernel relative to matrix products, besides the array's idle part. Not fitted."""
 
 OVERLAP = 0.5
 """Share of the compute time under which asynchronous communication may hide. Not fitted."""
@@ -44,7 +45,7 @@ BLOCK = 1024
 VISION_BLOCK = 512
 """The same in the vision tower."""
 
-# A layer's last product only enters a sum, so nothing backward asks for it again.
+# A layer's last product only enters a sum, so the backward pass never needs it.
 _LAYER = frozenset({"elementwise", "qkv", "attention", "out", "gate_up"})
 _BEHIND = frozenset({"elementwise", "out", "gate_up"})
 RECOMPUTE: dict[str, frozenset[str]] = {
@@ -55,8 +56,8 @@ RECOMPUTE: dict[str, frozenset[str]] = {
     "offload": _LAYER,
     "offload_attention": _BEHIND,
 }
-"""What each policy of ``models/remat.py`` computes again: products of a layer, the attention kernel forward, the rest.
-Copies to the host and back are taken to hide."""
+"""Parts of a layer that each policy of ``models/remat.py`` recomputes: products, the attention kernel, the rest.
+Copies to the host and back are assumed to be hidden."""
 
 OPTIMIZER_BYTES = 12  # per trained parameter: fp32 gradient and parameter read, parameter written; beside its moments
 LOSS_BYTES = 24  # per token and entry of the vocabulary: fp32 logits touched three times forward, three times backward
@@ -65,13 +66,13 @@ WIRE = 2  # bytes of a weight or gradient between chips: bf16
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one chip executes and moves in one step."""
+    """Work and traffic of one chip in one step."""
 
     matmul_flops: float = 0.0
     attention_flops: float = 0.0
-    """Of the blocks visited, heads filled up to the matrix unit's width."""
+    """FLOPs of the visited blocks, heads padded to the matrix unit's width."""
     hbm_bytes: float = 0.0
-    """Of what is neither a matrix product nor attention."""
+    """Traffic of all operations but matrix products and attention."""
     ici_bytes_exposed: float = 0.0
     """Received from chips of the slice while the chip waits."""
     ici_bytes_overlapped: float = 0.0
@@ -89,7 +90,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Modelled seconds of one step, by what they go to; the parts follow one another."""
+    """Modelled seconds of one step by part; the parts do not overlap."""
 
     matmul: float
     attention: float
@@ -106,18 +107,17 @@ def step_time(work: Work, generation: str, efficiency: float | None = None) -> S
     """Modelled time of a chip's work.
 
     Args:
-      generation: as in ``CHIPS``.
+      generation: a key of ``CHIPS``.
       efficiency: of matrix products; default: the fitted one.
 
     Raises:
-      ValueError: for a generation whose efficiency was not fitted; for communication over links whose bandwidth Google
-        does not publish.
+      ValueError: for a generation without a fitted efficiency, or a link without a published bandwidth.
     """
     chip = CHIPS[generation]
     if efficiency is None:
         if generation not in EFFICIENCY:
             raise ValueError(
-                f"no published runs tell how efficient {generation} is; times are modelled for {', '.join(EFFICIENCY)}"
+                f"no published runs to fit {generation} to; times are modelled for {', '.join(EFFICIENCY)}"
             )
         efficiency = EFFICIENCY[generation]
     matmul = work.matmul_flops / (chip.peak_bf16_flops * efficiency)
@@ -132,7 +132,7 @@ def step_time(work: Work, generation: str, efficiency: float | None = None) -> S
             raise ValueError(f"the {name} bandwidth of {generation} is not published: this step has no modelled time")
         return waited / bandwidth + max(0.0, overlapped / bandwidth - hidden)
 
-    # Google states all links in both directions; a byte on the wire is counted where it arrives.
+    # Google publishes the sum of all links in both directions; a byte on the wire is counted where it arrives.
     received = None if chip.ici_bandwidth is None else chip.ici_bandwidth / 2
     ici = exposed("ICI", work.ici_bytes_exposed, work.ici_bytes_overlapped, received)
     dcn = exposed("DCN", work.dcn_bytes_exposed, work.dcn_bytes_overlapped, chip.dcn_bandwidth)
@@ -140,12 +140,12 @@ def step_time(work: Work, generation: str, efficiency: float | None = None) -> S
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is executed.
+# Executed work.
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Into how many parts a step is split; ``data`` replicas in each slice, and the slices, hold the same weights."""
+    """Shards of a step along each mesh axis; ``data`` and ``slices`` are replicas of the weights."""
 
     data: int = 1
     fsdp: int = 1
@@ -164,12 +164,17 @@ class Pairs:
 
     forward: float
     backward: float
-    """Of the backward kernel: five products, or four (without dq) where ``dq`` has a kernel of its own."""
+    """Pairs of the backward kernel: five products, or four (without dq) where ``dq`` has its own kernel."""
     dq: float | None = None
-    """Of that kernel: three products."""
+    """Pairs of the dq kernel: three products."""
 
     def flops(self, width: float, again: bool, trained: bool) -> float:
-        """FLOPs over heads of ``width`` in all; a product is 2 · pairs · width."""
+        """FLOPs over heads of total ``width``; a product is 2 · pairs · width.
+
+        Args:
+          again: the forward kernel runs once more in the backward pass.
+          trained: there is a backward pass.
+        """
         products = 2 * self.forward * (1 + again)
         if trained:
             products += 5 * self.backward if self.dq is None else 4 * self.backward + 3 * self.dq
@@ -183,18 +188,18 @@ class Pairs:
 def visited_pairs(
     length: int, segments: Sequence[int], block_q: int, block_kv: int, *, causal: bool = True, window: int = 0
 ) -> int:
-    """Pairs in the blocks of a row that a kernel visits which skips what no segment, mask or window lets through.
+    """Pairs in the blocks of a row that a kernel visits; it skips blocks without a visible pair.
 
     Args:
-      segments: lengths of the row's segments in order; the columns behind them are padding and see themselves only.
-      window: keys that a query sees at most, its own among them; 0: no limit.
+      segments: lengths of the row's segments in order; the positions after them are padding and see only themselves.
+      window: most keys that a query sees, its own included; 0: no limit.
 
     Raises:
       ValueError: for segments longer than the row.
     """
     if sum(segments) > length:
-        raise ValueError(f"segments of {sum(segments)} columns do not fit a row of {length}")
-    starts, ends = list(range(length)), list(range(length))  # first and last column of each column's segment
+        raise ValueError(f"segments of {sum(segments)} tokens do not fit a row of {length}")
+    starts, ends = list(range(length)), list(range(length))  # first and last position of each position's segment
     first = 0
     for size in segments:
         starts[first : first + size] = [first] * size
@@ -211,7 +216,7 @@ def visited_pairs(
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Like transformer layers, and a chip's share of what runs through them."""
+    """Equal transformer layers, and a chip's share of their work."""
 
     layers: int
     width: int
@@ -221,20 +226,21 @@ class Stack:
     head_dim: int
     gated: bool
     tokens: float
-    """Of the chip's part of the step, padding included."""
+    """Tokens of the chip's share of the step, padding included."""
     pairs: Pairs
-    """Of that part, over all layers."""
+    """Attention pairs of that share, over all layers."""
     recompute: Collection[str]
+    """A value of ``RECOMPUTE``."""
     backward: float = 2.0
-    """Backward FLOPs of the products over forward ones: 2 where everything trains, 1 where gradients only pass."""
+    """Ratio of backward to forward FLOPs of the products: 2 where all weights train, 1 where gradients only pass."""
     trained: float = 1.0
-    """Share of the weights that has a gradient."""
+    """Share of the weights that have a gradient."""
     residual_split: bool = False
-    """Norms and sums are split over ``tensor``; ours run whole on every chip of a group."""
+    """Norms and sums are split over ``tensor``; in our model every chip of a group runs all of them."""
 
     @property
     def products(self) -> dict[str, int]:
-        """Parameters of a layer's products, by the names of ``RECOMPUTE``."""
+        """Parameters of a layer's products, by their names in ``RECOMPUTE``."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "qkv": self.width * (q + 2 * kv),
@@ -273,11 +279,11 @@ class Stack:
 def head(
     entries: int, width: int, tokens: float, split: Split, backward: float = 2, trained: float = 1, again: bool = True
 ) -> Work:
-    """The head and its loss, of ``tokens`` on this chip.
+    """Work of the head and the loss for ``tokens`` on this chip.
 
     Args:
       backward, trained: as in ``Stack``.
-      again: the logits are computed once more backward instead of being kept.
+      again: the logits are recomputed in the backward pass instead of being kept.
     """
     product, returns = 2 * tokens * width * entries, backward > 0
     moved = _weights_moved(entries * width * WIRE / split.tensor, split, 1 + returns, trained)
@@ -285,7 +291,7 @@ def head(
 
 
 def optimizer(parameters: float, split: Split, moment_bytes: int = 4) -> Work:
-    """AdamW's own traffic for so many trained parameters, whose two moments are read and written."""
+    """AdamW's traffic for a number of trained parameters, whose two moments are read and written."""
     return Work(hbm_bytes=(OPTIMIZER_BYTES + 4 * moment_bytes) * parameters / (split.fsdp * split.tensor))
 
 
@@ -295,32 +301,28 @@ def executed_work(
     split: Split,
     *,
     rows: int,
-    length: int,
+    shape: RowShape,
     examples: Sequence[int],
-    vision_rows: int = 0,
-    num_patches: int = 0,
     images: Sequence[int] = (),
-    vision_tokens: int | None = None,
-    vision_recompute: Collection[str] = RECOMPUTE["full"],
-    decoder_recompute: Collection[str] = RECOMPUTE["full"],
+    remat: str = "full",
+    vision_remat: str = "full",
     lr_rules: Sequence[tuple[str, float]] = (),
     moment_bytes: int = 4,
 ) -> Work:
-    """What one chip does in a training step of our model.
+    """Work of one chip in a training step of our model.
 
     Args:
-      rows: B, of the whole step; ``length`` T, ``vision_rows`` R and ``num_patches`` P as in ``Batch``.
+      rows: B of the global step.
       examples: lengths of the examples in a typical row.
       images: patches of the images in a typical vision row.
-      vision_tokens: M of a row; default: R · P.
-      vision_recompute, decoder_recompute: what the layers compute again, say ``RECOMPUTE["full"]``.
-      lr_rules: as in ``OptimConfig``; what they scale by 0 is frozen.
+      lr_rules: as in ``OptimConfig``; parameters scaled by 0 are frozen.
     """
     vision, decoder, chips = config.vision, config.decoder, split.chips
-    patches = rows * vision_rows * num_patches
-    tokens = rows * (vision_rows * num_patches if vision_tokens is None else vision_tokens)
-    # All of every row, since padding costs time too; attention is counted by blocks, and here only whether it is there.
-    parts = step_flops(config, Workload(rows * length, 1, patches, min(patches, 1), tokens), lr_rules).parts
+    patches = rows * shape.total_patches
+    vision_tokens = rows * shape.merge[0] if shape.merge else patches
+    # Complete rows, since padding costs time too. Attention is counted by blocks; here one pair represents any number.
+    useful = Workload(rows * shape.length, 1, patches, min(patches, 1), vision_tokens)
+    parts = step_flops(config, useful, lr_rules).parts
     weights = _weights(config, tuple(lr_rules))
     unit = MATRIX_UNIT[generation]
 
@@ -330,7 +332,7 @@ def executed_work(
     def trained(prefix: str) -> float:
         return weights[prefix][0] / weights[prefix][1]
 
-    seen = visited_pairs(length, examples, BLOCK, BLOCK)
+    seen = visited_pairs(shape.length, examples, BLOCK, BLOCK)
     layers = Stack(
         layers=decoder.num_layers,
         width=decoder.hidden_size,
@@ -339,18 +341,18 @@ def executed_work(
         kv_heads=decoder.num_kv_heads,
         head_dim=decoder.head_dim,
         gated=True,
-        tokens=rows * length / chips,
+        tokens=rows * shape.length / chips,
         pairs=Pairs(seen, seen) * (decoder.num_layers * rows / chips),
-        recompute=decoder_recompute,
+        recompute=RECOMPUTE[remat],
         backward=backward("decoder"),
         trained=trained("decoder/layers"),
     )
     work = layers.work(split, unit)
     V, D = decoder.vocab_size, decoder.hidden_size
-    work += head(V, D, rows * length / chips, split, backward("head"), trained("decoder/lm_head"))
+    work += head(V, D, layers.tokens, split, backward("head"), trained("decoder/lm_head"))
     work += _weights_moved(V * D * WIRE / split.tensor, split, 1, trained("decoder/embed_tokens"))
     if patches:
-        seen = visited_pairs(num_patches, images, VISION_BLOCK, VISION_BLOCK, causal=False)
+        seen = visited_pairs(shape.num_patches, images, VISION_BLOCK, VISION_BLOCK, causal=False)
         tower = Stack(
             layers=vision.num_active_layers,
             width=vision.hidden_size,
@@ -360,8 +362,8 @@ def executed_work(
             head_dim=vision.head_dim,
             gated=False,
             tokens=patches / chips,
-            pairs=Pairs(seen, seen) * (vision.num_active_layers * rows * vision_rows / chips),
-            recompute=vision_recompute,
+            pairs=Pairs(seen, seen) * (vision.num_active_layers * rows * shape.vision_rows / chips),
+            recompute=RECOMPUTE[vision_remat],
             backward=backward("vision"),
             trained=trained("vision/layers"),
         )
@@ -371,7 +373,7 @@ def executed_work(
 
 @functools.cache
 def _weights(config: ModelConfig, lr_rules: tuple[tuple[str, float], ...]) -> dict[str, tuple[int, int]]:
-    """Trained parameters and all parameters by the first two parts of their names."""
+    """Trained and total parameters by the first two parts of their paths."""
     params = nnx.to_pure_dict(phivision.abstract(config)[1])
     trainable, frozen = optim.partition(params, OptimConfig(lr_rules=lr_rules))
     counts: dict[str, tuple[int, int]] = {}
@@ -384,17 +386,17 @@ def _weights(config: ModelConfig, lr_rules: tuple[tuple[str, float], ...]) -> di
 
 
 def _others(parts: int) -> float:
-    """The share of a result that comes from the other chips of a group."""
+    """Share of a result that comes from the other chips of a group."""
     return (parts - 1) / parts
 
 
 def _weights_moved(weights: float, split: Split, gathers: int, trained: float) -> Work:
-    """Weights gathered over fsdp, their gradient scattered over it and summed over replicas, in the slice and beyond.
+    """Traffic of weights gathered over fsdp and of gradients scattered over fsdp and summed over replicas and slices.
 
     Args:
-      weights: bytes of them that one tensor group's chip needs whole.
-      gathers: how often.
-      trained: the share of them with a gradient.
+      weights: bytes after the gather on a chip of one tensor group.
+      gathers: number of gathers per step.
+      trained: share of the weights with a gradient.
     """
     shard = weights / split.fsdp
     return Work(

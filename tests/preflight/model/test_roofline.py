@@ -1,4 +1,4 @@
-"""The modelled step time: its arithmetic by hand, and its fit against the committed numbers."""
+"""Modelled step time: arithmetic by hand, and the fit against the committed numbers."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import roofline as benchmark
+from phivision_jax.batch import RowShape
 from phivision_jax.config import ModelConfig
 from phivision_jax.hardware.flops import Workload, step_flops
 from phivision_jax.hardware.topology import CHIPS
@@ -25,10 +25,10 @@ from phivision_jax.preflight.model.roofline import (
     step_time,
     visited_pairs,
 )
+from tests.support import published_runs
 from tests.support.batches import TINY
-from tests.support.paths import ROOT
+from tests.support.published_runs import RESULTS
 
-RESULTS = ROOT / "docs" / "results"
 DOCUMENT = json.loads((RESULTS / "roofline_rows.json").read_text())
 ROWS = DOCUMENT["rows"]
 REPORT = json.loads((RESULTS / "roofline.json").read_text())
@@ -38,7 +38,7 @@ REPORT = json.loads((RESULTS / "roofline.json").read_text())
 # Time.
 
 
-def test_times_by_hand():
+def test_step_time():
     # v5e: 197 TFLOP/s, 819 GB/s, 400 GB/s over ICI in both directions, 3.125 GB/s over DCN.
     work = Work(197e12, 197e12 / 3, 819e9, 200e9, 600e9, 3.125e9, 6.25e9)
     time = step_time(work, "v5e", 0.5)
@@ -55,7 +55,7 @@ def test_times_by_hand():
 
 @pytest.mark.parametrize("field", ["peak_bf16_flops", "hbm_bandwidth", "ici_bandwidth", "dcn_bandwidth"])
 @pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
-def test_a_faster_chip_is_never_slower_and_more_work_never_faster(monkeypatch, generation, field):
+def test_step_time_is_monotonic(monkeypatch, generation, field):
     rng = np.random.default_rng(0)
     for _ in range(50):
         work = Work(*(10 ** rng.uniform(8, [15, 14, 12, 12, 12, 11, 11])))
@@ -70,8 +70,8 @@ def test_a_faster_chip_is_never_slower_and_more_work_never_faster(monkeypatch, g
             assert step_time(more, generation).seconds >= before * (1 - 1e-12)
 
 
-def test_what_is_not_published_is_said():
-    with pytest.raises(ValueError, match="how efficient v4 is; times are modelled for v5e, v5p, v6e"):
+def test_step_time_unpublished():
+    with pytest.raises(ValueError, match="no published runs to fit v4 to; times are modelled for v5e, v5p, v6e"):
         step_time(Work(1.0), "v4")
     with pytest.raises(ValueError, match="ICI bandwidth of v4"):
         step_time(Work(ici_bytes_overlapped=1.0), "v4", 0.5)
@@ -79,13 +79,13 @@ def test_what_is_not_published_is_said():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is executed.
+# Executed work.
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [0, 5])
 @pytest.mark.parametrize("blocks", [(4, 4), (4, 8), (8, 2)])
-def test_visited_blocks_are_those_with_a_visible_pair(causal, window, blocks):
+def test_visited_pairs_match_masks(causal, window, blocks):
     length, segments = 32, [7, 12, 6]
     ids = np.concatenate([np.repeat([0, 1, 2], segments), 3 + np.arange(7)])  # padding sees itself only
     row, column = np.arange(length)[:, None], np.arange(length)[None]
@@ -98,9 +98,9 @@ def test_visited_blocks_are_those_with_a_visible_pair(causal, window, blocks):
     assert visited_pairs(length, segments, *blocks, causal=causal, window=window) == tiles.sum() * blocks[0] * blocks[1]
 
 
-def test_visited_blocks_of_a_full_row_are_the_triangle_and_its_diagonal():
+def test_visited_pairs_of_full_row():
     assert visited_pairs(8192, [8192], 1024, 1024) == 36 * 1024**2
-    with pytest.raises(ValueError, match="segments of 11 columns do not fit a row of 10"):
+    with pytest.raises(ValueError, match="segments of 11 tokens do not fit a row of 10"):
         visited_pairs(10, [5, 6], 5, 5)
 
 
@@ -120,7 +120,7 @@ STACK = Stack(
 QKV, OUT, GATE_UP, DOWN = 400, 200, 400, 200
 
 
-def test_a_layer_by_hand():
+def test_stack_work():
     assert STACK.products == {"qkv": QKV, "out": OUT, "gate_up": GATE_UP, "down": DOWN}
     work = STACK.work(Split(), 8)
     assert work.matmul_flops == 3 * 2 * 7 * (3 * 1200 + 1000)
@@ -141,23 +141,23 @@ def test_a_layer_by_hand():
         ("offload_attention", OUT + GATE_UP, 1, 4),
     ],
 )
-def test_what_a_policy_computes_again(policy, products, forward_kernels, passes):
+def test_stack_recompute(policy, products, forward_kernels, passes):
     work = dataclasses.replace(STACK, recompute=RECOMPUTE[policy]).work(Split(), 1)
     assert work.matmul_flops == 3 * 2 * 7 * (3 * 1200 + products)
     assert work.attention_flops == 2 * 20 * (2 * forward_kernels * 100 + 5 * 200)
     assert work.hbm_bytes == 3 * 7 * passes * 440
 
 
-def test_every_policy_of_the_model_is_known():
+def test_recompute_knows_every_policy():
     assert RECOMPUTE.keys() == remat.POLICIES.keys()
 
 
-def test_separate_kernels_backward_are_seven_products():
+def test_pairs_separate_dq_kernel():
     assert Pairs(1, 10, 100).flops(1, again=False, trained=True) == 2 * (2 + 4 * 10 + 3 * 100)
     assert Pairs(1, 10, 100) * 2 == Pairs(2, 20, 200)
 
 
-def test_without_a_gradient_nothing_is_computed_again_or_scattered():
+def test_stack_frozen():
     frozen = dataclasses.replace(STACK, backward=0.0, trained=0.0).work(Split(fsdp=2), 5)
     assert frozen.matmul_flops == 3 * 2 * 7 * 1200
     assert frozen.attention_flops == 2 * 20 * 2 * 100
@@ -168,7 +168,7 @@ def test_without_a_gradient_nothing_is_computed_again_or_scattered():
     assert passed.matmul_flops == 3 * 2 * 7 * (2 * 1200 + 1000)
 
 
-def test_wires_by_hand():
+def test_stack_communication():
     weights = 3 * 1200 * 2
     shared = STACK.work(Split(data=2, fsdp=4, slices=5), 5)
     # Two gathers and a scatter of three quarters; a quarter summed over two replicas, and over five slices.
@@ -186,7 +186,7 @@ def test_wires_by_hand():
     assert context.ici_bytes_overlapped == pytest.approx(weights * 2 / 2)
 
 
-def test_the_head_and_the_optimizer_by_hand():
+def test_head_and_optimizer():
     assert head(30, 10, 7, Split()).matmul_flops == 2 * 7 * 300 * 4
     assert head(30, 10, 7, Split(), again=False) == Work(2 * 7 * 300 * 3, hbm_bytes=24 * 7 * 30)
     assert head(30, 10, 7, Split(), backward=0).matmul_flops == 2 * 7 * 300
@@ -196,43 +196,47 @@ def test_the_head_and_the_optimizer_by_hand():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The model's own step.
+# A step of our model.
+
+
+SHAPE = RowShape(256, 1, 128)
+TEXT = RowShape(256, 1, 0)
 
 
 def executed(config=TINY, split=None, **changes):
-    step = {"rows": 8, "length": 256, "examples": [100, 156], "vision_rows": 1, "num_patches": 128, "images": [60, 60]}
+    step = {"rows": 8, "shape": SHAPE, "examples": [100, 156], "images": [60, 60]}
     return executed_work(config, "v5e", split or Split(), **{**step, **changes})
 
 
-def test_a_full_step_is_the_model_s_count_where_nothing_is_padding_nor_computed_again():
-    none = RECOMPUTE["none"]
-    work = executed(vision_recompute=none, decoder_recompute=none)
+def test_executed_work_without_recompute_is_model_flops():
+    none = {"remat": "none", "vision_remat": "none"}
+    work = executed(**none)
     parts = step_flops(TINY, Workload(8 * 256, 0, 8 * 128, 0, 8 * 128)).parts
     products = sum(cost.total for cost in parts.values()) + parts["head"].forward  # the loss's logits, twice
     assert work.matmul_flops == pytest.approx(products, rel=0.01)
-    split = executed(split=Split(data=2, fsdp=4), vision_recompute=none, decoder_recompute=none)
+    split = executed(split=Split(data=2, fsdp=4), **none)
     assert split.matmul_flops == pytest.approx(work.matmul_flops / 8)
 
 
-def test_padding_costs_as_much_as_columns_do():
+def test_executed_work_counts_padding():
     assert executed(examples=[100]).matmul_flops == executed().matmul_flops
 
 
-def test_text_alone_has_no_tower():
-    text = executed(vision_rows=0, num_patches=0, images=())
-    assert text.matmul_flops == executed(vision_rows=0).matmul_flops < executed().matmul_flops
+def test_executed_work_text_only():
+    text = executed(shape=TEXT, images=())
+    assert text.matmul_flops == executed(shape=TEXT).matmul_flops < executed().matmul_flops
     assert text.attention_flops < executed().attention_flops
 
 
-def test_frozen_parts():
+def test_executed_work_frozen_parts():
     all_trained, tower = executed(), executed(lr_rules=(("vision", 0.0),))
     projector = executed(lr_rules=(("projector", 1.0), (".", 0.0)))
     assert projector.matmul_flops < tower.matmul_flops < all_trained.matmul_flops
     count = step_flops(TINY, Workload(8 * 256, 0, 8 * 128, 0, 8 * 128)).parts
     lost = all_trained.matmul_flops - tower.matmul_flops
-    again = count["vision"].forward  # about: the patch embedding is not computed again, nor is a block's last product
+    again = count["vision"].forward  # an upper bound: neither the patch embedding nor a block's last product
     assert count["vision"].backward < lost < count["vision"].backward + again
-    # Of the optimizer's traffic 28 bytes for every trained parameter are left, besides what forward and backward touch.
+    # The optimizer moves 28 bytes per trained parameter, 20 with moments in bf16.
     C, D = 24, 32
     weights = C * D + D + D * D + D
     counted = roofline._weights(TINY, (("projector", 1.0), (".", 0.0)))
@@ -241,7 +245,7 @@ def test_frozen_parts():
     assert projector.hbm_bytes - smaller.hbm_bytes == pytest.approx(8 * weights)
 
 
-def test_the_released_layer_costs_what_the_compiler_counted():
+def test_stack_matches_compiler_count():
     # XLA's own count for one more layer at T = 8,192 with full recompute, without the kernel.
     decoder = ModelConfig().decoder
     stack = Stack(1, 5120, 17_920, 40, 10, 128, True, 8192, Pairs(0, 0), RECOMPUTE["full"])
@@ -249,7 +253,7 @@ def test_the_released_layer_costs_what_the_compiler_counted():
     assert stack.work(Split(), 128).matmul_flops == pytest.approx(2.084e13, rel=1e-3)
 
 
-def test_blocks_are_those_of_the_kernel():
+def test_blocks_match_kernel():
     splash = pytest.importorskip("phivision_jax.models.attention.splash", exc_type=ImportError)
     for blocks in splash.BLOCKS.values():
         assert {blocks.q, blocks.kv, blocks.q_bwd, blocks.kv_bwd} == {roofline.BLOCK}
@@ -261,15 +265,15 @@ def test_blocks_are_those_of_the_kernel():
 # The published runs.
 
 
-def test_the_halves_follow_from_the_rule():
-    for generation in benchmark.GENERATIONS:
+def test_published_halves_follow_rule():
+    for generation in published_runs.GENERATIONS:
         rows = [row for row in ROWS if row["generation"] == generation]
         rows.sort(key=lambda row: row["parameters"])
         assert [row["half"] for row in rows] == (["fit", "held out"] * len(rows))[: len(rows)]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['generation']}-{row['name']}")
-def test_a_published_run_is_stated_consistently(row):
+def test_published_run_is_consistent(row):
     m = row["model"]
     heads, kv = m["heads"] * m["head_dim"], m["kv_heads"] * m["head_dim"]
     layer = m["width"] * (2 * heads + 2 * kv + (3 if m["gated"] else 2) * m["mlp"])
@@ -279,35 +283,35 @@ def test_a_published_run_is_stated_consistently(row):
     peak = CHIPS[row["generation"]].peak_bf16_flops
     assert published["mfu"] == pytest.approx(published["tflops"] * 1e12 / peak, rel=0.005)
     if tokens := published["tokens_per_second_per_chip"]:
-        # Our shapes and their count of FLOPs give the figure they printed.
-        per_token = benchmark.counted_flops(row) / (row["rows_per_chip"] * row["length"])
+        # Our shapes and their count of FLOPs give the published figure.
+        per_token = published_runs.counted_flops(row) / (row["rows_per_chip"] * row["length"])
         tolerance = 0.015 if row["generation"] == "v5p" else 1e-4  # that one is "approx. 692"
         assert per_token * tokens == pytest.approx(published["tflops"] * 1e12, rel=tolerance)
 
 
-def test_the_committed_efficiencies_are_those_of_the_fit():
-    assert benchmark.fitted(ROWS) == roofline.EFFICIENCY == REPORT["efficiency"]
-    results = benchmark.evaluate(ROWS, roofline.EFFICIENCY)
+def test_fit_matches_committed():
+    assert published_runs.fit_generations(ROWS) == roofline.EFFICIENCY == REPORT["efficiency"]
+    results = published_runs.evaluate(ROWS, roofline.EFFICIENCY)
     assert results == REPORT["rows"]
-    assert benchmark.errors(results) == REPORT["errors"]
+    assert published_runs.errors(results) == REPORT["errors"]
 
 
-def test_the_fit_never_sees_the_held_out_half():
+def test_fit_ignores_held_out_half():
     other = [{**r, "published": {**r["published"], "mfu": 0.1}} if r["half"] == "held out" else r for r in ROWS]
-    assert benchmark.fitted(other) == roofline.EFFICIENCY
+    assert published_runs.fit_generations(other) == roofline.EFFICIENCY
     held_out = [row["error"] for row in REPORT["rows"] if row["half"] == "held out"]
     assert REPORT["errors"]["held out, all"]["mean"] == pytest.approx(np.mean(np.abs(held_out)), abs=1e-4)
 
 
-def test_the_committed_figures_of_our_model_are_those_of_the_code():
-    assert benchmark.ours(roofline.EFFICIENCY) == REPORT["ours"]
+def test_our_model_matches_committed():
+    assert published_runs.our_model(roofline.EFFICIENCY) == REPORT["ours"]
 
 
-def test_the_figures_in_the_docs_are_the_committed_ones():
+def test_docs_match_committed():
     text = (RESULTS.parent / "roofline.md").read_text()
-    for name in benchmark.SLICES:
+    for name in published_runs.SLICES:
         with_images, alone = (
-            [100 * REPORT["ours"][f"{name}, {kind}, {policy}"]["modelled_mfu"] for policy in benchmark.POLICIES]
+            [100 * REPORT["ours"][f"{name}, {kind}, {policy}"]["modelled_mfu"] for policy in published_runs.POLICIES]
             for kind in ("text and images", "text")
         )
         cells = [f"{a:.1f} % ({b:.1f})" for a, b in zip(with_images, alone, strict=True)]

@@ -1,7 +1,8 @@
-"""What preflight says: one dict of plain values, the text for a terminal, and a figure."""
+"""Report of a compiled training step: one dict of plain values, a text for the terminal, and a figure."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,40 +12,32 @@ from phivision_jax.preflight.model import modelled_step
 from phivision_jax.training.run_config import RunConfig
 
 MARGIN = 0.1
-"""Share of the HBM that should stay free: the runtime, and programs beside the step, need some."""
+"""Share of the HBM that should stay free for the runtime and for programs beside the step."""
 
 
 def summary(cfg: RunConfig, where: Topology, facts: Mapping[str, Any], low_effort: bool) -> dict[str, Any]:
-    """Everything that is known of a compiled step, as JSON values (``--json`` writes it). Bytes are per chip."""
-    per_chip = where.devices // where.chips
+    """All facts and modelled figures of a step as JSON values (``--json`` writes them); bytes are per chip."""
+    per_chip = where.chip.devices
     memory = {name: size * per_chip for name, size in facts["memory"].items()}
     peak = facts["peak_bytes"] if facts["fits"] else facts["needed_bytes"]
     out: dict[str, Any] = {
         "topology": where.xla_name,
-        "cloud_name": where.cloud_name,
-        "slices": where.slices,
-        "chips": where.chips,
-        "hosts": where.hosts,
+        **{name: getattr(where, name) for name in ("cloud_name", "slices", "chips", "hosts")},
         "effort": "low" if low_effort else "default",
         "mesh": facts["mesh"],
-        "remat": cfg.remat,
-        "vision_remat": cfg.vision_remat,
-        "microbatches": cfg.microbatches,
-        "batch_rows": cfg.data.batch_rows,
-        "length": cfg.data.length,
-        "vision_rows": cfg.data.vision_rows,
-        "num_patches": cfg.data.num_patches,
+        **{name: getattr(cfg, name) for name in ("remat", "vision_remat", "microbatches")},
+        **{name: getattr(cfg.data, name) for name in ("batch_rows", "length", "vision_rows", "num_patches")},
         "compile_seconds": facts["compile_seconds"],
         "fits": facts["fits"],
         "peak_bytes_per_chip": peak * per_chip if peak is not None else None,
-        "hbm_bytes_per_chip": where.hbm_bytes_per_chip,
+        "hbm_bytes_per_chip": where.chip.hbm_bytes,
         "memory_bytes_per_chip": memory,
-        "largest_buffers": [{"bytes": size, "what": what} for size, what in facts["buffers"]],
+        "largest_buffers": [dataclasses.asdict(buffer) for buffer in facts["buffers"]],
         "checkpoint_bytes": facts["checkpoint_bytes"],
     }
     if not facts["fits"]:
         return out
-    out["free_share"] = 1 - out["peak_bytes_per_chip"] / where.hbm_bytes_per_chip
+    out["free_share"] = 1 - out["peak_bytes_per_chip"] / where.chip.hbm_bytes
     memory["activations"] = max(out["peak_bytes_per_chip"] - sum(memory.values()), 0)
     out["host_bytes_per_chip"] = facts["host_bytes"] * per_chip
     out["collectives"] = by_kind_and_axes(facts["collectives"])
@@ -53,19 +46,17 @@ def summary(cfg: RunConfig, where: Topology, facts: Mapping[str, Any], low_effor
     mix = modelled_step.Mix.of_recipe(cfg)
     try:
         return out | modelled_step.speed(cfg, where, mix, facts)
-    except ValueError as error:  # v4: nothing was published to fit or to divide by
+    except ValueError as error:  # v4: no published runs to fit, and no published bandwidths
         return out | {"modelled_step_seconds": None, "modelled_mfu": None, "not_modelled": str(error)}
 
 
 def by_kind_and_axes(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Collectives added up by kind and mesh axes, most bytes first."""
+    """Sum collectives by kind and mesh axes, most bytes first."""
     rows: dict[tuple, dict[str, Any]] = {}
+    sums = ("times", "result_bytes", "wire_bytes", "waited_wire_bytes", "largest_result_bytes")
     for one in found:
-        row = rows.setdefault(
-            (one["kind"], tuple(one["axes"])),
-            {"kind": one["kind"], "axes": list(one["axes"]), "times": 0}
-            | dict.fromkeys(("result_bytes", "wire_bytes", "waited_wire_bytes", "largest_result_bytes"), 0),
-        )
+        empty = {"kind": one["kind"], "axes": list(one["axes"])} | dict.fromkeys(sums, 0)
+        row = rows.setdefault((one["kind"], tuple(one["axes"])), empty)
         row["times"] += one["times"]
         row["result_bytes"] += one["result_bytes"] * one["times"]
         row["wire_bytes"] += one["wire_bytes"]
@@ -74,13 +65,13 @@ def by_kind_and_axes(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
     return sorted(rows.values(), key=lambda row: -row["wire_bytes"])
 
 
-def text(report: Mapping[str, Any], where: Topology) -> str:
+def text(report: Mapping[str, Any]) -> str:
     """The report for a terminal."""
-    r, lines = report, [str(where)]
+    r = report
     axes = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1) or "one device"
-    lines += [
+    lines = [
         f"  {axes}; remat {r['remat']} (vision {r['vision_remat']}), {r['microbatches']} microbatches of "
-        f"{r['batch_rows'] // r['microbatches']} rows x {r['length']:,} columns, "
+        f"{r['batch_rows'] // r['microbatches']} rows x {r['length']:,} tokens, "
         f"{r['vision_rows']} x {r['num_patches']:,} patches",
         f"  compiled at {r['effort']} effort in {r['compile_seconds']:.0f} s",
         "",
@@ -90,7 +81,7 @@ def text(report: Mapping[str, Any], where: Topology) -> str:
     if r.get("host_bytes_per_chip"):
         lines.append(f"    {'on the host':<14}{_gib(r['host_bytes_per_chip'])}")
     if r["largest_buffers"]:
-        lines.append("  largest buffers at the peak")
+        lines.append("  largest buffers at the peak: instruction, type, and the scopes that made them")
         lines += [f"    {_gib(one['bytes'])}  {one['what']}" for one in r["largest_buffers"][:6]]
     lines.append(f"  checkpoint      {_gib(r['checkpoint_bytes'])} (parameters and optimizer, all chips)")
     if not r["fits"]:
@@ -101,8 +92,7 @@ def text(report: Mapping[str, Any], where: Topology) -> str:
         f"{_gib(one['wire_bytes']):>17}{_gib(one['waited_wire_bytes']):>17}{_gib(one['largest_result_bytes']):>17}"
         for one in r["collectives"]
     ]
-    lines += ["", *_speed(r)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_speed(r)])
 
 
 def _speed(r: Mapping[str, Any]) -> list[str]:
@@ -111,8 +101,8 @@ def _speed(r: Mapping[str, Any]) -> list[str]:
     parts = ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in r["modelled_parts_seconds"].items() if s)
     compiled = r["matmul_flops_compiled"]
     return [
-        "modelled, never measured (docs/roofline.md), for examples of "
-        f"{r['example_columns']:,} columns of which {r['example_patches']:,} are patches",
+        "modelled, not measured (docs/roofline.md), for examples of "
+        f"{r['example_tokens']:,} tokens of which {r['example_patches']:,} are an image's",
         f"  step            {r['modelled_step_seconds']:.2f} s ({parts})",
         f"  MFU             {r['modelled_mfu']:.1%}",
         f"  FLOPs           {r['flops_per_step']:.3e} useful; matrix products of the program {compiled:.3e}, "
@@ -128,11 +118,11 @@ def _speed(r: Mapping[str, Any]) -> list[str]:
 def _verdict(r: Mapping[str, Any]) -> str:
     peak, hbm = r["peak_bytes_per_chip"], r["hbm_bytes_per_chip"]
     if peak is None:
-        return f"DOES NOT FIT in {_gib(hbm)} a chip (the compiler does not say by how much)"
+        return f"DOES NOT FIT in {_gib(hbm)} a chip (the compiler does not report by how much)"
     if not r["fits"]:
-        over = f"{_gib(peak)} needed, {_gib(hbm)} there: too much by {_gib(max(peak - hbm, 0))}"
-        return f"DOES NOT FIT: {over} a chip; use more chips, microbatches or recompute, or try --search"
-    few = "" if r["free_share"] >= MARGIN else f"; less than {MARGIN:.0%}, the runtime may need it"
+        over = f"needs {_gib(peak)} of {_gib(hbm)} a chip, {_gib(max(peak - hbm, 0))} too much"
+        return f"DOES NOT FIT: {over}; use more chips, microbatches or recompute, or try --search"
+    few = "" if r["free_share"] >= MARGIN else f"; less than {MARGIN:.0%}, which the runtime may need"
     return f"fits: peak {_gib(peak)} of {_gib(hbm)} a chip, {r['free_share']:.0%} free{few}"
 
 
@@ -141,35 +131,33 @@ def _gib(size: float) -> str:
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Memory by what holds it, and the modelled step by where its time goes, as a PNG."""
+    """Draw memory by content, and the modelled step by part, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    memory = {name: size / GIB for name, size in report["memory_bytes_per_chip"].items()}
-    parts = report.get("modelled_parts_seconds") or {}
+    parts = {name.replace("_", " "): s for name, s in (report.get("modelled_parts_seconds") or {}).items() if s}
     figure, axes = plt.subplots(1, 2 if parts else 1, figsize=(11 if parts else 6, 3.6), squeeze=False)
     figure.subplots_adjust(wspace=0.4)
-    top = axes[0][0]
-    left = 0.0
-    for i, (name, size) in enumerate(memory.items()):
-        top.barh(0, size, left=left, color=f"C{i}", label=f"{name} {size:.2f}")
-        left += size
-    hbm = report["hbm_bytes_per_chip"] / GIB
-    top.axvline(hbm, color="black", linestyle="--", label=f"HBM {hbm:.2f}")
-    needed = (report["peak_bytes_per_chip"] or 0) / GIB
-    top.axvline(needed, color="red", linestyle=":", label=f"peak {needed:.2f}")
-    top.set(title="memory per chip", xlabel="GiB", yticks=[], ylim=(-0.8, 0.8))
-    top.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8, frameon=False)
+    memory, left = axes[0][0], 0.0
+    for i, (name, size) in enumerate(report["memory_bytes_per_chip"].items()):
+        memory.barh(0, size / GIB, left=left, color=f"C{i}", label=f"{name} {size / GIB:.2f}")
+        left += size / GIB
+    for name, size, color, style in (
+        ("HBM", report["hbm_bytes_per_chip"], "black", "--"),
+        ("peak", report["peak_bytes_per_chip"] or 0, "red", ":"),
+    ):
+        memory.axvline(size / GIB, color=color, linestyle=style, label=f"{name} {size / GIB:.2f}")
+    memory.set(title="memory per chip", xlabel="GiB", yticks=[], ylim=(-0.8, 0.8))
+    memory.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8, frameon=False)
     if parts:
-        shown = {name.replace("_", " "): s for name, s in parts.items() if s}
-        bars = axes[0][1].barh(list(shown), list(shown.values()), color="C4")
-        axes[0][1].bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-        mfu = report["modelled_mfu"]
-        axes[0][1].set(title=f"modelled step: {report['modelled_step_seconds']:.2f} s, MFU {mfu:.1%}", xlabel="s")
-        axes[0][1].invert_yaxis()
-        axes[0][1].margins(x=0.15)
+        step = axes[0][1]
+        step.bar_label(step.barh(list(parts), list(parts.values()), color="C4"), fmt="%.2f", padding=2, fontsize=8)
+        seconds, mfu = report["modelled_step_seconds"], report["modelled_mfu"]
+        step.set(title=f"modelled step: {seconds:.2f} s, MFU {mfu:.1%}", xlabel="s")
+        step.invert_yaxis()
+        step.margins(x=0.15)
     several = f"{report['slices']} slices of " if report["slices"] > 1 else ""
     figure.suptitle(f"{several}{report['topology']}, T = {report['length']:,}", fontsize=11)
     figure.savefig(path, dpi=130, bbox_inches="tight")
