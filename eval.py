@@ -36,7 +36,7 @@ def evaluate(checkpoint: str | Location, data: str | Path, **settings) -> accura
     evaluator = Evaluator(Dataset.open(data), processor, **settings)
     with progress.bar("evaluate", len(evaluator.records)) as advance:
         result = evaluator(model, advance)
-    return accuracy_report.make_report(result, checkpoint=str(checkpoint), data=str(data), mode=evaluator.mode)
+    return accuracy_report.Report(str(checkpoint), str(data), evaluator.mode, result)
 
 
 def main(argv: list[str]) -> None:

@@ -45,7 +45,8 @@ def stats(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         plots = figure(computed)
-        page = html.page(_names(opened), [html.Section("Distributions", figures=[plots]), *report])
+        title = "Statistics of " + ", ".join(map(str, datasets))
+        page = html.page(title, [html.Section("Distributions", figures=[plots]), *report])
         (out / "stats.html").write_text(page, encoding="utf-8")
         (out / "stats.png").write_bytes(plots.png)
         (out / "stats.json").write_text(json.dumps(dataclasses.asdict(computed), indent=1) + "\n", encoding="utf-8")
@@ -92,17 +93,23 @@ def show(
         if loaded.inputs["sources"] != [dataset.hash for dataset in opened]:
             raise ValueError(f"{plan} was made from {', '.join(loaded.inputs['names'])}: name these, in this order")
         _check_range("--rows", rows, loaded.num_rows, plan)
+        title = f"Rows of {plan}"
         sections = [row_section(loaded, opened, processor, row) for row in rows or range(min(3, loaded.num_rows))]
     else:
+        from phivision_jax.data.shuffle import permutation
         from phivision_jax.data.view.show_records import LEGEND, record_section
 
         if len(opened) > 1:
             raise ValueError("show takes the records of one dataset; several datasets need --plan")
         _check_range("--records", records, len(opened[0]), opened[0].directory)
-        numbers = [*records, *_find(opened[0], ids)] or _sample(opened[0], sample, seed)
+        if sample < 1:
+            raise ValueError(f"--sample must be 1 or more, not {sample}")
+        sampled = sorted(permutation(len(opened[0]), seed)[:sample].tolist())
+        numbers = [*records, *_find(opened[0], ids)] or sampled
+        title = f"Records of {opened[0].directory}"
         sections = [LEGEND, *(record_section(opened[0], processor, i) for i in numbers)]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html.page(_names(opened), sections), encoding="utf-8")
+    out.write_text(html.page(title, sections), encoding="utf-8")
     print(f"wrote {out}")
 
 
@@ -121,22 +128,10 @@ def _open(
     return opened, processor
 
 
-def _names(datasets: list[Dataset]) -> str:
-    return ", ".join(dataset.directory.name for dataset in datasets)
-
-
 def _check_range(flag: str, numbers: tuple[int, ...], count: int, where: Path) -> None:
     for number in numbers:
         if not 0 <= number < count:
             raise ValueError(f"{flag} {number}: {where} has {flag.strip('-')} 0 to {count - 1:,}")
-
-
-def _sample(dataset: Dataset, count: int, seed: int) -> list[int]:
-    from phivision_jax.data.shuffle import permutation
-
-    if count < 1:
-        raise ValueError(f"--sample must be 1 or more, not {count}")
-    return sorted(permutation(len(dataset), seed)[:count].tolist())
 
 
 def _find(dataset: Dataset, ids: tuple[str, ...]) -> list[int]:

@@ -60,11 +60,12 @@ class EvalResult:
     def accuracy(self) -> float:
         return float(np.mean([answer.correct for answer in self.answers]))
 
-    def by(self, key: Callable[[Answer], str]) -> dict[str, tuple[float, int]]:
-        """Accuracy and count per value of ``key``."""
+    @property
+    def by_task(self) -> dict[str, tuple[float, int]]:
+        """Accuracy and number of questions of each "mode/task", in alphabetical order."""
         groups: dict[str, list[bool]] = defaultdict(list)
         for answer in self.answers:
-            groups[key(answer)].append(answer.correct)
+            groups[f"{answer.mode}/{answer.task}"].append(answer.correct)
         return {name: (float(np.mean(correct)), len(correct)) for name, correct in sorted(groups.items())}
 
 

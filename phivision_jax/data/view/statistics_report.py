@@ -149,8 +149,6 @@ def _draw(canvas: Canvas, stats: Statistics) -> None:
 
 
 def _vision_size(shape: RowShape) -> str:
-    if shape.vision_rows == 1:
-        return f"P = {shape.num_patches:,}"
     return f"R × P = {shape.vision_rows} × {shape.num_patches:,}"
 
 
