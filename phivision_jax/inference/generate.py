@@ -1,7 +1,7 @@
-"""Generation: prompts and pictures in, answers out, in batches.
+"""Batched generation: prompts and images in, answers out.
 
-Each row's answer is what it would be alone: padding is never attended to, and a row may hold any number of images or
-none (the released code's batched generation is wrong there).
+A row's answer does not depend on the other rows: padding is never attended to, and a row may have any number of images
+or none (the released code's batched generation is wrong there).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from phivision_jax.batch import Batch
-from phivision_jax.inference.cache import empty_cache, extend_segments, write_segment
+from phivision_jax.inference.cache import empty_cache
 from phivision_jax.inference.sampling import sample
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from phivision_jax.text.constants import PromptMode
 
 LENGTH_MULTIPLE = 128
-"""Prompts and patches are padded to multiples of this, so that few shapes are ever compiled."""
+"""Prompts and patches are padded to multiples of this, so that few shapes are compiled."""
 
 
 def generate(
@@ -44,26 +44,26 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> str | list[str]:
-    """Answer a prompt about some pictures, or a batch of them.
+    """Answer a prompt with or without images, or a batch of prompts.
 
         generate(model, processor, "What colour is the car?", images=[photo])           # one answer
         generate(model, processor, ["What is this?", "And 2 + 2?"], images=[[photo], []])  # a list of answers
 
     Args:
       prompt: a question or a conversation (a list of messages, see ``text.chat``); or a list of either.
-      images: PIL images, paths or bytes; for a list of prompts, one list each. They fill ``<image>`` markers in order;
-        a question without markers gets its images in front.
-      mode: "auto" leaves it to the model whether to think, "think" and "nothink" begin the answer so.
-      max_new_tokens: where to stop if the model does not.
-      temperature: 0 takes the likeliest token each time (as the published evaluations do).
-      top_p: nucleus of the distribution to draw from.
-      seed: of the draws.
+      images: PIL images, paths or bytes; for a list of prompts, one list each. They replace ``<image>`` markers in
+        order; a question without markers gets its images in front.
+      mode: "think" and "nothink" force the answer to begin so, "auto" leaves it to the model.
+      max_new_tokens: limit for answers that do not end by themselves.
+      temperature: 0 always takes the most likely token (as the published evaluations do).
+      top_p: probability mass of the nucleus to sample from, at a temperature above 0.
+      seed: of the sampling.
 
     Returns:
-      The answer, or one per prompt. Thoughts come as ``<think>…</think>``; control tokens do not.
+      The answer, or one per prompt, with thoughts as ``<think>…</think>`` and without control tokens.
 
     Raises:
-      ValueError: for images that do not match, or a prompt that leaves no room in the model's positions.
+      ValueError: when images and prompts do not match, or prompt and answer exceed the model's positions.
     """
     single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
     prompts = [prompt] if single else list(prompt)
@@ -81,15 +81,9 @@ def generate(
             f"the longest prompt has {longest} tokens, images included: with max_new_tokens={max_new_tokens} that "
             f"exceeds the model's {limit} positions"
         )
-    ids = generate_ids(
-        model,
-        batch,
-        max_new_tokens=max_new_tokens,
-        eos_id=processor.tokenizer.eos_id,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    eos_id = processor.tokenizer.eos_id
+    ids = generate_ids(model, batch, max_new_tokens=max_new_tokens, eos_id=eos_id, **sampling)
     answers = [answer_text(processor, row, mode) for row in ids]
     return answers[0] if single else answers
 
@@ -108,15 +102,15 @@ def generate_ids(
     """Continue each row of a batch of prompts.
 
     Args:
-      batch: one example per row, at the row's beginning.
-      eos_id: ends a row; None never ends one.
-      sharding: where rows are computed; the batch is NumPy then, and the same on every process.
+      batch: one example per row, from position 0.
+      eos_id: the token that ends an answer; None to always generate ``max_new_tokens``.
+      sharding: of the rows; requires a NumPy batch that is the same on every process.
 
     Returns:
-      [B, max_new_tokens] i32; after a row's ``eos_id``, ``eos_id`` again.
+      [B, max_new_tokens] i32; a row that has ended is filled up with ``eos_id``.
 
     Raises:
-      ValueError: for a batch with several examples in a row, or an empty one; for settings out of range.
+      ValueError: for a packed batch, an empty row, or a setting out of range.
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"need temperature >= 0 and 0 < top_p <= 1, not {temperature} and {top_p}")
@@ -124,22 +118,11 @@ def generate_ids(
         raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     segments = np.asarray(batch.segment_ids)
     if segments.max(initial=0) > 1 or not (segments[:, 0] == 1).all():
-        raise ValueError(
-            "generation takes one example per row, from column 0: this batch is packed or has an empty row"
-        )
+        raise ValueError("generation takes one example per row: this batch is packed or has an empty row")
     if sharding is not None:
         batch = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
-    graphdef, params = model.split()
-    ids = generate_tokens(
-        graphdef,
-        params,
-        batch,
-        jax.random.key(seed),
-        max_new_tokens,
-        -1 if eos_id is None else eos_id,
-        temperature,
-        top_p,
-    )
+    limits = max_new_tokens, -1 if eos_id is None else eos_id
+    ids = generate_tokens(*model.split(), batch, jax.random.key(seed), *limits, temperature, top_p)
     return np.asarray(ids if ids.is_fully_addressable else multihost_utils.process_allgather(ids, tiled=True))
 
 
@@ -154,18 +137,18 @@ def generate_tokens(
     temperature: float,
     top_p: float,
 ) -> jax.Array:
-    """Prefill and decoding in one program, [B, max_new_tokens] i32; ``generate_ids`` checks what goes in."""
+    """Prefill and decode in one program, [B, max_new_tokens] i32; ``generate_ids`` checks the arguments."""
     model = phivision.merge(graphdef, params)
     decoder = model.decoder
     B, T = batch.tokens.shape
     lengths = (batch.segment_ids > 0).sum(1)  # [B]
 
     def choose(hidden: jax.Array, step: jax.Array | int) -> jax.Array:
-        """hidden [B, 1, D] → the next token [B]"""
+        """The next token [B] from hidden [B, 1, D]."""
         step_key = jax.random.fold_in(key, step)
         return sample(decoder.lm_head(hidden)[:, 0], step_key, temperature=temperature, top_p=top_p)
 
-    segments = extend_segments(batch.segment_ids, max_new_tokens)
+    segments = jnp.pad(batch.segment_ids, ((0, 0), (0, max_new_tokens)))  # [B, S] of the cache; 0 for empty entries
     hidden, cache = decoder(
         model.embeds(batch),
         batch.positions,
@@ -179,22 +162,21 @@ def generate_tokens(
     out = jnp.full((B, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
 
     def unfinished(carry: tuple) -> jax.Array:
-        i, _, done, *_ = carry
-        return (i < max_new_tokens) & ~done.all()
+        return (carry[0] < max_new_tokens) & ~carry[2].all()
 
     def decode(carry: tuple) -> tuple:
-        """Feed token i−1 at column T+i−1, choose token i."""
+        """Feed token i−1, whose cache entry is T+i−1, and choose token i."""
         i, token, done, out, segments, cache = carry
-        column = T + i - 1
-        segments = write_segment(segments, column)
+        entry = T + i - 1
+        segments = jax.lax.dynamic_update_slice_in_dim(segments, jnp.ones((B, 1), jnp.int32), entry, axis=1)
         hidden, cache = decoder(
             decoder.embed_tokens(token[:, None]),
             (lengths + i - 1)[:, None],
-            jnp.full((B, 1), column),
+            jnp.full((B, 1), entry),
             jnp.ones((B, 1), jnp.int32),
             cache=cache,
             cache_segments=segments,
-            offset=column,
+            offset=entry,
         )
         token = jnp.where(done, eos_id, choose(hidden, i))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1)
@@ -208,9 +190,9 @@ def answer_text(processor: Processor, ids: np.ndarray, mode: PromptMode = "auto"
     """The text of generated ids up to the end token; thoughts keep their tags."""
     eos = np.flatnonzero(ids == processor.tokenizer.eos_id)
     ids = ids[: eos[0]] if len(eos) else ids
-    # A vocabulary padded beyond its tokenizer can yield ids that mean nothing.
+    # A vocabulary padded beyond its tokenizer can yield ids without a text.
     text = processor.decode(ids[ids < processor.tokenizer.vocab_size])
-    # A forced "think" opens the thought in the prompt; the answer shows the whole of it.
+    # In mode "think" the opening tag is part of the prompt; the answer shows it.
     return ("<think>" + text if mode == "think" else text).strip()
 
 

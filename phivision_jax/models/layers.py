@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.nn.initializers import Initializer
+from jax.nn.initializers import Initializer, truncated_normal
 
 from phivision_jax.models.elementwise import layer_norm, rms_norm
 from phivision_jax.models.remat import PRODUCT
@@ -34,10 +34,6 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], 
     """One parameter with the *logical* names of its axes; ``sharding.py`` alone maps those to a mesh."""
     # Without eager_sharding=False, building a model outside a mesh raises.
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes, eager_sharding=False)
-
-
-def truncated_normal(stddev: float) -> Initializer:
-    return jax.nn.initializers.truncated_normal(stddev)
 
 
 def project(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:

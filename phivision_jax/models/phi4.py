@@ -10,22 +10,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.nn.initializers import truncated_normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.config import DecoderConfig
 from phivision_jax.models.attention.attend import attend
 from phivision_jax.models.elementwise import swiglu
-from phivision_jax.models.layers import (
-    Linear,
-    RMSNorm,
-    apply_rope,
-    param,
-    residual_scale,
-    rope_angles,
-    stack,
-    truncated_normal,
-)
+from phivision_jax.models.layers import Linear, RMSNorm, apply_rope, param, residual_scale, rope_angles, stack
 from phivision_jax.models.lookup import lookup
 from phivision_jax.models.remat import INPUT, QKV, checkpoint
 from phivision_jax.sharding import constrain

@@ -29,12 +29,9 @@ _policies = jax.checkpoint_policies
 
 
 def _offload(*names: str) -> Callable[..., Any]:
-    return _policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(names),
-        offload_src="device",
-        offload_dst="pinned_host",
-    )
+    host = {"offload_src": "device", "offload_dst": "pinned_host"}
+    offload = _policies.save_and_offload_only_these_names
+    return offload(names_which_can_be_saved=[], names_which_can_be_offloaded=list(names), **host)
 
 
 POLICIES: dict[str, Callable[..., Any] | None] = {

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.nn.initializers import truncated_normal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -19,7 +20,7 @@ from phivision_jax.batch import Batch
 from phivision_jax.config import VisionConfig
 from phivision_jax.models.attention.attend import attend
 from phivision_jax.models.elementwise import gelu
-from phivision_jax.models.layers import LayerNorm, Linear, param, residual_scale, stack, truncated_normal
+from phivision_jax.models.layers import LayerNorm, Linear, param, residual_scale, stack
 from phivision_jax.models.remat import INPUT, QKV, checkpoint
 from phivision_jax.sharding import constrain
 

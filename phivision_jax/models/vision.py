@@ -6,6 +6,7 @@ gets a name in ``VISION_SIDES``; the projector's input width, merging and splici
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from flax import nnx
@@ -30,12 +31,8 @@ class VisionSide(Protocol):
     def __call__(self, batch: Batch) -> Float[Array, "B R P C"]: ...
 
 
-class _Constructor(Protocol):
-    def __call__(self, cfg: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, remat: str) -> VisionSide: ...
-
-
-VISION_SIDES: dict[str, _Constructor] = {"siglip2": Siglip2Encoder}
-"""Implementations by ``VisionConfig.encoder``."""
+VISION_SIDES: dict[str, Callable[..., VisionSide]] = {"siglip2": Siglip2Encoder}
+"""Implementations by ``VisionConfig.encoder``, constructed like ``make_vision_side``."""
 
 
 def make_vision_side(cfg: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, remat: str) -> VisionSide:

@@ -6,9 +6,10 @@ They exist so that a model trained from random weights can be written in the rel
 from __future__ import annotations
 
 from flax import nnx
+from jax.nn.initializers import truncated_normal
 
 from phivision_jax.config import VisionConfig
-from phivision_jax.models.layers import LayerNorm, Linear, param, truncated_normal
+from phivision_jax.models.layers import LayerNorm, Linear, param
 from phivision_jax.models.siglip2 import MLP, EncoderLayer
 
 

@@ -93,7 +93,5 @@ def attend(
 
 def _platform() -> str:
     if backend.value not in BACKENDS:
-        raise ValueError(
-            f"attention backend {backend.value!r} does not exist; choose one of {', '.join(map(repr, BACKENDS))}"
-        )
+        raise ValueError(f"attention backend {backend.value!r} does not exist; choose one of {', '.join(BACKENDS)}")
     return target_device().platform if backend.value == "auto" else backend.value

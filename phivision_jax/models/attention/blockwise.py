@@ -93,17 +93,12 @@ def _backward(sizes: tuple[int, int], saved: tuple[jax.Array, ...], d_out: jax.A
 _attention.defvjp(_forward, _backward)
 
 
-def _row(
-    sizes: tuple[int, int],
-    q: Float[Array, "T N H"],
-    k: Float[Array, "S K H"],
-    v: Float[Array, "S K H"],
-    segments: Int32[Array, " T"],
-    kv_segments: Int32[Array, " S"],
-    span_end: Int32[Array, " T"],
-) -> tuple[Float[Array, "T N H"], Float[Array, "i K r"]]:
-    """The result, and log Σ exp(score) of each query, in blocks."""
-    queries, keys, values, q_ids, k_ids, spans = _blocks(sizes, q, k, v, segments, kv_segments, span_end)
+def _row(sizes: tuple[int, int], *inputs: jax.Array) -> tuple[Float[Array, "T N H"], Float[Array, "i K r"]]:
+    """The result, and log Σ exp(score) of each query in blocks, for one row.
+
+    ``inputs`` are q [T, N, H], k and v [S, K, H], segments [T], kv_segments [S] and span_end [T]; ``sizes`` are (t, s).
+    """
+    (q, _, v, *_), (queries, keys, values, q_ids, k_ids, spans) = inputs, _blocks(sizes, *inputs)
 
     def one(args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, q_ids, span_end, first, last = args
@@ -126,20 +121,12 @@ def _row(
 
 
 def _row_backward(
-    sizes: tuple[int, int],
-    q: Float[Array, "T N H"],
-    k: Float[Array, "S K H"],
-    v: Float[Array, "S K H"],
-    segments: Int32[Array, " T"],
-    kv_segments: Int32[Array, " S"],
-    span_end: Int32[Array, " T"],
-    out: Float[Array, "T N H"],
-    normaliser: Float[Array, "i K r"],
-    d_out: Float[Array, "T N H"],
+    sizes: tuple[int, int], *saved: jax.Array
 ) -> tuple[Float[Array, "T N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
-    """Gradients of q, k and v."""
+    """Gradients of q, k and v, from the inputs and results of ``_row`` and the gradient of its first result."""
+    *inputs, out, normaliser, d_out = saved
+    (q, k, v, *_), (queries, keys, values, q_ids, k_ids, spans) = inputs, _blocks(sizes, *inputs)
     (S, K, H), (block, _) = k.shape, sizes
-    queries, keys, values, q_ids, k_ids, spans = _blocks(sizes, q, k, v, segments, kv_segments, span_end)
     # A term that all scores of a query share: the softmax's gradient is weights · (d_weights - common).
     common = (d_out.astype(jnp.float32) * out).sum(-1)
 
@@ -168,15 +155,8 @@ def _row_backward(
     return _from_query_blocks(d_q, q), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
-def _scores(
-    q: Float[Array, "K r H"],
-    k: Float[Array, "K s H"],
-    q_ids: Int32[Array, " t"],
-    k_ids: Int32[Array, " s"],
-    span_end: Int32[Array, " t"],
-    j: Int32[Array, ""],
-) -> Float[Array, "K r s"]:
-    """fp32 scores of a block of queries and the j-th block of keys."""
+def _scores(q, k, q_ids, k_ids, span_end, j) -> Float[Array, "K r s"]:
+    """fp32 scores of a block of queries q [K, r, H] and the j-th block of keys k [K, s, H]."""
     scores = jnp.einsum("KrH,KsH->Krs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     positions = j * len(k_ids) + jnp.arange(len(k_ids))
     visible = (q_ids[:, None] == k_ids) & (positions <= span_end[:, None])  # [t, s], the same for all heads

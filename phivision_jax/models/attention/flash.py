@@ -98,13 +98,7 @@ def visible_keys(
 
 
 @jax.custom_vjp
-def _attention(
-    q: Float[Array, "*B T N H"],
-    k: Float[Array, "*B S K H"],
-    v: Float[Array, "*B S K H"],
-    first: Int32[Array, "*B T"],
-    past: Int32[Array, "*B T"],
-) -> Float[Array, "*B T N H"]:
+def _attention(q, k, v, first, past) -> Float[Array, "*B T N H"]:
     return _forward(q, k, v, first, past)[0]
 
 

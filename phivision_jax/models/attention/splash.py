@@ -51,11 +51,8 @@ class Blocks(NamedTuple):
 
 
 # By JAX's device kind. Each compiles within the chip's VMEM; none has been timed on a chip.
-BLOCKS = {
-    "TPU v5 lite": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v5e
-    "TPU v5": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v5p
-    "TPU v6 lite": Blocks(1024, 1024, 512, 1024, 1024, 512),  # v6e
-}
+_LARGE = Blocks(1024, 1024, 512, 1024, 1024, 512)
+BLOCKS = {"TPU v5 lite": _LARGE, "TPU v5": _LARGE, "TPU v6 lite": _LARGE}  # v5e, v5p, v6e
 # Without span_end, all of a block in which two images meet is computed: smaller ones waste less on 2,000 patches.
 VISION_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)
 DEFAULT_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)  # fits the smallest scoped VMEM of any chip
@@ -105,17 +102,8 @@ def splash(
     return shard_map_attention(local, q, k, v, (ids, span_end), (ids,), axes=axes)
 
 
-def _row(
-    q: Float[Array, "T N H"],
-    k: Float[Array, "S K H"],
-    v: Float[Array, "S K H"],
-    q_ids: Int32[Array, " T"],
-    span_end: Int32[Array, " T"] | None,
-    kv_ids: Int32[Array, " S"],
-    *,
-    blocks: Blocks,
-    interpret: bool,
-) -> Float[Array, "T N H"]:
+def _row(q, k, v, q_ids, span_end, kv_ids, *, blocks: Blocks, interpret: bool) -> Float[Array, "T N H"]:
+    """One row: q [T, N, H], k and v [S, K, H], q_ids [T], span_end [T] or None, kv_ids [S]."""
     T, S = q.shape[0], k.shape[0]
     bq, bkv = _block(T, blocks.q, LANES), _block(S, blocks.kv, blocks.kv_compute)
     bq_bwd, bkv_bwd = _block(T, blocks.q_bwd, LANES), _block(S, blocks.kv_bwd, blocks.kv_bwd_compute)
