@@ -1,4 +1,4 @@
-"""The TPU's kernel against ``plain``, its Python run on the CPU: small rows, small blocks, every kind of packing."""
+"""The TPU kernel, interpreted on the CPU, against ``plain``: small rows and blocks, all kinds of packing."""
 
 import functools
 
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from phivision_jax.models.attention.attend import attend, backend
-from phivision_jax.models.attention.plain import plain
 from phivision_jax.sharding import MESH_AXES, make_mesh
+from tests.support.attention import arrays, by_plain
 
 pytest.importorskip("tokamax")
 from phivision_jax.models.attention.splash import Blocks, _block, _mask_info, splash
@@ -23,7 +23,7 @@ SMALL = Blocks(128, 128, 128, 128, 128, 128)
 def packing(rng, B, T, images):
     """Segments of random lengths, padding after them, and a span_end with up to ``images`` images per row.
 
-    The first image lies across the middle of the row, where blocks meet, if a segment does.
+    The first image extends over the middle of the row, where blocks meet, if a segment does.
     """
     segments, span = np.zeros((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1))
     for b in range(B):
@@ -41,18 +41,13 @@ def packing(rng, B, T, images):
     return jnp.asarray(segments), jnp.asarray(span)
 
 
-def arrays(rng, B, T, N, K, H):
-    return [jnp.asarray(rng.normal(size=(B, T, n, H)), jnp.float32) for n in (N, K, K)]
-
-
 @functools.cache
 def with_grads(options):
-    """``plain`` without options, else ``splash``; compiled once, whatever the packing."""
+    """``plain`` without options, else ``splash``; compiled once for all packings."""
 
     def loss(q, k, v, segments, span, weight):
         if options is None:
-            columns = jnp.full_like(segments, q.shape[1] - 1) if span is None else span
-            out = plain(q, k, v, segments, segments, columns)
+            out = by_plain(q, k, v, segments, span)
         else:
             out = splash(q, k, v, segment_ids=segments, span_end=span, blocks=options, interpret=True)
         return (out * weight).sum(), out
@@ -60,8 +55,8 @@ def with_grads(options):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
-def agree(q, k, v, segments, span, rng, blocks=SMALL):
-    """Results in real columns within 1e-5 and gradients within 1e-4 of ``plain``; everything finite."""
+def assert_equals_plain(q, k, v, segments, span, rng, blocks=SMALL):
+    """Results outside padding within 1e-5 and gradients within 1e-4 of ``plain``; everything finite."""
     weight = jnp.asarray(rng.normal(size=q.shape), jnp.float32) * (segments > 0)[..., None, None]
     want_grads, want = with_grads(None)(q, k, v, segments, span, weight)
     got_grads, got = with_grads(blocks)(q, k, v, segments, span, weight)
@@ -74,39 +69,39 @@ def agree(q, k, v, segments, span, rng, blocks=SMALL):
 
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**16), images=st.sampled_from([0, 3]))
-def test_random_packings(seed, images):
+def test_splash_equals_plain_on_random_packings(seed, images):
     """The decoder: four query heads per key head; images across the borders of blocks, and several in one block."""
     rng = np.random.default_rng(seed)
     segments, span = packing(rng, 2, 256, images)
-    agree(*arrays(rng, 2, 256, 4, 1, 8), segments, span, rng)
+    assert_equals_plain(*arrays(rng, 2, 256, 4, 1, 8), segments, span, rng)
 
 
 @settings(max_examples=6)
 @given(seed=st.integers(0, 2**16), full=st.booleans())
-def test_vision(seed, full):
-    """No span; heads of 72, which no register's width divides; a last block filled up after padding or a segment."""
+def test_splash_without_span_end(seed, full):
+    """The vision tower: heads of 72, which do not divide a register; a last block filled after padding or a segment."""
     rng = np.random.default_rng(seed)
     segments, _ = packing(rng, 2, 250, 0)
     if full:
         segments = jnp.where(segments == 0, 5, segments)
-    agree(*arrays(rng, 2, 250, 1, 1, 72), segments, None, rng)
+    assert_equals_plain(*arrays(rng, 2, 250, 1, 1, 72), segments, None, rng)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("T", [200, 300])
-def test_rows_that_no_block_divides(T):
-    """Different blocks forward and backward, products smaller than blocks, and columns to fill the last one."""
+def test_splash_pads_rows_to_blocks(T):
+    """Different blocks forward and backward, products smaller than blocks, and a last block to fill."""
     rng = np.random.default_rng(T)
     segments, span = packing(rng, 1, T, 2)
     blocks = Blocks(128, 256, 128, 256, 128, 128)
-    agree(*arrays(rng, 1, T, 2, 1, 8), segments, span, rng, blocks)
+    assert_equals_plain(*arrays(rng, 1, T, 2, 1, 8), segments, span, rng, blocks)
 
 
-def test_blocks_of_other_segments_are_not_visited():
+def test_splash_skips_blocks_of_other_segments():
     """NaN in the keys of segment 1 would reach segment 2 through any product, masked or not.
 
-    The other row is one segment, whose blocks are all needed: each row must have a list of its own. Padding shares a
-    block with segment 2, and must not make that block meet more than it does.
+    All blocks of the other row, which is one segment, are needed: each row must have its own list of blocks. Padding
+    shares a block with segment 2, and must not make that block visit others.
     """
     rng = np.random.default_rng(0)
     q, k, v = arrays(rng, 2, 256, 4, 1, 8)
@@ -120,8 +115,8 @@ def test_blocks_of_other_segments_are_not_visited():
     assert np.isfinite(dq[0, 128:]).all() and np.isfinite(dq[1]).all()
 
 
-def test_attend_takes_the_kernel_where_it_should():
-    """For self-attention of rows that fill a block, on a TPU or when told so; traced only."""
+def test_attend_chooses_splash():
+    """For self-attention of rows that fill a block, on a TPU or by ``backend``; traced only."""
 
     def kernel_in(T, **options):
         shapes = [jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)] * 3
@@ -144,19 +139,19 @@ def test_attend_takes_the_kernel_where_it_should():
 @pytest.mark.parametrize(
     "N, K", [(6, 3), pytest.param(4, 2, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)]
 )
-def test_split_over_a_mesh(N, K):
-    """Rows, heads and queries split two ways each: 3 key heads repeated first, 2 not, 3 query heads left whole."""
+def test_splash_on_mesh(N, K):
+    """Rows, heads and queries split in two each: 3 key heads are repeated first, 2 are not, 3 query heads not split."""
     rng = np.random.default_rng(N)
     segments, span = packing(rng, 2, 256, 3)
     with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 2, "context": 2})):
-        agree(*arrays(rng, 2, 256, N, K, 8), segments, span, rng)
+        assert_equals_plain(*arrays(rng, 2, 256, N, K, 8), segments, span, rng)
 
 
-def test_blocks_by_hand():
-    """Blocks of 2 queries and 2 keys; columns 1-4 are an image.
+def test_mask_info_by_hand():
+    """Blocks of 2 queries and 2 keys; positions 1-4 are an image.
 
     span_end  0 4 | 4 4 | 4 5      keys      0 1 | 2 3 | 4 5
-                                   queries 0-1  1     1     1      the first query sees column 0 only, the second 0-4
+                                   queries 0-1  1     1     1      the first query sees key 0 only, the second 0-4
                                            2-3  2     2     1
                                            4-5  2     2     1
     """
@@ -171,11 +166,11 @@ def test_blocks_by_hand():
 @pytest.mark.parametrize(
     "length, size", [(8192, 1024), (512, 512), (130, 256), (1536, 1024), (1000, 1024), (2200, 1024), (600, 1024)]
 )
-def test_block_sizes(length, size):
+def test_block_size(length, size):
     assert _block(length, 1024, 512) == size
 
 
-def test_scaling_rounds_once():
+def test_splash_rounds_scale_once():
     """In bf16 the factors H^-1/2 and log2(e) are off by up to 0.3 %, and with them the temperature of every softmax.
 
     With v = identity the result is the softmax itself, whose logarithm has slope 1 over the scores.
