@@ -26,9 +26,9 @@ import tyro
 _ROOT = Path(__file__).resolve().parent.parent
 _COPY = """
 import pathlib, shutil, sys
-from phivision_jax.convert.output import flush
+from phivision_jax.io.atomic import sync_tree
 shutil.copytree(*sys.argv[1:])
-flush(pathlib.Path(sys.argv[2]))
+sync_tree(pathlib.Path(sys.argv[2]))
 """
 
 

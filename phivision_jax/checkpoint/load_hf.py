@@ -1,6 +1,6 @@
-"""A Hugging Face directory straight into sharded jax arrays, without a checkpoint in between.
+"""Load a Hugging Face directory directly into sharded JAX arrays, without a checkpoint of ours in between.
 
-Read a block of rows at a time, several at once: from a bucket each block is a request that mostly waits.
+Blocks of rows are read several at a time: in a bucket, each is a request that mostly waits.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def load_hf_params(
     *,
     vision_tail: bool = False,
 ) -> Tree:
-    """The parameters {vision, projector, decoder} of a released-layout directory, leaf by leaf.
+    """The parameters {vision, projector, decoder} of a released-layout directory.
 
-    The host holds one device's share of one leaf and a few blocks at a time, besides what its own devices hold.
+    Besides the arrays on its own devices, the host holds one device's shard of one leaf and a few blocks at a time.
 
     Args:
       directory: holds config.json and safetensors; may be a URL.
-      config: what the tensors must fit.
-      shardings: a nested dict of ``jax.sharding.Sharding`` as the parameters are nested; default: the default device.
-      dtype: what to cast to, layer by layer; default: as stored.
-      vision_tail: also the block, norm and head that never run (they belong to checkpoints).
+      config: the model that the tensors must fit.
+      shardings: nested dict of ``jax.sharding.Sharding``, like the parameters; default: the first local device.
+      dtype: dtype of the arrays; default: as stored.
+      vision_tail: also load the block, norm and head that never run (they belong to checkpoints).
 
     Raises:
       ValueError: when the directory does not hold exactly this model, naming the tensors.
@@ -45,29 +45,25 @@ def load_hf_params(
     source = HFSource(HFDirectory(location(directory)), model_leaves(config))
     by_path = dict(flatten(shardings or {}))
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    pool = ThreadPoolExecutor(WORKERS)
 
     def make(leaf: Leaf) -> jax.Array:
         target = np.dtype(dtype or source.dtype(leaf))
 
         def read(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None  # jax's type; it passes slices to any sharding but a scalar's
-            return read_region(source, leaf, index, target, pool)
+            assert index is not None  # only a scalar's sharding passes None
+            return _read_region(source, leaf, index, target, pool)
 
         return jax.make_array_from_callback(leaf.shape, by_path.get(leaf.path, default), read)
 
-    try:
+    with ThreadPoolExecutor(WORKERS) as pool:
         return build_tree(make, config, vision_tail)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        source.close()
 
 
-def read_region(
+def _read_region(
     source: HFSource, leaf: Leaf, index: tuple[slice, ...], dtype: np.dtype, pool: ThreadPoolExecutor
 ) -> np.ndarray:
-    """``leaf[index]``, reading only the rows of theirs that it touches and casting block by block."""
-    spans = [range(size)[cut] for size, cut in zip(leaf.shape, index, strict=True)]
+    """``leaf[index]``: reads only the rows of Hugging Face tensors in it, and casts block by block."""
+    spans = [range(size)[span] for size, span in zip(leaf.shape, index, strict=True)]
     layers = spans.pop(0) if leaf.stacked else range(1)
     axis, per = leaf.row_axis, leaf.rows_per_index
     rows = range(spans[axis].start * per, spans[axis].stop * per)

@@ -1,22 +1,24 @@
-"""The two conversions as functions: plan, say the plan, stage a directory, stream, finish. `cli` is their front.
+"""The two conversions: plan, report the plan, open a new directory, stream the tensors.
 
-Every check that can be made from headers is made before the destination is touched.
+Everything that headers and metadata can show is checked before the destination is touched.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import shutil
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.filesize import decimal
 
 from phivision_jax.checkpoint import manifest
 from phivision_jax.checkpoint.layout import ASSETS, META, ORBAX_MARK, PARAMS, find, read_meta
@@ -36,55 +38,39 @@ from phivision_jax.convert.mapping import (
     projector_leaves,
     vision_leaves,
 )
-from phivision_jax.convert.output import copy_file, human, require_space, resolved, staged, uploaded
-from phivision_jax.convert.stream import FreshProjector, Parts, Source, copy
+from phivision_jax.convert.output import new_checkpoint, require_space, resolved
+from phivision_jax.convert.stream import FreshProjector, Source, copy
 from phivision_jax.io import storage
+from phivision_jax.io.progress import bar
 from phivision_jax.io.storage import Location, read_json
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-type Files = dict[PurePosixPath, Location | bytes]
-"""Other files to write: name → where to copy from, or the bytes."""
+type Part = tuple[Source, list[Leaf]]
+"""Leaves, and the source to read them from."""
+type Files = dict[str, Location | bytes]
+"""Other files to write: relative name → the file to copy, or the contents."""
 type Tensors = Mapping[str, tuple[np.dtype, Shape]]
 
 CASTS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def say(line: str) -> None:
-    console.print(line, markup=False)
+def log(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
-@contextmanager
-def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr while the block runs, and a line with time and rate after it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    start = time.perf_counter()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.advance(task, done)
-    seconds = time.perf_counter() - start
-    say(f"{label}: {human(total)} in {seconds:.1f} s, {total / seconds / 1e6:.0f} MB/s")
+def dtypes_of(parts: Iterable[Part], dtype: str) -> dict[str, np.dtype]:
+    """The dtype to store each leaf in: its own ("keep"), or one for all."""
+    return {leaf.path: CASTS.get(dtype) or source.dtype(leaf) for source, leaves in parts for leaf in leaves}
 
 
-def dtypes_of(source: Source, leaves: list[Leaf], dtype: str) -> dict[str, np.dtype]:
-    """What each leaf will be stored as: as it is ("keep"), or all as one."""
-    return {leaf.path: CASTS[dtype] if dtype != "keep" else source.dtype(leaf) for leaf in leaves}
-
-
-def count_bytes(leaves: list[Leaf], dtypes: Mapping[str, np.dtype]) -> int:
-    return sum(int(np.prod(leaf.shape)) * dtypes[leaf.path].itemsize for leaf in leaves)
+def count_bytes(leaves: Iterable[Leaf], dtypes: Mapping[str, np.dtype]) -> int:
+    return sum(math.prod(leaf.shape) * dtypes[leaf.path].itemsize for leaf in leaves)
 
 
 def tensors_of(leaves: list[Leaf], dtypes: Mapping[str, np.dtype]) -> Tensors:
-    """Their tensors with shape and dtype.
+    """The Hugging Face tensors of these leaves.
 
     Raises:
-      ValueError: when the parts of a fused tensor are of different dtypes.
+      ValueError: when the parts of a fused tensor have different dtypes.
     """
     found: dict[str, np.dtype] = {}
     for leaf in leaves:
@@ -94,17 +80,42 @@ def tensors_of(leaves: list[Leaf], dtypes: Mapping[str, np.dtype]) -> Tensors:
     return {name: (found[name], shape) for name, shape in hf_shapes(leaves).items()}
 
 
-def _plan(
-    verb: str, source: str, out: Location, leaves: list[Leaf], dtypes: Mapping[str, np.dtype], sidecars: int
-) -> int:
-    """Print what will happen, and refuse what cannot fit."""
+@contextmanager
+def _writing(
+    verb: str,
+    sources: Sequence[Location],
+    out: Location,
+    overwrite: bool,
+    leaves: list[Leaf],
+    dtypes: Mapping[str, np.dtype],
+    num_files: int,
+) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """Report the plan and refuse what cannot fit; yield the new directory, and a function that takes written bytes."""
     total, shapes = count_bytes(leaves, dtypes), hf_shapes(leaves)
     kinds = ", ".join(sorted({dtype.name for dtype in dtypes.values()}))
-    numbers = sum(int(np.prod(shape)) for shape in shapes.values())
-    say(f"{verb}: {source} -> {out}")
-    say(f"  {len(shapes)} tensors, {numbers:,} parameters, {human(total)} as {kinds}; {sidecars} other files")
+    log(f"{verb}: {' + '.join(map(str, sources))} -> {out}")
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    log(f"  {len(shapes)} tensors, {numbers:,} parameters, {decimal(total)} as {kinds}; {num_files} other files")
     require_space(total + total // 100, out)
-    return total
+    with new_checkpoint(out, overwrite, sources, log) as directory:
+        start = time.perf_counter()
+        with bar(verb, total, in_bytes=True, shown=sys.stderr.isatty()) as advance:
+            yield directory, advance
+        seconds = time.perf_counter() - start
+        log(f"{verb}: {decimal(total)} in {seconds:.1f} s, {decimal(int(total / seconds))}/s")
+    log(f"wrote {out}")
+
+
+def _write_files(files: Files, directory: Path) -> None:
+    for name, content in files.items():
+        target = directory / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            target.write_bytes(content)
+        elif isinstance(content, Path):
+            shutil.copyfile(content, target)
+        else:
+            storage.download(content.parent, target.parent, [content.name])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,17 +123,15 @@ def _plan(
 
 
 def to_jax(hf_dir: Location, out: Location, dtype: str, overwrite: bool) -> None:
-    hf = HFDirectory(hf_dir)
-    config = model_config(hf_dir)
+    """Convert a Hugging Face directory to a checkpoint of ours."""
+    hf, config = HFDirectory(hf_dir), model_config(hf_dir)
     leaves = model_leaves(config)
-    with closing(HFSource(hf, leaves)) as source:
-        meta = {"step": 0, "source": {"kind": "huggingface", "directory": resolved(hf_dir).name}}
-        assets = _assets(hf)
-        _write_ours(source, leaves, config, out, dtype, overwrite, [hf_dir], meta, assets)
+    origin = {"kind": "huggingface", "directory": resolved(hf_dir).name}
+    _write_ours([(HFSource(hf, leaves), leaves)], config, [hf_dir], out, dtype, overwrite, origin, _assets(hf))
 
 
 def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: str, overwrite: bool, seed: int) -> None:
-    """A start for training: a text-only Phi-4, a SigLIP-2, and a projector that was never trained."""
+    """Compose a checkpoint to train from: a text-only Phi-4, a SigLIP-2, and a fresh projector."""
     text, siglip = HFDirectory(decoder_dir), HFDirectory(vision_dir)
     vision_json = read_json(vision_dir / "config.json")
     config = ModelConfig(
@@ -130,88 +139,64 @@ def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: s
         vision=vision_config(vision_json.get("vision_config", vision_json)),
     )
     decoder, vision = decoder_leaves(config.decoder), vision_leaves(config.vision, SIGLIP2_PREFIX)
-    leaves = decoder + vision + projector_leaves(config)
     decoder_source = HFSource(text, decoder)
-    vision_source = HFSource(siglip, vision, SIGLIP2_UNUSED)
-    kept = CASTS[dtype] if dtype != "keep" else decoder_source.dtype(decoder[0])
-    fresh = FreshProjector(kept, seed)
-    parts = Parts({"decoder": decoder_source, "vision": vision_source, "projector": fresh})
-    with closing(parts):
-        names = {"decoder": resolved(decoder_dir).name, "vision": resolved(vision_dir).name}
-        meta = {"step": 0, "source": {"kind": "composed", **names, "projector_seed": seed}}
-        assets = _assets(text)
-        # The decoder's own config.json describes another model.
-        assets[PurePosixPath("config.json")] = json_bytes(config_json(config))
-        assets |= _with_think_tokens(assets)
-        if vision_source.unused:
-            prefixes = ", ".join(SIGLIP2_UNUSED)
-            say(f"ignoring {len(vision_source.unused)} tensors of {vision_dir} that have no place here ({prefixes})")
-        say(f"projector: LeCun-normal kernels, zero biases, seed {seed}")
-        _write_ours(parts, leaves, config, out, dtype, overwrite, [decoder_dir, vision_dir], meta, assets)
+    fresh = FreshProjector(CASTS.get(dtype) or decoder_source.dtype(decoder[0]), seed)
+    parts: list[Part] = [
+        (decoder_source, decoder),
+        (HFSource(siglip, vision, SIGLIP2_UNUSED), vision),
+        (fresh, projector_leaves(config)),
+    ]
+    assets = _assets(text)
+    # The decoder's own config.json describes another model.
+    assets["config.json"] = json_bytes(config_json(config))
+    assets |= _with_think_tokens(assets)
+    if unused := [name for name in siglip.entries if name.startswith(SIGLIP2_UNUSED)]:
+        log(f"ignoring {len(unused)} tensors of {vision_dir} that this model lacks ({', '.join(SIGLIP2_UNUSED)})")
+    log(f"projector: LeCun-normal kernels, zero biases, seed {seed}")
+    names = {"decoder": resolved(decoder_dir).name, "vision": resolved(vision_dir).name}
+    origin = {"kind": "composed", **names, "projector_seed": seed}
+    _write_ours(parts, config, [decoder_dir, vision_dir], out, dtype, overwrite, origin, assets)
 
 
 def _with_think_tokens(assets: Files) -> Files:
     """The tokenizer's files with ``<think>`` and ``</think>`` in the two places that Phi-4-reasoning gave them.
 
-    A plain Phi-4 has unused tokens there, of the same ids.
+    A plain Phi-4 has unused tokens with the same ids there.
     """
     renamed: Files = {}
-    for name in map(PurePosixPath, ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")):
-        content = assets.get(name)
-        text = content if content is None or isinstance(content, bytes) else content.read_bytes()
-        if text is not None and b"<think>" not in text and b"<|dummy_87|>" in text:
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        content = assets.get(name, b"")
+        text = content if isinstance(content, bytes) else content.read_bytes()
+        if b"<think>" not in text and b"<|dummy_87|>" in text:
             renamed[name] = text.replace(b"<|dummy_86|>", b"<think>").replace(b"<|dummy_87|>", b"</think>")
     if renamed:
-        say("tokenizer: <|dummy_86|> and <|dummy_87|> become <think> and </think>, as in Phi-4-reasoning")
+        log("tokenizer: <|dummy_86|> and <|dummy_87|> become <think> and </think>, as in Phi-4-reasoning")
     return renamed
 
 
 def _write_ours(
-    source: Source,
-    leaves: list[Leaf],
+    parts: list[Part],
     config: ModelConfig,
+    sources: list[Location],
     out: Location,
     dtype: str,
     overwrite: bool,
-    sources: list[Location],
-    meta: Mapping[str, Any],
+    origin: Mapping[str, Any],
     assets: Files,
 ) -> None:
-    dtypes = dtypes_of(source, leaves, dtype)
-    total = _plan("to-jax", " + ".join(map(str, sources)), out, leaves, dtypes, len(assets))
-    with _writing("to-jax", total, out, overwrite, sources) as (tmp, advance):
-        sink = ours.OursSink(tmp, dtypes, leaves)
-        copy(source, sink, leaves, dtypes, advance)
-        _put(assets, tmp / "assets")
-        sink.finish(config, meta)
-    say(f"wrote {out}")
-
-
-@contextmanager
-def _writing(
-    verb: str, total: int, out: Location, overwrite: bool, sources: list[Location]
-) -> Iterator[tuple[Path, Callable[[int], None]]]:
-    """The directory to fill, and whom to tell the bytes of tensors that are in it."""
-    with (
-        uploaded(out, overwrite, sources, say) as place,
-        progress(verb, total) as advance,
-        staged(place, overwrite, sources, say) as tmp,
-    ):
-        yield tmp, advance
+    dtypes = dtypes_of(parts, dtype)
+    leaves = [leaf for _, part in parts for leaf in part]
+    with _writing("to-jax", sources, out, overwrite, leaves, dtypes, len(assets)) as (directory, advance):
+        sink = ours.OursSink(directory, dtypes, leaves)
+        for source, part in parts:
+            copy(source, sink, part, dtypes, advance)
+        _write_files(assets, directory / ASSETS)
+        sink.finish(config, {"step": 0, "source": origin})
 
 
 def _assets(hf: HFDirectory) -> Files:
-    """What is kept of a Hugging Face directory besides its tensors; a shard that no index names is not."""
-    return {path: hf.directory / path for path in hf.sidecars() if path.suffix != ".safetensors"}
-
-
-def _put(files: Files, directory: Path) -> None:
-    for name, content in files.items():
-        if isinstance(content, bytes):
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_bytes(content)
-        else:
-            copy_file(content, directory / name)
+    """The files of a Hugging Face directory beside its tensors, except weights that no index names."""
+    return {name: hf.directory / name for name in hf.sidecars() if not name.endswith(".safetensors")}
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
@@ -226,7 +211,7 @@ def find_checkpoint(path: Location) -> Location:
     """The checkpoint at ``path``; of a training run the newest step, and a line that says so."""
     found = find(path)
     if found != path:
-        say(f"{path} is a training run; taking the newest step, {found.name}")
+        log(f"{path} is a training run; taking the newest step, {found.name}")
     return found
 
 
@@ -241,13 +226,13 @@ def open_ours(path: Location, *parts: str) -> tuple[Location, ModelConfig, list[
     """
     found = find_checkpoint(path)
     if PARAMS in parts and (found / manifest.MANIFEST).exists():
-        say(f"{found}: reading its files once, to check them")
+        log(f"{found}: reading its files once, to check them")
     manifest.check(found, parts)
     config, _ = read_meta(found)
     leaves = model_leaves(config)
     source = ours.OursSource(found, leaves)
     if source.adapters is not None:
-        say(f"{found} has {source.adapters}; they are merged as they are read")
+        log(f"{found} has {source.adapters}; they are merged as they are read")
     return found, config, leaves, source
 
 
@@ -260,57 +245,53 @@ def to_hf(
     overwrite: bool,
     force: bool,
 ) -> None:
+    """Convert a checkpoint of ours to a Hugging Face directory.
+
+    Args:
+      like: a Hugging Face directory whose shards, headers, index and other files to reproduce.
+      force: write a model that ``config.json`` cannot express, without saying so in it.
+    """
     parts = (META, PARAMS, ASSETS) if like is None else (META, PARAMS)
     found, config, leaves, source = open_ours(checkpoint, *parts)
-    with closing(source):
-        expressible = config
-        if force:
-            expressible = dataclasses.replace(
-                config, image_attention="causal", image_layout="naflex", projector=ProjectorConfig()
-            )
-        config_json(expressible)  # raises for what config.json cannot say
-        dtypes = dtypes_of(source, leaves, dtype)
-        tensors = tensors_of(leaves, dtypes)
-        if like is None:
-            headers, files = _new_layout(expressible, tensors, found / "assets", shard_bytes)
-        else:
-            headers, files = _layout_like(HFDirectory(like), expressible, tensors)
-        total = _plan("to-hf", str(found), out, leaves, dtypes, len(files))
-        sources = [found] if like is None else [found, like]
-        with _writing("to-hf", total, out, overwrite, sources) as (tmp, advance):
-            with closing(HFSink(tmp, headers)) as sink:
-                copy(source, sink, leaves, dtypes, advance)
-            _put(files, tmp)
-    say(f"wrote {out}")
+    if force:
+        expressible: dict[str, Any] = {"image_attention": "causal", "image_layout": "naflex"}
+        config = dataclasses.replace(config, projector=ProjectorConfig(), **expressible)
+    config_json(config)  # raises for what it cannot express
+    dtypes = dtypes_of([(source, leaves)], dtype)
+    tensors = tensors_of(leaves, dtypes)
+    if like is None:
+        headers, files = _new_layout(config, tensors, found / ASSETS, shard_bytes)
+    else:
+        headers, files = _layout_like(HFDirectory(like), config, tensors)
+    sources = [found] if like is None else [found, like]
+    with _writing("to-hf", sources, out, overwrite, leaves, dtypes, len(files)) as (directory, advance):
+        copy(source, HFSink(directory, headers), leaves, dtypes, advance)
+        _write_files(files, directory)
 
 
 def _new_layout(
     config: ModelConfig, tensors: Tensors, assets: Location, shard_bytes: int
 ) -> tuple[dict[str, bytes], Files]:
+    """Headers of new shards; the assets, with an index and a ``config.json`` that fits."""
     headers, index = plan_shards(tensors, shard_bytes)
-    found = (name for name in map(PurePosixPath, storage.files(assets)) if name.name != ORBAX_MARK)
-    files: Files = {name: assets / name for name in found}
+    files: Files = {name: assets / name for name in storage.files(assets) if not name.endswith(ORBAX_MARK)}
     if index is not None:
-        files[PurePosixPath(INDEX)] = index
-    base = read_json(assets / "config.json") if PurePosixPath("config.json") in files else None
+        files[INDEX] = index
+    base = read_json(assets / "config.json") if "config.json" in files else None
     values = config_json(config, base)
     kinds = {dtype.name for dtype, _ in tensors.values()}
-    if len(kinds) == 1:  # mixed dtypes are for the tensors themselves to say
-        key = "torch_dtype" if "torch_dtype" in values else "dtype"
-        values[key] = kinds.pop()
+    if len(kinds) == 1:  # mixed dtypes are stated by the tensors alone
+        values["torch_dtype" if "torch_dtype" in values else "dtype"] = kinds.pop()
     if values != base:
-        files[PurePosixPath("config.json")] = json_bytes(values)
+        files["config.json"] = json_bytes(values)
     return headers, files
 
 
 def _layout_like(hf: HFDirectory, config: ModelConfig, tensors: Tensors) -> tuple[dict[str, bytes], Files]:
-    """The headers, index and other files of ``hf``, byte for byte."""
+    """The headers, the index and the other files of ``hf``."""
     where = f"--like {hf.directory}"
-    check(
-        {name: entry.shape for name, entry in hf.entries.items()},
-        {n: shape for n, (_, shape) in tensors.items()},
-        where,
-    )
+    shapes = {name: entry.shape for name, entry in hf.entries.items()}
+    check(shapes, {name: shape for name, (_, shape) in tensors.items()}, where)
     for name, entry in hf.entries.items():
         if entry.dtype != tensors[name][0]:
             raise ValueError(
@@ -318,7 +299,5 @@ def _layout_like(hf: HFDirectory, config: ModelConfig, tensors: Tensors) -> tupl
             )
     if model_config(hf.directory) != config:
         raise ValueError(f"{where}: its config.json describes another model than this checkpoint's")
-    files: Files = {path: hf.directory / path for path in hf.sidecars()}
-    if INDEX in hf.files:
-        files[PurePosixPath(INDEX)] = hf.directory / INDEX
-    return hf.headers, files
+    names = [*hf.sidecars(), INDEX] if INDEX in hf.files else hf.sidecars()
+    return hf.headers, {name: hf.directory / name for name in names}

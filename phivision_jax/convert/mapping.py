@@ -48,7 +48,7 @@ class Leaf:
     start: int = 0
     """The leaf's first row in a fused tensor."""
     stacked: bool = False
-    """Whether our array has a leading layer axis."""
+    """True if our array has a leading layer axis."""
 
     @functools.cached_property
     def their_axes(self) -> list[list[str]]:
@@ -92,7 +92,7 @@ class Leaf:
 
     @property
     def is_linear(self) -> bool:
-        """Whether this is the kernel of a linear layer, [in…, out…]."""
+        """True for the kernel of a linear layer, [in…, out…]."""
         return self.row_axis > 0
 
     def to_ours(self, block: np.ndarray) -> np.ndarray:

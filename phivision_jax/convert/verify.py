@@ -1,30 +1,28 @@
-"""Looking without changing: `verify` two checkpoints of either kind, `inspect` one."""
+"""Compare two checkpoints of either kind, and describe one."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from pathlib import PurePosixPath
+import sys
+from collections import Counter
 from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
+from rich.filesize import decimal
 
 from phivision_jax.checkpoint.layout import META, PARAMS
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert.hf import INDEX, HFDirectory, HFSource
 from phivision_jax.convert.hf_config import model_config
-from phivision_jax.convert.jobs import count_bytes, dtypes_of, open_ours, progress, tensors_of
+from phivision_jax.convert.jobs import count_bytes, dtypes_of, open_ours, tensors_of
 from phivision_jax.convert.mapping import Leaf, model_leaves
 from phivision_jax.convert.ours import BLOCK_BYTES
-from phivision_jax.convert.output import human
-from phivision_jax.convert.stream import Difference, Source, compare
+from phivision_jax.convert.stream import IDENTICAL, Source, compare
 from phivision_jax.io import storage
+from phivision_jax.io.progress import bar
 from phivision_jax.io.storage import Location
 
-_out = Console(highlight=False, soft_wrap=True)
 _LISTED = 12
 
 
@@ -38,6 +36,9 @@ class Opened:
     leaves: list[Leaf]
     source: Source
     hf: HFDirectory | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.kind})"
 
 
 def open_checkpoint(path: Location, *parts: str) -> Opened:
@@ -57,50 +58,52 @@ def open_checkpoint(path: Location, *parts: str) -> Opened:
 
 
 def verify(path_a: Location, path_b: Location) -> bool:
-    """Print how two checkpoints differ; True when no value does (and between two Hugging Face directories, no file)."""
+    """Print how two checkpoints differ.
+
+    Returns:
+      Whether no value differs, nor, between two Hugging Face directories, any file.
+
+    Raises:
+      ValueError: when they are different architectures, or as ``open_checkpoint``.
+    """
     a, b = (open_checkpoint(path, META, PARAMS) for path in (path_a, path_b))
     if [(leaf.path, leaf.shape) for leaf in a.leaves] != [(leaf.path, leaf.shape) for leaf in b.leaves]:
         raise ValueError(f"{a.path} and {b.path} are different architectures; `inspect` shows each")
-    with progress("verify", count_bytes(a.leaves, dtypes_of(a.source, a.leaves, "keep"))) as advance:
-        found = compare(a.source, b.source, a.leaves, advance)
-    differing = {name: d for name, d in found.items() if not d.same_values}
-    same_bytes = sum(d.same_bytes for d in found.values())
-    table = Table("tensors", "count", title=f"{a.path} ({a.kind})  |  {b.path} ({b.kind})")
-    table.add_row("identical bytes", str(same_bytes))
-    table.add_row("equal values, other bytes", str(len(found) - same_bytes - len(differing)))
-    table.add_row("different", str(len(differing)))
-    _out.print(table)
-    for name, d in list(differing.items())[:_LISTED]:
-        _out.print(f"different: {name}, max abs error {d.max_error:.3g}", markup=False)
-    if len(differing) > _LISTED:
-        _out.print(f"… and {len(differing) - _LISTED} more")
+    total = count_bytes(a.leaves, dtypes_of([(a.source, a.leaves)], "keep"))
+    with bar("verify", total, in_bytes=True, shown=sys.stderr.isatty()) as advance:
+        errors = compare(a.source, b.source, a.leaves, advance)
+    differing = {name: error for name, error in errors.items() if error > 0}
+    counts = Counter(errors.values())
+    print(f"{a} and {b}:")
+    print(f"  {counts[IDENTICAL]} tensors with identical bytes, {counts[0]} with equal values in other bytes,")
+    print(f"  {len(differing)} different")
+    _print_some([f"different: {name}, max abs error {error:.3g}" for name, error in differing.items()])
     if a.config != b.config:
-        _out.print("configurations differ (inspect shows each)")
-    same_files = a.hf is None or b.hf is None or _verify_files(a.hf, b.hf, found)
+        print("configurations differ (inspect shows each)")
+    same_files = a.hf is None or b.hf is None or _compare_files(a.hf, b.hf, errors)
     same = not differing and a.config == b.config and same_files
-    _out.print("same" if same else "NOT the same")
+    print("same" if same else "NOT the same")
     return same
 
 
-def _verify_files(a: HFDirectory, b: HFDirectory, found: dict[str, Difference]) -> bool:
-    def names(hf: HFDirectory) -> set[PurePosixPath]:
-        return {*hf.sidecars(), *(PurePosixPath(name) for name in (*hf.headers, INDEX) if name in hf.files)}
+def _print_some(lines: list[str]) -> None:
+    print(*lines[:_LISTED], *([f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []), sep="\n")
 
-    both = sorted(names(a) & names(b))
-    differing = [name for name in both if not _same_file(a, b, str(name), found)]
-    alone = sorted(names(a) ^ names(b))
-    _out.print(
-        f"files: {len(both) - len(differing)} byte-identical, {len(differing)} different, {len(alone)} on one side only"
-    )
-    for name in (*differing, *alone)[:_LISTED]:
-        _out.print(f"  {name}", markup=False)
+
+def _compare_files(a: HFDirectory, b: HFDirectory, errors: dict[str, float]) -> bool:
+    names = [{*hf.sidecars(), *hf.headers, *({INDEX} & hf.files.keys())} for hf in (a, b)]
+    both, alone = sorted(names[0] & names[1]), sorted(names[0] ^ names[1])
+    differing = [name for name in both if not _same_file(a, b, name, errors)]
+    counts = f"{len(both) - len(differing)} byte-identical, {len(differing)} different, {len(alone)} on one side only"
+    print(f"files: {counts}")
+    _print_some([f"  {name}" for name in (*differing, *alone)])
     return not differing and not alone
 
 
-def _same_file(a: HFDirectory, b: HFDirectory, name: str, found: dict[str, Difference]) -> bool:
-    if name in a.headers and name in b.headers:  # every byte after a header is a tensor's, and these are compared
+def _same_file(a: HFDirectory, b: HFDirectory, name: str, errors: dict[str, float]) -> bool:
+    if name in a.headers and name in b.headers:  # the bytes after a header are tensors, which were compared
         tensors = (tensor for tensor, entry in a.entries.items() if entry.file.name == name)
-        return a.headers[name] == b.headers[name] and all(found[tensor].same_bytes for tensor in tensors)
+        return a.headers[name] == b.headers[name] and all(errors[tensor] == IDENTICAL for tensor in tensors)
     size = a.files[name]
     return size == b.files[name] and all(
         storage.read_range(a.directory / name, start, BLOCK_BYTES)
@@ -110,9 +113,9 @@ def _same_file(a: HFDirectory, b: HFDirectory, name: str, found: dict[str, Diffe
 
 
 def inspect(path: Location, as_json: bool) -> None:
-    """Print what a checkpoint of either kind is and holds; no weight is read for it, and none checked."""
+    """Print the configuration and the tensors of a checkpoint of either kind, without reading weights."""
     opened = open_checkpoint(path, META)
-    dtypes = dtypes_of(opened.source, opened.leaves, "keep")
+    dtypes = dtypes_of([(opened.source, opened.leaves)], "keep")
     tensors = tensors_of(opened.leaves, dtypes)
     total = count_bytes(opened.leaves, dtypes)
     count = sum(math.prod(shape) for _, shape in tensors.values())
@@ -122,11 +125,7 @@ def inspect(path: Location, as_json: bool) -> None:
         head = {"path": str(opened.path), "kind": opened.kind, "config": config}
         print(json.dumps({**head, "tensors": listed, "num_tensors": len(tensors), "parameters": count, "bytes": total}))
         return
-    table = Table("tensor", "shape", "dtype")
-    for name, (dtype, shape) in tensors.items():
-        table.add_row(name, str(list(shape)), np.dtype(dtype).name)
-    _out.print(table)
-    _out.print(json.dumps(config, indent=2), markup=False)
-    _out.print(
-        f"{opened.path}: {opened.kind}, {len(tensors)} tensors, {count:,} parameters, {human(total)}", markup=False
-    )
+    width = max(map(len, tensors))
+    print(*(f"{name:{width}}  {dtype.name:8}  {list(shape)}" for name, (dtype, shape) in tensors.items()), sep="\n")
+    print(json.dumps(config, indent=2))
+    print(f"{opened}: {len(tensors)} tensors, {count:,} parameters, {decimal(total)}")

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 _FORMATS: dict[str, Callable[[float], str]] = {
@@ -29,9 +31,10 @@ _WIDE = 132
 
 
 @contextmanager
-def bar(description: str, total: int, *, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` things; what it gives is told how many more are done."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
+def bar(description: str, total: int, *, in_bytes: bool = False, shown: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` items or bytes; yields a function that takes how many more are done."""
+    counts = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [MofNCompleteColumn()]
+    columns = [TextColumn("{task.description}"), BarColumn(), *counts]
     times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
     with Progress(*columns, *times, disable=not shown) as progress:
         task = progress.add_task(description, total=total)

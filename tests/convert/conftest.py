@@ -1,17 +1,20 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from phivision_jax.cli.convert import main
+from phivision_jax.io import atomic
+from tests.support.commands import Result, Run
+from tests.support.released_layout import write_small
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """``python -m convert …`` in this process: (exit code, everything it printed)."""
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """``phivision convert …`` in this process."""
 
-    def run(*argv: object) -> tuple[int, str]:
+    def run(*argv: object) -> Result:
         code = 0
         try:
             main([str(arg) for arg in argv])
@@ -21,3 +24,15 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
         return code, captured.out + captured.err
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the flush to disk, which takes most of the time of a small conversion."""
+    monkeypatch.setattr(atomic, "sync_tree", lambda directory: None)
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    """A small Hugging Face directory in three shards."""
+    return write_small(tmp_path / "hf")

@@ -1,4 +1,4 @@
-"""Directories in a bucket: read by ranges, written whole or not at all. The bucket is one served on this machine."""
+"""Directories in a bucket are read by ranges, and written completely or not at all. An emulator serves the bucket."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
 from phivision_jax.text.tokenizer import Tokenizer
 from tests.support.batches import EXAMPLES, random_rows
+from tests.support.commands import Run, refused, succeeded
 from tests.support.parameter_trees import abstract_params, tree_from_hf
+from tests.support.paths import ROOT
 from tests.support.released_layout import (
     SMALL,
     random_tensors,
@@ -42,68 +44,51 @@ from tests.support.released_layout import (
 )
 from tests.support.train_steps import QUICK
 
-Run = Callable[..., tuple[int, str]]
 TEXT = ("tokenizer.json", "chat_template.jinja")
 SHARD = "model-00002-of-00003.safetensors"
 
 
 @pytest.fixture(autouse=True)
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where what is uploaded is written first: nothing may stay in it."""
+    """The directory for what is uploaded; tests check that it is empty again."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setenv(storage.SCRATCH, str(folder))
-    monkeypatch.setattr(output, "flush", lambda directory: None)  # fsync is most of the time
     return folder
 
 
 @pytest.fixture
-def hf(tmp_path: Path, bucket: str) -> Path:
-    """On this machine; the same is at BUCKET/hf."""
-    directory = write_small(tmp_path / "hf")
-    storage.upload(directory, location(f"{bucket}/hf"))
-    return directory
-
-
-def ok(result: tuple[int, str]) -> str:
-    code, text = result
-    assert code == 0, text
-    return text
-
-
-def refused(result: tuple[int, str], *fragments: str) -> None:
-    """In one line, that has these in it."""
-    code, text = result
-    error = text[text.index("error: ") :]
-    assert code == 2 and error.count("\n") == 1 and "Traceback" not in text, text
-    assert all(fragment in error for fragment in fragments), text
+def hf(hf: Path, bucket: str) -> Path:
+    """A small Hugging Face directory on this machine and at BUCKET/hf."""
+    storage.upload(hf, location(f"{bucket}/hf"))
+    return hf
 
 
 def listed(place: str) -> dict[str, int]:
     return storage.files(location(place))
 
 
-def test_there_and_back_is_byte_for_byte(bucket: str, hf: Path, tmp_path: Path, scratch: Path, run: Run) -> None:
-    text = ok(run("to-jax", f"{bucket}/hf", f"{bucket}/ours"))
+def test_bucket_there_and_back_is_byte_exact(bucket: str, hf: Path, tmp_path: Path, scratch: Path, run: Run) -> None:
+    text = succeeded(run("to-jax", f"{bucket}/hf", f"{bucket}/ours"))
     assert f"89 tensors, {12840:,} parameters" in text and f"wrote {bucket}/ours" in text
-    ok(run("to-hf", f"{bucket}/ours", f"{bucket}/back", "--like", f"{bucket}/hf"))
+    succeeded(run("to-hf", f"{bucket}/ours", f"{bucket}/back", "--like", f"{bucket}/hf"))
     storage.download(location(f"{bucket}/back"), tmp_path / "back")
     assert same_directories(hf, tmp_path / "back")
     for other in (hf, f"{bucket}/hf"):
-        assert "8 byte-identical, 0 different, 0 on one" in ok(run("verify", f"{bucket}/back", other))
-    assert "same" in ok(run("verify", f"{bucket}/ours", hf))
+        assert "8 byte-identical, 0 different, 0 on one" in succeeded(run("verify", f"{bucket}/back", other))
+    assert "same" in succeeded(run("verify", f"{bucket}/ours", hf))
     found = json.loads(run("inspect", f"{bucket}/ours", "--json")[1])
     assert {name: tuple(value["shape"]) for name, value in found["tensors"].items()} == shapes_of(SMALL)
-    # What is converted on this machine and copied there by any means is the same.
-    ok(run("to-jax", hf, tmp_path / "ours"))
+    # A conversion on this machine that is copied there by other means is the same.
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
     storage.upload(tmp_path / "ours", location(f"{bucket}/copied"))
-    ok(run("verify", f"{bucket}/copied", f"{bucket}/ours"))
+    succeeded(run("verify", f"{bucket}/copied", f"{bucket}/ours"))
     assert listed(f"{bucket}/copied").keys() >= {"params/commit_success.txt", "meta/metadata"}
     assert sorted({name.split("/")[0] for name in listed(bucket)}) == ["back", "copied", "hf", "ours"]
     assert list(scratch.iterdir()) == []
 
 
-def test_reading_is_by_ranges_and_copies_nothing(
+def test_bucket_reads_ranges_and_copies_no_shard(
     bucket: str, hf: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ours, "BLOCK_BYTES", 700)
@@ -111,8 +96,8 @@ def test_reading_is_by_ranges_and_copies_nothing(
     read_range, download = storage.read_range, storage.download
     monkeypatch.setattr(storage, "read_range", lambda *a: read.append(a) or read_range(*a))
     monkeypatch.setattr(storage, "download", lambda s, t, names: fetched.extend(names) or download(s, t, names))
-    ok(run("to-jax", f"{bucket}/hf", tmp_path / "ours"))
-    ok(run("verify", tmp_path / "ours", hf))
+    succeeded(run("to-jax", f"{bucket}/hf", tmp_path / "ours"))
+    succeeded(run("verify", tmp_path / "ours", hf))
     data = [count for path, start, count in read if storage.is_remote(path) and start > 8]
     assert max(data) <= 700 and sum(data) == sum(tensor.nbytes for tensor in read_tensors(hf).values())
     assert sorted(fetched) == ["a.bin", "config.json", "modeling_phi4_visionr.py", "tokenizer.json"]
@@ -120,7 +105,7 @@ def test_reading_is_by_ranges_and_copies_nothing(
 
 @pytest.fixture
 def model_hf(tmp_path: Path, bucket: str) -> Path:
-    """A directory that a model and a processor can be loaded from; the same is at BUCKET/hf."""
+    """A Hugging Face directory with a tokenizer, on this machine and at BUCKET/hf."""
     tokens = Tokenizer.small()
     ids = {"vocab_size": tokens.vocab_size, "eos_token_id": tokens.eos_id, "pad_token_id": tokens.pad_id}
     values = {**SMALL, **ids}
@@ -131,8 +116,8 @@ def model_hf(tmp_path: Path, bucket: str) -> Path:
     return directory
 
 
-def test_loaded_from_there_it_is_the_same_model(bucket: str, model_hf: Path, tmp_path: Path, run: Run) -> None:
-    ok(run("to-jax", f"{bucket}/hf", f"{bucket}/ours"))
+def test_load_from_bucket_is_same_model(bucket: str, model_hf: Path, tmp_path: Path, run: Run) -> None:
+    succeeded(run("to-jax", f"{bucket}/hf", f"{bucket}/ours"))
     want, processor = phivision_jax.load(model_hf)
     assert processor.tokenizer.encode("what is this?")
     batch = random_rows(np.random.default_rng(3), want.config, [EXAMPLES[:3]])
@@ -141,14 +126,14 @@ def test_loaded_from_there_it_is_the_same_model(bucket: str, model_hf: Path, tmp
         model, its = phivision_jax.load(f"{bucket}/{kind}")
         np.testing.assert_array_equal(forward(model.split()[1]), forward(want.split()[1]))
         assert its.fingerprint == processor.fingerprint
-        # What a training takes from it besides.
+        # The other files that a run takes from it.
         assets = tmp_path / f"assets-{kind}"
         loading.copy_assets(loading.locate(f"{bucket}/{kind}"), assets)
         assert storage.files(assets).keys() == {*TEXT, "config.json", "modeling_phi4_visionr.py", "figures/a.png"}
         assert all((assets / name).read_bytes() == (model_hf / name).read_bytes() for name in storage.files(assets))
 
 
-def test_sharded_straight_from_there(bucket: str, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_hf_params_shards_from_bucket(bucket: str, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "BLOCK_BYTES", 300)  # several blocks to a share
     config, tensors = model_config(hf), read_tensors(hf)
     want = dict(flatten(tree_from_hf(tensors.__getitem__, config)))
@@ -167,7 +152,7 @@ def test_sharded_straight_from_there(bucket: str, hf: Path, monkeypatch: pytest.
             np.testing.assert_array_equal(leaf, want[path], err_msg=path)
 
 
-def test_a_checkpoint_that_orbax_wrote_without_ocdbt(bucket: str, hf: Path, tmp_path: Path, run: Run) -> None:
+def test_verify_reads_checkpoint_without_ocdbt(bucket: str, hf: Path, tmp_path: Path, run: Run) -> None:
     config, folder = model_config(hf), tmp_path / "step"
     params = tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True)
     params = jax.tree.map(jax.numpy.asarray, params)
@@ -175,17 +160,18 @@ def test_a_checkpoint_that_orbax_wrote_without_ocdbt(bucket: str, hf: Path, tmp_
     meta = {"format": 1, "model": dataclasses.asdict(config), "step": 3}
     ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "meta", meta)
     storage.upload(folder, location(f"{bucket}/step"))
-    assert "identical bytes           │ 89" in ok(run("verify", f"{bucket}/step", hf))
+    assert "89 tensors with identical bytes" in succeeded(run("verify", f"{bucket}/step", hf))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Uploads.
 
-STAGES = {"before the first": 0, "amid the rest": 1, "before the last": 2}
+STAGES = {"first files": 0, "commit marks": 1, "checkpoint mark": 2}
+"""Calls of ``storage.upload`` in one conversion."""
 
 
 def stop_at(stage: str, error: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``error`` is called before this call of ``storage.upload``, after half of what it was to upload."""
+    """Call ``error`` at this stage, when half of its files are uploaded."""
     upload, left = storage.upload, [STAGES[stage]]
 
     def stopping(source: Path, target: Any, names: list[str], description: str = "") -> None:
@@ -201,13 +187,13 @@ def stop_at(stage: str, error: Callable[[], object], monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("command", "stage"),
     [
-        pytest.param("to-jax", "before the first", marks=pytest.mark.slow),
-        ("to-jax", "before the last"),
-        pytest.param("to-hf", "before the first", marks=pytest.mark.slow),
-        ("to-hf", "before the last"),
+        pytest.param("to-jax", "first files", marks=pytest.mark.slow),
+        ("to-jax", "checkpoint mark"),
+        pytest.param("to-hf", "first files", marks=pytest.mark.slow),
+        ("to-hf", "checkpoint mark"),
     ],
 )
-def test_killed_in_an_upload(
+def test_kill_in_upload_leaves_nothing_complete(
     bucket: str,
     hf: Path,
     tmp_path: Path,
@@ -217,8 +203,8 @@ def test_killed_in_an_upload(
     command: str,
     stage: str,
 ) -> None:
-    """As SIGKILL leaves it: nothing is tidied. The next conversion there says what it found, and replaces it."""
-    ok(run("to-jax", hf, tmp_path / "ours"))
+    """The state after SIGKILL: nothing is cleaned up. The next conversion there reports and replaces it."""
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
     out = f"{bucket}/out"
     convert_it = ("to-jax", hf, out) if command == "to-jax" else ("to-hf", tmp_path / "ours", out, "--like", hf)
     with monkeypatch.context() as patch:
@@ -231,34 +217,34 @@ def test_killed_in_an_upload(
     assert run("inspect", out)[0] == 2 and run("verify", hf, out)[0] == 2
     with pytest.raises(ValueError, match=out):
         phivision_jax.load(out)
-    assert f"removing {left} files at {out}, left by an upload that was interrupted" in ok(run(*convert_it))
-    ok(run("verify", hf, out))
+    assert f"removing {left} files at {out}, left by an interrupted upload" in succeeded(run(*convert_it))
+    succeeded(run("verify", hf, out))
     assert sorted(child.name for child in location(bucket).iterdir()) == ["hf", "out"]
     assert list(scratch.iterdir()) == []
 
 
-def test_killed_for_real(bucket: str, hf: Path, tmp_path: Path, scratch: Path, run: Run) -> None:
-    """The directory on this machine goes too, with the next conversion, wherever to."""
+def test_sigkill_in_upload_is_cleaned_up(bucket: str, hf: Path, tmp_path: Path, scratch: Path, run: Run) -> None:
+    """The next conversion, to any place, also removes the directory on this machine."""
     program = f"""if True:
         import os, signal, sys
-        from convert import cli
+        from phivision_jax.cli import convert
         from phivision_jax.io import storage
         upload = storage.upload
         storage.upload = lambda s, t, names, d="": (upload(s, t, names[:2]), os.kill(os.getpid(), signal.SIGKILL))
-        cli.main(["to-hf", {str(tmp_path / "ours")!r}, {bucket + "/out"!r}])"""
-    ok(run("to-jax", hf, tmp_path / "ours"))
-    died = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True)
+        convert.main(["to-hf", {str(tmp_path / "ours")!r}, {bucket + "/out"!r}])"""
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
+    died = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     (left,) = scratch.iterdir()
-    assert left.name.startswith("convert.tmp-") and len(listed(f"{bucket}/out")) == 2
+    assert left.name.startswith(".convert.partial-") and len(listed(f"{bucket}/out")) == 2
     assert run("inspect", f"{bucket}/out")[0] == 2
-    assert f"removing {left}" in ok(run("to-jax", hf, f"{bucket}/elsewhere"))
-    assert "removing 2 files at" in ok(run("to-jax", hf, f"{bucket}/out"))
-    ok(run("verify", hf, f"{bucket}/out"))
+    assert f"removing {left}" in succeeded(run("to-jax", hf, f"{bucket}/elsewhere"))
+    assert "removing 2 files at" in succeeded(run("to-jax", hf, f"{bucket}/out"))
+    succeeded(run("verify", hf, f"{bucket}/out"))
 
 
-@pytest.mark.parametrize("stage", ["amid the rest", pytest.param("before the last", marks=pytest.mark.slow)])
-def test_an_upload_that_fails_is_taken_back(
+@pytest.mark.parametrize("stage", ["commit marks", pytest.param("checkpoint mark", marks=pytest.mark.slow)])
+def test_failed_upload_is_withdrawn(
     bucket: str, hf: Path, scratch: Path, run: Run, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     def fail() -> None:
@@ -270,7 +256,7 @@ def test_an_upload_that_fails_is_taken_back(
     assert list(scratch.iterdir()) == []
 
 
-def test_what_stands_there_is_replaced_only_if_asked_and_only_a_checkpoint(
+def test_bucket_overwrite_replaces_only_checkpoints(
     bucket: str, hf: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = location(f"{bucket}/out")
@@ -291,32 +277,34 @@ def test_what_stands_there_is_replaced_only_if_asked_and_only_a_checkpoint(
     refused(run("to-jax", edited, out, "--overwrite"), SHARD)
     storage.download(out, tmp_path / "still")
     assert same_directories(before, tmp_path / "still")
-    ok(run("to-jax", hf, out, "--overwrite"))
-    assert "model.safetensors" not in listed(str(out)) and "same" in ok(run("verify", out, hf))
-    # Its mark goes first: killed then, neither the old one nor the new one is there, and that is seen.
+    succeeded(run("to-jax", hf, out, "--overwrite"))
+    assert "model.safetensors" not in listed(str(out)) and "same" in succeeded(run("verify", out, hf))
+    # Its mark is removed first: after a kill then, neither the old nor the new checkpoint is there.
     with monkeypatch.context() as patch:
         patch.setattr(storage, "remove", lambda path: 1 / 0)
         patch.setattr(output, "_withdraw", lambda *args: None)
         with pytest.raises(ZeroDivisionError):
             run("to-jax", hf, out, "--overwrite")
     assert run("inspect", out)[0] == 2
-    assert "left by an upload" in ok(run("to-jax", hf, out))
+    assert "left by an interrupted upload" in succeeded(run("to-jax", hf, out))
     assert listed(bucket)["out2/theirs.txt"] == 6 and listed(bucket)["out.txt"] == 5
 
 
-def test_two_conversions_to_one_place(bucket: str, hf: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bucket_concurrent_conversions(bucket: str, hf: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     out = f"{bucket}/out"
-    with pytest.raises(ValueError, match="appeared meanwhile"), output.uploaded(location(out)) as place:
+    unfinished = output.new_checkpoint(location(out), False, [], print)
+    with pytest.raises(FileExistsError, match="appeared meanwhile"), unfinished as place:
+        place.rmdir()
         write_small(place)
-        ok(run("to-jax", hf, out))
-    ok(run("verify", hf, out))  # who came first is left alone
-    stop_at("amid the rest", lambda: (location(out) / "stray").write_text("by another"), monkeypatch)
+        succeeded(run("to-jax", hf, out))
+    succeeded(run("verify", hf, out))  # the first one stays
+    stop_at("commit marks", lambda: (location(out) / "stray").write_text("by another"), monkeypatch)
     storage.remove(location(out))
-    refused(run("to-jax", hf, out), "not what was uploaded")
+    refused(run("to-jax", hf, out), "does not hold what was uploaded")
     assert listed(out) == {}
 
 
-def test_no_room_to_write_it_first(bucket: str, hf: Path, scratch: Path, run: Run, monkeypatch: Any) -> None:
+def test_bucket_needs_scratch_space(bucket: str, hf: Path, scratch: Path, run: Run, monkeypatch: Any) -> None:
     monkeypatch.setattr(output, "free_bytes", lambda path: 1000 if path == scratch else 10**12)
     refused(run("to-jax", hf, f"{bucket}/out"), f"{bucket}/out: needs 51.9 kB", str(scratch), storage.SCRATCH)
     assert listed(f"{bucket}/out") == {}
@@ -326,23 +314,23 @@ def test_no_room_to_write_it_first(bucket: str, hf: Path, scratch: Path, run: Ru
 # Mistakes.
 
 
-def test_a_shard_cut_short_is_named(bucket: str, hf: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bucket_names_truncated_shard(bucket: str, hf: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = location(f"{bucket}/hf/{SHARD}")
-    whole, read_range = shard.read_bytes(), storage.read_range
-    shard.write_bytes(whole[:-1])
-    refused(run("to-jax", f"{bucket}/hf", f"{bucket}/out"), f"{shard}: {len(whole) - 1} bytes")
-    location(f"{bucket}/hf/tokenizer.json").unlink()  # a made-up one, which load would look into first
+    content, read_range = shard.read_bytes(), storage.read_range
+    shard.write_bytes(content[:-1])
+    refused(run("to-jax", f"{bucket}/hf", f"{bucket}/out"), f"{shard}: {len(content) - 1} bytes")
+    location(f"{bucket}/hf/tokenizer.json").unlink()  # not a real one, and load reads it first
     with pytest.raises(ValueError, match=str(shard)):
         phivision_jax.load(f"{bucket}/hf")
-    shard.write_bytes(whole)
+    shard.write_bytes(content)
     with monkeypatch.context() as patch:  # while it is read
         patch.setattr(storage, "read_range", lambda *a: read_range(*a)[: -1 if a[1] > 8 and a[0] == shard else None])
         refused(run("verify", f"{bucket}/hf", hf), f"{shard} ended while it was read")
     assert listed(f"{bucket}/out") == {}
 
 
-def test_data_of_ours_cut_short_are_named(bucket: str, hf: Path, run: Run) -> None:
-    ok(run("to-jax", hf, f"{bucket}/ours"))
+def test_bucket_names_truncated_checkpoint(bucket: str, hf: Path, run: Run) -> None:
+    succeeded(run("to-jax", hf, f"{bucket}/ours"))
     data = [name for name in listed(f"{bucket}/ours") if name.startswith("params/d/")]
     for name in data:
         path = location(f"{bucket}/ours/{name}")
@@ -352,7 +340,7 @@ def test_data_of_ours_cut_short_are_named(bucket: str, hf: Path, run: Run) -> No
     assert listed(f"{bucket}/out") == {}
 
 
-def test_a_wrong_url_is_named_in_one_sentence(bucket: str, hf: Path, run: Run) -> None:
+def test_bucket_names_wrong_url(bucket: str, hf: Path, run: Run) -> None:
     nowhere, no_bucket = f"{bucket}/nowhere", "gs://no-such-bucket/x"
     for place, why in ((nowhere, "not a directory"), (no_bucket, "there is no bucket"), ("s3://b/x", "gs://bucket")):
         for command in (("to-jax", place, f"{bucket}/out"), ("inspect", place), ("verify", hf, place)):
@@ -361,5 +349,5 @@ def test_a_wrong_url_is_named_in_one_sentence(bucket: str, hf: Path, run: Run) -
         with pytest.raises((ValueError, OSError), match=f"{place}.*{why}"):
             phivision_jax.load(place)
     refused(run("to-jax", hf, "gs://no-such-bucket/x"), "gs://no-such-bucket/x", "there is no bucket")
-    refused(run("to-jax", hf, "gs://bucket"), "gs://bucket is a whole bucket")
+    refused(run("to-jax", hf, "gs://bucket"), "gs://bucket is the top of a bucket")
     assert listed(bucket).keys() == {f"hf/{name}" for name in storage.files(hf)}

@@ -1,11 +1,10 @@
-"""A checkpoint of a training with adapters, exported and loaded: merged, it answers as the adapted model does."""
+"""A run's checkpoint with adapters answers as the adapted model after export and after loading."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,17 @@ from phivision_jax.models import lora, phivision
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.training import optim
 from tests.support.batches import EXAMPLES, TINY, random_rows
+from tests.support.commands import Run
 from tests.support.released_layout import read_tensors
 from tests.support.train_steps import QUICK
 
-Run = Callable[..., tuple[int, str]]
 # Every kind of kernel: [in, out], heads among the outputs, heads among the inputs, stacked and not.
 LORA = LoraConfig(rank=3, alpha=6.0, targets="_proj|fc[12]")
 
 
 @pytest.fixture(scope="module")
 def model(tiny: phivision.PhiVision) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """The structure and parameters of ``tiny`` with adapters that matter."""
+    """The structure and parameters of ``tiny`` with adapters that change its answers."""
     graphdef, state = phivision.abstract(TINY, lora=LORA)
     rng = np.random.default_rng(0)
     params = optim.flatten(tiny.split()[1])
@@ -48,15 +47,15 @@ def model(tiny: phivision.PhiVision) -> tuple[nnx.GraphDef, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def whole(model: tuple[nnx.GraphDef, dict[str, Any]]) -> dict[str, Any]:
-    """All that a checkpoint's params/ holds."""
+def params_of_step(model: tuple[nnx.GraphDef, dict[str, Any]]) -> dict[str, Any]:
+    """The content of a checkpoint's params/."""
     tail = nnx.eval_shape(lambda: VisionTail(TINY.vision, rngs=nnx.Rngs(0)))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nnx.to_pure_dict(nnx.state(tail, nnx.Param)))
     return {**model[1], "vision_tail": zeros}
 
 
 def save(folder: Path, params: dict[str, Any], chunk_bytes: int = 32_000_000, run: Any = None) -> Path:
-    """As a step of a training run has it; several chunks to a layer where ``chunk_bytes`` is small."""
+    """Save a step of a run; a small ``chunk_bytes`` gives several chunks per layer."""
     chunks = ocp.SaveArgs(chunk_byte_size=chunk_bytes, shard_axes=(0,))
     ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(
         folder / "params", params, save_args=jax.tree.map(lambda _: chunks, params)
@@ -69,14 +68,14 @@ def save(folder: Path, params: dict[str, Any], chunk_bytes: int = 32_000_000, ru
 
 
 @pytest.fixture(scope="module")
-def made(whole: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("made") / "run" / "checkpoints" / "7", whole, 128)
+def step(params_of_step: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("step") / "run" / "checkpoints" / "7", params_of_step, 128)
 
 
 @pytest.fixture
-def checkpoint(made: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    return shutil.copytree(made, tmp_path / "checkpoint")
+def checkpoint(step: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(step, tmp_path / "checkpoint")
 
 
 def answers(model: phivision.PhiVision) -> np.ndarray:
@@ -89,79 +88,79 @@ logits = jax.jit(
 )
 
 
-def test_exported_and_loaded_it_answers_as_the_adapted_model(made: Path, model: Any, tmp_path: Path, run: Run) -> None:
-    code, text = run("to-hf", made.parents[1], tmp_path / "hf")
+def test_to_hf_and_load_merge_adapters(step: Path, model: Any, tmp_path: Path, run: Run) -> None:
+    code, text = run("to-hf", step.parents[1], tmp_path / "hf")
     assert code == 0 and "adapters of rank 3, alpha 6, on 15 kernels; they are merged" in text, text
     want = answers(phivision.merge(*model))
-    for path in (tmp_path / "hf", made.parents[1]):
+    for path in (tmp_path / "hf", step.parents[1]):
         loaded, _ = phivision_jax.load(path)
         assert not any(map(lora.is_adapter, optim.flatten(loaded.split()[1])))
         assert np.abs(answers(loaded) - want).max() <= 1e-4
-    code, text = run("verify", made, tmp_path / "hf")
+    code, text = run("verify", step, tmp_path / "hf")
     assert code == 0 and "same" in text, text
-    code, text = run("inspect", made, "--json")
+    code, text = run("inspect", step, "--json")
     found = json.loads(text.splitlines()[0])
     assert code == 0 and not any("lora" in name for name in found["tensors"])
     assert found["num_tensors"] == len(read_tensors(tmp_path / "hf"))
 
 
-def test_in_a_bucket_it_is_merged_alike(made: Path, whole: Any, bucket: str, run: Run) -> None:
-    storage.upload(made.parents[1], storage.location(f"{bucket}/run"))
-    (storage.location(f"{bucket}/run") / "checkpoints" / "7" / "commit_success.txt").write_text("by a training")
-    code, text = run("verify", f"{bucket}/run", made)
+def test_bucket_merges_adapters(step: Path, params_of_step: Any, bucket: str, run: Run) -> None:
+    storage.upload(step.parents[1], storage.location(f"{bucket}/run"))
+    (storage.location(f"{bucket}/run") / "checkpoints" / "7" / "commit_success.txt").write_text("by a run")
+    code, text = run("verify", f"{bucket}/run", step)
     assert code == 0 and text.count("they are merged") == 2 and "taking the newest step, 7" in text, text
     paths = [("decoder", "layers", "mlp", "up_proj", "kernel"), ("decoder", "norm", "scale")]
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    flat = optim.flatten(whole)
+    flat = optim.flatten(params_of_step)
     target = {path: jax.ShapeDtypeStruct(flat[path].shape, jnp.float32, sharding=place) for path in paths}
     theirs, ours = (
         optim.flatten(loading.read_params(loading.locate(where), TINY, optim.unflatten(target)))
-        for where in (f"{bucket}/run", made)
+        for where in (f"{bucket}/run", step)
     )
     for path in paths:
         np.testing.assert_array_equal(theirs[path], ours[path])
-    assert np.abs(np.asarray(theirs[paths[0]]) - np.asarray(flat[paths[0]])).max() > 0.1  # the adapters' share
+    assert np.abs(np.asarray(theirs[paths[0]]) - np.asarray(flat[paths[0]])).max() > 0.1  # the adapters' contribution
 
 
 @pytest.mark.parametrize(("block_bytes", "dtype"), [(100, "float32"), (700, "bfloat16")])
-def test_every_block_is_merged_where_it_belongs(
-    made: Path, whole: Any, tmp_path: Path, run: Run, monkeypatch: Any, block_bytes: int, dtype: str
+def test_to_hf_merges_every_block(
+    step: Path, params_of_step: Any, tmp_path: Path, run: Run, monkeypatch: Any, block_bytes: int, dtype: str
 ) -> None:
     monkeypatch.setattr(ours, "BLOCK_BYTES", block_bytes)
-    code, text = run("to-hf", made, tmp_path / "hf", "--dtype", dtype)
+    code, text = run("to-hf", step, tmp_path / "hf", "--dtype", dtype)
     assert code == 0, text
     got = read_tensors(tmp_path / "hf")
-    for name, want in hf_tensors(lora.merge(whole, LORA), TINY):
+    for name, want in hf_tensors(lora.merge(params_of_step, LORA), TINY):
         # Sums of three products in another order; bf16 is rounded once, from fp32.
         rtol = 1e-6 if dtype == "float32" else 1.001 * 2**-8
         np.testing.assert_allclose(got[name].astype(np.float32), want, rtol, atol=1e-6, err_msg=name)
 
 
-def test_who_names_no_adapters_gets_them_merged_where_the_kernels_are(made: Path, whole: Any) -> None:
-    """What a training starts from, on fsdp 4 × tensor 2; as bfloat16, which is rounded to once, from fp32."""
+def test_read_params_merges_onto_shardings(step: Path, params_of_step: Any) -> None:
+    """On fsdp 4 × tensor 2, in bfloat16, rounded once from fp32."""
     _, state = phivision.abstract(TINY)
     at = optim.flatten(sharding.param_shardings(state, sharding.make_mesh({"fsdp": 4, "tensor": 2})))
-    want = optim.flatten(lora.merge(whole, LORA))
+    want = optim.flatten(lora.merge(params_of_step, LORA))
     names = ("layers/self_attn/o_proj/kernel", "layers/mlp/up_proj/kernel", "norm/scale")
     paths = [("decoder", *name.split("/")) for name in names] + [("projector", "fc1", "kernel")]
     target = {path: jax.ShapeDtypeStruct(want[path].shape, jnp.bfloat16, sharding=at[path]) for path in paths}
-    read = optim.flatten(loading.read_params(made, TINY, optim.unflatten(target)))
+    read = optim.flatten(loading.read_params(step, TINY, optim.unflatten(target)))
     assert read.keys() == set(paths)
     for path, leaf in read.items():
         assert leaf.sharding.is_equivalent_to(at[path], leaf.ndim) and leaf.dtype == jnp.bfloat16
         np.testing.assert_allclose(leaf.astype(np.float32), want[path], 1.001 * 2**-8, atol=1e-6)
 
 
-def test_who_asks_for_the_adapters_gets_them_unmerged(made: Path, model: Any) -> None:
+def test_restore_params_keeps_requested_adapters(step: Path, model: Any) -> None:
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model[1])
-    jax.tree.map(np.testing.assert_array_equal, loading.restore_params(made, target), model[1])
+    jax.tree.map(np.testing.assert_array_equal, loading.restore_params(step, target), model[1])
 
 
-def test_metadata_that_do_not_say_how_to_merge(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+def test_adapters_need_rank_and_alpha_in_metadata(checkpoint: Path, tmp_path: Path, run: Run) -> None:
     path = checkpoint / "meta" / "metadata"
     meta = json.loads(path.read_text())
-    for spoilt in ({}, {"lora": None}):
-        path.write_text(json.dumps({**meta, "run": spoilt}))
+    for run_meta in ({}, {"lora": None}):
+        path.write_text(json.dumps({**meta, "run": run_meta}))
         code, text = run("to-hf", checkpoint, tmp_path / "hf")
         assert code == 2 and "kernel has an adapter, but meta/metadata lacks the run's lora (rank, alpha)" in text
         with pytest.raises(ValueError, match=r"kernel has an adapter, but meta/metadata lacks the run's lora"):
@@ -173,8 +172,8 @@ def test_metadata_that_do_not_say_how_to_merge(checkpoint: Path, tmp_path: Path,
         phivision_jax.load(checkpoint)
 
 
-def test_adapters_that_belong_nowhere(whole: dict[str, Any], tmp_path: Path, run: Run) -> None:
-    flat = optim.flatten(whole)
+def test_to_hf_refuses_misplaced_adapters(params_of_step: dict[str, Any], tmp_path: Path, run: Run) -> None:
+    flat = optim.flatten(params_of_step)
     del flat["decoder", "layers", "mlp", "up_proj", "lora_b"]
     for name in ("lora_a", "lora_b"):
         flat["decoder", "lm_head", name] = jnp.zeros((3, 32))

@@ -1,13 +1,11 @@
-"""Whole conversions, in this process, on small checkpoints in the released layout."""
+"""Complete conversions, in this process, of small checkpoints in the released layout."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from phivision_jax.checkpoint.load_hf import load_hf_params
 from phivision_jax.config import ModelConfig
-from phivision_jax.convert import jobs, ours, output
+from phivision_jax.convert import jobs, ours
 from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.mapping import flatten
+from phivision_jax.io import atomic
+from tests.support.commands import Run, refused, succeeded
 from tests.support.parameter_trees import abstract_params, tree_from_hf
 from tests.support.released_layout import (
     SMALL,
@@ -39,36 +39,29 @@ from tests.support.released_layout import (
     write_small,
 )
 
-Run = Callable[..., tuple[int, str]]
 BF16 = ml_dtypes.bfloat16
-
-
-def ok(result: tuple[int, str]) -> str:
-    code, text = result
-    assert code == 0, text
-    return text
 
 
 @pytest.mark.parametrize("dtype", [np.float32, BF16, np.float16])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_there_and_back_is_byte_for_byte(tmp_path: Path, run: Run, dtype: Any, shards: int) -> None:
+def test_convert_there_and_back_is_byte_exact(tmp_path: Path, run: Run, dtype: Any, shards: int) -> None:
     hf = write_small(tmp_path / "hf", dtype, shards)
-    text = ok(run("to-jax", hf, tmp_path / "ours"))
+    text = succeeded(run("to-jax", hf, tmp_path / "ours"))
     assert f"{len(shapes_of(SMALL))} tensors" in text and str(tmp_path / "ours") in text  # the plan
-    ok(run("to-hf", tmp_path / "ours", tmp_path / "back", "--like", hf))
+    succeeded(run("to-hf", tmp_path / "ours", tmp_path / "back", "--like", hf))
     assert same_directories(hf, tmp_path / "back")
     count = {1: 5, 3: 8}[shards]  # four sidecars, the shards, and their index if there are several
-    assert f"{count} byte-identical, 0 different, 0 on one" in ok(run("verify", hf, tmp_path / "back"))
-    ok(run("verify", hf, tmp_path / "ours"))
+    assert f"{count} byte-identical, 0 different, 0 on one" in succeeded(run("verify", hf, tmp_path / "back"))
+    succeeded(run("verify", hf, tmp_path / "ours"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "ours"]
 
 
 @settings(max_examples=12)
 @given(any_config(), st.integers(1, 5), st.sampled_from([np.float32, BF16]), st.sampled_from([40, 300, 32_000_000]))
-def test_any_size_sharding_and_block(values: dict[str, Any], shards: int, dtype: Any, block_bytes: int) -> None:
+def test_convert_any_size_sharding_and_block(values: dict[str, Any], shards: int, dtype: Any, block_bytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(ours, "BLOCK_BYTES", block_bytes)
-        patch.setattr(output, "flush", lambda directory: None)  # fsync is most of the time
+        patch.setattr(atomic, "sync_tree", lambda directory: None)
         work = Path(folder)
         hf = write_hf(work / "hf", values, random_tensors(shapes_of(values), dtype), shards)
         jobs.to_jax(hf, work / "ours", "keep", overwrite=False)
@@ -76,22 +69,21 @@ def test_any_size_sharding_and_block(values: dict[str, Any], shards: int, dtype:
         assert same_directories(hf, work / "back")
 
 
-def test_odd_bits_survive(tmp_path: Path, run: Run) -> None:
-    """NaNs with payloads, infinities, −0 and denormals; also an array of zeros, which a store may leave out."""
+def test_convert_keeps_special_bits(tmp_path: Path, run: Run) -> None:
+    """NaNs with payloads, infinities, −0 and denormals; also an array of zeros, which a store may omit."""
     tensors = random_tensors(shapes_of(SMALL), np.float32)
     bits = np.array([0x7FC00001, 0xFF800001, 0x7F800000, 0x80000000, 1], np.uint32).view(np.float32)
     tensors["lm_head.weight"].reshape(-1)[:5] = bits
     tensors["model.norm.weight"][:] = 0
     hf = write_hf(tmp_path / "hf", SMALL, tensors)
-    ok(run("to-jax", hf, tmp_path / "ours"))
-    ok(run("to-hf", tmp_path / "ours", tmp_path / "back", "--like", hf))
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
+    succeeded(run("to-hf", tmp_path / "ours", tmp_path / "back", "--like", hf))
     assert same_directories(hf, tmp_path / "back")
-    ok(run("verify", hf, tmp_path / "ours"))
+    succeeded(run("verify", hf, tmp_path / "ours"))
 
 
-def test_assets_and_metadata(tmp_path: Path, run: Run) -> None:
-    hf = write_small(tmp_path / "hf")
-    ok(run("to-jax", hf, tmp_path / "ours"))
+def test_to_jax_writes_assets_and_metadata(hf: Path, tmp_path: Path, run: Run) -> None:
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
     assets = tmp_path / "ours" / "assets"
     found = sorted(str(p.relative_to(assets)) for p in assets.rglob("*") if p.is_file())
     assert found == ["config.json", "figures/a.bin", "modeling_phi4_visionr.py", "tokenizer.json"]
@@ -102,9 +94,8 @@ def test_assets_and_metadata(tmp_path: Path, run: Run) -> None:
     assert ModelConfig.from_dict(meta["model"]) == model_config(SMALL)
 
 
-def test_orbax_restores_onto_eight_devices(tmp_path: Path, run: Run) -> None:
-    hf = write_small(tmp_path / "hf")
-    ok(run("to-jax", hf, tmp_path / "ours"))
+def test_orbax_restores_conversion_onto_eight_devices(hf: Path, tmp_path: Path, run: Run) -> None:
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
     assert jax.device_count() == 8, "tests run with --xla_force_host_platform_device_count=8"
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
@@ -130,13 +121,12 @@ def test_orbax_restores_onto_eight_devices(tmp_path: Path, run: Run) -> None:
             np.testing.assert_array_equal(flat[path], want[path], err_msg=path)
     composite = ocp.CompositeCheckpointHandler(params=ocp.StandardCheckpointHandler(), meta=ocp.JsonCheckpointHandler())
     args = ocp.args.Composite(params=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
-    whole = ocp.Checkpointer(composite).restore(tmp_path / "ours", args=args)
-    assert whole.meta["step"] == 0
-    assert dict(flatten(whole.params)).keys() == want.keys()
+    restored = ocp.Checkpointer(composite).restore(tmp_path / "ours", args=args)
+    assert restored.meta["step"] == 0
+    assert dict(flatten(restored.params)).keys() == want.keys()
 
 
-def test_load_hf_params_casts_and_leaves_the_tail_out(tmp_path: Path) -> None:
-    hf = write_small(tmp_path / "hf")
+def test_load_hf_params_casts_without_tail(hf: Path) -> None:
     params = load_hf_params(hf, model_config(hf), dtype=BF16)
     assert set(params) == {"vision", "projector", "decoder"}
     want = read_tensors(hf)["model.mm_projector.0.weight"].T.astype(BF16)
@@ -149,8 +139,7 @@ def test_load_hf_params_casts_and_leaves_the_tail_out(tmp_path: Path) -> None:
     "save_args", [None, ocp.SaveArgs(chunk_byte_size=512, shard_axes=(0,)), ocp.SaveArgs(chunk_byte_size=64)]
 )
 @pytest.mark.parametrize("ocdbt", [True, False])
-def test_a_training_run_saved_by_orbax_comes_out(tmp_path: Path, run: Run, save_args: Any, ocdbt: bool) -> None:
-    hf = write_small(tmp_path / "hf")
+def test_to_hf_takes_newest_step_of_run(hf: Path, tmp_path: Path, run: Run, save_args: Any, ocdbt: bool) -> None:
     config = model_config(hf)
     params = jax.tree.map(jax.numpy.asarray, tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True))
     for step, tree in ((9, jax.tree.map(lambda x: x * 0, params)), (10, params)):
@@ -160,15 +149,14 @@ def test_a_training_run_saved_by_orbax_comes_out(tmp_path: Path, run: Run, save_
         )
         meta = {"format": 1, "model": dataclasses.asdict(config), "step": step, "plan": "abc"}
         ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "meta", meta)
-    text = ok(run("to-hf", tmp_path / "run", tmp_path / "back", "--like", hf))
+    text = succeeded(run("to-hf", tmp_path / "run", tmp_path / "back", "--like", hf))
     assert "taking the newest step, 10" in text
     assert same_directories(hf, tmp_path / "back")
 
 
-def test_new_shards_are_read_by_the_safetensors_library(tmp_path: Path, run: Run) -> None:
-    hf = write_small(tmp_path / "hf")
-    ok(run("to-jax", hf, tmp_path / "ours"))
-    ok(run("to-hf", tmp_path / "ours", tmp_path / "new", "--max-shard-size", "1e-5"))
+def test_to_hf_new_shards_load_with_safetensors(hf: Path, tmp_path: Path, run: Run) -> None:
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
+    succeeded(run("to-hf", tmp_path / "ours", tmp_path / "new", "--max-shard-size", "1e-5"))
     index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
     want, got = read_tensors(hf), read_tensors(tmp_path / "new")
     assert index["weight_map"].keys() == got.keys() == want.keys()
@@ -179,27 +167,26 @@ def test_new_shards_are_read_by_the_safetensors_library(tmp_path: Path, run: Run
     for name in want:
         np.testing.assert_array_equal(got[name], want[name])
     assert (tmp_path / "new" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
-    ok(run("to-jax", tmp_path / "new", tmp_path / "again"))
-    ok(run("verify", tmp_path / "ours", tmp_path / "again"))
+    succeeded(run("to-jax", tmp_path / "new", tmp_path / "again"))
+    succeeded(run("verify", tmp_path / "ours", tmp_path / "again"))
 
 
-def test_dtype(tmp_path: Path, run: Run) -> None:
-    hf = write_small(tmp_path / "hf")
-    ok(run("to-jax", hf, tmp_path / "ours", "--dtype", "bfloat16"))
-    ok(run("to-hf", tmp_path / "ours", tmp_path / "new"))
+def test_convert_casts_dtype(hf: Path, tmp_path: Path, run: Run) -> None:
+    succeeded(run("to-jax", hf, tmp_path / "ours", "--dtype", "bfloat16"))
+    succeeded(run("to-hf", tmp_path / "ours", tmp_path / "new"))
     want = read_tensors(hf)
     for name, tensor in read_tensors(tmp_path / "new").items():
         np.testing.assert_array_equal(tensor, want[name].astype(BF16))
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == {**SMALL, "dtype": "bfloat16"}
     code, text = run("verify", hf, tmp_path / "ours")
     assert code == 1 and "max abs error" in text
-    ok(run("to-hf", tmp_path / "ours", tmp_path / "wide", "--dtype", "float32"))
-    assert re.search(r"identical bytes +│ 0 ", ok(run("verify", tmp_path / "wide", tmp_path / "ours")))
-    code, text = run("to-hf", tmp_path / "ours", tmp_path / "x", "--like", hf)
-    assert code == 2 and "pass --dtype" in text
+    succeeded(run("to-hf", tmp_path / "ours", tmp_path / "wide", "--dtype", "float32"))
+    text = succeeded(run("verify", tmp_path / "wide", tmp_path / "ours"))
+    assert "0 tensors with identical bytes, 89 with equal values in other bytes" in text
+    refused(run("to-hf", tmp_path / "ours", tmp_path / "x", "--like", hf), "pass --dtype")
 
 
-def test_compose_from_a_text_model_and_a_siglip2(tmp_path: Path, run: Run) -> None:
+def test_to_jax_composes_phi4_and_siglip2(tmp_path: Path, run: Run) -> None:
     v = SMALL["vision_config"]
     text = {k: x for k, x in SMALL.items() if k != "vision_config" and "mm_" not in k and "patches" not in k}
     text["model_type"] = "phi3"
@@ -209,9 +196,9 @@ def test_compose_from_a_text_model_and_a_siglip2(tmp_path: Path, run: Run) -> No
     write_hf(tmp_path / "phi4", text, decoder, 2)
     write_hf(tmp_path / "siglip2", {"model_type": "siglip2", "vision_config": v}, vision | other, 1)
     parts = ("--decoder", tmp_path / "phi4", "--vision", tmp_path / "siglip2")
-    said = ok(run("to-jax", tmp_path / "start", *parts, "--seed", "7"))
-    assert "ignoring 2 tensors" in said
-    ok(run("to-hf", tmp_path / "start", tmp_path / "hf"))
+    output = succeeded(run("to-jax", tmp_path / "start", *parts, "--seed", "7"))
+    assert "ignoring 2 tensors" in output
+    succeeded(run("to-hf", tmp_path / "start", tmp_path / "hf"))
     got = read_tensors(tmp_path / "hf")
     assert got.keys() == shapes_of(SMALL).keys()
     for name, tensor in decoder.items():
@@ -222,20 +209,21 @@ def test_compose_from_a_text_model_and_a_siglip2(tmp_path: Path, run: Run) -> No
     for name, inputs in (("model.mm_projector.0.weight", 12), ("model.mm_projector.2.weight", 16)):
         assert got[name].dtype == BF16
         assert 0.8 < got[name].astype(np.float32).std() * inputs**0.5 < 1.2
-    ok(run("to-jax", tmp_path / "same", *parts, "--seed", "7"))
-    ok(run("verify", tmp_path / "start", tmp_path / "same"))
-    ok(run("to-jax", tmp_path / "other", *parts, "--seed", "8"))
-    code, said = run("verify", tmp_path / "start", tmp_path / "other")
-    assert code == 1 and said.count("different: model.mm_projector") == 2
+    succeeded(run("to-jax", tmp_path / "same", *parts, "--seed", "7"))
+    succeeded(run("verify", tmp_path / "start", tmp_path / "same"))
+    succeeded(run("to-jax", tmp_path / "other", *parts, "--seed", "8"))
+    code, output = run("verify", tmp_path / "start", tmp_path / "other")
+    assert code == 1 and output.count("different: model.mm_projector") == 2
     extra = random_tensors({"text_extra.weight": (2, 2)}, np.float32)
     write_hf(tmp_path / "bad", {"model_type": "siglip2", "vision_config": v}, vision | extra, 1)
-    code, said = run("to-jax", tmp_path / "x", "--decoder", tmp_path / "phi4", "--vision", tmp_path / "bad")
-    assert code == 2 and "1 extra: text_extra.weight" in said
+    refused(
+        run("to-jax", tmp_path / "x", "--decoder", tmp_path / "phi4", "--vision", tmp_path / "bad"),
+        "1 extra: text_extra.weight",
+    )
 
 
-def test_what_config_json_cannot_say_is_refused_unless_forced(tmp_path: Path, run: Run) -> None:
-    hf = write_small(tmp_path / "hf")
-    ok(run("to-jax", hf, tmp_path / "ours"))
+def test_to_hf_needs_force_for_bidirectional(hf: Path, tmp_path: Path, run: Run) -> None:
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
     path = tmp_path / "ours" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     meta["model"]["image_attention"] = "bidirectional"
@@ -243,13 +231,12 @@ def test_what_config_json_cannot_say_is_refused_unless_forced(tmp_path: Path, ru
     for like in ((), ("--like", hf)):
         code, text = run("to-hf", tmp_path / "ours", tmp_path / "back", *like)
         assert code == 2 and "bidirectional" in text and not (tmp_path / "back").exists()
-        ok(run("to-hf", tmp_path / "ours", tmp_path / "back", "--force", "--overwrite", *like))
+        succeeded(run("to-hf", tmp_path / "ours", tmp_path / "back", "--force", "--overwrite", *like))
         assert read_tensors(tmp_path / "back").keys() == shapes_of(SMALL).keys()
         shutil.rmtree(tmp_path / "back")
 
 
-def test_inspect_and_verify_name_what_differs(tmp_path: Path, run: Run) -> None:
-    hf = write_small(tmp_path / "hf")
+def test_verify_and_inspect_name_tensors(hf: Path, tmp_path: Path, run: Run) -> None:
     tensors = read_tensors(hf)
     tensors["model.layers.1.mlp.gate_up_proj.weight"][30, 3] += 0.5
     other = write_hf(tmp_path / "other", SMALL, tensors)
@@ -259,17 +246,17 @@ def test_inspect_and_verify_name_what_differs(tmp_path: Path, run: Run) -> None:
     assert text.count("different: ") == 1
     assert "different: model.layers.1.mlp.gate_up_proj.weight, max abs error 0.5" in text
     assert "2 different" in text and "tokenizer.json" in text  # a shard, and this
-    ok(run("to-jax", hf, tmp_path / "ours"))
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
     for path in (hf, tmp_path / "ours"):
         code, text = run("inspect", path, "--json")
         found = json.loads(text)
         shapes = {name: tuple(value["shape"]) for name, value in found["tensors"].items()}
         assert shapes == shapes_of(SMALL)
         assert found["parameters"] * 4 == found["bytes"]
-        assert f"{len(shapes)} tensors" in ok(run("inspect", path))
+        assert f"{len(shapes)} tensors" in succeeded(run("inspect", path))
 
 
-def test_verify_sees_a_byte_that_differs_in_a_header_or_another_file(tmp_path: Path, run: Run) -> None:
+def test_verify_compares_headers_and_files(tmp_path: Path, run: Run) -> None:
     hf, other = write_small(tmp_path / "hf"), write_small(tmp_path / "other")
     for name, old, new in (
         ("model-00002-of-00003.safetensors", "ü".encode(), b"ue"),
@@ -280,4 +267,4 @@ def test_verify_sees_a_byte_that_differs_in_a_header_or_another_file(tmp_path: P
         (other / name).write_bytes(data.replace(old, new))
     code, text = run("verify", hf, other)
     assert code == 1 and "6 byte-identical, 2 different, 0 on one side only" in text
-    assert re.search(r"identical bytes +│ 89 ", text)
+    assert "89 tensors with identical bytes" in text

@@ -178,7 +178,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
 
 
 def same_directories(a: Path, b: Path) -> bool:
-    """Whether two directories hold the same files with the same bytes."""
+    """True if two directories hold the same files with the same bytes."""
 
     def content(directory: Path) -> dict[str, bytes]:
         return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
