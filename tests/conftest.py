@@ -17,7 +17,7 @@ from flax import nnx
 
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision
-from tests.support.batches import TINY
+from tests.support.batches import QUICK, TINY
 from tests.support.bucket_emulator import Emulator
 
 # No test judges time: another machine, or a busy one, is slower.
@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("project")
 def tiny() -> PhiVision:
     """A model of a few thousand random weights in which every part matters: biases and scales are drawn too."""
     graphdef, _ = phivision.abstract(TINY)
-    params = jax.jit(lambda: PhiVision(TINY, rngs=nnx.Rngs(0)).split()[1])()
+    params = jax.jit(lambda: PhiVision(TINY, rngs=nnx.Rngs(0)).split()[1], compiler_options=QUICK)()
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: jnp.asarray(x + 0.1 * rng.normal(size=x.shape), jnp.float32), params)
     return phivision.merge(graphdef, params)

@@ -1,4 +1,4 @@
-"""Generation against the plain forward, written out: no cache, no padding, one prompt at a time."""
+"""Generation against repeated forward passes of one prompt, without cache and padding."""
 
 import dataclasses
 import functools
@@ -21,15 +21,15 @@ NEW = 6
 IMAGES = [(6, 4), (2, 8), (4, 4)]
 
 
-def picture(size, seed):
+def image(size, seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
 def prompts(rng):
-    """No image, one, two; of different lengths."""
+    """Ids and images of three prompts of different lengths, with no image, one and two."""
     text = [rng.integers(1, 60, n).tolist() for n in (3, 7, 8)]
     ids = [text[0], [text[1][0], -200, *text[1][1:]], [-200, text[2][0], -200, *text[2][1:]]]
-    images = [[], [picture(IMAGES[0], 0)], [picture(IMAGES[1], 1), picture(IMAGES[2], 2)]]
+    images = [[], [image(IMAGES[0], 0)], [image(IMAGES[1], 1), image(IMAGES[2], 2)]]
     return ids, images
 
 
@@ -39,7 +39,7 @@ def forward(graphdef, params, batch):
 
 
 def by_forwards(model, ids, images, steps) -> list[int]:
-    """Greedy continuation by running the whole sequence again for each token."""
+    """Greedy continuation by a forward pass over the complete sequence for each token."""
     graphdef, params = model.split()
     ids, out = list(ids), []
     for _ in range(steps):
@@ -53,65 +53,65 @@ def by_forwards(model, ids, images, steps) -> list[int]:
 @pytest.fixture(scope="module", params=["causal", "bidirectional"])
 def model(request, tiny) -> PhiVision:
     graphdef, params = tiny.split()
-    made = phivision.merge(graphdef, params)
-    made.config = dataclasses.replace(tiny.config, image_attention=request.param)
-    return made
+    model = phivision.merge(graphdef, params)
+    model.config = dataclasses.replace(tiny.config, image_attention=request.param)
+    return model
 
 
-def test_batched_greedy_is_what_each_prompt_gives_alone(model):
+def test_generate_ids_equals_repeated_forwards(model):
     ids, images = prompts(np.random.default_rng(4))
     batch = batch_from_ids(ids, images, config=model.config)
-    assert len({int(n) for n in (batch.segment_ids > 0).sum(1)}) == 3  # padding of three lengths
+    assert len({int(n) for n in (batch.segment_ids > 0).sum(1)}) == 3  # three lengths of padding
     got = generate_ids(model, batch, max_new_tokens=NEW, eos_id=None)
     want = [by_forwards(model, i, p, NEW) for i, p in zip(ids, images, strict=True)]
     assert got.tolist() == want
     assert len({tuple(row) for row in want}) == 3
 
 
-def test_eos_ends_a_row_and_not_its_neighbours(tiny):
+def test_generate_ids_ends_rows_at_eos(tiny):
     ids, images = prompts(np.random.default_rng(4))
     batch = batch_from_ids(ids, images, config=tiny.config)
     free = generate_ids(tiny, batch, max_new_tokens=NEW, eos_id=None)
     eos = int(free[1, 2])
     got = generate_ids(tiny, batch, max_new_tokens=NEW, eos_id=eos)
     for row, ended in zip(free.tolist(), got.tolist(), strict=True):
-        cut = row.index(eos) if eos in row else NEW
-        assert ended == row[:cut] + [eos] * (NEW - cut)
+        length = row.index(eos) if eos in row else NEW
+        assert ended == row[:length] + [eos] * (NEW - length)
     assert (got[1, 2:] == eos).all()
 
 
 @pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.5}])
-def test_settings_out_of_range(tiny, settings):
+def test_generate_ids_rejects_settings(tiny, settings):
     batch = batch_from_ids([[1, 2, 3]], config=tiny.config)
     with pytest.raises(ValueError, match="temperature >= 0 and 0 < top_p <= 1"):
         generate_ids(tiny, batch, max_new_tokens=2, eos_id=None, **settings)
 
 
-def test_a_packed_batch_is_refused(tiny):
+def test_generate_ids_rejects_packed_batch(tiny):
     batch = batch_from_ids([[1, 2, 3]], config=tiny.config)
     packed = batch._replace(segment_ids=np.array([[1, 1, 2]], np.int32))
     with pytest.raises(ValueError, match="one example per row"):
         generate_ids(tiny, packed, max_new_tokens=2, eos_id=None)
 
 
-def test_nucleus_by_hand():
+def test_sample_nucleus_by_hand():
     probabilities = np.array([[0.5, 0.3, 0.15, 0.05]])
     logits = jnp.log(jnp.asarray(probabilities))
 
-    def drawn(**settings):
+    def shares(**settings):
         keys = jax.random.split(jax.random.key(0), 2000)
         return np.bincount(jax.vmap(lambda k: sample(logits, k, **settings)[0])(keys), minlength=4) / 2000
 
-    np.testing.assert_allclose(drawn(temperature=1.0), probabilities[0], atol=0.04)
+    np.testing.assert_allclose(shares(temperature=1.0), probabilities[0], atol=0.04)
     # 0.5 alone does not reach 0.7, with 0.3 it does: two tokens remain, renormalised.
-    np.testing.assert_allclose(drawn(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0], atol=0.04)
+    np.testing.assert_allclose(shares(temperature=1.0, top_p=0.7), [0.625, 0.375, 0, 0], atol=0.04)
     # Half the temperature squares the odds.
-    np.testing.assert_allclose(drawn(temperature=0.5), probabilities[0] ** 2 / 0.365, atol=0.04)
+    np.testing.assert_allclose(shares(temperature=0.5), probabilities[0] ** 2 / 0.365, atol=0.04)
     assert sample(logits, jax.random.key(0)).tolist() == [0]
 
 
 class Answering:
-    """Stands for ``generate_ids``: remembers the batch, answers with given ids."""
+    """A replacement of ``generate_ids`` that records the batch and returns given ids."""
 
     def __init__(self, ids):
         self.ids = ids
@@ -138,32 +138,32 @@ def asked(monkeypatch):
     return processor, answer
 
 
-def test_one_prompt_gives_one_answer_and_a_list_a_list(asked):
+def test_generate_one_prompt_or_list(asked):
     processor, answer = asked
-    image = picture((4, 4), 0)
-    assert generate(None, processor, "what shape is this?", images=[image]) == "a circle"
+    photo = image((4, 4), 0)
+    assert generate(None, processor, "what shape is this?", images=[photo]) == "a circle"
     assert answer.batch.tokens.shape[1] == 128 and (answer.batch.vision_index >= 0).sum() == 4
-    assert generate(None, processor, ["one", "two"], images=[[image], []]) == ["a circle"] * 2
+    assert generate(None, processor, ["one", "two"], images=[[photo], []]) == ["a circle"] * 2
     conversation = [{"role": "user", "content": "one"}]
     assert generate(None, processor, conversation) == "a circle"
     assert generate(None, processor, [conversation, "two"]) == ["a circle"] * 2
 
 
 @pytest.mark.parametrize(("mode", "token"), [("think", "think_id"), ("nothink", "nothink_id")])
-def test_a_mode_begins_the_answer(asked, mode, token):
+def test_generate_mode_begins_answer(asked, mode, token):
     processor, answer = asked
     generate(None, processor, "what?", mode=mode)
     tokens = answer.batch.tokens[0][answer.batch.segment_ids[0] > 0]
     assert tokens[-1] == getattr(processor.tokenizer, token)
 
 
-def test_ids_beyond_the_tokenizer_are_left_out(asked):
+def test_generate_drops_ids_beyond_tokenizer(asked):
     processor, answer = asked
     answer.ids = [*answer.ids[:2], 600, *answer.ids[2:]]
     assert generate(None, processor, "what?") == "a circle"
 
 
-def test_what_does_not_fit_is_said(asked):
+def test_generate_rejects_what_does_not_fit(asked):
     processor, _ = asked
     with pytest.raises(ValueError, match="2 prompts but 1 lists of images"):
         generate(None, processor, ["a", "b"], images=[[]])

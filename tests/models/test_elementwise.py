@@ -1,4 +1,4 @@
-"""Norms and activations against plain formulas and autodiff's gradients of them; and what their backward keeps."""
+"""Norms and activations against formulas and autodiff's gradients of them, and the values that they keep."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ FORMS = {
     "swiglu": (swiglu, plain_swiglu, (0, 0)),
     "gelu": (gelu, plain_gelu, (0,)),
 }
-"""Ours, the formula, and for each argument whether it is a vector of parameters (fp32 whatever x is)."""
+"""Our function, the formula, and a flag per argument: 1 for a vector of parameters, which is always fp32."""
 
 
-def made(rng, name, shape, dtype=np.float64, scale=1.0):
+def arguments(rng, name, shape, dtype=np.float64, scale=1.0):
     is_vector = FORMS[name][2]
     args = [scale * rng.normal(size=shape[-1:] if vector else shape) for vector in is_vector]
     return [
@@ -60,9 +60,9 @@ def with_gradients(form, args, weight):
 
 @pytest.mark.parametrize("shape, scale", [((7,), 1.0), ((3, 5), 1e-3), ((2, 3, 9), 6.0)])
 @pytest.mark.parametrize("name", FORMS)
-def test_equals_the_formula_and_its_gradient(name, shape, scale):
+def test_equals_formula_and_its_gradient(name, shape, scale):
     rng = np.random.default_rng(0)
-    args, weight = made(rng, name, shape, scale=scale), rng.normal(size=shape)
+    args, weight = arguments(rng, name, shape, scale=scale), rng.normal(size=shape)
     ours, formula, _ = FORMS[name]
     found = with_gradients(ours, [a.astype(np.float32) for a in args], weight)
     with jax.enable_x64(True):
@@ -72,13 +72,13 @@ def test_equals_the_formula_and_its_gradient(name, shape, scale):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_in_bf16_only_the_results_are_rounded(name):
-    """Against the formula in fp32 on the same rounded inputs: within a bf16 step, a gradient of parameters in fp32.
+def test_bf16_rounds_results_only(name):
+    """Within a bf16 step of the formula in fp32 on the same rounded inputs; gradients of parameters are fp32.
 
-    An activation itself is JAX's, which rounds between its operations; only its gradient is ours.
+    The forward pass of an activation is JAX's, which rounds between operations; only its gradient is ours.
     """
     rng = np.random.default_rng(0)
-    args = made(rng, name, (64, 96), jnp.bfloat16)
+    args = arguments(rng, name, (64, 96), jnp.bfloat16)
     weight = np.asarray(rng.normal(size=(64, 96)), jnp.bfloat16)
     ours, formula, is_vector = FORMS[name]
     found = with_gradients(ours, args, weight)
@@ -91,15 +91,15 @@ def test_in_bf16_only_the_results_are_rounded(name):
 
 
 @pytest.mark.parametrize("gate", [-200.0, -30.0, 0.0, 30.0, 200.0])
-def test_activations_far_from_zero(gate):
-    """Where exp overflows the gradient is the limit's: 0 on the left, the other factor on the right."""
+def test_activation_gradients_at_large_inputs(gate):
+    """The gradient is the limit even where exp overflows: 0 on the left, the other factor on the right."""
     right = 0.5 if gate == 0 else float(gate > 0)
     d_gate, d_up = jax.grad(swiglu, (0, 1))(jnp.float32(gate), jnp.float32(3.0))
     np.testing.assert_allclose([d_gate, d_up], [3 * right, gate * right], atol=1e-10)
     np.testing.assert_allclose(jax.grad(gelu)(jnp.float32(gate)), right, atol=1e-10)
 
 
-def test_gelu_is_the_tanh_form():
+def test_gelu_is_tanh_approximation():
     x = jnp.linspace(-3, 3, 61)
     exact = 0.5 * x * (1 + erf(x / math.sqrt(2)))
     assert 1e-4 < float(jnp.abs(gelu(x) - exact).max()) < 1e-3
@@ -114,11 +114,11 @@ KEPT = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_keeps_its_inputs_alone(name, capsys):
-    args = [jnp.asarray(a, jnp.float32) for a in made(np.random.default_rng(0), name, (4, 8))]
+def test_keeps_inputs_only(name, capsys):
+    args = [jnp.asarray(a, jnp.float32) for a in arguments(np.random.default_rng(0), name, (4, 8))]
 
     def run(first, *others):
-        # Of arguments JAX says only that they are arguments: a product makes the inputs values of their own.
+        # JAX reports arguments without a shape: products turn the inputs into values of their own.
         vectors = FORMS[name][2][1:]
         return FORMS[name][0](2 * first, *(o if v else 2 * o for o, v in zip(others, vectors, strict=True)))
 
@@ -130,7 +130,7 @@ def test_keeps_its_inputs_alone(name, capsys):
 
 @pytest.mark.parametrize("platform, barriers", [("cpu", 1), ("tpu", 0)])
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
-def test_only_cpus_keep_the_gradient_from_being_fused(name, platform, barriers):
-    args = made(np.random.default_rng(0), name, (4, 8), np.float32)
+def test_gradient_is_not_fused_on_cpus(name, platform, barriers):
+    args = arguments(np.random.default_rng(0), name, (4, 8), np.float32)
     traced = jax.jit(lambda *a: jax.vjp(FORMS[name][0], *a)[1](a[0])).trace(*args)
     assert traced.lower(lowering_platforms=(platform,)).as_text().count("optimization_barrier") == barriers

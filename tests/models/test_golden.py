@@ -1,8 +1,8 @@
 """The released computation, stage by stage, against the arrays of ``tests/golden``.
 
-The tests stand in the order of the computation, so the first failure names the first wrong stage: chat template and
-image sizes, position embedding, vision features, vision tokens, logits, loss, gradients, greedy decoding. Nothing here
-needs PyTorch: the arrays were made by ``tests/golden/make.py``.
+The tests are in the order of the computation, so the first failure names the first wrong stage: chat template and
+image sizes, position embedding, vision features, vision tokens, logits, loss, gradients, greedy decoding. They do not
+need PyTorch: the arrays were made by ``tests/golden/make.py``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CASES = ("text_only", *WITH_IMAGES)
 PROMPTS = ("single_image", "text_only", "two_images")
 """The cases whose inputs are the prompts of ``greedy.npz``, in its order."""
 
-# About ten times what the reference differs from itself (eager, fused and float64 attention). Never to be widened.
+# About ten times the differences within the reference (eager, fused and float64 attention). Never to be widened.
 VISION, LOGITS, LOSS, POSITIONS, GRADIENT = 2e-5, 1e-4, 2e-5, 1e-5, 1e-3
 
 type Case = dict[str, np.ndarray]
@@ -98,15 +98,15 @@ def outputs(name: str) -> dict[str, np.ndarray]:
 
 
 def close(what: str, got: np.ndarray, want: np.ndarray, limit: float) -> None:
-    """Fail with where and by how much; also on NaN and on shapes."""
+    """Assert equal shapes and differences within ``limit``, NaN included; name the worst element."""
     assert got.shape == want.shape, f"{what} has shape {got.shape}, golden {want.shape}"
     error = np.abs(np.asarray(got, np.float64) - want)
-    at = np.unravel_index(error.argmax(), error.shape)
-    assert error[at] <= limit, f"{what} differs by {error[at]:.3g} at {tuple(map(int, at))}, allowed {limit:.3g}"
+    worst = np.unravel_index(error.argmax(), error.shape)
+    assert error[worst] <= limit, f"{what} differs by {error[worst]:.3g} at {tuple(map(int, worst))}, over {limit:.3g}"
 
 
 def images_in_batch(name: str) -> Iterator[tuple[int, int, slice]]:
-    """(image of the case, its row of the batch, its patches in the row): images lie in the order of the prompt."""
+    """(image of the case, its row of the batch, its patches in the row), in the order of the prompts."""
     arrays = case(name)
     for row, of_example in enumerate(numbered(arrays, "images_of")):
         start = 0
@@ -116,7 +116,7 @@ def images_in_batch(name: str) -> Iterator[tuple[int, int, slice]]:
             start = stop
 
 
-def test_chat_templates_render_as_transformers_renders_them():
+def test_chat_templates():
     golden = json.loads((GOLDEN / "cases" / "chat" / "renderings.json").read_text("utf-8"))
     templates = {name: ChatTemplate(source) for name, source in golden["templates"].items()}
     assert len(golden["renderings"]) == 2 * len(templates) * len(golden["conversations"])
@@ -128,7 +128,7 @@ def test_chat_templates_render_as_transformers_renders_them():
         assert [list(span) for span in spans] == want["assistant_spans"], text
 
 
-def test_image_sizes_are_the_released_processors():
+def test_image_sizes():
     golden = json.loads((GOLDEN / "cases" / "pixel_sizes.json").read_text("utf-8"))
     assert len(golden["rows"]) == 400
     for width, height, _, rows, columns in golden["rows"]:
@@ -136,7 +136,7 @@ def test_image_sizes_are_the_released_processors():
 
 
 @pytest.mark.parametrize("grid", [(80, 45), (214, 16), (1, 188), (3, 5)])
-def test_position_embedding_is_torch_bilinear_antialiased(grid):
+def test_position_embedding(grid):
     h, w = grid
     arrays = case("position_embedding")
     rows = interpolation_weights(jnp.arange(h), jnp.full(h, h), 16)
@@ -148,17 +148,17 @@ def test_position_embedding_is_torch_bilinear_antialiased(grid):
 @pytest.mark.parametrize("name", WITH_IMAGES)
 def test_vision_features(name):
     features = outputs(name)["features"]
-    for j, row, at in images_in_batch(name):
+    for j, row, patches in images_in_batch(name):
         want = case(name)[f"features_{j}"]
-        close(f"features of image {j}", features[row, 0, at], want, VISION)
+        close(f"features of image {j}", features[row, 0, patches], want, VISION)
 
 
 @pytest.mark.parametrize("name", WITH_IMAGES)
 def test_projected_tokens(name):
     tokens = outputs(name)["projected"]
-    for j, row, at in images_in_batch(name):
+    for j, row, patches in images_in_batch(name):
         want = case(name)[f"projected_{j}"]
-        close(f"vision tokens of image {j}", tokens[row, at], want, VISION)
+        close(f"vision tokens of image {j}", tokens[row, patches], want, VISION)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -173,15 +173,15 @@ def test_loss(name):
     close("loss", outputs(name)["loss"], case(name)["loss"], LOSS)
 
 
-def test_gradient_of_every_tensor():
+def test_gradients():
     graphdef, params = model().split()
     batch = batch_of(case("mixed_batch"))
     gradients = jax.jit(jax.grad(lambda p: batch_loss(merge(graphdef, p), batch)[0]))(params)
     got = dict(hf_tensors(gradients, model().config))
     golden = case("gradients")
     assert golden.keys() <= got.keys()
-    # The bias of a key adds the same to all scores of a query, so its gradient is zero but for rounding: it is held to
-    # a millionth of the largest gradient instead of to a share of itself.
+    # A key bias adds the same to all scores of a query, so its gradient is zero up to rounding: its error is compared
+    # with a millionth of the largest gradient instead of with itself.
     largest = max(np.linalg.norm(g) for g in golden.values())
     for name, tensor in got.items():
         want = golden.get(name, np.zeros_like(tensor))  # the blocks that never run have no gradient
@@ -191,7 +191,7 @@ def test_gradient_of_every_tensor():
         assert error <= allowed, f"gradient of {name} is {error / max(size, 1e-30):.2g} off (relative L2)"
 
 
-def test_bf16_weights_computed_in_fp32(tmp_path):
+def test_logits_of_bf16_weights(tmp_path):
     write_bf16_copy(GOLDEN / "tiny", tmp_path)
     rounded = phivision_jax.load(tmp_path)[0]
     logits = np.asarray(forward(*rounded.split(), batch_of(case("mixed_batch")))["logits"])
@@ -206,25 +206,25 @@ def prompts() -> tuple[list[list[int]], list[list[PatchedImage]]]:
 
 
 def test_greedy_ids():
-    """All three in one right-padded batch; the reference answered each alone."""
+    """One right-padded batch of all three; the reference answered each alone."""
     got = np.asarray(generate_ids(model(), lay_out(*prompts()), max_new_tokens=16, eos_id=None))
     for row, want in zip(got, numbered(case("greedy"), "generated_ids"), strict=True):
         assert row.tolist() == want.tolist()
 
 
-def test_logits_along_the_greedy_ids():
-    """One pass over prompt and answer gives the logits that the reference had step by step with its cache."""
+def test_logits_along_greedy_ids():
+    """One pass over prompt and answer gives the logits that the reference computed token by token with its cache."""
     ids, images = prompts()
     answers, wanted = numbered(case("greedy"), "generated_ids"), numbered(case("greedy"), "generated_logits")
     batch = lay_out([[*p, *a[:-1].tolist()] for p, a in zip(ids, answers, strict=True)], images)
     logits = np.asarray(forward(*model().split(), batch)["logits"])
     for i, want in enumerate(wanted):
-        end = int(batch.segment_ids[i].sum())  # every column of the row's one example is 1
+        end = int(batch.segment_ids[i].sum())  # segment 1 is the row's only example
         close(f"logits after prompt {i}", logits[i, end - len(want) : end], want, LOGITS)
 
 
 def write_bf16_copy(source: Path, target: Path) -> None:
-    """The checkpoint again, its weights rounded to bf16. Written byte by byte: safetensors' NumPy side has no bf16."""
+    """Copy a checkpoint with weights rounded to bf16, which safetensors' NumPy functions cannot write."""
     for path in source.iterdir():
         if path.suffix != ".safetensors":
             shutil.copy(path, target)

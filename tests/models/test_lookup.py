@@ -1,4 +1,4 @@
-"""Lookup in parts of the table: the same rows, and the same gradient, as looking in the whole of it."""
+"""Sharded embedding lookup: the same rows and the same gradient as from one table."""
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,17 @@ MESHES = ({"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "context
 
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_rows_and_gradient_on_a_mesh(sizes):
+def test_lookup_on_mesh(sizes):
     rng = np.random.default_rng(0)
     table = rng.integers(-9, 9, (32, 16)).astype(np.float32)
-    tokens = rng.integers(0, 5, (8, 6)).astype(np.int32)  # few of them, so that each is looked up many times
-    gradient = rng.integers(-9, 9, (8, 6, 16)).astype(np.float32)  # whole numbers: sums are exact in any order
+    tokens = rng.integers(0, 5, (8, 6)).astype(np.int32)  # few ids, so that each is looked up many times
+    gradient = rng.integers(-9, 9, (8, 6, 16)).astype(np.float32)  # integers: sums are exact in any order
     wanted = np.zeros_like(table)
     np.add.at(wanted, tokens, gradient)
     mesh = sharding.make_mesh(sizes)
     with jax.set_mesh(mesh):
-        at = NamedSharding(mesh, sharding.partition_spec(("vocab", "embed")))
+        placed = NamedSharding(mesh, sharding.partition_spec(("vocab", "embed")))
         run = jax.jit(lambda table, g: (lookup(table, tokens), jax.vjp(lambda t: lookup(t, tokens), table)[1](g)[0]))
-        rows, found = run(jax.device_put(table, at), jnp.asarray(gradient))
+        rows, found = run(jax.device_put(table, placed), jnp.asarray(gradient))
     assert np.array_equal(rows, table[tokens])
     assert np.array_equal(found, wanted)

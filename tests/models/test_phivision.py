@@ -1,4 +1,7 @@
+"""The assembled model: its tree, merging and splicing by hand, packed rows against examples alone."""
+
 import dataclasses
+import functools
 import math
 
 import jax
@@ -9,11 +12,13 @@ from flax import nnx
 
 from phivision_jax.config import ModelConfig
 from phivision_jax.models import phivision
-from phivision_jax.models.phivision import PhiVision, merge_features, splice
+from phivision_jax.models.layers import Linear
+from phivision_jax.models.phivision import merge_features, splice
+from phivision_jax.models.vision import VISION_SIDES
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.rows import batch_from_ids
 from phivision_jax.training.loss import batch_loss
-from tests.support.batches import EXAMPLES, random_rows
+from tests.support.batches import EXAMPLES, QUICK, random_rows
 from tests.support.parameter_trees import abstract_params
 
 
@@ -21,7 +26,7 @@ def shapes(tree):
     return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
 
 
-def test_released_size_and_the_converters_tree_are_the_models():
+def test_abstract_released_size_and_conversion_tree():
     config = ModelConfig()
     _, state = phivision.abstract(config)
     tail = nnx.eval_shape(lambda: VisionTail(config.vision, rngs=nnx.Rngs(0)))
@@ -32,7 +37,7 @@ def test_released_size_and_the_converters_tree_are_the_models():
     assert shapes(model) == shapes(abstract_params(config))
 
 
-def test_every_parameter_has_one_logical_axis_per_dimension():
+def test_abstract_axes_match_dimensions():
     _, state = phivision.abstract(ModelConfig())
     for path, variable in nnx.to_flat_state(state):
         axes = variable.get_metadata()["out_sharding"]
@@ -47,8 +52,8 @@ def test_splice_by_hand():
     assert out[0].tolist() == [[0, 1], [102, 103], [100, 101], [6, 7]]
 
 
-def test_the_gradient_of_a_vision_token_is_that_of_the_column_where_it_landed():
-    index = jnp.array([[-1, 2, 0, -1, 1], [3, -1, -1, -1, -1]])  # 3 in row 0 and 0, 1, 2 in row 1: nowhere
+def test_splice_gradient_by_hand():
+    index = jnp.array([[-1, 2, 0, -1, 1], [3, -1, -1, -1, -1]])  # unused: token 3 of row 0, tokens 0 to 2 of row 1
     gradient = 1.0 + jnp.arange(20.0).reshape(2, 5, 2)
     embeds, vision = jnp.zeros((2, 5, 2)), jnp.zeros((2, 4, 2))
     to_embeds, to_vision = jax.vjp(lambda e, v: splice(e, v, index), embeds, vision)[1](gradient)
@@ -58,15 +63,15 @@ def test_the_gradient_of_a_vision_token_is_that_of_the_column_where_it_landed():
     assert to_vision.tolist() == [[g[0][2], g[0][4], g[0][1], none], [none, none, none, g[1][0]]]
 
 
-def test_merge_table_by_hand():
+def test_merge_features_by_hand():
     features = jnp.array([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]])  # R·P = 3, C = 2
-    index = jnp.array([[[[0, 1], [2, -1]], [[-1, -1], [1, 1]]]])  # M 2, G 2, K 2
+    index = jnp.array([[[[0, 1], [2, -1]], [[-1, -1], [1, 1]]]])  # M 2, n 2, k 2
     weight = jnp.array([[[[0.5, 0.25], [2.0, 9.0]], [[1.0, 1.0], [1.0, -1.0]]]])
     out = merge_features(features, index, weight)
     assert out[0].tolist() == [[0.5 + 0.5, 5.0 + 5.0, 6.0, 60.0], [0.0, 0.0, 0.0, 0.0]]
 
 
-def test_identity_merge_table_changes_nothing_and_space_to_channel_runs(tiny):
+def test_vision_tokens_with_merge_tables(tiny):
     batch = random_rows(np.random.default_rng(5), tiny.config, [[(6, [(2, 3)])]])
     M = batch.patches.shape[2]
     identity = batch._replace(
@@ -75,59 +80,63 @@ def test_identity_merge_table_changes_nothing_and_space_to_channel_runs(tiny):
     )
     np.testing.assert_allclose(tiny.vision_tokens(identity), tiny.vision_tokens(batch), atol=1e-6)
     wide = dataclasses.replace(tiny.config, projector=dataclasses.replace(tiny.config.projector, merge_size=2))
-    model = PhiVision(wide, rngs=nnx.Rngs(0))
+    graphdef, params = phivision.abstract(wide)
     pairs = batch._replace(
         merge_index=np.array([[[[0], [1]], [[2], [-1]]]], np.int32),
         merge_weight=np.ones((1, 2, 2, 1), np.float32),
     )
-    assert model.vision_tokens(pairs).shape == (1, 2, tiny.config.decoder.hidden_size)
+    tokens = jax.eval_shape(lambda p: phivision.merge(graphdef, p).vision_tokens(pairs), nnx.to_pure_dict(params))
+    assert tokens.shape == (1, 2, tiny.config.decoder.hidden_size)
 
 
-@pytest.mark.parametrize("image_attention", ["causal", "bidirectional"])
-@pytest.mark.parametrize("vision_rows", [1, 2])
-def test_packed_equals_one_by_one(tiny, image_attention, vision_rows):
-    """The same loss and, per parameter, the same gradient: 0 to 5 images per example, two rows."""
-    config = dataclasses.replace(tiny.config, image_attention=image_attention)
-    graphdef, params = tiny.split()
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def loss_and_grads(graphdef, params, batch):
+    """Σ loss, Σ weight, and the gradients of the former."""
 
-    @jax.jit
-    def loss_and_grads(params, batch):
-        def loss(params):
-            value, aux = batch_loss(phivision.merge(graphdef, params), batch)
-            return value * aux["weight"], aux["weight"]
+    def loss(params):
+        value, aux = batch_loss(phivision.merge(graphdef, params), batch)
+        return value * aux["weight"], aux["weight"]
 
-        (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        return total, weight, grads
+    (total, weight), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return total, weight, grads
 
-    def seeded(rows, **kw):
-        return random_rows(np.random.default_rng(7), config, rows, **kw)
 
-    # 25 and 29 patches: with two vision rows of 20, images stand in both.
-    packed = seeded(
-        [EXAMPLES[:4], EXAMPLES[4:]], vision_rows=vision_rows, length=96, num_patches={1: 40, 2: 20}[vision_rows]
+@pytest.fixture(scope="module", params=["causal", "bidirectional"])
+def alone(request, tiny):
+    """A configuration, and (Σ loss, Σ weight, gradients) of ``EXAMPLES`` one by one."""
+    config = dataclasses.replace(tiny.config, image_attention=request.param)
+    rows = random_rows(np.random.default_rng(7), config, [[e] for e in EXAMPLES], length=48, num_patches=24)
+    singles = [jax.tree.map(lambda x, i=i: x[i : i + 1], rows) for i in range(len(EXAMPLES))]
+    sums = [loss_and_grads(*tiny.split(), single) for single in singles]
+    return config, jax.tree.map(lambda *parts: sum(parts), *sums)
+
+
+@pytest.mark.parametrize("vision_rows, num_patches", [(1, 40), (2, 20)])
+def test_packed_rows_equal_examples_alone(tiny, alone, vision_rows, num_patches):
+    """The same loss and, per parameter, the same gradient: 0 to 5 images per example, in two rows."""
+    config, (total_1, weight_1, grads_1) = alone
+    packed = random_rows(
+        np.random.default_rng(7),
+        config,
+        [EXAMPLES[:4], EXAMPLES[4:]],
+        length=96,
+        vision_rows=vision_rows,
+        num_patches=num_patches,
     )
+    # The rows have 25 and 29 patches: with two vision rows of 20, there are images in both.
     assert (packed.patch_segments.max(-1) > 0).all()
-    total, weight, grads = loss_and_grads(params, packed)
-    # The same draws, one example per row, taken row by row.
-    alone = seeded([[e] for e in EXAMPLES], length=48, num_patches=24)
-    singles = [jax.tree.map(lambda x, i=i: x[i : i + 1], alone) for i in range(len(EXAMPLES))]
-    assert float(packed.loss_weights.sum()) == float(alone.loss_weights.sum()) > 20
-    sums = [loss_and_grads(params, single) for single in singles]
-    total_1, weight_1 = sum(s[0] for s in sums), sum(s[1] for s in sums)
+    total, weight, grads = loss_and_grads(*tiny.split(), packed)
+    assert float(weight) == float(weight_1) > 20
     assert abs(total / weight - total_1 / weight_1) <= 1e-5
-    grads_1 = jax.tree.map(lambda *g: sum(g), *[s[2] for s in sums])
-    for path, g in jax.tree_util.tree_leaves_with_path(grads):
-        other = grads_1
-        for part in path:
-            other = other[part.key]
+    for (path, g), other in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(grads_1), strict=True):
         if path[-2].key == "k_proj" and path[-1].key == "bias":
-            continue  # a key bias moves all scores of a query alike: its gradient is zero up to rounding
+            continue  # a key bias shifts all scores of a query equally: its gradient is zero up to rounding
         assert float(jnp.linalg.norm(g)) > 0, path
         cosine = jnp.vdot(g, other) / (jnp.linalg.norm(g) * jnp.linalg.norm(other))
         assert cosine >= 0.99999, (path, cosine)
 
 
-def test_bidirectional_differs_from_causal_inside_images_only(tiny):
+def test_bidirectional_differs_inside_images_only(tiny):
     causal = random_rows(np.random.default_rng(3), tiny.config, [[(6, [(2, 2)])]])
     config = dataclasses.replace(tiny.config, image_attention="bidirectional")
     both = random_rows(np.random.default_rng(3), config, [[(6, [(2, 2)])]])
@@ -137,7 +146,7 @@ def test_bidirectional_differs_from_causal_inside_images_only(tiny):
     assert difference[at_image][:-1].min() > 1e-4
 
 
-def test_a_batch_of_text_needs_no_patches(tiny):
+def test_text_batch_needs_no_patches(tiny):
     batch = batch_from_ids([[1, 2, 3]], config=tiny.config)
     padded = batch_from_ids([[1, 2, 3]], config=tiny.config, num_patches=8)
     assert batch.patches.shape[2] == 0
@@ -146,11 +155,42 @@ def test_a_batch_of_text_needs_no_patches(tiny):
     np.testing.assert_allclose(tiny(batch), tiny(padded), atol=1e-6)
 
 
-def test_parameters_may_be_kept_in_bf16_while_computing_in_fp32(tiny):
-    """Equal to the same weights widened beforehand: nothing but the weights is rounded."""
+def test_bf16_parameters_with_fp32_compute(tiny):
+    """Equal to the same weights converted to fp32 beforehand: only the weights are rounded."""
     graphdef, params = tiny.split()
-    kept = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    widened = jax.tree.map(lambda x: x.astype(jnp.float32), kept)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    widened = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
     batch = random_rows(np.random.default_rng(2), tiny.config, [[(6, [(2, 3)])]])
-    logits = [phivision.merge(graphdef, p)(batch) for p in (kept, widened)]
+    logits = [phivision.merge(graphdef, p)(batch) for p in (rounded, widened)]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+
+
+class RawPatches(nnx.Module):
+    """Early fusion: no encoder, a feature is a linear map of a patch's pixels."""
+
+    width = 20
+
+    def __init__(self, cfg, *, rngs, dtype, remat):
+        self.dtype = dtype
+        self.embed = Linear("BRPF,FC->BRPC", (cfg.patch_dim, self.width), (None, "patch_embed"), rngs=rngs)
+
+    def __call__(self, batch):
+        return self.embed(batch.patches.astype(self.dtype) / 255)
+
+
+def test_vision_side_is_exchangeable(tiny, monkeypatch):
+    """Another vision side, with another width, gives logits and gets a gradient; the rest of the tree is the same."""
+    config = dataclasses.replace(tiny.config, vision=dataclasses.replace(tiny.config.vision, encoder="raw"))
+    with pytest.raises(ValueError, match=r"vision\.encoder 'raw' does not exist; choose one of siglip2"):
+        phivision.abstract(config)
+    monkeypatch.setitem(VISION_SIDES, "raw", RawPatches)
+    graphdef, state = phivision.abstract(config)
+    params, tree = tiny.split()[1], nnx.to_pure_dict(state)
+    assert set(tree["vision"]) == {"embed"} and tree["decoder"].keys() == params["decoder"].keys()
+    rng = np.random.default_rng(0)
+    shapes = {"vision": tree["vision"], "projector": tree["projector"]}
+    params = params | jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), shapes)
+    batch = random_rows(rng, config, [[(6, [(2, 3)])]])
+    total, _, grads = loss_and_grads(graphdef, params, batch)
+    assert grads["projector"]["fc1"]["kernel"].shape == (20, config.decoder.hidden_size)
+    assert np.isfinite(total) and np.abs(grads["vision"]["embed"]["kernel"]).max() > 0

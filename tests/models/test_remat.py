@@ -1,4 +1,4 @@
-"""What each policy keeps of a decoder layer for its backward pass, per token: counted by hand, and asked of JAX."""
+"""The values that each policy keeps of a decoder layer, per token: counted by hand, against JAX's own report."""
 
 import math
 import re
@@ -23,33 +23,33 @@ INPUT, ATTENTION = D, (N + 2 * K) * H + N * H + N  # queries, keys, values; the 
 KEPT = {
     "full": INPUT,
     "attention": INPUT + ATTENTION,
-    "dots": INPUT + ATTENTION + D + 2 * F,  # o, gate, up. Nothing needs the last product: it only enters a sum.
+    "dots": INPUT + ATTENTION + D + 2 * F,  # o, gate, up; the last product is not needed: it only enters a sum
 }
 
 
 @pytest.mark.parametrize("platform", ["xla", "tpu"])
 @pytest.mark.parametrize("policy", KEPT)
-def test_a_policy_keeps_what_its_docstring_says_once(policy, platform, capsys):
+def test_policy_keeps_documented_values(policy, platform, capsys):
     layer = nnx.eval_shape(lambda: DecoderLayer(CFG, rngs=nnx.Rngs(0)))
-    columns = jnp.arange(T)[None]
-    rope, segments = rope_angles(columns, H, 10_000.0), jnp.ones((1, T), jnp.int32)
+    positions = jnp.arange(T)[None]
+    rope, segments = rope_angles(positions, H, 10_000.0), jnp.ones((1, T), jnp.int32)
 
     def run(x, layer):
-        return layer(x, rope, columns, segments, None, None, 0)[0]
+        return layer(x, rope, positions, segments, None, None, 0)[0]
 
     with backend(platform):
         assert kept(remat.checkpoint(run, policy), jnp.ones((1, T, D)), layer, capsys) == T * KEPT[policy]
 
 
 def kept(run, x, layer, capsys):
-    """Elements that a backward pass of ``run(x, layer)`` finds kept, parameters not counted."""
+    """The number of elements kept for the backward pass of ``run(x, layer)``, without parameters."""
     print_saved_residuals(run, x, layer)
     lines = capsys.readouterr().out.splitlines()
     lines = [line for line in lines if "from the argument layer" not in line and "from a constant" not in line]
     return sum(math.prod(map(int, re.match(r"f32\[([\d,]+)\]", line)[1].split(","))) for line in lines)
 
 
-def test_dots_keeps_the_products_of_a_layer_of_the_tower(capsys):
+def test_dots_keeps_products_of_vision_layer(capsys):
     cfg = VisionConfig(hidden_size=96, intermediate_size=160, num_layers=2, num_heads=2)
     layer, segments = nnx.eval_shape(lambda: EncoderLayer(cfg, rngs=nnx.Rngs(0))), jnp.ones((1, 1, T), jnp.int32)
     x, (C, F, N) = jnp.ones((1, 1, T, 96)), (96, 160, 2)
@@ -60,8 +60,8 @@ def test_dots_keeps_the_products_of_a_layer_of_the_tower(capsys):
 
 
 @pytest.mark.parametrize("policy, wanted", [("full", D), ("dots", D + 2 * F + 4)])
-def test_dots_keeps_an_adapter_s_products_too(policy, wanted, capsys):
-    def made():
+def test_dots_keeps_products_of_adapters(policy, wanted, capsys):
+    def adapted():
         linear = Linear("BTD,DF->BTF", (D, F), ("embed", "mlp"), rngs=nnx.Rngs(0))
         linear.adapt(4, 8.0, nnx.Rngs(1))
         return linear
@@ -69,9 +69,9 @@ def test_dots_keeps_an_adapter_s_products_too(policy, wanted, capsys):
     def run(x, layer):
         return jnp.square(layer(checkpoint_name(x, remat.INPUT)))
 
-    assert kept(remat.checkpoint(run, policy), jnp.ones((1, T, D)), nnx.eval_shape(made), capsys) == T * wanted
+    assert kept(remat.checkpoint(run, policy), jnp.ones((1, T, D)), nnx.eval_shape(adapted), capsys) == T * wanted
 
 
-def test_a_policy_that_does_not_exist_is_an_error_that_names_all():
+def test_check_rejects_unknown_policy():
     with pytest.raises(ValueError, match=r"'some' does not exist; choose one of full, attention, dots"):
         remat.check("some")

@@ -8,6 +8,9 @@ from phivision_jax.images.layout import PatchedImage
 from phivision_jax.rows import expand, fill_rows, row_shape
 from phivision_jax.text.constants import IGNORE
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Compiler options for tests: LLVM's optimisations take longer than everything that is computed."""
+
 TINY = ModelConfig(
     vision=VisionConfig(
         hidden_size=24, intermediate_size=32, num_layers=3, num_heads=2, patch_size=2, num_positions=16

@@ -1,7 +1,4 @@
-"""Steps for tests: the smallest configuration with every part, rows that meshes have trouble with, quick compilation.
-
-Compiling costs more than everything these tests compute, and LLVM most of that: it is told not to optimise.
-"""
+"""Training steps for tests: the smallest configuration with every part, and rows that are difficult to split."""
 
 from __future__ import annotations
 
@@ -21,9 +18,7 @@ from phivision_jax.rows import expand, fill_rows
 from phivision_jax.text.constants import IGNORE
 from phivision_jax.training.run_config import OptimConfig, RunConfig
 from phivision_jax.training.step import State, TrainStep, make_train_step
-from tests.support.batches import TINY
-
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+from tests.support.batches import QUICK, TINY
 
 # P is such that no number of vision tokens equals a number of columns: shapes in compiled programs tell them apart.
 ROWS, T, R, P = 8, 48, 2, 13

@@ -214,7 +214,7 @@ def test_walks_cover_visible_blocks():
 
 
 def test_attention_policy_does_not_rerun_blockwise():
-    """The backward pass has one walk (for d_q, d_k, d_v); only without the results kept does it repeat the forward one."""
+    """The backward pass has one walk (for d_q, d_k, d_v); without kept results it repeats the forward one."""
 
     def loops(policy):
         def layer(x, _):

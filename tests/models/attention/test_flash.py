@@ -139,7 +139,7 @@ def test_kernels_lower_to_gpu_programs(monkeypatch, capability, widths):
 
 
 def test_kernels_run_on_each_devices_shard(monkeypatch):
-    """Half of the rows, heads and queries, and all keys of these rows, by the shapes of the forward kernel's q and k."""
+    """Half of the rows, heads and queries, and all keys of these rows, by the shapes of the kernel's q and k."""
     chip(monkeypatch)
     with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 2, "context": 2})), backend("gpu"):
         text = gradient("attention", B=2, T=1024, N=4, K=2).lower(lowering_platforms=("cuda",)).as_text()
