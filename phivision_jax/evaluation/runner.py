@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from phivision_jax.batch import Batch
-from phivision_jax.data.plan.record_sizes import lengths_of
 from phivision_jax.data.records import mode_of
 from phivision_jax.data.store.dataset import check_processor
 from phivision_jax.evaluation.scoring import exact_match
@@ -101,9 +100,10 @@ class Evaluator:
         count = len(dataset) if num_examples is None else min(num_examples, len(dataset))
         self.records = np.linspace(0, len(dataset), count, endpoint=False).astype(int)
         # The index counts the answer too, so a prompt is never longer than its record.
-        lengths = lengths_of(dataset.index, processor.layout)
+        patches, tokens = map(dataset.index.sum_images, processor.layout.measure_all(dataset.index.image_sizes))
         length, num_patches = (
-            int(-(-counts[self.records].max() // MULTIPLE) * MULTIPLE) for counts in (lengths.tokens, lengths.patches)
+            int(-(-counts[self.records].max() // MULTIPLE) * MULTIPLE)
+            for counts in (dataset.index.text_tokens + tokens, patches)
         )
         self.shape = row_shape(processor.config, length, num_patches=num_patches)
 

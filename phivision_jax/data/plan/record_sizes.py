@@ -22,8 +22,7 @@ REASONS = ("tokens", "patches")
 def lengths_of(index: Index, layout: ImageLayout) -> Lengths:
     """Tokens and patches of every record."""
     patches, tokens = layout.measure_all(index.image_sizes)
-    image_tokens = np.diff(np.concatenate([[0], np.cumsum(tokens)])[index.image_offsets])
-    return Lengths(index.text_tokens.astype(np.int64) + image_tokens, patches, index.image_offsets)
+    return Lengths(index.text_tokens + index.sum_images(tokens), patches, index.image_offsets)
 
 
 def _overflow(lengths: Lengths, shape: RowShape) -> tuple[np.ndarray, np.ndarray]:

@@ -71,6 +71,10 @@ class Index:
         """[N] i64, made anew each time."""
         return np.diff(self.image_offsets)
 
+    def sum_images(self, values: np.ndarray) -> np.ndarray:
+        """[N] i64: the sum over each record's images of values [I]."""
+        return np.diff(np.concatenate([[0], np.cumsum(values, dtype=np.int64)])[self.image_offsets])
+
     def sizes_of(self, i: int) -> list[tuple[int, int]]:
         """Width and height of each image of record ``i``."""
         first, end = self.image_offsets[i : i + 2]

@@ -35,7 +35,7 @@ _BINS = 60
 type Numbers = dict[str, Any]
 """The numbers of one dataset, or of all together, as JSON values:
 
-    name, examples, images, text_tokens, patches   name and totals
+    name, examples, images, text_tokens, image_tokens, patches   name and totals
     images_per_example     examples with 0, 1, … images; the last counts those with ``MAX_IMAGES`` or more
     spreads                {measure: {min, median, mean, p95, max}}, null without values. Measures per example:
                            text_tokens, tokens, patches (of those with images); per image: image_patches, megapixels
@@ -130,6 +130,7 @@ def _numbers(
         "examples": len(text),
         "images": len(sizes),
         "text_tokens": int(text.sum()),
+        "image_tokens": int(lengths.tokens.sum() - text.sum()),
         "patches": int(lengths.patches.sum()),
         "spreads": {name: _spread(v) for name, v in {**measures, "megapixels": sizes.prod(axis=1) / 1e6}.items()},
         "histograms": {name: np.histogram(v, edges["tokens"])[0].tolist() for name, v in measures.items()},

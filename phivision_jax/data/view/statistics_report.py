@@ -75,6 +75,7 @@ def _sizes(numbers: Numbers) -> Cells:
         "  with a system message": _share(numbers["system_messages"], examples),
         "images": f"{numbers['images']:,}",
         "text tokens": f"{numbers['text_tokens']:,}",
+        "image tokens": f"{numbers['image_tokens']:,}",
         "patches": f"{numbers['patches']:,}",
         "not imported": _share(failed, examples + failed),
         **{f"  {reason}": f"{count:,}" for reason, count in sorted(numbers["quarantined"].items())},

@@ -74,7 +74,7 @@ def test_compute_one_dataset() -> None:
     spreads = numbers["spreads"]
     assert (numbers["name"], numbers["examples"], numbers["images"]) == ("photos", 4, 15)
     assert numbers["text_tokens"] == 65
-    assert numbers["patches"] == 6 + 70 + 64 + 66
+    assert numbers["patches"] == numbers["image_tokens"] == 6 + 70 + 64 + 66
     assert spreads["text_tokens"] == {"min": 5, "median": 15, "mean": 16.25, "p95": pytest.approx(28.5), "max": 30}
     assert (spreads["tokens"]["min"], spreads["tokens"]["max"]) == (16, 94)
     assert spreads["patches"]["median"] == 65
