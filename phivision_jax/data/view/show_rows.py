@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
@@ -51,7 +52,7 @@ class ImageSpan:
     """Positions within T."""
     vision_row: int
     patches: tuple[int, int]
-    """Within P."""
+    """Within P; empty for the merged tokens of a failed record's placeholder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +75,22 @@ def layout(batch: Batch, b: int) -> RowLayout:
     """Read row ``b`` of a batch (NumPy)."""
     segment_ids, owners, index = batch.segment_ids[b], batch.patch_segments[b], batch.vision_index[b]
     num_patches = max(owners.shape[1], 1)
-    # The first and last patch of each position's vision token in the flattened [R·P].
+    # The first and last patch of each position's vision token in the flattened [R·P]; −1 without any.
     first = last = index
-    if batch.merge_index is not None:
-        merged = batch.merge_index[b].reshape(len(batch.merge_index[b]), -1)[index]
-        first, last = np.where(merged < 0, owners.size, merged).min(-1), merged.max(-1)
+    if batch.merge_index is not None and batch.merge_index[b].size:
+        merged = rearrange(batch.merge_index[b], "m g k -> m (g k)")[index]
+        last = np.where(index >= 0, merged.max(-1), -1)
+        first = np.where(last >= 0, np.where(merged < 0, owners.size, merged).min(-1), -1)
     # Images are runs of tokens whose patches belong to one tile of one vision row.
-    vision_rows = first // num_patches
-    owner = np.where(index >= 0, np.append(owners, 0)[first], 0)
+    tile = np.append(owners, 0)[first]
     images: list[ImageSpan] = []
-    for start, stop in _runs(segment_ids, np.where(index >= 0, vision_rows, -1), owner):
+    for start, stop in _runs(segment_ids, index >= 0, first // num_patches, tile):
         if index[start] >= 0:
-            segment, base = int(segment_ids[start]), int(vision_rows[start]) * num_patches
+            segment, row = int(segment_ids[start]), max(int(first[start]) // num_patches, 0)
             number = 1 + sum(image.segment == segment for image in images)
-            patches = (int(first[start:stop].min()) - base, int(last[start:stop].max()) + 1 - base)
-            images.append(ImageSpan(segment, number, (start, stop), int(vision_rows[start]), patches))
+            low, high = int(first[start:stop].min()), int(last[start:stop].max()) + 1
+            patches = max(low - row * num_patches, 0), high - row * num_patches
+            images.append(ImageSpan(segment, number, (start, stop), row, patches))
     segments = tuple((start, stop) for start, stop in _runs(segment_ids) if segment_ids[start])
     return RowLayout(segments, tuple(images), batch.loss_weights[b] > 0, int((owners > 0).sum()))
 

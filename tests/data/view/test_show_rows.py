@@ -66,6 +66,24 @@ def test_layout_separates_adjacent_images_of_two_examples() -> None:
     ]
 
 
+def test_layout_of_merged_tokens() -> None:
+    """Two tokens of two patches each; two tiles of two patches with a token each; a placeholder's blank token."""
+    tables = [np.array([[[0, 1]], [[2, 3]]]), np.array([[[0, 1]], [[3, -1]]]), np.array([[[-1, -1]]])]
+    grids = [((2, 2),), ((1, 2), (2, 1)), ((1, 1),)]
+    images = [
+        PatchedImage(np.zeros((sum(h * w for h, w in g), CONFIG.vision.patch_dim), np.uint8), g, t, np.ones(t.shape))
+        for g, t in zip(grids, tables, strict=True)
+    ]
+    row = row_of([expand([-200, 5, -200], images[:2]), expand([-200], images[2:])], 8, 2, 6, (8, 1, 2))
+    assert [(i.segment, i.number, i.tokens, i.vision_row, i.patches) for i in layout(row, 0).images] == [
+        (1, 1, (0, 2), 0, (0, 4)),
+        (1, 2, (3, 4), 1, (0, 2)),
+        (1, 3, (4, 5), 1, (3, 4)),
+        (2, 1, (5, 6), 0, (0, 0)),
+    ]
+    assert layout(row_of([expand([1, 2], [])], 4, 1, 0, (0, 1, 2)), 0).images == ()
+
+
 def test_layout_without_examples_or_images() -> None:
     empty = layout(row_of([], 4), 0)
     assert (empty.segments, empty.images, empty.num_tokens) == ((), (), 0)
