@@ -7,33 +7,26 @@ classes, and keys that would change the arithmetic are refused unless they have 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from phivision_jax.io.storage import Location, location, read_json
 
+_SAME_IN_BOTH = ("hidden_size", "intermediate_size")
 _DECODER_KEYS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
+    **{key: key for key in ("vocab_size", *_SAME_IN_BOTH, "rope_theta", "rms_norm_eps")},
+    **{key: key for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
     "num_key_value_heads": "num_kv_heads",
-    "rope_theta": "rope_theta",
-    "rms_norm_eps": "rms_norm_eps",
     "max_position_embeddings": "max_positions",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
 }
 _VISION_KEYS = {
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
+    **{key: key for key in (*_SAME_IN_BOTH, "patch_size", "layer_norm_eps")},
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
-    "patch_size": "patch_size",
     "num_patches": "num_positions",
-    "layer_norm_eps": "layer_norm_eps",
 }
 # SigLIP-2's class defaults are those of the base model. The other sizes have one default, which is ours too.
 _VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_layers": 12, "num_heads": 12}
@@ -50,19 +43,10 @@ _FIXED_DECODER = {
 }
 _FIXED_MULTIMODAL = {"mm_projector_type": "mlp2x_gelu", "use_s2": False, "use_mm_proj": True}
 _FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "attention_dropout": 0.0}
-# Further keys that the released model's remote code needs, for a config.json without a base.
-_RELEASED_EXTRAS = {
-    "architectures": ["Phi4ForCausalLMV"],
-    "model_type": "phi4-siglip",
-    "image_aspect_ratio": "square",
-    "initializer_range": 0.02,
-    "mm_vision_tower": "google/siglip2-so400m-patch16-naflex",
-    "tokenizer_padding_side": "right",
-    "unfreeze_vision_tower": True,
-    "tune_mm_mlp_adapter": False,
-    "freeze_mm_mlp_adapter": False,
-    "use_cache": True,
-}
+_TEMPLATE = Path(__file__).with_name("config_template.json")
+"""The other keys that the released model's remote code needs, for a ``config.json`` without a base."""
+EXPRESSIBLE: dict[str, Any] = {"image_attention": "causal", "image_layout": "naflex", "projector": ProjectorConfig()}
+"""Fields of ``ModelConfig`` that ``config.json`` lacks, and the values that Hugging Face code computes."""
 
 
 def model_config(source: Mapping[str, Any] | str | Location) -> ModelConfig:
@@ -81,9 +65,7 @@ def model_config(source: Mapping[str, Any] | str | Location) -> ModelConfig:
         values = read_json(path / "config.json" if path.is_dir() else path)
     if "vision_config" not in values:
         kind = values.get("model_type", "unknown")
-        raise ValueError(
-            f"config.json (model_type {kind!r}) has no vision_config: not a Phi-4-reasoning-vision checkpoint"
-        )
+        raise ValueError(f"config.json (model_type {kind!r}) has no vision_config: not a Phi-4-reasoning-vision model")
     _require(values, _FIXED_MULTIMODAL)
     vision, decoder = vision_config(values["vision_config"]), decoder_config(values)
     if values.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
@@ -137,24 +119,12 @@ def config_json(model: ModelConfig, base: Mapping[str, Any] | None = None) -> di
       base: a ``config.json`` to update; its other keys, and the spelling of equal values, are kept.
 
     Raises:
-      ValueError: when ``config.json`` cannot express this model (``image_attention="bidirectional"``,
-        another image layout than NaFlex).
+      ValueError: when ``config.json`` cannot express this model, see ``EXPRESSIBLE``.
     """
-    if model.image_attention != "causal":
-        raise ValueError(
-            f"config.json cannot express image_attention={model.image_attention!r}: Hugging Face code would run this "
-            "model with a causal mask and give other answers"
-        )
-    if model.image_layout != "naflex":
-        raise ValueError(
-            f"config.json cannot express image_layout={model.image_layout!r}: Hugging Face code would feed this model "
-            "other patches and tokens"
-        )
-    if model.projector.merge_size != 1:
-        raise ValueError(f"config.json cannot express projector.merge_size={model.projector.merge_size}")
-    out: dict[str, Any] = (
-        dict(base) if base is not None else {**_RELEASED_EXTRAS, **_FIXED_DECODER, **_FIXED_MULTIMODAL}
-    )
+    for field, only in EXPRESSIBLE.items():
+        if (value := getattr(model, field)) != only:
+            raise ValueError(f"config.json cannot express {field}={value!r}: Hugging Face code computes {only!r}")
+    out: dict[str, Any] = read_json(_TEMPLATE) if base is None else dict(base)
     rope = out.get("rope_parameters")
     for theirs, ours in _DECODER_KEYS.items():
         value = getattr(model.decoder, ours)
@@ -162,7 +132,7 @@ def config_json(model: ModelConfig, base: Mapping[str, Any] | None = None) -> di
             out["rope_parameters"] = {**rope, "rope_theta": value}
         else:
             out[theirs] = _keep_if_equal(out.get(theirs), value)
-    vision = dict(out.get("vision_config") or {"model_type": "siglip2_vision_model"})
+    vision = dict(out.get("vision_config") or {})
     for theirs, ours in _VISION_KEYS.items():
         value = getattr(model.vision, ours)
         # The released file omits the sizes that have their default.

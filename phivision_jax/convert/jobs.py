@@ -22,10 +22,10 @@ from rich.filesize import decimal
 
 from phivision_jax.checkpoint import manifest
 from phivision_jax.checkpoint.layout import ASSETS, META, ORBAX_MARK, PARAMS, find, read_meta
-from phivision_jax.config import ModelConfig, ProjectorConfig
+from phivision_jax.config import ModelConfig
 from phivision_jax.convert import ours
 from phivision_jax.convert.hf import INDEX, HFDirectory, HFSink, HFSource, plan_shards
-from phivision_jax.convert.hf_config import config_json, decoder_config, model_config, vision_config
+from phivision_jax.convert.hf_config import EXPRESSIBLE, config_json, decoder_config, model_config, vision_config
 from phivision_jax.convert.mapping import (
     SIGLIP2_PREFIX,
     SIGLIP2_UNUSED,
@@ -254,8 +254,7 @@ def to_hf(
     parts = (META, PARAMS, ASSETS) if like is None else (META, PARAMS)
     found, config, leaves, source = open_ours(checkpoint, *parts)
     if force:
-        expressible: dict[str, Any] = {"image_attention": "causal", "image_layout": "naflex"}
-        config = dataclasses.replace(config, projector=ProjectorConfig(), **expressible)
+        config = dataclasses.replace(config, **EXPRESSIBLE)
     config_json(config)  # raises for what it cannot express
     dtypes = dtypes_of([(source, leaves)], dtype)
     tensors = tensors_of(leaves, dtypes)

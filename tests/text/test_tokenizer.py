@@ -13,8 +13,9 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phivision_jax.text.small import make
 from phivision_jax.text.tokenizer import Tokenizer
+from tests.support import small_tokenizer
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +92,12 @@ def test_tokenizer_config_contradiction_refused(phi4_directory: Path, tmp_path: 
 
 def test_small_build_is_reproducible() -> None:
     """In a process of its own, so that no order of a hash table can hide."""
-    program = "import sys; from phivision_jax.text.small import make; sys.stdout.buffer.write(make.build().encode())"
-    built = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True).stdout
-    assert built == Path(make.__file__).with_name("tokenizer.json").read_bytes()
+    program = "import sys; from tests.support.small_tokenizer import build; sys.stdout.buffer.write(build().encode())"
+    built = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True).stdout
+    assert built == small_tokenizer.FILE.read_bytes()
 
 
-@pytest.mark.parametrize("word", f"{make.ANSWERS} {make.QUESTION_WORDS}".split())
+@pytest.mark.parametrize("word", f"{small_tokenizer.ANSWERS} {small_tokenizer.QUESTION_WORDS}".split())
 def test_small_words_are_tokens(word: str) -> None:
     small = Tokenizer.small()
     assert len(small.encode(word)) == len(small.encode(f" {word}")) == 1
@@ -108,7 +109,7 @@ def test_small_ids() -> None:
     assert small.encode("<|endoftext|><|im_end|><|dummy_85|>") == [507, 508, 509]
     assert (small.eos_id, small.pad_id) == (508, 509)
     assert len({small.nothink_id, small.think_id, small.end_think_id}) == 3
-    assert [len(small.encode(role)) for role in make.ROLES.split()] == [1, 1, 1]
+    assert [len(small.encode(role)) for role in small_tokenizer.ROLES.split()] == [1, 1, 1]
     assert len(small.encode("does the image not contain a red triangle?")) == 9
 
 
@@ -137,7 +138,7 @@ def test_tokenizer_save_keeps_fingerprint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["merges", "pattern", "flag"])
 def test_fingerprint_covers_what_decides_ids(change: str, tmp_path: Path) -> None:
-    content = json.loads(make.build())
+    content = json.loads(small_tokenizer.build())
     if change == "merges":
         content["model"]["merges"][-1:] = []
     elif change == "pattern":
@@ -149,14 +150,14 @@ def test_fingerprint_covers_what_decides_ids(change: str, tmp_path: Path) -> Non
 
 
 def test_saved_truncation_and_padding_ignored(tmp_path: Path) -> None:
-    content = json.loads(make.build())
+    content = json.loads(small_tokenizer.build())
     content["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     assert len(Tokenizer.from_directory(tmp_path).encode("yes no yes no")) == 4
 
 
 def test_tokenizer_names_missing_token(tmp_path: Path) -> None:
-    content = json.loads(make.build())
+    content = json.loads(small_tokenizer.build())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "<|dummy_84|>"]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"tokenizer.json has no token <\|dummy_84\|>:"):

@@ -1,10 +1,9 @@
-"""Build the small tokenizer, ``tokenizer.json``, reproducibly: ``python -m phivision_jax.text.small.make``.
+"""Build ``phivision_jax/text/small/tokenizer.json`` reproducibly: ``python -m tests.support.small_tokenizer``.
 
-512 tokens: 256 bytes, 247 merges learned from ``sentences.txt`` and the words below, and 9 control tokens that are
-named as in Phi-4.
-The words of questions about simple images become one token each, alone and after a space, so that a tiny model spends
-its positions on the image. The control tokens come last, ordered so that begin, end and padding are 507, 508 and 509,
-the ids in the configurations of tiny test checkpoints with a vocabulary of 512.
+512 tokens: 256 bytes, 247 merges learned from ``small_tokenizer.txt`` and the words below, and 9 control tokens with
+their names in Phi-4. The words of questions about simple images become one token each, alone and after a space, so that
+a tiny model spends its positions on the image. The control tokens come last, ordered so that begin, end and padding are
+507, 508 and 509, the ids in the configurations of tiny test checkpoints with a vocabulary of 512.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from phivision_jax.text.tokenizer import END_THINK, EOS, NOTHINK, PAD, THINK
+from tests.support.paths import ROOT
 
+FILE = ROOT / "phivision_jax" / "text" / "small" / "tokenizer.json"
 VOCAB_SIZE = 512
 CONTROL_TOKENS = (NOTHINK, "<|im_start|>", "<|im_sep|>", "<|endofprompt|>", "<|endoftext|>", EOS, PAD)
 # Not marked special: an answer's thoughts stay readable when it is decoded.
@@ -31,7 +32,7 @@ PATTERN = (
 ANSWERS = "yes no circle rectangle triangle red green blue black gray teal brown yellow"
 QUESTION_WORDS = "what is the there color shape does image contain not in of present how many which are"
 ROLES = "user assistant system"
-SENTENCES = Path(__file__).with_name("sentences.txt").read_text(encoding="utf-8")
+SENTENCES = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
 
 
 def build() -> str:
@@ -63,4 +64,4 @@ def build() -> str:
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "tokenizer.json").write_text(build(), encoding="utf-8")
+    FILE.write_text(build(), encoding="utf-8")
