@@ -113,16 +113,14 @@ def show(
     print(f"wrote {out}")
 
 
-def _open(
-    directories: tuple[Path, ...], checkpoint: Path | None, check: bool = True
-) -> tuple[list[Dataset], Processor]:
+def _open(paths: tuple[Path, ...], checkpoint: Path | None, check: bool = True) -> tuple[list[Dataset], Processor]:
     """Datasets and the processor for them; ``check`` that they were imported with its tokenizer and template."""
     from phivision_jax.cli.data import processor_for
     from phivision_jax.data.store.dataset import Dataset, check_processor
 
-    if not directories:
+    if not paths:
         raise ValueError("name at least one dataset directory")
-    opened, processor = [Dataset.open(path) for path in directories], processor_for(checkpoint)
+    opened, processor = [Dataset.open(path) for path in paths], processor_for(checkpoint)
     for dataset in opened if check else []:
         check_processor(dataset, processor)
     return opened, processor

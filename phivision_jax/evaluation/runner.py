@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import grain
@@ -101,10 +101,8 @@ class Evaluator:
         self.records = np.linspace(0, len(dataset), count, endpoint=False).astype(int)
         # The index counts the answer too, so a prompt is never longer than its record.
         patches, tokens = map(dataset.index.sum_images, processor.layout.measure_all(dataset.index.image_sizes))
-        length, num_patches = (
-            int(-(-counts[self.records].max() // MULTIPLE) * MULTIPLE)
-            for counts in (dataset.index.text_tokens + tokens, patches)
-        )
+        tokens = tokens + dataset.index.text_tokens
+        length, num_patches = (-(-int(n[self.records].max()) // MULTIPLE) * MULTIPLE for n in (tokens, patches))
         self.shape = row_shape(processor.config, length, num_patches=num_patches)
 
     def __call__(self, model: PhiVision, advance: Callable[[int], None] = lambda _: None) -> EvalResult:
@@ -112,27 +110,20 @@ class Evaluator:
         answers: list[Answer] = []
         sharding = row_sharding(self.mesh) if self.mesh else None
         eos = self.processor.tokenizer.eos_id
-        for records, examples, batch in self._batches():
+        starts = grain.MapDataset.source(range(0, len(self.records), self.rows))
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        for records, examples, batch in starts.map(self._load).to_iter_dataset(options):
             ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos, sharding=sharding)
             answers += [self._score(*scored) for scored in zip(records, examples, ids, strict=False)]
             advance(len(records))
         return EvalResult(tuple(answers))
 
-    def _batches(self) -> Iterator[tuple[list[Record], list[Example], Batch]]:
+    def _load(self, start: int) -> tuple[list[Record], list[Example], Batch]:
         """Records, their prompts (``_BLANK`` for one that cannot be encoded), and the batch that holds these."""
-
-        def load(start: int) -> tuple[list[Record], list[Example], Batch]:
-            records = [self.dataset[int(i)] for i in self.records[start : start + self.rows]]
-            examples = [self._prompt(record) for record in records]
-            batch = fill_rows(
-                [[example] for example in examples + [_BLANK] * (self.rows - len(examples))],
-                self.shape,
-                self.processor.config,
-            )
-            return records, examples, batch
-
-        starts = grain.MapDataset.source(range(0, len(self.records), self.rows))
-        return iter(starts.map(load).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        records = [self.dataset[int(i)] for i in self.records[start : start + self.rows]]
+        examples = [self._prompt(record) for record in records]
+        rows = [[example] for example in examples + [_BLANK] * (self.rows - len(examples))]
+        return records, examples, fill_rows(rows, self.shape, self.processor.config)
 
     def _prompt(self, record: Record) -> Example:
         """The conversation up to the last answer; ``_BLANK`` for a record that cannot be encoded."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,10 @@ from rich.text import Text
 type Style = Literal["plain", "strong", "soft", "faint", "accent", "good", "warning"]
 
 _HERE = Path(__file__).parent
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+_ENVIRONMENT.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
 RED = "#e0322f"
 """Marks limits in figures."""
 
@@ -116,13 +119,4 @@ def print_sections(sections: Sequence[Section], console: Console | None = None) 
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """One HTML page: a title, and the sections in order."""
-    return _template().render(title=title, sections=sections)
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    return environment.get_template("page.html.jinja")
+    return _ENVIRONMENT.get_template("page.html.jinja").render(title=title, sections=sections)

@@ -35,9 +35,7 @@ COLOURS = (
 )  # fmt: skip
 """Colours of examples in a row, neighbours well apart."""
 LOSS = "#d55e00"
-CAPTION = (
-    "A colour per example · hatched: images (2.1 is the first of example 2) · orange: the loss sees the next token"
-)
+CAPTION = "A colour per example · hatched: images (2.1: the first of example 2) · orange: loss on the next token"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +123,8 @@ def row_section(plan: Plan, datasets: Sequence[Dataset], processor: Processor, r
     return Section(f"row {row:,}", note, [strips], _table(examples, datasets, found, info))
 
 
-def _table(
-    examples: Sequence[tuple[int, int]], datasets: Sequence[Dataset], found: RowLayout, info: BatchInfo
-) -> Table:
+def _table(examples: list[list[int]], datasets: Sequence[Dataset], found: RowLayout, info: BatchInfo) -> Table:
+    """The examples of a row, given as pairs of source and record."""
     failed = {bad.id: f"failed: {bad.reason}" for bad in info.failed}
     rows = []
     for segment, (source, record) in enumerate(examples, 1):

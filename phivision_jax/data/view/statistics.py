@@ -80,8 +80,7 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
     if not datasets:
         raise ValueError("statistics need at least one dataset")
     names = Mixture.from_directories(*(dataset.directory for dataset in datasets)).names
-    layout = make_layout(config)
-    measured = [fit_source(s, dataset, layout, shape, "drop") for s, dataset in enumerate(datasets)]
+    measured = [fit_source(s, dataset, make_layout(config), shape, "drop") for s, dataset in enumerate(datasets)]
     longest = max(shape.length, *(int(m.lengths.tokens.max(initial=1)) for m in measured))
     side = max(1024, *(int(np.max(dataset.index.image_sizes, initial=0)) for dataset in datasets))
     edges = {
