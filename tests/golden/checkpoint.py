@@ -1,7 +1,7 @@
-"""The tiny checkpoint of this folder: the released layout at another size, with weights drawn so that everything shows.
+"""The tiny checkpoint of this folder: the released layout at another size, with weights that reveal every mistake.
 
 Norm scales are not 1 and biases not 0; the position table is as large as the patch embeddings; both, and the token
-embeddings, are small enough for a wrong epsilon to show, and attention is sharp enough for a wrong mask. Sizes are
+embeddings, are small enough for a wrong epsilon to change the result, and attention is sharp enough for a wrong mask. Sizes are
 chosen to catch transposes: 3 vision heads of 14, 6 decoder heads of 8 in groups of 3. The configuration has the
 released file's keys.
 """
@@ -107,7 +107,7 @@ PREPROCESSOR_CONFIG = {
 def draw(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """One random weight, float32."""
     noise = rng.standard_normal(shape)
-    # What enters a tower is small, as in the released weights: there a norm's epsilon shows.
+    # The input of a tower is small, as in the released weights, so that a norm's epsilon matters.
     if name.endswith(("position_embedding.weight", "embed_tokens.weight")):
         scale, centre = 0.02, 0.0
     elif "patch_embedding" in name:
@@ -127,7 +127,7 @@ def weights() -> dict[str, np.ndarray]:
 
 
 def shards(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Cut into files of about equal size, wherever that falls: a layer straddles two, as in the released checkpoint."""
+    """Split into files of about equal size anywhere: a layer spans two of them, as in the released checkpoint."""
     out: dict[str, dict[str, np.ndarray]] = {}
     total, done = sum(t.nbytes for t in tensors.values()), 0
     for name, tensor in tensors.items():

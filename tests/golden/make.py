@@ -1,12 +1,12 @@
-"""Make the arrays of this folder from PyTorch and transformers, or check that they still say the same.
+"""Compute the arrays of this folder with PyTorch and transformers, or compare them with what is committed.
 
     python tests/golden/make.py                    write tiny/ and cases/
     python tests/golden/make.py --check            recompute everything and compare with what is committed
-    python tests/golden/make.py --against DIR      hold the oracle itself against other released-layout reference
+    python tests/golden/make.py --against DIR      compare the oracle itself with other released-layout reference
                                                    arrays (DIR/tiny, DIR/cases/fp32/*.npz) and print the differences
 
-The checkpoint is drawn in ``checkpoint.py`` and what is computed from it is in ``reference.py``; this file chooses the
-cases. Every grid of patches is oblong, so that rows and columns cannot be taken for each other.
+``checkpoint.py`` makes the random checkpoint, ``reference.py`` computes with it, and this file chooses the cases. Every
+grid of patches is oblong, so that rows and columns cannot be confused.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ try:
     from transformers.utils.chat_template_utils import render_jinja_template
 except ImportError as error:
     raise SystemExit(
-        f"make.py needs torch and transformers 5 ({error}): install phivision_jax[parity] in an environment apart."
+        f"make.py needs torch and transformers 5 ({error}): install phivision_jax[parity] in a separate environment."
     ) from None
 
 HERE = Path(__file__).parent
 SMALL_TEMPLATE = HERE.parents[1] / "phivision_jax" / "text" / "small" / "chat_template.jinja"
 STEPS = 16
-FLOAT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # of --check: another CPU sums in another order
+FLOAT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # for --check: another CPU sums in another order
 
-# Each example: tokens before the first image, then per image its grid and the tokens after it. The loss looks at the
-# last two thirds of the last run of tokens.
+# Each example: tokens before the first image, then per image its grid and the tokens after it. The last two thirds of
+# the last run of tokens have a loss.
 EXAMPLES: dict[str, list[tuple[int, list[tuple[tuple[int, int], int]]]]] = {
     "single_image": [(5, [((5, 7), 13)])],
     "text_only": [(24, [])],
@@ -71,7 +71,7 @@ def inputs(name: str) -> dict[str, np.ndarray]:
         first = count
         for grid, after in rest:
             ids += [IMAGE_TOKEN, *rng.integers(0, 250, after)]
-            # Noise around a level and a contrast of each patch's own, so that patches differ as those of pictures do.
+            # Noise with its own level and contrast per patch, so that patches differ like those of photographs.
             n = math.prod(grid)
             level, contrast = rng.uniform(60, 195, (n, 1, 3)), rng.uniform(5, 120, (n, 1, 1))
             pixels = level + contrast * rng.standard_normal((n, 256, 3))
@@ -86,7 +86,7 @@ def inputs(name: str) -> dict[str, np.ndarray]:
 
 
 def forward(model: Reference, case: dict[str, np.ndarray]) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Everything a case holds, by name (features_j, projected_j, logits_i, loss), and each example's embeddings."""
+    """The arrays of a case by name (features_j, projected_j, logits_i, loss), and each example's embeddings."""
     out: dict[str, torch.Tensor] = {}
     count = sum(key.startswith("patches_") for key in case)
     if count:
@@ -111,7 +111,7 @@ def numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def gradients(model: Reference, case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of the mean loss, by tensor name; the tensors that never run have none and are left out."""
+    """Gradients of the mean loss by tensor name; tensors that never run have none and are left out."""
     for _, parameter in model.parameters():
         parameter.grad = None
     forward(model, case)[0]["loss"].backward()
@@ -146,7 +146,7 @@ def position_embedding() -> dict[str, np.ndarray]:
 
 
 def pixel_sizes() -> dict[str, Any]:
-    """Image sizes and the grids the released clamp gives them; sides from 1 to 8000, evenly over the logarithm."""
+    """Image sizes and their grids under the released clamp; sides from 1 to 8000, evenly spaced in the logarithm."""
     rng = np.random.default_rng([SEED, 2])
     sizes = np.exp(rng.uniform(0, math.log(8000), (400, 2))).round().astype(int).tolist()
     rows = []
@@ -158,7 +158,7 @@ def pixel_sizes() -> dict[str, Any]:
 
 
 def chat() -> dict[str, Any]:
-    """Conversations as transformers renders them, with the character spans of the assistant's own words."""
+    """Conversations as transformers renders them, with the character spans of the assistant's text."""
     templates = {name: (HERE / f"cases/chat/{name}.jinja").read_text() for name in ("released_like", "whitespace")}
     if SMALL_TEMPLATE.exists():
         templates["small"] = SMALL_TEMPLATE.read_text()
@@ -185,7 +185,7 @@ def chat() -> dict[str, Any]:
 
 
 def build() -> dict[str, dict[str, Any]]:
-    """Every file under cases/ by name."""
+    """The contents of every file under cases/, by name."""
     tensors = {name: torch.from_numpy(array) for name, array in weights().items()}
     model = Reference(CONFIG)
     model.load(tensors)
@@ -197,7 +197,7 @@ def build() -> dict[str, dict[str, Any]]:
     files["gradients.npz"] = gradients(model, mixed)
     files["greedy.npz"] = greedy(model)
     model.load({name: t.bfloat16().float() for name, t in tensors.items()})
-    files["bf16_weights.npz"] = numpy(forward(model, mixed)[0])  # of the inputs of mixed_batch.npz
+    files["bf16_weights.npz"] = numpy(forward(model, mixed)[0])  # with the inputs of mixed_batch.npz
     files["position_embedding.npz"] = position_embedding()
     files["pixel_sizes.json"] = pixel_sizes()
     files["chat/renderings.json"] = chat()
@@ -216,7 +216,7 @@ def write() -> None:
 
 
 def difference(name: str, committed: np.ndarray, now: np.ndarray) -> str | None:
-    """What is wrong with an array, if anything."""
+    """Describe how an array differs from the committed one; None if it does not."""
     if committed.shape != now.shape or committed.dtype != now.dtype:
         return f"{committed.dtype}{committed.shape} is now {now.dtype}{now.shape}"
     if committed.dtype.kind != "f":
@@ -229,7 +229,7 @@ def difference(name: str, committed: np.ndarray, now: np.ndarray) -> str | None:
 
 
 def check() -> list[str]:
-    """Everything that is not as committed, one line each."""
+    """One line for everything that differs from what is committed."""
     wrong = []
     with tempfile.TemporaryDirectory() as fresh:
         write_checkpoint(Path(fresh))
@@ -256,7 +256,7 @@ def check() -> list[str]:
 
 @torch.no_grad()
 def against(directory: Path) -> None:
-    """Print, per case and array of another set of reference arrays, the largest difference from this oracle."""
+    """Print the largest difference between this oracle and another set of reference arrays, per case and array."""
     model = Reference.from_directory(directory / "tiny")
     for path in sorted((directory / "cases" / "fp32").glob("*.npz")):
         with np.load(path) as stored:

@@ -1,8 +1,8 @@
-"""What the released model computes, in PyTorch: the oracle behind the arrays of this folder.
+"""The computation of the released model in PyTorch: the oracle behind the arrays of this folder.
 
-``transformers`` has the two towers; what joins them is written out here: the padding of images, the choice of the
-vision features, the projector, the splice of vision tokens into text, the shifted loss and greedy decoding. Every
-example is computed alone, so no batching can hide in the numbers. Needs torch and transformers; tests import neither.
+The two towers come from ``transformers``. The rest is written out here: the padding of images, the choice of the vision
+features, the projector, the splice of vision tokens into text, the shifted loss and greedy decoding. Every example is
+computed alone, so no effect of batching can hide in the numbers. Needs torch and transformers; tests import neither.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _TEXT_KEYS = (
 
 
 def normalise(patches: np.ndarray) -> torch.Tensor:
-    """[n, patch²·3] u8 pixels to the float32 the tower takes: rescaled by 1/255, then mean and deviation 0.5."""
+    """Patches [n, patch²·3] u8 as the tower's float32 input: rescaled by 1/255, then by mean and deviation 0.5."""
     rescaled = (patches.astype(np.float64) * (1 / 255)).astype(np.float32)
     return torch.from_numpy((rescaled - np.float32(0.5)) / np.float32(0.5))
 
 
 class Reference:
-    """The model of a released-layout configuration, in float32 with eager attention. Weights come by ``load``."""
+    """The model of a released-layout configuration, in float32 with eager attention; ``load`` sets its weights."""
 
     def __init__(self, config: dict) -> None:
         self.max_patches = config["max_num_patches"]
@@ -51,7 +51,7 @@ class Reference:
 
     @classmethod
     def from_directory(cls, directory: Path) -> Reference:
-        """The checkpoint of a directory in released layout."""
+        """Load the checkpoint of a released-layout directory."""
         model = cls(json.loads((directory / "config.json").read_text()))
         tensors: dict[str, torch.Tensor] = {}
         for file in sorted(directory.glob("*.safetensors")):
@@ -80,7 +80,7 @@ class Reference:
             parameter.copy_(tensors[name])
 
     def features(self, pixels: list[torch.Tensor], grids: list[tuple[int, int]]) -> list[torch.Tensor]:
-        """Per image [n, C]: the output of the block before the last. Images are padded and masked."""
+        """The output of the block before the last, [n, C] per image. Images are padded and masked."""
         padded = torch.zeros(len(pixels), self.max_patches, pixels[0].shape[-1])
         mask = torch.zeros(len(pixels), self.max_patches, dtype=torch.int32)
         for j, image in enumerate(pixels):
@@ -108,12 +108,12 @@ class Reference:
         return torch.cat(parts), torch.tensor(merged)
 
     def logits(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """[T, V] of one example's embeddings [T, D]."""
+        """Logits [T, V] of one example's embeddings [T, D]."""
         return self.decoder(inputs_embeds=embeddings[None]).logits[0]
 
     @torch.no_grad()
     def greedy(self, embeddings: torch.Tensor, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next ids [steps] and the logits [steps, V] that each was the largest of; KV cache, no stop."""
+        """Greedy decoding with a KV cache and without a stop token: ids [steps] and logits [steps, V]."""
         out = self.decoder(inputs_embeds=embeddings[None], use_cache=True)
         ids, logits = [], []
         for _ in range(steps):
@@ -124,7 +124,7 @@ class Reference:
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The shifted cross entropy of one example, summed, and how many targets it sums over."""
+    """The summed shifted cross entropy of one example, and the number of its targets."""
     targets = labels[1:]
     total = functional.cross_entropy(logits[:-1], targets, ignore_index=IGNORE, reduction="sum")
     return total, int((targets != IGNORE).sum())
