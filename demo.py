@@ -1,4 +1,4 @@
-"""The whole way, once: real pictures → training → evaluation → Hugging Face layout → loaded back → one answer.
+"""The whole way once: real images → training → evaluation → Hugging Face directory → loaded back → one answer.
 
     make demo
 
@@ -27,57 +27,48 @@ DATA = Path("data/easy_vqa")
 console = Console()
 
 
-def command(*words: str | Path) -> float:
-    """Show a command, run it, and return its seconds. A failure ends the demo with the command's own message."""
-    line = [str(word) for word in words]
+def phivision(*words: str | Path) -> float:
+    """Print a command, run it, and return its seconds; if it fails, the demo ends after the command's message."""
+    line = ["phivision", *map(str, words)]
     console.rule(f"[bold]{shlex.join(line)}", align="left")
     began = time.monotonic()
-    here = Path(sys.executable).parent
-    if line[0] == "phivision":
-        line[0] = str(here / "phivision")
-    else:
-        line[0] = sys.executable
-    if (code := subprocess.run(line).returncode) != 0:
+    if (code := subprocess.run([str(Path(sys.executable).with_name("phivision")), *line[1:]]).returncode) != 0:
         sys.exit(code)
     return time.monotonic() - began
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train, score, convert and ask a small model on easy-VQA.")
-    parser.add_argument("--variant", default="", choices=["", "long"], help="of configs/tiny.py")
-    parser.add_argument("--steps", type=int, default=0, help="train for fewer steps, to see it work")
-    variant, steps = (args := parser.parse_args()).variant, args.steps
-    config = "configs/tiny.py" + (f":{variant}" if variant else "")
-    run = Path("runs") / ("tiny" + (f"-{variant}" if variant else ""))
-    hf, picture = run / "hf", run / "answer.png"
+    parser.add_argument("--variant", default="", choices=["", "long"], help="variant of configs/tiny.py")
+    parser.add_argument("--steps", type=int, default=0, help="train for fewer steps, to see that it works")
+    args = parser.parse_args()
+    config = "configs/tiny.py" + (f":{args.variant}" if args.variant else "")
+    run = Path("runs") / ("tiny" + (f"-{args.variant}" if args.variant else ""))
+    hf, answer = run / "hf", run / "answer.png"
 
     if not all((DATA / split / "manifest.json").exists() for split in ("train", "test")):
-        command("phivision", "data", "import", "easy-vqa", DATA, "--questions-per-record", "3")
-    shorter = [f"--config.optim.steps={steps}"] if steps else []
-    seconds = command("python", "train.py", f"--config={config}", f"--run={run}", *shorter)
-    command("python", "eval.py", f"--checkpoint={run}", f"--data={DATA}/test", f"--out={run}/eval")
-    command("python", "-m", "convert", "to-hf", run, hf, "--overwrite")
-    command("python", "-m", "convert", "verify", run, hf)
+        phivision("data", "import", "easy-vqa", DATA, "--questions-per-record", "3")
+    shorter = [f"--config.optim.steps={args.steps}"] if args.steps else []
+    seconds = phivision("train", f"--config={config}", f"--run={run}", *shorter)
+    phivision("eval", f"--checkpoint={run}", f"--data={DATA}/test", f"--out={run}/eval")
+    phivision("convert", "to-hf", run, hf, "--overwrite")
+    phivision("convert", "verify", run, hf)
 
     record = Dataset.open(DATA / "test")[0]
     question = record.messages[0]["content"].replace("<image>", "").strip()
     image = run / "question.png"
     open_image(record.images[0]).save(image)
-    command("phivision", "chat", hf, question, "--image", image, "--save-picture", picture)
+    phivision("chat", hf, question, "--image", image, "--save-image", answer)
 
     report = json.loads((run / "eval" / "report.json").read_text())
-    trained = read_metrics(run)
+    baseline = question_only_baseline(easy_vqa("train"), easy_vqa("test"))
     console.rule("[bold]summary", align="left")
     table = Table(show_header=False)
-    table.add_row(
-        "answering from the question alone", f"{question_only_baseline(easy_vqa('train'), easy_vqa('test')):.1%}"
-    )
-    table.add_row(
-        "the trained model, on all test questions", f"[bold]{report['accuracy']:.1%}[/bold] of {report['count']:,}"
-    )
-    table.add_row("training", f"{trained[-1]['step']:,} steps in {seconds / 60:.1f} min")
-    table.add_row("as a Hugging Face directory", str(hf))
-    table.add_row(f"asked: {question}", f"picture, question and answer: {picture}")
+    table.add_row("accuracy from the question alone", f"{baseline:.1%}")
+    table.add_row("accuracy of the trained model", f"[bold]{report['accuracy']:.1%}[/bold] of {report['count']:,}")
+    table.add_row("training", f"{read_metrics(run)[-1]['step']:,} steps in {seconds / 60:.1f} min")
+    table.add_row("Hugging Face directory", str(hf))
+    table.add_row(f"question: {question}", f"image, question and answer: {answer}")
     console.print(table)
 
 

@@ -27,7 +27,7 @@ from phivision_jax import sharding
 from phivision_jax.batch import Batch
 from phivision_jax.convert.mapping import hf_tensors
 from phivision_jax.data.feed.pipeline import to_device
-from phivision_jax.training.run_config import RunConfig
+from phivision_jax.training.run_config import ResolvedConfig
 from phivision_jax.training.step import TrainStep, init_params, make_train_step
 
 
@@ -42,7 +42,7 @@ class Ours:
         jax.config.update("jax_num_cpu_devices", devices)  # before the first use of one
         self.mesh = sharding.make_mesh({"fsdp": devices})
         keep = {"remat": "none", "vision_remat": "none", "microbatches": 1}  # as the peer, which computes nothing twice
-        self.run = RunConfig(model=MODELS[shape], dtype="float32", optim=OPTIMIZER, seed=seed, **keep)  # type: ignore[arg-type]
+        self.run = ResolvedConfig(model=MODELS[shape], dtype="float32", optim=OPTIMIZER, seed=seed, **keep)  # type: ignore[arg-type]
         self.params = jax.tree.map(np.asarray, init_params(self.run, self._step(0.0)))
         return {"parameters": sum(x.size for x in jax.tree.leaves(self.params))}
 

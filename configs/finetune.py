@@ -23,7 +23,6 @@ from phivision_jax.training.run_config import RunConfig
 
 def get_config() -> ConfigDict:
     c = ConfigDict(dataclasses.asdict(RunConfig()), type_safe=False)
-    c.model_from = "init_from"
 
     # For one machine. A row takes an image of the largest size (3,600 patches) and 4,500 tokens of text, or three
     # examples of usual size; 16 rows are about 50 such, a small batch of instruction data. What is too large, like two

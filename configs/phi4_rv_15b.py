@@ -34,11 +34,11 @@ def get_config(stage: str = "stage2") -> ConfigDict:
     # lets moments be kept in bf16.
     c.optim.update(b2=0.95, weight_decay=1e-4, clip_norm=1.0)
     c.update(log_every=10, checkpoint_every=500)
+    c.model.max_patches = 1024 if stage == "stage1" else 3600
 
     if stage == "stage1":
         # 1,024 samples of about 700 tokens. A fresh projector between frozen towers takes a large rate: 1e-3 is what
         # projectors of two layers are aligned with (LLaVA-1.5, Bunny). Warm-up is 3 % of the stage, as theirs.
-        c.model.max_patches = 1024
         c.data.update(batch_rows=384, length=2048, vision_rows=2, num_patches=1024)
         c.optim.update(learning_rate=1e-3, lr_rules=(("projector", 1.0), (".", 0.0)), warmup_tokens=47_000_000)
     if stage == "stage2":

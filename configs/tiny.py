@@ -8,6 +8,7 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
+from phivision_jax.config import DecoderConfig, VisionConfig
 from phivision_jax.training.run_config import RunConfig
 
 
@@ -16,13 +17,24 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/tiny.py has the variants '' and 'long', not {variant!r}")
     c = ConfigDict(dataclasses.asdict(RunConfig()), type_safe=False)
 
-    # 64x64 pictures as 8x8 patches of 8x8 pixels; three of the four vision blocks run.
+    # 64x64 images as 8x8 patches of 8x8 pixels; three of the four vision layers run. 512 tokens: the project's own
+    # tokenizer.
     c.model.min_patches = c.model.max_patches = 64
-    c.model.vision.update(hidden_size=128, intermediate_size=256, num_layers=4, num_heads=2, patch_size=8)
-    c.model.decoder.update(hidden_size=128, intermediate_size=256, num_layers=3, num_heads=2, num_kv_heads=1)
-    # The project's own 512 tokens.
-    c.model.decoder.update(vocab_size=512, bos_token_id=507, eos_token_id=508, pad_token_id=509)
-    c.model.decoder.update(rope_theta=10_000.0, max_positions=1024)
+    vision = VisionConfig(hidden_size=128, intermediate_size=256, num_layers=4, num_heads=2, patch_size=8)
+    decoder = DecoderConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=3,
+        num_heads=2,
+        num_kv_heads=1,
+        rope_theta=10_000.0,
+        max_positions=1024,
+        vocab_size=512,
+        bos_token_id=507,
+        eos_token_id=508,
+        pad_token_id=509,
+    )
+    c.model.update(vision=dataclasses.asdict(vision), decoder=dataclasses.asdict(decoder))
 
     c.data.update(path="data/easy_vqa/train", eval_path="data/easy_vqa/test")
     # Two conversations per row. Short rows: without an attention kernel the CPU computes every masked score too.

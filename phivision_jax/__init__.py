@@ -1,7 +1,7 @@
 """phivision_jax: Phi-4-reasoning-vision in JAX.
 
 model, processor = phivision_jax.load("path/to/checkpoint")
-answer = phivision_jax.generate(model, processor, "What is in the picture?", images=[image])
+answer = phivision_jax.generate(model, processor, "What is in the image?", images=[image])
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "ModelConfig", "Processor", "generate", "load"]
 __version__ = "0.1.0"
 
-_WHERE = {
+_MODULES = {
     "Batch": "batch",
     "ModelConfig": "config",
     "Processor": "processor",
@@ -29,7 +29,11 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: reading a config or patching an image must not wait for the whole model.
-    if name in _WHERE:
-        return getattr(importlib.import_module(f"phivision_jax.{_WHERE[name]}"), name)
+    # Imported on first use: reading a configuration or patching an image must not wait for the model.
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"phivision_jax.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'phivision_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

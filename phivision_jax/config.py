@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, Literal, TypeAliasType, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAliasType, Union, get_args, get_origin, get_type_hints
 
 ImageAttention = Literal["causal", "bidirectional"]
 
@@ -30,12 +30,19 @@ class VisionConfig:
     encoder: str = "siglip2"
     """Name of the vision side in ``models.vision.VISION_SIDES``."""
     hidden_size: int = 1152
+    """Width of the encoder."""
     intermediate_size: int = 4304
+    """Width inside the MLP."""
     num_layers: int = 27
+    """Layers in the checkpoint; the last one is not run."""
     num_heads: int = 16
+    """Attention heads."""
     patch_size: int = 16
+    """Side of a patch in pixels."""
     num_positions: int = 256
+    """Entries of the position table, a square number; it is resized to each image's grid."""
     layer_norm_eps: float = 1e-6
+    """Epsilon of the layer norms."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -73,6 +80,7 @@ class ProjectorConfig:
     """
 
     merge_size: int = 1
+    """Vision features concatenated into one vision token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +88,29 @@ class DecoderConfig:
     """Phi-4 decoder: RMSNorm, grouped-query attention, full-width RoPE, SwiGLU, untied head, no biases."""
 
     vocab_size: int = 100_352
+    """Entries of the token embedding and of the head."""
     hidden_size: int = 5120
+    """Width of the decoder."""
     intermediate_size: int = 17_920
+    """Width inside the MLP."""
     num_layers: int = 40
+    """Layers."""
     num_heads: int = 40
+    """Query heads."""
     num_kv_heads: int = 10
+    """Key and value heads; each serves num_heads / num_kv_heads query heads."""
     rope_theta: float = 500_000.0
+    """Base of the rotary embedding's wavelengths."""
     rms_norm_eps: float = 1e-5
+    """Epsilon of the RMS norms."""
     max_positions: int = 32_768
+    """Longest sequence."""
     bos_token_id: int = 100_257
+    """Token that begins a text."""
     eos_token_id: int = 100_265
+    """Token that ends an answer."""
     pad_token_id: int = 100_349
+    """Token in positions that hold nothing."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -185,7 +205,7 @@ def unknown_field(cls: type, name: str) -> str:
 def without_none(hint: Any) -> Any:
     """``T`` of ``T | None`` (the first of several types); any other type unchanged."""
     hint = hint.__value__ if isinstance(hint, TypeAliasType) else hint
-    return get_args(hint)[0] if isinstance(hint, UnionType) else hint
+    return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
 
 
 def check_value(value: Any, hint: Any, name: str) -> Any:
@@ -224,7 +244,7 @@ def check_value(value: Any, hint: Any, name: str) -> Any:
 def wanted_value(hint: Any) -> str:
     """What a field of this type takes, in words: ``"an integer"``, ``"a number or None"``."""
     origin, args = get_origin(hint), get_args(hint)
-    if isinstance(hint, UnionType):
+    if without_none(hint) is not hint:
         return f"{wanted_value(args[0])} or None" if type(None) in args else wanted_value(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))

@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from phivision_jax.cli.load_config import load_config
-from phivision_jax.config import LoraConfig
+from phivision_jax.config import LoraConfig, ModelConfig
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.models import phivision
 from phivision_jax.training import optim
+from phivision_jax.training.run_config import ModelSettings
 from tests.support.batches import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -71,8 +72,8 @@ def test_finetuning_trains_everything_or_adapters_at_rates_of_their_own():
     assert rates(cfg) == {"projector": {2e-5}, "vision": {2e-5}, "decoder": {1e-5}}
     assert rates(cfg, rank=2) == {"decoder": {1e-4}}
     assert rates(cfg, rank=2, targets="_proj") == {"decoder": {1e-4}, "vision": {1e-4}}
-    assert cfg.model_from == "init_from" and not cfg.init_from and not cfg.data.path
-    assert cfg.data.num_patches >= cfg.model.max_patches
+    assert cfg.model == ModelSettings() and not cfg.init_from and not cfg.data.path
+    assert cfg.data.num_patches >= ModelConfig().max_patches
 
 
 @pytest.mark.parametrize("which", PIPELINES)

@@ -140,7 +140,7 @@ def copy_assets(path: Location, to: Path) -> None:
     """
     weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", ".git", ".cache", layout.ORBAX_MARK)
     source = _sidecars(path)
-    to.mkdir(parents=True)
+    to.mkdir(parents=True, exist_ok=True)
     for name in storage.files(source):
         if not any(fnmatch.fnmatch(part, weight) for part in PurePosixPath(name).parts for weight in weights):
             (to / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""``train.py --help``: every field of the configuration with its value there and what it means.
+"""The fields of a configuration with their values and meanings, for ``--help``.
 
-What a field means stands once, in the string below it in its dataclass. Python does not keep those strings, so they are
-read from the source.
+The meaning of a field is the string below it in its dataclass. Python does not keep these strings, so they are read
+from the source.
 """
 
 from __future__ import annotations
@@ -11,26 +11,21 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-FLAGS = ("--help", "-help", "-h", "--helpfull")
+from phivision_jax.config import field_types, without_none
+
 WIDTH = 100
 
 
-def asked_for(words: Sequence[str]) -> bool:
-    """Whether a command line asks for help."""
-    return any(word in FLAGS for word in words)
-
-
 def text(cfg: Any, prefix: str = "--config") -> str:
-    """The fields of a configuration, one after the other: flag, value, meaning. What has fields of its own comes last,
-    the model as the very last: few change it, and it is long."""
+    """Flag, value and meaning of every field. Nested groups come last, the model, which is long, after all others."""
     return "\n".join(_lines(cfg, prefix)).strip("\n")
 
 
-def docs_of(cls: type) -> dict[str, str]:
-    """What the string below each field of a dataclass says, on one line."""
+def field_docs(cls: type) -> dict[str, str]:
+    """The string below each field of a dataclass, on one line."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
     found = {}
@@ -47,14 +42,15 @@ def _plain(docstring: str) -> str:
 
 
 def _lines(cfg: Any, prefix: str) -> Iterator[str]:
-    docs = docs_of(type(cfg))
-    names = [field.name for field in dataclasses.fields(cfg)]
-    for name in sorted(names, key=lambda name: (name == "model", dataclasses.is_dataclass(getattr(cfg, name)))):
+    docs, types = field_docs(type(cfg)), field_types(type(cfg))
+    groups = {name for name, hint in types.items() if dataclasses.is_dataclass(without_none(hint))}
+    for name in sorted(types, key=lambda name: (name == "model", name in groups)):
         value, flag = getattr(cfg, name), f"{prefix}.{name}"
-        if dataclasses.is_dataclass(value):
-            about = _plain(inspect.getdoc(type(value)) or "")
-            yield from ("", *textwrap.wrap(f"{flag}: {about}", WIDTH), "")
-            yield from _lines(value, flag)
-        else:
+        if name not in groups:
             yield f"  {flag}={value!r}"
             yield from textwrap.wrap(docs.get(name, ""), WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            continue
+        group = without_none(types[name])() if value is None else value
+        unset = "Not set here. If any of it is set, the other values are: " if value is None else ""
+        yield from ("", *textwrap.wrap(f"{flag}: {unset}{_plain(inspect.getdoc(type(group)) or '')}", WIDTH), "")
+        yield from _lines(group, flag)

@@ -5,13 +5,13 @@ Exit codes: 0 done, 1 ``verify`` found a difference, 2 refused or failed (with t
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from phivision_jax.cli.main import main as phivision
 from phivision_jax.convert import jobs
 from phivision_jax.convert import verify as checks
 from phivision_jax.io.storage import location
@@ -108,23 +108,6 @@ def inspect(path: tyro.conf.Positional[Place], json: bool = False) -> None:
 COMMANDS: dict[str, Callable[..., Any]] = {"to-jax": to_jax, "to-hf": to_hf, "verify": verify, "inspect": inspect}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line (``argv`` instead of the process's own arguments)."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, args=argv, prog="phivision convert", config=(tyro.conf.FlagCreatePairsOff,)
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(_fail(f"phivision: {str(error).splitlines()[0]}", FAILURE))
-    except KeyboardInterrupt:
-        sys.exit(_fail("phivision: interrupted", 130))
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _fail(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
-    return code
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``phivision convert`` (``arguments`` instead of the process's own)."""
+    phivision(["convert", *(sys.argv[1:] if arguments is None else arguments)])

@@ -14,11 +14,12 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -30,7 +31,9 @@ from phivision_jax.config import (
     wanted_value,
     without_none,
 )
-from phivision_jax.training.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from phivision_jax.training.run_config import RunConfig
 
 FLAG = "--config."
 EXAMPLE = "give a file like configs/tiny.py or configs/phi4_rv_15b.py:stage2"
@@ -40,19 +43,21 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration.
 
     Args:
-      spec: ``FILE`` or ``FILE:VARIANT``.
+      spec: ``FILE`` or ``FILE:VARIANT``; empty for the defaults of ``RunConfig``.
       overrides: ``FIELD=VALUE``, as ``--set`` takes them; a leading ``config.`` marks one that was given as a flag.
 
     Raises:
       ValueError: for a file that cannot be run, an unknown variant or field, or a value of the wrong type.
     """
+    from phivision_jax.training.run_config import RunConfig
+
     path, _, variant = spec.partition(":")
-    values = _call(_execute(path), path, variant)
+    values = _call(_execute(path), path, variant) if spec else {}
     with _prefix_errors(path):
         dataclass_from_dict(RunConfig, values)
     for override in overrides:
         with _prefix_errors(f"--{override}" if override.startswith("config.") else f"--set {override}"):
-            _override(values, override.removeprefix("config."))
+            _override(RunConfig, values, override.removeprefix("config."))
     return RunConfig.from_dict(values)
 
 
@@ -79,6 +84,26 @@ def gather_overrides(words: Sequence[str]) -> list[str]:
             rest.append(word)
         in_set = word == "--set"
     return [*rest, "--set", *overrides] if overrides else rest
+
+
+def prepare(words: Sequence[str]) -> list[str]:
+    """Arguments of a subcommand that takes a configuration: ``gather_overrides``, and --help for a configuration.
+
+    With ``--config`` and ``--help``, the page of all its fields is printed and the process ends.
+    """
+    words = gather_overrides(words)
+    specs = [
+        following if word == "--config" else word.removeprefix("--config=")
+        for word, following in zip(words, [*words[1:], ""], strict=True)
+        if word == "--config" or word.startswith("--config=")
+    ]
+    if specs and {"-h", "--help"} & set(words):
+        from phivision_jax.cli import config_help
+
+        overrides = words[words.index("--set") + 1 :] if "--set" in words else []
+        print(config_help.text(load_config(specs[-1], overrides)))
+        sys.exit(0)
+    return words
 
 
 @contextlib.contextmanager
@@ -130,12 +155,12 @@ def _place(error: BaseException, path: str) -> str:
     return f"--config: {where}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _override(cls: Any, values: dict[str, Any], override: str) -> None:
     """Put ``FIELD=VALUE`` into the nested dicts of a configuration."""
     name, equals, text = override.partition("=")
     if not equals:
         raise ValueError("give a field and its value, as in data.batch_rows=512")
-    cls, parts = RunConfig, name.split(".")
+    parts = name.split(".")
     for i, part in enumerate(parts, 1):
         known = field_types(cls)
         if part not in known:

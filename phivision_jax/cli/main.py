@@ -1,102 +1,85 @@
-"""The one command, ``phivision``: each subcommand is a typed function (tyro), so ``--help`` says all."""
+"""The command ``phivision``: one module of this package per subcommand, imported when it is chosen."""
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
+import re
 import signal
 import sys
-from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-import tyro
-from tyro.conf import Positional, arg
+COMMANDS = {
+    "data": "Import, check, plan, view and export datasets.",
+    "train": "Train a model, or continue a run.",
+    "eval": "Score a checkpoint on a dataset.",
+    "convert": "Convert weights between Hugging Face and this project.",
+    "chat": "Ask a checkpoint one question, with or without images.",
+    "preflight": "Compile a run for TPUs that are not attached: memory, collectives, time.",
+    "goodput": "Report the wall time of runs: steps, compiling, saving, lost work.",
+}
+"""Subcommand, the name of its module → description. A module has a function of the same name, or a dict COMMANDS of
+functions; tyro turns their parameters into flags. It may have ``prepare``, which changes the arguments first, and
+``FAILURE``, the exit code of an error (default 1)."""
+EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
+"""Exceptions whose message is for the user; others are faults of the program and show their traceback."""
 
-from phivision_jax.cli.data import COMMANDS as data_commands
-from phivision_jax.cli.goodput import goodput
-from phivision_jax.cli.preflight import preflight
 
-
-def chat(
-    checkpoint: Positional[str],
-    prompt: Positional[str],
-    /,
-    image: Annotated[list[Path], arg(aliases=["-i"])] = [],  # noqa: B006
-    mode: Literal["auto", "think", "nothink"] = "auto",
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    save_picture: Path | None = None,
-) -> None:
-    """Ask a checkpoint one question, about pictures or not, and print the answer.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a subcommand.
 
     Args:
-        checkpoint: A Hugging Face directory, a checkpoint of ours, a training run (each may be gs://…), or (with
-            [hub]) an id.
-        prompt: The question. <image> marks where a picture goes; without marks, pictures come first.
-        image: Picture files, in order.
-        mode: Whether the model thinks first: its own choice, always, never.
-        max_new_tokens: Where the answer ends at the latest.
-        temperature: 0 takes the likeliest token each time.
-        top_p: Nucleus to draw from, at a temperature above 0.
-        seed: Of the draws.
-        save_picture: Also save the images with question and answer as a PNG.
+      arguments: default: the process's own.
     """
-    import phivision_jax
-    from phivision_jax.evaluation.answer_images import answer_image
-    from phivision_jax.images.decode import open_image
+    name, *rest = sys.argv[1:] if arguments is None else arguments or ["--help"]
+    if name in ("--help", "-h"):
+        print(f"usage: phivision COMMAND …\n\n{_listing()}\n\nphivision COMMAND --help explains a command.")
+        return
+    if name not in COMMANDS:
+        from phivision_jax.io.messages import did_you_mean
 
-    images = [open_image(path) for path in image]
-    if save_picture and not images:
-        raise ValueError("--save-picture needs a picture: give one with --image")
-    model, processor = phivision_jax.load(checkpoint)
-    answer = phivision_jax.generate(
-        model,
-        processor,
-        prompt,
-        images,
-        mode=mode,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-    )
-    assert isinstance(answer, str)  # one prompt, one answer
-    print(answer)
-    if save_picture:
-        save_picture.parent.mkdir(parents=True, exist_ok=True)
-        answer_image(images, prompt, answer).save(save_picture)
+        _fail(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}", 2)
+    module = importlib.import_module(f"phivision_jax.cli.{name}")
+    signal.signal(signal.SIGTERM, _interrupt)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
+    failure = getattr(module, "FAILURE", 1)
+    try:
+        _run(module, name, rest)
+    except KeyboardInterrupt as error:
+        _fail("interrupted", 130, error)
+    except BrokenPipeError:  # the reader has enough, as head has; there is nothing left to print, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except FileNotFoundError as error:
+        _fail(f"{error.filename} does not exist" if error.filename else str(error), failure, error)
+    except EXPECTED as error:
+        _fail(str(error), failure, error)
+
+
+def _run(module: Any, name: str, words: list[str]) -> None:
+    import tyro
+
+    words = module.prepare(words) if hasattr(module, "prepare") else words
+    settings: dict[str, Any] = {"prog": f"phivision {name}", "args": words, "config": (tyro.conf.FlagCreatePairsOff,)}
+    if hasattr(module, "COMMANDS"):
+        tyro.extras.subcommand_cli_from_dict(module.COMMANDS, description=COMMANDS[name], **settings)
+    else:
+        tyro.cli(getattr(module, name), **settings)
+
+
+def _listing() -> str:
+    return "\n".join(f"  {name:<11}{description}" for name, description in COMMANDS.items())
 
 
 def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def main() -> None:
-    data = tyro.extras.SubcommandApp()
-    for name, function in data_commands.items():
-        data.command(name=name)(function)
-    app = tyro.extras.SubcommandApp()
-    app.command(data, name="data", help="Datasets: " + ", ".join(data_commands) + ".")
-    app.command(chat)
-    app.command(preflight)
-    app.command(goodput)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        app.cli(prog="phivision", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
-    except KeyboardInterrupt as error:
-        _fail("interrupted", error, 130)
-    except BrokenPipeError:  # whoever read this has enough, as head has; nothing is left to say, at exit neither
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except FileNotFoundError as error:
-        _fail(f"{error.filename} does not exist" if error.filename else str(error), error, 1)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        _fail(str(error), error, 1)
-
-
-def _fail(what: str, error: BaseException, code: int) -> NoReturn:
-    """One sentence, and what the library has to add to it."""
+def _fail(what: str, code: int, error: BaseException | None = None) -> NoReturn:
+    """Print one sentence, and the notes that libraries have added to the exception; exit."""
+    what = re.split(r"\s*\[(?:source locations|tensorstore_spec)", what)[0]  # TensorStore appends its own source code
     print("\n".join([f"phivision: {what}", *getattr(error, "__notes__", ())]), file=sys.stderr)
     sys.exit(code)
 

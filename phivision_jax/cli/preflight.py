@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from phivision_jax.cli import load_config as loader
+
 if TYPE_CHECKING:
     from phivision_jax.hardware.topology import Topology
-    from phivision_jax.training.run_config import RunConfig
+    from phivision_jax.training.run_config import ResolvedConfig
+
+
+prepare = loader.prepare
 
 
 def preflight(
@@ -46,14 +51,15 @@ def preflight(
         plot: Draw memory and step time to this file; default: next to the JSON file, if there is one.
         set: Fields of the configuration to change: data.batch_rows=512 remat=full.
     """
-    from phivision_jax.cli.load_config import load_config
     from phivision_jax.hardware.topology import parse_topology
     from phivision_jax.preflight import step_report
     from phivision_jax.preflight.compiling import check_machine
+    from phivision_jax.training.device_layout import resolve_for
 
     if generate and search:
         raise ValueError("--generate and --search exclude each other: the search is for training steps")
-    where, cfg = parse_topology(topology, slices), load_config(config, set)
+    where = parse_topology(topology, slices)
+    cfg = resolve_for(loader.load_config(config, set), where.chip.device_kind, where.devices, where.slices)
     check_machine()
     print(where)
     if generate:
@@ -73,7 +79,7 @@ def preflight(
         raise SystemExit(3)
 
 
-def _train(cfg: RunConfig, where: Topology, low_effort: bool, title: str = "compiling") -> dict[str, Any]:
+def _train(cfg: ResolvedConfig, where: Topology, low_effort: bool, title: str = "compiling") -> dict[str, Any]:
     from phivision_jax.preflight import step_report
     from phivision_jax.preflight.compiling import run_worker
     from phivision_jax.preflight.worker import train_facts
@@ -83,13 +89,11 @@ def _train(cfg: RunConfig, where: Topology, low_effort: bool, title: str = "comp
     return step_report.summary(facts["cfg"], where, facts, low_effort)
 
 
-def _search(cfg: RunConfig, where: Topology) -> dict[str, Any]:
+def _search(cfg: ResolvedConfig, where: Topology) -> dict[str, Any]:
     from phivision_jax.preflight.model.layout_search import search
     from phivision_jax.preflight.step_report import MARGIN
-    from phivision_jax.training.device_layout import resolve_for
 
-    resolved = resolve_for(cfg, where.chip.device_kind, where.devices, where.slices)
-    found = search(resolved, where, lambda tried, low: _train(tried, where, low, "trying"), print, MARGIN)
+    found = search(cfg, where, lambda tried, low: _train(tried, where, low, "trying"), print, MARGIN)
     if found is None:
         raise ValueError(f"no layout that was tried fits {where}; use more chips or shorter rows")
     best = {f"mesh.{axis}": found["mesh"][axis] for axis in ("fsdp", "data", "context")}
@@ -98,7 +102,7 @@ def _search(cfg: RunConfig, where: Topology) -> dict[str, Any]:
     return found
 
 
-def _generate(cfg: RunConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
+def _generate(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
     from phivision_jax.preflight import generation
     from phivision_jax.preflight.compiling import run_worker
     from phivision_jax.preflight.worker import generate_facts

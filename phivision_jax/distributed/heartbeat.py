@@ -1,8 +1,8 @@
-"""What a process of a training tells whoever started it: heartbeats while it lives, an exit code when it ends.
+"""Heartbeats, which say where a process is while it runs, and exit codes, which say whether to start it again.
 
     run/heartbeat/process_3.json   {"process": 3, "phase": "step", "step": 1234, "time": 1790000000.0, "pid": …, …}
 
-Knows nothing of JAX, so that a launcher costs nothing.
+Imports no JAX, so that the launcher stays small.
 """
 
 from __future__ import annotations
@@ -14,33 +14,35 @@ import socket
 import time
 from pathlib import Path
 from typing import TypedDict
+from urllib.parse import quote
 
+from phivision_jax.io import atomic, storage
 from phivision_jax.io.storage import Location
 
 FAILED = 1
-"""An error that starting again does not mend; a sentence says what it was."""
+"""Exit code of an error, which a restart would repeat; a message explains it."""
 PREEMPTED = 75
-"""Told to stop, and all that was trained is saved: start again (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code after SIGTERM, with everything saved: start again (EX_TEMPFAIL of sysexits.h)."""
 HUNG = 76
-"""Nothing happened for too long, or whoever started the process has died: start again."""
+"""Exit code when nothing happened for too long, or the launcher has died: start again."""
 LOST = 77
-"""Another process has died: start again."""
+"""Exit code when another process has died: start again."""
 
 HEARTBEAT_S = 10.0
-"""Seconds between two of them."""
+"""Seconds between two heartbeats."""
 RENEWED_S = 15.0
-"""A heartbeat that is not renewed for so many seconds is not that of a living process."""
+"""Seconds after which a heartbeat that was not renewed counts as a dead process."""
 UNWRITTEN_S = 35.0
-"""Seconds for which a process tries to write one before it ends with a sentence, if a launcher looks after it: sooner
-than the launcher would take it for hung."""
+"""Seconds after which a launched process that cannot write its heartbeat exits with a message, before the launcher
+takes it for hung."""
 LAUNCHER = "PHIVISION_LAUNCHER"
-"""Environment variable: id of the process that looks after this one. Without it this one would train on unseen."""
+"""Environment variable with the process id of the launcher; when that dies, its processes end."""
 
 _DIRECTORY = "heartbeat"
 
 
 class Heartbeat(TypedDict):
-    """One file of the run's directory."""
+    """One file of ``run/heartbeat``."""
 
     process: int
     phase: str
@@ -58,14 +60,12 @@ def write(run: Path, beat: Heartbeat) -> None:
       OSError: when it cannot be written.
     """
     path = run / _DIRECTORY / f"process_{beat['process']}.json"
-    partial = path.with_suffix(".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(beat))
-    partial.replace(path)
+    atomic.write(path, json.dumps(beat), durable=False)
 
 
 def read(run: Location) -> list[Heartbeat]:
-    """The newest heartbeat of each process, as far as they can be read."""
+    """The newest readable heartbeat of each process."""
     beats: list[Heartbeat] = []
     for path in sorted((run / _DIRECTORY).glob("process_*.json")):
         with contextlib.suppress(OSError, ValueError):
@@ -73,33 +73,45 @@ def read(run: Location) -> list[Heartbeat]:
     return beats
 
 
+def mirrors(url: str) -> Path:
+    """This machine's directory for the local copies of a run in a bucket, one per process: PROCESS/NAME."""
+    return storage.scratch() / quote(url.removeprefix(storage.REMOTE).rstrip("/"), safe="")
+
+
+def local_directories(run: str) -> list[Path]:
+    """Directories to which this machine's processes write a run's small files; none for an empty name."""
+    if not run.startswith(storage.REMOTE):
+        return [Path(run)] if run else []
+    return sorted(mirrors(run).glob("*/*"))
+
+
 def refuse_another_start(run: Location, process: int, renewed_s: float = RENEWED_S, tick_s: float = 0.5) -> None:
-    """Two trainings in one place would each remove what the other is writing.
+    """Make sure that this process number is not running already: two would remove each other's files.
 
     Args:
-      renewed_s: a heartbeat that is not renewed for so long is not that of a living process.
+      renewed_s: seconds after which a heartbeat that was not renewed counts as a dead process.
 
     Raises:
-      ValueError: when a process of this number is still at work on the run.
+      ValueError: when it renews its heartbeat.
     """
-    beat = _at_work(run, process)
+    beat = _running(run, process)
     if beat is None or time.time() - beat["time"] > renewed_s:
         return
     deadline = time.monotonic() + renewed_s
     while time.monotonic() < deadline:
         time.sleep(tick_s)
-        now = _at_work(run, process)
+        now = _running(run, process)
         if now is None:
             return
         if now["time"] != beat["time"]:
             raise ValueError(
                 f"{run} is being trained already: process {now['process']} (pid {now['pid']} on {now['host']}) is at "
-                f"step {now['step']}; end it first, or take another --run"
+                f"step {now['step']}; end it first, or use another --run"
             )
 
 
-def _at_work(run: Location, process: int) -> Heartbeat | None:
-    """The heartbeat of a process of this number, unless it is known to be over."""
+def _running(run: Location, process: int) -> Heartbeat | None:
+    """The heartbeat of a process number, unless that process is known to have ended."""
     beat = next((beat for beat in read(run) if beat["process"] == process), None)
     if beat is None or beat["phase"] == "ended" or beat["phase"].startswith("hung"):
         return None
@@ -107,7 +119,7 @@ def _at_work(run: Location, process: int) -> Heartbeat | None:
 
 
 def exists(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
+    """True if this machine has a process with this id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

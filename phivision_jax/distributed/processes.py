@@ -1,13 +1,13 @@
-"""The processes of one training: how they find each other, stop together, and fail together.
+"""The processes of one run: how they find each other, stop together, and fail together.
 
-A step is one program over all devices, so no process can stop alone: the others would wait in its collectives for ever.
+A step is one program over all devices, so no process can stop alone: the others would wait in its collectives forever.
 
-    told to stop   SIGTERM (preemption, maintenance) or Ctrl-C on any of them: all agree on a step (``Preemption``)
-    an error       on any of them: the others are told the sentence and end as well (``propagate_failure``)
-    a death        the others' collectives fail, or JAX misses its heartbeats and ends them (``initialize``)
+    asked to stop  SIGTERM (preemption, maintenance) or Ctrl-C on any process: all agree on a step (``Preemption``)
+    an error       on any process: the others receive its message and end too (``propagate_failure``)
+    a death        collectives of the others fail, or JAX misses its heartbeats and ends them (``initialize``)
     a hang         ``watchdog.py``
 
-What a process ends with tells whoever started it (``launch.py``, a JobSet, a loop in a shell) whether to start again.
+Exit codes (``heartbeat.py``) let a launcher (``launch.py``, a JobSet, a shell loop) decide whether to start again.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from jax.experimental import multihost_utils
 from phivision_jax.distributed.heartbeat import FAILED, LOST, PREEMPTED
 
 DEAD_S = 20
-"""Seconds without a heartbeat after which JAX takes a process for dead and ends the others. It sends them from a thread
-of its own, whatever Python does."""
+"""Seconds without a heartbeat after which JAX considers a process dead and ends the others; a native thread sends them,
+whatever Python does."""
 
 _FAILURE = "phivision/failure"
 _LISTEN_S = 1.0
-_TOLD_S = 10.0
+_HEARD_S = 10.0
 
 
 def initialize() -> None:
-    """Join the other processes of this training, if there are any; to be called before JAX touches a device.
+    """Join the other processes of this run, if any; call it before JAX touches a device.
 
-    Where JAX knows the cluster (TPU slices on GCE and GKE, Slurm, Open MPI) everything is found out. Elsewhere the
-    environment says it: JAX_COORDINATOR_ADDRESS (which JAX reads itself), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-    JAX_NUM_PROCESSES=1 says that this process is alone, whatever JAX would find.
+    JAX finds them on clusters that it knows (TPU slices on GCE and GKE, Slurm, Open MPI). Elsewhere three environment
+    variables describe them: JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. JAX_NUM_PROCESSES=1 keeps a
+    process alone, whatever JAX would find.
 
     Raises:
       ValueError: when only some of the three are set.
@@ -71,164 +71,161 @@ def initialize() -> None:
     )
 
 
-def on_process_zero(what: str, function: Callable[[], Any]) -> None:
-    """Have the first process do something to the run's directory; nobody goes on before it is done."""
+def on_process_zero(name: str, function: Callable[[], Any]) -> None:
+    """Run a function on the first process; no process returns before it is done. A collective."""
     if jax.process_index() == 0:
         function()
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
-def first_error(sentence: str | None) -> str | None:
-    """What any process says, on all of them: the first one's by number. All must call it; a collective."""
+def first_error(message: str | None) -> str | None:
+    """All-gather an optional message; return the lowest rank's. A collective."""
     if jax.process_count() == 1:
-        return sentence
-    mine = np.frombuffer((sentence or "").encode()[:512].ljust(512, b"\0"), np.uint8)
+        return message
+    mine = np.frombuffer((message or "").encode()[:512].ljust(512, b"\0"), np.uint8)
     everyone = np.asarray(multihost_utils.process_allgather(mine))
-    said = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in everyone)
-    return next((sentence for sentence in said if sentence), None)
+    messages = (row.tobytes().rstrip(b"\0").decode(errors="replace") for row in everyone)
+    return next((message for message in messages if message), None)
 
 
 @contextlib.contextmanager
 def propagate_failure(program: str, expected: tuple[type[Exception], ...]) -> Iterator[None]:
-    """What ends one process ends all: an exception in here is told to the others, which print it and end as well.
+    """Broadcast an exception to all processes; each prints it and exits. A single process just raises it.
 
-    They may be anywhere, in a collective that will never come to its end too, so a thread of theirs listens and ends
-    the process. All end with ``FAILED``; with ``LOST`` where one of them has not even heard of it, since its death is
-    then what happened. JAX's own way out is not taken: it would wait for the others, and abort.
+    The others may be inside a collective that will never finish, so a thread of theirs listens and ends the process.
+    All exit with ``FAILED``, or with ``LOST`` where one does not confirm: its death is then the cause. JAX's own
+    shutdown is avoided, since it would wait for the others and abort.
 
     Args:
-      program: begins the sentence.
-      expected: exceptions whose text is a sentence for the user; others are shown with their traceback.
+      program: prefix of the message.
+      expected: exceptions whose message is for the user; others are printed with their traceback.
     """
     client = global_state.client
+    if client is None:
+        yield
+        return
     over = threading.Event()
     listener = threading.Thread(target=_listen, args=(client, over), daemon=True, name="failures of others")
-    if client is not None:
-        listener.start()
+    listener.start()
     try:
         yield
     except Exception as error:
-        if client is None and not isinstance(error, expected):
-            raise
-        if client is None:
-            sys.exit(f"{program}: {error}")
         over.set()
         listener.join()
         if isinstance(error, expected):
             print(f"{program}: {error}", file=sys.stderr)
         else:
             traceback.print_exc()
-        sentence = (str(error).strip() or type(error).__name__).splitlines()[0]
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # told already by another one
-            client.key_value_set(_FAILURE, f"process {global_state.process_id} has failed: {sentence}")
-        _leave(client)
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has reported a failure already
+            client.key_value_set(_FAILURE, f"process {global_state.process_id} has failed: {message}")
+        _exit_together(client)
     finally:
         over.set()
-        if client is not None:
-            listener.join()
+        listener.join()
 
 
 def _listen(client: Any, over: threading.Event) -> None:
     while not over.wait(_LISTEN_S):
         try:
-            sentence = client.key_value_try_get(_FAILURE)
-        except jax.errors.JaxRuntimeError:  # nobody has failed; without the store, JAX ends this process itself
+            message = client.key_value_try_get(_FAILURE)
+        except jax.errors.JaxRuntimeError:  # no failure; if the store itself is gone, JAX ends this process
             continue
-        print(f"{sentence}; process {global_state.process_id} ends with it", file=sys.stderr)
-        _leave(client)
+        print(f"{message}; process {global_state.process_id} ends with it", file=sys.stderr)
+        _exit_together(client)
 
 
-def _leave(client: Any) -> NoReturn:
-    """End when all have heard of the failure: the store is the first process's, and goes with it."""
+def _exit_together(client: Any) -> NoReturn:
+    """Exit once all processes know of the failure: the store belongs to the first process and ends with it."""
     code = FAILED
     try:
-        client.wait_at_barrier(_FAILURE, int(_TOLD_S * 1000))
+        client.wait_at_barrier(_FAILURE, int(_HEARD_S * 1000))
     except jax.errors.JaxRuntimeError:
         code = LOST
-        print("another process does not answer: it has died, and that is why", file=sys.stderr)
+        print("another process does not answer: its death is the cause", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def exit_on_signal() -> None:
-    """Until ``Preemption`` takes over, SIGTERM and Ctrl-C end this process at once, and it may be started again.
+    """Let SIGTERM and Ctrl-C end this process at once with ``PREEMPTED``, until ``Preemption`` takes over.
 
-    There is nothing to save yet. A handler of Python's is called when the main thread is back from whatever it does in
-    C, and compiling may take minutes; so C tells a thread, through a pipe. (The handler does so too: an event loop that
-    runs in the main thread may have put a pipe of its own there.) Of several processes ``jax.distributed`` has SIGTERM,
-    and answers it later.
+    There is nothing to save yet. Python runs a signal handler only when the main thread returns from native code, and
+    compiling may take minutes; so the signal wakes a thread through a pipe (``signal.set_wakeup_fd``). The handler
+    writes to the pipe too, in case an event loop of the main thread has replaced the wakeup file descriptor. With
+    several processes ``jax.distributed`` owns SIGTERM, and it is answered after the first step.
     """
-    told, tell = os.pipe()
-    os.set_blocking(tell, False)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
 
-    def end() -> None:
-        os.read(told, 1)
-        print("told to stop, with nothing to save", file=sys.stderr, flush=True)
+    def exit_at_once() -> None:
+        os.read(read_end, 1)
+        print("asked to stop, with nothing to save", file=sys.stderr, flush=True)
         os._exit(PREEMPTED)
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        os.write(tell, b"\0")
+    def wake(number: int, frame: FrameType | None) -> None:
+        os.write(write_end, b"\0")
 
-    threading.Thread(target=end, daemon=True, name="told to stop").start()
-    signal.set_wakeup_fd(tell)
-    signal.signal(signal.SIGINT, hear)
+    threading.Thread(target=exit_at_once, daemon=True, name="exit on signal").start()
+    signal.set_wakeup_fd(write_end)
+    signal.signal(signal.SIGINT, wake)
     if not jax.distributed.is_initialized():
-        signal.signal(signal.SIGTERM, hear)
+        signal.signal(signal.SIGTERM, wake)
 
 
 class Preemption:
-    """Whether to stop, asked after each step; all processes get the same answer at the same step.
+    """Decides after each step whether to stop; all processes get the same answer at the same step.
 
         with Preemption(first) as preemption:
             for ...:
                 step += 1
-                if preemption.reached(step): save; end with PREEMPTED
+                if preemption.reached(step): save; exit with PREEMPTED
 
-    Several processes: ``jax.distributed`` has taken SIGTERM when it was initialized and agrees on the step in the
-    background, at no cost to the steps. A notice that came before training is answered at the first question. One
-    process: a handler of ours. Ctrl-C counts as SIGTERM; a second one ends the process at once.
+    Several processes: ``jax.distributed`` handles SIGTERM and agrees on the step in the background, at no cost to the
+    steps; a notice from before training is answered at the first call. One process: a handler here. Ctrl-C counts as
+    SIGTERM; a second one ends the process at once.
 
     Args:
-      first: the step from which training begins.
+      first: the step that training resumes from.
     """
 
-    _EARLY = 1  # What JAX agrees on when no process has asked yet: the step after none.
+    _EARLY = 1  # The step JAX agrees on when no process has asked yet: the one after none.
 
     def __init__(self, first: int) -> None:
         self._shared = jax.distributed.is_initialized()
-        self._told = False
+        self._stop = False
         if self._shared:
-            self._told = multihost_utils.reached_preemption_sync_point(self._EARLY)
+            self._stop = multihost_utils.reached_preemption_sync_point(self._EARLY)
             # From here on JAX knows that the next step is first + 1.
-            self._told |= multihost_utils.reached_preemption_sync_point(first)
+            self._stop |= multihost_utils.reached_preemption_sync_point(first)
 
     def __enter__(self) -> Self:
-        self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupted)}
+        self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._on_interrupt)}
         if not self._shared:
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._terminated)
-        self._ends_at_once = signal.set_wakeup_fd(-1)
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_terminate)
+        self._wakeup = signal.set_wakeup_fd(-1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.set_wakeup_fd(self._ends_at_once)
+        signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _terminated(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
 
-    def _interrupted(self, number: int, frame: FrameType | None) -> None:
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
         print("stopping after this step, to save; Ctrl-C again quits at once", file=sys.stderr, flush=True)
         if self._shared:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
-            self._told = True
+            self._stop = True
 
     def reached(self, step: int) -> bool:
-        """Whether to save ``step`` and stop. To be asked on every process after every step, in order."""
-        if not self._shared or self._told:
-            return self._told
+        """True if training is to save ``step`` and stop. Call it on every process after every step, in order."""
+        if not self._shared or self._stop:
+            return self._stop
         return multihost_utils.reached_preemption_sync_point(step)

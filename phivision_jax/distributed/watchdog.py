@@ -1,8 +1,8 @@
-"""No silent stall: one thread per process that says where it is, and ends it when it is nowhere for too long.
+"""End a process that hangs: a thread that knows what the process does and for how long that may take.
 
-A hung collective, a file system that does not answer and a deadlock look the same from outside: a training that says
-nothing. Here each is a message with the place where it hangs, every thread's stack, and an exit that whoever started
-the process answers by starting it again.
+A hung collective, an unresponsive file system and a deadlock look the same from outside: nothing happens. The watchdog
+turns each into a message with the place where it hangs, a stack of every thread, and an exit code that asks for a
+restart.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
 from phivision_jax.distributed import heartbeat
 from phivision_jax.distributed.heartbeat import FAILED, HEARTBEAT_S, HUNG, LAUNCHER, RENEWED_S, UNWRITTEN_S
 
+LONG_S = 3600.0
+"""Limit for slow phases: compiling, reading and writing a checkpoint of hundreds of gigabytes."""
 _TICK_S = 0.5
 _FROZEN_S = 300.0
 
 
 class Watchdog:
-    """Told of everything that happens; ends the process when nothing does.
+    """Ends the process when a phase exceeds its limit; writes heartbeats meanwhile.
 
     Args:
       run: the run's directory.
-      limit_s: how long nothing may happen, unless ``alive`` says otherwise.
-      limit_name: what a user changes to wait longer.
+      limit_s: seconds that a phase may take, unless ``alive`` gives another limit.
+      limit_name: the setting that raises it, for the message.
 
     Raises:
-      ValueError: when another start of this run is still at work.
+      ValueError: when another start of this run is still running.
     """
-
-    STARTING_S = 3600.0
-    """For what takes long by its nature: compiling, reading and writing a checkpoint of hundreds of gigabytes."""
 
     def __init__(self, run: Path, limit_s: float, limit_name: str = "step_timeout_s") -> None:
         self._process = jax.process_index()
@@ -45,76 +45,85 @@ class Watchdog:
         self._launcher = int(os.environ.get(LAUNCHER, 0))
         self._host = socket.gethostname()
         heartbeat.refuse_another_start(run, self._process, RENEWED_S, _TICK_S)
-        self._last = ("starting", 0, time.monotonic(), self.STARTING_S)
+        self._step, self._last = 0, ("starting", LONG_S, time.monotonic())
         self._written = time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
-    def alive(self, phase: str, step: int | None = None, limit_s: float | None = None) -> None:
-        """This is what the process does from now on; costs nothing.
+    @property
+    def phase(self) -> tuple[str, float]:
+        """The current phase and its limit in seconds."""
+        return self._last[:2]
+
+    def alive(self, phase: str, limit_s: float | None = None, *, step: int | None = None) -> None:
+        """Enter a phase, such as "saving"; costs nothing.
 
         Args:
-          phase: for a person: "compiling", "data", "step", "saving".
-          step: the newest step, where it has changed.
-          limit_s: how long this may take; ``STARTING_S`` for what is long by its nature.
+          limit_s: seconds that it may take; ``LONG_S`` for slow ones.
+          step: the newest step, if it has changed.
         """
-        self._last = (phase, self._last[1] if step is None else step, time.monotonic(), limit_s or self._default_s)
+        self._step = self._step if step is None else step
+        self._last = (phase, limit_s or self._default_s, time.monotonic())
 
     def close(self) -> None:
-        """Nothing more is awaited; the last heartbeat says "ended"."""
+        """Stop watching; the last heartbeat's phase is "ended"."""
         self._over.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._beat("ended", self._last[1])
+        self._beat("ended")
 
     def _watch(self) -> None:
         beaten = -HEARTBEAT_S
         while not self._over.wait(_TICK_S):
             now = time.monotonic()
-            phase, step, since, limit = self._last
+            phase, limit, since = self._last
             if now - beaten >= HEARTBEAT_S:
                 beaten = now
-                self._beat(phase, step)
-                # Should native code keep Python's lock, this thread cannot run either; faulthandler's needs no lock.
+                self._beat(phase)
+                # If native code keeps the GIL, this thread cannot run either; faulthandler's thread needs no GIL.
                 faulthandler.dump_traceback_later(_FROZEN_S, exit=True, file=sys.__stderr__ or sys.stderr)
             if now - since > limit:
-                self._end(phase, step, now - since, limit)
+                self._report_hang(phase, now - since, limit)
             if self._launcher and not heartbeat.exists(self._launcher):
-                print("the launcher of this process has died; the process ends too", file=sys.stderr, flush=True)
-                os._exit(HUNG)
+                self._exit(HUNG, "the launcher of this process has died; the process ends too")
 
-    def _beat(self, phase: str, step: int) -> None:
-        beat: heartbeat.Heartbeat = {
-            "process": self._process,
-            "phase": phase,
-            "step": step,
-            "time": time.time(),
-            "pid": os.getpid(),
-            "host": self._host,
-        }
+    def _beat(self, phase: str) -> None:
         try:
-            heartbeat.write(self._run, beat)
+            heartbeat.write(
+                self._run,
+                {
+                    "process": self._process,
+                    "phase": phase,
+                    "step": self._step,
+                    "time": time.time(),
+                    "pid": os.getpid(),
+                    "host": self._host,
+                },
+            )
             self._written = time.monotonic()
-        except OSError as error:  # without a launcher nobody reads them: what must be written will tell of the disk
-            if self._launcher and time.monotonic() - self._written > UNWRITTEN_S:
-                print(
-                    f"process {self._process} ({self._host}) has not been able to write its heartbeat for "
-                    f"{time.monotonic() - self._written:.0f} s and ends: {error}; see to the disk and start again",
-                    file=sys.stderr,
-                    flush=True,
+        except OSError as error:  # without a launcher nobody reads heartbeats: writing logs will report the disk
+            silent = time.monotonic() - self._written
+            if self._launcher and silent > UNWRITTEN_S:
+                self._exit(
+                    FAILED,
+                    f"process {self._process} ({self._host}) could not write its heartbeat for {silent:.0f} s "
+                    f"and ends: {error}; check the disk and start again",
                 )
-                os._exit(FAILED)
 
-    def _end(self, phase: str, step: int, silent: float, limit: float) -> None:
-        raise_it = f"; {self._limit_name} allows more" if limit == self._default_s else ""
+    def _report_hang(self, phase: str, silent: float, limit: float) -> NoReturn:
+        raise_it = f" ({self._limit_name} raises this limit)" if limit == self._default_s else ""
         print(
-            f"process {self._process} ({self._host}, pid {os.getpid()}) hangs: nothing has happened for {silent:.0f} s "
-            f"since {phase!r} of step {step} began, and no more than {limit:.0f} s are given to it{raise_it}. "
-            "It ends here; started again, training goes on from the newest checkpoint. Where each thread stands:",
+            f"process {self._process} ({self._host}, pid {os.getpid()}) hangs: {phase!r} at step {self._step} has run "
+            f"for {silent:.0f} s, longer than the limit of {limit:.0f} s{raise_it}. The process ends; a restart "
+            "continues from the newest checkpoint. Stacks of all threads:",
             file=sys.stderr,
             flush=True,
         )
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
-        self._beat(f"hung in {phase}", step)
+        self._beat(f"hung in {phase}")
         os._exit(HUNG)
+
+    def _exit(self, code: int, message: str) -> NoReturn:
+        print(message, file=sys.stderr, flush=True)
+        os._exit(code)

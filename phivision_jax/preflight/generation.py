@@ -17,19 +17,19 @@ from phivision_jax.hardware.topology import GIB, Topology
 from phivision_jax.models import phivision
 from phivision_jax.preflight.model import roofline
 from phivision_jax.preflight.step_report import MARGIN
-from phivision_jax.training.run_config import RunConfig
+from phivision_jax.training.run_config import ResolvedConfig
 
 TENSOR = 2
 WEIGHTS_SHARE = 0.55
 """Largest share of the HBM for weights: a larger cache takes more prompts at a time."""
 
 
-def parameters(cfg: RunConfig) -> int:
+def parameters(cfg: ResolvedConfig) -> int:
     """Number of parameters of the model."""
     return sum(leaf.size for leaf in jax.tree.leaves(phivision.abstract(cfg.model)[1]))
 
 
-def plan(cfg: RunConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
+def plan(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
     """Choose mesh and batch, and compute bytes per chip.
 
     Args:
@@ -92,7 +92,7 @@ def confirm(
     }
 
 
-def times(cfg: RunConfig, where: Topology, chosen: Mapping[str, Any]) -> dict[str, Any]:
+def times(cfg: ResolvedConfig, where: Topology, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Modelled seconds: prefill multiplies while weights are gathered, decoding reads weights and cache for each token.
 
     Products of new tokens with the cache are left out: reading the cache takes longer.

@@ -9,13 +9,13 @@ from typing import Any
 
 from phivision_jax.hardware.topology import GIB, Topology
 from phivision_jax.preflight.model import modelled_step
-from phivision_jax.training.run_config import RunConfig
+from phivision_jax.training.run_config import ResolvedConfig
 
 MARGIN = 0.1
 """Share of the HBM that should stay free for the runtime and for programs beside the step."""
 
 
-def summary(cfg: RunConfig, where: Topology, facts: Mapping[str, Any], low_effort: bool) -> dict[str, Any]:
+def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_effort: bool) -> dict[str, Any]:
     """All facts and modelled figures of a step as JSON values (``--json`` writes them); bytes are per chip."""
     per_chip = where.chip.devices
     memory = {name: size * per_chip for name, size in facts["memory"].items()}

@@ -26,7 +26,7 @@ from phivision_jax.preflight.collectives import axes_of, collectives, wire_bytes
 from phivision_jax.preflight.matmuls import matmul_flops
 from phivision_jax.rows import row_shape
 from phivision_jax.training import device_layout
-from phivision_jax.training.run_config import RunConfig
+from phivision_jax.training.run_config import ResolvedConfig
 from phivision_jax.training.step import make_train_step
 
 PHASES = ("tracing", "compiling", "reading the program")
@@ -35,7 +35,7 @@ type Report = Callable[[str], None]
 """Receives each phase as it begins."""
 
 
-def train_facts(report: Report, cfg: RunConfig, where: Topology, low_effort: bool) -> dict[str, Any]:
+def train_facts(report: Report, cfg: ResolvedConfig, where: Topology, low_effort: bool) -> dict[str, Any]:
     """Compile a training step.
 
     Returns:
@@ -66,7 +66,7 @@ def train_facts(report: Report, cfg: RunConfig, where: Topology, low_effort: boo
     return facts | {"matmul_flops": matmul_flops(module), "collectives": found}
 
 
-def generate_facts(report: Report, cfg: RunConfig, where: Topology, planned: Mapping[str, Any]) -> dict[str, Any]:
+def generate_facts(report: Report, cfg: ResolvedConfig, where: Topology, planned: Mapping[str, Any]) -> dict[str, Any]:
     """Compile prefill and decoding of a batch of prompts, weights in bf16.
 
     Args:

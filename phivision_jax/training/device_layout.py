@@ -16,17 +16,18 @@ from collections.abc import Sequence
 
 import jax
 
+from phivision_jax.config import ModelConfig
 from phivision_jax.hardware.layouts import LAYOUTS, OTHER
 from phivision_jax.sharding import num_slices
-from phivision_jax.training.run_config import MeshConfig, RunConfig
+from phivision_jax.training.run_config import MeshConfig, ModelSettings, ResolvedConfig, RunConfig
 
 
-def resolve(cfg: RunConfig, devices: Sequence[jax.Device]) -> RunConfig:
+def resolve(cfg: RunConfig, devices: Sequence[jax.Device]) -> ResolvedConfig:
     """Close everything that the configuration leaves open, for these devices, attached or described."""
     return resolve_for(cfg, devices[0].device_kind, len(devices), num_slices(devices) or 1)
 
 
-def resolve_for(cfg: RunConfig, device_kind: str, num_devices: int, slices: int = 1) -> RunConfig:
+def resolve_for(cfg: RunConfig, device_kind: str, num_devices: int, slices: int = 1) -> ResolvedConfig:
     """``resolve`` for a number of devices of a kind, as JAX names it."""
     layouts, mesh = LAYOUTS.get(device_kind, OTHER), cfg.mesh
     context = mesh.context if mesh.context > 0 else _context(cfg, layouts[-1].tokens, num_devices // mesh.tensor)
@@ -36,13 +37,14 @@ def resolve_for(cfg: RunConfig, device_kind: str, num_devices: int, slices: int 
         rest = num_devices // ((slices if mesh.slice == -1 else mesh.slice) * mesh.tensor * context) or 1
         mesh = dataclasses.replace(mesh, fsdp=next(n for n in range(min(rest, layout.fsdp), 0, -1) if rest % n == 0))
     mesh = MeshConfig(**dataclasses.replace(mesh, context=context).sizes(num_devices, slices))
-    return dataclasses.replace(
-        cfg,
-        mesh=mesh,
-        remat=layout.remat if cfg.remat == "auto" else cfg.remat,
-        vision_remat=layout.vision_remat if cfg.vision_remat == "auto" else cfg.vision_remat,
-        microbatches=cfg.microbatches or _microbatches(cfg, mesh, layout.tokens),
-    )
+    closed = {
+        "model": cfg.model.over(ModelConfig()) if isinstance(cfg.model, ModelSettings) else cfg.model,
+        "mesh": mesh,
+        "remat": layout.remat if cfg.remat == "auto" else cfg.remat,
+        "vision_remat": layout.vision_remat if cfg.vision_remat == "auto" else cfg.vision_remat,
+        "microbatches": cfg.microbatches or _microbatches(cfg, mesh, layout.tokens),
+    }
+    return ResolvedConfig(**(vars(cfg) | closed))
 
 
 def _context(cfg: RunConfig, tokens: int, devices: int) -> int:

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with warm-up and cosine, clipping, and a learning rate per parameter pattern."""
+"""The optimizer: AdamW with warm-up and cosine decay, clipping, and a learning rate per parameter pattern."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from phivision_jax.models.lora import is_adapter
 from phivision_jax.training.run_config import OptimConfig, RunConfig
 
 flatten, unflatten = nnx.traversals.flatten_mapping, nnx.traversals.unflatten_mapping
-"""Nested dicts to {path: leaf} and back; partitions of the parameters are dicts of paths."""
+"""Nested dicts to {path: leaf} and back; partitions of the parameters are flat."""
 
 
 def path_name(path: tuple) -> str:
@@ -21,10 +21,10 @@ def path_name(path: tuple) -> str:
 
 
 def multipliers(params: dict[str, Any], cfg: OptimConfig) -> dict[tuple, float]:
-    """The learning-rate multiplier of every parameter path; where there are adapters (LoRA), they alone train.
+    """Path of every parameter → learning-rate multiplier; 0 for all but the adapters, if there are any (LoRA).
 
     Raises:
-      ValueError: for a pattern that is no regular expression, or that matches no parameter.
+      ValueError: for a pattern that is not a regular expression, or that matches no parameter.
     """
     names = {path: path_name(path) for path in flatten(params)}
     for pattern, _ in cfg.lr_rules:
@@ -46,7 +46,7 @@ def multipliers(params: dict[str, Any], cfg: OptimConfig) -> dict[tuple, float]:
 
 
 def partition(params: dict[str, Any], cfg: OptimConfig) -> tuple[dict[tuple, Any], dict[tuple, Any]]:
-    """(trainable, frozen), each {path: leaf}: gradients are taken with respect to the first alone.
+    """(trainable, frozen) parameters, each {path: leaf}.
 
     Raises:
       ValueError: when every parameter is frozen.
@@ -54,16 +54,16 @@ def partition(params: dict[str, Any], cfg: OptimConfig) -> tuple[dict[tuple, Any
     scale, flat = multipliers(params, cfg), flatten(params)
     trainable = {path: leaf for path, leaf in flat.items() if scale[path] != 0.0}
     if not trainable:
-        what = "adapter (with lora.rank, they alone train)" if any(map(is_adapter, flat)) else "parameter"
+        what = "adapter (with lora.rank, only adapters train)" if any(map(is_adapter, flat)) else "parameter"
         raise ValueError(f"optim.lr_rules freeze every {what}: there is nothing to train")
     return trainable, {path: leaf for path, leaf in flat.items() if scale[path] == 0.0}
 
 
 def num_steps(cfg: RunConfig, available: int) -> int:
-    """How many steps training takes: as ``optim.steps`` or ``optim.tokens`` say, else all that the plan has.
+    """Length of training: ``optim.steps`` or ``optim.tokens``, else the whole plan, which has ``available`` steps.
 
     Raises:
-      ValueError: when that is more than ``available``, the plan's; for both steps and tokens.
+      ValueError: when the plan is too short.
     """
     steps = cfg.in_steps().optim.steps or available
     if steps > available:
@@ -79,7 +79,7 @@ def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
     """Learning rate by step: linear from 0 to the peak, then a cosine to ``final_lr_ratio`` of it.
 
     Raises:
-      ValueError: for a warm-up in tokens: how many a step has is not known here (``RunConfig.in_steps``).
+      ValueError: for a warm-up in tokens, whose number per step is not known here (``RunConfig.in_steps``).
     """
     if cfg.warmup_tokens:
         raise ValueError(f"optim.warmup_tokens={cfg.warmup_tokens} must be turned into steps first: RunConfig.in_steps")
@@ -90,15 +90,15 @@ def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def is_decayed(path: tuple) -> bool:
-    """Weight decay is for kernels of linear layers and their adapters; the head's is a table of embeddings: spared."""
+    """True for kernels of linear layers and their adapters; not for the head, which is a table of embeddings."""
     return (path[-1] == "kernel" and "lm_head" not in path) or is_adapter(path)
 
 
 def make_optimizer(params: dict[str, Any], cfg: OptimConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-    """The transformation for the trainable partition of ``params`` (flat dicts of paths).
+    """The transformation for the trainable partition of ``params`` (flat dicts).
 
-    Its ``update`` takes the run's ``step`` besides: the learning rate follows the schedule also where updates were not
-    taken. Adam's own count is of the updates that were.
+    Its ``update`` takes the run's ``step`` in addition: the learning rate follows the schedule through skipped updates
+    too, while Adam's own count is of accepted updates.
     """
     scale, rate = multipliers(params, cfg), schedule(cfg, steps)
 
@@ -116,10 +116,10 @@ def make_optimizer(params: dict[str, Any], cfg: OptimConfig, steps: int) -> opta
 
 
 def scale_by_adam(cfg: OptimConfig) -> optax.GradientTransformation:
-    """Adam in fp32, its moments kept in ``cfg.moment_dtype``.
+    """Adam in fp32, with moments stored in ``cfg.moment_dtype``.
 
     Raises:
-      ValueError: for bfloat16 moments with b2 > 0.99: a change of 1 − b2 would then be lost in their rounding (2^-8).
+      ValueError: for bfloat16 moments with b2 > 0.99: a relative change of 1 − b2 would be rounded away (2^-8).
     """
     adam = optax.scale_by_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps)
     if cfg.moment_dtype == "float32":
@@ -142,9 +142,9 @@ def scale_by_adam(cfg: OptimConfig) -> optax.GradientTransformation:
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, params: dict, shardings: dict, other: Any) -> Any:
-    """Shardings of ``tx``'s state: moments live where their parameters do, everything else at ``other``.
+    """Shardings of ``tx``'s state: moments as their parameters, everything else ``other``.
 
-    Left to the compiler, the moments come out replicated.
+    Left to the compiler, moments would be replicated.
     """
     state = jax.eval_shape(tx.init, params)
     return optax.tree_map_params(

@@ -1,61 +1,96 @@
-"""One run, as frozen dataclasses. ``configs/*.py`` state decisions over these defaults; ml_collections ends there."""
+"""Everything a training run depends on, as frozen dataclasses; ``configs/*.py`` state decisions over these defaults.
+
+The text below each field is what ``phivision train --config=FILE --help`` prints.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from phivision_jax.batch import RowShape
-from phivision_jax.config import LoraConfig, ModelConfig, dataclass_from_dict
+from phivision_jax.config import (
+    DecoderConfig,
+    ImageAttention,
+    LoraConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+    dataclass_from_dict,
+)
 from phivision_jax.rows import row_shape
 from phivision_jax.sharding import MeshAxes, default_sizes
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The model to train. None: as the checkpoint ``init_from`` has it, without one as the released model has it.
+
+    The architecture (vision, projector, decoder) cannot differ from the checkpoint's; the other settings can.
+    """
+
+    vision: VisionConfig | None = None
+    projector: ProjectorConfig | None = None
+    decoder: DecoderConfig | None = None
+    image_attention: ImageAttention | None = None
+    """Attention between the tokens of one image: "causal" (the released code) or "bidirectional" (its model card)."""
+    image_layout: str | None = None
+    """Name of the image layout, as registered in ``images/layout.py``."""
+    min_patches: int | None = None
+    """Images are resized to at least this many patches."""
+    max_patches: int | None = None
+    """Images are resized to at most this many patches."""
+
+    def over(self, base: ModelConfig) -> ModelConfig:
+        """``base`` with everything that is given here."""
+        return dataclasses.replace(base, **{name: value for name, value in vars(self).items() if value is not None})
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read and how it is packed: B rows of T columns, each with R vision rows of P patches."""
+    """The data, and how it is packed: B rows of T tokens, each with R vision rows of P patches."""
 
     path: str = ""
-    """What to train on: a dataset directory (``phivision data import``), or a mixture of several (.toml)."""
+    """Training data: a dataset directory (``phivision data import``), or a mixture of several (.toml)."""
     stage: str = ""
-    """Only this stage of the mixture; empty: all of them, one after the other."""
+    """Train on this stage of the mixture only; empty for all stages, one after the other."""
     replay_path: str = ""
-    """Dataset directory to rehearse beside ``path``, so that what the starting checkpoint knew is kept."""
+    """Dataset directory to mix into ``path``, so that the model keeps what the starting checkpoint knew."""
     replay_share: float = 0.0
-    """Share of the examples drawn from ``replay_path``; they come on top of the passes over ``path``."""
+    """Share of the examples sampled from ``replay_path``, in addition to the passes over ``path``."""
     validation_path: str = ""
-    """Dataset directory or mixture (.toml) whose loss is taken every ``validate_every`` steps; empty for none."""
+    """Dataset directory or mixture (.toml) for the validation loss (``validate_every``); empty for none."""
     validation_share: float = 0.0
-    """Share of the records of ``path`` that are kept out of training for the same purpose."""
+    """Share of the records of ``path`` held out of training for the validation loss."""
     loss_weights: tuple[tuple[str, float], ...] = ()
-    """(regular expression, weight) pairs tried in order on an example's mode and task, like "think/math"; the first
-    that matches anywhere multiplies the weights of its target tokens ("^think" is what thinks: "nothink" has "think" in
-    it). The loss is then the weighted mean; the losses
-    by mode and task, and the validation loss, stay plain means."""
+    """(regular expression, weight) pairs, searched in order in an example's "mode/task", like "think/math"; the first
+    match multiplies the weights of its target tokens ("^think" selects thinking: "nothink" contains "think"). Losses
+    by mode and task, and the validation loss, remain unweighted."""
     eval_path: str = ""
-    """Dataset directory to score answers on; empty for none."""
+    """Dataset directory for scoring generated answers (``eval_every``); empty for none."""
     batch_rows: int = 8
-    """B, rows of a step over all hosts; more than fit at a time are taken in ``microbatches``."""
+    """B: rows of one step over all hosts; ``microbatches`` splits them where memory is short."""
     length: int = 8192
-    """T, columns of a row: text tokens and one for each patch."""
+    """T: sequence length of a row, in text tokens plus vision tokens."""
     vision_rows: int = 1
-    """R, vision rows of a row; each takes whole images."""
+    """R: vision rows of a row; an image is never split between two."""
     num_patches: int = 7168
-    """P, patches of a vision row."""
+    """P: patches of a vision row."""
     epochs: int = 1
-    """Passes over the data, where a mixture says nothing else; training is as long as ``optim.steps`` says."""
+    """Passes over the data, unless a mixture states its own; ``optim.steps`` may end training earlier."""
     on_overflow: Literal["drop", "resize", "error"] = "drop"
-    """Records that no row takes: left out and named, given fewer patches where that helps, or an error."""
+    """Records too large for a row: "drop" omits and lists them, "resize" reduces their images, "error" stops."""
     max_bad: float = 0.01
-    """Training stops when more than this share of the examples cannot be decoded."""
+    """Stop training when more than this share of the examples cannot be decoded."""
     plan: str = ""
-    """Directory of a plan made beforehand (``phivision data plan``) with these settings; empty: made at the start."""
+    """Directory of an existing plan (``phivision data plan``) for these settings; empty: plan at the start of the
+    run."""
     seed: int = 0
-    """Of the order of the examples, and of which are kept out for validation."""
+    """Seed for example order and the validation split."""
     num_threads: int = 4
-    """Threads that decode images on each host."""
+    """Threads per host that decode images."""
 
     def row_shape(self, model: ModelConfig) -> RowShape:
         """The shape of one row of a batch for this model."""
@@ -64,71 +99,68 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, linear warm-up then cosine decay, clipping by global norm.
-
-    ``lr_rules`` are (regular expression, multiplier) pairs tried in order on a parameter's path, like
-    ``vision/layers/mlp/fc1/kernel``; the first that matches anywhere scales the learning rate, and 0 freezes: no
-    gradient is computed and no optimizer state kept. Stage 1, say: (("projector", 1.0), (".", 0.0)).
-    """
+    """AdamW, linear warm-up then cosine decay, clipping by global norm."""
 
     learning_rate: float = 2e-5
-    """At its highest, after the warm-up; ``lr_rules`` multiply it for parts of the model."""
+    """Peak learning rate, reached after the warm-up; ``lr_rules`` scale it for parts of the model."""
     steps: int = 0
-    """Length of the training. 0: to the end of the plan."""
+    """Number of steps; 0 trains to the end of the plan."""
     tokens: int = 0
-    """Length of the training in tokens, where ``steps`` is 0; a step counts B · T. 0: to the end of the plan."""
+    """Length of training in tokens (a step has B · T) when ``steps`` is 0; 0 trains to the end of the plan."""
     warmup_steps: int = 100
-    """Over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0."""
     warmup_tokens: int = 0
-    """Warm-up in tokens, instead of ``warmup_steps``."""
+    """Warm-up in tokens, in place of ``warmup_steps``."""
     final_lr_ratio: float = 0.0
-    """Learning rate at the last step, as a share of the peak."""
+    """Learning rate of the last step, as a fraction of the peak."""
     b1: float = 0.9
-    """Adam's decay of the mean of gradients."""
+    """Decay rate of the first moment."""
     b2: float = 0.95
-    """Adam's decay of the mean of their squares."""
+    """Decay rate of the second moment."""
     eps: float = 1e-8
-    """Added to the root of these."""
+    """Epsilon added to sqrt(v)."""
     weight_decay: float = 0.0
-    """Applied to kernels of linear layers only: no norms, biases, embeddings."""
+    """Weight decay of linear kernels; norms, biases and embeddings have none."""
     clip_norm: float = 1.0
-    """Gradients are scaled down to this norm over everything that trains."""
+    """Maximum global norm of the gradients; larger ones are scaled down to it."""
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of both moments as they are kept; bfloat16 halves the optimizer's memory and needs b2 <= 0.99."""
+    """Dtype in which both moments are stored; bfloat16 halves optimizer memory and needs b2 <= 0.99."""
     lr_rules: tuple[tuple[str, float], ...] = ()
-    """(regular expression, multiplier) pairs, as above; where none matches, and where there are none: 1."""
+    """(regular expression, multiplier) pairs, searched in order in a parameter's path, like
+    ``vision/layers/mlp/fc1/kernel``; the first match scales its learning rate. 0 freezes: no gradient is computed and
+    no optimizer state stored. No match means 1. Projector only: (("projector", 1.0), (".", 0.0))."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-    """Steps that are not taken: a loss or gradient that is not finite, or a loss far above those before it."""
+    """Skipped updates: those with a non-finite loss or gradient, and loss spikes."""
 
     spike: float = 8.0
-    """A loss is a spike where it exceeds the running mean of accepted losses by so many of their standard deviations;
-    0: no loss is."""
+    """Skip an update whose loss exceeds the running mean of accepted losses by this many standard deviations; 0 never
+    does."""
     warmup: int = 100
-    """Accepted steps before the first spike can be told."""
+    """Accepted updates before spikes are detected."""
     patience: int = 8
-    """Training stops after so many steps in a row that were not taken."""
+    """Stop training after this many skipped updates in a row."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis (``sharding.py`` says what each is for).
+    """Devices along each mesh axis (``sharding.py`` describes the axes); −1 is chosen automatically.
 
-    −1 takes what is left. Left to themselves, fsdp is groups of at most 32 devices and data the copies beyond.
+    If both are −1, fsdp groups have at most 32 devices, and data counts the groups.
     """
 
     slice: int = -1
-    """As many as the devices are in."""
+    """TPU slices."""
     data: int = -1
-    """Copies of the model."""
+    """Replicas of the model."""
     fsdp: int = -1
-    """Devices that share a copy's parameters and take rows of their own."""
+    """Devices that shard a replica's parameters; each has rows of its own."""
     tensor: int = 1
-    """Devices that share every matrix product."""
+    """Devices that shard every matrix product."""
     context: int = -1
-    """Devices that share a row; left open: as ``training/device_layout.py`` has it, mostly 1."""
+    """Devices that share a row; mostly 1 if chosen automatically (``training/device_layout.py``)."""
 
     def __post_init__(self) -> None:
         for axis, size in dataclasses.asdict(self).items():
@@ -136,10 +168,10 @@ class MeshConfig:
                 raise ValueError(f"mesh.{axis} is {size}; give a positive size" + ", or -1" * (axis != "tensor"))
 
     def sizes(self, num_devices: int, slices: int = 1) -> dict[str, int]:
-        """Axis sizes with −1 resolved.
+        """Axis sizes without −1.
 
         Raises:
-          ValueError: for a −1 that nothing resolves; when what is given does not divide the devices.
+          ValueError: when the sizes do not divide the devices.
         """
         slices, context = slices if self.slice == -1 else self.slice, max(self.context, 1)
         if self.data == -1 and self.fsdp == -1:
@@ -153,9 +185,9 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything a training run depends on."""
+    """A training run. Values that say "automatic" are chosen when the devices and the checkpoint are known."""
 
-    model: ModelConfig = ModelConfig()
+    model: ModelSettings | ModelConfig = ModelSettings()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig = LoraConfig()
@@ -165,59 +197,60 @@ class RunConfig:
     """(logical axis, mesh axes) pairs that replace rules of ``sharding.RULES``, like (("kv_heads", ""),): no mesh axis
     replicates, several are separated by commas."""
     init_from: str = ""
-    """Checkpoint (ours or a Hugging Face directory) to start from; empty for random weights."""
-    model_from: Literal["config", "init_from"] = "config"
-    """Whose architecture is trained: ``model``'s, which ``init_from`` must have too, or that of ``init_from``,
-    whatever it is; of ``model`` then only settings (image_attention, image_layout, min_patches, max_patches) other than
-    their defaults count."""
+    """Starting checkpoint: one of this project, a run, a Hugging Face directory or id. Empty: random weights, for an
+    architecture given in ``model.vision`` and ``model.decoder``."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the computation; parameters and optimizer state are fp32."""
+    """Dtype of the computation; parameters and optimizer state are float32."""
     remat: str = "auto"
-    """What a decoder layer keeps for its backward pass (``models/remat.py``); "auto": what the devices hold."""
+    """Values that a decoder layer keeps for its backward pass, a policy of ``models/remat.py``; "auto": automatic."""
     vision_remat: str = "auto"
-    """What a vision block keeps."""
+    """The same for a vision layer."""
     microbatches: int = 0
-    """Parts into which the rows of a step are cut, one after the other: as many times less memory for activations.
-    0: as many as the devices need (``training/device_layout.py``)."""
+    """Sequential parts of a step, each with its share of the rows: activation memory shrinks by this factor.
+    0: automatic."""
     seed: int = 0
-    """Of the parameters that no checkpoint gives."""
+    """Seed for parameters that no checkpoint provides."""
     log_every: int = 10
     """Steps between lines of metrics."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; one always follows the last step."""
+    """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 3
-    """The last so many; a damaged one falls back to the one before."""
+    """Number of newest checkpoints to keep; an older one replaces a damaged one."""
     keep_every: int = 0
-    """Steps that are multiples of this keep their checkpoints as well; 0 for none."""
+    """Also keep checkpoints whose step is a multiple of this; 0 for none."""
     keep_best: str = ""
-    """The checkpoint with the highest value of this metric ("eval/accuracy"), or with a minus in front the lowest
-    ("-loss"), is kept as well; empty for none. Steps whose checkpoint has no such value do not count."""
+    """Also keep the checkpoint with the highest value of this metric ("eval/accuracy"), or with a leading minus the
+    lowest ("-validation/loss"); empty for none. Checkpoints without a value of it are not compared."""
     eval_every: int = 0
-    """Steps between evaluations during training; 0 for none. One always follows the last step."""
+    """Steps between evaluations on ``data.eval_path``; 0 for none. The last step always has one."""
     eval_examples: int = 1000
-    """How many examples of ``data.eval_path`` those score (an even sample)."""
+    """Number of examples that an evaluation scores, an even sample; 0 for all."""
     eval_batch: int = 64
     """Questions answered at a time."""
     max_new_tokens: int = 8
-    """Where such an answer ends at the latest."""
+    """Maximum length of a generated answer."""
     samples: int = 4
-    """How many of those answers go to TensorBoard with their pictures."""
+    """Number of answers shown in TensorBoard with their images."""
     validate_every: int = 0
-    """Steps between measurements of the validation loss; 0 for none. One always follows the last step."""
+    """Steps between measurements of the validation loss; 0 for none. The last step always has one."""
     validate_batches: int = 16
-    """Most batches that such a measurement takes."""
+    """Maximum number of batches of such a measurement."""
     wandb: str = ""
-    """Project of Weights & Biases to log to as well; empty for none."""
+    """Weights & Biases project to log to in addition; empty for none."""
     profile: str = ""
     """Steps to trace with ``jax.profiler``, like "100:103"; empty for none."""
     slow_step: float = 0.0
-    """A step that takes so many times the median has the next three traced, once; 0 for never."""
+    """Trace the three steps after one that takes this many times the median, once per run; 0 for never."""
     step_timeout_s: float = 600.0
-    """Training stops with a message where nothing has happened for so long after compilation."""
+    """Seconds without progress, once compiled, after which the process reports where it hangs and exits."""
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
-        """From nested plain dicts, tokens as steps; a misspelt field is an error that names the nearest one."""
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from nested dicts, with lengths in tokens turned into steps.
+
+        Raises:
+          ValueError: for an unknown field or a wrong value, as ``config.dataclass_from_dict``.
+        """
         return dataclass_from_dict(cls, values).in_steps()
 
     @property
@@ -225,46 +258,49 @@ class RunConfig:
         """``sharding_rules`` as ``sharding.override_rules`` takes them."""
         return {axis: tuple(filter(None, mesh_axes.split(","))) or None for axis, mesh_axes in self.sharding_rules}
 
-    def in_steps(self) -> RunConfig:
-        """With ``optim.tokens`` and ``optim.warmup_tokens`` as steps of B · T tokens, rounded.
+    def in_steps(self) -> Self:
+        """Turn ``optim.tokens`` and ``optim.warmup_tokens`` into steps of B · T tokens, rounded.
 
         Raises:
-          ValueError: for both steps and tokens, and for less than none of anything.
+          ValueError: when both steps and tokens are given, or a negative number.
         """
-        optim, step = self.optim, self.data.batch_rows * self.data.length
+        optim, step_tokens = self.optim, self.data.batch_rows * self.data.length
         for name in ("steps", "tokens", "warmup_steps", "warmup_tokens"):
             if (value := getattr(optim, name)) < 0:
                 raise ValueError(f"optim.{name} is {value}; it cannot be negative")
         if optim.steps and optim.tokens:
-            raise ValueError(
-                f"optim.steps={optim.steps} and optim.tokens={optim.tokens} both say how long training is; set one to 0"
-            )
+            raise ValueError(f"optim.steps={optim.steps} excludes optim.tokens={optim.tokens}; set one of them to 0")
         changes: dict[str, Any] = {"tokens": 0, "warmup_tokens": 0}
         if optim.tokens:
-            changes["steps"] = max(1, round(optim.tokens / step))
+            changes["steps"] = max(1, round(optim.tokens / step_tokens))
         if optim.warmup_tokens:
-            changes["warmup_steps"] = round(optim.warmup_tokens / step)
+            changes["warmup_steps"] = round(optim.warmup_tokens / step_tokens)
         return dataclasses.replace(self, optim=dataclasses.replace(optim, **changes))
 
-    def with_model(self, found: ModelConfig, where: str) -> RunConfig:
-        """With the model to train: that of the checkpoint ``where``, which is ``found``, as ``model_from`` says.
+    def with_checkpoint(self, found: ModelConfig, where: str) -> RunConfig:
+        """Complete ``model`` from the checkpoint that training starts from.
+
+        Args:
+          found: the checkpoint's model.
+          where: the checkpoint, for errors.
 
         Raises:
-          ValueError: when ``model`` asks for another architecture; names the first field.
+          ValueError: when ``model`` describes another architecture; names the first field that differs.
         """
-        follow, released = self.model_from == "init_from", ModelConfig()
         for part in ("vision", "projector", "decoder"):
-            ours, theirs, default = (getattr(model, part) for model in (self.model, found, released))
-            for name in (field.name for field in dataclasses.fields(ours)):
-                here, there = getattr(ours, name), getattr(theirs, name)
-                if here != there and not (follow and here == getattr(default, name)):
-                    what = "leave model as it is" if follow else "model_from='init_from' takes the checkpoint's"
+            ours, theirs = getattr(self.model, part), getattr(found, part)
+            for name, value in (vars(ours) if ours else {}).items():
+                if value != getattr(theirs, name):
                     raise ValueError(
-                        f"{where} holds another model than the configuration: model.{part}.{name} is {there} there, "
-                        f"{here} here; {what}"
+                        f"model.{part}.{name} is {value}, but {where} has {getattr(theirs, name)}; omit model.{part}, "
+                        "and the checkpoint's is trained"
                     )
-        names = ("image_attention", "image_layout", "min_patches", "max_patches")
-        settings = {name: getattr(self.model, name) for name in names}
-        if follow:
-            settings = {name: value for name, value in settings.items() if value != getattr(released, name)}
+        settings = {name: value for name, value in vars(self.model).items() if value is not None}
         return dataclasses.replace(self, model=dataclasses.replace(found, **settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedConfig(RunConfig):
+    """A ``RunConfig`` without open or automatic values (``device_layout.resolve``)."""
+
+    model: ModelConfig = ModelConfig()

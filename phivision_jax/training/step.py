@@ -21,7 +21,7 @@ from phivision_jax.models import phivision
 from phivision_jax.training import device_layout, optim
 from phivision_jax.training.guard import guarded
 from phivision_jax.training.loss import batch_loss
-from phivision_jax.training.run_config import MeshConfig, OptimConfig, RunConfig
+from phivision_jax.training.run_config import MeshConfig, OptimConfig, ResolvedConfig, RunConfig
 from phivision_jax.training.telemetry.module_norms import module_norms
 from phivision_jax.training.telemetry.throughput import batch_work
 
@@ -31,7 +31,7 @@ State = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """How to train one model on one mesh. Shapes first: nothing here holds an array."""
+    """One model's training step on one mesh. It holds shapes only, no arrays."""
 
     graphdef: nnx.GraphDef
     tx: optax.GradientTransformationExtraArgs
@@ -43,7 +43,7 @@ class TrainStep:
     rules: Mapping[str, sharding.MeshAxes]
     """The run's changes to ``sharding.RULES``."""
     abstract_state: State
-    """ShapeDtypeStructs that carry the shardings."""
+    """ShapeDtypeStructs with shardings."""
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
@@ -52,7 +52,7 @@ class TrainStep:
             yield
 
     def batch_shardings(self, batch: Batch) -> Batch:
-        """``sharding.batch_shardings`` on this mesh, by this run's rules."""
+        """``sharding.batch_shardings`` on this mesh, with this run's rules."""
         with sharding.override_rules(self.rules):
             return sharding.batch_shardings(self.mesh, batch)
 
@@ -61,7 +61,7 @@ class TrainStep:
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
 
     def init(self, params: phivision.Params) -> State:
-        """The state around these parameters, placed and sharded."""
+        """The initial state for these parameters, placed and sharded."""
         shardings = self.shardings
 
         def make(params):
@@ -72,8 +72,8 @@ class TrainStep:
         return jax.jit(make, out_shardings=shardings)(params)
 
     def compile(self, batch: Batch) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-        """Compile for this batch's shapes (``batch_spec``). The result refuses any other shape, so a run that gets
-        through has compiled once.
+        """Compile for the shapes of this batch (``batch_spec``). The result accepts no other shape, so a run that
+        completes has compiled once.
 
         Raises:
           ValueError: when the rows do not divide over the mesh and the microbatches.
@@ -81,14 +81,14 @@ class TrainStep:
         return self.lower(batch).compile(compiler_options=compiler_options(self.mesh))
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
-        """The step before it is compiled."""
+        """The step before compilation."""
         with sharding.override_rules(self.rules):
             shards = sharding.num_shards(self.mesh, "batch")
         rows, unit = batch.tokens.shape[0], self.microbatches * shards
         if rows % unit:
             raise ValueError(
                 f"data.batch_rows is {rows}, which does not divide over {shards} devices (mesh axes "
-                f"slice, data and fsdp) x {self.microbatches} microbatches; take a multiple of {unit}"
+                f"slice, data and fsdp) x {self.microbatches} microbatches; use a multiple of {unit}"
             )
         placed, metrics = sharding.abstract(batch, self.batch_shardings(batch)), sharding.replicated(self.mesh)
         with self.in_force():
@@ -96,7 +96,7 @@ class TrainStep:
             return step.lower(self.abstract_state, placed)
 
     def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        """One update. Frozen parameters enter as constants: no gradient of theirs is ever computed."""
+        """One update. Frozen parameters enter as constants, so their gradients are never computed."""
         trainable, frozen = optim.partition(state["params"], self.cfg)
         total_weight = batch.loss_weights.sum()
 
@@ -105,17 +105,9 @@ class TrainStep:
             return batch_loss(model, batch, self.num_groups, total_weight)
 
         grad = jax.value_and_grad(loss_of, has_aux=True)
-        if self.microbatches == 1:
-            (loss, aux), grads = grad(trainable, batch)
-        else:
-
-            def add(sums: Any, part: Batch) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, sums, self.pin(grad(trainable, part))), None
-
-            parts = microbatches(batch, self.microbatches)
-            like = jax.eval_shape(grad, trainable, jax.tree.map(lambda x: x[0], parts))
-            zeros = self.pin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
-            ((loss, aux), grads), _ = jax.lax.scan(add, zeros, parts)
+        (loss, aux), grads = sum_over_microbatches(
+            lambda part: grad(trainable, part), batch, self.microbatches, pin=self.pin
+        )
         with jax.named_scope("optimizer"):
             updates, opt_state = self.tx.update(grads, state["opt_state"], trainable, loss=loss, step=state["step"])
             params = optim.unflatten({**optax.apply_updates(trainable, updates), **frozen})
@@ -133,14 +125,30 @@ class TrainStep:
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
     def pin(self, value_and_grads: Any) -> Any:
-        """The same, gradients kept where their parameters are: a whole one on every device would not fit."""
+        """Constrain gradients to the shardings of their parameters: replicated ones would not fit."""
         value, grads = value_and_grads
-        at = optim.flatten(self.shardings["params"])
-        return value, {path: jax.lax.with_sharding_constraint(grad, at[path]) for path, grad in grads.items()}
+        shardings = optim.flatten(self.shardings["params"])
+        return value, {path: jax.lax.with_sharding_constraint(grad, shardings[path]) for path, grad in grads.items()}
+
+
+def sum_over_microbatches[T](
+    function: Callable[[Batch], T], batch: Batch, count: int, pin: Callable[[T], T] = lambda tree: tree
+) -> T:
+    """Σ ``function(part)`` over ``count`` parts of a batch, one after the other.
+
+    Args:
+      pin: constrains the shardings of a result and of the sum.
+    """
+    if count == 1:
+        return function(batch)
+    parts = microbatches(batch, count)
+    like = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
+    zeros = pin(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like))
+    return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, pin(function(part))), None), zeros, parts)[0]
 
 
 def microbatches(batch: Batch, count: int) -> Batch:
-    """[B, …] as [count, B / count, …], every device's own rows dealt out: row b is in part b mod count."""
+    """[B, …] as [count, B / count, …]; row b is in part b mod count, so that every device keeps its own rows."""
 
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
@@ -150,44 +158,44 @@ def microbatches(batch: Batch, count: int) -> Batch:
 
 
 def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1) -> TrainStep:
-    """Everything that follows from the configuration, without allocating a parameter.
+    """Derive the step from the configuration, without allocating a parameter.
 
-    What it leaves open (remat, microbatches) follows from the mesh's devices (``device_layout.py``).
+    Automatic values (remat, microbatches) are chosen for the mesh's devices (``device_layout.py``).
     """
     cfg = device_layout.resolve(dataclasses.replace(cfg, mesh=MeshConfig(**mesh.shape)), list(mesh.devices.flat))
     graphdef, state = phivision.abstract(
         cfg.model, dtype=jnp.dtype(cfg.dtype), remat=cfg.remat, vision_remat=cfg.vision_remat, lora=cfg.lora
     )
     with sharding.override_rules(cfg.rules):
-        params, at = nnx.to_pure_dict(state), sharding.param_shardings(state, mesh)
+        params, param_shardings = nnx.to_pure_dict(state), sharding.param_shardings(state, mesh)
     tx = guarded(optim.make_optimizer(params, cfg.optim, steps), cfg.guard)
     trainable, _ = optim.partition(params, cfg.optim)
-    flat_at = optim.flatten(at)
-    opt_at = optim.optimizer_shardings(
-        tx, trainable, {path: flat_at[path] for path in trainable}, sharding.replicated(mesh)
+    flat_shardings = optim.flatten(param_shardings)
+    opt_shardings = optim.optimizer_shardings(
+        tx, trainable, {path: flat_shardings[path] for path in trainable}, sharding.replicated(mesh)
     )
     shapes = {
         "params": params,
         "opt_state": jax.eval_shape(tx.init, trainable),
         "step": jax.ShapeDtypeStruct((), np.int32),
     }
-    shardings = {"params": at, "opt_state": opt_at, "step": sharding.replicated(mesh)}
+    shardings = {"params": param_shardings, "opt_state": opt_shardings, "step": sharding.replicated(mesh)}
     abstract_state, rate = sharding.abstract(shapes, shardings), optim.schedule(cfg.optim, steps)
     return TrainStep(graphdef, tx, cfg.optim, rate, num_groups, cfg.microbatches, mesh, cfg.rules, abstract_state)
 
 
-def init_params(cfg: RunConfig, step: TrainStep, base: phivision.Params | None = None) -> phivision.Params:
-    """Random parameters, made where they will live (the same numbers on any mesh).
+def init_params(cfg: ResolvedConfig, step: TrainStep, base: phivision.Params | None = None) -> phivision.Params:
+    """Random parameters, created on the devices that hold them; the same numbers on any mesh.
 
     Args:
-      base: parameters to take instead of random ones, as a checkpoint has them (``lora.without``): then only those it
-        lacks are made, the adapters, and they are the ones that a start from nothing would have made.
+      base: parameters of a checkpoint (``lora.without``); only those that it lacks are random, the adapters, with the
+        same numbers as without a checkpoint.
     """
     given = optim.flatten(base or {})
-    at = {path: at for path, at in optim.flatten(step.shardings["params"]).items() if path not in given}
+    shardings = {path: at for path, at in optim.flatten(step.shardings["params"]).items() if path not in given}
 
     def make():
         params = optim.flatten(phivision.PhiVision(cfg.model, rngs=nnx.Rngs(cfg.seed), lora=cfg.lora).split()[1])
-        return {path: params[path] for path in at}
+        return {path: params[path] for path in shardings}
 
-    return optim.unflatten({**given, **(jax.jit(make, out_shardings=at)() if at else {})})
+    return optim.unflatten({**given, **(jax.jit(make, out_shardings=shardings)() if shardings else {})})

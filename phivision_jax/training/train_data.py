@@ -1,10 +1,10 @@
-"""What a run draws from: the mixture that it trains on and the one that it is measured by.
+"""The data of a run: the mixture that it trains on, and the one that its validation loss is measured on.
 
-    data.path ──► stage ──► + replay ──► less the held-out records ──► training
-                                         the held-out records alone ──► validation, or data.validation_path
+    data.path ──► stage ──► + replay ──► without held-out records ──► training
+                                         held-out records only    ──► validation, or data.validation_path
 
-A record is held out by its number in its dataset and ``data.seed`` (``Mixture.draws``). So it stays so when epochs,
-row sizes, the model or the number of hosts change, and plan inputs name the share: a run cannot go on with another.
+A record is held out by its number in its dataset and ``data.seed`` (``Mixture.draws``), independently of epochs, row
+sizes, the model and the number of hosts. Plan inputs contain the share, so a run cannot continue with another.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from phivision_jax.training.run_config import DataConfig
 
 
 def training_mixture(data: DataConfig) -> Mixture:
-    """What training draws from.
+    """The mixture to train on.
 
     Raises:
-      ValueError: when there is nothing to train on, a file in a dataset's place, half of what replay needs, a share
-        that is none; as ``Mixture.read``.
-      FileNotFoundError: when there is no such mixture file.
+      ValueError: without a path, for a path that is no dataset, for incomplete replay settings, for a share outside
+        0 … 1; as ``Mixture.read``.
+      FileNotFoundError: when the mixture file does not exist.
     """
     if not data.path:
         raise ValueError("data.path is empty: give --config.data.path=DIRECTORY (phivision data import makes one)")
@@ -39,21 +39,21 @@ def training_mixture(data: DataConfig) -> Mixture:
         )
     if data.replay_path:
         if not 0 < data.replay_share < 1:
-            raise ValueError(f"data.replay_share must lie between 0 and 1, not {data.replay_share}")
+            raise ValueError(f"data.replay_share must be between 0 and 1, not {data.replay_share}")
         mixture = mixture.with_replay(data.replay_path, data.replay_share)
     return dataclasses.replace(mixture, held_out=data.validation_share)
 
 
 def validation_mixture(data: DataConfig) -> Mixture | None:
-    """What the validation loss is taken over; None for no such thing.
+    """The mixture for the validation loss; None if there is none.
 
     Raises:
-      ValueError: when two sets are asked for.
+      ValueError: when both a path and a share are given.
     """
     if data.validation_path and data.validation_share:
         raise ValueError(
             f"data.validation_path={data.validation_path!r} and data.validation_share={data.validation_share:g} are "
-            "two sets to validate on: give one"
+            "two validation sets: give one"
         )
     if data.validation_path:
         return Mixture.read(data.validation_path)
@@ -63,15 +63,15 @@ def validation_mixture(data: DataConfig) -> Mixture | None:
 def validation_plan(
     data: DataConfig, processor: Processor, trained_on: Sequence[Dataset]
 ) -> tuple[list[Dataset], Plan] | None:
-    """Datasets and rows of the validation; None for none. Rows are of the training's sizes: the same compiled shapes.
+    """Datasets and rows for the validation loss, in training's row sizes; None if there is none.
 
-    Nothing of it is saved: it follows from the configuration as the training's plan does.
+    It is not saved: it follows from the configuration, like the plan of the training data.
 
     Args:
-      trained_on: the datasets of ``training_mixture(data)``, in its order.
+      trained_on: the datasets of ``training_mixture(data)``, in order.
 
     Raises:
-      ValueError: when ``validation_path`` holds a dataset that is trained on, or no record is left; as ``make_plan``.
+      ValueError: when ``validation_path`` has a dataset that is trained on, or no record is left; as ``make_plan``.
     """
     mixture = validation_mixture(data)
     if mixture is None:
@@ -85,7 +85,7 @@ def validation_plan(
             if dataset.hash in known:
                 raise ValueError(
                     f"data.validation_path: {dataset.directory} holds the records of {known[dataset.hash]}, which is "
-                    "trained on; take other data, or keep a share of these out with data.validation_share"
+                    "trained on; use other data, or hold out a share of these with data.validation_share"
                 )
     plan = make_plan(
         datasets,

@@ -1,10 +1,10 @@
-"""The loss on data that is not trained on: the training's rows and shardings, forward only, compiled once.
+"""The loss on data that is not trained on: training's row sizes and shardings, forward only, compiled once.
 
-    step ──► batches 0 … n − 1 of the validation plan, the same each time ──► Σ loss, Σ weight by group ──► means
+    step ──► batches 0 … n − 1 of the validation plan, always the same ──► Σ loss, Σ weight by group ──► means
 
-Every host makes the rows that its devices hold, as in training. Sums are divided once, at the end: however examples are
-packed into rows, rows into batches and batches over hosts, the mean is over all target tokens alike. The training's
-``loss_weights`` do not count here, so that losses of runs that weigh differently can be compared.
+Every host encodes the rows that its devices hold, as in training. Sums are divided once, at the end: the mean is over
+all target tokens, however examples are packed into rows, rows into batches, and batches over hosts. ``loss_weights``
+do not apply, so that runs with different weights can be compared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from phivision_jax import sharding
@@ -28,97 +27,93 @@ from phivision_jax.hardware.compiler_options import compiler_options
 from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
 from phivision_jax.training.loss import batch_loss
-from phivision_jax.training.run_config import RunConfig
-from phivision_jax.training.step import TrainStep, microbatches
+from phivision_jax.training.run_config import ResolvedConfig
+from phivision_jax.training.step import TrainStep, sum_over_microbatches
 
 Sums = dict[str, Any]
-"""``batch_loss``'s sums: ``correct`` (), ``group_loss`` and ``group_weight`` [groups]."""
+"""Sums of ``batch_loss``: ``correct`` (), ``group_loss`` and ``group_weight`` [groups]."""
 
 
 class Validator:
     """Measures parameters on the first ``validate_batches`` batches of a plan.
 
     Args:
-      cfg: of the run, with nothing left open.
-      step: of the training: its model, mesh, shardings and microbatches.
-      datasets: what ``plan`` was made from.
-      plan: the validation's (``mixtures.validation_plan``), of the training's row sizes.
-      processor: of the run.
+      step: the training step, for its model, mesh, shardings and microbatches.
+      datasets: the datasets of ``plan``.
+      plan: of the validation data (``train_data.validation_plan``), with training's row sizes.
     """
 
     def __init__(
-        self, cfg: RunConfig, step: TrainStep, datasets: Sequence[Dataset], plan: Plan, processor: Processor
+        self, cfg: ResolvedConfig, step: TrainStep, datasets: Sequence[Dataset], plan: Plan, processor: Processor
     ) -> None:
         self._step, self._datasets, self._plan, self._processor = step, datasets, plan, processor
         self._rows, self._threads = cfg.data.batch_rows, cfg.data.num_threads
         self._spec = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
-        # At the start, not when first called: a program that does not fit is to be known before hours of training.
+        # Now, not at the first call: a program that does not fit must show before hours of training.
         self._compiled = self.lower().compile(compiler_options(step.mesh))
         self.num_batches = min(cfg.validate_batches, plan.num_steps(cfg.data.batch_rows))
         self.failed: tuple[Quarantined, ...] = ()
-        """Records of this host that could not be encoded the last time; they are not in the means."""
+        """Records of this host that could not be encoded the last time; the means omit them."""
 
     def __call__(self, params: phivision.Params) -> dict[str, float]:
-        """The loss on the held-out data, the same on every host.
+        """The loss on the validation data, the same on every host.
 
         Args:
-          params: as the training's state holds them; left as they are.
+          params: as in the training state; not donated.
 
         Returns:
           ``validation/loss``, ``validation/token_accuracy``, and ``validation/loss/think/math`` and so on for every
-          mode and task that is there; means over target tokens.
+          mode and task in the data; means over target tokens.
         """
-        at = self._step.batch_shardings(self._spec)
-        made = batches(
+        shardings = self._step.batch_shardings(self._spec)
+        stream = batches(
             self._datasets,
             self._plan,
             self._processor,
             batch_rows=self._rows,
-            rows_here=rows_of_process(at.tokens, self._rows),
+            rows_here=rows_of_process(shardings.tokens, self._rows),
             end_step=self.num_batches,
             num_threads=self._threads,
         )
         failed: list[tuple[Quarantined, ...]] = []
-        parts: list[Sums] = []
-        for batch, info in made:
+        sums: list[Sums] = []
+        for batch, info in stream:
             failed.append(info.failed)
-            # Waited for: a queue of batches would fill the devices.
-            parts.append(jax.device_get(self._compiled(params, to_device(batch, at, self._rows))))
+            # Fetched, and so waited for, each time: a queue of batches would fill the devices.
+            sums.append(jax.device_get(self._compiled(params, to_device(batch, shardings, self._rows))))
         self.failed = tuple(itertools.chain(*failed))
-        return means(parts)
+        return means(sums)
 
     def lower(self) -> jax.stages.Lowered:
-        """The program before it is compiled: sums of one batch."""
+        """The program that sums over one batch, before compilation."""
         step, metrics = self._step, sharding.replicated(self._step.mesh)
-        placed = sharding.abstract(self._spec, step.batch_shardings(self._spec))
+        batch = sharding.abstract(self._spec, step.batch_shardings(self._spec))
         with step.in_force():
-            return jax.jit(self.sums, out_shardings=metrics).lower(step.abstract_state["params"], placed)
+            return jax.jit(self.sums, out_shardings=metrics).lower(step.abstract_state["params"], batch)
 
     def sums(self, params: phivision.Params, batch: Batch) -> Sums:
-        """What a batch adds, by as many rows at a time as training takes."""
+        """Sums over a batch, in training's microbatches."""
         step = self._step
 
-        def of(part: Batch) -> Sums:
-            model = phivision.merge(step.graphdef, params)
-            return batch_loss(model, part, step.num_groups)[1]
+        def sums_of(part: Batch) -> Sums:
+            return batch_loss(phivision.merge(step.graphdef, params), part, step.num_groups)[1]
 
-        if step.microbatches == 1:
-            return of(batch)
-        parts = microbatches(batch, step.microbatches)
-        like = jax.eval_shape(of, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, of(part)), None), zeros, parts)[0]
+        return sum_over_microbatches(sums_of, batch, step.microbatches)
 
 
-def means(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Metrics from the sums of all batches, added up in float64."""
+def means(sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Metrics from the sums of all batches, added in float64.
+
+    Raises:
+      ValueError: without a target token.
+    """
     loss, weight, correct = (
-        np.sum([np.asarray(part[name], np.float64) for part in parts], axis=0)
+        np.sum([np.asarray(batch[name], np.float64) for batch in sums], axis=0)
         for name in ("group_loss", "group_weight", "correct")
     )
     total = float(weight.sum())
     if not total:
-        raise ValueError("the validation data has no target tokens in its first batches: every record is a hole")
+        raise ValueError("the first batches of the validation data have no target tokens: no record could be encoded")
     groups = {
         f"validation/loss/{name}": float(s / w) for name, s, w in zip(GROUP_NAMES, loss, weight, strict=True) if w > 0
     }

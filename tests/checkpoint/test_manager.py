@@ -25,7 +25,7 @@ from phivision_jax.checkpoint.layout import CHECKPOINTS, CHECKSUMS, SEALED
 from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
 from phivision_jax.checkpoint.manifest import MANIFEST, parse, render
 from tests.support.paths import ROOT, SUPPORT
-from tests.training.test_train import command, data, environment, finish  # noqa: F401  (data is a fixture)
+from tests.support.runs import command, environment, finish, write_data
 
 
 def save(checkpoints, run, step, state=None, metrics=None):
@@ -331,9 +331,11 @@ def test_two_processes_share_the_reading_and_agree(bare):
 
 
 @pytest.mark.slow
-def test_train_says_it_in_one_sentence(data, tmp_path):  # noqa: F811
+def test_train_says_it_in_one_sentence(tmp_path):
     """The newest damaged: training goes on from the one before. All damaged: one sentence, not zero."""
-    run = tmp_path / "run"
+    run, data = tmp_path / "run", tmp_path / "data"
+    data.mkdir()
+    write_data(data, sizes=100)
     words = command(data, run, "--config.optim.steps=6", "--config.data.eval_path=", "--config.log_every=1")
     finish(words)
     assert steps(run) == [3, 6]

@@ -1,4 +1,4 @@
-"""What the launcher does when processes end. They are small scripts that do as they are told, without JAX."""
+"""The launcher, when processes end; these are small scripts without JAX."""
 
 import os
 import signal
@@ -40,17 +40,17 @@ def starts(folder):
     return len(list(folder.glob("start-0-*")))
 
 
-def test_all_end_well(folder):
+def test_launch_sets_the_environment(folder):
     launched = begin(folder, "", processes=3)
     assert launched.finish() == 0 and starts(folder) == 1
-    told = [dict(word.split("=") for word in (folder / f"start-{i}-0").read_text().split()) for i in range(3)]
-    assert [env["JAX_PROCESS_ID"] for env in told] == ["0", "1", "2"]
-    assert {env["JAX_NUM_PROCESSES"] for env in told} == {"3"}
-    assert len({env["JAX_COORDINATOR_ADDRESS"] for env in told}) == 1
+    environments = [dict(word.split("=") for word in (folder / f"start-{i}-0").read_text().split()) for i in range(3)]
+    assert [env["JAX_PROCESS_ID"] for env in environments] == ["0", "1", "2"]
+    assert {env["JAX_NUM_PROCESSES"] for env in environments} == {"3"}
+    assert len({env["JAX_COORDINATOR_ADDRESS"] for env in environments}) == 1
 
 
-def test_one_process_needs_no_coordinator(folder):
-    """And is not told that it is alone: on a slice it is not."""
+def test_launch_single_process_sets_no_coordinator(folder):
+    """Nor that it is the only one: on a slice it is not."""
     assert begin(folder, "", processes=1).finish() == 0
     assert "JAX_COORDINATOR_ADDRESS=None JAX_NUM_PROCESSES=None" in (folder / "start-0-0").read_text()
 
@@ -59,8 +59,8 @@ def test_one_process_needs_no_coordinator(folder):
     "how",
     [f"sys.exit({PREEMPTED})", f"os._exit({HUNG})", f"os._exit({LOST})", "os.kill(os.getpid(), signal.SIGKILL)"],
 )
-def test_what_is_started_again(folder, how):
-    """Process 1 ends so in its first start; process 0 would go on for ever."""
+def test_launch_restarts(folder, how):
+    """Process 1 ends in this way in its first start; process 0 would run forever."""
     script = f"if start == 0 and number == 1: heartbeat.write(folder, beat); {how}\nif start == 0: time.sleep(1000)"
     launched = begin(folder, script if "75" not in how else script.replace("1000", "1"))
     assert launched.finish() == 0, launched.output
@@ -69,44 +69,44 @@ def test_what_is_started_again(folder, how):
     assert "2 restarts are left" in launched.output
 
 
-def test_an_error_is_not(folder):
+def test_launch_does_not_restart_after_error(folder):
     launched = begin(folder, "if number == 1: sys.exit(1)\ntime.sleep(1000)")
     assert launched.finish() == 1 and starts(folder) == 1
     assert "process 1 (pid" in launched.output and "ended with code 1; it gave no heartbeat" in launched.output
-    assert "giving up: process 1 ended with an error" in launched.output
+    assert "giving up: process 1 (pid" in launched.output
 
 
 @pytest.mark.parametrize("consequence", [f"os._exit({LOST})", "os.abort()"])
-def test_what_follows_from_an_error_is_no_cause(folder, consequence):
-    """A process whose peer is gone is aborted by JAX, which looks like a death of its own."""
+def test_launch_consequence_of_error_is_no_cause(folder, consequence):
+    """JAX aborts a process whose peer is gone, which looks like a death of its own."""
     script = f"if number == 0: time.sleep(0.3); {consequence}\nsys.exit(1)"
     launched = begin(folder, script)
     assert launched.finish() == 1 and starts(folder) == 1, launched.output
 
 
-def test_a_death_that_fails_the_others_is_the_cause(folder):
-    """A collective with a dead process is an error in the others, which is no reason to give up."""
+def test_launch_death_that_fails_the_others_is_the_cause(folder):
+    """A collective with a dead process raises in the others; that is no reason to give up."""
     script = "if start: sys.exit(0)\nif number == 0: sys.exit(1)\ntime.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)"
     launched = begin(folder, script)
     assert launched.finish() == 0 and starts(folder) == 2, launched.output
 
 
-def test_restarts_come_to_an_end(folder):
+def test_launch_runs_out_of_restarts(folder):
     launched = begin(folder, "os.kill(os.getpid(), signal.SIGKILL)", restarts=2)
     assert launched.finish() == 128 + signal.SIGKILL and starts(folder) == 3
     assert "no restarts are left" in launched.output
 
 
-def test_sigterm_reaches_all_and_nothing_is_started_again(folder):
+def test_launch_sigterm_reaches_all(folder):
     script = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({PREEMPTED}))\n(folder / f'ready-{{number}}').touch()"
     launched = begin(folder, script + "\ntime.sleep(1000)")
     launched.until(lambda: len(list(folder.glob("ready-*"))) == 2)
     launched.process.send_signal(signal.SIGTERM)
     assert launched.finish() == PREEMPTED and starts(folder) == 1
-    assert launched.output.count("told to stop, and has saved") == 2
+    assert launched.output.count("asked to stop, and has saved") == 2
 
 
-def test_who_does_not_stop_is_killed_at_the_second_time(folder):
+def test_launch_second_signal_kills(folder):
     script = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n(folder / f'ready-{number}').touch()\ntime.sleep(1000)"
     launched = begin(folder, script)
     launched.until(lambda: len(list(folder.glob("ready-*"))) == 2)
@@ -120,26 +120,26 @@ def test_who_does_not_stop_is_killed_at_the_second_time(folder):
             os.kill(pid, 0)
 
 
-def test_who_gives_no_heartbeat_is_killed(folder, monkeypatch, capsys):
+def test_launch_kills_silent_process(folder, monkeypatch, capsys):
     monkeypatch.setattr(launch, "SILENT_S", 1.0)
     monkeypatch.setattr(launch, "_LOOK_S", 0.2)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     script = "if start: sys.exit(0)\nheartbeat.write(folder, beat); time.sleep(1000)"
     command = [sys.executable, "-c", SCRIPT + script, f"--run={folder}"]
     assert launch.Launcher(command, 1, str(folder), grace_s=5.0).launch(restarts=1) == 0
-    said = capsys.readouterr().err
-    assert "process 0 (pid" in said and "is killed: its last heartbeat, 1 s ago: step, step 12" in said
+    output = capsys.readouterr().err
+    assert "killing process 0 (pid" in output and "): its last heartbeat, 1 s ago: step, step 12" in output
     assert starts(folder) == 2
 
 
-def test_where_the_run_is():
+def test_run_of():
     assert launch.run_of(["python", "train.py", "--run=runs/a"]) == "runs/a"
     assert launch.run_of(["python", "train.py", "--run", "runs/b", "--x"]) == "runs/b"
     assert launch.run_of(["python", "train.py", "--run"]) == ""
 
 
-def test_heartbeats_of_other_hosts_are_not_ours(folder):
-    """In the directory of a run on many hosts lie those of all; one that is long silent is its own launcher's."""
+def test_launch_ignores_heartbeats_of_other_hosts(folder):
+    """The directory has those of all hosts; a silent one concerns the launcher of its host."""
     script = (
         "beat['host'] = 'elsewhere'; beat['time'] -= 3600; heartbeat.write(folder, beat); time.sleep(0.5); sys.exit(1)"
     )

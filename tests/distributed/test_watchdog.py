@@ -1,4 +1,4 @@
-"""Nothing hangs in silence; heartbeats say where a process is."""
+"""Hangs are reported and ended; heartbeats show what a process does; a second start is refused."""
 
 import os
 import socket
@@ -21,12 +21,12 @@ from phivision_jax.distributed import watchdog
 watchdog._FROZEN_S, watchdog.HEARTBEAT_S = 3.0, 0.2
 dog = watchdog.Watchdog(Path(sys.argv[1]), limit_s=1.0)
 for i in range(4):
-    dog.alive("step", 10 + i)
-    time.sleep(0.7)  # always within the limit, longer than it in all
+    dog.alive("step", step=10 + i)
+    time.sleep(0.7)  # each within the limit, together beyond it
 dog.alive("compiling", limit_s=2.5)
 time.sleep(1.5)
 print("so far", flush=True)
-dog.alive("data", 14)
+dog.alive("data", step=14)
 {then}
 print("never")
 """
@@ -42,23 +42,23 @@ def run_script(run, then, **environment):
     return done.returncode, done.stderr, time.monotonic() - began
 
 
-def test_a_hang_is_ended_and_told(tmp_path):
-    code, said, seconds = run_script(tmp_path, "time.sleep(60)")
+def test_hang_is_reported_and_ended(tmp_path):
+    code, output, seconds = run_script(tmp_path, "time.sleep(60)")
     assert code == HUNG and seconds < 30
-    assert "process 0 (" in said and "hangs: nothing has happened for 1 s since 'data' of step 14 began" in said
-    assert "no more than 1 s are given to it; step_timeout_s allows more" in said
-    assert "most recent call first" in said and '"<string>", line ' in said  # where the main thread sleeps
+    assert "process 0 (" in output and "hangs: 'data' at step 14 has run for 1 s" in output
+    assert "longer than the limit of 1 s (step_timeout_s raises this limit)" in output
+    assert "most recent call first" in output and '"<string>", line ' in output  # the main thread's stack
     assert heartbeat.read(tmp_path)[0]["phase"] == "hung in data"
 
 
-def test_a_hang_that_stops_python_is_ended_too(tmp_path):
-    """Native code that keeps the lock: no thread of Python can do anything."""
-    code, said, seconds = run_script(tmp_path, "ctypes.PyDLL(None).sleep(60)")
-    assert code != 0 and seconds < 30 and "Timeout" in said
+def test_hang_that_keeps_the_gil_is_ended(tmp_path):
+    """Native code keeps the GIL: no Python thread can run."""
+    code, output, seconds = run_script(tmp_path, "ctypes.PyDLL(None).sleep(60)")
+    assert code != 0 and seconds < 30 and "Timeout" in output
 
 
-def test_nobody_trains_on_unseen(tmp_path):
-    """The launcher is gone: so is the process."""
+def test_process_ends_with_its_launcher(tmp_path):
+    """The launcher is dead."""
     launcher = subprocess.Popen([sys.executable, "-c", ""])
     launcher.wait()
     script = "import sys, time; from pathlib import Path; from phivision_jax.distributed.watchdog import Watchdog; "
@@ -78,7 +78,7 @@ def test_heartbeats(tmp_path, monkeypatch):
     deadline = time.monotonic() + 20
     seen = []
     for phase, step in (("compiling", None), ("step", 7), ("data", None)):
-        dog.alive(phase, step)
+        dog.alive(phase, step=step)
         while not (beats := heartbeat.read(tmp_path)) or beats[0]["phase"] != phase:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -92,15 +92,15 @@ def test_heartbeats(tmp_path, monkeypatch):
     assert heartbeat.read(tmp_path) == []
 
 
-def test_a_launched_process_that_cannot_say_that_it_lives_says_why(tmp_path):
-    """Its launcher would take it for hung and start it again, for ever."""
-    (tmp_path / "heartbeat" / "process_0.partial").mkdir(parents=True)
+def test_launched_process_that_cannot_write_heartbeats_ends(tmp_path):
+    """Its launcher would take it for hung and restart it forever."""
+    (tmp_path / "heartbeat" / ".process_0.json.partial").mkdir(parents=True)
     then = "watchdog.UNWRITTEN_S = 0.5; time.sleep(60)".replace("; ", "\n")
-    code, said, seconds = run_script(
-        tmp_path, "dog.alive('step', 14, limit_s=60.0)\n" + then, PHIVISION_LAUNCHER=str(os.getpid())
+    code, output, seconds = run_script(
+        tmp_path, "dog.alive('step', 60.0, step=14)\n" + then, PHIVISION_LAUNCHER=str(os.getpid())
     )
     assert code == FAILED and seconds < 30
-    assert "has not been able to write its heartbeat for" in said and "process_0.partial" in said
+    assert "could not write its heartbeat for" in output and "process_0.json" in output
 
 
 def write_beat(run, **more):
@@ -115,7 +115,7 @@ def impatient(monkeypatch):
 
 
 @pytest.mark.parametrize("host", ["elsewhere", socket.gethostname()])
-def test_a_run_that_is_being_trained_is_not_started_again(tmp_path, impatient, host):
+def test_second_start_is_refused(tmp_path, impatient, host):
     over = threading.Event()
 
     def train():
@@ -133,10 +133,10 @@ def test_a_run_that_is_being_trained_is_not_started_again(tmp_path, impatient, h
     finally:
         over.set()
         other.join()
-    assert heartbeat.read(tmp_path)[0]["host"] == host  # its own was not written over it
+    assert heartbeat.read(tmp_path)[0]["host"] == host  # not overwritten
 
 
-def test_whoever_ends_meanwhile_is_waited_for_and_no_longer(tmp_path, impatient, monkeypatch):
+def test_start_waits_for_one_that_is_ending(tmp_path, impatient, monkeypatch):
     monkeypatch.setattr(watchdog, "RENEWED_S", 60.0)
     write_beat(tmp_path)
     threading.Timer(0.2, write_beat, (tmp_path,), {"phase": "ended"}).start()
@@ -153,11 +153,11 @@ def test_whoever_ends_meanwhile_is_waited_for_and_no_longer(tmp_path, impatient,
         ({"time": time.time() - 1000}, False),
         ({"process": 1}, False),
         ({"host": socket.gethostname(), "pid": "gone"}, False),
-        ({"pid": "gone"}, True),  # of another machine nobody here can know
+        ({"pid": "gone"}, True),  # on another machine: unknown here
         ({}, True),
     ],
 )
-def test_an_earlier_start_does_not_hinder(tmp_path, impatient, beat, waits):
+def test_dead_start_is_no_obstacle(tmp_path, impatient, beat, waits):
     if beat.get("pid"):
         gone = subprocess.Popen([sys.executable, "-c", ""])
         gone.wait()

@@ -10,22 +10,22 @@ from tests.support.launched import ENVIRONMENT, ROOT
 SCRIPT = """
 import sys
 from pathlib import Path
-from phivision_jax.training.telemetry.goodput_report import append_line
-from phivision_jax.training.guard import SkippedSteps
+from phivision_jax.io import jsonl
+from phivision_jax.training.guard import SkippedUpdates
+from phivision_jax.training.telemetry.goodput import Goodput
 from phivision_jax.training.telemetry.metrics import MetricsWriter
-from phivision_jax.training.telemetry.record_log import RecordLog
 import resource
 
 run = Path(sys.argv[1])
-writer, log = MetricsWriter(run), RecordLog(run, 0, 0)
-skipped = SkippedSteps(run, 8)
+writer, goodput = MetricsWriter(run), Goodput(run)
+skipped = SkippedUpdates(run, 8)
 metrics = {"loss": float("nan"), "grad_norm": 1.0, "skipped_in_a_row": 1}
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 for write in (
     lambda: writer.write(1, {"loss": 1.0}),
-    lambda: log.write(1, [["a"]]),
-    lambda: skipped.take(1, metrics, [["a"]]),
-    lambda: append_line(run, {"start": 0}),
+    lambda: jsonl.append(run / "records_0.jsonl", {"step": 1, "ids": [["a"]]}),
+    lambda: skipped.add(1, metrics, [["a"]]),
+    lambda: goodput.write(1),
 ):
     try:
         write()

@@ -8,9 +8,10 @@ from phivision_jax.cli.load_config import load_config
 from phivision_jax.config import DecoderConfig
 from phivision_jax.hardware.topology import GIB, parse_topology
 from phivision_jax.preflight import generation
+from phivision_jax.training.device_layout import resolve_for
 
-CFG = load_config("configs/phi4_rv_15b.py:stage2")
 WHERE = parse_topology("v6e:2x4")
+CFG = resolve_for(load_config("configs/phi4_rv_15b.py:stage2"), WHERE.chip.device_kind, WHERE.devices)
 
 
 def test_plan():

@@ -24,9 +24,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.distributed.heartbeat import PREEMPTED
 from phivision_jax.distributed.processes import Preemption, first_error, initialize, on_process_zero, propagate_failure
-from phivision_jax.distributed.watchdog import Watchdog
+from phivision_jax.distributed.watchdog import LONG_S, Watchdog
+from phivision_jax.io import jsonl
+from phivision_jax.training.run import truncate_logs
 from phivision_jax.training.telemetry.metrics import MetricsWriter
-from phivision_jax.training.telemetry.record_log import RecordLog
 
 
 def main(args: argparse.Namespace) -> None:
@@ -59,48 +60,49 @@ def main(args: argparse.Namespace) -> None:
         return {"params": {"w": w - 0.01 * m}, "opt_state": {"m": m}, "step": state["step"] + 1}, loss
 
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
-    watchdog.alive("compiling", limit_s=watchdog.STARTING_S)
+    watchdog.alive("compiling", LONG_S)
     compiled = jax.jit(step, donate_argnums=0, out_shardings=(shardings, one)).lower(
         shapes, jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
     ).compile()  # fmt: skip
-    watchdog.alive("restoring", limit_s=watchdog.STARTING_S)
+    watchdog.alive("restoring", LONG_S)
     if checkpoints.latest is None:
         state, tail = jax.jit(init, out_shardings=(shardings, jax.tree.map(lambda x: x.sharding, tail)))()
     else:
         state, tail, _ = checkpoints.restore(shapes, tail)
     first = int(state["step"])
     writer = MetricsWriter(run, first) if me == 0 else None
-    records = RecordLog(run, me, first)
+    on_process_zero("logs", lambda: truncate_logs(run, first))
     where = f"process {me} of {jax.process_count()}"
-    said = first_error(f"{where} says so" if me == jax.process_count() - 1 else None)
-    print(f"{where} hears: {said}", flush=True)
+    message = first_error(f"{where} says so" if me == jax.process_count() - 1 else None)
+    print(f"{where} hears: {message}", flush=True)
     time.sleep(args.slow_start)
     print(f"{where}: continuing from step {first}" if first else f"{where}: begins", flush=True)
-    told = False
+    stop = False
     with Preemption(first) as preemption:
         for done in range(first + 1, args.steps + 1):
             if args.trouble and (done, me) == (args.at_step, args.at_process):
-                watchdog.alive("data", done)
+                watchdog.alive("data", step=done)
                 trouble(args.trouble)
-            records.write(done, [[f"made:{done * 7919 % 1000}"]])
+            ids = [[f"synthetic:{done * 7919 % 1000}"]]
+            jsonl.append(run / f"records_{me}.jsonl", {"step": done, "ids": ids})
             batch = jax.device_put(np.float32(1 + done % 5), one)
             state, loss = compiled(state, batch)
-            watchdog.alive("step", done)
+            watchdog.alive("step", step=done)
             value = float(loss)
             if writer:
                 writer.write(done, {"loss": value})
             time.sleep(args.pause)
-            told = preemption.reached(done)
-            if done % args.checkpoint_every == 0 or done == args.steps or told:
-                watchdog.alive("saving", done, limit_s=watchdog.STARTING_S)
+            stop = preemption.reached(done)
+            if done % args.checkpoint_every == 0 or done == args.steps or stop:
+                watchdog.alive("saving", LONG_S, step=done)
                 checkpoints.save(state, tail, {"model": {}, "run": {}}, run / "assets")
-            if told:
+            if stop:
                 break
-    watchdog.alive("closing", limit_s=watchdog.STARTING_S)
+    watchdog.alive("closing", LONG_S)
     checkpoints.close()
     watchdog.close()
-    if told:
-        print(f"{where}: told to stop, saved step {done}", flush=True)
+    if stop:
+        print(f"{where}: asked to stop, saved step {done}", flush=True)
         sys.exit(PREEMPTED)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from phivision_jax import sharding
 from phivision_jax.batch import RowShape, batch_spec
+from phivision_jax.config import ModelConfig
 from phivision_jax.hardware.layouts import LAYOUTS, OTHER
 from phivision_jax.models import remat
 from phivision_jax.training.device_layout import resolve, resolve_for
@@ -65,7 +66,8 @@ def test_resolve_keeps_given_values(kind):
         vision_remat="none",
         microbatches=2,
     )
-    assert resolve_for(given, kind, 128) == given
+    expected = dataclasses.replace(given, model=ModelConfig())
+    assert dataclasses.asdict(resolve_for(given, kind, 128)) == dataclasses.asdict(expected)
 
 
 @pytest.mark.parametrize(

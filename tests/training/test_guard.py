@@ -1,4 +1,4 @@
-"""Steps that are not taken: the rule by hand, bit for bit, and what is said of them."""
+"""Skipped updates: the rule by hand, bit for bit, and their log."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from phivision_jax.training.guard import WINDOW, SkippedSteps, guarded
+from phivision_jax.training.guard import WINDOW, SkippedUpdates, guarded
 from phivision_jax.training.run_config import GuardConfig
 
 CFG = GuardConfig(spike=4.0, warmup=5, patience=3)
@@ -40,7 +40,7 @@ def walk(losses, cfg=CFG, grads=None):
     ("loss", "bad"),
     [(math.nan, {}), (math.inf, {}), (1.0, {"w": jnp.array([0.0, math.nan, 0.0])}), (1.0, {"b": jnp.array(-math.inf)})],
 )
-def test_what_is_not_finite_changes_nothing_bit_for_bit(loss, bad):
+def test_guarded_not_finite_changes_nothing(loss, bad):
     before, after = walk([1.0, loss], grads={1: GRADS | bad})
     assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(after[0]))
     for old, new in zip(jax.tree.leaves(before[1].inner), jax.tree.leaves(after[1].inner), strict=True):
@@ -49,7 +49,7 @@ def test_what_is_not_finite_changes_nothing_bit_for_bit(loss, bad):
     assert (after[1].mean, after[1].variance) == (before[1].mean, before[1].variance)
 
 
-def test_a_step_that_is_taken_is_the_optimizers_own():
+def test_guarded_accepted_update_is_the_optimizers():
     tx = optax.adam(0.1)
     plain, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS)
     (updates, state), *_ = walk([1.0])
@@ -58,14 +58,14 @@ def test_a_step_that_is_taken_is_the_optimizers_own():
     assert (state.skipped_in_a_row, state.accepted) == (0, 1)
 
 
-def test_mean_and_variance_are_those_of_all_accepted_losses_at_first():
+def test_guarded_mean_and_variance():
     losses = [3.0, 1.0, 2.0, 2.5, 2.25]
     state = walk(losses)[-1][1]
     assert state.mean == pytest.approx(statistics.fmean(losses))
     assert state.variance == pytest.approx(statistics.pvariance(losses), rel=1e-5)
 
 
-def test_a_spike_by_hand_and_only_after_the_warmup():
+def test_guarded_spike_by_hand():
     losses = [3.0, 1.0, 2.0, 2.5, 1.5]
     limit = statistics.fmean(losses) + 4 * statistics.pstdev(losses)
 
@@ -73,45 +73,50 @@ def test_a_spike_by_hand_and_only_after_the_warmup():
         return int(walk([*losses, *more])[-1][1].skipped)
 
     assert skipped(limit - 1e-3) == 0 and skipped(limit + 1e-3) == 1
-    assert int(walk([*losses[:4], 1e6])[-1][1].skipped) == 0  # the fifth: still warming up
+    assert int(walk([*losses[:4], 1e6])[-1][1].skipped) == 0  # the fifth: still in the warm-up
     off = dataclasses.replace(CFG, spike=0.0)
     assert int(walk([*losses, 1e6], off)[-1][1].skipped) == 0
 
 
-def test_the_window_forgets():
+def test_guarded_window_forgets():
     """After many losses near 10, a loss near 1 no longer counts much: the mean follows at 1/100 a step."""
     off = dataclasses.replace(CFG, spike=0.0)
     state = walk([1.0] * WINDOW + [10.0] * WINDOW, off)[-1][1]
     assert state.mean == pytest.approx(10 - 9 * 0.99**WINDOW, rel=1e-4)
 
 
-def test_counts_in_a_row_begin_anew():
+def test_guarded_counts_in_a_row():
     counts = [int(state.skipped_in_a_row) for _, state in walk([1, math.nan, math.nan, 1, math.nan])]
     assert counts == [0, 1, 2, 0, 1]
 
 
-def test_the_file_names_records_and_patience_ends(tmp_path):
-    said = []
-    seen = SkippedSteps(tmp_path, patience=3, say=said.append, late=1)
+def test_skipped_updates_log_and_patience(tmp_path):
+    messages = []
+    seen = SkippedUpdates(tmp_path, patience=3, log=messages.append, late=1)
     rows = [[f"set:{i}" for i in range(10)], ["other:1"]]
 
     def metrics(in_a_row, loss=math.nan):
         return {"loss": loss, "grad_norm": 2.0, "skipped_in_a_row": in_a_row}
 
-    seen.take(6, metrics(0, 1.0), rows)
-    seen.take(7, metrics(1), rows)
-    assert not said and not seen.path.exists()  # 7 may still be with the devices
-    seen.take(8, metrics(2, 9.0), rows)
-    assert len(said) == 1 and "step 7 was not taken" in said[0] and "set:0" in said[0] and "and 3 more" in said[0]
-    seen.take(9, metrics(3), rows)
-    assert "(spike)" in said[1]
-    with pytest.raises(FloatingPointError, match=r"3 steps in a row .* --replay=9"):
+    seen.add(6, metrics(0, 1.0), rows)
+    seen.add(7, metrics(1), rows)
+    assert not messages and not seen.path.exists()  # step 7 may still be running
+    seen.add(8, metrics(2, 9.0), rows)
+    assert (
+        len(messages) == 1
+        and "the update of step 7 was skipped" in messages[0]
+        and "set:0" in messages[0]
+        and "and 3 more" in messages[0]
+    )
+    seen.add(9, metrics(3), rows)
+    assert "(spike)" in messages[1]
+    with pytest.raises(FloatingPointError, match=r"3 skipped updates in a row.* --replay=9"):
         seen.drain()
     lines = [json.loads(line) for line in seen.path.read_text().splitlines()]
     assert [(line["step"], line["reason"]) for line in lines] == [(7, "not finite"), (8, "spike"), (9, "not finite")]
     assert lines[0]["rows"] == rows
 
 
-def test_settings_that_cannot_be():
+def test_guarded_refuses_settings():
     with pytest.raises(ValueError, match="patience at least 1"):
         guarded(optax.sgd(0.1), GuardConfig(patience=0))

@@ -1,3 +1,5 @@
+"""Learning rates, schedules, AdamW and its moments, by hand."""
+
 import dataclasses
 
 import jax
@@ -16,7 +18,7 @@ PARAMS = {
 }
 
 
-def test_the_first_rule_that_matches_counts():
+def test_multipliers_first_match():
     cfg = OptimConfig(lr_rules=(("vision.*bias", 0.5), ("vision", 0.0)))
     scale = {optim.path_name(path): m for path, m in optim.multipliers(PARAMS, cfg).items()}
     assert scale["vision/mlp/bias"] == 0.5 and scale["vision/mlp/kernel"] == 0.0 and scale["decoder/norm/scale"] == 1.0
@@ -28,14 +30,14 @@ def test_the_first_rule_that_matches_counts():
     ("rules", "message"),
     [((("visoin", 0.0),), "'visoin' matches no parameter"), ((("(", 1.0),), "not a regular"), (((".", 0.0),), "every")],
 )
-def test_rules_that_cannot_be_meant(rules, message):
+def test_partition_refuses_rules(rules, message):
     with pytest.raises(ValueError, match=message):
         optim.partition(PARAMS, OptimConfig(lr_rules=rules))
 
 
 def test_schedule_by_hand():
-    at = optim.schedule(OptimConfig(learning_rate=1.0, warmup_steps=10, final_lr_ratio=0.2), 110)
-    np.testing.assert_allclose([at(0), at(5), at(10), at(60), at(110)], [0, 0.5, 1.0, 0.6, 0.2], atol=1e-6)
+    rate = optim.schedule(OptimConfig(learning_rate=1.0, warmup_steps=10, final_lr_ratio=0.2), 110)
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(60), rate(110)], [0, 0.5, 1.0, 0.6, 0.2], atol=1e-6)
 
 
 def run_config(**optim_fields) -> RunConfig:
@@ -43,47 +45,47 @@ def run_config(**optim_fields) -> RunConfig:
     return RunConfig(data=DataConfig(batch_rows=4, length=256), optim=OptimConfig(**optim_fields))
 
 
-def test_lengths_in_tokens_by_hand():
+def test_num_steps_from_tokens():
     cfg = run_config(tokens=100 * 1024 + 500, warmup_tokens=10 * 1024 - 500)
     assert optim.num_steps(cfg, 1000) == 100
     found = cfg.in_steps().optim
     assert (found.steps, found.warmup_steps, found.tokens, found.warmup_tokens) == (100, 10, 0, 0)
-    assert optim.num_steps(run_config(tokens=1), 1000) == 1  # never none
+    assert optim.num_steps(run_config(tokens=1), 1000) == 1  # at least one
     assert optim.num_steps(run_config(tokens=100 * 1024 + 520), 1000) == 101
     assert optim.num_steps(run_config(), 1000) == 1000  # to the end of the plan
     assert optim.num_steps(run_config(steps=7), 1000) == 7
-    # Twice the rows: half the steps, for length and warm-up alike.
+    # Twice the rows: half the steps, of both length and warm-up.
     twice = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch_rows=8)).in_steps().optim
     assert (twice.steps, twice.warmup_steps) == (50, 5)
 
 
-def test_the_rate_rises_over_the_tokens_said():
+def test_schedule_with_warmup_tokens():
     cfg = run_config(learning_rate=1.0, tokens=110 * 1024, warmup_tokens=10 * 1024, final_lr_ratio=0.2).in_steps()
-    at = optim.schedule(cfg.optim, optim.num_steps(cfg, 200))
-    np.testing.assert_allclose([at(0), at(5), at(10), at(60), at(110)], [0, 0.5, 1.0, 0.6, 0.2], atol=1e-6)
+    rate = optim.schedule(cfg.optim, optim.num_steps(cfg, 200))
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(60), rate(110)], [0, 0.5, 1.0, 0.6, 0.2], atol=1e-6)
 
 
-def test_a_configuration_read_has_nothing_left_in_tokens():
+def test_from_dict_turns_tokens_into_steps():
     values = dataclasses.asdict(run_config(tokens=50 * 1024, warmup_tokens=5 * 1024))
     read = RunConfig.from_dict(values)
     assert (read.optim.steps, read.optim.warmup_steps) == (50, 5)
-    assert RunConfig.from_dict(dataclasses.asdict(read)) == read  # as a run's metadata have it
+    assert RunConfig.from_dict(dataclasses.asdict(read)) == read  # as in a run's metadata
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"steps": 5, "tokens": 5000}, r"optim\.steps=5 and optim\.tokens=5000 both say how long"),
+        ({"steps": 5, "tokens": 5000}, r"optim\.steps=5 excludes optim\.tokens=5000"),
         ({"tokens": -1}, r"optim\.tokens is -1"),
         ({"warmup_tokens": -1}, r"optim\.warmup_tokens is -1"),
     ],
 )
-def test_lengths_that_cannot_be_meant(fields, message):
+def test_from_dict_refuses_lengths(fields, message):
     with pytest.raises(ValueError, match=message):
         RunConfig.from_dict(dataclasses.asdict(run_config(**fields)))
 
 
-def test_more_than_the_plan_has():
+def test_num_steps_beyond_the_plan():
     with pytest.raises(ValueError, match=r"204,800 tokens: 200 steps of 4 rows of 256, but data\.epochs=1 gives 150"):
         optim.num_steps(run_config(tokens=200 * 1024), 150)
     with pytest.raises(ValueError, match=r"optim\.steps is 200.*raise data\.epochs"):
@@ -92,7 +94,7 @@ def test_more_than_the_plan_has():
         optim.schedule(OptimConfig(warmup_tokens=7), 10)
 
 
-def test_one_step_by_hand():
+def test_optimizer_step_by_hand():
     """Adam's first step is the gradient's sign; decay adds to kernels but not to the head, norms and biases."""
     cfg = OptimConfig(
         learning_rate=0.1, warmup_steps=0, weight_decay=0.5, clip_norm=1e9, eps=0.0, lr_rules=(("projector", 2.0),)
@@ -108,7 +110,7 @@ def test_one_step_by_hand():
         assert new[undecayed] == pytest.approx(0.9, abs=1e-6)
 
 
-def test_the_rate_is_that_of_the_runs_step_whatever_was_taken_before():
+def test_optimizer_rate_follows_the_run_s_step():
     cfg = OptimConfig(learning_rate=0.1, warmup_steps=4, weight_decay=0.0, clip_norm=1e9, eps=0.0)
     tx = optim.make_optimizer(PARAMS, cfg, 1000)
     trainable, _ = optim.partition(PARAMS, cfg)
@@ -118,7 +120,7 @@ def test_the_rate_is_that_of_the_runs_step_whatever_was_taken_before():
         assert float(updates[("vision", "mlp", "bias")].ravel()[0]) == pytest.approx(-rate, rel=1e-4)
 
 
-def test_clipping_is_by_the_norm_over_everything():
+def test_clipping_by_global_norm():
     cfg = OptimConfig(clip_norm=1.0)
     trainable, _ = optim.partition(PARAMS, cfg)
     clipped, _ = optax.clip_by_global_norm(cfg.clip_norm).update(
@@ -146,7 +148,7 @@ def minimise(cfg, steps=200):
     return adam, max(float(jnp.abs(params[path] - x).max()) for path, x in targets.items())
 
 
-def test_bfloat16_moments_stay_so_and_train():
+def test_bfloat16_moments_train():
     cfg = OptimConfig(learning_rate=0.05, warmup_steps=5, moment_dtype="bfloat16", b2=0.95)
     adam, left = minimise(cfg)
     assert {x.dtype for x in jax.tree.leaves((adam.mu, adam.nu))} == {jnp.dtype("bfloat16")}
@@ -155,7 +157,7 @@ def test_bfloat16_moments_stay_so_and_train():
 
 
 def test_bfloat16_moments_round_once_a_step():
-    """g = 1, b1 = 0.9, b2 = 0.95: 0.1 and 0.05 after a step, in fp32 until they are put away."""
+    """g = 1, b1 = 0.9, b2 = 0.95: moments of 0.1 and 0.05 after a step, in fp32 until they are stored."""
     tx = optim.scale_by_adam(OptimConfig(moment_dtype="bfloat16", b2=0.95, eps=0.0))
     updates, state = tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.zeros(2)}))
     assert updates["w"].dtype == jnp.float32
@@ -163,17 +165,17 @@ def test_bfloat16_moments_round_once_a_step():
     assert state.mu["w"][0] == jnp.bfloat16(0.1) and state.nu["w"][0] == jnp.bfloat16(0.05)
 
 
-def test_bfloat16_moments_refuse_a_b2_that_they_cannot_follow():
-    """1 − b2 of a moment must exceed half its last place: 2^-9 of it."""
+def test_bfloat16_moments_refuse_b2():
+    """A relative change of 1 − b2 must exceed half of the last place, 2^-9."""
     with pytest.raises(ValueError, match=r"optim\.b2 <= 0\.99, not 0\.999"):
         optim.make_optimizer(PARAMS, OptimConfig(moment_dtype="bfloat16", b2=0.999), 10)
     optim.make_optimizer(PARAMS, OptimConfig(moment_dtype="float32", b2=0.999), 10)
 
 
-def test_moments_live_where_their_parameters_do():
+def test_optimizer_shardings_of_moments():
     tx = optim.make_optimizer(PARAMS, OptimConfig(moment_dtype="bfloat16"), 10)
     trainable, _ = optim.partition(PARAMS, OptimConfig())
-    at = optim.optimizer_shardings(tx, trainable, {path: optim.path_name(path) for path in trainable}, "everywhere")
-    adam = next(part for part in at if hasattr(part, "mu"))
+    found = optim.optimizer_shardings(tx, trainable, {path: optim.path_name(path) for path in trainable}, "other")
+    adam = next(part for part in found if hasattr(part, "mu"))
     assert adam.mu == adam.nu == {path: optim.path_name(path) for path in trainable}
-    assert adam.count == "everywhere"
+    assert adam.count == "other"

@@ -1,4 +1,4 @@
-"""What is looked at before a training begins or goes on: its model, its rows, whether it is the same training."""
+"""Checks before a run starts or continues: its model, its rows, its settings."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from phivision_jax.checkpoint.layout import CHECKPOINTS
 from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
 from phivision_jax.training import setup
 from phivision_jax.training.device_layout import resolve_for
-from phivision_jax.training.run_config import DataConfig, GuardConfig, RunConfig
+from phivision_jax.training.run_config import DataConfig, GuardConfig, ModelSettings, RunConfig
 from tests.support.batches import TINY
 from tests.support.recipe import PODS, STAGES, recipe
 
@@ -29,7 +29,7 @@ CFG = dataclasses.replace(RunConfig(), model=TINY)
 
 @pytest.fixture
 def run(tmp_path):
-    """Two steps whose models differ in how many patches an image may have: what they hold says which one was read."""
+    """Two steps whose models differ in ``max_patches``, which shows which one was read."""
     (tmp_path / "assets").mkdir()
     checkpoints = RunCheckpoints(tmp_path, keep=2)
     for step in (OLD, NEW):
@@ -39,39 +39,47 @@ def run(tmp_path):
     return tmp_path
 
 
-FOLLOW = dataclasses.replace(RunConfig(), model_from="init_from", init_from="nowhere")
+FOLLOW = RunConfig(init_from="nowhere")
 
 
-def test_a_run_that_goes_on_has_the_model_of_its_newest_whole_checkpoint(run):
-    """Its metadata damaged, that is the step before; ``init_from`` need not be there any more."""
-    assert setup.with_model(FOLLOW, RunCheckpoints(run, keep=2)).model.max_patches == NEW
+def test_with_checkpoint_of_the_newest_intact_step(run):
+    """With damaged metadata that is the step before; ``init_from`` need not exist any more."""
+    assert setup.with_checkpoint(FOLLOW, RunCheckpoints(run, keep=2)).model.max_patches == NEW
     for step, after in ((NEW, OLD), (OLD, None)):
         damage.flip(run / CHECKPOINTS / str(step) / "meta" / "metadata", random.Random(0))
         checkpoints = RunCheckpoints(run, keep=2)
         if after:
-            assert setup.with_model(FOLLOW, checkpoints).model.max_patches == after
+            assert setup.with_checkpoint(FOLLOW, checkpoints).model.max_patches == after
         else:
             with pytest.raises(CheckpointError, match="holds no checkpoint that is whole: in 20, its file meta/metad"):
-                setup.with_model(FOLLOW, checkpoints)
+                setup.with_checkpoint(FOLLOW, checkpoints)
 
 
-def test_metadata_that_cannot_be_read_at_all_and_have_no_manifest(run):
-    """Killed before the step was sealed."""
+def test_with_checkpoint_of_unreadable_metadata_without_manifest(run):
+    """As a kill before the step was sealed may leave it."""
     newest = run / CHECKPOINTS / str(NEW)
     (newest / "MANIFEST").unlink()
     (run / CHECKPOINTS / "sealed.json").write_text(json.dumps([OLD]))
     (newest / "meta" / "metadata").write_bytes(b"\xff{")
-    assert setup.with_model(FOLLOW, RunCheckpoints(run, keep=2)).model.max_patches == OLD
+    assert setup.with_checkpoint(FOLLOW, RunCheckpoints(run, keep=2)).model.max_patches == OLD
+
+
+def test_random_weights_need_an_architecture(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path, keep=2)
+    assert setup.with_checkpoint(CFG, checkpoints) == CFG
+    for model in (ModelSettings(), ModelSettings(max_patches=64), ModelSettings(vision=TINY.vision)):
+        with pytest.raises(ValueError, match=r"init_from is empty: give --config\.init_from=CHECKPOINT"):
+            setup.with_checkpoint(RunConfig(model=model), checkpoints)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Its rows.
+# Rows.
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("kind", "devices", "slices"), [*PODS, ("TPU v5", 256, 1)])
-def test_the_recipe_has_rows_for_every_device(stage, kind, devices, slices):
-    """It scores no answers, so ``eval_batch`` stays as it is: 64, fewer than the devices of a pod."""
+def test_check_rows_of_the_recipe(stage, kind, devices, slices):
+    """It has no evaluation, so ``eval_batch`` may stay 64, fewer than the devices of a pod."""
     cfg = resolve_for(recipe(stage), kind, devices, slices)
     assert not cfg.data.eval_path and cfg.eval_batch == 64
     mesh = jax.sharding.AbstractMesh(dataclasses.astuple(cfg.mesh), sharding.MESH_AXES)
@@ -82,7 +90,7 @@ def test_the_recipe_has_rows_for_every_device(stage, kind, devices, slices):
             setup.check_rows(evaluated, mesh)
 
 
-def test_rows_that_do_not_divide():
+def test_check_rows_refuses():
     mesh = jax.sharding.AbstractMesh((2, 1, 3, 5, 1), sharding.MESH_AXES)  # slice 2 x fsdp 3 x tensor 5
     cfg = dataclasses.replace(CFG, eval_batch=12, data=DataConfig(batch_rows=18, eval_path="somewhere"))
     setup.check_rows(cfg, mesh)
@@ -95,47 +103,49 @@ def test_rows_that_do_not_divide():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Whether it is the same training.
+# Settings of a continued run.
 
 
-def made(cfg=CFG, plan="a" * 64):
-    """As far as it is asked."""
+def prepared(cfg=CFG, plan="a" * 64):
+    """The parts of a ``Prepared`` that are read here."""
     return setup.Prepared(cfg, None, None, [], SimpleNamespace(hash=plan), 10, None)
 
 
 def meta_of(cfg=CFG, **more):
-    """As a checkpoint gives it back."""
+    """A checkpoint's metadata."""
     meta = {"step": 40, "run": dataclasses.asdict(cfg), "plan": "a" * 64, "code": layout.code_version()}
     return json.loads(json.dumps(meta | more))
 
 
-def said_of(now, meta):
-    said = []
-    setup.check_unchanged(now, meta, said.append)
-    return said
+def logged(now, meta):
+    messages = []
+    setup.check_unchanged(now, meta, messages.append)
+    return messages
 
 
-def test_the_same_training_goes_on_in_silence():
-    assert said_of(made(), meta_of()) == []
+def test_check_unchanged_logs_nothing():
+    assert logged(prepared(), meta_of()) == []
 
 
-def test_what_decides_no_number_may_change():
+def test_check_unchanged_ignores_other_settings():
     other = dataclasses.replace(CFG, checkpoint_every=7, log_every=3, eval_batch=8, keep_checkpoints=9, remat="full")
-    assert said_of(made(other), meta_of()) == []
+    assert logged(prepared(other), meta_of()) == []
 
 
-def test_another_guard_is_said():
-    (said,) = said_of(made(dataclasses.replace(CFG, guard=GuardConfig(spike=0.0))), meta_of())
-    assert said.startswith("guard is {'spike': 0.0, ") and "and was {'spike': 8.0, " in said
-    assert said.endswith(" when checkpoint 40 was written")
+def test_check_unchanged_logs_another_guard():
+    (message,) = logged(prepared(dataclasses.replace(CFG, guard=GuardConfig(spike=0.0))), meta_of())
+    assert message.startswith("guard is {'spike': 0.0, ") and "and was {'spike': 8.0, " in message
+    assert message.endswith(" when checkpoint 40 was written")
 
 
-def test_other_code_is_said():
+def test_check_unchanged_logs_another_code_version():
     here = layout.code_version()
-    assert said_of(made(), meta_of(code="0.0.1")) == [f"code is {here}, and was 0.0.1 when checkpoint 40 was written"]
+    assert logged(prepared(), meta_of(code="0.0.1")) == [
+        f"code is {here}, and was 0.0.1 when checkpoint 40 was written"
+    ]
     before = meta_of()
-    del before["code"]  # of a run from before it was noted
-    assert said_of(made(), before) == []
+    del before["code"]
+    assert logged(prepared(), before) == []
 
 
 def replaced(**parts):
@@ -155,13 +165,15 @@ def replaced(**parts):
         (replaced(data={"loss_weights": (("think", 2.0),)}), "data.loss_weights is "),
     ],
 )
-def test_what_decides_the_numbers_may_not(now, sentence):
-    with pytest.raises(ValueError) as told:
-        said_of(made(now), meta_of())
-    assert str(told.value).startswith(sentence.format(optim=CFG.optim, model=CFG.model))
-    assert str(told.value).endswith(": this run was started otherwise; keep it as it was, or take a new --run")
+def test_check_unchanged_refuses(now, sentence):
+    with pytest.raises(ValueError) as caught:
+        logged(prepared(now), meta_of())
+    assert str(caught.value).startswith(sentence.format(optim=CFG.optim, model=CFG.model))
+    assert str(caught.value).endswith(": this run was started otherwise; keep it as it was, or use a new --run")
 
 
-def test_another_plan_is_refused_by_both_names():
-    with pytest.raises(ValueError, match=r"checkpoint 40 was trained with plan a{12}, and its plan/ is now b{12}:"):
-        said_of(made(plan="b" * 64), meta_of())
+def test_check_unchanged_refuses_another_plan():
+    with pytest.raises(
+        ValueError, match=r"checkpoint 40 of this run was trained with plan a{12}, and its plan/ is now b{12}:"
+    ):
+        logged(prepared(plan="b" * 64), meta_of())

@@ -15,8 +15,9 @@ from phivision_jax.data.sources.easy_vqa import easy_vqa
 from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.processor import Processor
 from phivision_jax.training.telemetry.metrics import read_metrics
+from tests.support.paths import ROOT
 from tests.support.released_layout import random_tensors, text_shapes, vision_shapes, write_hf
-from tests.training.test_train import ROOT, environment, finish
+from tests.support.runs import environment, finish
 
 VISION = VisionConfig(hidden_size=128, intermediate_size=256, num_layers=4, num_heads=2, patch_size=8)
 DECODER = DecoderConfig(
@@ -36,11 +37,11 @@ STEPS = {"stage1": 6, "stage2": 4, "stage3": 2}
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
-    """A text model's and a SigLIP-2's directories, composed."""
+    """A checkpoint composed of a text model and a SigLIP-2."""
     folder = tmp_path_factory.mktemp("start")
 
     def sensible(shapes: dict) -> dict[str, np.ndarray]:
-        """Norms of one, biases of zero, matrices that keep the scale."""
+        """Norms 1, biases 0, matrices that keep the scale."""
         tensors = random_tensors(shapes, np.float32)
         for name, tensor in tensors.items():
             if tensor.ndim == 1:
@@ -69,7 +70,7 @@ def start(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory) -> Path:
-    """Real pictures and questions, and a set of text alone that thinks."""
+    """Real images with questions, and text-only records that think."""
     folder = tmp_path_factory.mktemp("data")
     processor = Processor.small(MODEL)
 
@@ -78,12 +79,12 @@ def mixture(tmp_path_factory) -> Path:
         messages = ({"role": "user", "content": f"{i} + {i + 1}?"}, {"role": "assistant", "content": answer})
         return Record(str(i), "sums", (), messages, "think", "math", {})
 
-    pictures = easy_vqa("train", questions_per_record=3, max_images=300)
-    write_dataset(folder / "pictures", pictures, processor, progress=False)
+    images = easy_vqa("train", questions_per_record=3, max_images=300)
+    write_dataset(folder / "images", images, processor, progress=False)
     write_dataset(folder / "sums", [thought(i) for i in range(3000)], processor, progress=False)
     (folder / "mix.toml").write_text(
-        '[[sources]]\npath = "pictures"\n[[sources]]\npath = "sums"\n'
-        '[[stages]]\nname = "stage1"\nsources = ["pictures"]\nepochs = 2\n'
+        '[[sources]]\npath = "images"\n[[sources]]\npath = "sums"\n'
+        '[[stages]]\nname = "stage1"\nsources = ["images"]\nepochs = 2\n'
         '[[stages]]\nname = "stage2"\nreasoning_share = 0.2\nepochs = 2\n'
         '[[stages]]\nname = "stage3"\nreasoning_share = 0.2\nepochs = 20\n'
     )
@@ -104,18 +105,14 @@ def words(stage: str, run: Path, init_from: Path, mixture: Path) -> list[str]:
 @pytest.mark.slow
 def test_three_stages_from_two_models(start, mixture, tmp_path):
     pytest.importorskip("easy_vqa")
-    eight = environment()
-    eight["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     before = start
     for stage in SIZES:
         run = tmp_path / stage
         command = words(stage, run, before, mixture)
-        done = subprocess.run(command, cwd=ROOT, env=eight, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "fsdp 8" in done.stdout
+        assert "fsdp 8" in finish(command, environment(devices=8))
         rows = [row for row in read_metrics(run) if "loss" in row]
         assert len(rows) == STEPS[stage] and all(row["tokens"] > 0.8 * np.prod(SIZES[stage][:2]) for row in rows)
-        # The rates are the stage's: at their peak after the warm-up, each module's share of it.
+        # Rates are the stage's: each module's share of the peak after the warm-up.
         shares = {"stage1": (1.0, 0.0, 0.0)}.get(stage, (1.0, 1.0, 0.5))
         peak = max(row["lr/projector"] for row in rows)
         assert peak == pytest.approx(RATES[stage])

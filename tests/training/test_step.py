@@ -1,4 +1,4 @@
-"""What a step trains, what it leaves alone, what it refuses. That meshes do not change it: ``test_meshes.py``."""
+"""The training step: frozen parameters, dtypes, errors. ``test_meshes.py`` compares meshes."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def params(tiny):
     return jax.tree.map(np.asarray, tiny.split()[1])
 
 
-def test_what_is_frozen_stays_bit_for_bit_and_has_no_moments(params):
+def test_step_keeps_frozen_parameters(params):
     step = step_on(with_optim(lr_rules=(("projector", 1.0), (".", 0.0))), {"fsdp": 2}, 2)
     compiled = compile_quickly(step)
     losses, _, state = run(step, compiled, params, [rows_across(0, "causal")] * 4)
@@ -35,11 +35,11 @@ def test_what_is_frozen_stays_bit_for_bit_and_has_no_moments(params):
     trained = sum(x.size for x in jax.tree.leaves(after["projector"]))
     assert sum(x.size for x in jax.tree.leaves(state["opt_state"])) <= 2 * trained + 9  # and counters
     other = jax.tree.map(lambda x: x[:, : T // 2] if x.shape[1] == T else x, rows_across(0, "causal"))
-    with pytest.raises(TypeError):  # compiled once, for one shape
+    with pytest.raises(TypeError):  # compiled for one shape
         compiled(state, other)
 
 
-def test_bf16_compute_and_moments_train(params):
+def test_step_in_bfloat16_trains(params):
     cfg = dataclasses.replace(with_optim(moment_dtype="bfloat16", clip_norm=1.0), dtype="bfloat16", remat="attention")
     step = step_on(cfg, {}, 1)
     batch = rows_across(0, "causal")
@@ -54,22 +54,22 @@ def test_bf16_compute_and_moments_train(params):
     assert int(state["step"]) == 8
 
 
-@pytest.mark.slow  # drawing truncated normals takes long to compile
-def test_the_first_parameters_are_the_same_on_any_mesh():
+@pytest.mark.slow  # sampling truncated normals takes long to compile
+def test_init_params_on_any_mesh():
     one, eight = (init_params(RUN, step_on(RUN, shape, n)) for shape, n in (({}, 1), ({"fsdp": 4, "tensor": 2}, 8)))
     jax.tree.map(np.testing.assert_array_equal, one, eight)
     kernel = eight["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 32 // 4, 48 // 2)
 
 
-def test_rows_must_divide_over_devices_and_microbatches():
+def test_lower_refuses_rows():
     step = step_on(dataclasses.replace(RUN, microbatches=3), {"fsdp": 4}, 4)
 
     with pytest.raises(ValueError, match=r"data\.batch_rows is 8, .* 4 devices .* x 3 microbatches; .* multiple of 12"):
         step.lower(SPEC)
 
 
-def test_a_remat_policy_that_does_not_exist():
+def test_lower_refuses_unknown_remat_policy():
     for change in ({"remat": "half"}, {"vision_remat": "half"}):
         with pytest.raises(ValueError, match=r"remat policy 'half' does not exist; choose one of full"):
             step_on(dataclasses.replace(RUN, **change), {}, 1).lower(SPEC)

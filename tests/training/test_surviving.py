@@ -1,12 +1,10 @@
-"""Trainings that something happens to: told to stop, poisoned batches, broken weights. Real processes."""
+"""Runs that something happens to: SIGTERM, poisoned batches, broken weights. Real processes."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,54 +15,55 @@ import phivision_jax
 from phivision_jax.checkpoint.layout import SEALED
 from phivision_jax.checkpoint.manifest import MANIFEST
 from phivision_jax.training.telemetry.metrics import read_metrics
-from tests.training.test_train import ROOT, ROWS, command, compilations, environment, finish, losses
+from tests.support.paths import ROOT
+from tests.support.runs import (
+    ROWS,
+    SHORT,
+    command,
+    compilations,
+    environment,
+    fail,
+    finish,
+    launched,
+    losses,
+    plan_hash,
+    records,
+    validations,
+)
 
-SHORT = ("--config.optim.steps=12", "--config.data.eval_path=", "--config.checkpoint_every=4")
 POISONED = 6
 
 
-def troubled(words: list[str]) -> list[str]:
-    return [words[0], "tests/support/troubled_train.py", *words[2:]]
+def faulty(words: list[str]) -> list[str]:
+    return [words[0], "tests/support/trouble.py", *words[2:]]
 
 
-def launched(words: list[str], processes: int) -> list[str]:
-    return [sys.executable, "-m", "phivision_jax.distributed.launch", f"--processes={processes}", "--", *words]
-
-
-def records(run: Path, process: int = 0) -> dict[int, list]:
-    lines = map(json.loads, (run / f"records_{process}.jsonl").read_text().splitlines())
-    return {line["step"]: line["ids"] for line in lines}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    finish(command(data, run, *SHORT))
-    return run
-
-
-def test_told_to_stop_it_saves_and_goes_on_to_the_same_numbers(undisturbed, data, tmp_path):
-    run, log = tmp_path / "told", tmp_path / "log"
-    words = command(data, run, *SHORT)
+def terminate_when(words: list[str], log: Path, ready, env: dict[str, str]) -> str:
+    """Start a command, SIGTERM it when it is ready, expect exit code 75; returns what it printed."""
     with log.open("w") as output:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=output, stderr=output)
-        while process.poll() is None and max(losses(run), default=0) < 5:
+        process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=output, stderr=output)
+        while process.poll() is None and not ready():
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 75, log.read_text()[-2000:]
-    told = re.search(r"told to stop: step (\d+) of 12 is saved", log.read_text())
-    assert told and (run / "checkpoints" / told[1]).is_dir()
-    assert f"continuing from step {told[1]}" in finish(words)
-    assert losses(run) == losses(undisturbed) and records(run) == records(undisturbed)
+    return log.read_text()
 
 
-def test_a_poisoned_batch_is_skipped_on_all_hosts_named_and_replayed(data, tmp_path):
-    run = tmp_path / "poisoned"
-    words = troubled(command(data, run, *SHORT))
-    trouble = environment() | {"TROUBLE": f"poison:{POISONED}"}
-    done = subprocess.run(launched(words, 2), cwd=ROOT, env=trouble, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"step {POISONED} was not taken" in done.stdout + done.stderr
+def test_sigterm_saves_and_resumes_to_equal_numbers(short_run, data, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = command(data, run, *SHORT)
+    output = terminate_when(words, log, lambda: max(losses(run), default=0) >= 5, environment())
+    stopped = re.search(r"asked to stop: step (\d+) of 12 is saved", output)
+    assert stopped and (run / "checkpoints" / stopped[1]).is_dir()
+    assert f"continuing from step {stopped[1]}" in finish(words)
+    assert losses(run) == losses(short_run) and records(run) == records(short_run)
+
+
+def test_poisoned_batch_is_skipped_on_all_hosts_and_replayed(data, tmp_path):
+    run = tmp_path / "run"
+    words = faulty(command(data, run, *SHORT))
+    env = environment() | {"TROUBLE": f"poison:{POISONED}"}
+    assert f"the update of step {POISONED} was skipped (not finite)" in finish(launched(words, 2), env)
     for process in (0, 1):
         (line,) = map(json.loads, (run / f"skipped{f'_{process}' * process}.jsonl").read_text().splitlines())
         assert (line["step"], line["reason"]) == (POISONED, "not finite")
@@ -74,74 +73,51 @@ def test_a_poisoned_batch_is_skipped_on_all_hosts_named_and_replayed(data, tmp_p
     assert "loss" not in rows[POISONED] and np.isfinite(rows[12]["loss"]) and rows[12]["skipped"] == 1
 
     written = {path: path.stat().st_mtime_ns for path in run.rglob("*.jsonl")}
-    words = launched([*words, f"--replay={POISONED}"], 2)
-    again = subprocess.run(words, cwd=ROOT, env=trouble, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert f"step {POISONED} (not taken): loss nan" in again.stdout
-    assert "process 0: loss_weights of the batch has 1 values that are not finite" in again.stdout
-    told = re.findall(r"process (\d): row (\d+): loss (\S+) over \S+ target tokens; (.*)", again.stdout)
+    output = finish(launched([*words, f"--replay={POISONED}"], 2), env)
+    assert f"step {POISONED} (update skipped): loss nan" in output
+    assert "process 0: loss_weights of the batch has 1 values that are not finite" in output
+    found = re.findall(r"process (\d): row (\d+): loss (\S+) over \S+ target tokens; (.*)", output)
     rows_of = {n: records(run, n)[POISONED] for n in (0, 1)}
     half = len(rows_of[0])
-    want = {(str(n), str(half * n + b), ", ".join(ids)) for n, rows in rows_of.items() for b, ids in enumerate(rows)}
-    assert {(n, b, ids) for n, b, _, ids in told} == want and len(told) == len(want)
-    assert [b for _, b, loss, _ in told if loss == "nan"] == ["0"]  # the poisoned one
+    expected = {
+        (str(n), str(half * n + b), ", ".join(ids)) for n, rows in rows_of.items() for b, ids in enumerate(rows)
+    }
+    assert {(n, b, ids) for n, b, _, ids in found} == expected and len(found) == len(expected)
+    assert [b for _, b, loss, _ in found if loss == "nan"] == ["0"]  # the poisoned one
     assert written == {path: path.stat().st_mtime_ns for path in run.rglob("*.jsonl")}
 
 
-def test_a_sound_step_is_replayed_to_the_number(undisturbed, data):
-    said = finish([*command(data, undisturbed, *SHORT), "--replay=7"])
-    assert f"step 7 (taken): loss {losses(undisturbed)[7]:.6g}," in said
+def test_broken_weight_stops_training_with_a_message(data, tmp_path):
+    words = faulty(command(data, tmp_path / "run", *SHORT, "--config.guard.patience=3"))
+    output = fail(words, environment() | {"TROUBLE": "weight:decoder"})
+    assert "training stops after 3 skipped updates in a row" in output and "--replay=3" in output
 
 
-def test_a_broken_weight_stops_the_training_with_a_sentence(data, tmp_path):
-    words = troubled(command(data, tmp_path / "broken", *SHORT, "--config.guard.patience=3"))
-    trouble = os.environ | environment() | {"TROUBLE": "weight:decoder"}
-    done = subprocess.run(words, cwd=ROOT, env=trouble, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "3 steps in a row were not taken, and training stops here" in done.stderr and "--replay=3" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize("step", [0, 13])
-def test_only_steps_of_the_run_are_replayed(undisturbed, data, step):
-    words = [*command(data, undisturbed, *SHORT), f"--replay={step}"]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode != 0 and re.search(r"steps are 1 to 12|not a positive integer", done.stderr)
-    assert "Traceback" not in done.stderr
-
-
-def whole(run: Path) -> set[int]:
-    """The steps that are saved and sealed; nothing else may lie beside them."""
+def sealed_steps(run: Path) -> set[int]:
+    """Steps that are saved and sealed; nothing else may be left beside them."""
     left = {path.name for path in (run / "checkpoints").iterdir()} - {SEALED}
     assert all((run / "checkpoints" / name / MANIFEST).exists() for name in left), left
     return {int(name) for name in left}
 
 
 @pytest.mark.slow
-def test_told_to_stop_while_it_compiles_at_a_due_validation_and_while_it_saves(data, tmp_path):
-    """And goes on, guarded otherwise, to the numbers of a run that was left alone; but not with another plan."""
+def test_sigterm_while_compiling_validating_and_saving(data, tmp_path):
+    """The run continues, with another guard, to the numbers of an undisturbed one; but not with another plan."""
     validated = (f"--config.data.validation_path={data}/test", "--config.validate_every=3")
     calm, run, log = tmp_path / "calm", tmp_path / "run", tmp_path / "log"
     words, end = command(data, run, *SHORT, *validated, "--config.checkpoint_every=100"), "--config.guard.spike=7"
     finish(command(data, calm, *SHORT, *validated))
 
-    slow = environment() | {"XLA_FLAGS": ""}  # with everything that LLVM can do, it compiles for seconds
-    with log.open("w") as output:
-        process = subprocess.Popen(words, cwd=ROOT, env=slow, stdout=output, stderr=output)
-        while process.poll() is None and not compilations(log.read_text(), "step"):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75, log.read_text()[-2000:]
-    assert "told to stop, with nothing to save" in log.read_text() and "; compiled in" not in log.read_text()
+    optimizing = environment() | {"XLA_FLAGS": ""}  # compiles for seconds
+    output = terminate_when(words, log, lambda: compilations(log.read_text(), "step"), optimizing)
+    assert "asked to stop, with nothing to save" in output and "; compiled in" not in output
 
-    trouble = environment() | {"TROUBLE": "told:6", "SLOW": "1"}
-    done = subprocess.run(troubled(words), cwd=ROOT, env=trouble, capture_output=True, text=True)
-    assert done.returncode == 75, done.stderr[-3000:]
-    assert "told to stop: step 6 of 12 is saved" in done.stdout and "nothing to save" not in done.stderr
-    assert whole(run) == {6} and validations(run).keys() == {3} and losses(run).keys() == set(range(1, 7))
+    output = fail(faulty(words), environment() | {"TROUBLE": "term:6", "SLOW": "1"}, code=75)
+    assert "asked to stop: step 6 of 12 is saved" in output and "nothing to save" not in output
+    assert sealed_steps(run) == {6} and validations(run).keys() == {3} and losses(run).keys() == set(range(1, 7))
 
-    said = finish([*words, end])
-    assert "continuing from step 6" in said and "guard is {'spike': 7.0, " in said
+    output = finish([*words, end])
+    assert "continuing from step 6" in output and "guard is {'spike': 7.0, " in output
     assert losses(run) == losses(calm) and records(run) == records(calm)
     assert validations(run) == validations(calm) and validations(calm).keys() == {3, 6, 9, 12}
     elapsed = [row["elapsed_s"] for row in read_metrics(run)]
@@ -149,38 +125,29 @@ def test_told_to_stop_while_it_compiles_at_a_due_validation_and_while_it_saves(d
     meta = json.loads((run / "checkpoints" / "12" / "meta" / "metadata").read_text())
     assert meta["code"].startswith(phivision_jax.__version__)
 
-    before = json.loads((run / "plan" / "plan.json").read_text())["hash"]
+    before = plan_hash(run)
     shutil.rmtree(run / "plan")
-    refused = subprocess.run(
-        [*words, end, "--config.data.seed=1"], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
-    assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    now = json.loads((run / "plan" / "plan.json").read_text())["hash"]
-    assert f"12 was trained with plan {before[:12]}, and its plan/ is now {now[:12]}: bring back" in refused.stderr
-
-
-def validations(run: Path) -> dict[int, float]:
-    return {row["step"]: row["validation/loss"] for row in read_metrics(run) if "validation/loss" in row}
+    output = fail([*words, end, "--config.data.seed=1"])
+    assert f"12 of this run was trained with plan {before[:12]}, and its plan/ is now {plan_hash(run)[:12]}" in output
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_training_that_gives_up_has_saved_and_one_process_goes_on(data, tmp_path, processes):
-    """A checkpoint is being written when the poisoned step after it is one too many."""
+def test_run_that_gives_up_has_saved_and_one_process_continues(data, tmp_path, processes):
+    """A checkpoint is being written when the next update is one skipped too many."""
     run = tmp_path / "run"
     words = command(data, run, *SHORT, "--config.guard.patience=1")
-    trouble = environment() | {"TROUBLE": "poison:5", "SLOW": "4" if processes > 1 else "0"}
-    done = subprocess.run(launched(troubled(words), processes), cwd=ROOT, env=trouble, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr[-3000:]
-    assert "1 steps in a row were not taken, and training stops here; step 5 was not taken" in done.stderr
-    assert whole(run) == {4}
+    env = environment() | {"TROUBLE": "poison:5", "SLOW": "4" if processes > 1 else "0"}
+    output = fail(launched(faulty(words), processes), env)
+    assert "training stops after 1 skipped updates in a row; the update of step 5 was skipped" in output
+    assert sealed_steps(run) == {4}
     skipped = list(run.glob("skipped*.jsonl"))
     assert len(skipped) == processes and all(len(path.read_text().splitlines()) == 1 for path in skipped)
     assert all(max(records(run, process)) > 4 for process in range(processes))
 
     assert "continuing from step 4" in finish(words)
-    assert whole(run) == {4, 8, 12} and losses(run).keys() == set(range(1, 13))
-    for process in range(processes):  # those of a process that is no more end with the checkpoint
+    assert sealed_steps(run) == {4, 8, 12} and losses(run).keys() == set(range(1, 13))
+    for process in range(processes):  # logs of a process that no longer exists end with the checkpoint
         rows = {step: len(ids) for step, ids in records(run, process).items()}
         assert rows == {step: ROWS // processes if step <= 4 else ROWS for step in range(1, 5 if process else 13)}
     assert not any(path.read_text() for path in skipped)

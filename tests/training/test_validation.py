@@ -1,4 +1,4 @@
-"""The validation loss: by hand, however rows are packed, on any mesh; and what it leaves alone."""
+"""The validation loss: by hand, in any packing, on any mesh; it changes nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.support.records import CONFIG, make_record
 from tests.support.train_steps import QUICK
 
 PROCESSOR = Processor.small(CONFIG)
-# The weights are the training's alone: every loss here is without them.
+# Weights apply to training only: every loss here is without them.
 WEIGHTS = (("math", 9.0),)
 DATA = DataConfig(batch_rows=4, length=160, vision_rows=2, num_patches=80, num_threads=0, loss_weights=WEIGHTS)
 RUN = RunConfig(model=CONFIG, data=DATA, dtype="float32", remat="none", vision_remat="none", validate_batches=100)
@@ -44,7 +44,7 @@ THOUGHT = {"role": "assistant", "content": "<think>it is red and round</think>ye
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Three groups whose examples learn very different numbers of tokens."""
+    """Three groups whose examples have very different numbers of target tokens."""
     records = []
     for i in range(24):
         record = make_record(i, ((), ((24, 16),), ((32, 32), (8, 8)))[i % 3], task=("math", "ocr")[i % 2])
@@ -79,18 +79,18 @@ def validator(dataset, cfg: RunConfig = RUN, devices: int = 1, **shape: int) -> 
     return Validator(cfg, step, [dataset], plan, PROCESSOR)
 
 
-def placed(found: Validator, params: Any) -> Any:
-    return jax.device_put(params, found._step.shardings["params"])
+def place(measure: Validator, params: Any) -> Any:
+    return jax.device_put(params, measure._step.shardings["params"])
 
 
 def measured_on(dataset, devices: int, **shape: int) -> dict[str, float]:
     measure = validator(dataset, RUN, devices, **shape)
-    return measure(placed(measure, random_params()))
+    return measure(place(measure, random_params()))
 
 
 @pytest.fixture(scope="module")
 def by_hand(dataset, params) -> dict[str, float]:
-    """Record after record, each alone in its row: −log p of every target token, from the logits."""
+    """−log p of every target token from the logits, each record alone in its row."""
     graphdef, device_params = phivision.abstract(CONFIG)[0], jax.tree.map(jnp.asarray, params)
     logits = jax.jit(lambda params, batch: phivision.merge(graphdef, params)(batch))
     losses: dict[str, list[float]] = {}
@@ -98,20 +98,20 @@ def by_hand(dataset, params) -> dict[str, float]:
         example = encode_record(dataset[i], PROCESSOR)
         batch = fill_rows([[example]], RowShape(100, 1, 64), CONFIG)
         log_p = np.asarray(jax.nn.log_softmax(logits(device_params, jax.tree.map(jnp.asarray, batch))), np.float64)[0]
-        (at,) = np.nonzero(batch.loss_weights[0])
-        losses.setdefault(GROUP_NAMES[example.group], []).extend(-log_p[at, batch.targets[0, at]])
-    means = {f"validation/loss/{name}": float(np.mean(of)) for name, of in losses.items()}
-    return means | {"validation/loss": float(np.mean([x for of in losses.values() for x in of]))}
+        (index,) = np.nonzero(batch.loss_weights[0])
+        losses.setdefault(GROUP_NAMES[example.group], []).extend(-log_p[index, batch.targets[0, index]])
+    means = {f"validation/loss/{name}": float(np.mean(group)) for name, group in losses.items()}
+    return means | {"validation/loss": float(np.mean([x for group in losses.values() for x in group]))}
 
 
-def test_by_hand(dataset, params, by_hand):
+def test_validator_by_hand(dataset, params, by_hand):
     measure = validator(dataset)
-    found = measure(placed(measure, params))
+    found = measure(place(measure, params))
     assert found.keys() == by_hand.keys() | {"validation/token_accuracy"}
     assert {"validation/loss/think/math", "validation/loss/nothink/math", "validation/loss/nothink/ocr"} <= found.keys()
     for name, value in by_hand.items():
         assert found[name] == pytest.approx(value, abs=TOLERANCE), name
-    # A mean of the groups' means, or of the batches', is something else.
+    # A mean of the groups' means, or of the batches', would differ.
     groups = [value for name, value in found.items() if name.count("/") == 3]
     assert abs(np.mean(groups) - found["validation/loss"]) > 1e-3
     assert 0 <= found["validation/token_accuracy"] < 1 and not measure.failed
@@ -125,20 +125,18 @@ def test_by_hand(dataset, params, by_hand):
         ({"batch_rows": 4}, 2, {"fsdp": 2}, 2),
     ],
 )
-def test_packed_in_other_rows_and_on_other_meshes_it_is_the_same(
-    dataset, params, by_hand, changes, devices, mesh, microbatches
-):
+def test_validator_in_other_rows_and_on_other_meshes(dataset, params, by_hand, changes, devices, mesh, microbatches):
     cfg = dataclasses.replace(RUN, data=dataclasses.replace(DATA, **changes), microbatches=microbatches)
     measure = validator(dataset, cfg, devices, **mesh)
-    found = measure(placed(measure, params))
+    found = measure(place(measure, params))
     for name, value in by_hand.items():
         assert found[name] == pytest.approx(value, abs=TOLERANCE), name
 
 
-def test_it_is_the_same_each_time_and_leaves_the_parameters(dataset, params):
+def test_validator_repeats_and_keeps_the_parameters(dataset, params):
     cfg = dataclasses.replace(RUN, validate_batches=2)
     measure = validator(dataset, cfg)
-    held = placed(measure, params)
+    held = place(measure, params)
     first = measure(held)
     assert measure.num_batches == 2 and measure(held) == first
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, held), params)
@@ -146,7 +144,7 @@ def test_it_is_the_same_each_time_and_leaves_the_parameters(dataset, params):
     assert measure(held) != first
 
 
-def test_sums_become_means_once():
+def test_means_by_hand():
     def part(*groups: tuple[float, float], correct: float) -> dict[str, np.ndarray]:
         padded = [*groups, *[(0.0, 0.0)] * (len(GROUP_NAMES) - len(groups))]
         loss, weight = np.array(padded, np.float32).T
@@ -165,8 +163,8 @@ def test_sums_become_means_once():
 
 
 @pytest.mark.slow
-def test_two_hosts_say_what_one_says(dataset, by_hand):
-    """Each makes half of the rows, and their examples learn very different numbers of tokens."""
+def test_validator_on_two_hosts(dataset, by_hand):
+    """Each encodes half of the rows, with very different numbers of target tokens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -181,11 +179,11 @@ def test_two_hosts_say_what_one_says(dataset, by_hand):
         )
         for number in range(2)
     ]
-    said = []
+    results = []
     for host in hosts:
         out, err = host.communicate(timeout=300)
         assert host.returncode == 0, err[-2000:]
-        said += [json.loads(line) for line in out.splitlines() if line.startswith("{")]  # the others are Gloo's
-    assert len(said) == 2 and said[0] == said[1]
+        results += [json.loads(line) for line in out.splitlines() if line.startswith("{")]  # other lines are Gloo's
+    assert len(results) == 2 and results[0] == results[1]
     for name, value in by_hand.items():
-        assert said[0][name] == pytest.approx(value, abs=TOLERANCE), name
+        assert results[0][name] == pytest.approx(value, abs=TOLERANCE), name

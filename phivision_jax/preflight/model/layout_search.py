@@ -15,12 +15,12 @@ from typing import Any
 from phivision_jax.hardware.topology import Topology
 from phivision_jax.models.remat import POLICIES
 from phivision_jax.preflight.model import modelled_step
-from phivision_jax.training.run_config import MeshConfig, RunConfig
+from phivision_jax.training.run_config import MeshConfig, ResolvedConfig
 
 GROUPS = (16, 32, 64, 128)
 
 
-def candidates(cfg: RunConfig, where: Topology) -> list[list[RunConfig]]:
+def candidates(cfg: ResolvedConfig, where: Topology) -> list[list[ResolvedConfig]]:
     """Configurations by policy, fastest policy first; within a policy, those that send least first.
 
     Args:
@@ -43,7 +43,7 @@ def candidates(cfg: RunConfig, where: Topology) -> list[list[RunConfig]]:
     return [layouts for _, layouts in sorted(by_policy, key=lambda one: one[0])]
 
 
-def _meshes(cfg: RunConfig, where: Topology) -> Iterator[MeshConfig]:
+def _meshes(cfg: ResolvedConfig, where: Topology) -> Iterator[MeshConfig]:
     mesh = cfg.mesh
     replicas = where.devices // (mesh.slice * mesh.tensor * mesh.context)
     for fsdp in dict.fromkeys((*GROUPS, mesh.fsdp)):
@@ -52,9 +52,9 @@ def _meshes(cfg: RunConfig, where: Topology) -> Iterator[MeshConfig]:
 
 
 def search(
-    cfg: RunConfig,
+    cfg: ResolvedConfig,
     where: Topology,
-    attempt: Callable[[RunConfig, bool], dict[str, Any]],
+    attempt: Callable[[ResolvedConfig, bool], dict[str, Any]],
     log: Callable[[str], None],
     margin: float,
 ) -> dict[str, Any] | None:
@@ -67,7 +67,7 @@ def search(
       margin: share of the memory that must stay free.
     """
 
-    def fitting(tried: RunConfig, low_effort: bool) -> dict[str, Any] | None:
+    def fitting(tried: ResolvedConfig, low_effort: bool) -> dict[str, Any] | None:
         effort = "low" if low_effort else "default"
         try:
             report = attempt(tried, low_effort)
@@ -88,5 +88,5 @@ def search(
     return None
 
 
-def _name(cfg: RunConfig) -> str:
+def _name(cfg: ResolvedConfig) -> str:
     return f"fsdp {cfg.mesh.fsdp}, remat {cfg.remat}, {cfg.microbatches} microbatches"

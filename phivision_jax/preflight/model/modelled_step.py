@@ -14,7 +14,7 @@ from typing import Any
 from phivision_jax.hardware.flops import Workload, mfu, step_flops
 from phivision_jax.hardware.topology import Topology
 from phivision_jax.preflight.model import roofline
-from phivision_jax.training.run_config import RunConfig
+from phivision_jax.training.run_config import ResolvedConfig
 
 FILLED = 0.99
 """Share of a row that is not padding; packing leaves under 1 % (``docs/results/packing.json``)."""
@@ -34,7 +34,7 @@ class Mix:
     patches: int
 
     @classmethod
-    def of_recipe(cls, cfg: RunConfig) -> Mix:
+    def of_recipe(cls, cfg: ResolvedConfig) -> Mix:
         """Means of the recipe's stages: 700 tokens in rows of 2,048, 3,000 in 8,192, 3,750 in longer ones."""
         length = cfg.data.length
         tokens = min(700 if length <= 2048 else 3000 if length <= 8192 else 3750, length)
@@ -46,14 +46,14 @@ class Mix:
         return _packed(round(length * FILLED), self.tokens)
 
 
-def workload(cfg: RunConfig, mix: Mix) -> Workload:
+def workload(cfg: ResolvedConfig, mix: Mix) -> Workload:
     """Useful work of a step."""
     examples = cfg.data.batch_rows * round(cfg.data.length * FILLED) / mix.tokens
     bidirectional = cfg.model.image_attention == "bidirectional"
     return Workload.of_examples(examples, mix.tokens, [mix.patches] if mix.patches else [], bidirectional=bidirectional)
 
 
-def executed(cfg: RunConfig, generation: str, mix: Mix) -> roofline.Work:
+def executed(cfg: ResolvedConfig, generation: str, mix: Mix) -> roofline.Work:
     """Work of a chip in a step by our own count, without a compiled program."""
     shape, mesh = cfg.data.row_shape(cfg.model), cfg.mesh
     in_row = round(shape.length * FILLED / mix.tokens * mix.patches / shape.vision_rows)
@@ -88,7 +88,7 @@ def compiled_work(counted: roofline.Work, facts: Mapping[str, Any]) -> roofline.
     )
 
 
-def speed(cfg: RunConfig, where: Topology, mix: Mix, facts: Mapping[str, Any] | None) -> dict[str, Any]:
+def speed(cfg: ResolvedConfig, where: Topology, mix: Mix, facts: Mapping[str, Any] | None) -> dict[str, Any]:
     """Modelled figures of a step, from the compiled program's facts or, without facts, from our own count."""
     counted = executed(cfg, where.generation, mix)
     work = counted if facts is None else compiled_work(counted, facts)

@@ -1,4 +1,4 @@
-"""What is told apart by module (vision, projector, decoder): norms and learning rates, by parameter path."""
+"""Norms and learning rates by module (vision, projector, decoder: the first part of a parameter's path)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import optax
 
 
 def module_norms(flat: Mapping[tuple, jax.Array], name: str) -> dict[str, jax.Array]:
-    """The norm of each module's arrays taken together; for use inside the jitted step.
+    """The norm over each module's arrays, in fp32; for use inside the jitted step.
 
     Args:
-      flat: {path: array} of gradients, say; the first part of a path is the module.
-      name: of the whole's norm: "grad_norm" gives {"grad_norm/decoder": …}.
-
-    Returns:
-      fp32 scalars, for modules that are in ``flat``. The root of their squares' sum is the whole's norm.
+      flat: {path: array} of gradients or updates.
+      name: "grad_norm" gives {"grad_norm/decoder": …}.
     """
     modules: dict[str, list[jax.Array]] = defaultdict(list)
     for path, array in flat.items():
@@ -26,15 +23,15 @@ def module_norms(flat: Mapping[tuple, jax.Array], name: str) -> dict[str, jax.Ar
 
 
 def learning_rates(rate: float, multipliers: Mapping[tuple, float]) -> dict[str, float]:
-    """Each module's learning rate: {"lr/decoder": …}.
+    """The learning rate of each module: {"lr/decoder": …}.
 
     Args:
-      rate: the schedule's, at this step.
-      multipliers: {path: what the rate is scaled by}; 0 is frozen.
+      rate: of the schedule, at this step.
+      multipliers: {path: multiplier}; 0 is frozen.
 
     Returns:
-      A module's largest, 0 where all of it is frozen; and where what trains in it has several, the smallest of those
-      as "lr/decoder/min".
+      The largest rate in each module, 0 where all of it is frozen; if its trainable parameters have several rates, also
+      the smallest, as "lr/decoder/min".
     """
     modules: dict[str, set[float]] = defaultdict(set)
     for path, scale in multipliers.items():
@@ -42,6 +39,6 @@ def learning_rates(rate: float, multipliers: Mapping[tuple, float]) -> dict[str,
     row = {}
     for module, scales in sorted(modules.items()):
         row[f"lr/{module}"] = rate * max(scales)
-        if len(training := scales - {0.0}) > 1:
-            row[f"lr/{module}/min"] = rate * min(training)
+        if len(trainable := scales - {0.0}) > 1:
+            row[f"lr/{module}/min"] = rate * min(trainable)
     return row

@@ -1,8 +1,8 @@
-"""How fast a training is: tokens and images per second, MFU, memory of the devices, from what its batches really held.
+"""Tokens and images per second, MFU and device memory, from the contents of the batches.
 
-What a step had to do is counted on the devices, inside the step (``batch_work``): there a batch is the global one,
-every row once. Hosts could not add it up by themselves, since several may make the same row and others' rows hold other
-examples. ``docs/training.md`` has every name and formula.
+The work of a step is counted inside it (``batch_work``), where the batch is the global one and contains every row once.
+Hosts could not add it up: several may encode the same row, and each sees only its own. ``docs/training.md`` has every
+name and formula.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from phivision_jax.batch import Batch
 from phivision_jax.hardware.flops import Workload, mfu, step_flops
 from phivision_jax.hardware.topology import CHIPS, GIB
-from phivision_jax.training.run_config import RunConfig
+from phivision_jax.training.run_config import ResolvedConfig
 
 PEAK_BF16_FLOPS = {
     # Dense: half of the 1,979 TFLOPS "with sparsity" of NVIDIA's data sheets of H100 (SXM) and H200 (SXM).
@@ -25,29 +25,28 @@ PEAK_BF16_FLOPS = {
     "NVIDIA H200": 989e12,
     **{chip.device_kind: chip.peak_bf16_flops for chip in CHIPS.values()},
 }
-"""FLOPs per second of one chip, by what JAX calls its devices."""
+"""FLOPs per second of one chip, by JAX's device kind."""
 _WORK = "work/"
 
 
 def batch_work(batch: Batch) -> dict[str, jax.Array]:
-    """What a batch holds, padding left out; for use inside the jitted step, where it is the global batch.
+    """Count the contents of a batch, without padding; for use inside the jitted step.
 
     Returns:
-      Scalars for the step's metrics: ``work/tokens`` and so on, the fields of ``flops.Workload``, and ``work/images``
-      (tiles, where images are cut into them). Pairs are fp32, exact to 1e-6; everything else is i32.
+      Scalars: ``work/tokens`` and the other fields of ``flops.Workload``, and ``work/images`` (tiles, where images are
+      cut into them). Pairs are fp32, exact to 1e-6; everything else is i32.
     """
     text, patch = batch.segment_ids > 0, batch.patch_segments > 0
-    # Positions restart at 0 in each example, so column − position is where it begins, and span_end where sight ends.
+    # Positions restart at 0 in each example: index − position is where it begins, span_end where attention ends.
     starts = jnp.arange(batch.tokens.shape[1]) - batch.positions
-    seen = jnp.where(text, batch.span_end - starts + 1, 0)
-    # An image's patches fill its grid, and each of them sees all of them.
+    attended = jnp.where(text, batch.span_end - starts + 1, 0)
+    # An image's patches fill its grid, and each attends to all of them.
     grid = jnp.where(patch, batch.patch_grid[..., 0] * batch.patch_grid[..., 1], 0)
     work = {
         "tokens": text.sum(dtype=jnp.int32),
-        "pairs": seen.astype(jnp.float32).sum(),
+        "pairs": attended.astype(jnp.float32).sum(),
         "patches": patch.sum(dtype=jnp.int32),
         "patch_pairs": grid.astype(jnp.float32).sum(),
-        # Each lands in one column, merged from several patches or not.
         "vision_tokens": (batch.vision_index >= 0).sum(dtype=jnp.int32),
         "images": batch.patch_segments.max(-1, initial=0).sum(dtype=jnp.int32),
     }
@@ -55,7 +54,7 @@ def batch_work(batch: Batch) -> dict[str, jax.Array]:
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
-    """bf16 FLOPs per second of all these devices; None where a kind has no documented peak (CPUs).
+    """bf16 FLOPs per second of all these devices; None if the peak of any is not documented (CPUs).
 
     Peaks are per chip. Two devices with the same coordinates are the two cores of one chip (TPU v4 without megacore).
     """
@@ -70,9 +69,9 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
 
 
 def memory(devices: Sequence[Any]) -> dict[str, float]:
-    """``hbm_gib`` in use, and the most that was since the start (``hbm_peak_gib``): of the fullest of these devices.
+    """``hbm_gib`` in use and its maximum since the start (``hbm_peak_gib``), of the fullest of these devices.
 
-    Empty where devices do not say (CPUs).
+    Empty where devices do not report it (CPUs).
     """
     stats = [found for device in devices if (found := device.memory_stats())]
     names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
@@ -83,55 +82,53 @@ def memory(devices: Sequence[Any]) -> dict[str, float]:
     }
 
 
-class Speed:
-    """Adds up what steps had to do, and says how fast they did it.
+class Throughput:
+    """Sum up the work of steps and turn it into rates.
 
     Args:
-      cfg: of the run; model, batch shape and what trains.
-      devices: of the mesh, those of all processes.
+      cfg: model, batch shape and trainable parameters.
+      devices: of the mesh, including those of other processes.
     """
 
-    def __init__(self, cfg: RunConfig, devices: Sequence[Any]) -> None:
+    def __init__(self, cfg: ResolvedConfig, devices: Sequence[Any]) -> None:
         self._cfg, self._peak = cfg, peak_flops(devices)
         self._local = [device for device in devices if device.process_index == jax.process_index()]
         self._works: list[dict[str, jax.Array]] = []
 
-    def take(self, metrics: dict[str, jax.Array]) -> None:
-        """Take ``batch_work`` out of one step's metrics, still on the devices: nothing is waited for."""
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Move ``batch_work`` out of a step's metrics, without waiting for the devices."""
         names = [name for name in metrics if name.startswith(_WORK)]
         self._works.append({name.removeprefix(_WORK): metrics.pop(name) for name in names})
 
     def row(self, step_s: float) -> dict[str, float]:
-        """The steps since the row before, for the metrics.
+        """Metrics of the steps since the last row.
 
         Args:
-          step_s: seconds that one of them took (``time/step_s``).
+          step_s: seconds per step (``time/step_s``).
 
         Returns:
-          ``tokens``, ``images`` per step; ``tokens_per_s``, ``images_per_s``; ``text_padding``, ``patch_padding`` as
+          ``tokens`` and ``images`` per step; ``tokens_per_s``, ``images_per_s``; ``text_padding``, ``patch_padding`` as
           shares; ``mfu`` as a share, where the chips' peak is documented; ``memory``.
 
         Raises:
-          ValueError: when no step was taken.
+          ValueError: without a step since the last row.
         """
         if not self._works:
-            raise ValueError("no step was taken since the row before")
+            raise ValueError("there was no step since the last row")
         works = jax.device_get(self._works)
         mean = {name: float(np.mean([work[name] for work in works], dtype=np.float64)) for name in works[0]}
         self._works = []
-        images, data = mean.pop("images"), self._cfg.data
-        columns = data.batch_rows * data.length
-        patches = data.batch_rows * data.row_shape(self._cfg.model).total_patches
+        images, data, cfg = mean.pop("images"), self._cfg.data, self._cfg
+        patches = data.batch_rows * data.row_shape(cfg.model).total_patches
         row = {
             "tokens": mean["tokens"],
             "images": images,
             "tokens_per_s": mean["tokens"] / step_s,
             "images_per_s": images / step_s,
-            "text_padding": 1 - mean["tokens"] / columns,
+            "text_padding": 1 - mean["tokens"] / (data.batch_rows * data.length),
             "patch_padding": 1 - mean["patches"] / patches if patches else 0.0,
         }
         if self._peak:
-            cfg = self._cfg
             flops = step_flops(cfg.model, Workload(**mean), cfg.optim.lr_rules, cfg.lora).total
             row["mfu"] = mfu(flops, step_s, 1, self._peak)
         return row | memory(self._local)

@@ -1,4 +1,4 @@
-"""The account of wall time, on a clock that the test moves; nothing here waits for real time."""
+"""The account of wall time, on a clock that the test moves; no test waits for real time."""
 
 import json
 import queue
@@ -7,19 +7,20 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from phivision_jax.io import jsonl
 from phivision_jax.training.telemetry.goodput import Goodput, process_age
-from phivision_jax.training.telemetry.goodput_report import FILE, account_of, append_line, read_starts, report
+from phivision_jax.training.telemetry.goodput_report import FILE, account_of, read_starts, report
 
 
 class World:
-    """A clock, and devices that finish a step when they are told to."""
+    """A clock, and devices that finish a step on demand."""
 
     def __init__(self):
         self.time = 0.0
         self.finished = queue.Queue()
 
-    def process(self, run=None, age=0.0, at=None):
-        self.time = self.time if at is None else at
+    def process(self, run=None, age=0.0, time=None):
+        self.time = self.time if time is None else time
         finished = self.finished = queue.Queue()
         goodput = Goodput(
             run,
@@ -34,11 +35,11 @@ class World:
         self.time += seconds
 
     def finish(self, goodput):
-        """The oldest step with the devices is done, and has been seen to be."""
-        before = goodput._with_devices
+        """Finish the oldest running step and wait until that is noticed."""
+        before = goodput._running
         self.finished.put(None)
         with goodput._changed:
-            assert goodput._changed.wait_for(lambda: goodput._with_devices == before - 1, timeout=10)
+            assert goodput._changed.wait_for(lambda: goodput._running == before - 1, timeout=10)
 
 
 def nothing_to_do(*args):
@@ -55,8 +56,8 @@ def world():
     return World()
 
 
-def test_an_account_that_cannot_be_written_hides_no_error(world, tmp_path):
-    """On a full disk it is the second error, and the first one says more."""
+def test_close_hides_no_error(world, tmp_path):
+    """On a full disk the first error is the informative one."""
 
     def start(name):
         goodput = world.process(tmp_path / name)
@@ -72,7 +73,7 @@ def test_an_account_that_cannot_be_written_hides_no_error(world, tmp_path):
         pass
 
 
-def test_sections_nest_and_every_second_is_counted_once(world):
+def test_sections_nest(world):
     goodput = world.process(age=3.0)
     world.spend(2)
     with goodput("restore"):
@@ -89,7 +90,7 @@ def test_sections_nest_and_every_second_is_counted_once(world):
         pass
 
 
-def test_what_the_host_does_while_a_step_runs_costs_nothing(world):
+def test_host_work_while_a_step_runs_is_step_time(world):
     goodput = world.process()
     with goodput("data"):
         world.spend(1)
@@ -109,22 +110,22 @@ def test_what_the_host_does_while_a_step_runs_costs_nothing(world):
     goodput.run(nothing_to_do)
     world.spend(2)
     world.finish(goodput)
-    # From end to end; the save is no part of a step's time.
+    # From end to end, without the save.
     assert goodput.durations() == [1 + 20, 3 + 4 + 5, 2]
     assert goodput.durations() == []
 
 
-def test_two_steps_overlap_and_a_third_waits(world):
+def test_run_overlaps_two_steps(world):
     goodput = world.process()
     goodput.run(nothing_to_do)
     goodput.run(nothing_to_do)
     world.spend(5)
 
     def third():
-        assert goodput._with_devices == 2  # itself and the one before
+        assert goodput._running == 2  # this one and the one before
         return nothing_to_do()
 
-    world.finished.put(None)  # or run() would wait for good
+    world.finished.put(None)  # or run() would wait forever
     goodput.run(third)
     world.spend(6)
     world.finish(goodput)
@@ -136,7 +137,7 @@ def test_two_steps_overlap_and_a_third_waits(world):
     assert sum(goodput.durations()) == 18
 
 
-def test_a_step_that_fails_is_no_longer_running(world):
+def test_run_of_a_failing_step(world):
     goodput = world.process()
 
     def fails():
@@ -149,13 +150,13 @@ def test_a_step_that_fails_is_no_longer_running(world):
     assert spent(goodput) == {"step": 2, "other": 3}
 
 
-def test_the_compiler_is_counted_wherever_it_runs(world):
+def test_compiled_counts_in_any_section(world):
     goodput = world.process()
     with goodput("evaluate"):
         world.spend(10)
         goodput.compiled(4)
         world.spend(1)
-        goodput.compiled(30)  # no more than went by since the last account
+        goodput.compiled(30)  # no more than has passed since the last account
         world.spend(2)
     assert spent(goodput) == {"evaluate": 6 + 2, "compile": 4 + 1}
     goodput.run(nothing_to_do)
@@ -166,7 +167,7 @@ def test_the_compiler_is_counted_wherever_it_runs(world):
     goodput.close()
 
 
-def test_jax_says_when_it_compiles():
+def test_compilations_of_jax_are_counted():
     with Goodput(None, age=0.0) as goodput, goodput("evaluate"):
         jax.jit(lambda x: x * 3 + 1)(jnp.arange(7)).block_until_ready()
         after = goodput.seconds["compile"]
@@ -175,7 +176,7 @@ def test_jax_says_when_it_compiles():
     assert goodput.seconds["compile"] == after  # closed
 
 
-def test_a_real_step_counts_until_its_metrics_are_there():
+def test_run_real_step():
     step = jax.jit(lambda x: (x, {"loss": jnp.linalg.norm(x @ x @ x)}))
     x = jnp.ones((300, 300))
     step(x)
@@ -188,13 +189,13 @@ def test_a_real_step_counts_until_its_metrics_are_there():
         assert 0 < goodput.row()["time/device_s"] < 1
 
 
-def test_the_row_is_per_step_and_of_the_interval(world):
+def test_row_is_per_step_and_interval(world):
     goodput = world.process()
     with goodput("compile"):
         world.spend(100)
     assert goodput.row() == {"goodput": 0.0}
     world.spend(80)
-    goodput.begin(0)  # what came before is no part of a step's time
+    goodput.begin(0)  # earlier time is not part of a step's time
     for data in (1, 3):
         with goodput("data"):
             world.spend(data)
@@ -221,17 +222,17 @@ def steps(goodput, world, first, last, seconds):
             goodput.write(step)
 
 
-def test_three_starts_with_lost_steps_and_down_time(world, tmp_path):
+def test_account_of_three_starts(world, tmp_path):
     # 5 s to begin, then 2 s a step: a line at 10, 20, 30. Killed 1 s later.
-    goodput = world.process(tmp_path, age=1.0, at=1.0)
+    goodput = world.process(tmp_path, age=1.0, time=1.0)
     with goodput("restore"):
         world.spend(4)
     goodput.begin(0)
     steps(goodput, world, 0, 30, 2.0)
     world.spend(1)
-    killed = goodput  # nothing is written any more
+    killed = goodput  # writes nothing more
     # Started 60 s later; the checkpoint was of step 15, half way between two lines.
-    second = world.process(tmp_path, age=9.0, at=world.time + 60)
+    second = world.process(tmp_path, age=9.0, time=world.time + 60)
     with second("compile"):
         world.spend(6)
     second.begin(15)
@@ -239,12 +240,12 @@ def test_three_starts_with_lost_steps_and_down_time(world, tmp_path):
     assert account.seconds["lost"] == pytest.approx(15 * 2.0)
     assert account.seconds["step"] == pytest.approx(15 * 2.0)
     assert account.seconds["down"] == pytest.approx(1 + 60 - 9)
-    # What the process says of itself is what the file says.
+    # The process and the file agree.
     assert second.row()["goodput"] == pytest.approx(30.0 / account.total)
     steps(second, world, 15, 22, 3.0)
     second.write(22)
     # A third goes back behind both.
-    third = world.process(tmp_path, at=world.time + 8)
+    third = world.process(tmp_path, time=world.time + 8)
     third.begin(5)
     steps(third, world, 5, 40, 1.0)
     with third("evaluate"):
@@ -264,28 +265,28 @@ def test_three_starts_with_lost_steps_and_down_time(world, tmp_path):
     killed.close()
 
 
-def test_a_line_cut_off_by_a_kill_spoils_nothing(world, tmp_path):
+def test_line_cut_off_by_a_kill(world, tmp_path):
     first = world.process(tmp_path)
     first.begin(0)
     steps(first, world, 0, 10, 1.0)
     with (tmp_path / FILE).open("a") as file:
         file.write('{"start": 0, "began": 10')
-    second = world.process(tmp_path, at=world.time + 5)
+    second = world.process(tmp_path, time=world.time + 5)
     second.begin(10)
     steps(second, world, 10, 20, 1.0)
     second.close()
     assert [start.first for start in read_starts(tmp_path)] == [0, 10]
     lines = (tmp_path / FILE).read_text().splitlines()
-    assert [line.endswith("}") for line in lines] == [True] * 3 + [False] + [True] * 4
+    assert len(lines) == 3 + 4 and all(line.endswith("}") for line in lines)
     account = account_of(read_starts(tmp_path))
     assert (account.seconds["step"], account.seconds["lost"], account.seconds["down"]) == (20, 0, 5)
 
 
-def test_a_start_that_ended_before_it_could_restore_loses_nothing(world, tmp_path):
+def test_start_that_ended_before_restoring(world, tmp_path):
     steps_done = world.process(tmp_path)
     steps_done.begin(0)
     steps(steps_done, world, 0, 10, 1.0)
-    short = world.process(tmp_path, at=world.time + 5)
+    short = world.process(tmp_path, time=world.time + 5)
     world.spend(3)
     short.close()
     account = account_of(read_starts(tmp_path))
@@ -293,14 +294,14 @@ def test_a_start_that_ended_before_it_could_restore_loses_nothing(world, tmp_pat
     assert "2 starts, before its first step" in report(tmp_path)
 
 
-def test_clocks_that_were_set_back_make_no_negative_time(tmp_path):
+def test_clock_set_back_makes_no_negative_time(tmp_path):
     for start, began in enumerate((1000.0, 900.0)):
         line = {"start": start, "began": began, "time": began + 10, "step": 0, "seconds": {"step": 0.0, "other": 10.0}}
-        append_line(tmp_path, line)
+        jsonl.append(tmp_path / FILE, line)
     assert account_of(read_starts(tmp_path)).seconds["down"] == 0.0
 
 
-def test_other_processes_write_nothing(world, tmp_path):
+def test_account_in_memory_writes_nothing(world, tmp_path):
     goodput = world.process(None)
     goodput.begin(0)
     goodput.close()
@@ -309,7 +310,7 @@ def test_other_processes_write_nothing(world, tmp_path):
         report(tmp_path)
 
 
-def test_lines_are_json_with_their_start(world, tmp_path):
+def test_lines_of_the_file(world, tmp_path):
     goodput = world.process(tmp_path, age=2.0)
     goodput.begin(0)
     goodput.close()
@@ -319,5 +320,5 @@ def test_lines_are_json_with_their_start(world, tmp_path):
     assert lines[0]["began"] == 998.0 and lines[0]["time"] == 1000.0
 
 
-def test_the_age_of_this_process():
+def test_process_age():
     assert 0.0 <= process_age() < 24 * 3600

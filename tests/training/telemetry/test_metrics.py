@@ -1,4 +1,4 @@
-"""Lines of metrics tell one story; TensorBoard and W&B are told the same, by the first process alone."""
+"""Metrics after a resume; the same numbers in TensorBoard and W&B; only the first process writes."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from tensorboardX.event_file_writer import EventFileWriter
 from phivision_jax.training.telemetry.metrics import MetricsWriter, read_metrics
 
 
-def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path):
+def test_writer_drops_steps_beyond_the_checkpoint(tmp_path):
     writer = MetricsWriter(tmp_path)
     for step in (10, 20, 30):
         writer.write(step, {"loss": 1 / step, "elapsed_s": float(step)})
@@ -25,11 +25,11 @@ def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path):
     writer.write(30, {"loss": 7.0})
     writer.close()
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(10, 0.1), (20, 0.05), (30, 7.0)]
-    MetricsWriter(tmp_path).close()  # begun anew
+    MetricsWriter(tmp_path).close()  # from the beginning
     assert read_metrics(tmp_path) == []
 
 
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
+def test_writer_of_other_processes_does_nothing(tmp_path, monkeypatch):
     writer = MetricsWriter(tmp_path)
     writer.write(10, {"loss": 1.0, "elapsed_s": 3.0})
     writer.close()
@@ -38,55 +38,52 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
     other = MetricsWriter(tmp_path, 10, wandb="a project")
     other.write(20, {"loss": 2.0})
     other.write_images(20, "samples", [Image.new("RGB", (2, 2))])
-    other.write_text(20, "note", "text")
     other.close()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert other.elapsed == 3.0  # every process counts on from there
+    assert other.elapsed == 3.0  # all processes continue from there
 
 
-def test_pictures_and_text_reach_tensorboard(tmp_path, monkeypatch):
+def test_write_images_to_tensorboard(tmp_path, monkeypatch):
     events = []
     monkeypatch.setattr(EventFileWriter, "add_event", lambda self, event: events.append(event))
     writer = MetricsWriter(tmp_path)
-    picture = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3))
-    writer.write_images(5, "samples", [picture, picture.convert("L")])
-    writer.write_text(5, "question", "what **is** this?")
+    image = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3))
+    writer.write_images(5, "samples", [image, image.convert("L")])
     writer.close()
     values = [(event.step, value) for event in events for value in event.summary.value]
     assert [(step, value.tag) for step, value in values] == [
         (5, "samples/0"),
         (5, "samples/1"),
-        (5, "question/text_summary"),
     ]
     shown = values[0][1].image
     assert (shown.height, shown.width, shown.colorspace) == (2, 3, 3)
     (tmp_path / "shown.png").write_bytes(shown.encoded_image_string)
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "shown.png")), np.asarray(picture))
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "shown.png")), np.asarray(image))
 
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Stands for the package: remembers what it is told."""
-    told = []
+    """A stand-in for the package that records its calls."""
+    calls = []
     run = types.SimpleNamespace(
-        define_metric=lambda *args, **kwargs: told.append(("define_metric", args, kwargs)),
-        log=lambda values: told.append(("log", values)),
-        finish=lambda: told.append(("finish",)),
+        define_metric=lambda *args, **kwargs: calls.append(("define_metric", args, kwargs)),
+        log=lambda values: calls.append(("log", values)),
+        finish=lambda: calls.append(("finish",)),
     )
     module = types.ModuleType("wandb")
-    module.init = lambda **kwargs: told.append(("init", kwargs)) or run
-    module.Image = lambda picture: ("image", picture.size)
+    module.init = lambda **kwargs: calls.append(("init", kwargs)) or run
+    module.Image = lambda image: ("image", image.size)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    return told
+    return calls
 
 
-def test_wandb_goes_on_under_one_id(tmp_path, wandb):
+def test_wandb_continues_under_one_id(tmp_path, wandb):
     for first in (0, 10):
         writer = MetricsWriter(tmp_path, first, wandb="phi", config={"seed": 3})
         writer.write(first + 10, {"loss": 1.5})
         writer.write_images(first + 10, "samples", [Image.new("RGB", (4, 2))])
         writer.close()
-    inits = [told[1] for told in wandb if told[0] == "init"]
+    inits = [call[1] for call in wandb if call[0] == "init"]
     assert inits[0] == inits[1]
     assert inits[0] | {"id": ""} == {
         "project": "phi",
@@ -97,15 +94,15 @@ def test_wandb_goes_on_under_one_id(tmp_path, wandb):
         "config": {"seed": 3},
     }
     assert len(inits[0]["id"]) == 8 and inits[0]["id"] == (tmp_path / "wandb_id").read_text()
-    # The step is a value of ours: W&B's own counter cannot go back.
+    # The step is an ordinary value: W&B's own counter cannot go back.
     assert ("define_metric", ("*",), {"step_metric": "step"}) in wandb
-    logs = [told[1] for told in wandb if told[0] == "log"]
+    logs = [call[1] for call in wandb if call[0] == "log"]
     assert logs[0] == {"step": 10, "loss": 1.5} and logs[2] == {"step": 20, "loss": 1.5}
     assert logs[1] == {"step": 10, "samples": [("image", (4, 2))]}
     assert wandb[-1] == ("finish",)
 
 
-def test_wandb_that_does_not_start_is_a_sentence(tmp_path, wandb, monkeypatch):
+def test_wandb_that_does_not_start(tmp_path, wandb, monkeypatch):
     def init(**_):
         raise RuntimeError("No API key configured")
 
@@ -114,14 +111,14 @@ def test_wandb_that_does_not_start_is_a_sentence(tmp_path, wandb, monkeypatch):
         MetricsWriter(tmp_path, 0, wandb="phi")
 
 
-def test_what_is_not_finite_is_left_out(tmp_path):
+def test_write_omits_values_that_are_not_finite(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"loss": 1.0, "validation/loss": float("nan"), "grad_norm": float("inf")})
     writer.close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
 
 
-def test_without_the_package_nothing_is_lost(tmp_path, monkeypatch):
+def test_missing_wandb_package_drops_nothing(tmp_path, monkeypatch):
     writer = MetricsWriter(tmp_path)
     writer.write(10, {"loss": 1.0})
     writer.write(20, {"loss": 1.0})

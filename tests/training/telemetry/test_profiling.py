@@ -1,4 +1,4 @@
-"""Which steps are traced: those asked for, those after a slow one, once."""
+"""Traces of the configured steps, and of those after a slow one, once."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ from phivision_jax.training.telemetry.profiling import Profiler, parse_steps
 
 class Calls:
     def __init__(self, tmp_path, **settings):
-        self.log, self.said = [], []
+        self.log, self.messages = [], []
         self.profiler = Profiler(
             tmp_path,
-            say=self.said.append,
-            start=lambda where: self.log.append(f"start {where.removeprefix(str(tmp_path))}"),
+            log=self.messages.append,
+            start=lambda path: self.log.append(f"start {path.removeprefix(str(tmp_path))}"),
             stop=lambda: self.log.append("stop"),
             **settings,
         )
@@ -27,35 +27,35 @@ class Calls:
         self.profiler.close(lambda: self.log.append("drain"))
 
 
-def test_the_steps_asked_for(tmp_path):
+def test_profiler_traces_configured_steps(tmp_path):
     calls = Calls(tmp_path, profile="3:5")
     calls.steps(1, 6)
     calls.close()
     assert calls.log == [1, 2, "drain", "start /profile/3", 3, 4, "drain", "stop", 5, 6]
-    assert "xprof --logdir=" in calls.said[0] and str(tmp_path / "profile" / "3") in calls.said[0]
+    assert "xprof --logdir=" in calls.messages[0] and str(tmp_path / "profile" / "3") in calls.messages[0]
 
 
-def test_a_run_that_ends_or_begins_within(tmp_path):
+def test_profiler_when_the_run_is_within_the_steps(tmp_path):
     calls = Calls(tmp_path, profile="3:9")
     calls.steps(5, 6)
     calls.close()
     assert calls.log == ["drain", "start /profile/5", 5, 6, "drain", "stop"]
 
 
-def test_a_slow_step_has_the_next_three_traced_once(tmp_path):
+def test_profiler_traces_after_a_slow_step_once(tmp_path):
     calls = Calls(tmp_path, slow_step=2.0)
-    calls.profiler.before(1, lambda: None, [0.1, 100.0])  # too early to tell
+    calls.profiler.before(1, lambda: None, [0.1, 100.0])  # before there is a median
     calls.steps(2, 11, 1.0)
-    assert "stop" not in calls.log and calls.said == []
+    assert "stop" not in calls.log and calls.messages == []
     calls.steps(12, 12, 2.0)  # not more than twice
     calls.log.clear()
     calls.steps(13, 13, 2.1)
     calls.steps(14, 20, 9.0)
     assert calls.log == ["drain", "start /profile/13", 13, 14, 15, "drain", "stop", *range(16, 21)]
-    assert calls.said[0] == "a step took 2.1 s, the median is 1 s: tracing the next 3"
+    assert calls.messages[0] == "a step took 2.1 s, the median is 1 s: tracing the next 3"
 
 
-def test_no_trace_of_slow_steps_unless_asked(tmp_path):
+def test_profiler_ignores_slow_steps_by_default(tmp_path):
     calls = Calls(tmp_path)
     calls.steps(1, 20, 1.0)
     calls.steps(21, 22, 50.0)
@@ -63,21 +63,21 @@ def test_no_trace_of_slow_steps_unless_asked(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["100", "100-103", "a:b", "5:5", "7:5", "0:3", "-1:3", ":", "1:2:3", " 1:2"])
-def test_malformed(text, tmp_path):
-    with pytest.raises(ValueError, match="give the steps to trace as FIRST:END"):
+def test_parse_steps_refuses(text, tmp_path):
+    with pytest.raises(ValueError, match="give FIRST:END"):
         parse_steps(text)
     with pytest.raises(ValueError, match="FIRST:END"):
         Profiler(tmp_path, text)
 
 
-def test_malformed_slow_step(tmp_path):
+def test_profiler_refuses_slow_step(tmp_path):
     for factor in (0.5, 1.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="slow_step is"):
             Profiler(tmp_path, slow_step=factor)
     assert list(parse_steps("")) == [] and list(parse_steps("100:103")) == [100, 101, 102]
 
 
-def test_a_real_trace(tmp_path):
+def test_profiler_writes_a_trace(tmp_path):
     profiler = Profiler(tmp_path, "2:3")
     for step in (1, 2, 3):
         profiler.before(step, lambda: None)

@@ -1,4 +1,4 @@
-"""What a batch asks for, counted on the devices; and speeds from it, by hand."""
+"""The work of a batch, counted on the devices, and rates from it, by hand."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -9,15 +9,15 @@ import pytest
 
 from phivision_jax.hardware import flops
 from phivision_jax.hardware.flops import Workload
-from phivision_jax.training.run_config import DataConfig, OptimConfig, RunConfig
-from phivision_jax.training.telemetry.throughput import Speed, batch_work, memory, peak_flops
+from phivision_jax.training.run_config import DataConfig, OptimConfig, ResolvedConfig
+from phivision_jax.training.telemetry.throughput import Throughput, batch_work, memory, peak_flops
 from tests.support.batches import EXAMPLES, TINY, random_rows
 
 ROWS = [EXAMPLES[:3], EXAMPLES[3:5], [], EXAMPLES[5:]]
 GRIDS = [grid for row in ROWS for _, grids in row for grid in grids]
 
 
-def made(mode, vision_rows=2):
+def make_batch(mode, vision_rows=2):
     config = dataclasses.replace(TINY, image_attention=mode)
     return random_rows(np.random.default_rng(0), config, ROWS, length=96, num_patches=24, vision_rows=vision_rows)
 
@@ -27,12 +27,12 @@ def work_of(batch):
 
 
 @pytest.mark.parametrize("mode", ["causal", "bidirectional"])
-def test_work_is_what_the_masks_let_through(mode):
-    batch = made(mode)
-    column = np.arange(96)
+def test_batch_work_counts_what_the_masks_allow(mode):
+    batch = make_batch(mode)
+    index = np.arange(96)
     segments, ends = batch.segment_ids, batch.span_end
     same = (segments[:, :, None] == segments[:, None]) & (segments > 0)[:, :, None]
-    mask = same & (column <= ends[:, :, None])
+    mask = same & (index <= ends[:, :, None])
     patches = batch.patch_segments
     patch_mask = (patches[..., :, None] == patches[..., None, :]) & (patches > 0)[..., None]
     areas = [h * w for h, w in GRIDS]
@@ -47,11 +47,11 @@ def test_work_is_what_the_masks_let_through(mode):
     assert patch_mask.sum() == sum(area**2 for area in areas)
 
 
-def test_merged_vision_tokens_are_counted_as_merged():
-    batch = made("causal")
-    # Two columns less: two vision tokens that two patches each were merged into.
-    at = np.argwhere(batch.vision_index >= 0)[:2]
-    batch.vision_index[tuple(at.T)] = -1
+def test_batch_work_counts_merged_tokens():
+    batch = make_batch("causal")
+    # Two tokens fewer: two vision tokens that two patches each were merged into.
+    indices = np.argwhere(batch.vision_index >= 0)[:2]
+    batch.vision_index[tuple(indices.T)] = -1
     work = work_of(batch)
     assert (work["vision_tokens"], work["patches"]) == (
         sum(h * w for h, w in GRIDS) - 2,
@@ -59,12 +59,12 @@ def test_merged_vision_tokens_are_counted_as_merged():
     )
 
 
-def test_pairs_beyond_an_integers_range():
+def test_batch_work_pairs_beyond_int32():
     T = 1 << 16
     one = np.ones((2, T), np.int32)
-    columns = np.broadcast_to(np.arange(T, dtype=np.int32), one.shape)
-    batch = dataclasses.replace(
-        made("causal"), tokens=one, segment_ids=one, positions=columns, span_end=columns, vision_index=-one
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), one.shape)
+    batch = make_batch("causal")._replace(
+        tokens=one, segment_ids=one, positions=positions, span_end=positions, vision_index=-one
     )
     assert work_of(batch)["pairs"] == pytest.approx(2 * T * (T + 1) / 2, rel=1e-6)  # 4.3e9
 
@@ -79,7 +79,7 @@ def chip(kind, *, process=0, coords=None, slice_index=0, **stats):
     return device
 
 
-def test_peaks_are_of_chips_and_only_documented_ones():
+def test_peak_flops():
     v5p = [chip("TPU v5", coords=(x, y, 0), slice_index=s) for x in (0, 1) for y in (0, 1) for s in (0, 1)]
     assert peak_flops(v5p) == 8 * 459e12
     # Two devices a chip, and one a chip: the same chips.
@@ -90,7 +90,7 @@ def test_peaks_are_of_chips_and_only_documented_ones():
     assert peak_flops(jax.devices()) is None or jax.default_backend() != "cpu"
 
 
-def test_memory_is_of_the_fullest_device_or_not_known():
+def test_memory_of_the_fullest_device():
     gib = 2**30
     full = [
         chip("x", bytes_in_use=3 * gib, peak_bytes_in_use=5 * gib),
@@ -101,39 +101,39 @@ def test_memory_is_of_the_fullest_device_or_not_known():
     assert memory([chip("x", bytes_in_use=gib)]) == {"hbm_gib": 1.0}
 
 
-def test_rows_by_hand():
-    cfg = RunConfig(
+def test_throughput_row_by_hand():
+    cfg = ResolvedConfig(
         model=TINY,
         data=DataConfig(batch_rows=4, length=96, vision_rows=2, num_patches=24),
         optim=OptimConfig(lr_rules=(("projector", 1.0), (".", 0.0))),
     )
     devices = [chip("TPU v5", coords=(i, 0, 0), process=i, bytes_in_use=2**30 * (i + 1)) for i in range(2)]
-    speed = Speed(cfg, devices)
+    throughput = Throughput(cfg, devices)
     with pytest.raises(ValueError, match="no step"):
-        speed.row(1.0)
-    full, empty = made("causal"), jax.tree.map(np.zeros_like, made("causal"))
+        throughput.row(1.0)
+    full, empty = make_batch("causal"), jax.tree.map(np.zeros_like, make_batch("causal"))
     empty.vision_index[...] = -1
-    speed.take(metrics := {"loss": 1.0, **jax.jit(batch_work)(full)})
+    throughput.add(metrics := {"loss": 1.0, **jax.jit(batch_work)(full)})
     assert metrics == {"loss": 1.0}
-    speed.take(jax.jit(batch_work)(empty))
-    row = speed.row(0.25)  # two steps of a quarter of a second, one of which held nothing
-    columns, patches = 65 + sum(h * w for h, w in GRIDS), sum(h * w for h, w in GRIDS)
+    throughput.add(jax.jit(batch_work)(empty))
+    row = throughput.row(0.25)  # two steps of a quarter of a second, one of them empty
+    tokens, patches = 65 + sum(h * w for h, w in GRIDS), sum(h * w for h, w in GRIDS)
     work = work_of(full)
     images = work.pop("images")
-    assert row["tokens"] == columns / 2 and row["tokens_per_s"] == columns / 2 / 0.25
+    assert row["tokens"] == tokens / 2 and row["tokens_per_s"] == tokens / 2 / 0.25
     assert row["images"] == images / 2 and row["images_per_s"] == images / 2 / 0.25
-    assert row["text_padding"] == pytest.approx(1 - columns / (2 * 4 * 96))
+    assert row["text_padding"] == pytest.approx(1 - tokens / (2 * 4 * 96))
     assert row["patch_padding"] == pytest.approx(1 - patches / (2 * 4 * 2 * 24))
     assert row["hbm_gib"] == 1.0  # the other device belongs to another process
-    # FLOPs follow what trains: the projector alone here.
+    # FLOPs depend on what trains: here only the projector.
     count = flops.step_flops(TINY, Workload(**work), cfg.optim.lr_rules).total
     assert row["mfu"] == pytest.approx(count / 2 / (0.25 * 2 * 459e12))
-    everything = Speed(dataclasses.replace(cfg, optim=OptimConfig()), devices)
-    everything.take(jax.jit(batch_work)(full))
+    everything = Throughput(dataclasses.replace(cfg, optim=OptimConfig()), devices)
+    everything.add(jax.jit(batch_work)(full))
     assert everything.row(0.125)["mfu"] / row["mfu"] > 4
-    # The next row begins anew; a CPU has no MFU and no HBM.
-    speed.take(jax.jit(batch_work)(full))
-    assert speed.row(1.0)["tokens"] == columns
-    on_cpu = Speed(cfg, jax.devices("cpu"))
-    on_cpu.take(jax.jit(batch_work)(full))
+    # The next row starts from zero; a CPU has no MFU and no HBM.
+    throughput.add(jax.jit(batch_work)(full))
+    assert throughput.row(1.0)["tokens"] == tokens
+    on_cpu = Throughput(cfg, jax.devices("cpu"))
+    on_cpu.add(jax.jit(batch_work)(full))
     assert not {"mfu", "hbm_gib", "hbm_peak_gib"} & on_cpu.row(1.0).keys()

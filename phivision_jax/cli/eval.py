@@ -1,0 +1,67 @@
+"""``phivision eval``: score a checkpoint on a dataset."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from phivision_jax.cli import load_config
+
+prepare = load_config.prepare
+
+
+def eval(  # the name of the subcommand
+    checkpoint: str,
+    data: str = "",
+    out: str = "",
+    mode: Literal["auto", "think", "nothink"] = "auto",
+    examples: int = 0,
+    batch: int = 0,
+    max_new_tokens: int = 0,
+    config: str = "",
+    set: Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE")] = (),
+) -> None:
+    """Generate an answer to every question of a dataset, compare it with the reference, and report the accuracy.
+
+    Args:
+        checkpoint: A run, a checkpoint of this project, a Hugging Face directory (each may be gs://…) or id.
+        data: Dataset directory (phivision data import); default: data.eval_path of the configuration.
+        out: Directory (or gs://…) for report.json and answers.jsonl; default: print only.
+        mode: Let the model decide whether to think first (auto), or force it to (not to).
+        examples: Score an even sample of this many examples; 0 for all.
+        batch: Questions answered at a time; default: eval_batch of the configuration, or 64.
+        max_new_tokens: Maximum length of an answer; default: max_new_tokens of the configuration, or 8.
+        config: Configuration file whose evaluation settings to use.
+        set: Change fields of the configuration: max_new_tokens=64.
+    """
+    import phivision_jax
+    from phivision_jax.data.store.dataset import Dataset
+    from phivision_jax.evaluation import accuracy_report
+    from phivision_jax.evaluation.runner import Evaluator
+    from phivision_jax.io import progress, storage
+    from phivision_jax.io.html import print_sections
+
+    cfg = load_config.load_config(config, set)
+    data = data or cfg.data.eval_path
+    if not data:
+        raise ValueError("no dataset to score: give --data, or a --config with data.eval_path")
+    directory = storage.location(out) if out else None
+    if directory:
+        storage.check(directory)  # before hours of work whose result could not be written
+    model, processor = phivision_jax.load(checkpoint)
+    evaluator = Evaluator(
+        Dataset.open(data),
+        processor,
+        rows=batch or cfg.eval_batch,
+        max_new_tokens=max_new_tokens or cfg.max_new_tokens,
+        num_examples=examples or None,
+        mode=mode,
+    )
+    with progress.bar("evaluate", len(evaluator.records)) as advance:
+        result = evaluator(model, advance)
+    report = accuracy_report.Report(checkpoint, data, evaluator.mode, result)
+    print_sections([report.section()])
+    if directory:
+        accuracy_report.write_report(report, directory)
+        print(f"written: {out}/report.json, answers.jsonl")

@@ -1,0 +1,341 @@
+"""Train a model: one start of a run, from its directory to its last checkpoint.
+
+configuration → run directory → data, plan, compiled step → state → loop → checkpoints and metrics
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from phivision_jax.batch import Batch
+from phivision_jax.checkpoint import layout
+from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
+from phivision_jax.data import quarantine
+from phivision_jax.data.feed.encode import GROUP_NAMES
+from phivision_jax.data.feed.pipeline import BatchInfo
+from phivision_jax.distributed.heartbeat import PREEMPTED
+from phivision_jax.distributed.processes import Preemption, on_process_zero
+from phivision_jax.distributed.watchdog import LONG_S, Watchdog
+from phivision_jax.evaluation.answer_images import answer_images
+from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.io import jsonl
+from phivision_jax.io.progress import training_bar
+from phivision_jax.models import phivision
+from phivision_jax.training import optim, setup
+from phivision_jax.training.guard import SkippedUpdates
+from phivision_jax.training.run_config import RunConfig
+from phivision_jax.training.run_directory import RunDirectory
+from phivision_jax.training.step import State
+from phivision_jax.training.telemetry import goodput_report
+from phivision_jax.training.telemetry.goodput import AHEAD, Goodput
+from phivision_jax.training.telemetry.metrics import MetricsWriter, group_metrics
+from phivision_jax.training.telemetry.module_norms import learning_rates
+from phivision_jax.training.telemetry.profiling import Profiler
+from phivision_jax.training.telemetry.throughput import Throughput
+from phivision_jax.training.validation import Validator
+
+SECTIONS = {
+    "compiling": "compile",
+    "restoring": "restore",
+    "data": "data",
+    "placing": "host",
+    "saving": "checkpoint",
+    "validating": "evaluate",
+    "evaluating": "evaluate",
+}
+"""Phase, as the watchdog and the heartbeats name it → section of the goodput account."""
+STEP_LOGS = ("records_*.jsonl", "skipped*.jsonl")
+"""Logs by step, one per process: the records of each row, and skipped updates."""
+
+
+def train(cfg: RunConfig, where: str) -> int:
+    """Train to the end, or until the process is asked to stop.
+
+    Args:
+      where: the run's directory, or ``gs://bucket/folder``; created if new, continued if it holds checkpoints.
+
+    Returns:
+      Exit code: 0 at the end, ``PREEMPTED`` when asked to stop, with everything saved.
+
+    Raises:
+      ValueError: when the configuration, the data and earlier starts of this run do not fit together, before any
+        training; when a checkpoint cannot be written.
+      StorageError: when the bucket cannot be read at the start, or written at the end.
+      FloatingPointError: after too many skipped updates in a row.
+    """
+    with Run(where, cfg) as run:
+        # Shapes, then the compiled step, then arrays.
+        prepared = setup.prepare(cfg, run.directory, run.checkpoints)
+        evaluator, validator = setup.make_evaluator(prepared), setup.make_validator(prepared)
+        compiling = time.monotonic()
+        with run.phase("compiling", LONG_S):
+            compiled = prepared.step.compile(prepared.spec)
+        log(f"{prepared.describe()}; compiled in {time.monotonic() - compiling:.1f} s")
+        with run.phase("restoring", LONG_S):
+            state, vision_tail = setup.start(prepared, run.checkpoints, log)
+        first, steps = int(state["step"]), prepared.steps
+        run.begin(prepared, first)
+        measure = Measurements(run, prepared, evaluator, validator)
+
+        row: dict[str, float] = {}
+        with Preemption(first) as preemption, run.finish_save_on_error():
+            if first and not run.measured_at_start:  # asked to stop at this step, the last start only saved
+                row = measure(state, first)
+                run.write(first, row)
+            for batch, info in run.batches():
+                state, metrics = run.step(compiled, state, batch, info)
+                step = info.step + 1
+                stop, last = preemption.reached(step), step == steps
+                row = {}
+                if is_due(step, cfg.log_every) or last:
+                    row = run.step_row(step, metrics)
+                if not stop or last:
+                    row |= measure(state, step)
+                run.write(step, row)
+                # Last: whatever a restart skips has been measured and written.
+                if is_due(step, cfg.checkpoint_every) or stop or last:
+                    run.save(state, vision_tail, row)
+                if stop:
+                    break
+            run.close()
+        step = int(state["step"])
+    if step < steps:
+        log(f"asked to stop: step {step} of {steps} is saved; the same command continues from there")
+    else:
+        shown = ("loss", "validation/loss", "eval/accuracy")
+        log(", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row))
+    if jax.process_index() == 0:
+        log(goodput_report.report(run.directory.url))
+    return PREEMPTED if step < steps else 0
+
+
+class Run:
+    """One start of a run on one process: its directory, watchdog, goodput account, logs, guard and profiler.
+
+        with Run(where, cfg) as run:
+            with run.phase("compiling", LONG_S): …
+            run.begin(prepared, first)
+            for batch, info in run.batches():
+                state, metrics = run.step(compiled, state, batch, info)
+                …
+            run.close()
+
+    Args:
+      where: the run's directory, or ``gs://bucket/folder``.
+    """
+
+    def __init__(self, where: str, cfg: RunConfig) -> None:
+        self.cfg = cfg
+        self.directory = RunDirectory(where, jax.process_index(), jax.process_count(), log)
+        keep = (cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
+        self.checkpoints = RunCheckpoints(self.directory.url, *keep, log, before_save=self.directory.push)
+
+    def __enter__(self) -> Self:
+        folder, leads = self.directory.local, jax.process_index() == 0
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.directory)
+            self._watchdog = stack.enter_context(contextlib.closing(Watchdog(folder, self.cfg.step_timeout_s)))
+            self.goodput = stack.enter_context(Goodput(folder if leads else None))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, limit_s: float | None = None) -> Iterator[None]:
+        """A phase of the process, one of ``SECTIONS``, for its heartbeats, its watchdog and its goodput account.
+
+        Args:
+          limit_s: seconds after which it counts as hung; default ``step_timeout_s``.
+        """
+        outer = self._watchdog.phase
+        self._watchdog.alive(name, limit_s)
+        with self.goodput(SECTIONS[name]):
+            yield
+        self._watchdog.alive(*outer)
+
+    def begin(self, prepared: setup.Prepared, first: int) -> None:
+        """Open the logs. Training resumes from step ``first``; what earlier starts logged beyond it is dropped."""
+        self.prepared, self.first, self.cfg = prepared, first, prepared.cfg
+        cfg, process = self.cfg, jax.process_index()
+        folder = self.folder = self.directory.local
+        if process == 0 or self.directory.mirrored:
+            truncate_logs(folder, first)
+        on_process_zero("logs are truncated", lambda: None)
+        self._meta: dict[str, Any] = {
+            "model": dataclasses.asdict(cfg.model),
+            "plan": prepared.plan.hash,
+            "run": dataclasses.asdict(cfg),
+            "code": layout.code_version(),
+        }
+        self._metrics = MetricsWriter(folder, first, wandb=cfg.wandb, config=self._meta["run"])
+        self._began = time.monotonic() - self._metrics.elapsed
+        self._records = folder / f"records_{process}.jsonl"
+        self._failed = quarantine.RunLog(folder / quarantine.file_of_process(process), cfg.data.max_bad)
+        self._skipped = SkippedUpdates(folder, cfg.guard.patience, log, late=AHEAD)
+        self._profiler = Profiler(folder, cfg.profile, cfg.slow_step, log)
+        self._throughput = Throughput(cfg, list(prepared.step.mesh.devices.flat))
+        self._lr_multipliers = optim.multipliers(prepared.step.abstract_state["params"], cfg.optim)
+        self._bar = self._stack.enter_context(training_bar(prepared.steps, first, shown=process == 0))
+        self.goodput.begin(first)
+
+    @property
+    def measured_at_start(self) -> bool:
+        """True if the step that training resumes from has its validation and evaluation in the metrics."""
+        return any(name.startswith(("validation/", "eval/")) for name in self._metrics.logged)
+
+    def batches(self) -> Iterator[tuple[Batch, BatchInfo]]:
+        """This host's batches of the remaining steps."""
+        batches = self.prepared.batches(self.first)
+        while True:
+            with self.phase("data"):
+                item = next(batches, None)
+            if item is None:
+                return
+            yield item
+
+    def step(
+        self, compiled: Callable[[State, Batch], tuple[State, dict]], state: State, batch: Batch, info: BatchInfo
+    ) -> tuple[State, dict[str, jax.Array]]:
+        """Log a step's records and dispatch it.
+
+        Raises:
+          FloatingPointError: after too many skipped updates in a row.
+        """
+        step = info.step + 1
+        jsonl.append(self._records, {"step": step, "ids": info.record_ids})
+        self._failed.add(info.failed, sum(map(len, info.record_ids)))
+        self._profiler.before(step, self.goodput.drain, self.goodput.durations())
+        self._watchdog.alive("step", step=step)
+        with self.phase("placing"):
+            placed = self.prepared.place(batch)
+        state, metrics = self.goodput.run(compiled, state, placed)
+        self._throughput.add(metrics)
+        self._skipped.add(step, metrics, info.record_ids)
+        return state, metrics
+
+    def step_row(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """The metrics of a step and of the interval before it; waits for the devices."""
+        timing = self.goodput.row()
+        row = timing | self._throughput.row(timing["time/step_s"]) | loss_metrics(metrics)
+        row |= learning_rates(float(self.prepared.step.learning_rate(step - 1)), self._lr_multipliers)
+        self.goodput.write(step)
+        return row | {"failed_examples": self._failed.failed}
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """Write a line of metrics, unless it is empty.
+
+        Raises:
+          CheckpointError: when the checkpoint in flight has failed.
+        """
+        if row:
+            row = {"elapsed_s": time.monotonic() - self._began} | row
+            self._metrics.write(step, row)
+            self._bar.update(step, **row)
+            self.checkpoints.check()
+
+    def write_samples(self, step: int, images: list) -> None:
+        """Show images of answers in TensorBoard."""
+        self._metrics.write_images(step, "samples", images)
+
+    def save(self, state: State, vision_tail: Any, row: dict[str, float]) -> None:
+        """Save a checkpoint, which is written while training continues.
+
+        Args:
+          row: the step's metrics, for ``keep_best``.
+
+        Raises:
+          FloatingPointError: after too many skipped updates in a row.
+          CheckpointError: when it, or the one before, cannot be written.
+        """
+        self._skipped.drain()
+        with self.phase("saving", LONG_S):
+            self.goodput.drain()
+            self.checkpoints.save(state, vision_tail, self._meta, self.prepared.assets, row)
+
+    def close(self) -> None:
+        """Wait for the last checkpoint and close the logs. Errors as ``save``."""
+        self._skipped.drain()
+        self._profiler.close(self.goodput.drain)
+        with self.phase("saving", LONG_S):
+            self.checkpoints.close()  # still inside Preemption: this may take minutes
+        self._metrics.close()
+
+    @contextlib.contextmanager
+    def finish_save_on_error(self) -> Iterator[None]:
+        """On an exception, wait for the checkpoint in flight to commit: it may be the only one to go back to.
+
+        With several processes only for an exception that all of them raise: others would not write their part.
+        """
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() == 1 or isinstance(error, FloatingPointError):
+                with contextlib.suppress(CheckpointError), self.phase("saving", LONG_S):
+                    self.checkpoints.wait()
+            raise
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurements:
+    """Measures the model on data that it is not trained on: validation loss, and accuracy of generated answers."""
+
+    run: Run
+    prepared: setup.Prepared
+    evaluator: Evaluator | None
+    validator: Validator | None
+
+    def __call__(self, state: State, step: int) -> dict[str, float]:
+        """Whatever is due after this step; everything after the last."""
+        cfg, last = self.prepared.cfg, step == self.prepared.steps
+        row: dict[str, float] = {}
+        if self.validator and (is_due(step, cfg.validate_every) or last):
+            with self.run.phase("validating", LONG_S):
+                row |= self.validator(state["params"])
+        if self.evaluator and (is_due(step, cfg.eval_every) or last):
+            with self.run.phase("evaluating", LONG_S):
+                row |= self._evaluate(self.evaluator, state, step)
+        return row
+
+    def _evaluate(self, evaluator: Evaluator, state: State, step: int) -> dict[str, float]:
+        train_step = self.prepared.step
+        with train_step.in_force():
+            result = evaluator(phivision.merge(train_step.graphdef, state["params"]))
+        shown = [evaluator.dataset[int(i)] for i in evaluator.records[: self.prepared.cfg.samples]]
+        self.run.write_samples(step, answer_images(shown, result.answers))
+        return {"eval/accuracy": result.accuracy, "eval/examples": len(result.answers)}
+
+
+def loss_metrics(metrics: dict[str, jax.Array]) -> dict[str, float]:
+    """A step's metrics, fetched from the devices, without those that are not finite (``skipped.jsonl`` has them)."""
+    host: dict[str, Any] = jax.device_get(metrics)
+    groups = group_metrics(host.pop("group_loss"), host.pop("group_weight"), GROUP_NAMES)
+    host["token_accuracy"] = float(host.pop("correct")) / (float(host["weight"]) or 1.0)
+    row = {name: float(value) for name, value in host.items()} | groups
+    return {name: value for name, value in row.items() if math.isfinite(value)}
+
+
+def is_due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def truncate_logs(run: Path, step: int) -> None:
+    """Drop lines of later steps from all processes' logs: a start with fewer processes continues them all."""
+    for pattern in STEP_LOGS:
+        for path in run.glob(pattern):
+            jsonl.truncate(path, step)
+
+
+def log(text: str) -> None:
+    """Print on the first process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)

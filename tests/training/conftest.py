@@ -1,0 +1,25 @@
+"""Data and runs that the tests of this folder share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import SHORT, command, finish, write_data
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """500 images of 500 different sizes, each with its question: ``train`` and ``test``."""
+    folder = tmp_path_factory.mktemp("data")
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def short_run(data, tmp_path_factory) -> Path:
+    """An undisturbed run of ``SHORT``, to compare with."""
+    run = tmp_path_factory.mktemp("runs") / "short"
+    finish(command(data, run, *SHORT))
+    return run
