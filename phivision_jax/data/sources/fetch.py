@@ -1,30 +1,27 @@
-"""From what a data set says of an image to the bytes of its file: a path, a struct, a data URI, a URL.
+"""The bytes of an image, from what a data set gives for it: a path, a struct, a data URI or a URL.
 
-A data set is read by people who did not write it. A path may not leave the image folder, by ``..`` or by a symbolic
-link, but for folders that are named; a URL is fetched only if that is asked for, and only over http, and no redirect
-leads from the open net to addresses of this machine or its network; and a file that is not of the kind its name says is
-refused, because whoever mixed up names has mixed up pictures. Only the header of the content is looked at here.
+Data sets are imported by people who did not write them. So a path may not leave the image folder, by ``..`` or by a
+symbolic link, except into folders that are named; URLs are fetched only if the user asks for it, only over http, and no
+redirect leads from the internet to addresses of this machine or its network; and a file of another format than its name
+says is rejected, because its name was probably mixed up with another. Only the header of the content is read here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import errno
 import functools
-import http.client
 import io
 import ipaddress
 import os
 import re
 import socket
 import stat
-import threading
-import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +35,20 @@ TRIES = 3
 TIMEOUT = 30.0
 """Seconds without an answer."""
 DEADLINE = 60.0
-"""Seconds for a whole URL, all tries together, however slowly its bytes drip in."""
+"""Seconds for a URL, all tries together, however slowly its bytes arrive."""
 PAUSE = 1.0
 """Seconds before the second try; twice as many before the third."""
 
-# What says that there is no such file; all else is the disk's trouble, not the record's.
+# These mean that there is no such file; any other error is a problem of the disk, not of the record.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EISDIR, errno.ELOOP)
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def is_given(value: Any) -> bool:
-    """Whether a field holds an image: not None, "" or a struct without content."""
+    """Whether a field has an image: it is not None, "" or a struct without content."""
     if isinstance(value, Mapping):
         return any(is_given(value.get(key)) for key in ("bytes", "path", "url"))
-    return value is not None and not (isinstance(value, str) and not value)
+    return value is not None and value != ""
 
 
 def fetch(
@@ -66,22 +63,22 @@ def fetch(
 
     Args:
       value: bytes; a path (relative to ``folder``, or absolute and inside it), a data URI or a URL; or a mapping with
-        one of ``bytes``, ``path``, ``url``, the first of them that is given.
-      folder: what no path may leave.
-      also_allow: further folders in which the file of a path may lie, once its links are followed.
+        ``bytes``, ``path`` or ``url``, of which the first that is given counts.
+      folder: folder that no path may leave.
+      also_allow: further folders in which the target of a symbolic link may be.
       allow_urls: fetch http and https.
-      any_extension: let pass a file whose content is of another format than its name says.
+      any_extension: accept a file whose content is of another format than its name says.
 
     Raises:
       BadRecord: "fields", "image-path", "image-missing", "image-url", "image-extension", "image-broken".
-      OSError: when a file that is there cannot be read.
+      OSError: when a file exists but cannot be read.
     """
     if isinstance(value, Mapping):
         value = next((value[key] for key in ("bytes", "path", "url") if is_given(value.get(key))), None)
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if not isinstance(value, str):
-        raise BadRecord("fields", f"an image is given as {type(value).__name__}: neither a path nor bytes nor a URL")
+        raise BadRecord("fields", f"an image is given as {type(value).__name__}, not as a path, bytes or a URL")
     if value[:5].lower() == "data:":
         return _from_data_uri(value)
     if _SCHEME.match(value):
@@ -96,14 +93,11 @@ def _from_path(path: str, folder: Path, also_allow: Sequence[Path]) -> bytes:
     root = os.path.realpath(folder)
     try:
         real = os.path.realpath(os.path.join(root, path))
-    except ValueError:  # A null byte.
-        raise BadRecord("image-missing", f"{path!r} is no path") from None
-    if not any(_lies_in(real, fence) for fence in (root, *map(os.path.realpath, also_allow))):
-        by_link = _lies_in(os.path.normpath(os.path.join(root, path)), root)
-        how = f" to {real}, by a symbolic link: --also-allow names folders to which links may lead" if by_link else ""
-        raise BadRecord("image-path", f"{path} leads out of the image folder {root}{how}")
-    try:
-        # A pipe would wait for ever.
+        if not any(_is_in(real, allowed) for allowed in (root, *map(os.path.realpath, also_allow))):
+            by_link = _is_in(os.path.normpath(os.path.join(root, path)), root)
+            hint = f" to {real}, by a symbolic link: --also-allow names folders for such targets" if by_link else ""
+            raise BadRecord("image-path", f"{path} leads out of the image folder {root}{hint}")
+        # Opening a pipe would block forever.
         if not stat.S_ISREG(os.stat(real).st_mode):
             raise BadRecord("image-missing", f"{path} is not a file")
         with open(real, "rb") as file:
@@ -112,11 +106,13 @@ def _from_path(path: str, folder: Path, also_allow: Sequence[Path]) -> bytes:
         if error.errno in _MISSING:
             raise BadRecord("image-missing", f"there is no file {path} in {root}") from None
         raise
-    except UnicodeEncodeError:
+    except BadRecord:
+        raise
+    except ValueError:  # a null byte, or characters that no file name can have
         raise BadRecord("image-missing", f"{path!r} cannot be a file name on this system") from None
 
 
-def _lies_in(path: str, folder: str) -> bool:
+def _is_in(path: str, folder: str) -> bool:
     return os.path.commonpath([folder, path]) == folder
 
 
@@ -127,21 +123,21 @@ def _formats() -> dict[str, str]:
 
 
 def _plain(format: str | None) -> str:
-    # A camera's MPO is a JPEG with more pictures behind it, and is named .jpg.
+    # The MPO of a camera is a JPEG followed by more images, and is named .jpg.
     return "JPEG" if format == "MPO" else format or ""
 
 
 def _check_extension(path: str, content: bytes) -> None:
-    says = _formats().get(os.path.splitext(path)[1].lower())
-    if says is None:
+    expected = _formats().get(os.path.splitext(path)[1].lower())
+    if expected is None:
         return
     try:
         with Image.open(io.BytesIO(content)) as image:
             found = _plain(image.format)
     except Exception:
-        return  # What cannot be opened at all is left to the check that says why.
-    if found != says:
-        raise BadRecord("image-extension", f"{path} says {says}, its content is {found}")
+        return  # what cannot be opened at all is left to the check of records, which reports why
+    if found != expected:
+        raise BadRecord("image-extension", f"{path} is named {expected}, but its content is {found}")
 
 
 def _from_data_uri(uri: str) -> bytes:
@@ -159,83 +155,65 @@ def _from_data_uri(uri: str) -> bytes:
 def _from_url(url: str, allowed: bool) -> bytes:
     if not allowed:
         raise BadRecord("image-url", f"{url} is not fetched: URLs need --allow-urls")
+    _check_scheme(url)
+    try:
+        with ThreadPoolExecutor(1) as pool:  # this thread may have an event loop of its own, as in a notebook
+            return pool.submit(asyncio.run, _download(url)).result()
+    except TimeoutError:
+        raise BadRecord("image-url", f"{url} cannot be fetched: not complete within {DEADLINE:g} seconds") from None
+
+
+def _check_scheme(url: str) -> None:
     if not url.lower().startswith(("http://", "https://")):
-        raise BadRecord("image-url", f"{url} is not http or https: nothing else is fetched")
-    # In a thread, since no timeout of urllib or the resolver bounds the whole. One that is given up ends by itself.
-    found: list[bytes | Exception] = []
-
-    def get() -> None:
-        try:
-            found.append(_answer(url))
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=get, daemon=True)
-    thread.start()
-    thread.join(DEADLINE)
-    if not found:
-        raise BadRecord("image-url", f"{url} cannot be fetched: not there within {DEADLINE:g} seconds")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+        raise BadRecord("image-url", f"{url} is not fetched: only http and https are")
 
 
-def _answer(url: str) -> bytes:
-    # urllib's usual opener also reads file: and ftp:, and follows redirects to ftp:; this one has no handlers for them.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
-        _Redirects(url),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
-    for again in range(TRIES):
-        if again:
-            time.sleep(PAUSE * 2 ** (again - 1))
-        try:
-            request = urllib.request.Request(url, headers={"User-Agent": "phivision"})
-            with opener.open(request, timeout=TIMEOUT) as answer:
-                content = answer.read(MAX_DOWNLOAD + 1)
-                if answer.length and len(content) <= MAX_DOWNLOAD:
-                    raise OSError(f"the answer ends {answer.length} bytes early")
-        except BadRecord:
-            raise
-        except urllib.error.HTTPError as error:
-            problem = f"status {error.code}"
-            error.close()
-            if error.code < 500 and error.code not in (408, 429):  # Asking again changes nothing.
+async def _download(url: str) -> bytes:
+    """Raises TimeoutError after ``DEADLINE``."""
+    import aiohttp  # takes a third of a second, and most data sets have no URLs
+
+    async def check_redirect(session: Any, context: Any, answer: aiohttp.TraceRequestRedirectParams) -> None:
+        target = urllib.parse.urljoin(str(answer.url), answer.response.headers.get("Location", ""))
+        _check_scheme(target)
+        if _is_inside(target) and not _is_inside(url):
+            raise BadRecord("image-url", f"{url} is not fetched: it leads to {target}, inside this network")
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(check_redirect)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
+    session = aiohttp.ClientSession(timeout=timeout, trace_configs=[trace], trust_env=True)
+    problem = ""
+    async with asyncio.timeout(DEADLINE), session:
+        for attempt in range(TRIES):
+            if attempt:
+                await asyncio.sleep(PAUSE * 2 ** (attempt - 1))
+            try:
+                async with session.get(url, headers={"User-Agent": "phivision"}, raise_for_status=True) as answer:
+                    content = b""
+                    async for piece in answer.content.iter_any():
+                        content += piece
+                        if len(content) > MAX_DOWNLOAD:
+                            raise BadRecord("image-url", f"{url} is larger than {MAX_DOWNLOAD // 2**20} MiB")
+                    return content
+            except BadRecord:
+                raise
+            except aiohttp.InvalidURL:
+                problem = "it is not a URL"
                 break
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            problem = str(error)
-        else:
-            if len(content) > MAX_DOWNLOAD:
-                raise BadRecord("image-url", f"{url} holds more than {MAX_DOWNLOAD // 2**20} MiB")
-            return content
+            except aiohttp.ClientResponseError as error:
+                problem = f"status {error.status}"
+                if error.status < 500 and error.status not in (408, 429):  # trying again would not help
+                    break
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                problem = str(error)
     raise BadRecord("image-url", f"{url} cannot be fetched: {problem}")
 
 
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but from the open net to no address of this machine or its network."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
-    ) -> urllib.request.Request | None:
-        if _is_inside(newurl) and not _is_inside(self._url):
-            raise BadRecord("image-url", f"{self._url} is not fetched: it leads to {newurl}, inside this network")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
 def _is_inside(url: str) -> bool:
-    """Whether a URL's host is, or has, an address that the open net does not reach: loopback, private, link-local.
+    """Whether a URL's host has an address that the internet does not reach: loopback, private, link-local.
 
-    What a data set names outright may be such (a server of one's own), what a stranger's server redirects to may not:
-    such addresses hand out what only this machine should see. A name that cannot be resolved is left to the fetch.
+    A data set may name such an address outright (the user's own server), but a redirect by a foreign server may not:
+    these addresses serve what only this machine should see. A name that cannot be resolved is left to the fetch.
     """
     try:
         found = socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None, type=socket.SOCK_STREAM)

@@ -24,8 +24,11 @@ is whole and a missing file shows at import; whether they can be decoded is aske
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +46,7 @@ from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
 IDS = ("id", "uid", "question_id")
 _DEEPEST = 100
+_PEEK = 2**16  # bytes of broken JSON in which an id is looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +76,20 @@ class ItemReader:
         except BadRecord as bad:
             return self.bad(bad.reason, str(bad), place, where, item)
 
+    def read_json(self, raw: bytes, place: str, where: str, problem: str | None = None) -> Read | Quarantined:
+        """The record in an item written as JSON; ``problem`` is a reason not to decode it."""
+        reason = "syntax"
+        try:
+            if problem is None:
+                return self.read(json.loads(raw.decode()), place, where)
+        except UnicodeDecodeError as error:
+            reason, problem = "encoding", f"not UTF-8: {error.reason} at byte {error.start} of the item"
+        except RecursionError:
+            problem = "too many nested brackets"
+        except ValueError as error:
+            problem = f"not JSON: {error}"
+        return self.bad(reason, problem, place, where, self._guess(raw))
+
     def bad(self, reason: str, detail: str, place: str, where: str, item: Any = None) -> Quarantined:
         """A quarantined item, under its own id if ``item`` has one."""
         try:
@@ -79,18 +97,25 @@ class ItemReader:
         except BadRecord:
             own = None
         parts = (own or place, self.source, detail, where)
-        # The file of the bad must be writable whatever they are.
+        # The quarantine's file must be writable, whatever the strings contain.
         id, source, detail, where = (part.encode("utf-8", "backslashreplace").decode() for part in parts)
         return Quarantined(id, source, reason, detail, where)
+
+    def _guess(self, raw: bytes) -> Any:
+        """An item with the id that broken JSON still shows."""
+        with contextlib.suppress(ValueError, RecursionError):  # often only its UTF-8 is broken
+            return json.loads(raw.decode("utf-8", "replace"))
+        names = (*IDS, *(theirs for theirs, ours in self.options.renames.items() if ours in IDS))
+        text = raw[:_PEEK].decode("utf-8", "replace")
+        found = re.search(rf'"({"|".join(map(re.escape, names))})"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d+)', text)
+        with contextlib.suppress(ValueError):
+            return {found[1]: json.loads(found[2])} if found else None
+        return None
 
     def _renamed(self, item: Mapping[str, Any]) -> dict[str, Any]:
         renames = {theirs: ours for theirs, ours in self.options.renames.items() if theirs in item}
         kept = {name: value for name, value in item.items() if name not in renames}
         return kept | {ours: item[theirs] for theirs, ours in renames.items()}
-
-    def id_fields(self) -> tuple[str, ...]:
-        """The names under which an id may stand in the data."""
-        return (*IDS, *(theirs for theirs, ours in self.options.renames.items() if ours in IDS))
 
     def _read(self, item: dict[str, Any], place: str, where: str) -> Read:
         options = self.options

@@ -100,5 +100,5 @@ def test_damaged_files(tmp_path):
 def test_no_payloads(tmp_path):
     with pytest.raises(ValueError, match=r"no \.array_record file"):
         ArrayRecordSource(tmp_path, OPTIONS)
-    with pytest.raises(ValueError, match="no payloads"):
+    with pytest.raises(ValueError, match="has no items"):
         ArrayRecordSource(write(tmp_path / "made.array_record", []), OPTIONS)

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_paths_inside_the_folder(folder):
+def test_fetch_paths_inside_folder(folder):
     for path in ("a/1.png", "./a/../a/1.png", "../images/a/1.png", str(folder / "a" / "1.png")):
         assert fetch(path, folder) == PNG
         assert fetch({"path": path, "bytes": None}, folder) == PNG
@@ -51,7 +51,7 @@ def test_paths_inside_the_folder(folder):
     assert fetch("b.png", folder) == PNG
 
 
-def test_paths_that_leave_the_folder(folder):
+def test_fetch_rejects_paths_out_of_folder(folder):
     (folder / "file.png").symlink_to(folder.parent / "outside.png")
     (folder / "up").symlink_to(folder.parent)
     beside = folder.parent / "images2"  # Begins with the folder's name.
@@ -70,7 +70,7 @@ def test_paths_that_leave_the_folder(folder):
         assert reason(path, folder) == "image-path", path
 
 
-def test_links_may_lead_to_folders_that_are_named(folder):
+def test_fetch_also_allow_permits_link_targets(folder):
     (folder / "file.png").symlink_to(folder.parent / "outside.png")
     with pytest.raises(BadRecord, match=r"outside\.png, by a symbolic link: --also-allow"):
         fetch("file.png", folder)
@@ -82,14 +82,14 @@ def test_links_may_lead_to_folders_that_are_named(folder):
     assert fetch("file.png", folder, also_allow=(folder.parent / "named",)) == PNG, "the named folder may be a link"
 
 
-def test_missing_files(folder):
+def test_fetch_missing_files(folder):
     (folder / "loop").symlink_to(folder / "loop")
     os.mkfifo(folder / "pipe.png")
     for path in ("missing.png", "a", "a/1.png/2.png", "a\0b.png", "x" * 5000, "x/" * 3000, "loop", "pipe.png", "."):
         assert reason(path, folder) == "image-missing", path[:20]
 
 
-def test_a_disk_that_cannot_be_read_is_not_the_records_fault(folder, monkeypatch):
+def test_fetch_raises_disk_errors(folder, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
@@ -112,21 +112,21 @@ def test_a_disk_that_cannot_be_read_is_not_the_records_fault(folder, monkeypatch
         ("x.tif", encoded("TIFF"), True),
         ("x.bin", PNG, True),
         ("x", PNG, True),
-        ("x.png", b"", True),  # not an image at all: the check after this one says so
+        ("x.png", b"", True),  # not an image at all: the check of records reports why
         ("x.png", PNG[:10], True),
     ],
 )
-def test_extensions(folder, name, content, fits):
+def test_fetch_checks_extension(folder, name, content, fits):
     (folder / name).write_bytes(content)
     assert fetch(name, folder, any_extension=True) == content
     if fits:
         assert fetch(name, folder) == content
     else:
         assert reason(name, folder) == "image-extension"
-        assert fetch({"bytes": content, "path": name}, folder) == content, "the name in a struct is not where it lies"
+        assert fetch({"bytes": content, "path": name}, folder) == content, "the name in a struct is no path"
 
 
-def test_data_uris(folder):
+def test_fetch_data_uris(folder):
     text = base64.b64encode(PNG).decode()
     assert fetch(f"data:image/png;base64,{text}", folder) == PNG
     assert fetch(f"DATA:image/jpeg;charset=x;BASE64,{text[:9]}\n {text[9:]}", folder) == PNG
@@ -137,7 +137,7 @@ def test_data_uris(folder):
 
 
 @pytest.mark.parametrize("value", [5, [PNG], {"bytes": None}, {"x": 1}, {"bytes": 5}, 1.5])
-def test_what_is_no_image(folder, value):
+def test_fetch_rejects_other_types(folder, value):
     assert reason(value, folder) == "fields"
 
 
@@ -173,7 +173,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def drip(self) -> None:
-        """A byte every 0.05 s, of the headers or of the body: no read ever waits for long."""
+        """Send a byte every 0.05 s, of the headers or the body, so that no read waits for long."""
         head = b"HTTP/1.0 200 OK\r\nContent-Length: 40\r\n"
         self.wfile.write(head + b"\r\n" if self.path == "/slow-body" else head + b"X: ")
         for _ in range(40):
@@ -200,8 +200,8 @@ def server(monkeypatch):
         thread.join()
 
 
-def test_urls(server, folder):
-    assert reason(f"{server}/fine.jpg", folder) == "image-url" and not Handler.asked, "nothing is fetched unasked"
+def test_fetch_urls(server, folder):
+    assert reason(f"{server}/fine.jpg", folder) == "image-url" and not Handler.asked, "URLs are not fetched by default"
     for path, tries in (("/fine.jpg", 1), ("/busy", 3), ("/moved", 1)):
         assert fetch({"url": server + path}, folder, allow_urls=True) == PNG
         assert Handler.asked.count(path) == tries
@@ -211,16 +211,16 @@ def test_urls(server, folder):
 
 
 @pytest.mark.parametrize("path", ["/slow-body", "/slow-headers"])
-def test_a_url_that_drips(server, folder, monkeypatch, path):
+def test_fetch_url_deadline(server, folder, monkeypatch, path):
     monkeypatch.setattr(fetching, "DEADLINE", 0.3)
     begin = time.monotonic()
-    with pytest.raises(BadRecord, match=r"not there within 0\.3 seconds"):
+    with pytest.raises(BadRecord, match=r"not complete within 0\.3 seconds"):
         fetch(server + path, folder, allow_urls=True)
     assert time.monotonic() - begin < 1.5, "all of it would take 2 seconds"
 
 
-def test_no_redirect_leads_inward(server, folder, monkeypatch):
-    assert fetch(f"{server}/inward", folder, allow_urls=True) == PNG, "from an address inside it may"
+def test_fetch_rejects_redirect_inward(server, folder, monkeypatch):
+    assert fetch(f"{server}/inward", folder, allow_urls=True) == PNG, "allowed from an address inside"
     monkeypatch.setattr(fetching, "_is_inside", lambda url: "127.0.0.1" in url)
     Handler.asked.clear()
     with pytest.raises(BadRecord, match=r"it leads to http://127\.0\.0\.1:\d+/fine\.jpg, inside this network"):
@@ -249,7 +249,7 @@ def test_no_redirect_leads_inward(server, folder, monkeypatch):
         ("no name", False),
     ],
 )
-def test_what_is_inside(host, inside):
+def test_is_inside(host, inside):
     assert fetching._is_inside(f"http://{host}/x") is inside
 
 
@@ -257,7 +257,7 @@ def test_what_is_inside(host, inside):
     "url",
     ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://", "http://127.0.0.1:1/x", "s3://bucket/x", "http://[::1/x"],
 )
-def test_urls_that_cannot_be(folder, monkeypatch, url):
+def test_fetch_rejects_bad_urls(folder, monkeypatch, url):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(fetching, "PAUSE", 0.0)
     assert reason(url, folder, allow_urls=True) == "image-url"

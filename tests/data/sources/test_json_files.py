@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def as_lines(items: list[Any]) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["array", "pretty", "lines", "lines in .json", "windows", "bom array", "bom lines"])
-def test_one_file(kind, tmp_path):
+def test_json_source_reads_one_file(kind, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "1.png").write_bytes(PNG)
     items = [item(i) for i in range(9)]
@@ -78,7 +79,7 @@ def test_one_file(kind, tmp_path):
         assert results[2].where.startswith("made.json, item 3" if "lines" not in kind else "made.json, line 3")
 
 
-def test_a_folder_and_several_files(tmp_path):
+def test_json_source_reads_folder(tmp_path):
     for name, ids in (("train-b.jsonl", (3, 4)), ("train-a.json", (0, 1, 2)), ("test.jsonl", (9,))):
         items = [item(i) for i in ids]
         (tmp_path / name).write_bytes(as_lines(items) if name.endswith("l") else as_array(items))
@@ -87,35 +88,29 @@ def test_a_folder_and_several_files(tmp_path):
     assert source.name == "both" and brief(read(source)) == ["r0", "r1", "r2", "r3", "r4"]
     assert brief(read(source, 2, 4)) == ["r2", "r3"]
     assert brief(read(JsonSource(tmp_path, OPTIONS, split="test"))) == ["r9"]
-    assert brief(read(JsonSource([tmp_path / "test.jsonl", tmp_path / "train-a.json"], OPTIONS))) == [
-        "r9",
-        "r0",
-        "r1",
-        "r2",
-    ]
     with pytest.raises(ValueError, match=r"of split 'dev', only test.jsonl, train-a.json, train-b.jsonl"):
         JsonSource(tmp_path, OPTIONS, split="dev")
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_an_array_under_a_name_for_lines(indent, tmp_path):
+def test_json_source_array_named_jsonl(indent, tmp_path):
     content = json.dumps([item(i) for i in range(3)], indent=indent) + "\n"
     source = source_of(content, tmp_path / "made.jsonl")
     assert brief(read(source)) == ["r0", "r1", "r2"]
     assert read(source, 1, 2)[0].where.startswith("made.jsonl, item 2")
-    # A list on its line is one bad item.
+    # A list on a line is one bad item.
     lines = b"[1, 2]\n" + as_lines([item(1)])
     assert brief(read(source_of(lines, tmp_path / "made.jsonl"))) == ["made.jsonl:1:syntax", "r1"]
     assert brief(read(source_of(b"[" * 200_000 + b"\n" + lines, tmp_path / "made.jsonl")))[2:] == ["r1"]
 
 
-def test_one_object_with_the_items_inside(tmp_path):
+def test_json_source_object_around_items(tmp_path):
     (bad,) = read(source_of(json.dumps({"version": 1, "data": [item(i) for i in range(3)]}), tmp_path / "made.json"))
     assert isinstance(bad, Quarantined) and bad.reason == "fields"
     assert bad.detail.endswith("if the 3 objects under 'data' are the items, make a file of that list alone")
 
 
-def test_the_key_changes_with_the_content_and_the_options(tmp_path):
+def test_json_source_key(tmp_path):
     source = source_of(as_lines([item(0)]), tmp_path / "a.jsonl")
     assert json.loads(json.dumps(source.key())) == source.key()
     assert JsonSource(tmp_path / "a.jsonl", OPTIONS).key() == source.key()
@@ -123,7 +118,7 @@ def test_the_key_changes_with_the_content_and_the_options(tmp_path):
     assert source_of(as_lines([item(0), item(1)]), tmp_path / "a.jsonl").key() != source.key()
 
 
-def test_broken_lines_cost_themselves(tmp_path):
+def test_broken_lines_are_quarantined_one_by_one(tmp_path):
     lines = as_lines([item(i) for i in range(12)]).splitlines(keepends=True)
     lines[1] = lines[1][:30] + b"\n"
     lines[2] = lines[2].replace("ä".encode(), b"\xe4")
@@ -143,72 +138,65 @@ def test_broken_lines_cost_themselves(tmp_path):
     assert all(r.where == f"made.jsonl, line {n}" for n, r in enumerate(read(source), start=1))
 
 
-def test_a_broken_line_is_named_by_a_renamed_id(tmp_path):
+def test_broken_line_shows_renamed_id(tmp_path):
     broken = b'{"number": 5, "conversations": \n'
     source = source_of(broken, tmp_path / "a.jsonl", ItemOptions(rename=("number=id",)))
     assert brief(read(source)) == ["5:syntax"]
 
 
-def test_a_line_too_long(tmp_path, monkeypatch):
+def test_item_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(json_files, "WINDOW", 300)
     lines = [item(0), item(1, x="y" * 1000), item(2)]
     assert brief(read(source_of(as_lines(lines), tmp_path / "a.jsonl"))) == ["r0", "r1:syntax", "r2"]
-    assert brief(read(source_of(as_array(lines), tmp_path / "a.json"))) == ["r0", "r1:syntax", "r2"]
+    with pytest.raises(ValueError, match="items of at most 300 bytes"):
+        source_of(as_array(lines), tmp_path / "a.json")
 
 
 ARRAY = as_array([item(i) for i in range(6)])
 
 
 @pytest.mark.parametrize(
-    "damage, expected",
+    "damage, element, problem",
     [
-        (lambda raw: raw.replace(b'"id": "r2', b'"id: "r2'), ["r0", "r1", "?:3:syntax", "r3", "r4", "r5"]),
-        (lambda raw: raw.replace(b'"r2", ', b'"r2" '), ["r0", "r1", "r2:syntax", "r3", "r4", "r5"]),
-        (lambda raw: raw.replace(b'"r2",', b'"r2",,'), ["r0", "r1", "r2:syntax", "r3", "r4", "r5"]),
-        # The brackets of item 2 do not close: all that follows would be inside it.
-        (lambda raw: raw.replace(b']}, {"id": "r3', b', {"id": "r3'), ["r0", "r1", "r2:syntax", "r3", "r4", "r5"]),
-        # One bracket too many: the array would end there.
-        (lambda raw: raw.replace(b'{"id": "r2', b'] {"id": "r2'), ["r0", "r1", "r2:syntax"]),
-        (lambda raw: raw.replace(b'{"id": "r2', b'"id": "r2'), ["r0", "r1", "r2:syntax", "r3", "r4", "r5"]),
-        (lambda raw: raw.replace(b', {"id": "r3', b' {"id": "r3'), ["r0", "r1", "r2", "r3", "r4", "r5"]),
-        (
-            lambda raw: raw.replace(b', {"id": "r3', b' junk, {"id": "r3'),
-            ["r0", "r1", "r2", "?:4:syntax", "r3", "r4", "r5"],
-        ),
-        (
-            lambda raw: raw.replace(b'{"id": "r3', b'7, null, {"id": "r3'),
-            ["r0", "r1", "r2", "?:4:syntax", "?:5:syntax", "r3", "r4", "r5"],
-        ),
-        (lambda raw: raw.replace("ä".encode(), b"\xe4", 2), ["r0:encoding", "r1:encoding", "r2", "r3", "r4", "r5"]),
-        (lambda raw: raw[: raw.index(b'"r4') + 20], ["r0", "r1", "r2", "r3", "r4:syntax"]),
-        (lambda raw: raw[: raw.index(b'{"id": "r4')], ["r0", "r1", "r2", "r3", "?:5:syntax"]),
-        (lambda raw: raw[:-1], ["r0", "r1", "r2", "r3", "r4", "r5", "?:7:syntax"]),
-        (lambda raw: raw[:-1] + b",]", ["r0", "r1", "r2", "r3", "r4", "r5"]),
-        (lambda raw: raw + b"\n" + raw, ["r0", "r1", "r2", "r3", "r4", "r5", "r0:syntax"]),
+        (lambda raw: raw.replace(b'"id": "r2', b'"id: "r2'), "r2", "Expecting"),
+        (lambda raw: raw.replace(b'"r2", ', b'"r2" '), "r2", "Expecting ',' delimiter"),
+        (lambda raw: raw.replace(b'"r2",', b'"r2",,'), "r2", "Expecting"),
+        (lambda raw: raw.replace(b']}, {"id": "r3', b', {"id": "r3'), "r2", "Expecting"),
+        (lambda raw: raw.replace(b'{"id": "r2', b'] {"id": "r2'), "r2", "Expecting"),
+        (lambda raw: raw.replace(b'{"id": "r2', b'"id": "r2'), "r2", "neither a comma nor ]"),
+        (lambda raw: raw.replace(b', {"id": "r3', b' {"id": "r3'), "r2", "neither a comma nor ]"),
+        (lambda raw: raw.replace(b', {"id": "r3', b' junk, {"id": "r3'), "r2", "neither a comma nor ]"),
+        (lambda raw: raw[: raw.index(b'"r4') + 20], "r4", "Expecting|Unterminated"),
+        (lambda raw: raw[: raw.index(b'{"id": "r4')], None, "no closing bracket"),
+        (lambda raw: raw[:-1], "r5", "neither a comma nor ]"),
+        (lambda raw: raw[:-1] + b",]", None, "Expecting value"),
+        (lambda raw: raw + b"\n" + raw, None, "text after the end of the array"),
     ],
 )  # fmt: skip
-def test_broken_arrays(damage, expected, tmp_path, monkeypatch):
+@pytest.mark.parametrize("window", [64 * 2**20, 90])
+def test_array_with_broken_syntax_is_one_error(damage, element, problem, window, tmp_path, monkeypatch):
+    """Nothing tells where the next item begins, so nothing is skipped silently: the error has the position."""
     raw = damage(ARRAY)
-    whole = None
-    for window in (64 * 2**20, 400, 90):
-        source = source_of(raw, tmp_path / "made.json")
-        results = read(source)
-        assert brief(results) == [e.replace("?", "made.json") for e in expected]
-        assert whole is None or results == whole
-        whole = results
-        pieces = list(elements(io.BytesIO(raw), 1, window))
-        assert pieces == list(elements(io.BytesIO(raw), 1, 1))
-        # Reading may begin at any of the pieces.
-        for k, piece in enumerate(pieces):
-            assert list(elements(io.BytesIO(raw), piece.offset, window)) == pieces[k:]
+    (tmp_path / "made.json").write_bytes(raw)
+    with pytest.raises(ValueError, match=problem) as raised, (tmp_path / "made.json").open("rb") as file:
+        list(elements(file, 1, window))
+    with pytest.raises(ValueError, match=re.escape(str(raised.value))):
+        JsonSource(tmp_path / "made.json", OPTIONS)
+    if element:
+        offset = raw.index(element.encode())
+        found = re.search(r"at byte (\d+)", str(raised.value))
+        assert found and 0 <= offset - int(found[1]) <= len(b'] {"id": "')
 
 
-def test_items_are_found_again_by_renamed_fields(tmp_path):
-    raw = (
-        json.dumps([{"id": i, "prompt": "x", "answer": "y"} for i in range(4)]).replace('"id": 1,', '"id": 1').encode()
-    )
-    renamed = ItemOptions(rename=("prompt=question",))
-    assert brief(read(source_of(raw, tmp_path / "a.json", renamed))) == ["0", "1:syntax", "2", "3"]
+def test_array_with_broken_utf8_loses_one_item(tmp_path):
+    raw = ARRAY.replace("ä".encode(), b"\xe4", 2)
+    assert brief(read(source_of(raw, tmp_path / "made.json"))) == ["r0:encoding", "r1:encoding", "r2", "r3", "r4", "r5"]
+
+
+def test_array_items_that_are_no_objects(tmp_path):
+    raw = ARRAY.replace(b'{"id": "r3', b'7, null, {"id": "r3')
+    expected = ["r0", "r1", "r2", "made.json:4:syntax", "made.json:5:syntax", "r3", "r4", "r5"]
+    assert brief(read(source_of(raw, tmp_path / "made.json"))) == expected
 
 
 json_values = st.recursive(
@@ -221,43 +209,45 @@ json_values = st.recursive(
 
 @settings(max_examples=200)
 @given(st.lists(json_values, max_size=6), st.integers(1, 40), st.booleans(), st.sampled_from([None, 1]))
-def test_any_array_is_split_as_json_reads_it(values, window, ascii, indent):
+def test_elements_splits_any_array(values, window, ascii, indent):
     raw = json.dumps(values, ensure_ascii=ascii, indent=indent).encode(errors="replace")
     pieces = list(elements(io.BytesIO(raw), raw.index(b"[") + 1, window))
-    assert [p.problem for p in pieces] == [None] * len(values)
     assert [json.loads(p.raw) for p in pieces] == json.loads(raw)
     assert all(raw[p.offset :].startswith(p.raw) for p in pieces)
+    for k, piece in enumerate(pieces):  # reading may begin at any of them
+        assert list(elements(io.BytesIO(raw), piece.offset, window)) == pieces[k:]
 
 
 @settings(max_examples=150)
 @given(st.integers(0, len(ARRAY)), st.integers(0, 40), st.binary(max_size=5), st.integers(1, 60))
-def test_however_an_array_is_damaged_the_window_does_not_matter(at, cut, put, window):
-    raw = ARRAY[:at] + put + ARRAY[at + cut :]
-    pieces = list(elements(io.BytesIO(raw), 1, window))
-    assert pieces == list(elements(io.BytesIO(raw), 1, 10**6))
-    offsets = [p.offset for p in pieces]
-    assert offsets == sorted(set(offsets))
-    # What the damage did not touch, nor the comma before it, is found, but for what an early ] leaves behind the array.
-    if b"]" not in put and b"]" not in ARRAY[at : at + cut] and not pieces[-1].problem:
-        begins = [ARRAY.index(f'{{"id": "r{i}'.encode()) for i in range(6)]
-        untouched = [
-            i
-            for i, (a, b) in enumerate(zip(begins, [*begins[1:], len(ARRAY)], strict=True))
-            if b <= at or a > at + cut + 1
-        ]
-        found = [
-            json.loads(p.raw)["id"] for p in pieces if p.raw in ARRAY and p.raw.startswith(b'{"id"') and not p.problem
-        ]
-        assert set(found) >= {f"r{i}" for i in untouched if i > 0}
+def test_elements_window_does_not_matter(start, length, new, window):
+    """A damaged array is read like an intact one, or is an error, through any window."""
+    raw = ARRAY[:start] + new + ARRAY[start + length :]
+
+    def outcome(window: int) -> list[Piece] | None:
+        file = io.BytesIO(raw)
+        file.name = "made.json"
+        try:
+            return list(elements(file, 1, window))
+        except ValueError:
+            return None
+
+    found = outcome(window)
+    assert found == outcome(10**6)
+    try:
+        intact = json.loads(raw.decode("latin-1")) if raw[:1] == b"[" else found
+    except ValueError:
+        intact = None
+    assert (found is None) == (intact is None), "an error exactly where JSON is broken"
 
 
 @settings(max_examples=25)
 @given(st.data())
-def test_ranges_add_up(tmp_path_factory, data):
+def test_json_source_ranges_add_up(tmp_path_factory, data):
     n = data.draw(st.integers(1, 40))
     rng = np.random.default_rng(data.draw(st.integers(0, 100)))
     lines = as_lines([item(i) for i in range(n)]).splitlines(keepends=True)
-    # Not the first: what is left of it may look like an object over several lines, which is another error.
+    # Not the first: its rest may look like an object over several lines, which is another error.
     for i in set(rng.choice(n, n // 4, replace=False)) - {0}:
         lines[i] = lines[i][: rng.integers(1, len(lines[i]) - 1)] + b"\n"
     folder = tmp_path_factory.mktemp("x")
@@ -266,19 +256,19 @@ def test_ranges_add_up(tmp_path_factory, data):
         if data.draw(st.booleans()):
             source = source_of(b"".join(lines), folder / "a.jsonl")
         else:
-            source = source_of(b"[" + b",".join(lines) + b"]", folder / "a.json")
-        whole = read(source)
+            source = source_of(as_array([item(i) for i in range(n)]), folder / "a.json")
+        expected = read(source)
         a, b = sorted(data.draw(st.tuples(*[st.integers(0, len(source))] * 2)))
-        assert len(whole) == len(source)
-        assert read(source, 0, a) + read(source, a, b) + read(source, b) == whole
+        assert len(expected) == len(source)
+        assert read(source, 0, a) + read(source, a, b) + read(source, b) == expected
 
 
 @pytest.mark.parametrize(
-    "name, content, says",
+    "name, content, message",
     [
-        ("a.json", "", "holds no items"),
-        ("a.json", "[]", "holds no items"),
-        ("a.jsonl", "\n \n", "holds no items"),
+        ("a.json", "", "has no items"),
+        ("a.json", "[]", "has no items"),
+        ("a.jsonl", "\n \n", "has no items"),
         (
             "a.json",
             '{\n "data": []\n}',
@@ -289,17 +279,17 @@ def test_ranges_add_up(tmp_path_factory, data):
         ("a.json", "[]".encode("utf-16"), "UTF-16"),
     ],
 )
-def test_files_that_cannot_be(tmp_path, name, content, says):
-    with pytest.raises(ValueError, match=says):
+def test_json_source_rejects_file(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message):
         source_of(content, tmp_path / name)
 
 
-def test_a_file_that_shrinks_is_not_read_short(tmp_path):
+def test_json_source_notices_changed_file(tmp_path):
     source = source_of(as_lines([item(i) for i in range(4)]), tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_bytes(as_lines([item(0)]))
     with pytest.raises(ValueError, match="has changed"):
         read(source)
 
 
-def test_a_piece_by_hand():
+def test_elements_by_hand():
     assert list(elements(io.BytesIO(b'[1, "a" ]'), 1, 2)) == [Piece(1, b"1"), Piece(4, b'"a"')]

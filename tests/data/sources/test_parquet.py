@@ -204,5 +204,5 @@ def test_files_that_cannot_be(tmp_path, content):
 
 def test_no_rows(tmp_path):
     pq.write_table(questions(0, 0), tmp_path / "made.parquet")
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="has no items"):
         open_(tmp_path / "made.parquet")
