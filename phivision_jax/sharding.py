@@ -237,7 +237,7 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
             if axis and dim % (n := num_shards(mesh, axis)):
                 raise ValueError(
                     f"{name}: its axis {axis!r} of {dim} does not divide over mesh axes {names_of(rule(axis))} "
-                    f"({n} devices); choose a mesh that divides it, or map {axis!r} to None in sharding.RULES"
+                    f"({n} devices); choose a mesh that divides it, or replicate it: sharding_rules=(({axis!r}, ''),)"
                 )
         return NamedSharding(mesh, spec)
 

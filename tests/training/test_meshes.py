@@ -99,6 +99,20 @@ def test_eight_devices_are_one(alone, params, shape):
         assert f"f32[{rows},{R},{P},{TINY.vision.hidden_size}]" not in program and f"u8[{rows},{R},{P}," not in program
 
 
+def test_sharding_rules_change_placement_only(alone, params):
+    """Two key heads and two vision heads on tensor 4 need rules of the run's own; the result is that of one device."""
+    shape, rules = {"fsdp": 2, "tensor": 4}, (("kv_heads", ""), ("patch_heads", ""), ("batch", "data,fsdp"))
+    with pytest.raises(ValueError, match="does not divide over mesh axes"):
+        step_on(RUN, shape, 8)
+    step = step_on(dataclasses.replace(RUN, sharding_rules=rules), shape, 8)
+    losses, grads, state = run(step, compile_quickly(step), params, batches("causal")[:2])
+    np.testing.assert_allclose(losses, alone["causal"][0][:2], rtol=0, atol=1e-5)
+    assert_same_gradients(grads, alone["causal"][1], 1e-4)
+    attention = state["params"]["decoder"]["layers"]["self_attn"]
+    assert attention["k_proj"]["kernel"].sharding.shard_shape((2, 32, 2, 8)) == (2, 16, 2, 8)
+    assert attention["q_proj"]["kernel"].sharding.shard_shape((2, 32, 4, 8)) == (2, 16, 1, 8)
+
+
 def test_modes_differ(alone):
     """Ten times what a mesh may differ by: had the border hidden half an image, it would show."""
     assert abs(alone["causal"][0][0] - alone["bidirectional"][0][0]) > 1e-4
