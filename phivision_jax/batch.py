@@ -31,8 +31,8 @@ class Batch(NamedTuple):
     A named tuple, because JAX knows those as pytrees without being imported here.
 
     ``merge_index`` and ``merge_weight`` are optional and come together. Without them vision token m of a row is patch m
-    of its flattened [R·P] features. With them, vision token m is the concatenation over g of
-    Σₖ weight[m,g,k] · feature[index[m,g,k]], where index −1 contributes zero.
+    of its flattened [R·P] features. With them, vision token m is the concatenation over n of
+    Σₖ weight[m,n,k] · feature[index[m,n,k]], where index −1 contributes zero.
     """
 
     tokens: Int32[Array, "B T"]
@@ -56,8 +56,8 @@ class Batch(NamedTuple):
     """Row and column of the patch in its tile's grid."""
     patch_grid: Int32[Array, "B R P 2"]
     """Rows and columns of that grid (1, 1 for padding)."""
-    merge_index: Int32[Array, "B M G K"] | None = None
-    merge_weight: Float32[Array, "B M G K"] | None = None
+    merge_index: Int32[Array, "B M n k"] | None = None
+    merge_weight: Float32[Array, "B M n k"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RowShape:
     num_patches: int = 0
     """P of each vision row; an image lies within one."""
     merge: tuple[int, int, int] | None = None
-    """(M, G, K) of the merge tables; None where every patch is a vision token."""
+    """(M, n, k) of the merge tables; None where every patch is a vision token."""
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.vision_rows < 1 or self.num_patches < 0:

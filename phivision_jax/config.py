@@ -76,7 +76,7 @@ class VisionConfig:
 class ProjectorConfig:
     """Two linear layers with an exact (erf) GELU between them.
 
-    ``merge_size`` is G of ``Batch.merge_index``: how many vision features one vision token is concatenated from.
+    ``merge_size`` is n of ``Batch.merge_index``: how many vision features one vision token is concatenated from.
     """
 
     merge_size: int = 1

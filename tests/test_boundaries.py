@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "batch": {"config"},
     "processor": {*HOST, "rows", "batch"},
     "sharding": {"config", "batch"},
-    "models": DEVICE,
+    "models": {"models.attention", *DEVICE},
     "models.attention": {"models", *DEVICE},
     "data": {*HOST},
     "data.sources": {*HOST, "data"},

@@ -93,7 +93,8 @@ def test_param_shardings_replicate_small_parameters_only():
 
 
 def test_param_shardings_rejects_ten_kv_heads_over_four():
-    with pytest.raises(ValueError, match=r"k_proj/kernel: its axis 'kv_heads' of 10 .* sharding_rules=\(\('kv_heads', ''\),\)"):
+    message = r"k_proj/kernel: its axis 'kv_heads' of 10 .* sharding_rules=\(\('kv_heads', ''\),\)"
+    with pytest.raises(ValueError, match=message):
         sharding.param_shardings(STATE, sharding.make_mesh({"fsdp": 2, "tensor": 4}))
 
 

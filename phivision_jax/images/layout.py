@@ -57,9 +57,9 @@ class PatchedImage:
     grids: tuple[tuple[int, int], ...]
     """Rows and columns of patches of each tile."""
     merge_index: np.ndarray | None = None
-    """[tokens, G, K] i32: numbers of patches of this image, −1 for none; None where every patch is a token."""
+    """[tokens, n, k] i32: numbers of patches of this image, −1 for none; None where every patch is a token."""
     merge_weight: np.ndarray | None = None
-    """[tokens, G, K] f32."""
+    """[tokens, n, k] f32."""
 
     def __post_init__(self) -> None:
         if self.patches.ndim != 2 or len(self.patches) != sum(rows * columns for rows, columns in self.grids):
@@ -89,7 +89,7 @@ class ImageLayout(abc.ABC):
     """
 
     merge: tuple[int, int] | None = None
-    """(G, K) of the merge tables: a token is the concatenation of G weighted sums of K features, where G is
+    """(n, k) of the merge tables: a token is the concatenation of n weighted sums of k features, where n is
     ``projector.merge_size``. None where every patch is a token."""
 
     def __init__(self, config: ModelConfig) -> None:
