@@ -1,8 +1,8 @@
 """The tiny checkpoint of this folder: the released layout at another size, with weights that reveal every mistake.
 
-Norm scales are not 1 and biases not 0; the position table is as large as the patch embeddings; both, and the token
-embeddings, are small enough for a wrong epsilon to change the result, and attention is sharp enough for a wrong mask. Sizes are
-chosen to catch transposes: 3 vision heads of 14, 6 decoder heads of 8 in groups of 3. The configuration has the
+Norm scales are not 1 and biases not 0. The position table is as large as the patch embeddings; both, and the token
+embeddings, are small enough for a wrong epsilon to change the result. Attention is sharp enough for a wrong mask. Sizes
+are chosen to catch transposes: 3 vision heads of 14, 6 decoder heads of 8 in groups of 3. The configuration has the
 released file's keys.
 """
 
