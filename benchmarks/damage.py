@@ -1,193 +1,184 @@
-"""What becomes of a training's checkpoints when something happens to a file of theirs.
+"""Consequences of damaged checkpoint files: a flipped bit, a truncated file, a deleted file.
 
-    python benchmarks/damage.py --flips 200 --seed 0 [--results docs/results/damage.json]
+    python benchmarks/damage.py --flips 200 --seed 0 [--modes run load init-from converted] [--results damage.json]
 
-A small state (fp32 and bf16 arrays, stacked layers, optimizer moments) is saved twice, as steps 10 and 20, by the code
-that training uses. Each trial takes a fresh copy, does one thing to one file of step 20 and restores:
+Each trial damages one file in a fresh copy of a small checkpoint: half of the flips anywhere in all bytes, half in a
+file that is sampled first, so that small files get their share; every file is truncated and deleted once.
 
-    flip       one bit; half of them anywhere in all bytes, half in a file drawn first, so that small files get theirs
-    truncate   a file loses its second half; each file once
-    delete     a file is gone; each file once
+    run        the newest of two steps, then the only step: a restart falls back to the step before, or stops; in both
+               cases with a message that names the file or array. Then it saves the next step.
+    load       a step of a run: ``phivision_jax.load`` refuses it with such a message
+    init-from  the same when a new run starts from it
+    converted  a conversion from Hugging Face: load, a new run and the conversion back refuse it
 
-and this in three cases: step 20 is the newest of two (wanted: step 10, bit for bit, and a sentence that names the
-file), the only one (wanted: an error that names the file), or the newest of two and without its manifest, as after a
-kill just before that was written (wanted: never another state than one of the two that were saved). Prints a table.
+or the damage is harmless: what is read is, bit for bit, what was saved, as with a flip in a file that nobody reads.
+Prints a table; exits with 1 if any other outcome occurred.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
-import random
-import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from flax import nnx
 
-from phivision_jax.checkpoint.layout import CHECKPOINTS, DAMAGED, SEALED
-from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
-from phivision_jax.checkpoint.manifest import MANIFEST
+import phivision_jax
+from phivision_jax.checkpoint import loading
+from phivision_jax.checkpoint.layout import CHECKPOINTS, DamagedError
+from phivision_jax.checkpoint.manager import RunCheckpoints
+from phivision_jax.cli.convert import main as convert
+from phivision_jax.convert.hf_config import model_config
+from phivision_jax.models.phivision import PhiVision
+from phivision_jax.models.vision_tail import VisionTail
+from phivision_jax.processor import Processor
+from phivision_jax.text.tokenizer import Tokenizer
+from tests.support import damage
+from tests.support.batches import TINY
+from tests.support.damage import HARMLESS, NEW, OLD, abstract, same
+from tests.support.released_layout import SMALL, random_tensors, same_directories, shapes_of, write_hf
 
-OLD, NEW = 10, 20
-type State = dict[str, Any]
-FELL_BACK, STOPPED = "fell back, file named", "stopped, file named"
-UNSEALED_FELL_BACK, HARMLESS = "fell back, array or Orbax's error named", "restored, bit for bit as saved"
-
-
-def make_state(step: int) -> State:
-    """Arrays of random bits that differ from step to step, under the names that a training has."""
-    rng = np.random.default_rng(step)
-
-    def array(*shape: int, dtype: Any = jnp.float32) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape), dtype)
-
-    def params(dtype: Any = jnp.float32) -> State:
-        layers = {"up_proj": {"kernel": array(3, 16, 40, dtype=dtype)}, "norm": {"scale": array(3, 16, dtype=dtype)}}
-        return {"decoder": {"layers": layers, "lm_head": {"kernel": array(64, 16, dtype=dtype)}}}
-
-    moments = {"mu": params(jnp.bfloat16), "nu": params(), "count": jnp.int32(step)}
-    return {"params": params(), "opt_state": moments, "step": jnp.int32(step)}
+type Mode = Literal["run", "load", "init-from", "converted"]
+type Table = dict[str, dict[str, Counter[str]]]
+REFUSED = "refused, file or array named"
 
 
-def make_tail() -> State:
-    return {"head": {"probe": jnp.arange(8, dtype=jnp.float32)}}
+def read_by_load(checkpoint: Path) -> Any:
+    """Everything that ``load`` reads."""
+    model, processor = phivision_jax.load(checkpoint)
+    return model.split()[1], processor.fingerprint
 
 
-def abstract(tree: Any) -> Any:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+def read_by_init_from(checkpoint: Path) -> Any:
+    """Everything that a new run reads of the checkpoint it starts from."""
+    config = loading.config_of(checkpoint)
+    with tempfile.TemporaryDirectory() as directory:
+        assets = Path(directory) / "assets"
+        loading.copy_assets(checkpoint, assets)
+        files = {path.name: path.read_bytes() for path in sorted(assets.iterdir())}
+    tail = {"vision_tail": nnx.to_pure_dict(nnx.state(VisionTail(config.vision, rngs=nnx.Rngs(0)), nnx.Param))}
+    params = PhiVision(config, rngs=nnx.Rngs(0)).split()[1]
+    return loading.read_params(checkpoint, config, abstract(params | tail)), files
 
 
-def make_run(run: Path, steps: tuple[int, ...]) -> None:
-    """A run's directory with these steps, saved and sealed."""
-    assets = run / "assets"
-    assets.mkdir(parents=True)
-    (assets / "tokenizer.json").write_text(json.dumps({"vocab": {f"token {i}": i for i in range(200)}}))
-    checkpoints = RunCheckpoints(run, keep=2, keep_best="accuracy")
-    for step in steps:
-        state = make_state(step)
-        checkpoints.save(state, make_tail(), {"model": {}, "run": {}}, assets, {"accuracy": step / 100})
+def read_by_export(checkpoint: Path) -> Path:
+    """The Hugging Face directory to which the checkpoint is converted."""
+    out = Path(tempfile.mkdtemp()) / "hf"
+    messages = io.StringIO()
+    with contextlib.redirect_stderr(messages):
+        try:
+            convert(["to-hf", str(checkpoint), str(out)])
+        except SystemExit:
+            raise ValueError(messages.getvalue()) from None
+    return out
+
+
+def equal(read: Any, expected: Any) -> bool:
+    if isinstance(read, Path):
+        return same_directories(read, expected)
+    return same(read[0], expected[0]) and read[1] == expected[1]
+
+
+def judge(checkpoint: Path, name: str, expected: dict[Callable[[Path], Any], Any]) -> str:
+    """The outcome for readers of a damaged checkpoint: all of them must refuse it or read what was saved."""
+    refused = False
+    for read, value in expected.items():
+        try:
+            if not equal(read(checkpoint), value):
+                return f"WRONG: {read.__name__} reads something else, {name} is damaged"
+        except (ValueError, DamagedError) as error:
+            refused = True
+            if str(checkpoint) not in str(error):
+                return f"WRONG: {name} is damaged, and the message is: {error}"
+    return REFUSED if refused else HARMLESS
+
+
+def make_step(run: Path) -> Path:
+    """A step of a run with the tests' tiny model."""
+    model = PhiVision(TINY, rngs=nnx.Rngs(0))
+    tail = nnx.to_pure_dict(nnx.state(VisionTail(TINY.vision, rngs=nnx.Rngs(1)), nnx.Param))
+    (run / "assets").mkdir(parents=True)
+    (run / "assets" / "generation_config.json").write_text(json.dumps({"temperature": 0.8}))
+    params = model.split()[1]
+    checkpoints = RunCheckpoints(run, keep=1)
+    state = {"params": params, "opt_state": {"mu": params["decoder"]}, "step": jnp.int32(NEW)}
+    checkpoints.save(state, tail, {"model": dataclasses.asdict(TINY), "run": {}}, run / "assets")
     checkpoints.close()
+    return run / CHECKPOINTS / str(NEW)
 
 
-def restore(run: Path) -> tuple[State, str]:
-    """The state that a start of training would get, and what it is told."""
-    told: list[str] = []
-    checkpoints = RunCheckpoints(run, keep=2, say=told.append)
-    state, _, _ = checkpoints.restore(abstract(make_state(0)), abstract(make_tail()))
-    checkpoints.close()
-    return state, "\n".join(told)
+def make_conversion(directory: Path) -> Path:
+    """A converted Hugging Face directory with tokenizer and template."""
+    tokens = Tokenizer.small()
+    ids = {"vocab_size": tokens.vocab_size, "eos_token_id": tokens.eos_id, "pad_token_id": tokens.pad_id}
+    values = {**SMALL, **ids}
+    source = write_hf(directory / "source", values, random_tensors(shapes_of(values), np.float32))
+    Processor.small(model_config(source)).save(source)
+    convert(["to-jax", str(source), str(directory / "converted")])
+    return directory / "converted"
 
 
-def same(a: State, b: State) -> bool:
-    return all(
-        x.dtype == y.dtype and x.tobytes() == y.tobytes()
-        for x, y in zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (a, b)), strict=True)
-    )
+def measure(mode: Mode, flips: int, seed: int, directory: Path) -> Table:
+    """{case: {"flip", "truncate", "delete": how often each outcome occurred}}."""
+    more = {"work": directory, "flips": flips, "seed": seed}
+    if mode == "run":
+        cases = {"newest of two": (OLD, NEW), "only one": (NEW,)}
+        for case, steps in cases.items():
+            damage.make_run(directory / case, steps)
+        newest = f"{CHECKPOINTS}/{NEW}"
+        return {f"run, {case}": damage.measure(directory / case, newest, damage.judge_run, **more) for case in cases}
+    checkpoint = make_conversion(directory) if mode == "converted" else make_step(directory / "run")
+    readers: list[Callable[[Path], Any]] = [read_by_init_from if mode == "init-from" else read_by_load]
+    if mode == "converted":
+        readers += [read_by_init_from, read_by_export]
+    expected = {read: read(checkpoint) for read in readers}
+    return {mode: damage.measure(checkpoint, ".", lambda copy, name: judge(copy, name, expected), **more)}
 
 
-def flip(path: Path, draw: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    path.write_bytes(content)
-
-
-def truncate(path: Path, draw: random.Random) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def delete(path: Path, draw: random.Random) -> None:
-    path.unlink()
-
-
-def outcome(run: Path, name: str, sealed: bool = True) -> str:
-    """What a start of training makes of a run whose newest step was damaged in the file of this name."""
-    only = not (run / CHECKPOINTS / str(OLD)).exists()
-    try:
-        state, told = restore(run)
-    except CheckpointError as error:
-        return STOPPED if only and name in str(error) else f"WRONG: {error}"
-    if only and sealed:
-        return f"WRONG: restored the only step: {told}"
-    aside = (run / CHECKPOINTS / f"{DAMAGED}{NEW:06d}").is_dir() and not (run / CHECKPOINTS / str(NEW)).exists()
-    if same(state, make_state(OLD)) and aside and told:
-        if not sealed:
-            return UNSEALED_FELL_BACK
-        return FELL_BACK if name in told else f"WRONG: {name} is not named: {told}"
-    if same(state, make_state(NEW)) and not sealed:
-        return HARMLESS
-    return f"WRONG: another state, or the damaged one was left where it was: {told}"
-
-
-def trials(flips: int, draw: random.Random, files: list[Path]) -> list[tuple[str, Callable, Path]]:
-    """(what, the deed, the file); file paths as given."""
-    sizes = [path.stat().st_size for path in files]
-    anywhere = draw.choices(files, weights=sizes, k=flips // 2)
-    each = [path for path, size in zip(files, sizes, strict=True) if size]
-    drawn = anywhere + draw.choices(each, k=flips - len(anywhere))
-    done: list[tuple[str, Callable, Path]] = [("flip", flip, path) for path in drawn]
-    done += [("truncate", truncate, path) for path in each]
-    return done + [("delete", delete, path) for path in files]
-
-
-def measure(flips: int, seed: int, directory: Path, most: int | None = None) -> dict[str, dict[str, Counter[str]]]:
-    """{case: {what: how often each outcome came}}; ``most`` bounds the number of truncations and of deletions."""
-    draw = random.Random(seed)
-    templates = {"newest of two": (OLD, NEW), "only one": (NEW,), "newest, no manifest yet": (OLD, NEW)}
-    table: dict[str, dict[str, Counter[str]]] = {}
-    for case, steps in templates.items():
-        template, work = directory / f"template of {case}", directory / "trial"
-        make_run(template, steps)
-        sealed = case != "newest, no manifest yet"
-        if not sealed:
-            (template / CHECKPOINTS / str(NEW) / MANIFEST).unlink()
-            (template / CHECKPOINTS / SEALED).write_text(json.dumps([OLD]))
-        newest = template / CHECKPOINTS / str(NEW)
-        files = sorted(path for path in newest.rglob("*") if path.is_file())
-        counts = table[case] = {what: Counter() for what in ("flip", "truncate", "delete")}
-        for what, deed, path in trials(flips, draw, files):
-            if most is not None and what != "flip" and counts[what].total() >= most:
-                continue
-            shutil.copytree(template, work)
-            deed(work / path.relative_to(template), draw)
-            counts[what][outcome(work, path.relative_to(newest).as_posix(), sealed)] += 1
-            shutil.rmtree(work)
-    return table
-
-
-def main(flips: int = 200, seed: int = 0, results: Path | None = None) -> None:
-    """Do all of it, print the table, fail when anything came out otherwise than wanted.
+def main(
+    flips: int = 200,
+    seed: int = 0,
+    modes: tuple[Mode, ...] = ("run", "load", "init-from", "converted"),
+    results: Path | None = None,
+) -> None:
+    """Run all trials, print the table, and fail when an outcome is not one of those wanted.
 
     Args:
-      flips: bits, in each of the three cases.
+      flips: bits per case.
+      modes: readers of the damaged checkpoint.
       results: JSON file to write the table to.
     """
-    for reporter in ("absl", "asyncio"):  # Orbax's errors, which are made here on purpose
-        logging.getLogger(reporter).setLevel(logging.CRITICAL)
-    # What Orbax leaves of a failed restore tells of itself when it is collected.
+    for logger in ("absl", "asyncio"):  # errors that are provoked here
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    table: Table = {}
+    # Orbax also prints about failed restores when they are garbage-collected.
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stderr(io.StringIO()):
-        table = measure(flips, seed, Path(directory))
-    print(f"{'step 20 is':<26}{'damage':<10}{'times':>6}  outcome")
+        for mode in modes:
+            table |= measure(mode, flips, seed, Path(directory) / mode)
+    print(f"{'checkpoint':<20}{'damage':<10}{'times':>6}  outcome")
     for case, counts in table.items():
-        for what, outcomes in counts.items():
-            for name, count in outcomes.most_common():
-                print(f"{case:<26}{what:<10}{count:>6}  {name}")
+        for action, outcomes in counts.items():
+            for outcome, count in outcomes.most_common():
+                print(f"{case:<20}{action:<10}{count:>6}  {outcome}")
     if results is not None:
         content = {"seed": seed, "flips": flips, "outcomes": table}
         results.write_text(json.dumps(content, indent=1) + "\n")
-    if any(name.startswith("WRONG") for counts in table.values() for found in counts.values() for name in found):
-        sys.exit("some damage was not seen")
+    if any(outcome.startswith("WRONG") for counts in table.values() for found in counts.values() for outcome in found):
+        sys.exit("some damage was not detected")
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
     tyro.cli(main)

@@ -1,4 +1,4 @@
-"""A directory of plain files as an item of an Orbax checkpoint: the tokenizer and what belongs to it."""
+"""An Orbax item that is a directory of plain files: the tokenizer and what belongs to it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import jax
 import orbax.checkpoint as ocp
 
 from phivision_jax.io import storage
-from phivision_jax.io.storage import Location
 
 
 class FilesHandler(ocp.CheckpointHandler):
-    """Copies a directory's files into a checkpoint, so that a step can be loaded and exported without its run."""
+    """Copies a directory into a checkpoint, so that a step can be loaded and exported without its run."""
 
     def save(self, directory: Any, args: FilesSave) -> None:
         if jax.process_index() != 0:
@@ -27,17 +26,13 @@ class FilesHandler(ocp.CheckpointHandler):
         else:
             storage.upload(args.source, target)
 
-    def restore(self, directory: Any, args: FilesRestore | None = None) -> Location:
-        return storage.location(os.fspath(directory))
+    def restore(self, directory: Any, args: Any = None) -> None:
+        raise NotImplementedError("files are read where they are")
 
 
-@ocp.args.register_with_handler(FilesHandler, for_save=True)
+@ocp.args.register_with_handler(FilesHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class FilesSave(ocp.args.CheckpointArgs):
+    """Argument of a save: the directory to copy."""
+
     source: Path
-
-
-@ocp.args.register_with_handler(FilesHandler, for_restore=True)
-@dataclasses.dataclass
-class FilesRestore(ocp.args.CheckpointArgs):
-    pass

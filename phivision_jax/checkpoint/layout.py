@@ -1,40 +1,151 @@
-"""Our checkpoint directory, the same for a conversion and for a step of a training run.
+"""Layout and metadata of a checkpoint directory, the same for a conversion and for a step of a training run.
 
     DIR/params/          every parameter, vision_tail included (Orbax: zarr in OCDBT)
     DIR/opt_state/       optimizer state; training only
-    DIR/meta/metadata    JSON: {"format": 1, "model": …, "step": …, "plan": …, "run": …, "code": …,
-                         "checksums": {array: hex}}
-    DIR/assets/          tokenizer, chat template and whatever else a Hugging Face directory holds beside its weights
+    DIR/assets/          tokenizer, chat template and the other files of a Hugging Face directory except its weights
+    DIR/meta/metadata    JSON, see below
 
-    DIR/MANIFEST         CRC-32 and size of every file; a run's steps only
+A training run keeps its steps in RUN/checkpoints/<step>/. Orbax writes a step under a temporary name and renames it at
+the end, so a directory with a step's name is complete. In a bucket (``gs://…``), where directories cannot be renamed at
+once, a step is complete when it holds commit_success.txt, which is written last.
 
-A training run keeps its steps under RUN/checkpoints/<step>/. Orbax writes a step under another name and renames it
-when it is whole, so what bears a step's name is complete; in a bucket (``gs://…``), where a directory cannot be
-renamed at once, it is complete when it holds commit_success.txt, which is written last. Beside them, sealed.json lists
-the steps that have had a MANIFEST, and damaged-<step>/ is a step that was found damaged (``checkpoint/manager.py``).
+The metadata:
 
-This file knows where things are and imports neither JAX nor Orbax: the converter needs it and must stay small.
+    {"format": 2, "model": …, "step": …, "plan": …, "run": …, "code": …, "metrics": {"loss": 1.5},
+     "arrays": {"params/decoder/norm/scale": ["float32", [5120], "5e3f0a91"], …},      dtype, shape, checksum
+     "assets": {"tokenizer.json": "0c77b1d2", …},                                      CRC-32 of the file
+     "crc32": "9a3b…"}                                                                 of everything above
+
+They are known before anything is written, so a step never exists without them, and any reader can tell whether what it
+reads is what was saved: arrays by ``checksums.py``, which finds the same number on any mesh and while streaming; files
+by their CRC. Other files (zarr metadata, OCDBT manifests, Orbax's own records) need no checksum: they only say where
+the arrays are, and the arrays themselves are checked.
+
+Nothing here imports JAX or Orbax, because the converter uses it.
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import phivision_jax
 from phivision_jax.config import ModelConfig
 from phivision_jax.io import storage
-from phivision_jax.io.storage import Location, read_json
+from phivision_jax.io.storage import Location, wrap_storage_errors
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINTS = "checkpoints"
-ORBAX_MARK = "commit_success.txt"
-"""Orbax's own note, which it leaves in every folder of a step, and at its top when all of it is written."""
 PARAMS, OPT_STATE, META, ASSETS = "params", "opt_state", "meta", "assets"
-CHECKSUMS = "checksums"
-"""In the metadata: of every array of params/ and opt_state/ (``checkpoint/checksums.py``)."""
-SEALED, DAMAGED = "sealed.json", "damaged-"
+METADATA = f"{META}/metadata"
+ORBAX_MARK = "commit_success.txt"
+"""Orbax writes this file into every directory of a step in a bucket, last of all at the step's top."""
+
+
+class DamagedError(ValueError):
+    """A checkpoint does not hold what was saved.
+
+    Attributes:
+      problem: what is wrong, without the checkpoint's name: "its file meta/metadata is missing".
+    """
+
+    def __init__(self, checkpoint: Location, problem: str) -> None:
+        super().__init__(f"{checkpoint} is damaged: {problem}; restore it from a copy, or use another step of its run")
+        self.problem = problem
+
+
+class Array(NamedTuple):
+    """Metadata of a saved array."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    checksum: str
+    """Eight hexadecimal digits, see ``checksums.py``."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metadata.
+
+
+def with_crc(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``meta/metadata``: JSON values, completed by format and CRC."""
+    meta = {"format": FORMAT, **meta}
+    return {**meta, "crc32": _crc_of_json(meta)}
+
+
+def read_meta(checkpoint: Location) -> dict[str, Any]:
+    """The verified content of ``meta/metadata``, without its CRC.
+
+    Raises:
+      DamagedError: when the file is missing or is not what was saved.
+      ValueError: when a later version of this program wrote it.
+      StorageError: when the bucket does not answer.
+    """
+    try:
+        with wrap_storage_errors(checkpoint):
+            meta = json.loads((checkpoint / META / "metadata").read_bytes())
+        crc = meta.pop("crc32", None)
+    except FileNotFoundError:
+        raise DamagedError(checkpoint, f"its file {METADATA} is missing") from None
+    except (ValueError, AttributeError, TypeError):
+        crc, meta = None, {}
+    if crc != _crc_of_json(meta):
+        raise DamagedError(checkpoint, f"its file {METADATA} does not hold what was saved")
+    if meta["format"] != FORMAT:
+        raise ValueError(f"{checkpoint} has format {meta['format']}; this version reads format {FORMAT}")
+    return meta
+
+
+def model_of(meta: Mapping[str, Any]) -> ModelConfig:
+    """The model's configuration."""
+    return ModelConfig.from_dict(meta["model"])
+
+
+def arrays_of(meta: Mapping[str, Any], item: str = PARAMS) -> dict[str, Array]:
+    """The arrays of an item by their path in it ("decoder/norm/scale")."""
+    found = {}
+    for path, (dtype, shape, checksum) in meta["arrays"].items():
+        if path.startswith(f"{item}/"):
+            found[path.removeprefix(f"{item}/")] = Array(dtype, tuple(shape), checksum)
+    return found
+
+
+def crc_of_files(directory: Path) -> dict[str, str]:
+    """CRC-32 of every file below a directory, by its relative name."""
+    return {name: _crc((directory / name).read_bytes()) for name in storage.files(directory)}
+
+
+def check_assets(checkpoint: Location, meta: Mapping[str, Any]) -> None:
+    """Verify the files of ``assets/``; files that were not saved with the checkpoint are ignored.
+
+    Raises:
+      DamagedError: naming the file.
+      StorageError: when the bucket does not answer.
+    """
+    for name, crc in meta["assets"].items():
+        try:
+            with wrap_storage_errors(checkpoint):
+                content = (checkpoint / ASSETS / name).read_bytes()
+        except FileNotFoundError:
+            raise DamagedError(checkpoint, f"its file {ASSETS}/{name} is missing") from None
+        if _crc(content) != crc:
+            raise DamagedError(checkpoint, f"its file {ASSETS}/{name} does not hold what was saved")
+
+
+def _crc(content: bytes) -> str:
+    return f"{zlib.crc32(content):08x}"
+
+
+def _crc_of_json(values: Mapping[str, Any]) -> str:
+    return _crc(json.dumps(values, sort_keys=True).encode())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Directories.
 
 
 def is_checkpoint(path: Location) -> bool:
@@ -42,7 +153,7 @@ def is_checkpoint(path: Location) -> bool:
 
 
 def is_committed(step: Location) -> bool:
-    """Whether Orbax has written all of a step; if not, it is about it, or was when it was killed."""
+    """Whether Orbax has written a step completely; always true of a directory on disk."""
     return not storage.is_remote(step) or (step / ORBAX_MARK).exists()
 
 
@@ -51,52 +162,30 @@ def find(path: str | Location) -> Location:
 
     Raises:
       ValueError: when there is none.
-      StorageError: when it is in a bucket that cannot be read.
+      StorageError: when the bucket cannot be read.
     """
     path = storage.location(path)
     storage.check(path)
-    with storage.wrap_storage_errors(path):
-        return _find(path)
-
-
-def _find(path: Location) -> Location:
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    if is_checkpoint(path):
-        return path
-    for folder in (path, path / CHECKPOINTS):
-        children = [child for child in storage.children(folder) if child.name.isdecimal()]
-        steps = [child for child in children if is_checkpoint(child) and is_committed(child)]
-        if steps:
-            return max(steps, key=lambda child: int(child.name))
-    raise ValueError(f"{path} is not a checkpoint of ours (no params/ and meta/metadata) and holds no training steps")
-
-
-def read_meta(checkpoint: Location) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's configuration, and everything else that ``meta/metadata`` says.
-
-    Raises:
-      ValueError: when the file is not one of ours, or of a later format.
-    """
-    path = checkpoint / META / "metadata"
-    meta = read_json(path)
-    if meta.get("format") != FORMAT or not isinstance(meta.get("model"), dict):
-        raise ValueError(f"{path}: format {meta.get('format')!r}; this version reads format {FORMAT}")
-    return ModelConfig.from_dict(meta.pop("model")), meta
-
-
-def assets_of(checkpoint: Location) -> Location:
-    return checkpoint / ASSETS
+    with wrap_storage_errors(path):
+        if not path.exists():
+            raise ValueError(f"{path} does not exist")
+        if is_checkpoint(path):
+            return path
+        for directory in (path, path / CHECKPOINTS):
+            children = [child for child in storage.children(directory) if child.name.isdecimal()]
+            if steps := [child for child in children if is_checkpoint(child) and is_committed(child)]:
+                return max(steps, key=lambda child: int(child.name))
+    raise ValueError(f"{path} is no checkpoint (it has no {PARAMS}/ and {METADATA}) and holds no steps of a run")
 
 
 def code_version() -> str:
-    """What this code is: its version and, in a clone, git's name of the commit ("0.1.0 a1b2c3d4e5f6-dirty")."""
+    """The version of this program and, in a clone, the commit as git describes it ("0.1.0 a1b2c3d4e5f6-dirty")."""
     root, version = Path(__file__).parents[2], phivision_jax.__version__
     if not (root / ".git").exists():
         return version
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
-    except (OSError, subprocess.SubprocessError):  # no git here, or one that does not answer
-        said = ""
-    return f"{version} {said}".strip()
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or does not answer
+        commit = ""
+    return f"{version} {commit}".strip()

@@ -1,37 +1,38 @@
-"""``load``: a model and its processor from wherever its weights are.
+"""Load a model and its processor from a Hugging Face directory, a conversion or a training run.
 
-A checkpoint of a training with adapters (LoRA) is merged as it is read. So whatever starts from it has one kind of
-model, answers in the time of one, and a training that starts from it begins where that one ended, with or without
-adapters of its own.
+Adapters (LoRA) of a training run are merged as they are read: a loaded model has no adapters and answers as fast as any
+other, and a run that starts from such a checkpoint begins with the merged weights, with or without adapters of its own.
 
-A step of a training has a manifest: whatever is read of it here has its files checked first, and is refused where one
-is not as it was written. The optimizer's state is neither read nor checked.
+Everything that is read is verified (``layout.py``); the optimizer state is neither read nor verified.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
-from phivision_jax.checkpoint import layout, manifest
+from phivision_jax.checkpoint import arrays, layout
+from phivision_jax.checkpoint.layout import PARAMS, Array
 from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig, dataclass_from_dict
 from phivision_jax.convert.hf_config import model_config
-from phivision_jax.distributed.processes import first_error
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location
 from phivision_jax.models import lora, phivision
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
+
+_BATCH_BYTES = 4 << 30
+"""Parameters are restored in batches of about this size per device: in their stored dtype, before they are cast."""
 
 
 def load(
@@ -46,20 +47,20 @@ def load(
     """Load a model for inference, analysis or further training.
 
     Args:
-      path_or_hub_id: a Hugging Face directory, a checkpoint of ours, a training run (its newest step), each on this
-        machine or in a bucket (``gs://…``), or, with the ``[hub]`` extra, a Hugging Face id.
+      path_or_hub_id: a Hugging Face directory, a converted checkpoint, a training run (its newest step), each on disk
+        or in a bucket (``gs://…``), or, with the ``[hub]`` extra, a Hugging Face id.
       dtype: of the computation; default: float32 on CPU, bfloat16 elsewhere.
       param_dtype: of the parameters in memory; default: ``dtype``.
       mesh: to shard the parameters over (``sharding.make_mesh``); default: one device.
       remat: as in ``PhiVision``, for both towers.
-      image_attention: "causal" or "bidirectional"; default: what the checkpoint says (a Hugging Face one: causal).
+      image_attention: "causal" or "bidirectional"; default: as in the checkpoint (a Hugging Face one is causal).
 
     Returns:
-      The model and its processor, which has no tokenizer where the checkpoint has none.
+      The model and its processor, which has no tokenizer if the checkpoint has none.
 
     Raises:
-      ValueError: when there is nothing to load there, or it is damaged; the message names the file or tensor.
-      StorageError: when a bucket cannot be read; the message says what to do.
+      ValueError: when there is nothing to load, or it is damaged; the message names the file or array.
+      StorageError: when a bucket cannot be read; the message suggests a remedy.
     """
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
     param_dtype = jnp.dtype(param_dtype or dtype)
@@ -75,10 +76,10 @@ def load(
 
 
 def locate(path_or_hub_id: str | Location) -> Location:
-    """A directory with weights: a Hugging Face one, or a checkpoint of ours (of a run, the newest step).
+    """Find the directory with the weights: a Hugging Face one, or a checkpoint (of a run, its newest step).
 
     Raises:
-      ValueError: when there is no such directory, or nothing in it.
+      ValueError: when there is no such directory, or no checkpoint in it.
     """
     path = storage.location(path_or_hub_id)
     storage.check(path)
@@ -98,11 +99,11 @@ def locate(path_or_hub_id: str | Location) -> Location:
         raise ValueError(
             f"{name} is not a directory; to download it from the Hugging Face hub, pip install 'phivision_jax[hub]'"
         ) from None
-    # Weights and text files only: remote code is never fetched, let alone run.
+    # Weights and text files only: remote code is never downloaded.
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the hub's many kinds: no network, no such repository, no permission
+    except Exception as error:  # many types: no network, no such repository, no permission
         raise ValueError(f"{name} could not be downloaded from the Hugging Face hub: {error}") from error
 
 
@@ -111,35 +112,40 @@ def is_hf(path: Location) -> bool:
 
 
 def config_of(path: Location) -> ModelConfig:
-    """The configuration of a located directory; raises ``ValueError`` where it is damaged."""
+    """The configuration of a located directory.
+
+    Raises:
+      ValueError: when it is damaged.
+    """
     with storage.wrap_storage_errors(path):
-        if is_hf(path):
-            return model_config(path)
-        manifest.check(path, [layout.META])
-        return layout.read_meta(path)[0]
+        return model_config(path) if is_hf(path) else layout.model_of(layout.read_meta(path))
 
 
 def processor_of(path: Location, config: ModelConfig) -> Processor:
-    """The processor of a located directory; raises ``ValueError`` where it is damaged."""
-    return Processor.from_directory(_sidecars(path), config)
+    """The processor of a located directory.
+
+    Raises:
+      ValueError: when one of its files is damaged.
+    """
+    return Processor.from_directory(_verified_assets(path), config)
 
 
-def _sidecars(path: Location) -> Location:
-    """Where the files beside the weights are; in a checkpoint of ours, checked."""
+def _verified_assets(path: Location) -> Location:
+    """Where a located directory has the files beside its weights."""
     if is_hf(path):
         return path
-    manifest.check(path, [layout.ASSETS])
-    return layout.assets_of(path)
+    layout.check_assets(path, layout.read_meta(path))
+    return path / layout.ASSETS
 
 
 def copy_assets(path: Location, to: Path) -> None:
-    """Copy what a located directory holds beside its weights, so that what starts from it can be exported again.
+    """Copy the files beside the weights of a located directory, so that what starts from it can be exported again.
 
     Raises:
       ValueError: when one of these files is damaged; nothing is copied then.
     """
     weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", ".git", ".cache", layout.ORBAX_MARK)
-    source = _sidecars(path)
+    source = _verified_assets(path)
     to.mkdir(parents=True, exist_ok=True)
     for name in storage.files(source):
         if not any(fnmatch.fnmatch(part, weight) for part in PurePosixPath(name).parts for weight in weights):
@@ -151,93 +157,98 @@ def copy_assets(path: Location, to: Path) -> None:
 def read_params(path: Location, config: ModelConfig, target: dict[str, Any]) -> dict[str, Any]:
     """The parameters of a located directory, in ``target``'s dtype and shardings.
 
-    The vision tail is read where ``target`` names it; adapters that ``target`` does not name are merged. Of several
-    processes all call this: each checks a share of the files.
+    The vision tail is read if ``target`` has it; adapters that ``target`` does not have are merged. All processes must
+    call this.
 
     Raises:
       ValueError: as ``restore_params``, or ``load_hf_params``.
     """
-    if is_hf(path):
-        from phivision_jax.checkpoint.load_hf import load_hf_params
-
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-        dtype = jax.tree.leaves(target)[0].dtype
-        return load_hf_params(path, config, shardings, dtype, vision_tail="vision_tail" in target)
-    with storage.wrap_storage_errors(path):
+    if not is_hf(path):
         return restore_params(path, target)
+    from phivision_jax.checkpoint.load_hf import load_hf_params
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
+    dtype = jax.tree.leaves(target)[0].dtype
+    return load_hf_params(path, config, shardings, dtype, vision_tail="vision_tail" in target)
 
 
-def restore_params(directory: Location, target: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that ``target`` names, in its dtypes and shardings; others in the checkpoint are not read.
+def restore_params(checkpoint: Location, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that ``target`` names, in its dtypes and shardings; others are not read.
 
-    Adapters that it does not name, to kernels that it does, are merged into these, in fp32.
+    Adapters that it does not name, of kernels that it names, are merged into these in fp32.
 
     Args:
       target: nested dict of ``jax.ShapeDtypeStruct`` (with shardings, or all go to one device).
 
     Raises:
-      ValueError: when a file is damaged, an array is missing or has another shape, or the metadata do not say how to
-        merge.
+      DamagedError: when an array or the metadata are not what was saved.
+      ValueError: when an array is missing or has another shape, or the metadata lack what merging needs.
     """
-    parts = (layout.PARAMS, layout.META)
-    manifest.check(directory, parts, jax.process_index(), jax.process_count(), first_error)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        metadata = checkpointer.metadata(storage.absolute(directory) / layout.PARAMS)
-    if metadata.item_metadata is None:
-        raise ValueError(f"{directory}: {layout.PARAMS}/ is no Orbax checkpoint, or one that was never finished")
-    found = dict(metadata.item_metadata.tree)
-    _check_shapes(directory, found, target)
-    stored, wanted = nnx.traversals.flatten_mapping(found), nnx.traversals.flatten_mapping(target)
-    adapted = [
-        (*path[:-1], "kernel")
-        for path in stored
-        if path[-1] == lora.A and path not in wanted and (*path[:-1], "kernel") in wanted
-    ]
-    # The adapted kernels first and one by one: merging takes twice their size in fp32, while the rest is not there.
-    merged = {kernel: _restore_merged(directory, kernel, stored, wanted[kernel]) for kernel in adapted}
-    others = {path: leaf for path, leaf in wanted.items() if path not in merged}
-    return nnx.traversals.unflatten_mapping({**_restore(directory, others), **merged})
+    meta = layout.read_meta(checkpoint)
+    saved, wanted = layout.arrays_of(meta), arrays.with_paths(target)
+    for path, leaf in wanted.items():
+        if path not in saved:
+            raise ValueError(f"{checkpoint}: the model needs {path}, which the checkpoint does not hold")
+        if saved[path].shape != leaf.shape:
+            raise ValueError(f"{checkpoint}: {path} is {saved[path].shape}, the model's {leaf.shape}")
+    modules = (path.removesuffix(f"/{lora.A}") for path in saved if path.endswith(f"/{lora.A}") and path not in wanted)
+    adapted = [module for module in modules if f"{module}/kernel" in wanted]
+    # Adapted kernels first and one at a time: merging takes twice a kernel's size in fp32.
+    found = {f"{m}/kernel": _restore_merged(checkpoint, meta, m, wanted[f"{m}/kernel"]) for m in adapted}
+    for batch in _batches({path: leaf for path, leaf in wanted.items() if path not in found}, saved):
+        restored = _restore(checkpoint, saved, {path: leaf.sharding for path, leaf in batch.items()})
+        for path, leaf in batch.items():
+            cast = jax.jit(lambda x, dtype=leaf.dtype: x.astype(dtype), out_shardings=leaf.sharding)
+            array = restored.pop(path)
+            found[path] = array if array.dtype == leaf.dtype else cast(array)
+    return _nested(found)
 
 
-def _restore_merged(directory: Location, kernel: tuple, stored: Mapping[tuple, Any], wanted: Any) -> jax.Array:
-    """One kernel with its adapter merged."""
-    cfg = _lora_of(directory, kernel)
-    at = wanted.sharding
-    everywhere = NamedSharding(at.mesh, PartitionSpec()) if isinstance(at, NamedSharding) else at
+def _batches(wanted: Mapping[str, Any], saved: Mapping[str, Array]) -> Iterator[dict[str, Any]]:
+    """Group arrays so that those of a group together take about ``_BATCH_BYTES`` of a device."""
+    batch: dict[str, Any] = {}
+    size = 0
+    for path, leaf in wanted.items():
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
+        size += math.prod(shape) * jnp.dtype(saved[path].dtype).itemsize
+        batch[path] = leaf
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
+
+
+def _restore(checkpoint: Location, saved: Mapping[str, Array], shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """These arrays as they were saved."""
     target = {
-        path: jax.ShapeDtypeStruct(tuple(stored[path].shape), jnp.float32, sharding=place)
-        for path, place in ((kernel, at), ((*kernel[:-1], lora.A), everywhere), ((*kernel[:-1], lora.B), everywhere))
+        path: jax.ShapeDtypeStruct(saved[path].shape, jnp.dtype(saved[path].dtype), sharding=at)
+        for path, at in shardings.items()
     }
-    make = jax.jit(lambda tree: lora.merge(tree, cfg)["kernel"].astype(wanted.dtype), out_shardings=at)
-    return make({path[-1]: array for path, array in _restore(directory, target).items()})
+    return arrays.with_paths(arrays.restore(checkpoint, PARAMS, _nested(target), saved))
 
 
-def _lora_of(directory: Location, kernel: tuple) -> LoraConfig:
-    """What a run says of its adapters."""
-    values = layout.read_meta(directory)[1].get("run", {}).get("lora")
+def _restore_merged(checkpoint: Location, meta: Mapping[str, Any], module: str, wanted: Any) -> jax.Array:
+    """The kernel of a module with its adapter merged."""
+    values = meta.get("run", {}).get("lora")
     if values is None:
         raise ValueError(
-            f"{directory}: {'/'.join(kernel)} has an adapter, but meta/metadata lacks the run's lora (rank, alpha)"
+            f"{checkpoint}: {module}/kernel has an adapter, but {layout.METADATA} lacks the run's lora (rank, alpha)"
         )
-    return dataclass_from_dict(LoraConfig, values)
+    cfg = dataclass_from_dict(LoraConfig, values)
+    at = wanted.sharding
+    replicated = NamedSharding(at.mesh, PartitionSpec()) if isinstance(at, NamedSharding) else at
+
+    def merge(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        leaves = {"kernel": kernel, lora.A: a, lora.B: b}
+        merged = lora.merge({name: leaf.astype(jnp.float32) for name, leaf in leaves.items()}, cfg)
+        return merged["kernel"].astype(wanted.dtype)
+
+    paths = [f"{module}/{name}" for name in ("kernel", lora.A, lora.B)]
+    shardings = dict(zip(paths, (at, replicated, replicated), strict=True))
+    restored = _restore(checkpoint, layout.arrays_of(meta), shardings)
+    return jax.jit(merge, out_shardings=at)(*(restored[path] for path in paths))
 
 
-def _restore(directory: Location, target: Mapping[tuple, Any]) -> dict[tuple, jax.Array]:
-    """These paths alone."""
-    item = nnx.traversals.unflatten_mapping(target)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
-        params = checkpointer.restore(storage.absolute(directory) / layout.PARAMS, args=args)
-    return nnx.traversals.flatten_mapping(params)
-
-
-def _check_shapes(directory: Location, found: Mapping[str, Any], target: Mapping[str, Any], prefix: str = "") -> None:
-    for name, wanted in target.items():
-        path = f"{prefix}{name}"
-        if name not in found:
-            raise ValueError(f"{directory}: the model needs {path}, which the checkpoint does not hold")
-        if isinstance(wanted, Mapping):
-            _check_shapes(directory, found[name], wanted, f"{path}/")
-        elif tuple(found[name].shape) != tuple(wanted.shape):
-            raise ValueError(f"{directory}: {path} is {tuple(found[name].shape)}, the model's {tuple(wanted.shape)}")
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return nnx.traversals.unflatten_mapping({tuple(path.split("/")): leaf for path, leaf in leaves.items()})

@@ -1,28 +1,22 @@
-"""The checkpoints of a training run, written by Orbax in the background, and the way back when one is damaged.
+"""The checkpoints of a training run: saved by Orbax in the background, restored from the newest intact step.
 
-The format is ``phivision_jax/checkpoint/layout.py``'s: each step can be loaded, scored and exported without its run.
+The format is described in ``layout.py``; each step can be loaded, evaluated and exported without its run.
 
-    device ─► checksum per array ─► Orbax: copy, write, rename to <step> ─► read every file ─► MANIFEST, sealed.json
-              (in meta)                          └────────────────────── in the background ──────────────────────┘
+    device ─► checksum of each array ─► Orbax: copy, write, rename to <step> ─► saved.json
+              (into the metadata)       └────────── in the background ───────┘
 
-Two nets, because each has a hole where the other holds. Array checksums are taken before anything is copied and
-compared when the arrays stand on the devices again: they see what went wrong on the way to the disk, which no reading
-of files can. The manifest sees a change in any byte of any file later on, also where no array is concerned.
+A step's metadata hold the checksums of all that it consists of and are written with it. So a step that a kill has
+interrupted is invisible, a complete one can be verified, and there is no state in between. Restoring verifies the files
+before anything large is read, and the arrays on the devices: that includes what went wrong between device and disk.
 
-The manifest can only be made from finished files, so for a while a step is whole for Orbax and has none. Killed then,
-the step is good and must not be lost: without a manifest it is restored on its array checksums alone, and sealed after
-that. A manifest that was there and is gone is damage; ``checkpoints/sealed.json`` tells the two apart. It is written
-after the manifest and only ever makes the check stricter, so no single accident with it harms.
-
-A damaged step is renamed to ``checkpoints/damaged-<step>`` as soon as an earlier one is restored: out of the way of
-training, which will save this step again, and there for whoever wants to look. When nothing is whole, nothing is
-touched and nothing is trained.
+A damaged step is renamed to ``checkpoints/damaged-<step>`` as soon as an earlier one is restored: training will save
+this step again, and the damaged one can still be examined. When no step is intact, nothing is changed and nothing is
+trained.
 """
 
 from __future__ import annotations
 
-import json
-import threading
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,19 +27,17 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from phivision_jax.checkpoint import manifest
-from phivision_jax.checkpoint.checksums import checksums, differing
+from phivision_jax.checkpoint import arrays, layout, run_steps
 from phivision_jax.checkpoint.files_item import FilesSave
-from phivision_jax.checkpoint.layout import ASSETS, CHECKPOINTS, CHECKSUMS, FORMAT, META, OPT_STATE, PARAMS
-from phivision_jax.checkpoint.retention import Best
-from phivision_jax.checkpoint.run_steps import Steps, first_line
+from phivision_jax.checkpoint.layout import ASSETS, CHECKPOINTS, META, OPT_STATE, PARAMS, DamagedError
+from phivision_jax.checkpoint.retention import KeepBest
 from phivision_jax.distributed.processes import first_error
 from phivision_jax.io import storage
+from phivision_jax.io.messages import first_line
 from phivision_jax.io.storage import Location
 
 CHUNK_BYTES = 32_000_000
-"""The most that one stored chunk holds. Stacked arrays are also cut by layer, so that the converter can stream them."""
-_UNREADABLE = "Orbax cannot restore it here"
+"""The largest stored chunk. Stacked arrays are also cut by layer, so that the converter can stream them."""
 
 
 class CheckpointError(ValueError):
@@ -53,16 +45,16 @@ class CheckpointError(ValueError):
 
 
 class RunCheckpoints:
-    """The checkpoints of one training run: saved in the background, kept by rule.
+    """The checkpoints of one training run.
 
     Args:
       run: the run's directory, or its place in a bucket.
-      keep: the last so many steps are kept.
-      keep_every: multiples of this are kept as well; 0: none.
-      keep_best: the step with the best value of this metric is kept as well: "eval/accuracy" keeps the highest, a
-        minus in front ("-loss") the lowest; empty: none.
-      say: told what happens to damaged checkpoints, on the first process.
-      before_save: brings into safety what a checkpoint must not be without, once it is there.
+      keep: number of newest steps to keep.
+      keep_every: steps that are multiples of this are kept too; 0: none.
+      keep_best: the step with the best value of this metric is kept too: "eval/accuracy" keeps the highest, a minus in
+        front ("-loss") the lowest; empty: none.
+      log: receives messages about damaged checkpoints, on the first process.
+      before_save: called before a step is written, to store first what a checkpoint must not exist without.
 
     Raises:
       ValueError: when ``keep`` is not positive.
@@ -75,45 +67,45 @@ class RunCheckpoints:
         keep: int,
         keep_every: int = 0,
         keep_best: str = "",
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         before_save: Callable[[], None] = lambda: None,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep_checkpoints is {keep}; at least 1 is needed, 2 to survive a damaged one")
-        self._directory = storage.absolute(run) / CHECKPOINTS
-        self._steps = Steps(self._directory)
-        self._keep, self._keep_every, self._say = keep, keep_every, say
-        self._best = Best(keep_best, self._tell) if keep_best else None
-        self._before_save = before_save
         self._first = jax.process_index() == 0
+        self._log = log if self._first else lambda line: None
+        self._directory = storage.absolute(run) / CHECKPOINTS
+        self._keep, self._keep_every = keep, keep_every
+        self._best = KeepBest(keep_best, self._log) if keep_best else None
+        self._before_save = before_save
         self._damaged: dict[int, str] = {}
-        self._checked: set[int] = set()
-        self._sealing: threading.Thread | None = None
-        self._error: tuple[int, BaseException] | None = None
+        self._intact: dict[int, dict[str, Any]] = {}
+        """Metadata of the steps whose files were verified."""
+        self._saving: int | None = None
         self._manager: ocp.CheckpointManager | None = None
-        if self._first:
-            if isinstance(self._directory, Path):
-                self._directory.mkdir(parents=True, exist_ok=True)
-            manifest.sweep(self._directory)
+        if self._first and isinstance(self._directory, Path):
+            self._directory.mkdir(parents=True, exist_ok=True)
 
     @property
     def latest(self) -> int | None:
-        """The newest step on disk, whole or not; None: nothing was ever saved here.
+        """The newest step, intact or not; None when nothing was ever saved.
 
         Raises:
-          CheckpointError: when something was, and no step is left.
+          CheckpointError: when something was saved and no step is left.
         """
-        steps = self._steps()
-        if not steps and (gone := self._steps.sealed()):
+        steps = run_steps.list_steps(self._directory)
+        if not steps and (saved := run_steps.newest_saved(self._directory)) is not None:
             raise CheckpointError(
-                f"{self._directory} held checkpoint {max(gone)} and now holds none; bring it back, or take a new "
-                "--run to begin anew"
+                f"{self._directory} held checkpoint {saved} and now holds none; bring it back, or use a new --run to "
+                "start over"
             )
         return max(steps, default=None)
 
     def has(self, at_most: int | None = None) -> bool:
-        """Whether there is a step, whole or not, that is not newer than that; raises as ``latest``."""
-        return self.latest is not None and any(at_most is None or step <= at_most for step in self._steps())
+        """Whether there is a step, intact or not, that is not newer than ``at_most``; raises as ``latest``."""
+        if self.latest is None:
+            return False
+        return any(at_most is None or step <= at_most for step in run_steps.list_steps(self._directory))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving.
@@ -129,130 +121,111 @@ class RunCheckpoints:
         """Begin saving a state under its step; returns once its arrays are copied from the devices.
 
         Args:
-          vision_tail: rides along in params/.
+          state: {"params", "opt_state", "step"}.
+          vision_tail: parameters that are stored with the others but are never trained.
           meta: JSON values; "model" holds the configuration as a dict.
           assets: directory whose files are copied.
-          metrics: ``keep_best`` is looked up in it; a step whose metrics lack it is not among the best.
+          metrics: of this step; ``keep_best`` rates it by them.
 
         Raises:
-          CheckpointError: when this save cannot begin, or the one before has failed meanwhile.
+          CheckpointError: when this save cannot begin, or the previous one has failed.
         """
         self.wait()
         step = int(state["step"])
+        metrics = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        params = {**state["params"], "vision_tail": vision_tail}
         try:
             self._before_save()
-        except OSError as error:
-            raise self._failed(step, error) from error
-        if isinstance(self._directory, Path) and not self._directory.is_dir():
-            raise CheckpointError(
-                f"{self._directory} has disappeared while training: checkpoint {step} is not saved, and those before "
-                "it are gone; bring the directory or its disk back and start again"
-            )
-        params = {**state["params"], "vision_tail": vision_tail}
-        sums = checksums({PARAMS: params, OPT_STATE: state["opt_state"]})
-        meta = {"format": FORMAT, "step": step, **meta, CHECKSUMS: {name: f"{s:08x}" for name, s in sums.items()}}
-        try:
-            if self._manager is None:
-                self._manager = self._make_manager()
+            if isinstance(self._directory, Path) and not self._directory.is_dir():
+                raise CheckpointError(
+                    f"{self._directory} has disappeared during training: checkpoint {step} is not saved, and those "
+                    "before it are gone; bring the directory or its disk back and start again"
+                )
+            content = {
+                "step": step,
+                **meta,
+                "metrics": metrics,
+                "arrays": arrays.describe({PARAMS: params, OPT_STATE: state["opt_state"]}),
+                "assets": layout.crc_of_files(assets),
+            }
+            self._manager = self._manager or self._make_manager()
+            if self._best:
+                self._best.add(step, metrics)
+                self._best.report_missing(step, metrics)
+            self._saving = step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(_chunks, params)),
                     opt_state=ocp.args.StandardSave(state["opt_state"]),
-                    meta=ocp.args.JsonSave(meta),
+                    meta=ocp.args.JsonSave(layout.with_crc(content)),
                     assets=FilesSave(assets),
                 ),
-                metrics=self._best.rating(step, metrics or {}) if self._best else None,
             )
-        except Exception as error:  # of the file system, of TensorStore, of Orbax: each with its own types
-            raise self._failed(step, error) from error
-        self._seal(step)
+        except Exception as error:  # of the file system, TensorStore, Orbax: each with its own types
+            self._saving = None
+            raise self._failure(step, error) from error
 
     def _make_manager(self) -> ocp.CheckpointManager:
-        """Made at the first save, when all that is damaged has been put aside: it reads what it finds."""
+        """Made at the first save, when damaged steps have been set aside."""
         rules: list[Any] = [policies.LatestN(self._keep)]
         if self._keep_every:
             rules.append(policies.EveryNSteps(self._keep_every))
         if self._best:
             rules.append(self._best)
-            self._set_aside_unrated(self._best)
+            for step in run_steps.list_steps(self._directory):
+                try:
+                    meta = self._intact.get(step) or layout.read_meta(self._directory / str(step))
+                    self._best.add(step, meta["metrics"])
+                except DamagedError as error:
+                    self._damaged[step] = error.problem
+            self._set_aside()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(rules),
-            # Decides nothing beside a policy, but without it metrics are not stored.
-            best_fn=self._best.score if self._best else None,
             cleanup_tmp_directories=True,
+            lightweight_initialize=True,  # the records that Orbax would read are not verified
             # In the background, where they are made by default, a failure would leave this thread waiting for them.
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         names = (PARAMS, OPT_STATE, META, ASSETS)
         return ocp.CheckpointManager(self._directory, options=options, item_names=names)
 
-    def _set_aside_unrated(self, best: Best) -> None:
-        """An older step whose metric cannot be read would keep Orbax's manager from starting."""
-        for step in self._steps() if self._first else ():
-            path = self._directory / str(step) / "metrics" / "metrics"
-            try:
-                with storage.wrap_storage_errors(path):
-                    rating = path.read_bytes() if path.exists() else None
-                if rating is not None:
-                    best.score(json.loads(rating))
-            except (ValueError, TypeError):
-                self._damaged[step] = "its file metrics/metrics is damaged"
-        self._set_aside()
-
-    def _seal(self, step: int) -> None:
-        self._sealing = threading.Thread(target=self._seal_when_written, args=(step,), name=f"seal-{step}")
-        self._sealing.start()
-
-    def _seal_when_written(self, step: int) -> None:
-        try:
-            if self._manager is not None:
-                self._manager.wait_until_finished()
-            manifest.seal(self._directory, step, jax.process_index(), jax.process_count())
-        except BaseException as error:  # raised in the thread that trains, by wait()
-            self._error = (step, error)
-
     def wait(self) -> None:
-        """Wait until the last save is whole and sealed.
+        """Wait until the last save is complete.
 
         Raises:
           CheckpointError: when it failed.
         """
-        if self._sealing is None:
+        step, self._saving = self._saving, None
+        if step is None or self._manager is None:
             return
-        self._sealing.join()
-        self._sealing = None
-        if self._error is not None:
-            (step, error), self._error = self._error, None
-            try:  # Orbax tells each thread; this one is told here, not at some later save
-                if self._manager is not None:
-                    self._manager.wait_until_finished()
-            except Exception as same:
-                error = same
-            raise self._failed(step, error) from error
+        try:
+            self._manager.wait_until_finished()
+            if self._first:
+                run_steps.record_saved(self._directory, step)
+        except Exception as error:
+            raise self._failure(step, error) from error
 
     def check(self) -> None:
-        """Raise what ``wait`` would, without waiting: for a loop to learn early that a save has failed."""
-        if self._sealing is not None and not self._sealing.is_alive():
+        """Raise what ``wait`` would, without waiting, so that a loop learns early of a failed save."""
+        if self._manager is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
-    def _failed(self, step: int, error: BaseException) -> CheckpointError:
+    def _failure(self, step: int, error: BaseException) -> CheckpointError:
         if isinstance(error, CheckpointError):
             return error
-        lost, where = f"checkpoint {step} could not be written to {self._directory}", "bucket"
-        if isinstance(self._directory, Path):
-            lost += "" if self._directory.is_dir() else " (the directory has disappeared)"
-            where = "disk"
+        local = isinstance(self._directory, Path)
+        gone = " (the directory has disappeared)" if local and not self._directory.exists() else ""
         return CheckpointError(
-            f"{lost}: {first_line(error)}; see to the {where} and start again: training goes on from the checkpoint "
-            "before"
+            f"checkpoint {step} could not be written to {self._directory}{gone}: {first_line(error)}; check the "
+            f"{'disk' if local else 'bucket'} and start again: training continues from the checkpoint before"
         )
 
     def close(self) -> None:
-        """Wait until the last save is whole and sealed.
+        """Wait until the last save is complete, and release Orbax's threads.
 
         Raises:
-          CheckpointError: when it failed.
+          CheckpointError: when the save failed.
         """
         self.wait()
         if self._manager is not None:
@@ -262,12 +235,12 @@ class RunCheckpoints:
     # Restoring.
 
     def meta(self) -> dict[str, Any]:
-        """What ``meta/metadata`` says in the newest step whose files are whole, before anything large is read.
+        """The metadata of the newest step whose files are intact.
 
         Raises:
           CheckpointError: when there is no such step.
         """
-        return self._steps.meta(self._newest())
+        return self._intact[self._newest()]
 
     def restore(
         self,
@@ -277,93 +250,88 @@ class RunCheckpoints:
         at_most: int | None = None,
         check: Callable[[Mapping[str, Any]], None] = lambda meta: None,
     ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-        """(state, vision_tail, meta) of the newest whole step, sharded as ``abstract_state`` says (on any mesh).
+        """(state, vision_tail, meta) of the newest intact step, sharded as ``abstract_state`` says (on any mesh).
 
-        Newer ones, which are not whole, are put aside, and ``say`` is told why.
+        Newer steps, which are damaged, are set aside and reported to ``log``.
 
         Args:
-          at_most: the newest that is wanted; the directory is then left as it is.
-          check: raises what speaks against a step, by its meta, before any array of it is read.
+          abstract_state: like the state, of ``jax.ShapeDtypeStruct``; dtypes are those that were saved.
+          vision_tail: likewise of the vision tail.
+          at_most: the newest step wanted; the directory is then left unchanged.
+          check: raises when a step with these metadata must not be restored; called before any array is read.
 
         Raises:
-          CheckpointError: when none is whole, saying of each what is wrong; when one is, but holds other arrays than
-            are asked for.
+          CheckpointError: when no step is intact, with what is wrong with each; when the step has other arrays.
         """
-        params = {**abstract_state["params"], "vision_tail": vision_tail}
+        targets = {PARAMS: {**abstract_state["params"], "vision_tail": vision_tail}}
+        targets[OPT_STATE] = abstract_state["opt_state"]
+        restored: dict[str, Any] = {}
         while True:
             step = self._newest(at_most)
-            meta = self._steps.meta(step)
+            meta = self._intact[step]
             check(meta)
-            restored, wrong = self._read(step, params, abstract_state["opt_state"], meta)
-            if wrong is None:
+            self._check_arrays(step, targets)
+            try:
+                for item, target in targets.items():
+                    saved = layout.arrays_of(meta, item)
+                    restored[item] = arrays.restore(self._directory / str(step), item, target, saved)
                 break
-            del restored  # two states at once may not fit
-            self._damaged[step] = wrong
+            except DamagedError as error:
+                self._damaged[step] = error.problem
+                restored.clear()  # two states at once may not fit
         if at_most is None:
             self._set_aside(step)
-        if CHECKSUMS not in meta:
-            self._tell(f"checkpoint {step} was written without checksums; it is taken as it is")
-        if at_most is None and not self._steps.has_manifest(step):
-            self._seal(step)
         params = dict(restored[PARAMS])
         tail = params.pop("vision_tail")
-        at = abstract_state["step"].sharding
-        state = {"params": params, "opt_state": restored[OPT_STATE], "step": jax.device_put(jnp.int32(step), at)}
+        sharding = abstract_state["step"].sharding
+        state = {"params": params, "opt_state": restored[OPT_STATE], "step": jax.device_put(jnp.int32(step), sharding)}
         return state, tail, meta
 
     def _newest(self, at_most: int | None = None) -> int:
-        """The newest step in which no damage has been found, its files read."""
-        wanted = [step for step in self._steps() if at_most is None or step <= at_most]
-        share = (jax.process_index(), jax.process_count())
-        for step in sorted(set(wanted) - self._damaged.keys(), reverse=True):
-            if step not in self._checked and (wrong := first_error(self._steps.damage(step, *share))):
-                self._damaged[step] = wrong
-                continue
-            self._checked.add(step)
-            return step
+        """The newest step not known to be damaged, its files verified."""
+        steps = [s for s in run_steps.list_steps(self._directory) if at_most is None or s <= at_most]
+        for step in sorted(set(steps) - self._damaged.keys(), reverse=True):
+            if step in self._intact:
+                return step
+            problem, meta = None, {}
+            try:
+                meta = run_steps.read_intact_meta(self._directory / str(step), check_assets=self._first)
+            except DamagedError as error:
+                problem = error.problem
+            if problem := first_error(problem):
+                self._damaged[step] = problem
+            else:
+                self._intact[step] = meta
+                return step
         if not self._damaged:
             raise CheckpointError(f"{self._directory} holds no checkpoint")
-        each = "; ".join(f"in {step}, {wrong}" for step, wrong in sorted(self._damaged.items(), reverse=True))
+        each = "; ".join(f"in {step}, {problem}" for step, problem in sorted(self._damaged.items(), reverse=True))
         raise CheckpointError(
-            f"{self._directory} holds no checkpoint that is whole: {each}. Nothing was changed. Bring back a copy of "
-            "one, or take a new --run to begin anew"
+            f"{self._directory} holds no intact checkpoint: {each}. Nothing was changed. Bring back a copy of one, or "
+            "use a new --run to start over"
         )
 
-    def _read(self, step: int, params: Any, opt_state: Any, meta: Mapping[str, Any]) -> tuple[Any, str | None]:
-        """The restored items, and what is wrong with them."""
-        checkpoint = self._directory / str(step)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(params), opt_state=ocp.args.StandardRestore(opt_state)
-        )
-        restored: Any = None
-        wrong = None
-        try:
-            with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-                restored = checkpointer.restore(checkpoint, args=items)
-        except Exception as error:  # Orbax's, TensorStore's, JAX's: each has its own types
-            storage.check(checkpoint)  # a bucket that does not answer is no damage
-            wrong = f"{_UNREADABLE}: {first_line(error)}"
-        if wrong is None and CHECKSUMS in meta:
-            found = checksums({PARAMS: restored[PARAMS], OPT_STATE: restored[OPT_STATE]})
-            wrong = differing(meta[CHECKSUMS], {name: f"{value:08x}" for name, value in found.items()})
-        wrong = first_error(wrong)
-        if wrong is not None and wrong.startswith(_UNREADABLE) and self._steps.has_manifest(step):
-            raise CheckpointError(f"every file of {checkpoint} is whole, but {wrong}")
-        return restored, wrong
+    def _check_arrays(self, step: int, targets: Mapping[str, Any]) -> None:
+        saved = self._intact[step]["arrays"]
+        wanted = {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in arrays.with_paths(targets).items()}
+        for path in sorted(saved.keys() | wanted.keys()):
+            has, asked = saved.get(path, [])[:2], wanted.get(path, [])
+            if has != asked:
+                raise CheckpointError(
+                    f"{self._directory / str(step)} is intact, but does not fit this run: its array {path} is "
+                    f"{has or 'missing'}, here {asked or 'there is none'}"
+                )
 
     def _set_aside(self, restored: int | None = None) -> None:
-        """Rename what is damaged, out of the sight of Orbax and of ``checkpoint.find``."""
-        for step, wrong in sorted(self._damaged.items()):
-            name = self._steps.set_aside(step) if self._first else ""
-            after = "" if restored is None else f"; training goes on from {restored}"
-            self._tell(f"checkpoint {step} is damaged: {wrong}. It is now {CHECKPOINTS}/{name}{after}")
+        """Rename damaged steps, so that neither Orbax nor ``layout.find`` sees them."""
+        after = "" if restored is None else f"; training continues from {restored}"
+        for step, problem in sorted(self._damaged.items()):
+            if self._first:
+                name = run_steps.set_aside(self._directory, step)
+                self._log(f"checkpoint {step} is damaged: {problem}. It is now {CHECKPOINTS}/{name}{after}")
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are aside")
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._damaged.clear()
-
-    def _tell(self, sentence: str) -> None:
-        if self._first:
-            self._say(sentence)
 
 
 def _chunks(path: tuple, leaf: Any) -> ocp.SaveArgs:

@@ -1,80 +1,75 @@
-"""The steps of a run as they lie in ``checkpoints/``, on a disk or in a bucket: which there are, and what is with each.
+"""The steps of a run in its directory ``checkpoints/``: listing them, and setting damaged ones aside.
 
-In a bucket (``gs://…``) Orbax cannot rename a step at once. It writes it under its name, and commit_success.txt last: a
-step without it that was never sealed is none, and Orbax clears it away at the next save. A sealed one that lacks it is
-damaged.
+    checkpoints/1000/             a step
+    checkpoints/damaged-001000/   a step that was found damaged
+    checkpoints/saved.json        {"step": 1000}: the newest step that was saved completely
+
+saved.json makes the loss of all steps an error rather than a new run. In a bucket, where Orbax writes a step under its
+final name and commit_success.txt last, it also tells a step that has lost this file from one that was never finished,
+which is ignored and which Orbax removes at the next save. The file is written after the step, and without it the checks
+are only less strict.
+
+Every function raises ``StorageError`` when the bucket does not answer; this is never taken for damage.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 from typing import Any
 
-from phivision_jax.checkpoint import manifest
-from phivision_jax.checkpoint.layout import DAMAGED, META, ORBAX_MARK, is_committed
-from phivision_jax.io import storage
-from phivision_jax.io.storage import Location, read_json
+from phivision_jax.checkpoint import layout
+from phivision_jax.checkpoint.layout import ORBAX_MARK, DamagedError, is_committed
+from phivision_jax.io import atomic, storage
+from phivision_jax.io.storage import Location, wrap_storage_errors
+
+SAVED, DAMAGED = "saved.json", "damaged-"
 
 
-class Steps:
-    """Every method raises ``StorageError`` when the bucket does not answer: that is never damage."""
-
-    def __init__(self, directory: Location) -> None:
-        self.directory = directory
-
-    def __call__(self) -> list[int]:
-        """By name alone: what lacks a file is not absent but damaged. What Orbax was still writing is absent."""
-        found = [child for child in storage.children(self.directory) if child.name.isdecimal()]
-        if not storage.is_remote(self.directory):
-            return [int(child.name) for child in found if child.is_dir()]
-        sealed = self.sealed()
-        with storage.wrap_storage_errors(self.directory):
-            return [int(child.name) for child in found if int(child.name) in sealed or is_committed(child)]
-
-    def sealed(self) -> set[int]:
-        """Those that have had a manifest."""
-        with storage.wrap_storage_errors(self.directory):
-            return manifest.sealed(self.directory)
-
-    def has_manifest(self, step: int) -> bool:
-        with storage.wrap_storage_errors(self.directory):
-            return (self.directory / str(step) / manifest.MANIFEST).exists()
-
-    def meta(self, step: int) -> dict[str, Any]:
-        """What ``meta/metadata`` says; raises ``FileNotFoundError`` or ``ValueError`` when it says nothing."""
-        with storage.wrap_storage_errors(self.directory):
-            return read_json(self.directory / str(step) / META / "metadata")
-
-    def damage(self, step: int, share: int, shares: int) -> str | None:
-        """What is wrong with a process's share of the files, as half a sentence; None: nothing."""
-        checkpoint = self.directory / str(step)
-        with storage.wrap_storage_errors(checkpoint):
-            if not is_committed(checkpoint):
-                return f"its file {ORBAX_MARK} is missing"
-        try:
-            return manifest.damage(checkpoint, share, shares)
-        except FileNotFoundError:
-            if step in self.sealed():
-                return f"its file {manifest.MANIFEST} is missing"
-        try:  # killed before it was sealed, or older than manifests: its arrays will tell
-            self.meta(step)
-        except (FileNotFoundError, ValueError) as error:
-            return first_line(error)
-        return None
-
-    def set_aside(self, step: int) -> str:
-        """Rename it, out of the sight of Orbax and of ``checkpoint.find``; returns the name."""
-        name = f"{DAMAGED}{step:06d}"
-        with storage.wrap_storage_errors(self.directory):
-            while (self.directory / name).exists():
-                name += "+"
-            aside = self.directory / name
-            (self.directory / str(step)).rename(aside)
-            if not is_committed(aside):  # Orbax would clear it away
-                (aside / ORBAX_MARK).write_text("it was missing when this checkpoint was found damaged\n")
-        return name
+def list_steps(directory: Location) -> list[int]:
+    """The steps that were saved completely; one that lacks a file is listed, because it is damaged, not absent."""
+    children = [child for child in storage.children(directory) if child.name.isdecimal()]
+    if not storage.is_remote(directory):
+        return [int(child.name) for child in children if child.is_dir()]
+    saved = newest_saved(directory) or -1
+    with wrap_storage_errors(directory):
+        return [int(child.name) for child in children if int(child.name) <= saved or is_committed(child)]
 
 
-def first_line(error: BaseException) -> str:
-    """One line, short enough to be read, of messages that may run over pages: what was tried, and the cause."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" :.")
-    return line if len(line) <= 400 else f"{line[:150]} … {line[-250:]}"
+def newest_saved(directory: Location) -> int | None:
+    """The newest step that was saved, according to saved.json; None when there is no such record."""
+    with wrap_storage_errors(directory), contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        return int(json.loads((directory / SAVED).read_bytes())["step"])
+    return None
+
+
+def record_saved(directory: Location, step: int) -> None:
+    with wrap_storage_errors(directory):
+        atomic.write(directory / SAVED, json.dumps({"step": step}))
+
+
+def read_intact_meta(checkpoint: Location, *, check_assets: bool = True) -> dict[str, Any]:
+    """The metadata of a step, verified together with its other files; its arrays are verified as they are restored.
+
+    Raises:
+      DamagedError: naming the file.
+    """
+    with wrap_storage_errors(checkpoint):
+        if not is_committed(checkpoint):
+            raise DamagedError(checkpoint, f"its file {ORBAX_MARK} is missing")
+    meta = layout.read_meta(checkpoint)
+    if check_assets:
+        layout.check_assets(checkpoint, meta)
+    return meta
+
+
+def set_aside(directory: Location, step: int) -> str:
+    """Rename a damaged step so that neither Orbax nor ``layout.find`` sees it; returns the new name."""
+    name = f"{DAMAGED}{step:06d}"
+    with wrap_storage_errors(directory):
+        while (directory / name).exists():
+            name += "+"
+        (directory / str(step)).rename(directory / name)
+        if not is_committed(directory / name):  # Orbax would remove it
+            (directory / name / ORBAX_MARK).write_text("this file was missing when the checkpoint was found damaged\n")
+    return name

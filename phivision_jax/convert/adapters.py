@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
-from phivision_jax.checkpoint.layout import read_meta
 from phivision_jax.convert.mapping import Leaf, Shape
 from phivision_jax.io.storage import Location
 
@@ -32,7 +32,7 @@ class Adapters:
     """Paths of leaves."""
 
     @classmethod
-    def find(cls, checkpoint: Location, paths: Iterable[str]) -> Adapters | None:
+    def find(cls, checkpoint: Location, meta: Mapping[str, Any], paths: Iterable[str]) -> Adapters | None:
         """Those among a checkpoint's arrays; None when there are none.
 
         Raises:
@@ -42,7 +42,7 @@ class Adapters:
         kernels = frozenset(f"{module}/kernel" for module, _, name in named if name in (_A, _B))
         if not kernels:
             return None
-        lora = (read_meta(checkpoint)[1].get("run") or {}).get("lora")
+        lora = (meta.get("run") or {}).get("lora")
         if not isinstance(lora, Mapping) or not {"rank", "alpha"} <= lora.keys():
             raise ValueError(
                 f"{checkpoint}: {min(kernels)} has an adapter, but meta/metadata lacks the run's lora (rank, alpha)"

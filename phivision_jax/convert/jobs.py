@@ -20,8 +20,7 @@ import ml_dtypes
 import numpy as np
 from rich.filesize import decimal
 
-from phivision_jax.checkpoint import manifest
-from phivision_jax.checkpoint.layout import ASSETS, META, ORBAX_MARK, PARAMS, find, read_meta
+from phivision_jax.checkpoint.layout import ASSETS, ORBAX_MARK, check_assets, find, model_of, read_meta
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert import ours
 from phivision_jax.convert.hf import INDEX, HFDirectory, HFSink, HFSource, plan_shards
@@ -215,22 +214,23 @@ def find_checkpoint(path: Location) -> Location:
     return found
 
 
-def open_ours(path: Location, *parts: str) -> tuple[Location, ModelConfig, list[Leaf], ours.OursSource]:
+def open_ours(path: Location, *, assets: bool = False) -> tuple[Location, ModelConfig, list[Leaf], ours.OursSource]:
     """(where, configuration, table, source) of the checkpoint at ``path``; a line says when adapters are merged.
 
     Args:
-      parts: whose files are read and compared with the checkpoint's manifest, where it has one, before anything else.
+      assets: also verify the files beside the weights. Arrays are verified as they are read.
 
     Raises:
-      ValueError: when one of these is damaged, or the checkpoint is not whole.
+      DamagedError: when the metadata, or one of these files, is not what was saved.
+      ValueError: when there is no checkpoint of ours.
     """
     found = find_checkpoint(path)
-    if PARAMS in parts and (found / manifest.MANIFEST).exists():
-        log(f"{found}: reading its files once, to check them")
-    manifest.check(found, parts)
-    config, _ = read_meta(found)
+    meta = read_meta(found)
+    if assets:
+        check_assets(found, meta)
+    config = model_of(meta)
     leaves = model_leaves(config)
-    source = ours.OursSource(found, leaves)
+    source = ours.OursSource(found, meta, leaves)
     if source.adapters is not None:
         log(f"{found} has {source.adapters}; they are merged as they are read")
     return found, config, leaves, source
@@ -251,8 +251,7 @@ def to_hf(
       like: a Hugging Face directory whose shards, headers, index and other files to reproduce.
       force: write a model that ``config.json`` cannot express, without saying so in it.
     """
-    parts = (META, PARAMS, ASSETS) if like is None else (META, PARAMS)
-    found, config, leaves, source = open_ours(checkpoint, *parts)
+    found, config, leaves, source = open_ours(checkpoint, assets=like is None)
     if force:
         config = dataclasses.replace(config, **EXPRESSIBLE)
     config_json(config)  # raises for what it cannot express

@@ -1,13 +1,16 @@
 """Our checkpoint directory, read and written without holding an array: TensorStore, chunk by chunk.
 
     DIR/params/          Orbax PyTree: zarr arrays in an OCDBT store, what StandardCheckpointHandler reads and writes
-    DIR/meta/metadata    JSON (JsonCheckpointHandler): {"format": 1, "model": …, "step": …, …}
+    DIR/meta/metadata    JSON (JsonCheckpointHandler), see checkpoint/layout.py
     DIR/assets/          the Hugging Face directory's other files, as they were
     DIR/opt_state/       in a training step only; of no interest here
 
 Orbax itself saves arrays that exist. This module writes the same files from arrays that never do: a stacked leaf is
 chunked one layer at a time and, within a layer, along the axis of Hugging Face's rows, so that a chunk is exactly one
 run of rows of one tensor (see `mapping`). The metadata that makes it a checkpoint to Orbax is written last.
+
+Checksums of the arrays are computed from the blocks as they are written, and compared when all blocks of an array have
+been read again.
 """
 
 from __future__ import annotations
@@ -16,18 +19,21 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from phivision_jax.checkpoint.layout import FORMAT, ORBAX_MARK
+from phivision_jax.checkpoint import layout
+from phivision_jax.checkpoint.checksums import StreamedChecksums, difference
+from phivision_jax.checkpoint.layout import ASSETS, META, ORBAX_MARK, PARAMS, Array, DamagedError
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert.adapters import Adapters
 from phivision_jax.convert.mapping import Leaf, Shape, check
-from phivision_jax.io.storage import REMOTE, Location, read_json
+from phivision_jax.io.messages import first_line
+from phivision_jax.io.storage import REMOTE, Location
 
 BLOCK_BYTES = 32_000_000
 """The most that one chunk holds: with a few in flight, what a conversion needs of memory."""
@@ -55,32 +61,55 @@ def _kvstore(directory: Location) -> dict[str, Any]:
 class OursSource:
     """The leaves of a table, read from a checkpoint of ours; where kernels have adapters, merged.
 
+    Args:
+      directory: the checkpoint.
+      meta: its metadata.
+      leaves: the table.
+
     Raises:
       ValueError: when its arrays are not exactly the table's (and its adapters'), in name and shape.
+      DamagedError: when an array cannot be opened, or an adapter is not what was saved.
     """
 
-    def __init__(self, directory: Location, leaves: Iterable[Leaf]) -> None:
-        self._params = params = directory / "params"
-        if not (params / "_METADATA").is_file():
-            raise ValueError(f"{params} has no _METADATA: not an Orbax checkpoint, or one that was never finished")
-        stored = read_json(params / "_METADATA")
-        self._context, base = _context(), _kvstore(params)
-        self._store = {"driver": "ocdbt", "base": base} if stored.get("use_ocdbt") else base
-        self._driver = "zarr3" if stored.get("use_zarr3") else "zarr"
-        keys = [tuple(k["key"] for k in v["key_metadata"]) for v in stored["tree_metadata"].values()]
+    def __init__(self, directory: Location, meta: Mapping[str, Any], leaves: Iterable[Leaf]) -> None:
+        self._directory, self._params = directory, directory / PARAMS
+        self._saved, self._sums = layout.arrays_of(meta), StreamedChecksums()
+        self.adapters = Adapters.find(directory, meta, self._saved)
         wanted: dict[str, Shape] = {}
-        self.adapters = Adapters.find(directory, map("/".join, keys))
+        adapters: list[tuple[str, range | None]] = []
         for leaf in leaves:
-            wanted |= {leaf.path: leaf.shape, **(self.adapters.shapes(leaf) if self.adapters else {})}
-        self._arrays = {"/".join(key): self._open(params, ".".join(key)) for key in keys}
-        check({path: tuple(array.shape) for path, array in self._arrays.items()}, wanted, str(params))
+            shapes = self.adapters.shapes(leaf) if self.adapters else {}
+            wanted |= {leaf.path: leaf.shape, **shapes}
+            adapters += [(path, range(shape[0]) if leaf.stacked else None) for path, shape in shapes.items()]
+        check({path: array.shape for path, array in self._saved.items()}, wanted, str(self._params))
+        base = _kvstore(self._params)
+        ocdbt = {"driver": "ocdbt", "base": base} if (self._params / "manifest.ocdbt").exists() else base
+        context = _context()
+        self._arrays = {path: self._open(path, ocdbt, context) for path in self._saved}
+        for path, layers in adapters:  # small, and read several times: verified now, a layer at a time
+            for region in [(slice(layer, layer + 1),) for layer in layers] if layers is not None else [(slice(None),)]:
+                self._verify(path, region, self._read(path, region))
 
-    def _open(self, params: Location, name: str) -> ts.TensorStore:
-        kvstore = {**self._store, "path": f"{self._store.get('path', '')}{name}/"}
+    def _open(self, path: str, base: Mapping[str, Any], context: ts.Context) -> ts.TensorStore:
+        kvstore = {**base, "path": f"{base.get('path', '')}{path.replace('/', '.')}/"}
         try:
-            return ts.open({"driver": self._driver, "kvstore": kvstore}, open=True, context=self._context).result()
+            array = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=context).result()
         except ValueError as error:
-            raise ValueError(f"{params}: cannot read {name}: {str(error).splitlines()[0][:200]}") from None
+            raise self._unreadable(path, error) from None
+        found, saved = (array.dtype.name, tuple(array.shape)), self._saved[path]
+        if found != saved[:2]:
+            raise DamagedError(self._directory, f"its array {PARAMS}/{path} is stored as {found}, saved as {saved[:2]}")
+        return array
+
+    def _unreadable(self, path: str, error: Exception) -> DamagedError:
+        return DamagedError(self._directory, f"its array {PARAMS}/{path} cannot be read: {first_line(error)}")
+
+    def _verify(self, path: str, region: Sequence[slice], block: np.ndarray) -> None:
+        """Add a block to its array's checksum; the last block of the array shows whether it is intact."""
+        saved = self._saved[path]
+        found, name = self._sums.add(path, block, _start(region), saved.shape), f"{PARAMS}/{path}"
+        if found is not None and (problem := difference({name: saved}, {name: found})):
+            raise DamagedError(self._directory, problem)
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         return np.dtype(self._arrays[leaf.path].dtype.numpy_dtype)
@@ -94,7 +123,9 @@ class OursSource:
 
     def read(self, leaf: Leaf, layers: range, rows: range) -> list[np.ndarray]:
         """Their rows [rows, …] of ``leaf``, one array per layer."""
-        block = self._read(leaf.path, _region(leaf, layers, rows))
+        region = _region(leaf, layers, rows)
+        block = self._read(leaf.path, region)
+        self._verify(leaf.path, region, block)
         theirs = [leaf.to_theirs(layer) for layer in block] if leaf.stacked else [leaf.to_theirs(block)]
         if self.adapters is None:
             return theirs
@@ -105,7 +136,7 @@ class OursSource:
         try:
             return self._arrays[path][where].read().result()
         except ValueError as error:
-            raise ValueError(f"{self._params}: cannot read {path}: {str(error).splitlines()[0][:200]}") from None
+            raise self._unreadable(path, error) from None
 
     def close(self) -> None:
         self._arrays.clear()
@@ -115,6 +146,10 @@ def _region(leaf: Leaf, layers: range, rows: range) -> tuple[slice, ...]:
     per = leaf.rows_per_index
     cut = (slice(None),) * leaf.row_axis + (slice(rows.start // per, rows.stop // per),)
     return (slice(layers.start, layers.stop), *cut) if leaf.stacked else cut
+
+
+def _start(region: Sequence[slice]) -> list[int]:
+    return [cut.start or 0 for cut in region]
 
 
 def block_rows(leaf: Leaf, itemsize: int) -> int:
@@ -130,7 +165,9 @@ class OursSink:
     """``params/`` in the making."""
 
     def __init__(self, directory: Path, dtypes: Mapping[str, np.dtype], leaves: Iterable[Leaf]) -> None:
-        self._params, self._leaves = directory / "params", list(leaves)
+        self._params, self._leaves = directory / PARAMS, list(leaves)
+        self._sums = StreamedChecksums()
+        self._written: dict[str, Array] = {}
         self._params.mkdir()
         context = _context()
         self._arrays: dict[str, ts.TensorStore] = {}
@@ -155,7 +192,11 @@ class OursSink:
         """Put their rows [start, start + n) of ``leaf`` where they belong; returns when they are written."""
         where = _region(leaf, range(layer, layer + 1), range(start, start + len(block)))
         ours = np.ascontiguousarray(leaf.to_ours(block))
-        self._arrays[leaf.path][where].write(ours[None] if leaf.stacked else ours).result()
+        ours = ours[None] if leaf.stacked else ours
+        array = self._sums.add(leaf.path, ours, _start(where), leaf.shape)
+        if array is not None:
+            self._written[f"{PARAMS}/{leaf.path}"] = array
+        self._arrays[leaf.path][where].write(ours).result()
 
     def finish(self, config: ModelConfig, meta: Mapping[str, Any]) -> None:
         """Make it an Orbax checkpoint: metadata of the tree, of the item, and of the whole."""
@@ -173,11 +214,12 @@ class OursSink:
         _write_json(self._params / "_METADATA", metadata)
         _write_json(self._params / "_CHECKPOINT_METADATA", _item(_STANDARD))
         root = self._params.parent
-        (root / "meta").mkdir()
-        content = {"format": FORMAT, "model": dataclasses.asdict(config), **meta}
-        _write_json(root / "meta" / "metadata", content)
+        (root / META).mkdir()
+        content = {"model": dataclasses.asdict(config), **meta, "arrays": self._written}
+        content["assets"] = layout.crc_of_files(root / ASSETS)
+        _write_json(root / META / "metadata", layout.with_crc(content))
         _write_json(root / "_CHECKPOINT_METADATA", _item({"meta": _JSON, "params": _STANDARD}))
-        for folder in (root, self._params, root / "meta"):  # in a bucket, Orbax reads nothing that lacks it
+        for folder in (root, self._params, root / META):  # in a bucket, Orbax reads nothing that lacks it
             (folder / ORBAX_MARK).write_text("converted")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from phivision_jax.checkpoint.layout import META, PARAMS
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert.hf import INDEX, HFDirectory, HFSource
 from phivision_jax.convert.hf_config import model_config
@@ -41,8 +40,8 @@ class Opened:
         return f"{self.path} ({self.kind})"
 
 
-def open_checkpoint(path: Location, *parts: str) -> Opened:
-    """Raises ValueError when ``path`` is neither kind of checkpoint, not a whole one, or damaged in these parts."""
+def open_checkpoint(path: Location) -> Opened:
+    """Open a checkpoint of either kind; raises ValueError when ``path`` is neither, or incomplete."""
     storage.check(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
@@ -53,7 +52,7 @@ def open_checkpoint(path: Location, *parts: str) -> Opened:
         return Opened(path, "Hugging Face", config, leaves, HFSource(hf, leaves), hf)
     if any(".safetensors" in child.name for child in path.iterdir()):
         raise ValueError(f"{path} has no config.json: without it the tensors have no meaning")
-    found, config, leaves, source = open_ours(path, *parts)
+    found, config, leaves, source = open_ours(path)
     return Opened(found, "phivision_jax", config, leaves, source)
 
 
@@ -66,7 +65,7 @@ def verify(path_a: Location, path_b: Location) -> bool:
     Raises:
       ValueError: when they are different architectures, or as ``open_checkpoint``.
     """
-    a, b = (open_checkpoint(path, META, PARAMS) for path in (path_a, path_b))
+    a, b = (open_checkpoint(path) for path in (path_a, path_b))
     if [(leaf.path, leaf.shape) for leaf in a.leaves] != [(leaf.path, leaf.shape) for leaf in b.leaves]:
         raise ValueError(f"{a.path} and {b.path} are different architectures; `inspect` shows each")
     total = count_bytes(a.leaves, dtypes_of([(a.source, a.leaves)], "keep"))
@@ -114,7 +113,7 @@ def _same_file(a: HFDirectory, b: HFDirectory, name: str, errors: dict[str, floa
 
 def inspect(path: Location, as_json: bool) -> None:
     """Print the configuration and the tensors of a checkpoint of either kind, without reading weights."""
-    opened = open_checkpoint(path, META)
+    opened = open_checkpoint(path)
     dtypes = dtypes_of([(opened.source, opened.leaves)], "keep")
     tensors = tensors_of(opened.leaves, dtypes)
     total = count_bytes(opened.leaves, dtypes)

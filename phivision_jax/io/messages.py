@@ -1,8 +1,9 @@
-"""Parts of messages: the nearest known name, and the values in which two settings differ."""
+"""Parts of messages: the nearest known name, the values in which two settings differ, the gist of an error."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -33,3 +34,13 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
             yield from differences(old.get(key), new.get(key), f"{path}.{key}".removeprefix("."))
     elif old != new:
         yield path, old, new
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error message without TensorStore's specifications and source locations.
+
+    A long line is shortened in the middle: the action is at its start, the cause at its end.
+    """
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = re.split(r" \[(?:tensorstore_spec|source locations)=", line)[0].rstrip(" :.")
+    return line if len(line) <= 300 else f"{line[:100]} … {line[-200:]}"

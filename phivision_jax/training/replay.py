@@ -45,7 +45,7 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
 def _replay(cfg: RunConfig, directory: RunDirectory, number: int, log: Callable[[str], None]) -> dict[str, float]:
     if not (directory.local / "plan").is_dir():
         raise ValueError(f"{directory.url} holds no plan: --replay needs the directory of a run that was started")
-    checkpoints = RunCheckpoints(directory.url, cfg.keep_checkpoints, say=log)
+    checkpoints = RunCheckpoints(directory.url, cfg.keep_checkpoints, log=log)
     prepared = setup.prepare(cfg, directory, checkpoints)
     step = prepared.step
     if not 1 <= number <= prepared.steps:

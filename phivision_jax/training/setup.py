@@ -18,8 +18,9 @@ from flax import nnx
 
 from phivision_jax import sharding
 from phivision_jax.batch import Batch, batch_spec
-from phivision_jax.checkpoint import layout, loading, retention
+from phivision_jax.checkpoint import layout, loading
 from phivision_jax.checkpoint.manager import RunCheckpoints
+from phivision_jax.checkpoint.retention import check_keep_best
 from phivision_jax.config import ModelConfig
 from phivision_jax.data.feed.encode import GROUP_NAMES, group_weights
 from phivision_jax.data.feed.pipeline import BatchInfo, batches, rows_of_process, to_device
@@ -115,7 +116,9 @@ def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints
     resolved = device_layout.resolve(with_checkpoint(cfg, checkpoints), jax.devices())
     mesh = sharding.make_mesh(dataclasses.asdict(resolved.mesh))
     check_rows(resolved, mesh)
-    retention.check(resolved)
+    data = resolved.data
+    validates = bool(data.validation_path or data.validation_share)
+    check_keep_best(resolved.keep_best, validates=validates, evaluates=bool(data.eval_path))
     assets = directory.local / "assets"
     on_process_zero("assets", lambda: make_assets(resolved, directory))
     directory.pull("assets")

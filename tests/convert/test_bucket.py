@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -14,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -30,6 +28,7 @@ from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
 from phivision_jax.text.tokenizer import Tokenizer
 from tests.support.batches import EXAMPLES, random_rows
+from tests.support.checkpoints import save_checkpoint
 from tests.support.commands import Run, refused, succeeded
 from tests.support.parameter_trees import abstract_params, tree_from_hf
 from tests.support.paths import ROOT
@@ -156,9 +155,7 @@ def test_verify_reads_checkpoint_without_ocdbt(bucket: str, hf: Path, tmp_path: 
     config, folder = model_config(hf), tmp_path / "step"
     params = tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True)
     params = jax.tree.map(jax.numpy.asarray, params)
-    ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)).save(folder / "params", params)
-    meta = {"format": 1, "model": dataclasses.asdict(config), "step": 3}
-    ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "meta", meta)
+    save_checkpoint(folder, params, config, use_ocdbt=False)
     storage.upload(folder, location(f"{bucket}/step"))
     assert "89 tensors with identical bytes" in succeeded(run("verify", f"{bucket}/step", hf))
 

@@ -26,6 +26,7 @@ from phivision_jax.models import lora, phivision
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.training import optim
 from tests.support.batches import EXAMPLES, TINY, random_rows
+from tests.support.checkpoints import edit_meta, save_checkpoint
 from tests.support.commands import Run
 from tests.support.released_layout import read_tensors
 from tests.support.train_steps import QUICK
@@ -57,14 +58,8 @@ def params_of_step(model: tuple[nnx.GraphDef, dict[str, Any]]) -> dict[str, Any]
 def save(folder: Path, params: dict[str, Any], chunk_bytes: int = 32_000_000, run: Any = None) -> Path:
     """Save a step of a run; a small ``chunk_bytes`` gives several chunks per layer."""
     chunks = ocp.SaveArgs(chunk_byte_size=chunk_bytes, shard_axes=(0,))
-    ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).save(
-        folder / "params", params, save_args=jax.tree.map(lambda _: chunks, params)
-    )
     run = {"lora": dataclasses.asdict(LORA)} if run is None else run
-    meta = {"format": 1, "model": dataclasses.asdict(TINY), "step": 7, "run": run}
-    ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "meta", meta)
-    (folder / "assets").mkdir()
-    return folder
+    return save_checkpoint(folder, params, TINY, {"step": 7, "run": run}, save_args=chunks)
 
 
 @pytest.fixture(scope="module")
@@ -157,15 +152,13 @@ def test_restore_params_keeps_requested_adapters(step: Path, model: Any) -> None
 
 
 def test_adapters_need_rank_and_alpha_in_metadata(checkpoint: Path, tmp_path: Path, run: Run) -> None:
-    path = checkpoint / "meta" / "metadata"
-    meta = json.loads(path.read_text())
     for run_meta in ({}, {"lora": None}):
-        path.write_text(json.dumps({**meta, "run": run_meta}))
+        edit_meta(checkpoint, run=run_meta)
         code, text = run("to-hf", checkpoint, tmp_path / "hf")
         assert code == 2 and "kernel has an adapter, but meta/metadata lacks the run's lora (rank, alpha)" in text
         with pytest.raises(ValueError, match=r"kernel has an adapter, but meta/metadata lacks the run's lora"):
             phivision_jax.load(checkpoint)
-    path.write_text(json.dumps({**meta, "run": {"lora": {**dataclasses.asdict(LORA), "rank": 2}}}))
+    edit_meta(checkpoint, run={"lora": {**dataclasses.asdict(LORA), "rank": 2}})
     code, text = run("inspect", checkpoint)
     assert code == 2 and "30 mis-shaped: " in text and "lora_a [" in text
     with pytest.raises(ValueError, match=r"lora_a has rank 3, lora\.rank is 2"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -18,12 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from phivision_jax.checkpoint import layout
 from phivision_jax.checkpoint.load_hf import load_hf_params
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert import jobs, ours
 from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.mapping import flatten
 from phivision_jax.io import atomic
+from tests.support.checkpoints import edit_meta, save_checkpoint
 from tests.support.commands import Run, refused, succeeded
 from tests.support.parameter_trees import abstract_params, tree_from_hf
 from tests.support.released_layout import (
@@ -90,7 +91,7 @@ def test_to_jax_writes_assets_and_metadata(hf: Path, tmp_path: Path, run: Run) -
     for name in found:
         assert (assets / name).read_bytes() == (hf / name).read_bytes()
     meta = json.loads((tmp_path / "ours" / "meta" / "metadata").read_text())
-    assert (meta["format"], meta["step"]) == (1, 0)
+    assert (meta["format"], meta["step"]) == (layout.FORMAT, 0)
     assert ModelConfig.from_dict(meta["model"]) == model_config(SMALL)
 
 
@@ -144,11 +145,7 @@ def test_to_hf_takes_newest_step_of_run(hf: Path, tmp_path: Path, run: Run, save
     params = jax.tree.map(jax.numpy.asarray, tree_from_hf(read_tensors(hf).__getitem__, config, vision_tail=True))
     for step, tree in ((9, jax.tree.map(lambda x: x * 0, params)), (10, params)):
         folder = tmp_path / "run" / "checkpoints" / str(step)
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt)).save(
-            folder / "params", tree, save_args=jax.tree.map(lambda _: save_args, tree) if save_args else None
-        )
-        meta = {"format": 1, "model": dataclasses.asdict(config), "step": step, "plan": "abc"}
-        ocp.Checkpointer(ocp.JsonCheckpointHandler()).save(folder / "meta", meta)
+        save_checkpoint(folder, tree, config, {"step": step, "plan": "abc"}, save_args=save_args, use_ocdbt=ocdbt)
     text = succeeded(run("to-hf", tmp_path / "run", tmp_path / "back", "--like", hf))
     assert "taking the newest step, 10" in text
     assert same_directories(hf, tmp_path / "back")
@@ -224,10 +221,8 @@ def test_to_jax_composes_phi4_and_siglip2(tmp_path: Path, run: Run) -> None:
 
 def test_to_hf_needs_force_for_bidirectional(hf: Path, tmp_path: Path, run: Run) -> None:
     succeeded(run("to-jax", hf, tmp_path / "ours"))
-    path = tmp_path / "ours" / "meta" / "metadata"
-    meta = json.loads(path.read_text())
-    meta["model"]["image_attention"] = "bidirectional"
-    path.write_text(json.dumps(meta))
+    model = layout.read_meta(tmp_path / "ours")["model"]
+    edit_meta(tmp_path / "ours", model=model | {"image_attention": "bidirectional"})
     for like in ((), ("--like", hf)):
         code, text = run("to-hf", tmp_path / "ours", tmp_path / "back", *like)
         assert code == 2 and "bidirectional" in text and not (tmp_path / "back").exists()

@@ -1,6 +1,6 @@
-"""The nearest known name, and the values in which two settings differ."""
+"""Parts of messages."""
 
-from phivision_jax.io.messages import did_you_mean, differences
+from phivision_jax.io.messages import did_you_mean, differences, first_line
 
 
 def test_did_you_mean_names_the_nearest_or_all():
@@ -19,3 +19,9 @@ def test_differences_of_nested_values():
         ("new", None, {"y": 1}),
     ]
     assert list(differences(old, old)) == []
+
+
+def test_first_line_is_short():
+    assert first_line(ValueError("a b:\nmore")) == "a b" and first_line(KeyError()) == "KeyError"
+    line = first_line(ValueError("begin " + "x" * 1000 + " end"))
+    assert line.startswith("begin") and line.endswith("end") and len(line) < 310

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import random
@@ -17,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from phivision_jax.checkpoint.layout import CHECKPOINTS, CHECKSUMS, META
+from phivision_jax.checkpoint.layout import CHECKPOINTS, read_meta
 from phivision_jax.io.progress import bar
 from phivision_jax.training.telemetry.metrics import FILE, read_metrics
 from tests.support.paths import ROOT
@@ -198,9 +197,9 @@ def _first(left: Sequence[Any], right: Sequence[Any]) -> str:
     return f"{len(left)} against {len(right)} entries"
 
 
-def _checksums(run: Path) -> dict[str, str]:
+def _checksums(run: Path) -> dict[str, list[Any]]:
     newest = max((path for path in (run / CHECKPOINTS).glob("*") if path.name.isdecimal()), key=lambda p: int(p.name))
-    return json.loads((newest / META / "metadata").read_text())[CHECKSUMS]
+    return read_meta(newest)["arrays"]
 
 
 def left_over(left: Path, right: Path) -> list[str]:

@@ -1,6 +1,7 @@
 """One of two processes in a test of checkpoints: ``python saving_host.py ADDRESS NUMBER RUN save|restore``.
 
-Each has two devices; arrays lie over all four. Prints what it is told and which step it got.
+Each has two devices; arrays are sharded over all four. When restoring, the second process cannot read step 30. Prints
+the messages and the restored step.
 """
 
 from __future__ import annotations
@@ -11,17 +12,25 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.damage import make_state, make_tail
 from phivision_jax.checkpoint import loading
 from phivision_jax.checkpoint.layout import CHECKPOINTS
 from phivision_jax.checkpoint.manager import RunCheckpoints
+from tests.support.damage import make_state, make_tail
 
 STEPS = (10, 20, 30)
+restore = ocp.PyTreeCheckpointHandler.restore
 
 
-def main(address: str, number: str, folder: str, what: str) -> None:
+def fail_at_30(handler, directory, *args, **kwargs):
+    if directory.parent.name == "30":
+        raise ValueError("unreadable in one process")
+    return restore(handler, directory, *args, **kwargs)
+
+
+def main(address: str, number: str, folder: str, action: str) -> None:
     jax.distributed.initialize(address, num_processes=2, process_id=int(number))
     logging.getLogger("absl").setLevel(logging.ERROR)
     mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices())
@@ -33,14 +42,16 @@ def main(address: str, number: str, folder: str, what: str) -> None:
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, at(x), np.asarray(x).__getitem__), tree)
 
     run = Path(folder)
-    checkpoints = RunCheckpoints(run, keep=3, keep_best="accuracy", say=print)
-    if what == "save":
+    checkpoints = RunCheckpoints(run, keep=3, keep_best="accuracy", log=print)
+    if action == "save":
         for step in STEPS:
             metrics = {"accuracy": 1.0}
             checkpoints.save(place(make_state(step)), place(make_tail()), {"model": {}}, run / "assets", metrics)
     else:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at(x)), make_state(0))
         tail = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at(x)), make_tail())
+        if number == "1":
+            ocp.PyTreeCheckpointHandler.restore = fail_at_30
         try:
             loading.restore_params(run / CHECKPOINTS / "20", target["params"])
         except ValueError as error:

@@ -4,7 +4,7 @@ poison:3        inf among the loss weights of step 3, in one row of the first pr
 weight:decoder  the last parameter of this module is inf from the start
 term:3          SIGTERM while step 3 is computed, and again while it is saved
 
-SLOW: seconds that every checkpoint takes until its manifest is written (default 0).
+SLOW: seconds that every save takes longer (default 0).
 IMPATIENT: seconds after which an unresponsive bucket is given up, and between two pushes of the log.
 """
 
@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
-from phivision_jax.checkpoint import manifest
 from phivision_jax.cli.main import main
 from phivision_jax.training import run_directory, setup
 
 kind, _, what = os.environ.get("TROUBLE", "").partition(":")
-sound_batches, sound_start, sound_seal = setup.Prepared.batches, setup.start, manifest.seal
+sound_batches, sound_start, finalize = setup.Prepared.batches, setup.start, ocp.CheckpointManager._finalize
 terminated = False
 
 
@@ -53,14 +53,14 @@ def terminating_batches(prepared, first):
         yield batch, info
 
 
-def slow_seal(*args):
+def finalize_slowly(*args):
     if terminated:
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(float(os.environ.get("SLOW", 0)))
-    sound_seal(*args)
+    finalize(*args)
 
 
-manifest.seal = slow_seal
+ocp.CheckpointManager._finalize = finalize_slowly
 if kind == "poison":
     setup.Prepared.batches = poisoned_batches
 elif kind == "term":

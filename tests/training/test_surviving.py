@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import phivision_jax
-from phivision_jax.checkpoint.layout import SEALED
-from phivision_jax.checkpoint.manifest import MANIFEST
+from phivision_jax.checkpoint.run_steps import SAVED
 from phivision_jax.training.telemetry.metrics import read_metrics
 from tests.support.paths import ROOT
 from tests.support.runs import (
@@ -93,11 +92,29 @@ def test_broken_weight_stops_training_with_a_message(data, tmp_path):
     assert "training stops after 3 skipped updates in a row" in output and "--replay=3" in output
 
 
-def sealed_steps(run: Path) -> set[int]:
-    """Steps that are saved and sealed; nothing else may be left beside them."""
-    left = {path.name for path in (run / "checkpoints").iterdir()} - {SEALED}
-    assert all((run / "checkpoints" / name / MANIFEST).exists() for name in left), left
-    return {int(name) for name in left}
+def saved_steps(run: Path) -> set[int]:
+    """The steps that are saved; there must be nothing else beside them."""
+    names = {path.name for path in (run / "checkpoints").iterdir()} - {SAVED}
+    assert all(name.isdecimal() for name in names), names
+    return {int(name) for name in names}
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_falls_back_and_all_damaged_stops(data, tmp_path):
+    """The newest damaged: training continues from the one before. All damaged: one sentence, and not step 0."""
+    run = tmp_path / "run"
+    words = command(data, run, "--config.optim.steps=6", "--config.data.eval_path=", "--config.log_every=1")
+    finish(words)
+    assert saved_steps(run) == {3, 6}
+    data_file = max((run / "checkpoints" / "6" / "params").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data_file.write_bytes(bytes(data_file.stat().st_size))
+    output = finish(words)
+    assert "checkpoint 6 is damaged: its array params/" in output and "continuing from step 3" in output
+    shutil.rmtree(run / "checkpoints" / "damaged-000006")
+    assert saved_steps(run) == {3, 6}
+    for step in (3, 6):
+        (run / "checkpoints" / str(step) / "meta" / "metadata").write_text("{}")
+    assert "holds no intact checkpoint: in 6, its file meta/metadata does not hold" in fail(words)
 
 
 @pytest.mark.slow
@@ -114,7 +131,7 @@ def test_sigterm_while_compiling_validating_and_saving(data, tmp_path):
 
     output = fail(faulty(words), environment() | {"TROUBLE": "term:6", "SLOW": "1"}, code=75)
     assert "asked to stop: step 6 of 12 is saved" in output and "nothing to save" not in output
-    assert sealed_steps(run) == {6} and validations(run).keys() == {3} and losses(run).keys() == set(range(1, 7))
+    assert saved_steps(run) == {6} and validations(run).keys() == {3} and losses(run).keys() == set(range(1, 7))
 
     output = finish([*words, end])
     assert "continuing from step 6" in output and "guard is {'spike': 7.0, " in output
@@ -140,13 +157,13 @@ def test_run_that_gives_up_has_saved_and_one_process_continues(data, tmp_path, p
     env = environment() | {"TROUBLE": "poison:5", "SLOW": "4" if processes > 1 else "0"}
     output = fail(launched(faulty(words), processes), env)
     assert "training stops after 1 skipped updates in a row; the update of step 5 was skipped" in output
-    assert sealed_steps(run) == {4}
+    assert saved_steps(run) == {4}
     skipped = list(run.glob("skipped*.jsonl"))
     assert len(skipped) == processes and all(len(path.read_text().splitlines()) == 1 for path in skipped)
     assert all(max(records(run, process)) > 4 for process in range(processes))
 
     assert "continuing from step 4" in finish(words)
-    assert sealed_steps(run) == {4, 8, 12} and losses(run).keys() == set(range(1, 13))
+    assert saved_steps(run) == {4, 8, 12} and losses(run).keys() == set(range(1, 13))
     for process in range(processes):  # logs of a process that no longer exists end with the checkpoint
         rows = {step: len(ids) for step, ids in records(run, process).items()}
         assert rows == {step: ROWS // processes if step <= 4 else ROWS for step in range(1, 5 if process else 13)}

@@ -1,0 +1,92 @@
+"""Arrays of a checkpoint on devices: their checksums, and restoring them verified."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from phivision_jax.checkpoint.checksums import ROW, difference, mix, rows_and_columns
+from phivision_jax.checkpoint.layout import Array, DamagedError
+from phivision_jax.distributed.processes import first_error
+from phivision_jax.io import storage
+from phivision_jax.io.messages import first_line
+from phivision_jax.io.storage import Location
+
+
+def describe(tree: Any) -> dict[str, Array]:
+    """Dtype, shape and checksum of every leaf, by its path ("decoder/embed_tokens/embedding").
+
+    Sharded arrays are summed where they are: one uint32 per array leaves a device.
+
+    Raises:
+      ValueError: for elements of 64 bits, naming the array.
+    """
+    leaves = with_paths(tree)
+    for path, leaf in leaves.items():
+        if jnp.dtype(leaf.dtype).itemsize > 4:
+            raise ValueError(f"{path} is {leaf.dtype}: checksums are for elements of at most 32 bits")
+        rows_and_columns(leaf.shape, path)
+    sums = jax.device_get({path: _checksum(leaf) for path, leaf in leaves.items()})
+    return {
+        path: Array(jnp.dtype(leaf.dtype).name, tuple(leaf.shape), f"{int(sums[path]):08x}")
+        for path, leaf in leaves.items()
+    }
+
+
+def with_paths(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths, with slashes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    words = x if x.dtype == jnp.bool_ else jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    index = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim)]
+    row = jnp.zeros(x.shape, jnp.uint32)
+    for axis, i in enumerate(index[:-1]):
+        row += i * np.uint32(math.prod(x.shape[axis + 1 : -1]) % 2**32)
+    key = mix(row ^ np.uint32(ROW)) ^ mix(index[-1] if index else row)
+    return jnp.sum(mix(words.astype(jnp.uint32) ^ key), dtype=jnp.uint32)
+
+
+def restore(checkpoint: Location, item: str, target: Any, saved: Mapping[str, Array]) -> Any:
+    """Restore those arrays of an item that ``target`` names, and verify them. All processes must call it.
+
+    Args:
+      item: ``layout.PARAMS`` or ``layout.OPT_STATE``.
+      target: tree of ``jax.ShapeDtypeStruct`` with shardings; shapes and dtypes must be the saved ones.
+      saved: of the item's arrays, by path.
+
+    Raises:
+      DamagedError: in all processes, when one of them cannot read an array or finds another checksum.
+      StorageError: when the bucket does not answer.
+    """
+    problem = restored = None
+    args = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+    )
+    try:
+        # Not through ocp.Checkpointer: it would wait for processes that have failed.
+        restored = ocp.PyTreeCheckpointHandler().restore(storage.absolute(checkpoint) / item, args=args)
+    except jax.errors.JaxRuntimeError:  # out of device memory
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many types
+        storage.check(checkpoint)
+        cause = error.__cause__ or error
+        text = f"{error} {cause}".replace("'", '"')
+        name = next((f"array {item}/{path}" for path in saved if f'"{path.replace("/", ".")}/' in text), f"{item}/")
+        problem = f"its {name} cannot be read: {first_line(cause)}"
+    if problem := first_error(problem):
+        raise DamagedError(checkpoint, problem)
+    names = with_paths(target)
+    found = {f"{item}/{path}": array for path, array in describe(restored).items()}
+    if problem := first_error(difference({f"{item}/{path}": saved[path] for path in names}, found)):
+        raise DamagedError(checkpoint, problem)
+    return restored
