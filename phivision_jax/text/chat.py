@@ -132,10 +132,8 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
         role, content = message["role"], message["content"]
         if role not in ROLES:
             raise MessageError("role", f"message {i} has role {role!r}: it must be one of {', '.join(ROLES)}")
-        if message.get("weight") not in (None, 0, 1):
-            raise MessageError(
-                "fields", f"message {i}: its weight is {message['weight']!r}: it must be 0 (not learned) or 1"
-            )
+        if (weight := message.get("weight")) not in (None, 0, 1):
+            raise MessageError("fields", f"message {i}: its weight is {weight!r}: it must be 0 (no loss) or 1")
         if not isinstance(content, str | Sequence):
             raise MessageError("fields", f"message {i}: its content is neither a string nor a list of parts")
         texts = []
@@ -148,9 +146,7 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
                 texts.append(part["text"])
                 images += [None] * part["text"].count(IMAGE_MARKER)
             else:
-                raise MessageError(
-                    "fields", f"message {i}: a part of its content is neither a text with its text nor an image"
-                )
+                raise MessageError("fields", f"message {i}: a part of its content is neither an image nor a text")
         plain.append({**message, "content": "".join(texts)})
     return plain, images
 
@@ -161,9 +157,8 @@ def _refuse_control_tokens(message: Message, where: str, control_tokens: Sequenc
         content = content.removeprefix(NOTHINK)
     for token in control_tokens:
         if token in content and token not in (THINK, END_THINK):
-            raise MessageError(
-                "control-token", f"{where} contains the control token {token}: the model would obey it; reword it"
-            )
+            problem = f"{where} contains the control token {token}: the model would obey it; reword it"
+            raise MessageError("control-token", problem)
 
 
 def _in_mode(messages: list[dict[str, Any]], mode: PromptMode) -> list[dict[str, Any]]:
@@ -172,27 +167,27 @@ def _in_mode(messages: list[dict[str, Any]], mode: PromptMode) -> list[dict[str,
         return messages
     tagged, thinks = [], False
     for i, message in enumerate(messages):
-        content = message["content"]
+        content, problem = message["content"], ""
         if message["role"] != "assistant":
             tagged.append(message)
         elif content.startswith(THINK):
+            ends = content.count(END_THINK)
             if mode == "nothink":
-                raise MessageError("mode", f"message {i}: mode is nothink, but the answer begins with {THINK}")
-            if (ends := content.count(END_THINK)) != 1:
-                raise MessageError(
-                    "mode", f"message {i}: mode is think, but the answer begins with {THINK} and has {ends} {END_THINK}"
-                )
+                problem = f"begins with {THINK}"
+            elif ends != 1:
+                problem = f"begins with {THINK} and has {ends} {END_THINK}"
             tagged.append(message)
             thinks = True
-        elif tag := next((tag for tag in (THINK, END_THINK) if tag in content), None):
-            # In the middle of an answer the model would learn it as the control token, against the answer's own mode.
-            raise MessageError(
-                "mode",
-                f"message {i}: mode is {mode}, but the answer contains {tag} without beginning with {THINK}: thoughts "
-                "come first; reword an answer that only mentions the tag",
-            )
         else:
+            # In the middle of an answer, the model would learn a tag as the control token, against the answer's mode.
+            if tag := next((tag for tag in (THINK, END_THINK) if tag in content), None):
+                problem = (
+                    f"contains {tag} without beginning with {THINK}: thoughts come first; reword an answer that only "
+                    "mentions the tag"
+                )
             tagged.append({**message, "content": NOTHINK + content.removeprefix(NOTHINK)})
+        if problem:
+            raise MessageError("mode", f"message {i}: mode is {mode}, but the answer {problem}")
     if mode == "think" and not thinks:
         raise MessageError("mode", f"mode is think, but no answer is {THINK} thoughts {END_THINK} answer")
     return tagged
