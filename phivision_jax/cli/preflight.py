@@ -84,8 +84,8 @@ def _train(cfg: ResolvedConfig, where: Topology, low_effort: bool, title: str = 
     from phivision_jax.preflight.compiling import run_worker
     from phivision_jax.preflight.worker import train_facts
 
-    effort = "low" if low_effort else "default"
-    facts = run_worker(f"{title} at {effort} effort", train_facts, cfg, where, low_effort)
+    title = f"{title} at {'low' if low_effort else 'default'} effort"
+    facts = run_worker(title, train_facts, cfg, where, low_effort)
     return step_report.summary(facts["cfg"], where, facts, low_effort)
 
 

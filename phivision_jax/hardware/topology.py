@@ -115,8 +115,8 @@ class Topology:
 
     generation: str
     """A key of ``CHIPS``."""
-    shape: tuple[int, ...]
-    """Chips along each dimension of one slice."""
+    shape: str
+    """Chips along each dimension of one slice: ``4x4x8``."""
     slices: int = 1
 
     @property
@@ -126,16 +126,16 @@ class Topology:
     @property
     def xla_name(self) -> str:
         """Name of one slice for ``jax.experimental.topologies.get_topology_desc`` (with ``num_slices=slices``)."""
-        return f"{self.generation}:{_text(self.shape)}"
+        return f"{self.generation}:{self.shape}"
 
     @property
     def cloud_name(self) -> str | None:
         """Name of one slice; None for a shape that has none."""
-        return _cloud_name(self.generation, _text(self.shape)) if _text(self.shape) in self.chip.shapes else None
+        return _cloud_name(self.generation, self.shape) if self.shape in self.chip.shapes else None
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape) * self.slices
+        return math.prod(_sides(self.shape)) * self.slices
 
     @property
     def devices(self) -> int:
@@ -144,8 +144,8 @@ class Topology:
 
     @property
     def chips_per_host(self) -> int:
-        in_slice = math.prod(self.shape)
-        return in_slice if len(self.shape) == 2 and in_slice <= 8 else 4
+        sides = _sides(self.shape)
+        return math.prod(sides) if len(sides) == 2 and math.prod(sides) <= 8 else 4
 
     @property
     def hosts(self) -> int:
@@ -167,29 +167,29 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     if slices < 1:
         raise ValueError(f"slices must be at least 1, not {slices}")
     if match := re.fullmatch(r"(\w+):(\d{1,6}(?:x\d{1,6}){1,3})", name):
-        return Topology(match[1], _shape_of_xla_name(name, *match.groups()), slices)
+        _check_xla_name(name, *match.groups())
+        return Topology(match[1], match[2], slices)
     if match := re.fullmatch(r"(\w+)-(\d{1,9})", name):
         return Topology(*_generation_and_shape(name, match[1], int(match[2])), slices)
     raise ValueError(f"topology {name!r} is not a name like v5p:4x4x8 or v5p-256{_similar(name)}")
 
 
-def _shape_of_xla_name(name: str, generation: str, text: str) -> tuple[int, ...]:
+def _check_xla_name(name: str, generation: str, shape: str) -> None:
     if generation not in CHIPS:
         raise ValueError(f"topology {name!r}: {generation!r} is none of {', '.join(CHIPS)}{_similar(name)}")
-    chip, shape = CHIPS[generation], _parse(text)
-    chips = math.prod(shape)
+    chip, sides = CHIPS[generation], _sides(shape)
+    chips = math.prod(sides)
     # From 4x4x4 on, slices of v4 and v5p are any arrangement of cubes of that size.
-    of_cubes = len(shape) == 3 == len(_parse(chip.shapes[0])) and all(side and side % 4 == 0 for side in shape)
-    if text not in chip.shapes and not (of_cubes and chips <= chip.max_chips):
+    of_cubes = len(sides) == 3 == len(_sides(chip.shapes[0])) and all(side and side % 4 == 0 for side in sides)
+    if shape not in chip.shapes and not (of_cubes and chips <= chip.max_chips):
         nearest = _nearest(generation, chips)
         raise ValueError(
-            f"topology {name!r}: {generation} has no slice of shape {text}; the nearest is {generation}:{nearest} "
-            f"({_plural(math.prod(_parse(nearest)), 'chip')})"
+            f"topology {name!r}: {generation} has no slice of shape {shape}; the nearest is {generation}:{nearest} "
+            f"({_plural(math.prod(_sides(nearest)), 'chip')})"
         )
-    return shape
 
 
-def _generation_and_shape(name: str, prefix: str, count: int) -> tuple[str, tuple[int, ...]]:
+def _generation_and_shape(name: str, prefix: str, count: int) -> tuple[str, str]:
     by_prefix = {chip.cloud_prefix: generation for generation, chip in CHIPS.items()}
     generation = by_prefix.get(prefix, prefix)
     if generation not in CHIPS:
@@ -202,25 +202,21 @@ def _generation_and_shape(name: str, prefix: str, count: int) -> tuple[str, tupl
             f"topology {name!r} is not in Cloud's table (the number counts {counted}); the nearest is "
             f"{_cloud_name(generation, nearest)}, which is {generation}:{nearest}. Other slices have names by shape"
         )
-    return generation, _parse(nearest)
+    return generation, nearest
 
 
-def _parse(shape: str) -> tuple[int, ...]:
+def _sides(shape: str) -> tuple[int, ...]:
     return tuple(map(int, shape.split("x")))
-
-
-def _text(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _cloud_name(generation: str, shape: str) -> str:
     chip = CHIPS[generation]
-    return f"{chip.cloud_prefix}-{math.prod(_parse(shape)) * chip.cores_in_cloud_name}"
+    return f"{chip.cloud_prefix}-{math.prod(_sides(shape)) * chip.cores_in_cloud_name}"
 
 
 def _nearest(generation: str, chips: float) -> str:
     """The named shape with the closest number of chips."""
-    return min(CHIPS[generation].shapes, key=lambda shape: abs(math.prod(_parse(shape)) - chips))
+    return min(CHIPS[generation].shapes, key=lambda shape: abs(math.prod(_sides(shape)) - chips))
 
 
 def _similar(name: str) -> str:

@@ -28,21 +28,22 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from phivision_jax.preflight.hlo import Executed, Frame, Instruction, Module, elements, num_bytes, walk
 
-KINDS = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-broadcast",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
+SENT: dict[str, Callable[[int], float]] = {
+    "all-gather": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-broadcast": lambda n: 1,
+    "collective-permute": lambda n: 1,
+    "ragged-all-to-all": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+}
+"""By kind: bytes that each of n devices sends for a byte of its result, by the best algorithm on a ring."""
 DCN_KINDS = ("send", "recv")
 
 Groups = tuple[tuple[int, ...], ...]
@@ -53,7 +54,7 @@ class Collective:
     """An instruction that moves data between devices."""
 
     kind: str
-    """One of ``KINDS`` within a slice, of ``DCN_KINDS`` between slices."""
+    """One of ``SENT`` within a slice, of ``DCN_KINDS`` between slices."""
     name: str
     result_bytes: int
     """Size of the result on one device, of one run; for a send, of its operand."""
@@ -84,17 +85,13 @@ def collectives(module: Module) -> list[Collective]:
         found = _collective(module, executed)
         return found and (executed, found)
 
-    chains: dict[str, list[Executed]] = {}
-    found: list[tuple[str, Collective]] = []
-    for executed, one in walk(module, make, weight=lambda pair: wire_bytes(pair[1]) * pair[1].times):
-        chain = _chain(executed.instruction)
-        if not chain or chain not in chains:
-            found.append((chain, one))
-        if chain:
-            chains.setdefault(chain, []).append(executed)
+    groups: dict[str | int, list[tuple[Executed, Collective]]] = {}
+    for step in walk(module, make, weight=lambda step: wire_bytes(step[1]) * step[1].times):
+        groups.setdefault(_chain(step[0].instruction) or len(groups), []).append(step)
     return [
-        dataclasses.replace(one, overlapped=one.overlapped or _chain_overlaps(module, chains.get(chain, [])))
-        for chain, one in found
+        dataclasses.replace(first, overlapped=first.overlapped or _chain_overlaps(module, [step for step, _ in steps]))
+        for steps in groups.values()
+        for _, first in steps[:1]
     ]
 
 
@@ -118,29 +115,18 @@ def axes_of(collective: Collective, mesh_shape: Mapping[str, int]) -> tuple[str,
 
 
 def wire_bytes(collective: Collective) -> float:
-    """Bytes that each device sends in one run, by the best algorithm on a ring of n devices.
-
-    all-gather and all-to-all r(n−1)/n, reduce-scatter r(n−1), all-reduce 2r(n−1)/n, for a result of r; a permute, a
-    broadcast and a send r; a recv none, since the send counts.
-    """
+    """Bytes that each device sends in one run: as in ``SENT``; all of a send's, and none of a recv's."""
     n = max(map(len, collective.groups), default=1)
-    factor = {
-        "all-gather": (n - 1) / n,
-        "all-reduce": 2 * (n - 1) / n,
-        "all-to-all": (n - 1) / n,
-        "ragged-all-to-all": (n - 1) / n,
-        "reduce-scatter": n - 1,
-        "recv": 0,
-    }
-    return collective.result_bytes * factor.get(collective.kind, 1.0)
+    factor = SENT[collective.kind](n) if collective.kind in SENT else collective.kind == "send"
+    return collective.result_bytes * float(factor)
 
 
 def _collective(module: Module, executed: Executed) -> Collective | None:
     instruction, kind = executed.instruction, executed.instruction.opcode.removesuffix("-start")
-    if kind not in KINDS and not (kind in DCN_KINDS and "_xla_megascale_transfer_type" in instruction.rest):
+    if kind not in SENT and not (kind in DCN_KINDS and "_xla_megascale_transfer_type" in instruction.rest):
         return None
     *callers, own = executed.frames
-    groups = (_groups if kind in KINDS else _slices)(instruction, module.devices)
+    groups = (_groups if kind in SENT else _slices)(instruction, module.devices)
     size, name = _result_bytes(instruction), instruction.name
     for caller in callers:
         if any(called.startswith("all-reduce-scatter") for called in caller.instruction.called):
@@ -180,7 +166,7 @@ _IDLE = re.compile(
 
 def _overlaps(module: Module, start: Frame, size: int) -> bool:
     """Report whether enough computation is scheduled while the collective that starts here is in flight."""
-    others = [x for x in _in_flight(*start) if not (_IDLE.fullmatch(x.opcode) or x.opcode in (*KINDS, *DCN_KINDS))]
+    others = [x for x in _in_flight(*start) if not (_IDLE.fullmatch(x.opcode) or x.opcode in (*SENT, *DCN_KINDS))]
     return any(_multiplies(module, x) for x in others) or sum(num_bytes(x.type) for x in others) >= size
 
 

@@ -6,7 +6,7 @@ The TPU compiler may abort the process that it runs in, and takes gigabytes.
 from __future__ import annotations
 
 import gc
-import importlib.metadata
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -35,10 +35,8 @@ def check_machine() -> None:
             f"{platform.machine()}; run preflight on a Linux machine, no TPU needed"
         )
     for package in ("libtpu", "tokamax"):
-        try:
-            importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            raise ValueError(f"{package} is not installed: pip install 'phivision_jax[tpu]'") from None
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed: pip install 'phivision_jax[tpu]'")
 
 
 def run_worker(title: str, facts_of: Callable[..., dict[str, Any]], *arguments: Any, shown: bool = True) -> dict:

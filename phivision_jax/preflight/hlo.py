@@ -204,17 +204,14 @@ def walk[T](module: Module, make: Callable[[Executed], T | None], weight: Callab
     return inside(module.entry, (), ())
 
 
-_BITS = {"pred": 8, "bf16": 16, "token": 0}
-
-
 def num_bytes(type_: str) -> int:
     """Size of an array type, or of all arrays in a tuple: ``(f32[8,16]{1,0}, bf16[4])`` has 520 bytes."""
-    total = 0
-    for dtype, dims in arrays(type_):
-        digits = re.match(r"[a-z]+(\d+)", dtype)
-        bits = _BITS[dtype] if dtype in _BITS else int(digits[1]) if digits else 0
-        total += -(-math.prod(dims) * bits // 8)
-    return total
+    return sum(-(-math.prod(dims) * _bits(dtype) // 8) for dtype, dims in arrays(type_))
+
+
+def _bits(dtype: str) -> int:
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8 * (dtype == "pred")  # a token has none
 
 
 def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:

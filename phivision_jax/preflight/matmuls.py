@@ -1,4 +1,4 @@
-"""Matrix products of a compiled program: FLOPs, source and number of runs.
+"""FLOPs of the matrix products in a compiled program.
 
 Compared with the model FLOPs of ``hardware/flops.py``, this shows what a program computes on top: recompute, padding, a
 product that the compiler runs twice. TPU programs write every product as a ``convolution``, mostly inside fusions;
@@ -7,54 +7,26 @@ kernels (custom calls) are opaque and not counted.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 
 from phivision_jax.preflight.hlo import Executed, Instruction, Module, arrays, walk
 
 
-@dataclasses.dataclass(frozen=True)
-class Matmul:
-    """One product on one device."""
-
-    name: str
-    flops: float
-    """FLOPs of one run: 2 · elements of the result · terms summed for each."""
-    loops: tuple[int, ...]
-    """Trips of the loops around it, outermost first."""
-    source: str
-    """The compiler's ``op_name``: the path of JAX transformations and calls; empty where it keeps none."""
-
-    @property
-    def total_flops(self) -> float:
-        return self.flops * math.prod(self.loops)
-
-
 def matmul_flops(module: Module) -> float:
-    """FLOPs of all products per device in one run of the program; raises as ``matmuls`` does."""
-    return sum(matmul.total_flops for matmul in matmuls(module))
-
-
-def matmuls(module: Module) -> list[Matmul]:
-    """List every product that the program runs, in the order of the text.
-
-    Of a conditional's branches the one with the most FLOPs counts.
+    """FLOPs of all products per device in one run of the program; of a conditional's branches the heaviest counts.
 
     Raises:
       ValueError: when a loop around a product has no constant number of trips, or a product has an unknown format.
     """
-    return walk(module, _matmul, weight=lambda matmul: matmul.total_flops)
 
+    def make(executed: Executed) -> float | None:
+        if executed.instruction.opcode not in ("dot", "convolution"):
+            return None
+        types = {instruction.name: instruction.type for instruction in executed.frames[-1].instructions}
+        return _flops(executed.instruction, types) * math.prod(executed.loops)
 
-def _matmul(executed: Executed) -> Matmul | None:
-    product = executed.instruction
-    if product.opcode not in ("dot", "convolution"):
-        return None
-    types = {instruction.name: instruction.type for instruction in executed.frames[-1].instructions}
-    # A clone of a product inside a fusion may have lost its metadata, while the fusion kept it.
-    names = (frame.instruction.op_name for frame in reversed(executed.frames))
-    return Matmul(product.name, _flops(product, types), executed.loops, next(filter(None, names), ""))
+    return sum(walk(module, make, weight=lambda flops: flops))
 
 
 def _flops(product: Instruction, types: dict[str, str]) -> float:

@@ -66,7 +66,7 @@ def dump_options(directory: Path) -> dict[str, str | bool]:
     return {"xla_dump_to": str(directory), "xla_dump_hlo_as_text": True}
 
 
-def dumped(directory: Path, module: str) -> tuple[str, str]:
+def dumped(directory: Path, module: str) -> list[str]:
     """Read the two tables of a program that was compiled with ``dump_options``.
 
     Args:
@@ -75,17 +75,13 @@ def dumped(directory: Path, module: str) -> tuple[str, str]:
     Raises:
       FileNotFoundError: when the directory does not hold exactly one such program.
     """
-    texts = []
-    for table in ("buffer-assignment", "live-range"):
-        found = sorted(directory.glob(f"*.{module}.*-{table}.txt"))
-        if len(found) != 1:
-            raise FileNotFoundError(
-                f"{directory} has {len(found)} tables {table} of {module} instead of one; dump into an empty directory"
-            )
-        texts.append(found[0].read_text())
-    return texts[0], texts[1]
+    found = [path for table in _TABLES for path in directory.glob(f"*.{module}.*-{table}.txt")]
+    if len(found) != len(_TABLES):
+        raise FileNotFoundError(f"{directory} has {len(found)} tables of {module} instead of 2; use an empty directory")
+    return [path.read_text() for path in found]
 
 
+_TABLES = ("buffer-assignment", "live-range")
 _ALLOCATION = re.compile(r"allocation \d+: size (\d+)(.*?):?$")
 _VALUE = re.compile(r"\s*value: <\d+ (\S+) @\d+> \(size=(\d+),offset=(\d+)\): ([a-z0-9]+\[[\d,]*\]|\S+)")
 _LIVE = re.compile(r"    (\S+?)(\{[\d,]*\}):(\d+)-(\d+)$")
@@ -133,7 +129,8 @@ def peak_buffers(assignment: str, live_range: str, sources: Mapping[str, str]) -
     return sorted([*held, *peak.values()], key=lambda buffer: -buffer.bytes)
 
 
-_UNITS = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+def _size(number: str, unit: str) -> int:
+    return round(float(number) * 1024 ** "BKMG".index(unit))
 
 
 def allocations(error: str) -> list[Buffer]:
@@ -150,7 +147,7 @@ def allocations(error: str) -> list[Buffer]:
         source = re.search(r'op_name="([^"]*)"', fields.get("Operator", ""))
         label = re.match(r"%?([\w.\-]+)", fields.get("XLA label", ""))
         words = [label and label[1], re.sub(r"\{[^}]*\}", "", fields.get("Shape", "")), source and scope(source[1])]
-        table.append(Buffer(round(float(size[1]) * _UNITS[size[2]]), " ".join(filter(None, words))))
+        table.append(Buffer(_size(size[1], size[2]), " ".join(filter(None, words))))
     return sorted(table, key=lambda buffer: -buffer.bytes)
 
 
@@ -161,7 +158,7 @@ def needed(error: str, held: int) -> int | None:
       held: bytes of the program's arguments, for the early message, which counts only temporaries.
     """
     if match := re.search(r"Used ([\d.]+)([BKMG]) of [\d.]+[BKMG] hbm", error):
-        return round(float(match[1]) * _UNITS[match[2]])
+        return _size(match[1], match[2])
     if match := re.search(r"temporaries \(([\d.]+)([BKMG])\) exceeds", error):
-        return held + round(float(match[1]) * _UNITS[match[2]])
+        return held + _size(match[1], match[2])
     return None

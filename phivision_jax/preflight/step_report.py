@@ -43,9 +43,8 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
     out["collectives"] = by_kind_and_axes(facts["collectives"])
     out["largest_collective"] = max(facts["collectives"], key=lambda one: one["result_bytes"], default=None)
     out["matmul_flops_compiled"] = facts["matmul_flops"] * where.devices
-    mix = modelled_step.Mix.of_recipe(cfg)
     try:
-        return out | modelled_step.speed(cfg, where, mix, facts)
+        return out | modelled_step.speed(cfg, where, modelled_step.Mix.of_recipe(cfg), facts)
     except ValueError as error:  # v4: no published runs to fit, and no published bandwidths
         return out | {"modelled_step_seconds": None, "modelled_mfu": None, "not_modelled": str(error)}
 

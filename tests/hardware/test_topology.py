@@ -53,7 +53,7 @@ def test_parse_topology_slices():
     one, two = parse_topology("v5p-256"), parse_topology("v5p:4x4x8", slices=2)
     assert two == dataclasses.replace(one, slices=2)
     assert (two.chips, two.devices, two.hosts, two.chips_per_host) == (256, 256, 64, 4)
-    assert (two.xla_name, two.cloud_name, two.shape) == ("v5p:4x4x8", "v5p-256", (4, 4, 8))
+    assert (two.xla_name, two.cloud_name, two.shape) == ("v5p:4x4x8", "v5p-256", "4x4x8")
     assert str(one) == "v5p:4x4x8 (v5p-256): 128 chips, 32 hosts of 4"
     assert str(two) == "2 slices of v5p:4x4x8 (v5p-256): 256 chips, 64 hosts of 4"
     assert parse_topology("v6e-8", slices=3).hosts == 3

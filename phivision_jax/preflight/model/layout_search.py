@@ -9,13 +9,13 @@ for each policy, fastest first by modelled step time (our own count, in seconds)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from phivision_jax.hardware.topology import Topology
 from phivision_jax.models.remat import POLICIES
 from phivision_jax.preflight.model import modelled_step
-from phivision_jax.training.run_config import MeshConfig, ResolvedConfig
+from phivision_jax.training.run_config import ResolvedConfig
 
 GROUPS = (16, 32, 64, 128)
 
@@ -26,10 +26,14 @@ def candidates(cfg: ResolvedConfig, where: Topology) -> list[list[ResolvedConfig
     Args:
       cfg: with nothing left open (``training.device_layout.resolve``).
     """
+    mesh = cfg.mesh
+    replicas = where.devices // (mesh.slice * mesh.tensor * mesh.context)
+    sizes = [fsdp for fsdp in dict.fromkeys((*GROUPS, mesh.fsdp)) if replicas % fsdp == 0]
     by_policy = []
     for remat in POLICIES:
         layouts = []
-        for mesh in _meshes(cfg, where):
+        for fsdp in sizes:
+            mesh = dataclasses.replace(mesh, fsdp=fsdp, data=replicas // fsdp)
             local = cfg.data.batch_rows // (mesh.slice * mesh.data * mesh.fsdp)
             for at_once in (n for n in range(1, min(local, 4) + 1) if local % n == 0):
                 # The compiler (libtpu 0.0.50) fails on an offloading tower that takes several rows at a time.
@@ -41,14 +45,6 @@ def candidates(cfg: ResolvedConfig, where: Topology) -> list[list[ResolvedConfig
         speed = modelled_step.speed(layouts[0], where, modelled_step.Mix.of_recipe(cfg), None)
         by_policy.append((speed["modelled_step_seconds"], layouts))
     return [layouts for _, layouts in sorted(by_policy, key=lambda one: one[0])]
-
-
-def _meshes(cfg: ResolvedConfig, where: Topology) -> Iterator[MeshConfig]:
-    mesh = cfg.mesh
-    replicas = where.devices // (mesh.slice * mesh.tensor * mesh.context)
-    for fsdp in dict.fromkeys((*GROUPS, mesh.fsdp)):
-        if replicas % fsdp == 0:
-            yield dataclasses.replace(mesh, fsdp=fsdp, data=replicas // fsdp)
 
 
 def search(
@@ -68,14 +64,15 @@ def search(
     """
 
     def fitting(tried: ResolvedConfig, low_effort: bool) -> dict[str, Any] | None:
+        name = f"fsdp {tried.mesh.fsdp}, remat {tried.remat}, {tried.microbatches} microbatches"
         effort = "low" if low_effort else "default"
         try:
             report = attempt(tried, low_effort)
         except ValueError as error:  # the compiler fails on some layouts; the search goes on
-            log(f"{_name(tried)}: does not compile at {effort} effort: {error}")
+            log(f"{name}: does not compile at {effort} effort: {error}")
             return None
         fits = report["fits"] and report["free_share"] >= margin
-        log(f"{_name(tried)}: {'fits' if fits else 'too large'} at {effort} effort")
+        log(f"{name}: {'fits' if fits else 'too large'} at {effort} effort")
         return report if fits else None
 
     for layouts in candidates(cfg, where):
@@ -86,7 +83,3 @@ def search(
             if (tried is least or fitting(tried, True)) and (report := fitting(tried, False)):
                 return report
     return None
-
-
-def _name(cfg: ResolvedConfig) -> str:
-    return f"fsdp {cfg.mesh.fsdp}, remat {cfg.remat}, {cfg.microbatches} microbatches"
