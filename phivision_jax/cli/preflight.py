@@ -86,7 +86,7 @@ def _train(cfg: ResolvedConfig, where: Topology, low_effort: bool, title: str = 
 
     title = f"{title} at {'low' if low_effort else 'default'} effort"
     facts = run_worker(title, train_facts, cfg, where, low_effort)
-    return step_report.summary(facts["cfg"], where, facts, low_effort)
+    return step_report.summary(cfg, where, facts, low_effort)
 
 
 def _search(cfg: ResolvedConfig, where: Topology) -> dict[str, Any]:

@@ -41,8 +41,9 @@ def scope(op_name: str) -> str:
     inside = "recomputed" if "rematted_computation" in op_name else "backward" if "transpose(" in op_name else ""
     if "/" not in op_name:  # an argument's path, like state['params']['decoder']
         return op_name
-    parts = (re.sub(r"^(?:(?:transpose|jvp|vmap)\()+|\)+$", "", part) for part in op_name.split("/"))
-    return "/".join(part for part in parts if not _PLUMBING.fullmatch(part)) + (f", {inside}" if inside else "")
+    parts = [re.sub(r"^(?:(?:transpose|jvp|vmap)\()+|\)+$", "", part) for part in op_name.split("/")]
+    names = [part for part in parts if not _PLUMBING.fullmatch(part)] or parts[-1:]
+    return "/".join(names) + (f", {inside}" if inside else "")
 
 
 _PLUMBING = re.compile(

@@ -25,7 +25,6 @@ from phivision_jax.preflight import hlo, memory
 from phivision_jax.preflight.collectives import axes_of, collectives, wire_bytes
 from phivision_jax.preflight.matmuls import matmul_flops
 from phivision_jax.rows import row_shape
-from phivision_jax.training import device_layout
 from phivision_jax.training.run_config import ResolvedConfig
 from phivision_jax.training.step import make_train_step
 
@@ -39,12 +38,11 @@ def train_facts(report: Report, cfg: ResolvedConfig, where: Topology, low_effort
     """Compile a training step.
 
     Returns:
-      ``cfg`` with nothing left open, ``mesh``, ``fits``, ``compile_seconds``, and bytes per device (``memory``,
+      ``mesh``, ``fits``, ``compile_seconds``, and bytes per device (``memory``,
       ``buffers``); of a program that fits also ``matmul_flops`` per device, and ``collectives``.
     """
     report(PHASES[0])
     devices = _devices(where)
-    cfg = device_layout.resolve(cfg, devices)
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices)
     step = make_train_step(cfg, mesh, steps=1_000)
     batch = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
@@ -55,7 +53,7 @@ def train_facts(report: Report, cfg: ResolvedConfig, where: Topology, low_effort
     }
     options = compiler_options(mesh) | (LOW_EFFORT if low_effort else {})
     facts, module = _compile(report, step.lower(batch), arguments, options)
-    facts |= {"cfg": cfg, "mesh": dict(mesh.shape), "checkpoint_bytes": _bytes(step.abstract_state)}
+    facts |= {"mesh": dict(mesh.shape), "checkpoint_bytes": _bytes(step.abstract_state)}
     if module is None:
         return facts
     found = [

@@ -98,6 +98,7 @@ def test_peak_buffers_show_named_scopes(tmp_path):
             "decoder/mlp/add, recomputed",
         ),
         ("jit(step)/optimizer/mul", "optimizer/mul"),
+        ("jit(step)/while", "while"),
         ("state['params']['decoder']", "state['params']['decoder']"),
         ("", ""),
     ],
