@@ -1,55 +1,49 @@
-"""The forms in which data sets write a conversation, as messages whose contents are strings with ``<image>`` in them.
+"""The forms in which data sets write a conversation, read as messages whose contents are strings with ``<image>``.
 
     conversations  [{"from": "human" | "user" | "gpt" | "assistant" | "system", "value": "…<image>…"}, …]      LLaVA
     messages       [{"role": "user" | "assistant" | "system", "content": "…<image>…"}, …]      OpenAI, Hugging Face, TRL
-                   or with a list of parts for a content, as ``text.chat`` takes them, joined in the same way:
+                   or with a list of parts as content, joined as ``text.chat`` joins them:
                      {"type": "text", "text": "…"}
-                     {"type": "image"}, the image under "image", "path", "url" or "bytes", or else the next of "images"
+                     {"type": "image"}, the image under "image", "bytes", "path" or "url", or else the next of "images"
                      {"type": "image_url", "image_url": {"url": "…"}}, or the string itself
     texts          [{"user": "…", "assistant": "…"}, …]                                              The Cauldron
     question       "…", and an "answer" or the first of "answers"
 
-A list of dicts may also be a dict of lists, as Hugging Face's and TFDS's Sequence keep it. An answer in the first two
-forms may have a ``weight``, as OpenAI's have: 0, which is kept, is not learned, 1 is as good as none. What else a turn
-holds (tool calls) is not kept. In the last two forms images without any ``<image>`` stand before the first question.
+A list of dicts may also be a dict of lists, as Hugging Face and TFDS store a Sequence. An answer in the first two forms
+may have a ``weight``, as OpenAI's have: 0 excludes it from the loss, 1 is the same as none. Other fields of a turn, such
+as tool calls, are dropped. In the last two forms images without any ``<image>`` come before the first question.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from phivision_jax.data.quarantine import BadRecord
-from phivision_jax.text.constants import IMAGE_MARKER
+from phivision_jax.text import chat
 
 FORMS = ("conversations", "messages", "texts", "question")
-"""The fields by which a form is recognised; where an item has several, the first."""
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+"""The fields by which a form is recognised; of several, the first counts."""
+_ROLES = {"human": "user", "gpt": "assistant"}
 
 
-class _Next:
-    """Stands for an image that is not given at its place: the next of the item's images."""
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """Stands for an image part without an image, but with the number of its image."""
 
-
-NEXT = _Next()
+    number: int
 
 
 @dataclasses.dataclass
 class Conversation:
     messages: list[dict[str, Any]]
     images: list[Any]
-    """For each ``<image>`` in the messages, in order: the image given there, or ``NEXT``."""
+    """For each ``<image>`` in the messages, in order: the image given there; None: the next of the item's images."""
     used: tuple[str, ...]
-    """The item's fields of which it was made."""
+    """The item's fields that it was made of."""
     may_prepend: bool
-    """Images without a marker belong before the first question."""
+    """Whether images without a marker come before the first question."""
 
 
 def conversation_of(item: Mapping[str, Any]) -> Conversation:
@@ -60,89 +54,78 @@ def conversation_of(item: Mapping[str, Any]) -> Conversation:
     """
     form = next((form for form in FORMS if item.get(form) is not None), None)
     if form is None:
-        raise BadRecord("fields", f"no conversation: none of the fields {', '.join(FORMS)} is there{_instead(item)}")
-    images: list[Any] = []
+        raise BadRecord("fields", f"no conversation: it has none of the fields {', '.join(FORMS)}{_hint(item)}")
+    used: tuple[str, ...] = (form,)
     if form == "question":
-        used: tuple[str, ...] = ("question", "answer")
-        answer = item.get("answer")
-        if answer is None:
-            used = ("question", "answers")
-            answers = item.get("answers")
-            answer = answers[0] if isinstance(answers, list) and answers else answers
-        messages = [
-            {"role": "user", "content": _text(item["question"], "the question")},
-            {"role": "assistant", "content": _text(answer, "the answer")},
-        ]
-        images = [NEXT] * sum(message["content"].count(IMAGE_MARKER) for message in messages)
-        return Conversation(messages, images, used, may_prepend=True)
-    messages = []
-    for i, turn in enumerate(_rows(item[form], f"the field {form}")):
-        if form == "texts":
-            for role in ("user", "assistant"):
-                messages.append({"role": role, "content": _text(turn.get(role), f"texts {i}: {role}")})
-                images += [NEXT] * messages[-1]["content"].count(IMAGE_MARKER)
+        used = ("question", "answers" if item.get("answer") is None else "answer")
+        answer = item.get(used[1])
+        if isinstance(answer, list):
+            answer = answer[0] if answer else None
+        turns = [{"user": item["question"], "assistant": answer}]
+    else:
+        turns = _rows(item[form], f"the field {form}")
+    by_role = form in ("question", "texts")
+    if by_role:
+        messages: list[dict[str, Any]]
+        messages = [{"role": role, "content": turn.get(role)} for turn in turns for role in ("user", "assistant")]
+    else:
+        messages = [_message(turn, i) for i, turn in enumerate(turns)]
+    try:
+        plain, images = chat.flatten(messages)
+    except chat.MessageError as error:
+        raise BadRecord(error.reason, str(error)) from None
+    for message in plain:
+        if message.get("weight") == 0:
+            message["weight"] = 0
         else:
-            messages.append(_message(turn, i, images))
-    return Conversation(messages, images, (form,), may_prepend=form == "texts")
+            message.pop("weight", None)
+    return Conversation(plain, _checked(images), used, may_prepend=by_role)
 
 
-def _instead(item: Mapping[str, Any]) -> str:
-    """What an item without a conversation has: a name to rename, or a list of the true items."""
+def _hint(item: Mapping[str, Any]) -> str:
+    """What an item without a conversation has instead: the list of the real items, or fields to rename."""
     for name, value in item.items():
-        if isinstance(value, list) and value and _all_mappings(value) and any(form in value[0] for form in FORMS):
+        if isinstance(value, list) and value and isinstance(value[0], Mapping) and value[0].keys() & {*FORMS}:
             return f"; if the {len(value):,} objects under {name!r} are the items, make a file of that list alone"
     names = [str(name)[:40] for name, value in item.items() if value is not None]
     return f", only {', '.join(names[:8])}{' …' if len(names) > 8 else ''} (--rename theirs=ours)" if names else ""
 
 
-def _message(turn: Mapping[str, Any], i: int, images: list[Any]) -> dict[str, Any]:
-    """One turn in LLaVA's or OpenAI's words; the images of its content are appended to ``images``."""
-    says = next((name for name in ("from", "role") if turn.get(name) is not None), None)
-    holds = next((name for name in ("value", "content") if turn.get(name) is not None), None)
-    if says is None or holds is None:
+def _message(turn: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """A turn of LLaVA or OpenAI as ``text.chat`` takes it."""
+    role = next((turn[name] for name in ("from", "role") if turn.get(name) is not None), None)
+    content = next((turn[name] for name in ("value", "content") if turn.get(name) is not None), None)
+    if not isinstance(role, str) or content is None:
         raise BadRecord("fields", f"message {i} lacks a role (role, from) or a content (content, value)")
-    role = turn[says]
-    if not isinstance(role, str):
-        raise BadRecord("fields", f"message {i}: its role is {type(role).__name__}, not a string")
-    if role not in _ROLES:
-        raise BadRecord("role", f"message {i} has role {role!r}: it must be one of {', '.join(_ROLES)}")
-    weight = turn.get("weight") if _ROLES[role] == "assistant" else None
-    if weight not in (None, 0, 1):
-        raise BadRecord("fields", f"message {i}: its weight is {weight!r}: it must be 0 (not learned) or 1")
-    kept = {"weight": 0} if weight == 0 else {}
-    content = turn[holds]
-    if isinstance(content, str):
-        images += [NEXT] * content.count(IMAGE_MARKER)
-        return {"role": _ROLES[role], "content": content, **kept}
-    texts = []
-    for part in _rows(content, f"the content of message {i}"):
-        kind = part.get("type")
-        if kind == "text":
-            texts.append(_text(part.get("text"), f"message {i}: a part's text"))
-            images += [NEXT] * texts[-1].count(IMAGE_MARKER)
-        elif kind in ("image", "image_url"):
-            # As text.chat.flatten writes it.
-            texts.append(IMAGE_MARKER + "\n")
-            images.append(_image_of(part, images, i))
-        else:
-            raise BadRecord("fields", f"message {i}: a part of type {kind!r}: known are text, image and image_url")
-    return {"role": _ROLES[role], "content": "".join(texts), **kept}
+    role = _ROLES.get(role, role)
+    if not isinstance(content, str):
+        content = [_part(part) for part in _rows(content, f"the content of message {i}")]
+    return {"role": role, "content": content, "weight": turn.get("weight") if role == "assistant" else None}
 
 
-def _image_of(part: Mapping[str, Any], images: list[Any], i: int) -> Any:
-    if part["type"] == "image_url":
-        value = part.get("image_url")
-        if value is None:
-            raise BadRecord("fields", f"message {i}: a part of type image_url without one")
-        return value
-    given = next((name for name in ("image", "bytes", "path", "url") if part.get(name) is not None), None)
-    if given is not None:
-        return part[given]
-    # Some sets number the images; in another order than they are listed they would be given to the wrong places.
-    number = part.get("index")
-    if isinstance(number, int) and number != (expected := sum(image is NEXT for image in images)):
-        raise BadRecord("fields", f"message {i} shows image {number} where image {expected} is the next in order")
-    return NEXT
+def _part(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    kind, image = part.get("type"), None
+    if kind == "image":
+        image = next((part[name] for name in ("image", "bytes", "path", "url") if part.get(name) is not None), None)
+        if image is None and isinstance(part.get("index"), int):
+            image = _Index(part["index"])
+    elif kind == "image_url":
+        image = part.get("image_url")
+    return {"type": "image", "image": image} if kind == "image" or image is not None else part
+
+
+def _checked(images: list[Any]) -> list[Any]:
+    """The images, those that are only numbered as None, if their numbers are in order."""
+    checked: list[Any] = []
+    for image in images:
+        if isinstance(image, _Index):
+            # In another order than they are listed, images would be assigned to the wrong places.
+            if image.number != checked.count(None):
+                expected = checked.count(None)
+                raise BadRecord("fields", f"a part shows image {image.number} where image {expected} is next in order")
+            image = None
+        checked.append(image)
+    return checked
 
 
 def _rows(value: Any, what: str) -> list[Mapping[str, Any]]:
@@ -153,16 +136,6 @@ def _rows(value: Any, what: str) -> list[Mapping[str, Any]]:
         if len({len(column) for column in value.values()}) > 1:
             raise BadRecord("fields", f"{what} is a dict of lists of different lengths")
         return [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-    if not isinstance(value, list) or not _all_mappings(value):
+    if not isinstance(value, list) or not all(isinstance(row, Mapping) for row in value):
         raise BadRecord("fields", f"{what} is {type(value).__name__}: it must be a list of dicts")
-    return value
-
-
-def _all_mappings(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, Mapping) for value in values)
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise BadRecord("fields", f"{what} is missing" if value is None else f"{what} is {type(value).__name__}")
     return value

@@ -1,46 +1,45 @@
-"""From an item, as a data set writes it, to a ``Record``: one way for all formats.
+"""From an item, as a data set writes it, to a ``Record``: the same rules for all formats.
 
     field                          becomes
-    id, uid, question_id           ``id``, the first that is there, as a string; none: the item's place, "data.json:18"
-    image, images                  ``images``: one or a list, of which each is a path, bytes, a struct of ``bytes`` and
-                                   ``path``, ``{"url": …}``, a data URI or a URL; null and "" are no image
+    id, uid, question_id           ``id`` as a string, the first that is given; none: the item's place, "data.json:18"
+    image, images                  ``images``: one or a list, each a path, bytes, a struct of ``bytes`` and ``path``,
+                                   ``{"url": …}``, a data URI or a URL; null and "" are no image
     conversations, messages,       ``messages``, see ``conversations``
     texts, question + answer(s)
-    mode                           ``mode``, "think" or "nothink". None: "think" where an answer begins with <think>,
-                                   "nothink" where one begins with the no-think token, else ``default_mode``. White
-                                   space in front of either is taken off. An answer with one </think> and no <think>
-                                   thought all the same, its <think> stood in the prompt (R1's): it is put in front
+    mode                           ``mode``, "think" or "nothink". None: "think" if an answer begins with <think>,
+                                   "nothink" if one begins with the no-think token, else ``default_mode``. White space
+                                   before either is removed. An answer with one </think> and no <think> came after
+                                   thinking whose <think> was in the prompt (as in R1's data): it is put back
     task                           ``task``; none: ``ItemOptions.task``
     source                         ``source``; none: the name of the source
     objects                        boxes and points for <bbox>, <point> and <ref> in the text, see ``coordinates``
     metadata                       ``metadata``, if it is a dict
     lineage                        ``lineage``, if it is a list of strings
-    anything else                  a key of ``metadata``, if it is what JSON can say: no bytes, dates, numbers beyond 64
-                                   bits, or more than 100 levels. What is not is left out
+    anything else                  a key of ``metadata``, if JSON can express it (no bytes, no dates), in 64 bits and at
+                                   most 100 levels; other values are dropped
 
-The no-think token itself is taken off: it is put back when a record is encoded. Images are read here, so that a record
-is whole and a missing file shows at import; whether they can be decoded is asked later, by ``check``.
+The no-think token itself is removed: encoding puts it back. Images are read here, so that records are complete and a
+missing file is found at import. ``data.store.record_check`` checks strings and images afterwards.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from phivision_jax.data.image_check import check_image
 from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.records import MODES, TASKS, Mode, Record
-from phivision_jax.data.sources.conversations import NEXT, conversation_of
+from phivision_jax.data.sources.conversations import conversation_of
 from phivision_jax.data.sources.coordinates import fill_placeholders, rewrite_lists
 from phivision_jax.data.sources.fetch import fetch, is_given
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.source import ModeFrom, Read
-from phivision_jax.images.decode import ImageTooLargeError, image_size
 from phivision_jax.text.constants import IMAGE_MARKER
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
@@ -55,19 +54,19 @@ class ItemReader:
 
     source: str
     folder: Path
-    """Where the images' paths begin if the options do not say."""
+    """Folder to which image paths are relative, unless the options name one."""
     options: ItemOptions
 
     def read(self, item: Any, place: str, where: str) -> Read | Quarantined:
-        """The record in an item, or why there is none.
+        """The record in an item, or the reason why there is none.
 
         Args:
-          item: what the format gave, a mapping if it is to be a record.
+          item: the item in Python's types; only a mapping can be a record.
           place: the id of an item that has none.
-          where: the item's place, for a person.
+          where: the item's place for people.
 
         Raises:
-          OSError: when the file of an image is there but cannot be read.
+          OSError: when the file of an image exists but cannot be read.
         """
         if not isinstance(item, Mapping):
             return self.bad("syntax", f"the item is {type(item).__name__}, not an object with fields", place, where)
@@ -79,15 +78,17 @@ class ItemReader:
     def read_json(self, raw: bytes, place: str, where: str, problem: str | None = None) -> Read | Quarantined:
         """The record in an item written as JSON; ``problem`` is a reason not to decode it."""
         reason = "syntax"
-        try:
-            if problem is None:
-                return self.read(json.loads(raw.decode()), place, where)
-        except UnicodeDecodeError as error:
-            reason, problem = "encoding", f"not UTF-8: {error.reason} at byte {error.start} of the item"
-        except RecursionError:
-            problem = "too many nested brackets"
-        except ValueError as error:
-            problem = f"not JSON: {error}"
+        if problem is None:
+            try:
+                item = json.loads(raw.decode())
+            except UnicodeDecodeError as error:
+                reason, problem = "encoding", f"not UTF-8: {error.reason} at byte {error.start} of the item"
+            except RecursionError:
+                problem = "too many nested brackets"
+            except ValueError as error:
+                problem = f"not JSON: {error}"
+            else:
+                return self.read(item, place, where)
         return self.bad(reason, problem, place, where, self._guess(raw))
 
     def bad(self, reason: str, detail: str, place: str, where: str, item: Any = None) -> Quarantined:
@@ -119,13 +120,12 @@ class ItemReader:
 
     def _read(self, item: dict[str, Any], place: str, where: str) -> Read:
         options = self.options
-        _check_text(item)
         conversation = conversation_of(item)
         messages = conversation.messages
         images = self._images(item, conversation.images, messages if conversation.may_prepend else None)
 
         def size_of(k: int) -> tuple[int, int]:
-            return _size_of(images[k], k)
+            return check_image(images[k], f"image {k}")
 
         if options.inline_boxes and len(images) == 1:
             rewrite_lists(messages, options.inline_boxes, lambda: size_of(0))
@@ -170,41 +170,43 @@ class ItemReader:
         """The bytes of the images, in the order of the markers.
 
         Args:
-          item: may hold images.
-          wanted: for each marker an image, or ``NEXT`` of those the item holds.
-          prepend_to: the messages before which images without a marker belong, if they do.
+          item: may have images.
+          wanted: for each marker an image, or None for the next of the item's images.
+          prepend_to: the messages before which images without a marker come, if they do.
         """
         listed = _listed(item)
         if prepend_to and not wanted:
             prepend_to[0]["content"] = (IMAGE_MARKER + "\n") * len(listed) + prepend_to[0]["content"]
-            wanted = [NEXT] * len(listed)
-        free = sum(image is NEXT for image in wanted)
+            wanted = [None] * len(listed)
+        free = wanted.count(None)
         if free != len(listed):
-            at_markers = len(wanted) - free
+            given = len(wanted) - free
             raise BadRecord(
                 "image-count",
                 f"{free} {IMAGE_MARKER} markers in the messages, but {len(listed)} images"
-                + (f" besides the {at_markers} given in the messages" if at_markers else ""),
+                + (f" in addition to the {given} given in the messages" if given else ""),
             )
         rest = iter(listed)
         options = self.options
-        get = functools.partial(
-            fetch,
-            folder=options.images or self.folder,
-            also_allow=options.also_allow,
-            allow_urls=options.allow_urls,
-            any_extension=options.any_extension,
-        )
-        return [get(next(rest) if image is NEXT else image) for image in wanted]
+        return [
+            fetch(
+                next(rest) if image is None else image,
+                options.images or self.folder,
+                also_allow=options.also_allow,
+                allow_urls=options.allow_urls,
+                any_extension=options.any_extension,
+            )
+            for image in wanted
+        ]
 
 
 def settle_mode(
     messages: Sequence[dict[str, Any]], stated: Mode | None, default: Literal["nothink", "think", "refuse"]
 ) -> tuple[Mode, ModeFrom]:
-    """The mode of a conversation; its answers become what they are in records, in place (see the module's table).
+    """The mode of a conversation, whose answers are rewritten in place as the module's table says.
 
     Raises:
-      BadRecord: "mode" where nothing says which and ``default`` is "refuse".
+      BadRecord: "mode" when no mode is stated or shown and ``default`` is "refuse".
     """
     answers = [message for message in messages if message["role"] == "assistant"]
     inferred: Mode | None = None
@@ -225,43 +227,31 @@ def settle_mode(
     if inferred is not None:
         return inferred, "inferred"
     if default == "refuse":
-        raise BadRecord("mode", "no mode is stated, and none shows in how the answers begin")
+        raise BadRecord("mode", "no mode is stated, and the answers begin with neither mode's tag")
     return default, "default"
 
 
 def _without_system(messages: Sequence[dict[str, Any]], keep: bool) -> list[dict[str, Any]]:
-    """The messages without the system's; ``keep``: their text is put in front of the first user message."""
+    """The messages without system messages; ``keep`` puts their text before the first user message."""
     system = [message["content"] for message in messages if message["role"] == "system"]
     if any(IMAGE_MARKER in text for text in system):
-        raise BadRecord("image-count", "an image stands in a system message, which is not kept in its place")
+        raise BadRecord("image-count", "a system message has an image, but is not kept in its place")
     rest = [message for message in messages if message["role"] != "system"]
     if keep:
         first = next((message for message in rest if message["role"] == "user"), None)
         if first is None:
-            raise BadRecord("role", "a system message, but no user message that it could be put in front of")
+            raise BadRecord("role", "a system message, but no user message before which it could be put")
         first["content"] = "\n\n".join([*system, first["content"]])
     return rest
 
 
 def _listed(item: Mapping[str, Any]) -> list[Any]:
-    """What the item holds as ``image`` or ``images``."""
+    """The item's ``image`` or ``images``."""
     held = [item[name] for name in ("image", "images") if is_given(item.get(name)) and item[name] != []]
     if len(held) > 1:
-        raise BadRecord("fields", "both image and images are there: which is meant?")
+        raise BadRecord("fields", "it has both image and images")
     images = held[0] if held and isinstance(held[0], list) else held
     return [image for image in images if is_given(image)]
-
-
-def _size_of(image: bytes, k: int) -> tuple[int, int]:
-    try:
-        width, height = image_size(image, f"image {k}")
-    except ImageTooLargeError as error:
-        raise BadRecord("image-size", str(error)) from None
-    except (ValueError, OSError) as error:  # Of bytes in memory, an OSError is the decoder's.
-        raise BadRecord("image-broken", str(error)) from None
-    if min(width, height) < 1:
-        raise BadRecord("image-broken", f"image {k} has {width}x{height} pixels")
-    return width, height
 
 
 def _id(item: Mapping[str, Any]) -> str | None:
@@ -279,7 +269,7 @@ def _optional(item: Mapping[str, Any], name: str) -> str | None:
 
 
 def _aside(name: str) -> str:
-    """How an import goes on with a field that means something else than ours of that name."""
+    """Advice for a field that means something else in the data."""
     return f"--rename {name}=dataset_{name} keeps it as metadata"
 
 
@@ -288,37 +278,19 @@ def _metadata(item: Mapping[str, Any], used: Sequence[str | None]) -> dict[str, 
     if own is not None and not isinstance(own, Mapping):
         own = {"metadata": own}
     rest = {name: value for name, value in item.items() if name not in used}
-    return {name: value for name, value in {**(own or {}), **rest}.items() if isinstance(name, str) and _sayable(value)}
+    return {
+        name: value for name, value in {**(own or {}), **rest}.items() if isinstance(name, str) and _storable(value)
+    }
 
 
-def _sayable(value: Any, depth: int = 0) -> bool:
-    """Whether JSON and msgpack can both say it, and say it back."""
+def _storable(value: Any, depth: int = 0) -> bool:
+    """Whether JSON and msgpack can both express a value and give it back."""
     if depth > _DEEPEST:
         return False
     if isinstance(value, int):
         return -(2**63) <= value < 2**64
     if isinstance(value, Mapping):
-        return all(isinstance(k, str) and _sayable(v, depth + 1) for k, v in value.items())
+        return all(isinstance(k, str) and _storable(v, depth + 1) for k, v in value.items())
     if isinstance(value, list):
-        return all(_sayable(v, depth + 1) for v in value)
+        return all(_storable(v, depth + 1) for v in value)
     return value is None or isinstance(value, str | float)
-
-
-def _check_text(item: Mapping[str, Any]) -> None:
-    """Refuse half of a surrogate pair anywhere, which JSON can write and UTF-8 cannot.
-
-    Not recursive: what JSON can nest may be deeper than Python's stack.
-    """
-    stack: list[tuple[str, Any]] = [("a field's name", list(item)), *((f"the field {k!r}", v) for k, v in item.items())]
-    while stack:
-        what, value = stack.pop()
-        if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise BadRecord("encoding", f"{what} is not Unicode text: {error.reason} at {error.start}") from None
-        elif isinstance(value, Mapping):
-            stack += ((what, key) for key in value)
-            stack += ((what, entry) for entry in value.values())
-        elif isinstance(value, list):
-            stack += ((what, entry) for entry in value)

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from phivision_jax.data.image_check import check_image
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS, Record, mode_of
 from phivision_jax.data.store.dataset import Dataset, Index, check_size, describe_file, read_manifest
-from phivision_jax.data.store.record_check import measure_images
 from phivision_jax.data.store.shard_files import Shard, open_shard, read_record
 from phivision_jax.io import workers as processes
 from phivision_jax.io.progress import bar
@@ -197,7 +197,7 @@ def _compare(record: Record, index: Index, i: int, decode: bool) -> None:
       BadRecord: when an image is broken.
       ValueError: when they differ.
     """
-    sizes = list(measure_images(record, decode=decode))
+    sizes = [check_image(image, f"image {k}", decode=decode) for k, image in enumerate(record.images)]
     found = {"mode": mode_of(record), "task": record.task, "image sizes": sizes}
     stored = {"mode": MODES[index.modes[i]], "task": TASKS[index.tasks[i]], "image sizes": index.sizes_of(i)}
     for name, value in found.items():

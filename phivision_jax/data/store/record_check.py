@@ -12,22 +12,20 @@ is as fast as the disk.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import msgpack
 
+from phivision_jax.data.image_check import check_image
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import Record, mode_of
-from phivision_jax.images.decode import ImageTooLargeError, image_size, open_image, to_rgb
 from phivision_jax.text import chat
-from phivision_jax.text.constants import IMAGE_MARKER, IMAGE_TOKEN, ROLES
+from phivision_jax.text.constants import IMAGE_MARKER, IMAGE_TOKEN
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
 if TYPE_CHECKING:
     from phivision_jax.processor import Processor
 
-MAX_SIDE = 32_768
-"""Pixels. A longer strip, resized to the encoder's patches, would be unrecognisable."""
 type ImageSizes = tuple[tuple[int, int], ...]
 """Width and height of each image in pixels, after turning it upright."""
 
@@ -62,12 +60,7 @@ def check_record(record: Record, *, decode: bool) -> ImageSizes:
     """
     _check_storable(record)
     _check_messages(record)
-    return measure_images(record, decode=decode)
-
-
-def measure_images(record: Record, *, decode: bool) -> ImageSizes:
-    """Sizes of the images of a record; the part of ``check_record`` that is about images."""
-    return tuple(_measure_image(image, f"image {k}", decode) for k, image in enumerate(record.images))
+    return tuple(check_image(image, f"image {k}", decode=decode) for k, image in enumerate(record.images))
 
 
 def count_text_tokens(record: Record, processor: Processor) -> int:
@@ -118,22 +111,23 @@ def _check_storable(record: Record) -> None:
 
 
 def _check_messages(record: Record) -> None:
-    markers = answers = learned = 0
+    try:
+        chat.flatten(record.messages)
+    except chat.MessageError as error:
+        raise BadRecord(error.reason, str(error)) from None
+    markers, weights = 0, []
     for i, message in enumerate(record.messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES:
-            raise BadRecord("role", f"message {i} has role {role!r}: it must be one of {', '.join(ROLES)}")
+        content = message["content"]
         if not isinstance(content, str):
             raise BadRecord("fields", f"message {i}: its content is {type(content).__name__}, not text")
         _check_unicode(f"message {i}", content)
         markers += content.count(IMAGE_MARKER)
-        if role == "assistant":
-            answers += 1
-            learned += message.get("weight") != 0
+        if message["role"] == "assistant":
+            weights.append(message.get("weight"))
             if not _answer_text(content):
                 raise BadRecord("empty-answer", f"message {i}: the answer has no text")
-    if not learned:
-        problem = "every answer has weight 0" if answers else "there is no assistant message"
+    if all(weight == 0 for weight in weights):
+        problem = "every answer has weight 0" if weights else "there is no assistant message"
         raise BadRecord("empty-answer", f"{problem}: there is nothing to learn")
     if markers != len(record.images):
         raise BadRecord(
@@ -154,28 +148,3 @@ def _check_unicode(what: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise BadRecord("encoding", f"{what} is not Unicode text: {error.reason} at character {error.start}") from None
-
-
-def _measure_image(image: bytes | str, name: str, decode: bool) -> tuple[int, int]:
-    def reject(reason: str, detail: str) -> NoReturn:
-        raise BadRecord(reason, detail) from None
-
-    try:
-        width, height = image_size(image, name)
-        if max(width, height) > MAX_SIDE:
-            reject("image-size", f"{name} has {width}x{height} pixels: the longest side may have {MAX_SIDE:,}")
-        if min(width, height) < 1:
-            reject("image-broken", f"{name} has {width}x{height} pixels")
-        if decode:
-            pixels = to_rgb(open_image(image, name))
-            if pixels.size != (width, height):
-                reject("image-broken", f"{name}: {width}x{height} pixels in its header, {pixels.size} decoded")
-    except BadRecord:
-        raise
-    except ImageTooLargeError as error:
-        reject("image-size", str(error))
-    except MemoryError:
-        reject("image-size", f"{name} cannot be decoded: there is not enough memory for it")
-    except (ValueError, OSError) as error:  # of bytes in memory, an OSError is the decoder's
-        reject("image-broken", str(error) if name in str(error) else f"{name}: {error}")
-    return width, height

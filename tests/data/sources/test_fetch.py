@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import io
 import os
@@ -176,10 +177,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send a byte every 0.05 s, of the headers or the body, so that no read waits for long."""
         head = b"HTTP/1.0 200 OK\r\nContent-Length: 40\r\n"
         self.wfile.write(head + b"\r\n" if self.path == "/slow-body" else head + b"X: ")
-        for _ in range(40):
-            time.sleep(0.05)
-            self.wfile.write(b"x")
-        self.wfile.write(b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):  # the client gives up
+            for _ in range(40):
+                time.sleep(0.05)
+                self.wfile.write(b"x")
+            self.wfile.write(b"\r\n\r\n")
 
     def log_message(self, *_: object) -> None:
         pass

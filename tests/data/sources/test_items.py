@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.records import Record
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.items import ItemReader
 from phivision_jax.data.sources.source import Read
+from phivision_jax.data.store.record_check import check_record
 from phivision_jax.text.chat import flatten
 from tests.support.records import png
 
@@ -233,7 +235,7 @@ def test_what_to_do_with_other_meanings_of_our_fields():
 
 def test_an_item_without_a_conversation_is_described():
     bad = refused({"id": 1, "prompt": "a", "caption": "b", "nothing": None})
-    assert bad.detail.endswith("is there, only id, prompt, caption (--rename theirs=ours)")
+    assert bad.detail.endswith(", only id, prompt, caption (--rename theirs=ours)")
 
 
 def test_system_messages():
@@ -303,17 +305,29 @@ def test_metadata_keeps_what_can_be_written_back():
         ("image-count", {"conversations": talk(), "image": PNG[0]}),
         ("image-count", {"conversations": talk("<image>", "<image>"), "image": PNG[0]}),
         ("image-count", {"texts": [{"user": "<image>", "assistant": "a"}], "images": PNG[:2]}),
-        ("encoding", {"conversations": talk("\ud800")}),
-        ("encoding", {"conversations": talk(), "metadata": {"x": [["\udc80"]]}}),
-        ("encoding", {"conversations": talk(), "\ud800": 1}),
-        ("encoding", {"conversations": talk(), "metadata": {"\ud800": 1}}),
-        ("encoding", {"conversations": talk(), "id": "\ud800"}),
     ],
 )
 def test_what_is_refused(reason, item):
     bad = refused(item)
     assert (bad.reason, bad.source, bad.where) == (reason, "made", "made.json, item 7") and len(bad.detail) > 5
     bad.to_line().decode()
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"conversations": talk("\ud800")},
+        {"conversations": talk(), "metadata": {"x": [["\udc80"]]}},
+        {"conversations": talk(), "\ud800": 1},
+        {"conversations": talk(), "metadata": {"\ud800": 1}},
+        {"conversations": talk(), "id": "\ud800"},
+        {"conversations": talk(), "lineage": ["\ud800"]},
+    ],
+)
+def test_lone_surrogates_are_left_to_the_check_of_records(item):
+    with pytest.raises(BadRecord) as raised:
+        check_record(record(item), decode=False)
+    assert raised.value.reason == "encoding"
 
 
 def test_a_misspelt_task_is_named():
@@ -435,6 +449,8 @@ ODD = st.recursive(
 def test_anything_is_a_record_or_quarantined(item):
     result = read(item, Path("/nonexistent"), boxes="unit", inline_boxes="unit", system="user")
     if isinstance(result, Read):
-        assert Record.from_bytes(result.record.to_bytes()) is not None
+        with contextlib.suppress(BadRecord):
+            check_record(result.record, decode=False)
+            assert Record.from_bytes(result.record.to_bytes()) is not None
     else:
         assert json.loads(result.to_line())["reason"]

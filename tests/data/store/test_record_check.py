@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from phivision_jax.config import ModelConfig
+from phivision_jax.data import image_check
 from phivision_jax.data.quarantine import REASONS, BadRecord
 from phivision_jax.data.records import Record
-from phivision_jax.data.store import record_check
 from phivision_jax.data.store.record_check import RecordSize, check_record, count_text_tokens, measure_record
 from phivision_jax.images.decode import image_size, open_image
 from phivision_jax.processor import Processor
@@ -75,7 +75,7 @@ def test_measure_record_sizes_are_upright(processor):
         (answered("<think>a</think>b", "<think>c</think>"), "empty-answer"),
         (answered("<image>", images=(png(8, 8),)), "empty-answer"),
         (make_record(0, (), messages=({"role": "bot", "content": "a"},)), "role"),
-        (make_record(0, (), messages=({"content": "a"},)), "role"),
+        (make_record(0, (), messages=({"content": "a"},)), "fields"),
         (make_record(0, (), messages=({"role": "user", "content": None},)), "fields"),
         (make_record(0, images=()), "image-count"),
         (make_record(0, (), images=(png(8, 8),)), "image-count"),
@@ -265,5 +265,5 @@ def test_check_record_os_error_of_decoder_is_broken_image(processor, monkeypatch
     def fail(*args):
         raise OSError("unrecognized data stream contents")
 
-    monkeypatch.setattr(record_check, "image_size", fail)
+    monkeypatch.setattr(image_check, "image_size", fail)
     assert reason(with_image(png(8, 8)), processor) == "image-broken"
