@@ -43,8 +43,9 @@ from PIL import Image
 
 from phivision_jax.batch import RowShape
 from phivision_jax.images.decode import open_image
-from phivision_jax.images.naflex import grid_of, normalize, preprocess
+from phivision_jax.images.naflex import grid_of, preprocess
 from phivision_jax.io.progress import bar
+from tests.support.pixels import normalize
 
 SIZES = ((640, 427), (640, 480), (1024, 768), (1280, 720), (1920, 1080))
 QUALITY = 90

@@ -69,7 +69,7 @@ class RowShape:
     vision_rows: int = 1
     """R."""
     num_patches: int = 0
-    """P of each vision row; an image lies within one."""
+    """P of each vision row; an image is within one."""
     merge: tuple[int, int, int] | None = None
     """(M, n, k) of the merge tables; None where every patch is a vision token."""
 

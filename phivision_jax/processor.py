@@ -4,8 +4,8 @@
     batch = processor.batch([[{"role": "user", "content": [{"type": "image", "image": "cat.jpg"},
                                                            {"type": "text", "text": "What is this?"}]}]])
 
-It holds the three things that decide what the model is fed: the tokenizer, the chat template, and the patch range.
-Their ``fingerprint`` is part of a data plan's hash: a plan made with other ones has other lengths.
+It holds everything that decides the model's inputs: the tokenizer, the chat template and the image layout. Their
+``fingerprint`` is part of a plan's hash, since they decide the lengths of examples.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from phivision_jax.text.constants import PromptMode
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import Tokenizer
 
-# preprocessor_config.json: what its other keys must say, since only this arithmetic is computed (2 is bilinear).
+# The values of preprocessor_config.json that this arithmetic computes (resample 2 is bilinear); others are refused.
 _FIXED_PIXELS = {
     "resample": 2,
     "do_resize": True,
@@ -47,10 +47,10 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "pre
 
 
 class Processor:
-    """Tokenizer, chat template and patch settings of one model.
+    """Tokenizer, chat template and image layout of one model.
 
-    Without a tokenizer or a template (a checkpoint that ships none) images still work; what needs the missing one
-    raises a ValueError that says which file it is.
+    Without a tokenizer or a template (not every checkpoint ships them) images still work; other methods raise a
+    ValueError that names the missing file.
 
     Raises:
       ValueError: when the tokenizer and the model's configuration do not belong together.
@@ -77,13 +77,13 @@ class Processor:
         """The processor of a Hugging Face directory, or of the assets of a checkpoint.
 
         Args:
-          path: holds ``tokenizer.json`` and ``chat_template.jinja``, either of which may be missing, and perhaps
-            ``tokenizer_config.json`` and ``preprocessor_config.json``.
-          config: the model's configuration. Its patch settings count; the file may only confirm them.
+          path: directory with ``tokenizer.json`` and ``chat_template.jinja``, either of which may be missing, and
+            perhaps ``tokenizer_config.json`` and ``preprocessor_config.json``.
+          config: the model's configuration; ``preprocessor_config.json`` must agree with its patch settings.
 
         Raises:
           ValueError: for a broken file, or one that contradicts ``config``.
-          StorageError: when it is in a bucket that does not answer.
+          StorageError: for a bucket that does not answer.
         """
         path = storage.location(path)
         if not isinstance(path, Path):
@@ -105,34 +105,32 @@ class Processor:
 
     @classmethod
     def small(cls, config: ModelConfig) -> Processor:
-        """With the project's own 512 tokens and template: for models that start from no checkpoint."""
+        """The project's own tokenizer of 512 tokens and its template, for models without a checkpoint."""
         return cls(Tokenizer.small(), ChatTemplate.small(), config)
 
     def with_patches(
         self, patch_size: int | None = None, min_patches: int | None = None, max_patches: int | None = None
     ) -> Processor:
-        """The same with other patch settings, as far as they are given."""
-        config = self.config
+        """This processor with other patch settings, where given."""
+        old = self.config
         config = dataclasses.replace(
-            config,
-            vision=dataclasses.replace(config.vision, patch_size=patch_size or config.vision.patch_size),
-            min_patches=min_patches or config.min_patches,
-            max_patches=max_patches or config.max_patches,
+            old,
+            vision=dataclasses.replace(old.vision, patch_size=patch_size or old.vision.patch_size),
+            min_patches=min_patches or old.min_patches,
+            max_patches=max_patches or old.max_patches,
         )
         return Processor(self._tokenizer, self._template, config)
 
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise ValueError(
-                "this checkpoint came without tokenizer.json, which text needs; rows.batch_from_ids takes ids"
-            )
+            raise ValueError("this checkpoint came without tokenizer.json; rows.batch_from_ids makes batches of ids")
         return self._tokenizer
 
     @property
     def template(self) -> ChatTemplate:
         if self._template is None:
-            raise ValueError("this checkpoint came without chat_template.jinja: messages need one")
+            raise ValueError("this checkpoint came without chat_template.jinja, which messages need")
         return self._template
 
     def encode(
@@ -145,18 +143,18 @@ class Processor:
         group: int = 0,
         max_patches: int | None = None,
     ) -> Example:
-        """One conversation, its images cut into patches and its image columns laid out.
+        """Tokenize a conversation and lay out its images.
 
         Args:
-          messages: as ``text.chat`` describes them.
-          images: for each ``<image>`` without an image of its own, in order: a PIL image (taken as it stands), or the
-            bytes or path of an image file (turned by its EXIF orientation).
+          messages: as described in ``text.chat``.
+          images: for each ``<image>`` without an inline image, in order: a PIL image (used unchanged), or the bytes or
+            path of an image file (turned by its EXIF orientation).
           mode, generation_prompt: as in ``text.chat.encode``.
           group: mode × task, for metrics.
-          max_patches: per image, where fewer than the model's are wanted.
+          max_patches: limit per image, if lower than the model's.
 
         Raises:
-          ValueError: when images and ``<image>`` markers do not match, an image is broken, or the messages are.
+          ValueError: when images and ``<image>`` markers do not match, or an image or a message is invalid.
         """
         ids, labels = chat.encode(
             self.tokenizer, self.template, messages, mode=mode, generation_prompt=generation_prompt
@@ -171,7 +169,7 @@ class Processor:
         return expand(ids, patched, labels, group)
 
     def patch(self, source: ImageSource, name: str = "image", max_patches: int | None = None) -> PatchedImage:
-        """One image as the encoder takes it, at this model's patch settings or with at most ``max_patches``.
+        """Lay out one image, with at most ``max_patches`` patches where given.
 
         Raises:
           ValueError: for an image that cannot be decoded or converted, with ``name`` and the reason.
@@ -194,13 +192,12 @@ class Processor:
         num_patches: int | None = None,
         multiple: int = 1,
     ) -> Batch:
-        """A Batch of one conversation per row, by default prompts to be answered.
+        """A ``Batch`` of one conversation per row, by default prompts to be answered.
 
         Args:
           images: per conversation, as in ``encode``.
-          length: T; default: the longest conversation.
-          num_patches: P (R is 1); default: the most patches of any conversation.
-          multiple: those defaults are rounded up to a multiple of this, so that few shapes are ever compiled.
+          mode, generation_prompt: as in ``text.chat.encode``.
+          length, num_patches, multiple: as in ``rows.one_per_row``.
 
         Raises:
           ValueError: as ``encode``, naming the conversation; or when one does not fit.
@@ -219,23 +216,23 @@ class Processor:
         return one_per_row(examples, self.config, length=length, num_patches=num_patches, multiple=multiple)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of generated ids, control tokens left out."""
+        """The text of generated ids, without control tokens."""
         return self.tokenizer.decode(ids)
 
     @property
     def text_fingerprint(self) -> str:
-        """SHA-256 over tokenizer and template, what token counts depend on; a missing part counts as such."""
+        """SHA-256 over tokenizer and template (or their absence), which decide token counts."""
         parts = [part and part.fingerprint for part in (self._tokenizer, self._template)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over tokenizer, template and patch settings, what a plan depends on."""
+        """SHA-256 over tokenizer, template and image layout, which decide a plan."""
         parts = [self.text_fingerprint, self.layout.fingerprint]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer's and the template's files into a directory, made if need be."""
+        """Write the tokenizer's and the template's files into a directory, creating it if need be."""
         Path(path).mkdir(parents=True, exist_ok=True)
         for part in (self._tokenizer, self._template):
             if part is not None:

@@ -84,7 +84,7 @@ class ImageLayout(abc.ABC):
     """Base of all layouts: ``measure``, ``encode``, and what must be known to merge features.
 
     Sizes follow from width and height alone, so that rows can be planned without opening an image: ``encode`` gives
-    exactly the grids and tokens that ``measure`` says. ``max_patches`` asks for fewer patches than the model's, for
+    exactly the grids and tokens of ``measure``. ``max_patches`` asks for fewer patches than the model's, for
     images that would not fit a row; a layout of a fixed size may ignore it.
     """
 

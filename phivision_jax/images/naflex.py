@@ -1,14 +1,14 @@
 """NaFlex: any image as at most ``max_patches`` patches, at its own aspect ratio.
 
-Sizes and pixels are exactly those of the released processor (Hugging Face ``Siglip2ImageProcessor``, with a patch
-count that follows the image between a minimum and a maximum instead of always being the maximum):
+Sizes and pixels are exactly those of the released processor (Hugging Face ``Siglip2ImageProcessor`` with a patch count
+that follows the image's size between a minimum and a maximum, instead of always being the maximum):
 
     1280 x 720 image, patch 16      floor(1280/16) * floor(720/16) = 3600 patches, within 256...3600
     largest scale s with            ceil(1280 s / 16) * ceil(720 s / 16) <= 3600       bisection in float64
-    resize to whole patches         PIL bilinear, always, even where the size does not change
+    resize to complete patches      PIL bilinear, even where the size does not change
     patches                         row by row over the grid, each flattened (row, column, channel)
 
-``min_patches`` is a target too, not a floor: a long narrow image can end below it (37 x 91 gives 25 x 10 = 250).
+``min_patches`` is a target too, not a floor: a narrow image can end below it (37 x 91 gives 25 x 10 = 250).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NaFlex(ImageLayout):
 def grid_of(
     width: int, height: int, patch_size: int = 16, min_patches: int = 256, max_patches: int = 3600
 ) -> tuple[int, int]:
-    """Rows and columns of patches (h, w) that an image of ``width`` x ``height`` pixels becomes.
+    """Rows and columns of patches (h, w) of an image of ``width`` x ``height`` pixels.
 
     The bisection runs in float64 with the released processor's bounds and stopping rule: its result is not quite the
     best scale, and a port that solves for the best one disagrees at 3 sizes in 10,000.
@@ -81,7 +81,7 @@ def grid_of(
 
 
 def grids_of(sizes: np.ndarray, patch_size: int = 16, min_patches: int = 256, max_patches: int = 3600) -> np.ndarray:
-    """``grid_of`` for many sizes at once, ten times as fast: the same arithmetic, so the same grids.
+    """``grid_of`` for many sizes, ten times as fast and with the same arithmetic, so that grids are equal.
 
     Args:
       sizes: [I, 2] integers, width and height in pixels.
@@ -111,14 +111,6 @@ def grids_of(sizes: np.ndarray, patch_size: int = 16, min_patches: int = 256, ma
     return grids_at(low).astype(np.int64)
 
 
-def target_size(
-    width: int, height: int, patch_size: int = 16, min_patches: int = 256, max_patches: int = 3600
-) -> tuple[int, int]:
-    """Width and height in pixels to which an image is resized: whole patches both ways (see ``grid_of``)."""
-    rows, columns = grid_of(width, height, patch_size, min_patches, max_patches)
-    return columns * patch_size, rows * patch_size
-
-
 def preprocess(
     image: Image.Image, patch_size: int = 16, min_patches: int = 256, max_patches: int = 3600
 ) -> tuple[np.ndarray, tuple[int, int]]:
@@ -127,8 +119,8 @@ def preprocess(
     Args:
       image: any Pillow image; modes other than RGB by ``to_rgb`` (the released processor raises on them).
       patch_size: side of a patch in pixels.
-      min_patches: the count that small images are enlarged towards.
-      max_patches: the most patches.
+      min_patches: the number of patches that small images are enlarged towards.
+      max_patches: the largest number of patches.
 
     Returns:
       Patches [n, patch²·3] u8, row-major over the grid, and the grid (rows, columns); n is their product.
@@ -143,14 +135,3 @@ def preprocess(
     pixels = np.asarray(rgb if rgb.size == size else rgb.resize(size, Image.Resampling.BILINEAR))
     patches = einops.rearrange(pixels, "(r h) (c w) rgb -> (r c) (h w rgb)", r=rows, c=columns)
     return np.ascontiguousarray(patches), (rows, columns)
-
-
-def normalize(patches: np.ndarray) -> np.ndarray:
-    """u8 pixels to the f32 values in −1…1 that the released processor makes of them, bit for bit; any shape.
-
-    It scales by 1/255 in float64, rounds to float32, then takes (x − 0.5) / 0.5 there: 256 values, so a table.
-    """
-    return _NORMALIZED[patches]
-
-
-_NORMALIZED = ((np.arange(256) * (1 / 255)).astype(np.float32) - np.float32(0.5)) / np.float32(0.5)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from phivision_jax.images.naflex import grid_of, grids_of, normalize, preprocess, target_size
+from phivision_jax.images.naflex import grid_of, grids_of, preprocess
+from tests.support.pixels import normalize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
 
@@ -32,8 +33,9 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
         ((1, 1), (112, 112)),  # the search ends at a scale of 100
     ],
 )
-def test_target_size_by_hand(size: tuple[int, int], target: tuple[int, int]) -> None:
-    assert target_size(*size) == target
+def test_grid_of_by_hand(size: tuple[int, int], target: tuple[int, int]) -> None:
+    rows, columns = grid_of(*size)
+    assert (columns * 16, rows * 16) == target
 
 
 def test_grid_of_released_size_table() -> None:

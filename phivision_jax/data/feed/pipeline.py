@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import grain
 import numpy as np
@@ -159,23 +159,14 @@ def _read(dataset: Dataset, i: int) -> Record:
 # The rows of a host, and their way to its devices.
 
 
-class RowSharding(Protocol):
-    """The part of ``jax.sharding.Sharding`` that is needed here."""
-
-    @property
-    def device_set(self) -> Collection[Any]: ...
-
-    def addressable_devices_indices_map(self, global_shape: tuple[int, ...]) -> Mapping[Any, Any]: ...
-
-
-def rows_of_process(sharding: RowSharding, batch_rows: int) -> list[int]:
+def rows_of_process(sharding: jax.sharding.Sharding, batch_rows: int) -> list[int]:
     """The rows of a [batch_rows, T] array that this process's devices hold, ascending.
 
     Several devices may hold one row (tensor or context parallelism), and so may several hosts: each then makes it.
     """
     # A length of the number of devices divides evenly, however the sharding splits it.
     indices = sharding.addressable_devices_indices_map((batch_rows, len(sharding.device_set))).values()
-    return sorted({row for index in indices for row in range(batch_rows)[index[0]]})
+    return sorted({row for index in indices if index for row in range(batch_rows)[index[0]]})
 
 
 def to_device(batch: Batch, sharding: jax.sharding.Sharding | Batch, batch_rows: int) -> Batch:

@@ -24,7 +24,6 @@ from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.shuffle import permutation
 
 _FITTING_ROUNDS = 2_000
-_THINK = MODES.index("think")
 # Purposes of a seed are numbered over all modules of ``data.plan``.
 _CELL_ORDER = 0
 
@@ -45,17 +44,17 @@ class Pool:
 @dataclasses.dataclass(frozen=True)
 class _Cell:
     source: int
-    mode: int | None
-    task: int | None
-    """None where cells do not distinguish it."""
+    mode: int
+    task: int
+    """0 for all records where cells do not distinguish modes or tasks."""
     records: np.ndarray
     tokens: np.ndarray
     size: float
     """Number of records times ``repeat``."""
 
-    @property
-    def mean_tokens(self) -> float:
-        return int(self.tokens.sum()) / len(self.tokens)
+    def amount(self, unit: Unit) -> float:
+        """The mean amount of an example."""
+        return int(self.tokens.sum()) / len(self.tokens) if unit == "tokens" else 1
 
 
 def order_examples(
@@ -75,102 +74,80 @@ def order_examples(
     Raises:
       ValueError: when no record is available, or a reasoning share is requested of sources without such records.
     """
-    chosen = stage.chosen(names)
-    cells = _cells(pools, names, chosen, stage)
+    cells = _cells(pools, names, stage)
     if not cells:
         raise ValueError(f"stage {stage.name!r} has no records")
     own = max(1, round(math.fsum(cell.size for cell in cells)))
     one_pass = math.ceil(own / stage.own_share - 1e-9)
     total = stage.examples or max(1, round(own * (stage.epochs or 1) / stage.own_share))
     shares = cell_shares(cells, names, stage).tolist()
-    modes: dict[int | None, list[int]] = {}
-    for c, cell in enumerate(cells):
-        if shares[c] > 0:
-            modes.setdefault(cell.mode, []).append(c)
-    streams = [
-        _merge(
-            [_cell_stream(cells[c], c, seed, stage.name) for c in of_mode],
-            [shares[c] * (cells[c].mean_tokens if stage.unit == "tokens" else 1) for c in of_mode],
-            stage.unit,
-        )
-        for of_mode in modes.values()
-    ]
-    mode_shares = [
-        math.fsum(shares[c] * (cells[c].mean_tokens if stage.reasoning_unit == "tokens" else 1) for c in of_mode)
-        for of_mode in modes.values()
-    ]
-    stream = _merge(streams, mode_shares, stage.reasoning_unit)
-    replayed = [
-        _cell_stream(_replayed(pools, names, name, stage), len(cells) + k, seed, stage.name)
-        for k, name in enumerate(stage.replay)
-    ]
-    sources, records, _ = _merge([stream, *replayed], [stage.own_share, *stage.replay.values()], "examples")(total)
+    streams, mode_shares = [], []
+    for mode in dict.fromkeys(cell.mode for cell in cells):
+        members = [c for c, cell in enumerate(cells) if cell.mode == mode and shares[c] > 0]
+        if members:
+            amounts = [shares[c] * cells[c].amount(stage.unit) for c in members]
+            streams.append(_merge([_cell_stream(cells[c], c, seed, stage.name) for c in members], amounts, stage.unit))
+            mode_shares.append(math.fsum(shares[c] * cells[c].amount(stage.reasoning_unit) for c in members))
+    streams = [_merge(streams, mode_shares, stage.reasoning_unit)]
+    for k, name in enumerate(stage.replay):
+        pool = pools[s := names.index(name)]
+        if not len(pool.records):
+            raise ValueError(f"stage {stage.name!r}: {name!r} has no records to replay that fit a row")
+        cell = _Cell(s, 0, 0, pool.records, pool.tokens, len(pool.records))
+        streams.append(_cell_stream(cell, len(cells) + k, seed, stage.name))
+    sources, records, _ = _merge(streams, [stage.own_share, *stage.replay.values()], "examples")(total)
     return sources, records, one_pass
 
 
-def _replayed(pools: Sequence[Pool], names: Sequence[str], name: str, stage: Stage) -> _Cell:
-    pool = pools[s := names.index(name)]
-    if not len(pool.records):
-        raise ValueError(f"stage {stage.name!r}: {name!r} has no records to replay that fit a row")
-    return _Cell(s, None, None, pool.records, pool.tokens, len(pool.records))
-
-
-def _cells(pools: Sequence[Pool], names: Sequence[str], chosen: Sequence[int], stage: Stage) -> list[_Cell]:
-    by_mode = stage.reasoning_share is not None
-    by_task = bool(stage.task_caps) or stage.task_temperature != 1
+def _cells(pools: Sequence[Pool], names: Sequence[str], stage: Stage) -> list[_Cell]:
     cells = []
-    for s in chosen:
+    for s in stage.chosen(names):
         pool = pools[s]
-        modes = np.where(pool.modes == _THINK, 0, 1) if by_mode else np.zeros(len(pool.records), np.int64)
-        tasks = pool.tasks.astype(np.int64) if by_task else np.zeros(len(pool.records), np.int64)
-        label = modes * len(TASKS) + tasks
+        label = pool.modes.astype(np.int64) * len(TASKS) * stage.splits_modes + pool.tasks * stage.splits_tasks
         for value in np.unique(label).tolist():
             inside = np.flatnonzero(label == value)
-            cells.append(
-                _Cell(
-                    source=s,
-                    mode=value // len(TASKS) if by_mode else None,
-                    task=value % len(TASKS) if by_task else None,
-                    records=pool.records[inside],
-                    tokens=pool.tokens[inside],
-                    size=len(inside) * stage.repeat.get(names[s], 1),
-                )
+            mode, task = divmod(value, len(TASKS))
+            size = len(inside) * stage.repeat.get(names[s], 1)
+            cells.append(_Cell(s, mode, task, pool.records[inside], pool.tokens[inside], size))
+    if not stage.splits_modes or not cells:
+        return cells
+    shares = _mode_shares(stage)
+    for mode, share in shares.items():
+        if share and not any(cell.mode == mode for cell in cells):
+            raise ValueError(
+                f"stage {stage.name!r}: reasoning_share is {stage.reasoning_share:g}, but no record of its sources "
+                f"is of mode {MODES[mode]}; add a source that has them, or leave reasoning_share out"
             )
-    if by_mode and cells:
-        wanted = {"think": stage.reasoning_share != 0, "nothink": stage.reasoning_share != 1}
-        for mode, name in ((0, "think"), (1, "nothink")):
-            if wanted[name] and not any(cell.mode == mode for cell in cells):
-                raise ValueError(
-                    f"stage {stage.name!r}: reasoning_share is {stage.reasoning_share:g}, but no record of its sources "
-                    f"is of mode {name}; add a source that has them, or leave reasoning_share out"
-                )
-    if stage.reasoning_share in (0.0, 1.0):
-        cells = [cell for cell in cells if cell.mode == (0 if stage.reasoning_share else 1)]
-    return cells
+    return [cell for cell in cells if shares[cell.mode]]
+
+
+def _mode_shares(stage: Stage) -> dict[int, float]:
+    thinking = stage.reasoning_share or 0.0
+    return {MODES.index("think"): thinking, MODES.index("nothink"): 1 - thinking}
 
 
 def cell_shares(cells: Sequence[_Cell], names: Sequence[str], stage: Stage) -> np.ndarray:
     """[cells] f64: each cell's share of the examples; they add up to 1."""
     shares = np.array([cell.size for cell in cells], np.float64)
-    in_tokens = np.array([cell.mean_tokens for cell in cells])
-    amounts = in_tokens if stage.unit == "tokens" else np.ones(len(cells))
-
+    amounts = np.array([cell.amount(stage.unit) for cell in cells])
     # Each constraint: the group of each cell, the share of each group, and the amount that a cell's example counts.
     constraints: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def constrain(keys: list[int], wanted: Mapping[int, float], amounts: np.ndarray) -> None:
+        groups, group = np.unique(keys, return_inverse=True)
+        constraints.append((group, np.array([wanted[key] for key in groups.tolist()], np.float64), amounts))
+
     if stage.weights:
-        sources, group = np.unique([cell.source for cell in cells], return_inverse=True)
-        constraints.append((group, np.array([stage.weights[names[s]] for s in sources], np.float64), amounts))
+        weights = {s: stage.weights.get(name, 0.0) for s, name in enumerate(names)}
+        constrain([cell.source for cell in cells], weights, amounts)
         _scale(shares, *constraints[0])
-    if cells[0].task is not None:
-        tasks, group = np.unique([cell.task for cell in cells], return_inverse=True)
-        held = dict(zip(tasks.tolist(), np.bincount(group, shares * amounts).tolist(), strict=True))
-        wanted = task_shares(held, stage)
-        constraints.append((group, np.array([wanted[task] for task in tasks.tolist()]), amounts))
-    if stage.reasoning_share is not None:
-        modes, group = np.unique([cell.mode for cell in cells], return_inverse=True)
-        wanted = {0: stage.reasoning_share, 1: 1 - stage.reasoning_share}
-        units = in_tokens if stage.reasoning_unit == "tokens" else np.ones(len(cells))
-        constraints.append((group, np.array([wanted[mode] for mode in modes.tolist()]), units))
+    if stage.splits_tasks:
+        tasks = [cell.task for cell in cells]
+        held = np.bincount(tasks, shares * amounts)
+        constrain(tasks, task_shares({task: float(held[task]) for task in sorted(set(tasks))}, stage), amounts)
+    if stage.splits_modes:
+        units = np.array([cell.amount(stage.reasoning_unit) for cell in cells])
+        constrain([cell.mode for cell in cells], _mode_shares(stage), units)
     for _ in range(_FITTING_ROUNDS if len(constraints) > 1 else 1):
         before = shares / shares.sum()
         for constraint in constraints:

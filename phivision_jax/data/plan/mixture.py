@@ -77,13 +77,11 @@ class Stage:
 
     def __post_init__(self) -> None:
         where = f"stage {self.name!r}"
-        if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"a stage's name must be a text, not {self.name!r}")
+        if not self.name:
+            raise ValueError("a stage needs a name that is not empty")
         if self.epochs is not None and self.examples is not None:
             raise ValueError(f"{where}: give epochs or examples, not both")
-        if self.examples is not None and not (isinstance(self.examples, int) and self.examples > 0):
-            raise ValueError(f"{where}: examples must be a positive integer, not {self.examples!r}")
-        limits: list[tuple[str, Any, float, float]] = [
+        limits: list[tuple[str, float | None, float, float]] = [
             ("reasoning_share", self.reasoning_share, 0, 1),
             ("task_temperature", self.task_temperature, 0, math.inf),
             *((f"weights of {name!r}", value, 0, math.inf) for name, value in self.weights.items()),
@@ -91,10 +89,10 @@ class Stage:
             *((f"the cap of task {task!r}", cap, 1e-9, 1) for task, cap in self.task_caps.items()),
             *((f"replay of {name!r}", value, 1e-9, 1) for name, value in self.replay.items()),
             ("epochs", self.epochs, 1e-9, math.inf),
+            ("examples", self.examples, 1, math.inf),
         ]
         for name, value, low, high in limits:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and low <= value <= high and math.isfinite(value)):
+            if value is not None and not (low <= value <= high and math.isfinite(value)):
                 kind = "a share" if high == 1 else "a number"
                 least = "above 0" if low else "from 0 to 1" if high == 1 else "of 0 or more"
                 raise ValueError(f"{where}: {name} must be {kind} {least}, not {value!r}")
@@ -108,6 +106,16 @@ class Stage:
     def own_share(self) -> float:
         """Share of the examples that are not replayed."""
         return 1 - math.fsum(self.replay.values())
+
+    @property
+    def splits_modes(self) -> bool:
+        """True where shares distinguish records of one source by mode."""
+        return self.reasoning_share is not None
+
+    @property
+    def splits_tasks(self) -> bool:
+        """True where shares distinguish records of one source by task."""
+        return bool(self.task_caps) or self.task_temperature != 1
 
     def chosen(self, names: Sequence[str]) -> list[int]:
         """Indices of the sources that this stage uses, replayed ones excluded.
@@ -167,8 +175,6 @@ class Mixture:
         _check_directory(Path(path))
         stages = []
         for stage in self.stages:
-            if stage.replay and stage.own_share * (1 - share) <= 0:
-                raise ValueError(f"stage {stage.name!r}: replay takes every example")
             replay = {**{other: old * (1 - share) for other, old in stage.replay.items()}, name: share}
             stages.append(dataclasses.replace(stage, replay=replay))
         return dataclasses.replace(self, sources=(*self.sources, (name, Path(path))), stages=tuple(stages))
@@ -216,7 +222,7 @@ class Mixture:
             return cls._from_dict(tomllib.loads(path.read_text(encoding="utf-8")), path.parent, settings)
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not TOML: {error}") from None
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     @classmethod

@@ -119,7 +119,7 @@ def _pack(
     small = length // 3 if spread_work else length
 
     row_of = np.empty(n, np.int64)
-    # Positions left; patches left in all; patches left in the emptiest vision row, since an image lies within one.
+    # Positions left; patches left in all; patches left in the emptiest vision row, since an image is never split.
     room, left, widest = np.full(n, length), np.full(n, total_patches), np.full(n, shape.num_patches)
     work, score = np.zeros(n, np.int64), np.empty(n, np.int64)
     used = [[0] * shape.vision_rows for _ in range(num_rows)]

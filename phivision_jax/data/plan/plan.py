@@ -21,6 +21,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.example_order import Pool, order_examples
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.packing import Lengths, attention_work, balance, join_lengths, pack
-from phivision_jax.data.plan.realized_shares import PlanSummary, RealizedShare, realized_shares
+from phivision_jax.data.plan.realized_shares import RealizedShare, realized_shares
 from phivision_jax.data.plan.record_sizes import REASONS, Overflow, fit_source
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.data.store.dataset import check_processor
@@ -111,21 +112,32 @@ class Plan:
             digest.update(np.ascontiguousarray(getattr(self, name), dtype=dtype).data)
         return digest.hexdigest()
 
-    def summary(self) -> PlanSummary:
-        tokens, patches = (self.num_rows * n for n in (self.row_shape.length, self.row_shape.total_patches))
+    @property
+    def text_padding(self) -> float:
+        """Share of the positions of all rows that hold no token."""
+        return 1 - self.tokens_used / max(self.num_rows * self.row_shape.length, 1)
+
+    @property
+    def patch_padding(self) -> float:
+        """Share of the patches of all rows that are padding."""
+        total = self.num_rows * self.row_shape.total_patches
+        return 1 - self.patches_used / total if total else 0.0
+
+    def summary(self) -> str:
+        """The number of rows, their padding, left-out records and realized shares, as lines of text."""
+        examples = len(self.examples)
+        lines = [
+            f"{self.num_rows:,} rows, {examples:,} examples ({examples / max(self.num_rows, 1):.2f} per row)",
+            f"padding: text {self.text_padding:.2%}, patches {self.patch_padding:.2%}",
+        ]
         rejected = collections.Counter((s, reason) for s, _, reason in self.rejected.tolist())
-        return PlanSummary(
-            rows=self.num_rows,
-            examples=len(self.examples),
-            text_padding=1 - self.tokens_used / tokens if tokens else 0.0,
-            patch_padding=1 - self.patches_used / patches if patches else 0.0,
-            rejected={
-                f"{self.inputs['names'][s]} ({REASONS[reason]})": count
-                for (s, reason), count in sorted(rejected.items())
-            },
-            resized=len(self.resized),
-            shares=self.shares,
-        )
+        for (s, reason), count in sorted(rejected.items()):
+            lines.append(f"do not fit a row: {count:,} records of {self.inputs['names'][s]} ({REASONS[reason]})")
+        if len(self.resized):
+            lines.append(f"resized to fewer patches: {len(self.resized):,} records")
+        for stage, shares in itertools.groupby(self.shares, lambda share: share.stage):
+            lines += [f"stage {stage!r}:", *(f"  {share}" for share in shares)]
+        return "\n".join(lines)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the plan, completely or not at all; an existing plan is replaced."""

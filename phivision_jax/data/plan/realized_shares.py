@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,42 +37,13 @@ class RealizedShare:
     requested_unit: str = "examples"
     """Unit of the requested share: "examples" or "tokens"."""
 
-
-@dataclasses.dataclass(frozen=True)
-class PlanSummary:
-    """Totals of a plan; ``str`` gives the lines that are printed."""
-
-    rows: int
-    examples: int
-    text_padding: float
-    """Share of the positions of all rows that hold no token."""
-    patch_padding: float
-    rejected: Mapping[str, int]
-    """Number of records by source and reason; ``Plan.rejected`` lists them."""
-    resized: int
-    shares: tuple[RealizedShare, ...]
-
     def __str__(self) -> str:
-        lines = [
-            f"{self.rows:,} rows, {self.examples:,} examples ({self.examples / max(self.rows, 1):.2f} per row)",
-            f"padding: text {self.text_padding:.2%}, patches {self.patch_padding:.2%}",
-        ]
-        lines += [f"do not fit a row: {count:,} records of {group}" for group, count in self.rejected.items()]
-        if self.resized:
-            lines.append(f"resized to fewer patches: {self.resized:,} records")
-        stages = list(dict.fromkeys(share.stage for share in self.shares))
-        for stage in stages:
-            lines.append(f"stage {stage!r}:" if len(stages) > 1 else "shares:")
-            for share in (share for share in self.shares if share.stage == stage):
-                passes = f"  {share.passes:.2f} passes" if share.passes is not None else ""
-                requested = ""
-                if share.requested is not None:
-                    requested = f"  requested {share.requested:.2%} of {share.requested_unit}"
-                lines.append(
-                    f"  {share.kind:<6} {share.name:<20} {share.examples:>12,} examples {share.example_share:7.2%}"
-                    f" {share.tokens:>16,} tokens {share.token_share:7.2%}{passes}{requested}"
-                )
-        return "\n".join(lines)
+        passes = "" if self.passes is None else f"  {self.passes:.2f} passes"
+        requested = "" if self.requested is None else f"  requested {self.requested:.2%} of {self.requested_unit}"
+        return (
+            f"{self.kind:<6} {self.name:<20} {self.examples:>12,} examples {self.example_share:7.2%}"
+            f" {self.tokens:>16,} tokens {self.token_share:7.2%}{passes}{requested}"
+        )
 
 
 def realized_shares(
@@ -97,40 +68,29 @@ def realized_shares(
         of_source = sources == s
         modes[of_source] = dataset.index.modes[records[of_source]]
         tasks[of_source] = dataset.index.tasks[records[of_source]]
-    kinds: dict[str, tuple[np.ndarray, Sequence[str]]] = {
-        "source": (sources, names),
-        "mode": (modes, MODES),
-        "task": (tasks, TASKS),
+    # Per kind: the group of each example, the groups' names, and the records available to each.
+    kinds: dict[str, tuple[np.ndarray, Sequence[str], list[int]]] = {
+        "source": (sources, names, [len(pool.records) for pool in pools]),
+        "mode": (modes, MODES, [0] * len(MODES)),
+        "task": (tasks, TASKS, [0] * len(TASKS)),
     }
-    available = {"source": [len(pool.records) for pool in pools]}
-    if stage.reasoning_share is not None:
-        kinds["part"] = sources * len(MODES) + modes, [f"{name}, {mode}" for name in names for mode in MODES]
-        available["part"] = [int((pool.modes == m).sum()) for pool in pools for m in range(len(MODES))]
+    if stage.splits_modes:
+        kinds["part"] = (
+            sources * len(MODES) + modes,
+            [f"{name}, {mode}" for name in names for mode in MODES],
+            [int((pool.modes == m).sum()) for pool in pools for m in range(len(MODES))],
+        )
     requested = _requested(stage, names)
     shares = []
-    for kind, (numbers, labels) in kinds.items():
-        examples = np.bincount(numbers, minlength=len(labels)).tolist()
+    for kind, (groups, labels, available) in kinds.items():
         # Weights of bincount are floats: exact below 2⁵³ tokens.
-        group_tokens = np.bincount(numbers, weights=tokens, minlength=len(labels)).astype(np.int64).tolist()
-        for i, label in enumerate(labels):
+        examples, amounts = (np.bincount(groups, weights, len(labels)).astype(int) for weights in (None, tokens))
+        for label, n, amount, size in zip(labels, examples.tolist(), amounts.tolist(), available, strict=True):
             share, unit = requested.get((kind, label), (None, "examples"))
-            if not examples[i] and not share:
-                continue
-            size = available[kind][i] if kind in available else 0
-            shares.append(
-                RealizedShare(
-                    stage=stage.name,
-                    kind=kind,
-                    name=label,
-                    examples=examples[i],
-                    tokens=group_tokens[i],
-                    example_share=examples[i] / len(records),
-                    token_share=group_tokens[i] / int(tokens.sum()),
-                    passes=examples[i] / size if size else None,
-                    requested=share,
-                    requested_unit=unit,
-                )
-            )
+            if n or share:
+                in_stage = n / len(records), amount / int(tokens.sum())
+                passes = n / size if size else None
+                shares.append(RealizedShare(stage.name, kind, label, n, amount, *in_stage, passes, share, unit))
     return shares
 
 

@@ -93,8 +93,8 @@ def test_plan_with_replay():
     pairs = np.concatenate(plan.rows(0, plan.num_rows))
     assert len(pairs) == 200 and (pairs[:, 0] == 1).sum() == 20
     assert collections.Counter(pairs[pairs[:, 0] == 0, 1].tolist()) == dict.fromkeys(range(90), 2)
-    assert "replay/base                    20 examples  10.00%" in str(plan.summary())
-    assert "requested 10.00% of examples" in str(plan.summary())
+    assert "replay/base                    20 examples  10.00%" in plan.summary()
+    assert "requested 10.00% of examples" in plan.summary()
     without = plan_inputs(datasets[:1], Mixture.from_directories("mine", epochs=2), BARE_PROCESSOR, SHAPE)
     assert first_difference(without, plan.inputs) and first_difference(plan.inputs, without)
 
