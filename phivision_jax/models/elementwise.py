@@ -1,17 +1,17 @@
-"""Norms and activations with their gradients by hand: a backward pass keeps their inputs, and of norms the statistics.
+"""Norms and activations with hand-written gradients, which keep only the inputs and the statistics of norms.
 
-Autodiff keeps what every operation inside needs: of silu(gate) · up five arrays of width F instead of two, written in
-the forward pass and read in the backward one.
+Autodiff keeps the operands of every operation inside: for silu(gate) · up that is five arrays of width F instead of
+two, written by the forward pass and read by the backward pass.
 
-    function      kept                              source of the gradient
+    function      kept                              gradient
     rms_norm      x; 1/rms per token                n = x/rms:          dx = (dn − n · mean(dn · n)) / rms
     layer_norm    x; mean and 1/std per token       n = (x − mean)/std: dx = (dn − mean(dn) − n · mean(dn · n)) / std
     swiglu        gate, up                          silu' = σ + silu · (1 − σ)
     gelu          x                                 of 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))
 
-Norms (Zhang and Sennrich 2019; Ba et al. 2016) and all gradients are computed in fp32, and come back in the dtype of
-what they are gradients of. Differentiable in reverse mode only, and not inside a ``shard_map`` that checks how values
-vary: replicated scales would need their gradients summed there.
+Norms (Zhang and Sennrich 2019; Ba et al. 2016) and all gradients are computed in fp32; results have the dtype of the
+inputs. Differentiable in reverse mode only, and not inside a ``shard_map`` with ``check_vma``, where the gradients of
+replicated scales would have to be summed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _swiglu_backward(kept, dy):
     sigma = jax.nn.sigmoid(gate)
     silu = gate * sigma
     d_gate = dy32 * up * (sigma + silu * (1 - sigma))
-    return _once((d_gate.astype(kept[0].dtype), (dy32 * silu).astype(kept[1].dtype)))
+    return _materialise((d_gate.astype(kept[0].dtype), (dy32 * silu).astype(kept[1].dtype)))
 
 
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -109,14 +109,14 @@ def _gelu_backward(kept, dy):
     x, c = kept.astype(jnp.float32), math.sqrt(2 / math.pi)
     t = jnp.tanh(c * (x + 0.044715 * x**3))
     slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
-    return _once(((dy.astype(jnp.float32) * slope).astype(kept.dtype),))
+    return _materialise(((dy.astype(jnp.float32) * slope).astype(kept.dtype),))
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
-def _once[T](gradients: T) -> T:
-    """On CPUs: computed once and written. XLA would compute them again, column by column, as it transposes them."""
+def _materialise[T](gradients: T) -> T:
+    """Keep CPUs from fusing these gradients into the transposes that read them, which would recompute each element."""
     return jax.lax.platform_dependent(gradients, cpu=jax.lax.optimization_barrier, default=lambda x: x)
 
 

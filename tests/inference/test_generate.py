@@ -1,7 +1,6 @@
 """Generation against repeated forward passes of one prompt, without cache and padding."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,9 @@ from PIL import Image
 from phivision_jax.inference import generate as generation
 from phivision_jax.inference.generate import generate, generate_ids
 from phivision_jax.inference.sampling import sample
-from phivision_jax.models import phivision
-from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
 from phivision_jax.rows import batch_from_ids
+from tests.support.forward import logits
 
 NEW = 6
 IMAGES = [(6, 4), (2, 8), (4, 4)]
@@ -33,37 +31,25 @@ def prompts(rng):
     return ids, images
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def forward(graphdef, params, batch):
-    return phivision.merge(graphdef, params)(batch)
-
-
-def by_forwards(model, ids, images, steps) -> list[int]:
+def by_forwards(model, config, ids, images, steps) -> list[int]:
     """Greedy continuation by a forward pass over the complete sequence for each token."""
-    graphdef, params = model.split()
     ids, out = list(ids), []
     for _ in range(steps):
-        batch = batch_from_ids([ids], [images], config=model.config, length=64, num_patches=64)
+        batch = batch_from_ids([ids], [images], config=config, length=64, num_patches=64)
         last = int((batch.segment_ids[0] > 0).sum()) - 1
-        out.append(int(jnp.argmax(forward(graphdef, params, batch)[0, last])))
+        out.append(int(jnp.argmax(logits(*model.split(), batch)[0, last])))
         ids.append(out[-1])
     return out
 
 
-@pytest.fixture(scope="module", params=["causal", "bidirectional"])
-def model(request, tiny) -> PhiVision:
-    graphdef, params = tiny.split()
-    model = phivision.merge(graphdef, params)
-    model.config = dataclasses.replace(tiny.config, image_attention=request.param)
-    return model
-
-
-def test_generate_ids_equals_repeated_forwards(model):
+@pytest.mark.parametrize("image_attention", ["causal", "bidirectional"])
+def test_generate_ids_equals_repeated_forwards(tiny, image_attention):
+    config = dataclasses.replace(tiny.config, image_attention=image_attention)
     ids, images = prompts(np.random.default_rng(4))
-    batch = batch_from_ids(ids, images, config=model.config)
+    batch = batch_from_ids(ids, images, config=config)
     assert len({int(n) for n in (batch.segment_ids > 0).sum(1)}) == 3  # three lengths of padding
-    got = generate_ids(model, batch, max_new_tokens=NEW, eos_id=None)
-    want = [by_forwards(model, i, p, NEW) for i, p in zip(ids, images, strict=True)]
+    got = generate_ids(tiny, batch, max_new_tokens=NEW, eos_id=None)
+    want = [by_forwards(tiny, config, i, p, NEW) for i, p in zip(ids, images, strict=True)]
     assert got.tolist() == want
     assert len({tuple(row) for row in want}) == 3
 

@@ -17,7 +17,8 @@ from phivision_jax.training import optim
 from phivision_jax.training.run_config import OptimConfig
 from phivision_jax.training.step import init_params
 from tests.support.batches import EXAMPLES, TINY, random_rows
-from tests.support.train_steps import QUICK, RUN, compile_quickly, first_moments, rows_across, run, step_on
+from tests.support.forward import logits
+from tests.support.train_steps import RUN, compile_quickly, first_moments, rows_across, run, step_on
 
 # Every kind of kernel: [in, out], heads among the outputs, heads among the inputs, stacked and not.
 ALL = LoraConfig(rank=3, alpha=6.0, targets="_proj|fc[12]")
@@ -38,11 +39,6 @@ def adapted(tiny):
 @pytest.fixture(scope="module")
 def batch():
     return random_rows(np.random.default_rng(3), TINY, [EXAMPLES[:3], EXAMPLES[3:]])
-
-
-logits = jax.jit(
-    lambda graphdef, params, batch: phivision.merge(graphdef, params)(batch), static_argnums=0, compiler_options=QUICK
-)
 
 
 def by_hand():
@@ -146,7 +142,7 @@ class TestTraining:
         assert found["vision/layers/mlp/fc1/lora_a"] == 0.0
 
     def test_lr_rules_must_leave_an_adapter(self, adapted):
-        with pytest.raises(ValueError, match=r"freeze every adapter \(with lora.rank, they alone train\)"):
+        with pytest.raises(ValueError, match=r"freeze every adapter \(with lora.rank, only adapters train\)"):
             optim.partition(adapted[1], OptimConfig(lr_rules=(("lora", 0.0),)))
 
     @pytest.fixture(scope="class")

@@ -19,6 +19,7 @@ from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.rows import batch_from_ids
 from phivision_jax.training.loss import batch_loss
 from tests.support.batches import EXAMPLES, QUICK, random_rows
+from tests.support.forward import logits
 from tests.support.parameter_trees import abstract_params
 
 
@@ -137,11 +138,11 @@ def test_packed_rows_equal_examples_alone(tiny, alone, vision_rows, num_patches)
 
 
 def test_bidirectional_differs_inside_images_only(tiny):
-    causal = random_rows(np.random.default_rng(3), tiny.config, [[(6, [(2, 2)])]])
+    causal = random_rows(np.random.default_rng(3), tiny.config, [[(6, [(2, 3)])]])
     config = dataclasses.replace(tiny.config, image_attention="bidirectional")
-    both = random_rows(np.random.default_rng(3), config, [[(6, [(2, 2)])]])
+    both = random_rows(np.random.default_rng(3), config, [[(6, [(2, 3)])]])
     at_image = causal.vision_index[0] >= 0
-    difference = np.abs(np.asarray(tiny(both) - tiny(causal)))[0].max(-1)
+    difference = np.abs(logits(*tiny.split(), both) - logits(*tiny.split(), causal))[0].max(-1)
     assert (difference[: np.argmax(at_image)] < 1e-6).all()
     assert difference[at_image][:-1].min() > 1e-4
 
@@ -152,7 +153,7 @@ def test_text_batch_needs_no_patches(tiny):
     assert batch.patches.shape[2] == 0
     assert tiny.vision_features(batch).shape == (1, 1, 0, tiny.config.vision.hidden_size)
     assert tiny.vision_tokens(batch).shape == (1, 0, tiny.config.decoder.hidden_size)
-    np.testing.assert_allclose(tiny(batch), tiny(padded), atol=1e-6)
+    np.testing.assert_allclose(logits(*tiny.split(), batch), logits(*tiny.split(), padded), atol=1e-6)
 
 
 def test_bf16_parameters_with_fp32_compute(tiny):
@@ -161,8 +162,7 @@ def test_bf16_parameters_with_fp32_compute(tiny):
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     widened = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
     batch = random_rows(np.random.default_rng(2), tiny.config, [[(6, [(2, 3)])]])
-    logits = [phivision.merge(graphdef, p)(batch) for p in (rounded, widened)]
-    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+    np.testing.assert_allclose(logits(graphdef, rounded, batch), logits(graphdef, widened, batch), atol=1e-5)
 
 
 class RawPatches(nnx.Module):

@@ -32,7 +32,7 @@ from phivision_jax.models.attention.partition import shard_map_attention
 from phivision_jax.models.attention.tokamax_version import require_tokamax
 from phivision_jax.models.remat import ATTENTION
 
-HEADS = range(64, 129)
+HEAD_DIMS = range(64, 129)
 """Supported head dimensions: smaller ones would be mostly padding, not all larger ones have a backward pass on
 Blackwell."""
 
@@ -45,7 +45,7 @@ def supported(q: Float[Array, "*B T N H"], k: Float[Array, "*B T K H"], v: Float
     capability = str(getattr(jax_backend.get_default_device(), "compute_capability", ""))  # a name on AMD's
     if capability.partition(".")[0] not in ("9", "10"):
         return False
-    if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)} or q.shape[-1] not in HEADS:
+    if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)} or q.shape[-1] not in HEAD_DIMS:
         return False
     try:
         require_tokamax()
