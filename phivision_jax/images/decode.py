@@ -1,12 +1,12 @@
-"""From an image file to pixels: open, turn upright, and reduce any pixel mode to 8-bit RGB.
+"""Decode image files: open, turn upright, and reduce any pixel mode to 8-bit RGB.
 
-Training data holds broken, rotated, transparent and 16-bit images. What happens to each is decided here, once:
+Training data contains broken, rotated, transparent and 16-bit images. All of them are handled here:
 
-* A file that cannot be decoded is a ``ValueError`` that names it; a disk that cannot be read stays an ``OSError``,
-  so that a caller can tell a bad record (skip it) from a bad moment (try again).
-* Images are turned by their EXIF orientation. The released processor leaves that to its caller; but people who wrote
-  a question about a photo saw it upright, and boxes and "left of" mean nothing on a photo lying on its side.
-* An image that is already open (a PIL image) is taken as it stands, as the released processor takes it.
+* A file that cannot be decoded is a ``ValueError`` that names it; a disk that cannot be read stays an ``OSError``.
+  Callers can so distinguish a bad record (skip it) from a temporary failure (retry).
+* Image files are turned by their EXIF orientation. The released processor leaves that to its caller; but people who
+  wrote a question about a photo saw it upright, and boxes and "left of" are wrong on a photo lying on its side.
+* An open image (a PIL image) is used unchanged, as in the released processor.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ type ImageSource = Image.Image | bytes | str | Path
 
 
 class ImageTooLargeError(ValueError):
-    """More pixels than Pillow agrees to decode (a decompression bomb)."""
+    """An image of more pixels than Pillow agrees to decode (a decompression bomb)."""
 
 
-# glibc gives large blocks back to the system when they are freed, and the pages of the next image are faulted in anew,
-# which takes as long as decoding it. It stops doing so for blocks as large as the largest it has seen freed, up to
-# 32 MB (mallopt(3), M_MMAP_THRESHOLD), so one is freed at once; it is never touched, hence costs nothing.
+# glibc returns large freed blocks to the system, and the next image's pages fault in again, which takes as long as
+# decoding it. It keeps blocks up to the largest size that was ever freed, at most 32 MB (mallopt(3),
+# M_MMAP_THRESHOLD), so one of 31 MB is allocated and freed here; it is never touched and costs nothing.
 np.empty(31 << 20, np.uint8)
 
 _ORIENTATION_TAG = 0x0112
@@ -50,7 +50,7 @@ def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Ima
 
     Args:
       source: the bytes of an image file, or its path.
-      name: what errors call it; default: the path, or "image".
+      name: the image's name in errors; default: the path, or "image".
 
     Returns:
       The decoded image in the file's own pixel mode (``to_rgb`` reduces it).
@@ -60,10 +60,10 @@ def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Ima
       OSError: when the file cannot be read.
     """
     with _opened(source, name) as image:
-        # Before decoding: what a PNG says after its pixels must not count here, since image_size never gets there.
+        # Before decoding: EXIF after the pixels of a PNG must not count, since image_size never reads that far.
         orientation = _orientation(image)
         image.load()
-        # Once loaded, the pixels need no file: no copy of them is made, which would cost as much as half the decoding.
+        # Loaded pixels need no file, so no copy is made: it would cost half as much as decoding.
         return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
@@ -83,12 +83,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as 8-bit RGB.
 
     =====================  ============================================================================================
-    RGB                    as it is, its pixels untouched (what the released processor takes)
+    RGB                    unchanged (the only mode that the released processor takes)
     alpha or transparency  composited on white: RGBA, LA, PA, P, L and 1 with a transparent colour. Pixels under alpha 0
                            hold whatever the editor left there, often black; charts, icons and scans are meant for paper
     L, 1, I;16             the grey in all three channels; 16 bits are scaled so that 65535 becomes 255
-    I, F                   grey of 32 bits, whose files seldom say a range: whole numbers are taken as 16 bits, others
-                           as shares of white if all lie in 0…1, else as 8 bits; what is beyond is clipped, NaN is black
+    I, F                   grey of 32 bits, whose files rarely state a range: integers are taken as 16 bits, others
+                           as shares of white if all are in 0…1, else as 8 bits; values beyond are clipped, NaN is black
     P                      the palette's colours
     CMYK, YCbCr, HSV       Pillow's conversion; colour profiles are not applied
     =====================  ============================================================================================
@@ -126,7 +126,7 @@ def _in_8_bits(grey: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """What Pillow reads by itself: not EPS, for which it starts an interpreter of programs (Ghostscript)."""
+    """The formats that Pillow reads by itself: all but EPS, which it passes to an interpreter (Ghostscript)."""
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
 
@@ -163,4 +163,4 @@ def _orientation(image: Image.Image) -> int:
         # The base class's method: PngImageFile.getexif would decode all pixels to look behind them.
         return int(Image.Image.getexif(image).get(_ORIENTATION_TAG, 1))
     except Exception:
-        return 1  # Unreadable EXIF says nothing; the pixels may well be sound.
+        return 1  # Unreadable EXIF; the pixels may well be sound.

@@ -298,25 +298,29 @@ def make_plan(
             f"{sum(map(len, datasets)):,}; hold out a {'larger' if mixture.part == 'validation' else 'smaller'} share"
         )
 
-    rows = _Rows(lengths, shape, seed, inputs["batch_rows"])
+    windows: list[np.ndarray] = []
     shares: list[RealizedShare] = []
     for stage in mixture.stages:
         sources, records, one_pass = order_examples(pools, mixture.names, stage, seed)
         numbers = first[sources] + records
-        group = one_pass * _passes_to_pack_jointly(lengths.tokens[numbers[:one_pass]], shape)
         shares += realized_shares(stage, mixture.names, sources, records, pools, datasets, lengths.tokens[numbers])
-        with bar(f"plan {stage.name}", len(numbers), shown=progress) as advance:
-            for begin in range(0, len(numbers), group):  # a window ends with its group of passes
-                of_group = numbers[begin : begin + group]
-                for window in range(0, len(of_group), inputs["window"]):
-                    examples = of_group[window : window + inputs["window"]]
-                    rows.add(examples)
-                    advance(len(examples))
-    numbers = np.concatenate(rows.examples)
+        group = one_pass * _passes_to_pack_jointly(lengths.tokens[numbers[:one_pass]], shape)
+        for begin in range(0, len(numbers), group):  # a window ends with its group of passes
+            of_group = numbers[begin : begin + group]
+            windows += [of_group[w : w + inputs["window"]] for w in range(0, len(of_group), inputs["window"])]
+    packed, counts = [], []
+    with bar("plan", sum(map(len, windows)), shown=progress) as advance:
+        for window in windows:
+            pending = sum(map(len, counts)) % inputs["batch_rows"]
+            examples, sizes = _pack_window(window, lengths, shape, inputs["batch_rows"], pending, seed, len(packed))
+            packed.append(examples)
+            counts.append(sizes)
+            advance(len(window))
+    numbers = np.concatenate(packed)
     sources = np.searchsorted(first, numbers, side="right") - 1
     return Plan(
         inputs=inputs,
-        row_offsets=np.concatenate([[0], np.cumsum(np.concatenate(rows.counts))]).astype(_ARRAYS["row_offsets"]),
+        row_offsets=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(_ARRAYS["row_offsets"]),
         examples=(numbers - first[sources]).astype(_ARRAYS["examples"]),
         sources=sources.astype(_ARRAYS["sources"]),
         resized=np.concatenate([fit.resized for fit in fitted]).astype(_ARRAYS["resized"]),
@@ -333,23 +337,20 @@ def _passes_to_pack_jointly(tokens: np.ndarray, shape: RowShape) -> int:
     return 1 if rows >= 2 else math.ceil(8 / rows)
 
 
-class _Rows:
-    """The rows of a plan, built window by window."""
+def _pack_window(
+    window: np.ndarray, lengths: Lengths, shape: RowShape, batch_rows: int, pending: int, seed: int, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pack the examples of a window and order its rows.
 
-    def __init__(self, lengths: Lengths, shape: RowShape, seed: int, batch_rows: int) -> None:
-        self.lengths, self.shape, self.seed, self.batch_rows = lengths, shape, seed, batch_rows
-        self.examples: list[np.ndarray] = []
-        self.counts: list[np.ndarray] = []
-        self.total = 0
+    Args:
+      pending: rows that the step already has in which the window begins.
+      number: of the window in the plan.
 
-    def add(self, window: np.ndarray) -> None:
-        packed, offsets = pack(window, self.lengths, self.shape)
-        shuffled = permutation(len(offsets) - 1, self.seed, _ROW_ORDER, len(self.examples))
-        work = attention_work(packed, offsets, self.lengths)
-        order = balance(work, shuffled, self.batch_rows, self.total % self.batch_rows)
-        sizes = np.diff(offsets)[order]
-        # The examples of a row keep their order: each is at its row's begin plus 0, 1, 2, …
-        within = np.arange(len(packed)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        self.examples.append(packed[np.repeat(offsets[:-1][order], sizes) + within])
-        self.counts.append(sizes)
-        self.total += len(sizes)
+    Returns:
+      The examples [n], row after row, and the number of examples in each row [rows].
+    """
+    packed, offsets = pack(window, lengths, shape)
+    shuffled = permutation(len(offsets) - 1, seed, _ROW_ORDER, number)
+    order = balance(attention_work(packed, offsets, lengths), shuffled, batch_rows, pending)
+    rows = np.split(packed, offsets[1:-1])
+    return np.concatenate([rows[j] for j in order]), np.diff(offsets)[order]

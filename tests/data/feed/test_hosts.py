@@ -84,7 +84,7 @@ def one_host(planned, processor) -> dict[tuple[int, int], tuple[list, list]]:
     }
 
 
-@pytest.mark.parametrize("stops", [3, pytest.param(25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stops", [2, pytest.param(25, marks=pytest.mark.slow)])
 def test_killed_hosts_are_continued_by_others(planned, processor, stops):
     folder, _, plan = planned
     expected = one_host(planned, processor)
