@@ -1,11 +1,11 @@
-"""One attention layer on an H100, forward and backward: the kernels, blocks without kernels, all scores at once.
+"""One attention layer on an H100, forward and backward: kernels, blocks without kernels, and all scores at once.
 
     pip install -e '.[cuda]'
     python benchmarks/attention_gpu.py --out docs/results/attention_gpu.json
 
-Without a GPU the compiler says what memory each form takes, and no program is run: the description of the chip below is
-all it needs (Linux x86-64). With one, each form that fits is also compared with blocks in fp32, and timed in turns.
-``benchmarks/preflight.py --tables`` makes the table of docs/preflight.md.
+Without a GPU each form is only compiled, for the chip described below, and its memory printed (Linux x86-64). With a
+GPU, each form that fits is also compared with blocks in fp32, and timed in turns. ``python -m benchmarks.preflight
+--tables`` writes the table of docs/preflight.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin looks for a driver, which compiling does not need
+os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # the plugin requires a driver, which compiling does not need
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from phivision_jax.models.attention.plain import plain
 MIB = 2**20
 TURNS = 7
 
-# What the CUDA compiler asks of a chip, in the words of XLA's GpuTargetConfigProto: an H100 SXM with 80 GB.
+# The CUDA compiler's description of a chip (XLA's GpuTargetConfigProto): an H100 SXM with 80 GB.
 H100_MIB = 81_008
 H100 = f"""
 gpu_device_info {{
@@ -64,7 +64,7 @@ class Tower:
     head_dim: int
     lengths: tuple[int, ...]
     spans: bool
-    """Whether queries have a last key: else they see all of their segment."""
+    """Queries have a last key; otherwise they see all of their segment."""
 
 
 RELEASED = ModelConfig()
@@ -93,19 +93,19 @@ class Row:
 
 
 def loss(tower: Tower, form: str) -> Callable[..., jax.Array]:
-    def of(
+    def masked_loss(
         q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, span_end: jax.Array, weight: jax.Array
     ) -> jax.Array:
         if FORMS[form] is None:
-            columns = span_end if tower.spans else jnp.full_like(span_end, q.shape[1])
-            out = plain(q, k, v, segments, segments, columns)
+            last = span_end if tower.spans else jnp.full_like(span_end, q.shape[1])
+            out = plain(q, k, v, segments, segments, last)
         else:
             with attend.backend(FORMS[form]):
                 out = attend.attend(q, k, v, segment_ids=segments, span_end=span_end if tower.spans else None)
         real = (segments > 0)[..., None, None]
         return (jnp.where(real, out, 0).astype(jnp.float32) * weight.astype(jnp.float32)).sum()
 
-    return of
+    return masked_loss
 
 
 def inputs(tower: Tower, length: int) -> list[np.ndarray]:
@@ -127,7 +127,7 @@ def main(out: Path | None = None, length: int | None = None) -> None:
 
     Args:
         out: Also write the rows to this JSON file.
-        length: Columns of a row, instead of the lengths that the models are trained at.
+        length: Tokens of a row; default: the lengths that the models are trained at.
     """
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def main(out: Path | None = None, length: int | None = None) -> None:
         memory = device.memory_stats()["bytes_limit"] / MIB if here else H100_MIB
         for name, tower in TOWERS.items():
             for T in (length,) if length else tower.lengths:
-                found = measure(name, tower, T, mesh, memory if here else 0)
+                found = compile_and_time(name, tower, T, mesh, memory if here else 0)
                 print(*found, sep="\n", flush=True)
                 rows += found
                 facts = {"device": device.device_kind, "memory_mib": memory, "ran": here, "jax": jax.__version__}
@@ -150,25 +150,25 @@ def main(out: Path | None = None, length: int | None = None) -> None:
 
 @contextlib.contextmanager
 def absent() -> Iterator[Any]:
-    """An H100 that is not here, as JAX's default device: tokamax asks that one what it may use."""
+    """An absent H100 as JAX's default device, which tokamax asks for its capabilities."""
     try:
         device = topologies.get_topology_desc("h100", "cuda", target_config=H100, topology="1x1x1").devices[0]
     except NotImplementedError:
         raise SystemExit("JAX has no compiler for GPUs here; run `pip install -e '.[cuda]'` (Linux)") from None
-    found = jax_backend.get_default_device
+    default_device = jax_backend.get_default_device
     jax_backend.get_default_device = lambda: device
     try:
         yield device
     finally:
-        jax_backend.get_default_device = found
+        jax_backend.get_default_device = default_device
 
 
-def measure(name: str, tower: Tower, length: int, mesh: jax.sharding.Mesh, memory: float) -> list[Row]:
+def compile_and_time(name: str, tower: Tower, length: int, mesh: jax.sharding.Mesh, memory: float) -> list[Row]:
     """A row for each form; programs whose temporaries take less than ``memory`` MiB are run."""
-    at = NamedSharding(mesh, PartitionSpec())
+    placement = NamedSharding(mesh, PartitionSpec())
     values = inputs(tower, length)
     low = [jnp.bfloat16 if x.dtype == np.float32 else x.dtype for x in values]
-    shapes = [jax.ShapeDtypeStruct(x.shape, dtype, sharding=at) for x, dtype in zip(values, low, strict=True)]
+    shapes = [jax.ShapeDtypeStruct(x.shape, dtype, sharding=placement) for x, dtype in zip(values, low, strict=True)]
     options = {} if memory else {"xla_gpu_autotune_level": 0}  # tuning would need the chip
     rows, programs = [], {}
     with jax.set_mesh(mesh):
@@ -185,7 +185,7 @@ def measure(name: str, tower: Tower, length: int, mesh: jax.sharding.Mesh, memor
             rows.append(Row(name, length, form, sums.temp_size_in_bytes / MIB, kernels))
         running = [row for row in rows if row.temp_mib < 0.9 * memory]
         if running:
-            placed = [jax.device_put(jnp.asarray(x, dtype), at) for x, dtype in zip(values, low, strict=True)]
+            placed = [jax.device_put(jnp.asarray(x, dtype), placement) for x, dtype in zip(values, low, strict=True)]
             exact = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in placed]
             with jax.default_matmul_precision("highest"):
                 want = jax.jit(jax.value_and_grad(loss(tower, "blocks"), argnums=(0, 1, 2)))(*exact)

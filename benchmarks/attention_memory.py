@@ -1,9 +1,10 @@
-"""Memory of one attention layer on TPUs, forward and backward, by the TPU compiler: ours, a dense mask, no kernel.
+"""Memory of one attention layer on TPUs, forward and backward: our kernel, a dense mask, and no kernel.
 
     python benchmarks/attention_memory.py --out docs/results/attention_memory.json
 
-One row per chip, 40 query heads and 10 KV heads of 128, bf16. ``mask`` is what describes who sees whom: our O(T)
-numbers (span_end and segments), or T×T of them. Nothing runs: no TPU is needed (Linux x86-64, minutes).
+One row per chip, 40 query heads and 10 KV heads of 128, bf16. ``mask`` is the input that describes visible pairs: our
+O(T) numbers (span_end and segments), or T×T of them. The figures are the TPU compiler's; nothing runs, so no TPU is
+needed (Linux x86-64, minutes).
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ Loss = Callable[..., jax.Array]
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
-    columns = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segments.shape)
-    return attend.attend(q, k, v, segment_ids=segments, span_end=columns)
+    positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), segments.shape)
+    return attend.attend(q, k, v, segment_ids=segments, span_end=positions)
 
 
 def bidirectional(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, span_end: jax.Array) -> jax.Array:
@@ -74,15 +75,17 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, span_en
 
 @dataclasses.dataclass(frozen=True)
 class Row:
+    """One compiled layer."""
+
     chip: str
     length: int
     form: str
     mask_mib: float
-    """Of the arrays that say who sees whom, per row."""
+    """Arrays that describe visible pairs, per row."""
     temp_mib: float | None
     """Temporaries of forward and backward."""
     needed_mib: float | None
-    """Where they do not fit: what the compiler says they take."""
+    """The compiler's figure where they do not fit."""
 
 
 def rows() -> Iterator[Row]:
@@ -99,7 +102,7 @@ def rows() -> Iterator[Row]:
             ):
                 extra = [(shape, dtype) for shape, dtype, _ in more]
                 mask = 4 * length + sum(jnp.dtype(dtype).itemsize * _size(shape) for shape, dtype in extra)
-                temp, needed = measure(form, mesh, len(devices), length, extra)
+                temp, needed = compile_layer(form, mesh, len(devices), length, extra)
                 yield Row(chip, length, form.__name__, mask / MIB, temp, needed)
 
 
@@ -107,12 +110,12 @@ def _size(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) == 1 else shape[0] * shape[1]
 
 
-def measure(form: Loss, mesh: Any, batch: int, length: int, extra: list) -> tuple[float | None, float | None]:
-    """MiB of temporaries, or else MiB needed."""
-    at = NamedSharding(mesh, PartitionSpec("fsdp"))
+def compile_layer(form: Loss, mesh: Any, batch: int, length: int, extra: list) -> tuple[float | None, float | None]:
+    """MiB of temporaries, or the MiB needed if they do not fit."""
+    placement = NamedSharding(mesh, PartitionSpec("fsdp"))
     heads = [((length, n, HEAD_DIM), jnp.bfloat16) for n in (HEADS, KV_HEADS, KV_HEADS)]
     args = [
-        jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=at)
+        jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=placement)
         for shape, dtype in (*heads, ((length,), jnp.int32), *extra)
     ]
 
@@ -133,7 +136,7 @@ def measure(form: Loss, mesh: Any, batch: int, length: int, extra: list) -> tupl
 
 
 def main(out: Path | None = None) -> None:
-    """Compile every form for every chip and length (``benchmarks/preflight.py --tables`` makes the table).
+    """Compile every form for every chip and length (``python -m benchmarks.preflight --tables`` writes the table).
 
     Args:
         out: Also write the rows to this JSON file.

@@ -1,9 +1,9 @@
-"""A million records: how long importing, opening and planning take, and whether training's host memory stays flat.
+"""Time to import, open and plan a million records, and host memory while training on them.
 
     python benchmarks/large_set.py --work /tmp/large --out docs/results/large_set   # writes .json and .png
 
-The pictures are small (16x16), so that it is the number of records that is felt. Training is ``train.py`` itself with a
-model of a few thousand parameters, in a process of its own whose resident memory is read from /proc while it steps.
+The images are small (16x16), so that the number of records dominates. Training is ``train.py`` with a model of a few
+thousand parameters, in a separate process whose resident memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ TRAIN = {
 }  # fmt: skip
 
 
-class MadeUp:
-    """``n`` records, each with a picture and words of its own."""
+class GeneratedRecords:
+    """A source of ``n`` records, each with a random image and random words."""
 
     name = "made-up"
 
@@ -113,9 +113,9 @@ def plot(memory: list[tuple[int, float]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the dataset and the run (about 1 GB)")
-    parser.add_argument("--records", type=int, default=1_000_000)
-    parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--work", type=Path, required=True, help="directory for the dataset and the run (about 1 GB)")
+    parser.add_argument("--records", type=int, default=1_000_000, help="number of records")
+    parser.add_argument("--steps", type=int, default=2_000, help="training steps")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.png")
     args = parser.parse_args()
     result: dict[str, Any] = {"records": args.records, "cores": os.cpu_count()}
@@ -128,7 +128,7 @@ def main() -> None:
     processor = Processor.small(config)
 
     began = time.perf_counter()
-    import_source(MadeUp(args.records), args.work / "set", processor)
+    import_source(GeneratedRecords(args.records), args.work / "set", processor)
     result["import_s"] = time.perf_counter() - began
     began = time.perf_counter()
     dataset = Dataset.open(args.work / "set")

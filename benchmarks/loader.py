@@ -1,20 +1,20 @@
-"""Images per second and core, from JPEG bytes to patches, beside the image processors of transformers in the same run.
+"""Images per second per core, from JPEG bytes to patches, compared with transformers' image processors in one run.
 
     python3.11 -m venv ../peer && ../peer/bin/pip install torch==2.13.0 torchvision==0.28.0 transformers==5.23.0 pillow
-    python benchmarks/loader.py --peer-python ../peer/bin/python --photos PICTURES [--out docs/results/loader.json]
+    python benchmarks/loader.py --peer-python ../peer/bin/python --photos DIR [--out docs/results/loader.json]
 
-The files are JPEGs of several sizes, pieced together from photographs at their own scale, so that they cost what
-photographs cost to decode. First all sides make patches of all files, and the differences are printed. "pil" is what
-the released model runs: ours must equal it bit for bit after normalisation. "torchvision" is what transformers takes by
-default: its resizing rounds otherwise, by a level or two of 255, and is faster than Pillow's where an image has to
-shrink. Then all take turns on the same files, one size at a time, on one core and with one thread. Time is CPU time of
-the process; a ratio is taken within a turn, and the median over the turns is printed. Ours ends with u8 patches (they
-are normalised on the device), theirs with float32: the work that each does before a batch. At last, the whole pipeline
-from a dataset to packed batches of T = 8,192, on one and on two threads, in wall time.
+The files are JPEGs of several sizes, tiled with photographs at their original scale, so that they take as long to
+decode as photographs. First all sides make patches of all files, and the differences are printed. "pil" is the
+processor of the released model: ours must equal it bit for bit after normalisation. "torchvision" is transformers'
+default: its resizing differs by a level or two of 255, and is faster than Pillow's when an image has to shrink. Then
+all sides take turns on the same files, one size at a time, on one core and with one thread. Time is CPU time of the
+process; a ratio is taken within a turn, and the median over the turns is printed. Each side does its work before a
+batch: ours ends with u8 patches (they are normalised on the device), theirs with float32. The last measurement is the
+complete pipeline from a dataset to packed batches of T = 8,192, on one and on two threads, in wall time.
 
-How many cores feed a v5p host of 4 chips at 50 % of 459 bf16 TFLOP/s each:
+Cores that feed a v5p host of 4 chips at 50 % of 459 bf16 TFLOP/s each:
 
-    an example of the mix     1,830 patches + 745 text tokens = 2,575 columns
+    an example of the mix     1,830 patches + 745 text tokens = 2,575 tokens
     forward and backward      2,575 · (84.9 + 3.7) GFLOP decoder + 1,830 · (2.4 + 1.3 + 0.2) GFLOP vision = 235 TFLOP
     a host needs              4 · 459 · 50 % / 235 = 3.9 examples/s, 1,830 patches each
     cores                     3.9 · 1,830 / (patches/s per core as measured, JPEG decoding included)
@@ -65,12 +65,12 @@ class Row:
     ours_per_s: float
     peer_per_s: float
     ratio: float
-    """Median over the turns of peer's seconds / our seconds within a turn."""
+    """Median over the turns of the peer's seconds over ours."""
     ratio_range: tuple[float, float]
 
 
 def photographs(folder: Path | None) -> list[Image.Image]:
-    """RGB pictures to piece files together from; by default the one photograph that comes with matplotlib."""
+    """RGB photographs to tile files with; by default the one that comes with matplotlib."""
     paths = [Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"]
     if folder is not None:
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
@@ -81,7 +81,7 @@ def photographs(folder: Path | None) -> list[Image.Image]:
 
 
 def make_file(photos: Sequence[Image.Image], size: tuple[int, int], first: int) -> bytes:
-    """A JPEG of ``size`` pixels tiled with photographs, beginning with number ``first``."""
+    """A JPEG of ``size`` pixels tiled with photographs, starting with number ``first``."""
     image, number, y = Image.new("RGB", size), first, 0
     while y < size[1]:
         x, tallest = 0, 0
@@ -98,7 +98,7 @@ def make_file(photos: Sequence[Image.Image], size: tuple[int, int], first: int) 
 
 
 def largest_difference(ours: Sequence[np.ndarray], theirs: np.ndarray) -> tuple[bool, float]:
-    """Whether normalised patches are equal bit for bit, and the largest difference in steps of 1/255."""
+    """Compare normalised patches: equality bit for bit, and the largest difference in steps of 1/255."""
     mine = normalize(np.concatenate(ours))
     same = mine.shape == theirs.shape and bool((mine.view(np.int32) == theirs.view(np.int32)).all())
     return same, float(np.abs(mine - theirs).max()) * 127.5 if mine.shape == theirs.shape else float("inf")
@@ -107,7 +107,7 @@ def largest_difference(ours: Sequence[np.ndarray], theirs: np.ndarray) -> tuple[
 def take_turns(
     files: Sequence[bytes], sizes: Sequence[tuple[int, int]], peer: Peer, names: Sequence[str], turns: int
 ) -> list[Row]:
-    """Time every side on every size, ``turns`` times over, each turn in another order."""
+    """Time every side on every size ``turns`` times, in alternating order."""
     decoded = [open_image(content) for content in files]
 
     def ours(decode: bool, which: Sequence[int]) -> float:
@@ -149,7 +149,7 @@ def take_turns(
 
 
 def pipeline_speeds(files: Sequence[bytes], folder: Path, turns: int) -> dict[int, float]:
-    """Images per second of ``data.pipeline.batches`` by number of threads: the median over turns that alternate."""
+    """Images per second of ``data.feed.pipeline.batches`` by number of threads, medians of alternating turns."""
     from phivision_jax.cli.data import processor_for
     from phivision_jax.data.feed.pipeline import batches
     from phivision_jax.data.plan.mixture import Mixture
@@ -175,7 +175,7 @@ def pipeline_speeds(files: Sequence[bytes], folder: Path, turns: int) -> dict[in
 
 
 def cores_per_host(patches_per_s: float) -> float:
-    """Cores that keep four v5p chips at 50 % busy, at ``patches_per_s`` per core (the formula is in the docstring)."""
+    """Cores that feed four v5p chips at 50 %, at ``patches_per_s`` per core (formula in the module's docstring)."""
     return CHIPS * CHIP_TFLOPS * MFU / EXAMPLE_TFLOP * MIX_PATCHES / patches_per_s
 
 
@@ -201,17 +201,17 @@ def main(
 
     Args:
         peer_python: Python of an environment with torch and transformers 5 (and torchvision, for its default).
-        photos: Folder of photographs to piece the files together from; default: the one that matplotlib brings.
-        files_per_size: Files of each of the four sizes.
-        turns: How often each side runs over all files, after one turn to warm up.
-        out: Write the numbers as JSON here too.
+        photos: Directory of photographs to tile the files with; default: the photograph of matplotlib.
+        files_per_size: Files of each size.
+        turns: Timed turns of each side over all files, after one to warm up.
+        out: Write the numbers to this JSON file as well.
     """
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
     if cores:  # the peer inherits it
         os.sched_setaffinity(0, {max(cores)})
-    pictures = photographs(photos)
+    originals = photographs(photos)
     sizes = [size for size in SIZES for _ in range(files_per_size)]
-    files = [make_file(pictures, size, 5 * i) for i, size in enumerate(sizes)]
+    files = [make_file(originals, size, 5 * i) for i, size in enumerate(sizes)]
     bits = sum(map(len, files)) * 8 / sum(w * h for w, h in sizes)
     patches = statistics.mean(grid[0] * grid[1] for grid in (grid_of(*size) for size in sizes))
     print(f"{len(files)} JPEGs of quality {QUALITY}, {bits:.2f} bits per pixel, {patches:,.0f} patches on average")
@@ -226,7 +226,7 @@ def main(
         for side, values in versions.items():
             print(f"{side}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
         if versions["ours"]["pillow"] != versions["peer"]["pillow"]:
-            print("the Pillow versions differ: decoding and resizing may differ too")
+            print("the Pillow versions differ, so decoding and resizing may differ")
         peer.ask("load", files=names)
         ours = [preprocess(open_image(content))[0] for content in files]
         equality = {}
@@ -234,7 +234,7 @@ def main(
             peer.ask("patches", processor=name, out=f"{folder}/patches.npy")
             same, most = largest_difference(ours, np.load(f"{folder}/patches.npy"))
             equality[name] = {"bit_for_bit": same, "largest_difference": most}
-            print(f"patches beside {name}: {'equal bit for bit' if same else f'they differ by {most:.2g}/255 at most'}")
+            print(f"patches and {name}: {'equal bit for bit' if same else f'they differ by {most:.2g}/255 at most'}")
         rows = take_turns(files, sizes, peer, about["processors"], turns)
         print_rows(rows)
         if cores:

@@ -1,11 +1,11 @@
-"""The other side of ``loader.py``: the image processors of transformers, run in an environment of their own.
+"""The other side of ``loader.py``: the image processors of transformers, in a separate environment.
 
-Reads one JSON request per line on stdin and answers with one JSON line on stdout. Python 3.11 suffices here, and
-nothing of this project is imported.
+Reads a JSON request per line from stdin and answers with a JSON line on stdout. It needs only Python 3.11 and imports
+nothing of this project.
 
-    {"do": "versions"}                                      the versions that matter, and which processors there are
-    {"do": "load", "files": [...]}                          read the files into memory, keep them decoded as well
-    {"do": "patches", "processor": "pil", "out": "x.npy"}   [N patches of all files, 768] f32, one after the other
+    {"do": "versions"}                                      versions and available processors
+    {"do": "load", "files": [...]}                          read and decode the files
+    {"do": "patches", "processor": "pil", "out": "x.npy"}   patches of all files [N, 768] f32
     {"do": "time", "processor": "pil", "decode": true, "which": [...]}   CPU seconds for those files
 """
 
@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     sys.exit(f"loader_peer.py needs transformers 5, torch and Pillow: {error}")
 
-try:  # what AutoImageProcessor gives by default; needs torchvision
+try:  # the default of AutoImageProcessor; needs torchvision
     import torchvision
     from transformers.models.siglip2.image_processing_siglip2 import Siglip2ImageProcessor
 except (ImportError, RuntimeError):
@@ -70,10 +70,10 @@ class Peer:
         return Image.open(io.BytesIO(content)).convert("RGB")
 
     def process(self, processor: str, image: Image.Image) -> Any:
-        """As the released model does it: the patch count follows the image between two bounds."""
+        """Process an image as the released model does: its patch count follows its size within two bounds."""
         width, height = image.size
         patches = min(max((width // PATCH) * (height // PATCH), MIN_PATCHES), MAX_PATCHES)
-        kind = "np" if processor == "pil" else "pt"  # what each has without a conversion
+        kind = "np" if processor == "pil" else "pt"  # the output that needs no conversion
         return self.processors[processor](images=image, max_num_patches=patches, return_tensors=kind)
 
     def patches(self, processor: str, out: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""Write a random bfloat16 checkpoint in the released layout, of about a given size, without holding it.
+"""Write a random bfloat16 checkpoint of about a given size in the released layout, without holding it in memory.
 
     python benchmarks/make_checkpoint.py DIR --gb 6
 
-40 decoder layers and 27 vision layers as released, at whatever width makes the size. The numbers are random bits with
-|x| < 2, so nothing compresses and nothing is NaN.
+It has 40 decoder layers and 27 vision layers as released, and the width follows from the size. The values are random
+bits with |x| < 2: incompressible, and never NaN.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BLOCK = 16_000_000
 
 
 def config_of(gigabytes: float) -> ModelConfig:
-    """The released proportions at the width D at which 536·D² + 2·V·D bfloat16 parameters take ``gigabytes``."""
+    """Configuration with the released proportions and the width D where 536·D² + 2·V·D parameters have this size."""
     vocab, want = DecoderConfig.vocab_size, gigabytes * 1e9 / 2
     width = (-2 * vocab + math.sqrt((2 * vocab) ** 2 + 4 * 536 * want)) / (2 * 536)
     d = max(64, round(width / 64) * 64)
@@ -40,10 +40,10 @@ def make(directory: tyro.conf.Positional[Path], gb: float = 6.0, shard_gb: float
     """Write the checkpoint.
 
     Args:
-        directory: Where; must not exist.
-        gb: Size of the weights, 10⁹ bytes.
+        directory: Output directory; must not exist.
+        gb: Size of the weights in 10⁹ bytes.
         shard_gb: Largest size of a shard.
-        seed: Of the random bits.
+        seed: Seed of the random bits.
     """
     config = config_of(gb)
     bfloat16 = np.dtype(ml_dtypes.bfloat16)

@@ -1,15 +1,15 @@
-"""How full rows are, and how fast they are planned: ours beside Grain's packers, on the same examples in one run.
+"""Padding and speed of our packing and of Grain's packers, on the same examples in one run.
 
     python benchmarks/packing.py                                   # a table
     python benchmarks/packing.py --out docs/results/packing.json   # the committed numbers
 
-The examples are made up after the mix of the design: 15 % text alone, 75 % one image, 10 % two or three; images from
-thumbnails to 4,000 pixels, resized to 256…3,600 patches; on average about 1,820 patches and 740 text tokens. Only
-lengths are packed: Grain gets arrays of the right lengths (one byte a token), so its times are its algorithm's and not
-those of copying pixels. Turns alternate; each figure is the median of its turns. One thread.
+The examples follow the mix of the design: 15 % text only, 75 % one image, 10 % two or three; images from thumbnails to
+4,000 pixels, resized to 256…3,600 patches; on average about 1,820 patches and 740 text tokens. Only lengths are packed:
+Grain gets arrays of those lengths (one byte per token), so its times do not include copying pixels. Turns alternate;
+each figure is the median of its turns, on one thread.
 
-Beside padding: what a step waits for its fullest row. Rows of a step are on different devices, and all wait for the
-one with the most attention work (Σ length²): its work over the mean row's is what attention costs more than it must.
+The last line is the imbalance of attention. Rows of a step are on different devices, and all wait for the one with the
+most attention work (Σ length²): its work over that of the mean row is the factor by which attention takes longer.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ TURNS = 3
 BATCH_ROWS = 256
 
 
-def made_up(n: int, seed: int = 0) -> Lengths:
-    """``n`` examples of the mix; those that are longer than a row among them."""
+def sample_lengths(n: int, seed: int = 0) -> Lengths:
+    """Lengths of ``n`` examples of the mix; some are longer than a row."""
     rng = np.random.default_rng(seed)
     kind = rng.choice(3, n, p=[0.15, 0.75, 0.10])
     images = np.where(kind == 0, 0, np.where(kind == 1, 1, rng.integers(2, 4, n)))
@@ -51,20 +51,20 @@ def made_up(n: int, seed: int = 0) -> Lengths:
 
 
 def ours(packer: Callable[..., tuple[np.ndarray, np.ndarray]]) -> Callable[..., list[list[int]]]:
-    """Windows packed one by one, as a plan does it."""
+    """Pack windows one by one, as a plan does."""
 
     def rows(examples: np.ndarray, lengths: Lengths, capacity: RowShape) -> list[list[int]]:
-        made: list[list[int]] = []
+        packed_rows: list[list[int]] = []
         for first in range(0, len(examples), WINDOW):
             packed, offsets = packer(examples[first : first + WINDOW], lengths, capacity)
-            made += [row.tolist() for row in np.split(packed, offsets[1:-1])]
-        return made
+            packed_rows += [row.tolist() for row in np.split(packed, offsets[1:-1])]
+        return packed_rows
 
     return rows
 
 
 def grains(packer: Any, bins: int) -> Callable[..., list[list[int]]]:
-    """Grain's; a third feature, one number per example, tells which example went where."""
+    """Pack with Grain; a third feature holds the number of each example."""
 
     def rows(examples: np.ndarray, lengths: Lengths, capacity: RowShape) -> list[list[int]]:
         patches = lengths.patches
@@ -91,18 +91,18 @@ def grains(packer: Any, bins: int) -> Callable[..., list[list[int]]]:
 
 def padding(rows: Iterable[list[int]], lengths: Lengths, capacity: RowShape) -> dict[str, float]:
     rows = list(rows)
-    columns = sum(int(lengths.tokens[row].sum()) for row in rows)
+    tokens = sum(int(lengths.tokens[row].sum()) for row in rows)
     patches = sum(int(lengths.patches[row].sum()) for row in rows)
     total = capacity.total_patches
     return {
         "rows": len(rows),
-        "text_padding": 1 - columns / (len(rows) * capacity.length),
+        "text_padding": 1 - tokens / (len(rows) * capacity.length),
         "patch_padding": 1 - patches / (len(rows) * total),
     }
 
 
 def waiting(examples: np.ndarray, lengths: Lengths, capacity: RowShape, *, balanced: bool) -> float:
-    """Attention work of a step's fullest row over the mean row, as a sum over the steps of one window."""
+    """Ratio of a step's largest attention work of a row to the mean, over the steps of one window."""
     packed, offsets = pack(examples[:WINDOW], lengths, capacity)
     work = attention_work(packed, offsets, lengths)
     order = permutation(len(work), 0)
@@ -114,26 +114,26 @@ def waiting(examples: np.ndarray, lengths: Lengths, capacity: RowShape, *, balan
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=2 * WINDOW, help="how many (default: two windows)")
-    parser.add_argument("--length", type=int, default=8192, help="T")
-    parser.add_argument("--vision-rows", type=int, default=1, help="R")
-    parser.add_argument("--num-patches", type=int, default=7168, help="P")
-    parser.add_argument("--turns", type=int, default=TURNS)
-    parser.add_argument("--out", type=Path, help="write the numbers as JSON")
+    parser.add_argument("--examples", type=int, default=2 * WINDOW, help="number of examples (default: two windows)")
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a row")
+    parser.add_argument("--vision-rows", type=int, default=1, help="vision rows of a row")
+    parser.add_argument("--num-patches", type=int, default=7168, help="patches of a vision row")
+    parser.add_argument("--turns", type=int, default=TURNS, help="timed runs of each packer")
+    parser.add_argument("--out", type=Path, help="write the numbers to this JSON file")
     args = parser.parse_args()
     capacity = RowShape(args.length, args.vision_rows, args.num_patches)
-    lengths = made_up(args.examples + args.examples // 8)
+    lengths = sample_lengths(args.examples + args.examples // 8)
     fits = (lengths.tokens <= capacity.length) & (lengths.patches <= capacity.num_patches)
     examples = np.flatnonzero(fits)[: args.examples]
     text = lengths.tokens - lengths.patches
     print(
         f"{len(examples):,} examples, on average {lengths.patches[examples].mean():,.0f} patches and "
         f"{text[examples].mean():,.0f} text tokens; T {capacity.length}, R {capacity.vision_rows}, "
-        f"P {capacity.num_patches}; {1 - fits.mean():.1%} of the mix are longer and left out"
+        f"P {capacity.num_patches}; {1 - fits.mean():.1%} of the mix do not fit and are left out"
     )
     packers = {
         "ours": ours(pack),
-        "ours, best fit alone": ours(best_fit_decreasing),
+        "ours, best fit only": ours(best_fit_decreasing),
         "Grain FirstFit, 64 bins": grains(grain.experimental.FirstFitPackIterDataset, 64),
         "Grain BestFit, 64 bins": grains(grain.experimental.BestFitPackIterDataset, 64),
         "Grain BestFit, 512 bins": grains(grain.experimental.BestFitPackIterDataset, 512),
@@ -156,7 +156,7 @@ def main() -> None:
         )
     shuffled, balanced = (waiting(examples, lengths, capacity, balanced=b) for b in (False, True))
     print(
-        f"attention work of a step's fullest of {BATCH_ROWS} rows over the mean: {balanced:.3f} balanced, "
+        f"attention work of the fullest of {BATCH_ROWS} rows of a step over the mean: {balanced:.3f} balanced, "
         f"{shuffled:.3f} shuffled"
     )
     if args.out:

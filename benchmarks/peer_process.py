@@ -1,6 +1,6 @@
-"""A side of a benchmark in a process of its own, asked over pipes: a JSON request and a JSON answer a line each.
+"""One side of a benchmark in a separate process, with JSON requests and answers over pipes, one a line.
 
-The benchmark holds a ``Peer``; the peer's script calls ``serve``. Python 3.11 suffices here, with its library alone.
+The benchmark has a ``Peer``; the peer's script calls ``serve``. This module needs only Python 3.11.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ class PeerStopped(SystemExit):
 
 
 class Peer:
+    """A running side; ``ask`` calls a method of it."""
+
     def __init__(self, python: Path, script: Path, threads: int, environment: Mapping[str, str]) -> None:
         if not python.is_file():
             raise SystemExit(
                 f"--peer-python: {python} is no file; give the Python of an environment with torch and transformers 5 "
-                "(how to make one stands at the head of the benchmark)"
+                "(the benchmark's docstring shows how to make one)"
             )
         own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": "", **environment}
         self._script = script.name
@@ -37,7 +39,7 @@ class Peer:
         )
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """What the peer's method ``do`` returns.
+        """Call the peer's method ``do``.
 
         Raises:
           PeerStopped: when the process has ended.
@@ -49,7 +51,7 @@ class Peer:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise PeerStopped(f"{self._script} stopped ({do}); its own words are above")
+            raise PeerStopped(f"{self._script} stopped ({do}); its output is above")
         return json.loads(line)
 
     def close(self) -> None:
@@ -70,7 +72,7 @@ def peer_process(
 
 def serve(peer: Any) -> None:
     """Answer requests with ``peer``'s methods until there are no more."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed stays out of the answers
+    answers, sys.stdout = sys.stdout, sys.stderr  # other output must not mix with the answers
     for line in sys.stdin:
         request = json.loads(line)
         answer = getattr(peer, request.pop("do"))(**request)

@@ -1,9 +1,10 @@
-"""Accuracy on easy-VQA's test questions while the small model trains, with the question-only line, as one plot.
+"""Plot the small model's accuracy on easy-VQA's test questions during training, with the question-only baseline.
 
     python benchmarks/plot_easy_vqa.py --collect runs/tiny runs/tiny-long   # runs → docs/results/easy_vqa.json
     python benchmarks/plot_easy_vqa.py                                      # that file → docs/results/easy_vqa.png
 
-The curves are what training measured on an even sample of the test questions; the marks are eval.py on all of them.
+The curves are the accuracy that training measured on an even sample of the test questions; the marks are eval.py on
+all of them.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main() -> None:
         RESULTS.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(collect(args.collect), indent=1) + "\n")
     plot(json.loads(file.read_text()), RESULTS / "easy_vqa.png")
-    print(f"drawn: {RESULTS / 'easy_vqa.png'}")
+    print(f"wrote {RESULTS / 'easy_vqa.png'}")
 
 
 if __name__ == "__main__":

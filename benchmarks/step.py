@@ -1,37 +1,36 @@
-"""Tokens per second of a training step on CPU, beside PyTorch and transformers in the same run.
+"""Tokens per second of a training step on CPU, compared with PyTorch and transformers in the same run.
 
     python3.11 -m venv ../peer && ../peer/bin/pip install torch==2.13.0 transformers==5.23.0 numpy
     python benchmarks/step.py --peer-python ../peer/bin/python [--out docs/results/step.json]
 
-A small Phi-4-reasoning-vision in fp32: forward, backward, clipping by global norm, AdamW, with the same weights,
-tokens and pixels on both sides, on the same cores; the sides take turns and wait for each other. The peer is
-``Phi3ForCausalLM`` and ``Siglip2VisionModel`` with SDPA and fused AdamW. Each side is tried in the ways there are
-to run it, and its fastest is what counts:
+A small Phi-4-reasoning-vision in fp32: forward, backward, clipping by global norm, AdamW. Both sides have the same
+weights, tokens, pixels and cores, and take turns. The peer is ``Phi3ForCausalLM`` and ``Siglip2VisionModel`` with SDPA
+and fused AdamW. Each side runs in several ways, and its fastest counts:
 
-    ours         a device a core with its own rows, the weights split over them ("fsdp"); or all on one device
-    peer         all cores on each operation, eager; or with ``torch.compile``. Not tried: a process a core (DDP).
-    both         memory from glibc as it is, or in huge pages (``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``, glibc 2.35 and
-                 Linux with transparent huge pages at "madvise"): XLA allocates a step's temporaries anew each time
+    ours         one device per core with its own rows and sharded weights ("fsdp"); or everything on one device
+    peer         all cores on each operation, eager; or with ``torch.compile``. Not tried: one process per core (DDP).
+    both         memory from glibc's default, or in huge pages (``GLIBC_TUNABLES=glibc.malloc.hugetlb=1``, glibc 2.35
+                 and Linux with transparent huge pages at "madvise"): XLA allocates a step's temporaries each time
 
-full rows    every row is one example of T columns, seven tenths of them one image, half of the rest learnt: ours
-             makes logits for a quarter of the columns then, the peer for all. Both sides train; their losses are
-             printed. Twice: with the released model's proportions, and with heads of 32 columns (``step_work.MODELS``).
-a mix        15 % text alone, 75 % one image, 10 % two or three, text lengths lognormal, shrunk from the mix of the
-             design (1,830 patches and 745 text tokens in T = 8,192) in proportion to T. Three sides:
-                 packed      ours, many examples in a row of T columns (``data.packing``)
-                 unpacked    ours, an example in a row, padded to the batch's longest
+full rows    Every row is one example of T tokens, seven tenths of them one image; half of the text has a loss. Our
+             side then computes logits for a quarter of the positions, the peer for all. Both sides train; their losses
+             are printed. Two models: the released proportions, and heads of 32 (``step_work.MODELS``).
+a mix        15 % text only, 75 % one image, 10 % two or three; text lengths are lognormal. The mix of the design
+             (1,830 patches and 745 text tokens at T = 8,192) is scaled down to T. Three sides:
+                 packed      ours, many examples in a row of T tokens (``data.plan.packing``)
+                 unpacked    ours, one example per row, padded to the batch's longest
                  peer        the same batches as "unpacked", padded as transformers' collator pads
-             A batch of theirs holds as many examples as a batch of ours does on average, to whole rows a core. The
-             learning rate is too small to change a weight, so all three must give the same mean loss over the mix.
-             Ours is run as it was fastest on full rows; the peer so and eager, of which the faster counts.
+             Unpacked batches have as many examples as packed ones on average, rounded to full rows per core. The
+             learning rate is too small to change a weight, so all three must have the same mean loss over the mix. Our
+             side runs in its fastest way on full rows; the peer in its fastest way and eager, of which the faster
+             counts.
 
-Batches are made beforehand on both sides: pixels in fp32 for the peer, in bytes for ours, which makes them fp32 itself.
+Both sides make their batches beforehand: pixels in fp32 for the peer, in bytes for ours, which converts them itself.
 
-Tokens are real ones: columns of text and of images, padding not counted. A ratio is taken within a turn; the median
-over the turns is printed. What a single product of a layer's matrices reaches on each side is printed too: which of a
-processor's instructions a library uses decides much of a ratio, and is no merit of ours. Where the peer's slowest turn
-took ``MOST_SPREAD`` of its fastest or more, something else had the cores: that is said, and written as ``at_rest``
-false. Ratios hold no better than their range then.
+Tokens exclude padding. A ratio is taken within a turn; the median over the turns is printed. The speed of a single
+matrix product on each side is also printed: much of a ratio may depend on the instructions that a library uses. When
+the peer's slowest turn takes ``MOST_SPREAD`` of its fastest or more, other work used the cores; a message reports it,
+``at_rest`` is false, and ratios are no more precise than their range.
 """
 
 from __future__ import annotations
@@ -66,11 +65,11 @@ _HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A way to run a side."""
+    """One way to run a side."""
 
     name: str
     devices: int = 0
-    """Ours on so many; the peer where it is 0."""
+    """Devices of our side; 0 for the peer."""
     compile: bool = False
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -80,9 +79,9 @@ class Way:
 
 
 def ways(cores: int, try_compile: bool) -> list[Way]:
-    made = [
-        Way("ours, a device a core, huge pages", devices=cores, environment=_HUGE_PAGES),
-        Way("ours, a device a core", devices=cores),
+    choices = [
+        Way("ours, one device per core, huge pages", devices=cores, environment=_HUGE_PAGES),
+        Way("ours, one device per core", devices=cores),
         Way("ours, one device, huge pages", devices=1, environment=_HUGE_PAGES),
         Way("ours, one device", devices=1),
         Way("peer"),
@@ -90,7 +89,7 @@ def ways(cores: int, try_compile: bool) -> list[Way]:
         Way("peer, torch.compile", compile=True),
         Way("peer, torch.compile, huge pages", compile=True, environment=_HUGE_PAGES),
     ]
-    return [way for way in made if try_compile or not way.compile]
+    return [way for way in choices if try_compile or not way.compile]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,38 +98,39 @@ class Side:
 
     name: str
     tokens_per_s: float
-    """Real ones, at the median over the turns."""
+    """Tokens without padding, at the median over the turns."""
     seconds: list[float]
-    """Of each turn over all batches."""
+    """Wall time of each turn over all batches."""
     cpu_seconds: list[float]
-    """The same in CPU time of all threads. On busy cores it counts threads that spin, too: no remedy for those."""
+    """CPU time of all threads; on busy cores it also counts threads that spin."""
     losses: list[float]
-    """Of each step of the first turn."""
+    """Losses of the steps of the first turn."""
     real_share: float
-    """Real columns over all columns computed."""
+    """Share of the computed positions that are not padding."""
 
 
 def compare(sides: dict[str, Any], shares: dict[str, float], tokens: int, turns: int, title: str) -> list[Side]:
-    """Every side, ``turns`` times, in an order that is turned round each time."""
+    """Run every side ``turns`` times, in an order that reverses each time."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     with bar(title, (turns + 1) * len(sides)) as advance:
         for turn in range(turns + 1):  # the first warms up and is not timed
             for name in list(sides)[:: -1 if turn % 2 else 1]:
                 answers[name].append(sides[name]())
                 advance(1)
-    made = []
+    compared = []
     for name, (first, *timed) in answers.items():
         seconds, cpu = [a["seconds"] for a in timed], [a["cpu_seconds"] for a in timed]
-        made.append(Side(name, tokens / statistics.median(seconds), seconds, cpu, first["losses"], shares[name]))
-    return made
+        compared.append(Side(name, tokens / statistics.median(seconds), seconds, cpu, first["losses"], shares[name]))
+    return compared
 
 
 def cpu_ratio(theirs: Side, ours: Side) -> float:
+    """``ratio`` in CPU time, the median over the turns."""
     return statistics.median(b / a for a, b in zip(ours.cpu_seconds, theirs.cpu_seconds, strict=True))
 
 
 def ratio(theirs: Side, ours: Side) -> tuple[float, float, float]:
-    """Tokens per second of ours over theirs: median over the turns, lowest and highest."""
+    """Ratio of our tokens per second to theirs: median over the turns, lowest and highest."""
     ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
@@ -138,7 +138,7 @@ def ratio(theirs: Side, ours: Side) -> tuple[float, float, float]:
 def print_table(title: str, sides: Sequence[Side], against: Side) -> None:
     print(f"\n{title}")
     over = f"over {against.name} (range over turns), in CPU time"
-    print(f"{'':<34}{'real tokens/s':>14}{'s per turn':>12}{'real columns':>14}   {over}")
+    print(f"{'':<34}{'tokens/s':>14}{'s per turn':>12}{'not padding':>14}   {over}")
     for side in sides:
         middle, low, high = ratio(against, side)
         speed = f"{side.tokens_per_s:>14,.0f}{statistics.median(side.seconds):>12.2f}{side.real_share:>14.1%}"
@@ -155,13 +155,13 @@ def filled(batches: Sequence[Batch]) -> float:
 
 
 def table(sides: Sequence[Side], against: Side) -> list[dict[str, Any]]:
-    """As ``print_table``, for the file."""
-    made = []
+    """The rows of ``print_table`` as JSON values."""
+    rows = []
     for side in sides:
         middle, low, high = ratio(against, side)
         ratios = {"ratio": middle, "ratio_range": [low, high], "cpu_ratio": cpu_ratio(against, side)}
-        made.append({**dataclasses.asdict(side), "over": against.name, **ratios})
-    return made
+        rows.append({**dataclasses.asdict(side), "over": against.name, **ratios})
+    return rows
 
 
 def usable_cores() -> int:
@@ -169,7 +169,7 @@ def usable_cores() -> int:
 
 
 def memory() -> dict[str, str]:
-    """What decides whether huge pages can be asked for: the C library, and Linux's own setting."""
+    """The C library and Linux's setting, which decide whether huge pages are available."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "libc": " ".join(platform.libc_ver()),
@@ -178,7 +178,7 @@ def memory() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's own name where Linux tells it."""
+    """The processor's name; its architecture where Linux does not have one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -186,13 +186,13 @@ def cpu_name() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """A way to run a side, in its process."""
+    """One way to run a side, in its process."""
 
     way: Way
     process: Peer
 
     def start(self, learning_rate: float) -> None:
-        """The first weights again, and a fresh optimizer."""
+        """Reset the weights and the optimizer."""
         choice = {} if self.way.is_ours else {"compile": self.way.compile}
         self.process.ask("start", learning_rate=learning_rate, **choice)
 
@@ -204,19 +204,22 @@ class Running:
 def running(choices: Sequence[Way], peer_python: Path, cores: int) -> Iterator[dict[str, Running]]:
     """A process for each way to run a side, by its name."""
     with contextlib.ExitStack() as stack:
-        made = {}
+        sides = {}
         for way in choices:
             python, script = (Path(sys.executable), _OURS) if way.is_ours else (peer_python, _PEER)
-            made[way.name] = Running(way, stack.enter_context(peer_process(python, script, cores, way.environment)))
-        yield made
+            sides[way.name] = Running(way, stack.enter_context(peer_process(python, script, cores, way.environment)))
+        yield sides
 
 
 def prepare(
-    sides: dict[str, Running], shape: str, cores: int, work: dict[str, int], made: AllWork, folder: Path
+    sides: dict[str, Running], shape: str, cores: int, work: dict[str, int], prepared: AllWork, folder: Path
 ) -> int:
-    """The same weights and work for all, through files that must stay; returns the number of parameters."""
+    """Give all sides the same weights and work, through files that must stay; return the number of parameters."""
     weights, settings = str(folder / "weights.npz"), {"optimizer": dataclasses.asdict(OPTIMIZER), "threads": cores}
-    files = {"full": _written(folder, "full", made.full.peer), "mix": _written(folder, "mix", made.unpacked.peer)}
+    files = {
+        "full": _written(folder, "full", prepared.full.peer),
+        "mix": _written(folder, "mix", prepared.unpacked.peer),
+    }
     ours = [side for side in sides.values() if side.way.is_ours]
     for side in ours:
         loaded = side.process.ask("load", shape=shape, devices=side.way.devices, seed=work["seed"])
@@ -238,7 +241,7 @@ def _written(folder: Path, name: str, batches: Sequence[dict[str, np.ndarray]]) 
 
 
 def without_failing(sides: dict[str, Running]) -> dict[str, Running]:
-    """Those that can train: ``torch.compile`` needs a compiler of its own, which not every machine has."""
+    """Sides that can train: ``torch.compile`` needs a C++ compiler, which not every machine has."""
     able = {}
     for name, side in sides.items():
         try:
@@ -250,7 +253,7 @@ def without_failing(sides: dict[str, Running]) -> dict[str, Running]:
         except PeerStopped:
             if not side.way.compile:
                 raise
-            print(f"{name}: torch.compile does not work here; its own words are above")
+            print(f"{name}: torch.compile does not work here; its error is above")
     return able
 
 
@@ -259,22 +262,22 @@ def fastest(sides: Sequence[Side], choices: Sequence[Way]) -> Side:
     return max((side for side in sides if side.name in names), key=lambda side: side.tokens_per_s)
 
 
-def full_rows(sides: dict[str, Running], made: AllWork, turns: int, title: str) -> list[Side]:
-    tokens = sum(int((batch.segment_ids > 0).sum()) for batch in made.full.ours)
+def full_rows(sides: dict[str, Running], prepared: AllWork, turns: int, title: str) -> list[Side]:
+    tokens = sum(int((batch.segment_ids > 0).sum()) for batch in prepared.full.ours)
     rounds = {name: functools.partial(side.steps, "full") for name, side in sides.items()}
-    return compare(rounds, dict.fromkeys(rounds, filled(made.full.ours)), tokens, turns, title)
+    return compare(rounds, dict.fromkeys(rounds, filled(prepared.full.ours)), tokens, turns, title)
 
 
 def products(sides: dict[str, Running], rows: int) -> dict[str, float]:
-    """GFLOP/s of a feed-forward layer's first product, in fp32 on all cores, with the library of each side."""
+    """GFLOP/s of a feed-forward layer's first product in fp32 on all cores, with each side's library."""
     decoder = MODEL.decoder
     sizes = [rows * T, decoder.hidden_size, 2 * decoder.intermediate_size]
     asked = {"ours": sides["ours, one device"], "peer": sides["peer"]}
     return {name: side.process.ask("product", sizes=sizes, times=50)["gflops"] for name, side in asked.items()}
 
 
-def a_mix(ours: Running, peers: Sequence[Running], made: AllWork, turns: int) -> list[Side]:
-    """Ours packed, ours unpacked, the fastest peer."""
+def a_mix(ours: Running, peers: Sequence[Running], prepared: AllWork, turns: int) -> list[Side]:
+    """Compare our side packed and unpacked with the fastest peer."""
     for side in (ours, *peers):
         side.start(STILL_LR)
     rounds = {
@@ -282,14 +285,14 @@ def a_mix(ours: Running, peers: Sequence[Running], made: AllWork, turns: int) ->
         "ours, unpacked": functools.partial(ours.steps, "unpacked"),
         **{peer.way.name: functools.partial(peer.steps, "mix") for peer in peers},
     }
-    shares = dict.fromkeys(rounds, filled(made.unpacked.ours)) | {"ours, packed": filled(made.packed)}
-    mix = compare(rounds, shares, sum(item.columns for item in made.items), turns, "a mix of lengths")
+    shares = dict.fromkeys(rounds, filled(prepared.unpacked.ours)) | {"ours, packed": filled(prepared.packed)}
+    mix = compare(rounds, shares, sum(item.tokens for item in prepared.items), turns, "a mix of lengths")
     return [*mix[:2], max(mix[2:], key=lambda side: side.tokens_per_s)]
 
 
-def mean_losses(sides: Sequence[Side], made: AllWork) -> dict[str, float]:
-    """Of each side over the whole mix."""
-    batches = {side.name: made.packed if side.name == "ours, packed" else made.unpacked.ours for side in sides}
+def mean_losses(sides: Sequence[Side], prepared: AllWork) -> dict[str, float]:
+    """Mean loss of each side over the mix."""
+    batches = {side.name: prepared.packed if side.name == "ours, packed" else prepared.unpacked.ours for side in sides}
     weights = {name: [float(b.loss_weights.sum()) for b in of_side] for name, of_side in batches.items()}
     return {side.name: float(np.average(side.losses, weights=weights[side.name])) for side in sides}
 
@@ -309,27 +312,27 @@ def main(
 
     Args:
         peer_python: Python of an environment with torch and transformers 5.
-        cores: How many cores both sides share.
-        rows: Rows of a batch of ours; the cores divide them.
-        batches: Batches of full rows that a turn goes over.
-        examples: Examples of the mix; a turn goes over all of them; the cores divide them.
-        turns: How often each side is timed, after one turn to warm up.
-        try_compile: Try the peer with torch.compile too, which takes minutes to compile.
-        seed: Of weights, tokens, pixels and lengths.
-        out: Write the numbers as JSON here too.
+        cores: Number of cores that both sides share.
+        rows: Rows of a packed batch; a multiple of the cores.
+        batches: Batches of full rows in a turn.
+        examples: Examples of the mix, all in each turn; a multiple of the cores.
+        turns: Timed turns of each side, after one to warm up.
+        try_compile: Also run the peer with torch.compile, which compiles for minutes.
+        seed: Seed of weights, tokens, pixels and lengths.
+        out: Write the numbers to this JSON file as well.
     """
     work = {"rows": rows, "batches": batches, "examples": examples, "cores": cores}
     if wrong := [f"--{name} {n}" for name, n in {**work, "turns": turns}.items() if n < 1]:
-        raise SystemExit(f"{', '.join(wrong)}: there must be at least one")
+        raise SystemExit(f"{', '.join(wrong)}: give at least 1")
     if cores > (found := usable_cores()) or rows % cores or examples % cores:
         raise SystemExit(
-            f"--cores {cores}: there must be as many (here {found}); they must divide --rows and --examples"
+            f"--cores {cores}: this machine has {found}; give at most as many, dividing --rows and --examples"
         )
     if hasattr(os, "sched_setaffinity"):  # the sides inherit it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     load = {"before": os.getloadavg()}
     work["seed"] = seed
-    made, content, spreads = make_work(**work), dict[str, Any](), dict[str, float]()
+    prepared, content, spreads = make_work(**work), dict[str, Any](), dict[str, float]()
     for shape in MODELS:
         choices = ways(cores, try_compile)
         with running(choices, peer_python, cores) as sides, tempfile.TemporaryDirectory() as folder:
@@ -340,13 +343,13 @@ def main(
             if not content:
                 for owner, values in versions.items():
                     print(f"{owner}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
-            parameters = prepare(sides, shape, cores, work, made, Path(folder))
+            parameters = prepare(sides, shape, cores, work, prepared, Path(folder))
             if not content:
                 gflops = products(sides, rows)
-                print("a product alone: " + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in gflops.items()))
+                print("a single product: " + ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in gflops.items()))
             print(f"\n{shape}: {parameters / 1e6:.1f} M parameters, {cores} cores, T = {T}")
             able = without_failing(sides)
-            timed = full_rows(able, made, turns, f"full rows, {shape}")
+            timed = full_rows(able, prepared, turns, f"full rows, {shape}")
             ours = fastest(timed, [way for way in choices if way.is_ours])
             theirs = [way for way in choices if not way.is_ours]
             peer, eager = fastest(timed, theirs), fastest(timed, [way for way in theirs if not way.compile])
@@ -365,21 +368,21 @@ def main(
             spreads[shape] = spread(peer)
             if shape == next(iter(MODELS)):
                 mix = a_mix(
-                    able[ours.name], [able[name] for name in dict.fromkeys([peer.name, eager.name])], made, turns
+                    able[ours.name], [able[name] for name in dict.fromkeys([peer.name, eager.name])], prepared, turns
                 )
-    losses, tokens = mean_losses(mix, made), sum(item.columns for item in made.items)
+    losses, tokens = mean_losses(mix, prepared), sum(item.tokens for item in prepared.items)
     print("\nmean loss over the mix: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
     text = f"a mix of lengths: {examples} examples, {tokens / examples:.0f} tokens each on average"
-    print_table(f"{text}; {len(made.packed)} steps packed, {len(made.unpacked.ours)} steps not", mix, mix[2])
+    print_table(f"{text}; {len(prepared.packed)} steps packed, {len(prepared.unpacked.ours)} steps not", mix, mix[2])
     gain, low, high = ratio(mix[1], mix[0])
     print(f"\npacking alone: ours packed over ours unpacked {gain:.2f} ({low:.2f}…{high:.2f})")
-    load["after"] = os.getloadavg()  # holds our own work, too
+    load["after"] = os.getloadavg()  # includes this benchmark
     print("load over 1, 5 and 15 minutes: " + ", ".join(f"{when} {values}" for when, values in load.items()))
     spreads["mix"] = spread(mix[2])
     print("the peer's slowest turn over its fastest: " + ", ".join(f"{k} {v:.2f}" for k, v in spreads.items()))
     at_rest = max(spreads.values()) < MOST_SPREAD
     if not at_rest:
-        print("something else had the cores: run again on a machine at rest")
+        print("other work used the cores; run again on a machine at rest")
     if out is None:
         return
     written = {
@@ -397,7 +400,7 @@ def main(
         "shapes": content,
         "mix": {
             "tokens": tokens,
-            "steps": {"packed": len(made.packed), "unpacked": len(made.unpacked.ours)},
+            "steps": {"packed": len(prepared.packed), "unpacked": len(prepared.unpacked.ours)},
             "mean_loss": losses,
             "sides": table(mix, mix[2]),
         },

@@ -1,14 +1,14 @@
-"""Our side of ``step.py``: the step that ``train.py`` runs, in a process of its own, asked as the peer is.
+"""Our side of ``step.py``: the step that ``train.py`` runs, in a separate process with the peer's protocol.
 
     {"do": "versions"}
-    {"do": "load", "shape": "…", "devices": 2, "seed": 0}    a model of ``step_work``; its first weights
-    {"do": "weights", "file": "x.npz"}    writes them in the released layout
-    {"do": "batches", "work": {…}}    makes the batches that ``step_work.make_work`` describes
-    {"do": "start", "learning_rate": x}    the first weights again, a fresh optimizer, nothing compiled
-    {"do": "steps", "name": "full"}    one step on every batch: seconds, CPU seconds, losses; compiles at first
+    {"do": "load", "shape": "…", "devices": 2, "seed": 0}    a model of ``step_work`` and its initial weights
+    {"do": "weights", "file": "x.npz"}    write them in the released layout
+    {"do": "batches", "work": {…}}    make the batches of ``step_work.make_work``
+    {"do": "start", "learning_rate": x}    reset weights, optimizer and compiled steps
+    {"do": "steps", "name": "full"}    one step on every batch: seconds, CPU seconds, losses; compiles first
     {"do": "product", "sizes": [M, K, N], "times": n}    GFLOP/s of the fastest of n products of matrices
 
-Weights, tokens and pixels follow from the seed, so that only weights travel, and only to the peer.
+Weights, tokens and pixels follow from the seed, so that only the peer needs a file of weights.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from phivision_jax.training.step import TrainStep, init_params, make_train_step
 
 
 class Ours:
-    """Rows and weights split over the devices, as in a recipe; compiled once for a shape of batch."""
+    """Rows and weights sharded over the devices, as in the recipe; one compilation per shape of batch."""
 
     def versions(self) -> dict[str, Any]:
         return {"python": platform.python_version(), "numpy": np.__version__, "jax": jax.__version__}
 
     def load(self, shape: str, devices: int, seed: int) -> dict[str, Any]:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", devices)  # before the first use of one
+        jax.config.update("jax_num_cpu_devices", devices)  # before JAX starts its backend
         self.mesh = sharding.make_mesh({"fsdp": devices})
-        keep = {"remat": "none", "vision_remat": "none", "microbatches": 1}  # as the peer, which computes nothing twice
+        keep = {"remat": "none", "vision_remat": "none", "microbatches": 1}  # like the peer, without recompute
         self.run = ResolvedConfig(model=MODELS[shape], dtype="float32", optim=OPTIMIZER, seed=seed, **keep)  # type: ignore[arg-type]
         self.params = jax.tree.map(np.asarray, init_params(self.run, self._step(0.0)))
         return {"parameters": sum(x.size for x in jax.tree.leaves(self.params))}
@@ -51,8 +51,8 @@ class Ours:
         return {}
 
     def batches(self, work: dict[str, Any]) -> dict[str, Any]:
-        made = make_work(**work)
-        self.sets = {"full": made.full.ours, "packed": made.packed, "unpacked": made.unpacked.ours}
+        prepared = make_work(**work)
+        self.sets = {"full": prepared.full.ours, "packed": prepared.packed, "unpacked": prepared.unpacked.ours}
         return {}
 
     def start(self, learning_rate: float) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class Ours:
         return make_train_step(dataclasses.replace(self.run, optim=optim), self.mesh, steps=1_000_000)
 
     def _prepared(self, batch: Batch) -> Batch:
-        """On the devices; its shape compiled for."""
+        """Compile for the batch's shape, and put it on the devices."""
         if _shape(batch) not in self.compiled:
             self.compiled[_shape(batch)] = self.step.compile(batch)
         return to_device(batch, sharding.batch_shardings(self.mesh, batch), len(batch.tokens))

@@ -1,18 +1,18 @@
-"""The other side of ``step.py``: PyTorch and transformers, run in an environment of their own.
+"""The other side of ``step.py``: PyTorch and transformers, in a separate environment.
 
-Reads one JSON request per line on stdin and answers with one JSON line on stdout. Python 3.11 suffices here, and
-nothing of this project is imported.
+Reads a JSON request per line from stdin and answers with a JSON line on stdout. It needs only Python 3.11 and imports
+nothing of this project.
 
     {"do": "versions"}
     {"do": "load", "config": {…}, "weights": "x.npz", "optimizer": {…}, "threads": 2}
-    {"do": "batches", "name": "full", "files": [...]}    .npz as transformers' collator would give them
-    {"do": "start", "compile": false, "learning_rate": x}    the first weights again, a fresh optimizer
+    {"do": "batches", "name": "full", "files": [...]}    .npz files with the arrays of transformers' collator
+    {"do": "start", "compile": false, "learning_rate": x}    reset weights and optimizer
     {"do": "steps", "name": "full"}    one step on every batch: seconds, CPU seconds, losses
     {"do": "product", "sizes": [M, K, N], "times": n}    GFLOP/s of the fastest of n products of matrices
 
-The decoder is ``Phi3ForCausalLM``, the tower ``Siglip2VisionModel`` without what never reaches the loss (its last
-block, post-norm and pooling head, which the released code runs and throws away), both with SDPA. Between them stand
-the projector and the splice of the released model: features without their padding, each at its marker (−200).
+The decoder is ``Phi3ForCausalLM``, the tower ``Siglip2VisionModel`` without the parts that never reach the loss (its
+last block, post-norm and pooling head, which the released code runs and discards), both with SDPA. Between them are the
+projector and the splice of the released model: features without their padding, each at its marker (−200).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PhiVision(nn.Module):
         self.projector = nn.Sequential(nn.Linear(C, D), nn.GELU(), nn.Linear(D, D))
 
     def load(self, tensors: Any) -> None:
-        """Every tensor of the file has its place here, and every parameter here its tensor."""
+        """Load every tensor of the file; each parameter must have one."""
         parts: dict[str, dict[str, torch.Tensor]] = {"tower": {}, "projector": {}, "decoder": {}}
         for name in tensors:
             part = next(
@@ -131,7 +131,7 @@ class Peer:
         self.model = PhiVision(self.config).train()
         with np.load(self.weights) as tensors:
             self.model.load(tensors)
-        if compile:  # the loops over images and examples are no graphs; what lies between them is
+        if compile:  # the loops over images and examples break graphs; the modules between them do not
             torch._dynamo.reset()
             self.model.decoder.compile()
             self.model.tower.encoder.compile()

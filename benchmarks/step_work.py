@@ -1,4 +1,4 @@
-"""What ``step.py`` trains: two small models, random tokens and pixels, and batches of them for both sides."""
+"""Work of ``step.py``: two small models, random tokens and pixels, and batches of them for both sides."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODELS = {
         num_heads=4,
         num_kv_heads=1,
     ),
-    "heads of 32 columns": _model(
+    "heads of 32": _model(
         VisionConfig(hidden_size=256, intermediate_size=1024, num_layers=5, num_heads=4),
         hidden_size=512,
         intermediate_size=1408,
@@ -39,27 +39,26 @@ MODELS = {
         num_kv_heads=4,
     ),
 }
-"""By shape. The first has what does not shrink with a model: heads of 128 columns (72 in the tower), four of them to a
-KV head, and feed-forward layers as wide for their tower as the released ones. The second has four times as many heads
-as that, so that attention is a larger part of its work than it is of any large model's. The head is a fifth of the
-products here, and 3 % of the released model's: what the loss saves where few columns have one (``training/loss.py``)
-counts for more here."""
+"""Models by name. The first keeps what does not shrink with a model: heads of 128 (72 in the tower), four per KV head,
+and feed-forward layers of the released relative width. The second has four times as many heads, so that attention is a
+larger part of its work than in any large model. The head is a fifth of the products here and 3 % in the released model,
+so savings of the loss (``training/loss.py``) count for more here."""
 
 MODEL = MODELS["the released model's proportions"]
-"""Tokens, pixels and their limits are the same in every shape."""
+"""The model whose vocabulary, patches and limits define the work; they are equal in all models."""
 
 OPTIMIZER = OptimConfig(warmup_steps=0, final_lr_ratio=1.0, weight_decay=0.1, clip_norm=1.0)
 
 T, PATCHES = 1024, 896
-"""Columns of a row and patches of its vision row: an eighth of what is trained with."""
+"""Tokens of a row and patches of its vision row: an eighth of the recipe's."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """An example before its images are laid out: what both sides are made from."""
+    """An example before its images are laid out, the source of both sides' batches."""
 
     ids: list[int]
-    """Text, with −200 where an image stands."""
+    """Token ids, with −200 for an image."""
     labels: list[int]
     images: list[PatchedImage]
 
@@ -67,7 +66,7 @@ class Item:
         return expand(self.ids, self.images, self.labels)
 
     @property
-    def columns(self) -> int:
+    def tokens(self) -> int:
         return len(self.ids) - len(self.images) + self.patches
 
     @property
@@ -84,7 +83,7 @@ class Work:
 
 
 def make_item(rng: np.random.Generator, text: int, grids: Sequence[tuple[int, int]]) -> Item:
-    """``text`` random tokens, images in front; the second half of the text is learnt."""
+    """An example of images and ``text`` random tokens, of which the second half has a loss."""
     words = rng.integers(1, MODEL.decoder.bos_token_id, text).tolist()
     ids = [IMAGE_TOKEN] * len(grids) + words
     labels = [IGNORE] * (len(grids) + text // 2) + words[text // 2 :]
@@ -94,7 +93,7 @@ def make_item(rng: np.random.Generator, text: int, grids: Sequence[tuple[int, in
 
 
 def mixed_items(rng: np.random.Generator, count: int) -> list[Item]:
-    """The mix of ``benchmarks/packing.py``, an eighth as long: lengths, and image sides by the square root of it."""
+    """The mix of ``benchmarks/packing.py`` with lengths divided by eight, and image sides by its square root."""
     items: list[Item] = []
     while len(items) < count:
         kind = rng.choice(3, p=[0.15, 0.75, 0.10])
@@ -105,7 +104,7 @@ def mixed_items(rng: np.random.Generator, count: int) -> list[Item]:
             height = max(1, round(float(patches * rng.lognormal(-0.2, 0.35)) ** 0.5))
             grids.append((height, max(1, int(patches) // height)))
         item = make_item(rng, max(text, 4), grids)
-        if item.columns <= T and item.patches <= PATCHES:
+        if item.tokens <= T and item.patches <= PATCHES:
             items.append(item)
     return items
 
@@ -119,7 +118,7 @@ def our_batch(rows: Sequence[Sequence[Item]], length: int, patches: int) -> Batc
 
 
 def peer_batch(items: Sequence[Item]) -> dict[str, np.ndarray]:
-    """What a collator of transformers gives: ids and images, each padded to the longest, and masks."""
+    """The arrays of a transformers collator: ids and images, each padded to the longest, and masks."""
     longest = max(len(item.ids) for item in items)
     images = [image for item in items for image in item.images]
     most = max((len(image.patches) for image in images), default=0)
@@ -142,18 +141,18 @@ def peer_batch(items: Sequence[Item]) -> dict[str, np.ndarray]:
 
 
 def full_rows(rng: np.random.Generator, rows: int, batches: int) -> Work:
-    """Examples of T columns, seven tenths of them one image, as in the mix."""
+    """Batches of examples of T tokens, seven tenths of them one image, as in the mix."""
     grid = (24, 30)
-    made = [[make_item(rng, T - 720, [grid]) for _ in range(rows)] for _ in range(batches)]
-    ours = [our_batch([[item] for item in items], T, 720) for items in made]
-    return Work(ours, [peer_batch(items) for items in made])
+    items_of = [[make_item(rng, T - 720, [grid]) for _ in range(rows)] for _ in range(batches)]
+    ours = [our_batch([[item] for item in items], T, 720) for items in items_of]
+    return Work(ours, [peer_batch(items) for items in items_of])
 
 
 def packed(items: Sequence[Item], rows: int) -> list[Batch]:
-    """The items in as few rows as packing finds, ``rows`` to a batch; the last one may end with empty rows."""
+    """The items packed, ``rows`` rows per batch; the last batch may end with empty rows."""
     sizes = [len(image.patches) for item in items for image in item.images]
     offsets = np.concatenate([[0], np.cumsum([len(item.images) for item in items])])
-    lengths = Lengths(np.array([item.columns for item in items]), np.array(sizes, np.int64), offsets)
+    lengths = Lengths(np.array([item.tokens for item in items]), np.array(sizes, np.int64), offsets)
     order, ends = pack(np.arange(len(items)), lengths, RowShape(T, 1, PATCHES))
     filled = [[items[i] for i in row] for row in np.split(order, ends[1:-1])]
     filled += [[]] * (-len(filled) % rows)
@@ -161,28 +160,31 @@ def packed(items: Sequence[Item], rows: int) -> list[Batch]:
 
 
 def unpacked(items: Sequence[Item], batch_size: int) -> Work:
-    """An example in a row, padded to the longest of its batch on both sides."""
-    cut = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+    """Batches of one example per row, padded to the longest example on both sides."""
+    parts = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
     ours = [
-        our_batch([[item] for item in part], max(i.columns for i in part), max(i.patches for i in part)) for part in cut
+        our_batch([[item] for item in part], max(i.tokens for i in part), max(i.patches for i in part))
+        for part in parts
     ]
-    return Work(ours, [peer_batch(part) for part in cut])
+    return Work(ours, [peer_batch(part) for part in parts])
 
 
 @dataclasses.dataclass(frozen=True)
 class AllWork:
-    """Everything that is trained on: the same for a seed, whichever process makes it."""
+    """All work of the benchmark; every process makes the same for a seed."""
 
     full: Work
     items: list[Item]
-    """The mix."""
+    """The examples of the mix."""
     packed: list[Batch]
     unpacked: Work
 
 
 def make_work(seed: int, rows: int, batches: int, examples: int, cores: int) -> AllWork:
-    """``batches`` of full rows, and ``examples`` of the mix: ``rows`` to a packed batch, and unpacked as many as those
-    hold on average, to the nearest multiple of the cores, which divide the examples too.
+    """Make ``batches`` batches of full rows, and ``examples`` examples of the mix.
+
+    A packed batch has ``rows`` rows. An unpacked batch has the packed batches' mean number of examples, rounded to a
+    multiple of the cores, which divide ``examples``.
     """
     full_seed, mix_seed = np.random.SeedSequence(seed).spawn(2)
     items = mixed_items(np.random.default_rng(mix_seed), examples)
