@@ -28,7 +28,7 @@ test-all: venv  ## run every test, the long ones too
 	$(BIN)/python -m pytest
 
 check: venv lint  ## lint, types and the quick tests, while you work (< 90 s)
-	$(BIN)/python -m pytest -q -m "not slow" tests/test_batch.py tests/test_config.py tests/models tests/images tests/text
+	$(BIN)/python -m pytest -q -m "not slow" tests/test_rows.py tests/test_config.py tests/models tests/images tests/text
 
 lint: venv  ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

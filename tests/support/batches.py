@@ -31,29 +31,29 @@ TINY = ModelConfig(
 
 
 def random_rows(rng, config, rows, length=None, num_patches=None, vision_rows=1) -> Batch:
-    """Rows of examples given as (text tokens, [grids]): images stand at random places, half of the text is learnt."""
+    """Rows of examples given as (text tokens, [grids]): images at random places, loss on half of the text."""
 
     def example(text, grids):
         ids = rng.integers(1, 60, text).tolist()
         labels = [i if rng.random() < 0.5 else IGNORE for i in ids[:-1]] + [ids[-1]]
         images = []
         for grid in grids:
-            at = int(rng.integers(0, len(ids)))
-            ids.insert(at, -200)
-            labels.insert(at, IGNORE)
+            index = int(rng.integers(0, len(ids)))
+            ids.insert(index, -200)
+            labels.insert(index, IGNORE)
             images.append(
                 PatchedImage(rng.integers(0, 256, (grid[0] * grid[1], config.vision.patch_dim), np.uint8), (grid,))
             )
         return expand(ids, images, labels)
 
-    made = [[example(*e) for e in row] for row in rows]
+    filled = [[example(*e) for e in row] for row in rows]
     return fill_rows(
-        made,
+        filled,
         row_shape(
             config,
-            length or max(sum(len(e.tokens) for e in row) for row in made),
+            length or max(sum(len(e.tokens) for e in row) for row in filled),
             vision_rows,
-            num_patches or max(1, *(sum(e.num_patches for e in row) for row in made)),
+            num_patches or max(1, *(sum(e.num_patches for e in row) for row in filled)),
         ),
         config,
     )

@@ -15,7 +15,7 @@ from phivision_jax.data.records import Record
 from phivision_jax.data.store.dataset import Index
 from phivision_jax.images.layout import make_layout
 
-# Patches of 8x8 pixels, so a 64x64 picture is 64 patches and a 24x16 one is 2 rows of 3.
+# Patches of 8x8 pixels, so a 64x64 image is 64 patches and a 24x16 one is 2 rows of 3.
 CONFIG = ModelConfig(
     vision=VisionConfig(
         patch_size=8, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, num_positions=16
