@@ -1,9 +1,9 @@
-"""Adapters (LoRA) of a training's checkpoint, merged into their kernels block by block.
+"""Adapters (LoRA) in a checkpoint of a run, merged into their kernels block by block.
 
     at (layer, rows):   kernel [L, in…, out…]  +  alpha / rank · lora_a [L, in…, rank] · lora_b [L, rank, out…]
 
-An adapter's arrays are small, A · B is as large as the kernel: so it is made for one run of rows at a time. Sums and
-products are in fp32, like training's, whatever the kernel is stored as.
+The arrays of an adapter are small but A · B is as large as the kernel, so it is computed for one run of rows at a time.
+Sums and products are in fp32, as in training, in whatever dtype the kernel is stored.
 """
 
 from __future__ import annotations
@@ -17,43 +17,41 @@ import numpy as np
 from phivision_jax.convert.mapping import Leaf, Shape
 from phivision_jax.io.storage import Location
 
-_A, _B = "lora_a", "lora_b"  # as models/lora.py has them, which imports JAX
+_A, _B = "lora_a", "lora_b"  # as in models/lora.py, which imports JAX
 type Read = Callable[[str, tuple[int | slice, ...]], np.ndarray]
-"""A region of the array of this path."""
+"""Reads a region of the array with this path."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """What a run's metadata says of its adapters, and which kernels have one."""
+    """The adapters of a checkpoint; ``kernels`` is empty if it has none."""
 
     rank: int
     alpha: float
     kernels: frozenset[str]
-    """Paths of leaves."""
+    """Paths of the leaves that have an adapter."""
 
     @classmethod
-    def find(cls, checkpoint: Location, meta: Mapping[str, Any], paths: Iterable[str]) -> Adapters | None:
-        """Those among a checkpoint's arrays; None when there are none.
+    def find(cls, checkpoint: Location, meta: Mapping[str, Any], paths: Iterable[str]) -> Adapters:
+        """The adapters among the arrays of a checkpoint.
 
         Raises:
-          ValueError: when there are some, and the metadata do not say how they count.
+          ValueError: when there are some, and the metadata does not state their rank and alpha.
         """
         named = [path.rpartition("/") for path in paths]
         kernels = frozenset(f"{module}/kernel" for module, _, name in named if name in (_A, _B))
-        if not kernels:
-            return None
-        lora = (meta.get("run") or {}).get("lora")
-        if not isinstance(lora, Mapping) or not {"rank", "alpha"} <= lora.keys():
+        lora = (meta.get("run") or {}).get("lora") or {}
+        if kernels and not {"rank", "alpha"} <= lora.keys():
             raise ValueError(
                 f"{checkpoint}: {min(kernels)} has an adapter, but meta/metadata lacks the run's lora (rank, alpha)"
             )
-        return cls(lora["rank"], lora["alpha"], kernels)
+        return cls(lora.get("rank", 0), lora.get("alpha", 0.0), kernels)
 
     def __str__(self) -> str:
         return f"adapters of rank {self.rank}, alpha {self.alpha:g}, on {len(self.kernels)} kernels"
 
     def shapes(self, leaf: Leaf) -> dict[str, Shape]:
-        """The arrays of this leaf's adapter: none, unless it is the kernel of a linear layer that has one."""
+        """Paths and shapes of the arrays of this leaf's adapter; empty if it has none."""
         if leaf.path not in self.kernels or not leaf.is_linear:
             return {}
         layers, inputs = leaf.shape[: leaf.stacked], leaf.layer_shape[: leaf.row_axis]
@@ -61,7 +59,7 @@ class Adapters:
         return {a: (*layers, *inputs, self.rank), b: (*layers, self.rank, *leaf.layer_shape[leaf.row_axis :])}
 
     def merge(self, kernel: np.ndarray, leaf: Leaf, layer: int, rows: range, read: Read) -> np.ndarray:
-        """``kernel``, their rows [n, in] of ``leaf``, with the adapter's share; as it is where there is no adapter."""
+        """Add the adapter of ``leaf``, if there is one, to rows [n, in] of its kernel."""
         if leaf.path not in self.kernels:
             return kernel
         path_a, path_b = _paths(leaf)

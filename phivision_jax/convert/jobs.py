@@ -206,32 +206,29 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
 # Ours → Hugging Face.
 
 
-def find_checkpoint(path: Location) -> Location:
-    """The checkpoint at ``path``; of a training run the newest step, and a line that says so."""
-    found = find(path)
-    if found != path:
-        log(f"{path} is a training run; taking the newest step, {found.name}")
-    return found
-
-
 def open_ours(path: Location, *, assets: bool = False) -> tuple[Location, ModelConfig, list[Leaf], ours.OursSource]:
-    """(where, configuration, table, source) of the checkpoint at ``path``; a line says when adapters are merged.
+    """Open a checkpoint of ours, or the newest step of a run.
 
     Args:
       assets: also verify the files beside the weights. Arrays are verified as they are read.
+
+    Returns:
+      The checkpoint's place, its configuration, the leaves of its table, and their source.
 
     Raises:
       DamagedError: when the metadata, or one of these files, is not what was saved.
       ValueError: when there is no checkpoint of ours.
     """
-    found = find_checkpoint(path)
+    found = find(path)
+    if found != path:
+        log(f"{path} is a training run; taking the newest step, {found.name}")
     meta = read_meta(found)
     if assets:
         check_assets(found, meta)
     config = model_of(meta)
     leaves = model_leaves(config)
     source = ours.OursSource(found, meta, leaves)
-    if source.adapters is not None:
+    if source.adapters.kernels:
         log(f"{found} has {source.adapters}; they are merged as they are read")
     return found, config, leaves, source
 

@@ -95,6 +95,12 @@ class Leaf:
         """True for the kernel of a linear layer, [in…, out…]."""
         return self.row_axis > 0
 
+    def region(self, layers: range, rows: range) -> tuple[slice, ...]:
+        """The part of our array in which these layers and rows are stored."""
+        inside = [slice(None)] * self.row_axis
+        inside.append(slice(rows.start // self.rows_per_index, rows.stop // self.rows_per_index))
+        return (slice(layers.start, layers.stop), *inside) if self.stacked else tuple(inside)
+
     def to_ours(self, block: np.ndarray) -> np.ndarray:
         """Rearrange rows of theirs [n, …] into our axes (a view): a layer, or a part of it along ``row_axis``."""
         sizes = {axis: self.sizes[axis] for i, axis in enumerate(self.our_axes) if i != self.row_axis}

@@ -1,13 +1,13 @@
-"""Our checkpoint directory, read and written without holding an array: TensorStore, chunk by chunk.
+"""Our checkpoint directory, read and written in blocks with TensorStore, never holding a complete array.
 
-    DIR/params/          Orbax PyTree: zarr arrays in an OCDBT store, what StandardCheckpointHandler reads and writes
+    DIR/params/          Orbax PyTree: zarr arrays in an OCDBT store, as StandardCheckpointHandler reads and writes them
     DIR/meta/metadata    JSON (JsonCheckpointHandler), see checkpoint/layout.py
-    DIR/assets/          the Hugging Face directory's other files, as they were
-    DIR/opt_state/       in a training step only; of no interest here
+    DIR/assets/          the other files of the Hugging Face directory, unchanged
+    DIR/opt_state/       in steps of a run only; not read here
 
-Orbax itself saves arrays that exist. This module writes the same files from arrays that never do: a stacked leaf is
-chunked one layer at a time and, within a layer, along the axis of Hugging Face's rows, so that a chunk is exactly one
-run of rows of one tensor (see `mapping`). The metadata that makes it a checkpoint to Orbax is written last.
+Orbax saves arrays that exist in memory. This module writes the same files from blocks: a stacked leaf is chunked one
+layer at a time and, within a layer, along the axis of Hugging Face's rows, so that a chunk is exactly one run of rows
+of one tensor (see ``mapping``). The metadata that makes the directory a checkpoint to Orbax is written last.
 
 Checksums of the arrays are computed from the blocks as they are written, and compared when all blocks of an array have
 been read again.
@@ -31,12 +31,12 @@ from phivision_jax.checkpoint.checksums import StreamedChecksums, difference
 from phivision_jax.checkpoint.layout import ASSETS, META, ORBAX_MARK, PARAMS, Array, DamagedError
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert.adapters import Adapters
-from phivision_jax.convert.mapping import Leaf, Shape, check
+from phivision_jax.convert.mapping import Leaf, check
 from phivision_jax.io.messages import first_line
 from phivision_jax.io.storage import REMOTE, Location
 
 BLOCK_BYTES = 32_000_000
-"""The most that one chunk holds: with a few in flight, what a conversion needs of memory."""
+"""The largest chunk; with a few in flight, it determines the memory that a conversion needs."""
 
 _HANDLERS = "orbax.checkpoint._src.handlers"
 _STANDARD = f"{_HANDLERS}.standard_checkpoint_handler.StandardCheckpointHandler"
@@ -44,14 +44,14 @@ _JSON = f"{_HANDLERS}.json_checkpoint_handler.JsonCheckpointHandler"
 
 
 def _context() -> ts.Context:
-    # No cache: every chunk is used once. No fsync per write: `files.staged` flushes everything before the rename. A
-    # request that fails is sent six times, as for all else in a bucket; TensorStore would take a quarter of an hour.
+    # No cache: every chunk is used once. No fsync per write: ``io.atomic`` flushes everything before the rename. A
+    # failed request is sent six times, like all others to a bucket; the default would take a quarter of an hour.
     retries = {"max_retries": 5}
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False, "gcs_request_retries": retries})
 
 
 def _kvstore(directory: Location) -> dict[str, Any]:
-    """A directory as TensorStore calls it."""
+    """TensorStore's specification of a directory."""
     if isinstance(directory, Path):
         return {"driver": "file", "path": f"{directory.absolute()}/"}
     bucket, _, path = str(directory).removeprefix(REMOTE).partition("/")
@@ -59,7 +59,7 @@ def _kvstore(directory: Location) -> dict[str, Any]:
 
 
 class OursSource:
-    """The leaves of a table, read from a checkpoint of ours; where kernels have adapters, merged.
+    """The leaves of a table, read from a checkpoint of ours, with adapters merged into their kernels.
 
     Args:
       directory: the checkpoint.
@@ -67,27 +67,25 @@ class OursSource:
       leaves: the table.
 
     Raises:
-      ValueError: when its arrays are not exactly the table's (and its adapters'), in name and shape.
+      ValueError: when its arrays are not exactly those of the table and its adapters, in name and shape.
       DamagedError: when an array cannot be opened, or an adapter is not what was saved.
     """
 
-    def __init__(self, directory: Location, meta: Mapping[str, Any], leaves: Iterable[Leaf]) -> None:
+    def __init__(self, directory: Location, meta: Mapping[str, Any], leaves: Sequence[Leaf]) -> None:
         self._directory, self._params = directory, directory / PARAMS
         self._saved, self._sums = layout.arrays_of(meta), StreamedChecksums()
         self.adapters = Adapters.find(directory, meta, self._saved)
-        wanted: dict[str, Shape] = {}
-        adapters: list[tuple[str, range | None]] = []
-        for leaf in leaves:
-            shapes = self.adapters.shapes(leaf) if self.adapters else {}
-            wanted |= {leaf.path: leaf.shape, **shapes}
-            adapters += [(path, range(shape[0]) if leaf.stacked else None) for path, shape in shapes.items()]
-        check({path: array.shape for path, array in self._saved.items()}, wanted, str(self._params))
+        expected = {leaf.path: leaf.shape for leaf in leaves}
+        adapters = {path: shape for leaf in leaves for path, shape in self.adapters.shapes(leaf).items()}
+        check({path: array.shape for path, array in self._saved.items()}, expected | adapters, str(self._params))
         base = _kvstore(self._params)
         ocdbt = {"driver": "ocdbt", "base": base} if (self._params / "manifest.ocdbt").exists() else base
         context = _context()
         self._arrays = {path: self._open(path, ocdbt, context) for path in self._saved}
-        for path, layers in adapters:  # small, and read several times: verified now, a layer at a time
-            for region in [(slice(layer, layer + 1),) for layer in layers] if layers is not None else [(slice(None),)]:
+        for path, shape in adapters.items():  # they are read several times, so they are verified now
+            step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
+            for start in range(0, shape[0], step):
+                region = (slice(start, min(start + step, shape[0])),)
                 self._verify(path, region, self._read(path, region))
 
     def _open(self, path: str, base: Mapping[str, Any], context: ts.Context) -> ts.TensorStore:
@@ -105,9 +103,9 @@ class OursSource:
         return DamagedError(self._directory, f"its array {PARAMS}/{path} cannot be read: {first_line(error)}")
 
     def _verify(self, path: str, region: Sequence[slice], block: np.ndarray) -> None:
-        """Add a block to its array's checksum; the last block of the array shows whether it is intact."""
-        saved = self._saved[path]
-        found, name = self._sums.add(path, block, _start(region), saved.shape), f"{PARAMS}/{path}"
+        """Add a block to its array's checksum; with the last block, compare it."""
+        saved, name = self._saved[path], f"{PARAMS}/{path}"
+        found = self._sums.add(path, block, _start(region), saved.shape)
         if found is not None and (problem := difference({name: saved}, {name: found})):
             raise DamagedError(self._directory, problem)
 
@@ -115,45 +113,34 @@ class OursSource:
         return np.dtype(self._arrays[leaf.path].dtype.numpy_dtype)
 
     def grain(self, leaf: Leaf) -> tuple[int, int]:
-        """Layers and rows that share stored chunks: read together, no chunk is decoded twice."""
-        # A zarr array always has a chunk shape; the types of TensorStore allow for drivers that have none.
+        """The fewest layers and rows to read together: those of one stored chunk, so that none is decoded twice."""
+        # A zarr array always has a chunk shape; TensorStore's types allow for drivers without one.
         chunk = [size or 1 for size in self._arrays[leaf.path].chunk_layout.read_chunk.shape or leaf.shape]
         rows = chunk[leaf.row_axis + leaf.stacked] * leaf.rows_per_index
         return min(chunk[0] if leaf.stacked else 1, len(leaf.names)), min(rows, leaf.num_rows)
 
     def read(self, leaf: Leaf, layers: range, rows: range) -> list[np.ndarray]:
-        """Their rows [rows, …] of ``leaf``, one array per layer."""
-        region = _region(leaf, layers, rows)
+        """Rows of ``leaf``, [rows, …] for each layer."""
+        region = leaf.region(layers, rows)
         block = self._read(leaf.path, region)
         self._verify(leaf.path, region, block)
-        theirs = [leaf.to_theirs(layer) for layer in block] if leaf.stacked else [leaf.to_theirs(block)]
-        if self.adapters is None:
-            return theirs
-        pairs = zip(layers, theirs, strict=True)
+        kernels = [leaf.to_theirs(layer) for layer in (block if leaf.stacked else [block])]
+        pairs = zip(layers, kernels, strict=True)
         return [self.adapters.merge(kernel, leaf, layer, rows, self._read) for layer, kernel in pairs]
 
-    def _read(self, path: str, where: tuple[int | slice, ...]) -> np.ndarray:
+    def _read(self, path: str, region: tuple[int | slice, ...]) -> np.ndarray:
         try:
-            return self._arrays[path][where].read().result()
+            return self._arrays[path][region].read().result()
         except ValueError as error:
             raise self._unreadable(path, error) from None
 
-    def close(self) -> None:
-        self._arrays.clear()
-
-
-def _region(leaf: Leaf, layers: range, rows: range) -> tuple[slice, ...]:
-    per = leaf.rows_per_index
-    cut = (slice(None),) * leaf.row_axis + (slice(rows.start // per, rows.stop // per),)
-    return (slice(layers.start, layers.stop), *cut) if leaf.stacked else cut
-
 
 def _start(region: Sequence[slice]) -> list[int]:
-    return [cut.start or 0 for cut in region]
+    return [axis.start or 0 for axis in region]
 
 
 def block_rows(leaf: Leaf, itemsize: int) -> int:
-    """How many of their rows make a chunk: even cuts of the axis where there are any, at most ``BLOCK_BYTES``."""
+    """The number of rows in a chunk, at most ``BLOCK_BYTES``; chunks of equal size where the axis allows it."""
     length = leaf.layer_shape[leaf.row_axis]
     row_bytes = math.prod(leaf.layer_shape) // length * itemsize
     most = max(1, BLOCK_BYTES // row_bytes)
@@ -162,7 +149,7 @@ def block_rows(leaf: Leaf, itemsize: int) -> int:
 
 
 class OursSink:
-    """``params/`` in the making."""
+    """A new checkpoint of ours; rows are written in any order."""
 
     def __init__(self, directory: Path, dtypes: Mapping[str, np.dtype], leaves: Iterable[Leaf]) -> None:
         self._params, self._leaves = directory / PARAMS, list(leaves)
@@ -180,27 +167,22 @@ class OursSink:
             # Weights hardly compress: zstd would cost more time than the bytes it saves.
             zarr = {"shape": leaf.shape, "chunks": chunk, "compressor": None, "fill_value": None, "order": "C"}
             zarr["dtype"] = "bfloat16" if dtype.name == "bfloat16" else dtype.str
-            kvstore = {"driver": "ocdbt", "base": _kvstore(self._params), "path": self._name(leaf) + "/"}
+            name = leaf.path.replace("/", ".")
+            kvstore = {"driver": "ocdbt", "base": _kvstore(self._params), "path": f"{name}/"}
             spec = {"driver": "zarr", "kvstore": kvstore, "metadata": zarr, "store_data_equal_to_fill_value": True}
             self._arrays[leaf.path] = ts.open(spec, create=True, context=context).result()
 
-    @staticmethod
-    def _name(leaf: Leaf) -> str:
-        return leaf.path.replace("/", ".")
-
     def write(self, leaf: Leaf, layer: int, start: int, block: np.ndarray) -> None:
-        """Put their rows [start, start + n) of ``leaf`` where they belong; returns when they are written."""
-        where = _region(leaf, range(layer, layer + 1), range(start, start + len(block)))
+        """Write rows [start, start + n) of ``leaf``."""
+        region = leaf.region(range(layer, layer + 1), range(start, start + len(block)))
         ours = np.ascontiguousarray(leaf.to_ours(block))
         ours = ours[None] if leaf.stacked else ours
-        array = self._sums.add(leaf.path, ours, _start(where), leaf.shape)
-        if array is not None:
+        if array := self._sums.add(leaf.path, ours, _start(region), leaf.shape):
             self._written[f"{PARAMS}/{leaf.path}"] = array
-        self._arrays[leaf.path][where].write(ours).result()
+        self._arrays[leaf.path][region].write(ours).result()
 
     def finish(self, config: ModelConfig, meta: Mapping[str, Any]) -> None:
-        """Make it an Orbax checkpoint: metadata of the tree, of the item, and of the whole."""
-        self._arrays.clear()
+        """Make it an Orbax checkpoint by writing the metadata of tree, item and checkpoint."""
         tree = {}
         for leaf in self._leaves:
             keys = leaf.path.split("/")
@@ -219,7 +201,7 @@ class OursSink:
         content["assets"] = layout.crc_of_files(root / ASSETS)
         _write_json(root / META / "metadata", layout.with_crc(content))
         _write_json(root / "_CHECKPOINT_METADATA", _item({"meta": _JSON, "params": _STANDARD}))
-        for folder in (root, self._params, root / META):  # in a bucket, Orbax reads nothing that lacks it
+        for folder in (root, self._params, root / META):  # without it, Orbax reads nothing in a bucket
             (folder / ORBAX_MARK).write_text("converted")
 
 

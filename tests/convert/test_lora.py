@@ -134,15 +134,15 @@ def test_to_hf_merges_every_block(
 def test_read_params_merges_onto_shardings(step: Path, params_of_step: Any) -> None:
     """On fsdp 4 × tensor 2, in bfloat16, rounded once from fp32."""
     _, state = phivision.abstract(TINY)
-    at = optim.flatten(sharding.param_shardings(state, sharding.make_mesh({"fsdp": 4, "tensor": 2})))
+    shardings = optim.flatten(sharding.param_shardings(state, sharding.make_mesh({"fsdp": 4, "tensor": 2})))
     want = optim.flatten(lora.merge(params_of_step, LORA))
     names = ("layers/self_attn/o_proj/kernel", "layers/mlp/up_proj/kernel", "norm/scale")
     paths = [("decoder", *name.split("/")) for name in names] + [("projector", "fc1", "kernel")]
-    target = {path: jax.ShapeDtypeStruct(want[path].shape, jnp.bfloat16, sharding=at[path]) for path in paths}
+    target = {path: jax.ShapeDtypeStruct(want[path].shape, jnp.bfloat16, sharding=shardings[path]) for path in paths}
     read = optim.flatten(loading.read_params(step, TINY, optim.unflatten(target)))
     assert read.keys() == set(paths)
     for path, leaf in read.items():
-        assert leaf.sharding.is_equivalent_to(at[path], leaf.ndim) and leaf.dtype == jnp.bfloat16
+        assert leaf.sharding.is_equivalent_to(shardings[path], leaf.ndim) and leaf.dtype == jnp.bfloat16
         np.testing.assert_allclose(leaf.astype(np.float32), want[path], 1.001 * 2**-8, atol=1e-6)
 
 
