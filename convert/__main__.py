@@ -1,6 +1,8 @@
 """``python -m convert``: the same command as ``phivision convert``."""
 
-from phivision_jax.cli.convert import main
+import sys
+
+from phivision_jax.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main(["convert", *sys.argv[1:]])

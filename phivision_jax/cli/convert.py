@@ -6,12 +6,11 @@ Exit codes: 0 done, 1 ``verify`` found a difference, 2 refused or failed (with t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from phivision_jax.cli.main import main as phivision
 from phivision_jax.convert import jobs
 from phivision_jax.convert import verify as checks
 from phivision_jax.io.storage import location
@@ -106,8 +105,3 @@ def inspect(path: tyro.conf.Positional[Place], json: bool = False) -> None:
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"to-jax": to_jax, "to-hf": to_hf, "verify": verify, "inspect": inspect}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """``phivision convert`` (``arguments`` instead of the process's own)."""
-    phivision(["convert", *(sys.argv[1:] if arguments is None else arguments)])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from phivision_jax.cli.convert import main
+from phivision_jax.cli.main import main
 from phivision_jax.io import atomic
 from tests.support.commands import Result, Run
 from tests.support.released_layout import write_small
@@ -17,7 +17,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     def run(*argv: object) -> Result:
         code = 0
         try:
-            main([str(arg) for arg in argv])
+            main(["convert", *map(str, argv)])
         except SystemExit as stop:
             code = int(stop.code or 0)
         captured = capsys.readouterr()

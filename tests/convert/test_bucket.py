@@ -224,11 +224,11 @@ def test_sigkill_in_upload_is_cleaned_up(bucket: str, hf: Path, tmp_path: Path, 
     """The next conversion, to any place, also removes the directory on this machine."""
     program = f"""if True:
         import os, signal, sys
-        from phivision_jax.cli import convert
+        from phivision_jax.cli.main import main
         from phivision_jax.io import storage
         upload = storage.upload
         storage.upload = lambda s, t, names, d="": (upload(s, t, names[:2]), os.kill(os.getpid(), signal.SIGKILL))
-        convert.main(["to-hf", {str(tmp_path / "ours")!r}, {bucket + "/out"!r}])"""
+        main(["convert", "to-hf", {str(tmp_path / "ours")!r}, {bucket + "/out"!r}])"""
     succeeded(run("to-jax", hf, tmp_path / "ours"))
     died = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
