@@ -234,29 +234,30 @@ def plan(
     min_patches: int | None = None,
     max_patches: int | None = None,
 ) -> None:
-    """Decide what is in which row of a whole training, and write it down; prints what is drawn and what does not fit.
+    """Plan which example is in which row of a training run. Prints the shares, and the records that do not fit.
 
-    train.py makes its plan at its start; one made beforehand is given with --config.data.plan=OUT, and must have been
-    made with the training's row sizes, patch settings, tokenizer, mixture and seed.
+    A training run makes its own plan unless --config.data.plan=OUT gives it this one, which must have been made with
+    the run's row sizes, patch settings, tokenizer, mixture and seed.
 
     Args:
-        sources: A mixture file (docs/data.md says what is in it), or dataset directories, drawn by their size.
-        out: Directory to make; a plan that is there is replaced.
-        checkpoint: Whose tokenizer, template and patch settings count; default: the project's small tokenizer and the
-            released patch settings.
-        length: T, text columns of a row; image columns count.
-        vision_rows: R, vision rows of a row.
+        sources: A mixture file (see docs/data.md), or dataset directories, sampled in proportion to their size.
+        out: Directory to make; an existing plan is replaced.
+        checkpoint: Checkpoint whose tokenizer, template and patch settings count; default: the project's small
+            tokenizer and the released patch settings.
+        length: T, positions of a row, those of images included.
+        vision_rows: R, vision rows per row.
         num_patches: P, patches of a vision row.
-        batch_rows: B, rows of a step: attention work is balanced between them.
-        epochs: Passes over the data, where the mixture says nothing else; default 1.
-        examples: How many examples instead.
-        reasoning_share: Share of examples that think, where the mixture says nothing else.
-        stage: Only this stage of the mixture.
-        on_overflow: Records that no row takes: drop and name them, resize to fewer patches where that helps, error.
-        seed: Of all orders.
-        patch_size: Side of a patch in pixels, where it is not the checkpoint's.
-        min_patches: The patches that small images are enlarged towards, likewise.
-        max_patches: The most patches of an image, likewise.
+        batch_rows: B, rows of a step, between which attention work is balanced.
+        epochs: Passes over the data, unless the mixture sets them; default 1.
+        examples: Number of examples, instead of epochs.
+        reasoning_share: Share of examples with thinking, unless the mixture sets it.
+        stage: Use only this stage of the mixture.
+        on_overflow: Action for records that fit no row: drop and list them, resize to fewer patches if that helps,
+            or stop with an error.
+        seed: Seed of all orders.
+        patch_size: Side of a patch in pixels, instead of the checkpoint's.
+        min_patches: Patches to which small images are enlarged, instead of the checkpoint's.
+        max_patches: Most patches of an image, instead of the checkpoint's.
     """
     from phivision_jax.data.plan.mixture import Mixture
     from phivision_jax.data.plan.plan import check_out, make_plan
@@ -276,7 +277,7 @@ def plan(
     check_out(out)
     datasets = [Dataset.open(path) for _, path in mixture.sources]
     processor = processor_for(checkpoint).with_patches(patch_size, min_patches, max_patches)
-    made = make_plan(
+    plan = make_plan(
         datasets,
         mixture,
         processor,
@@ -286,11 +287,11 @@ def plan(
         on_overflow=on_overflow,
         progress=True,
     )
-    made.save(out)
-    print(f"{out}: plan {made.hash[:12]}, {made.num_steps(batch_rows):,} steps of {batch_rows} rows\n{made.summary()}")
-    for s, i, _ in made.rejected[:_SHOWN_REJECTED].tolist():
+    plan.save(out)
+    print(f"{out}: plan {plan.hash[:12]}, {plan.num_steps(batch_rows):,} steps of {batch_rows} rows\n{plan.summary()}")
+    for s, i, _ in plan.rejected[:_SHOWN_REJECTED].tolist():
         print(f"  does not fit: {datasets[s][i].id!r}, record {i} of {mixture.names[s]}")
-    if (more := len(made.rejected) - _SHOWN_REJECTED) > 0:
+    if (more := len(plan.rejected) - _SHOWN_REJECTED) > 0:
         print(f"  and {more:,} more, in {out / 'rejected.npy'}")
 
 

@@ -90,9 +90,11 @@ class TooManyBadRecords(ValueError):
 class Tally:
     """Counts of bad records by reason, with the first one of each."""
 
-    def __init__(self) -> None:
+    def __init__(self, bad: Iterable[Quarantined] = ()) -> None:
         self._counts: collections.Counter[str] = collections.Counter()
         self._first: dict[str, Quarantined] = {}
+        for quarantined in bad:
+            self.add(quarantined)
 
     def add(self, bad: Quarantined) -> None:
         self._counts[bad.reason] += 1
@@ -154,11 +156,3 @@ class RunLog:
             if len(self._listed) == self._LOGGED:
                 _log.warning("further failed records are only listed in %s", self.file)
         self._tally.check(max(self._seen, self._FIRST_CHECK), self.max_share, self.file)
-
-
-def check_share(bad: Iterable[Quarantined], total: int, max_share: float, file: Path) -> None:
-    """Stop when more than ``max_share`` of ``total`` records are bad, see ``Tally.check``."""
-    tally = Tally()
-    for quarantined in bad:
-        tally.add(quarantined)
-    tally.check(total, max_share, file)

@@ -35,7 +35,7 @@ class Record:
     messages: tuple[Mapping[str, Any], ...]
     """``{"role": …, "content": str}``; ``"weight": 0`` excludes an assistant message from the loss."""
     mode: Mode | None = None
-    """How the assistant answers; None: inferred from the answers, see ``mode_of``."""
+    """Form of the answers; None: inferred from them, see ``mode_of``."""
     task: str = "general"
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lineage: tuple[str, ...] = dataclasses.field(default=(), compare=False)

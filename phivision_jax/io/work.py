@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -59,7 +58,7 @@ _SHOWN_DIFFERENCES, _SHOWN_CHARACTERS = 10, 200
 _log = logging.getLogger(__name__)
 
 type Summary = Mapping[str, Any]
-"""What a sink reports about its chunk, in msgpack's types."""
+"""Report of a sink about its chunk, in msgpack's types."""
 
 
 class Source[Item](Protocol):
@@ -111,9 +110,10 @@ class Work[Item, Result]:
         own = {"source": self.source.key(), "items": len(self.source), "chunk": self.chunk}
         return json.loads(json.dumps(own | dict(self.settings)))  # as it will be read again
 
-    @property
-    def num_chunks(self) -> int:
-        return -(-len(self.source) // self.chunk)
+    def chunks(self) -> dict[str, range]:
+        """Name → items of every chunk, in order."""
+        starts = range(0, len(self.source), self.chunk)
+        return {f"{k:05d}": range(len(self.source))[start : start + self.chunk] for k, start in enumerate(starts)}
 
 
 def default_chunk(items: int) -> int:
@@ -171,9 +171,9 @@ def run(
         _prepare(partial, key, restart or not keep)
         try:
             _do_chunks(work, partial, check, processes, progress)
-            _remove_strays(partial)
-            finish(partial, lambda: _summaries(partial, work.num_chunks))
-            _rename(partial, out)
+            _remove_strays(partial, set(work.chunks()))
+            finish(partial, lambda: committed(partial))
+            partial.rename(out)
         except BaseException as error:
             if keep:
                 error.add_note(f"completed chunks are in {partial}; the same command continues from there")
@@ -185,9 +185,9 @@ def run(
 
 
 def committed(directory: Path) -> Iterator[Summary]:
-    """The summaries of the chunks that are committed so far, in order."""
-    for path in sorted((directory / CHUNKS).glob("*.msgpack")):
-        if (chunk := _load(directory, path.stem)) is not None:
+    """The summaries of the chunks that are committed so far, in order; one is in memory at a time."""
+    for name in sorted(path.stem for path in (directory / CHUNKS).glob("*.msgpack")):
+        if (chunk := _load(directory, name)) is not None:
             yield chunk["summary"]
 
 
@@ -273,35 +273,26 @@ def _do_chunks(
     processes: int | None,
     progress: str,
 ) -> None:
-    missing = []
-    for number in range(work.num_chunks):
-        if (chunk := _load(partial, _name(number))) is None:
-            missing.append(number)
-        else:
+    chunks = work.chunks()
+    missing = dict(chunks)
+    for name in chunks:
+        if (chunk := _load(partial, name)) is not None:
+            del missing[name]
             check(partial, chunk["summary"])
-    if progress and len(missing) < work.num_chunks:
-        print(f"continuing: {work.num_chunks - len(missing):,} of {work.num_chunks:,} chunks are complete")
-    items = {number: len(_range(work, number)) for number in missing}
+    if progress and len(missing) < len(chunks):
+        print(f"continuing: {len(chunks) - len(missing):,} of {len(chunks):,} chunks are complete")
     count = min(os.cpu_count() or 1 if processes is None else processes, len(missing))
-    results = workers.run(_do_chunk, (work, partial), missing, count)
+    results = workers.run(_do_chunk, (work, partial), missing.items(), count)
     with bar(progress, len(work.source), shown=bool(progress)) as advance, contextlib.closing(results):
-        advance(len(work.source) - sum(items.values()))
-        for number, summary in results:
-            advance(items[number])
+        advance(len(work.source) - sum(map(len, missing.values())))
+        for name, summary in results:
+            advance(len(missing[name]))
             check(partial, summary)
 
 
-def _name(number: int) -> str:
-    return f"{number:05d}"
-
-
-def _range(work: Work[Any, Any], number: int) -> range:
-    return range(number * work.chunk, min((number + 1) * work.chunk, len(work.source)))
-
-
-def _do_chunk(work: Work[Any, Any], directory: Path, number: int, stopped: Stopped) -> tuple[int, Summary]:
+def _do_chunk(work: Work[Any, Any], directory: Path, chunk: tuple[str, range], stopped: Stopped) -> tuple[str, Summary]:
     """Do a chunk and commit it, in a worker."""
-    name, items = _name(number), _range(work, number)
+    name, items = chunk
     folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=directory / WORK))
     try:
         sink = work.open_sink(folder, name)
@@ -320,7 +311,7 @@ def _do_chunk(work: Work[Any, Any], directory: Path, number: int, stopped: Stopp
         os.replace(folder / name, directory / CHUNKS / f"{name}.msgpack")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return number, summary
+    return name, summary
 
 
 def _read[Item](source: Source[Item], items: range, stopped: Stopped) -> Iterator[Item]:
@@ -350,28 +341,13 @@ def _load(directory: Path, name: str) -> dict[str, Any] | None:
     return chunk if complete else None
 
 
-def _summaries(directory: Path, count: int) -> Iterator[Summary]:
-    """All summaries, one in memory at a time."""
-    for number in range(count):
-        if (chunk := _load(directory, _name(number))) is None:
-            raise OSError(f"chunk {number} in {directory} disappeared or changed after it was written; run this again")
-        yield chunk["summary"]
-
-
-def _remove_strays(directory: Path) -> None:
-    """Remove files that no committed chunk names: from an earlier ``finish``, or a chunk whose source had changed."""
-    names = {CHUNKS, WORK, KEY, LOCK}
-    for path in (directory / CHUNKS).glob("*.msgpack"):
-        names |= (_load(directory, path.stem) or {"files": {}})["files"].keys()
+def _remove_strays(directory: Path, names: set[str]) -> None:
+    """Remove files that no chunk names: from an earlier ``finish``, or a chunk whose source had changed."""
+    keep = {CHUNKS, WORK, KEY, LOCK}
+    for name in names:
+        if (chunk := _load(directory, name)) is None:
+            raise OSError(f"chunk {name} in {directory} disappeared or changed after it was written; run this again")
+        keep |= chunk["files"].keys()
     for path in directory.iterdir():
-        if path.name not in names:
+        if path.name not in keep:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _rename(partial: Path, out: Path) -> None:
-    try:
-        partial.rename(out)
-    except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-            raise FileExistsError(f"{out} appeared in the meantime; remove it, then run this again") from None
-        raise

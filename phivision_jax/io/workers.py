@@ -1,8 +1,8 @@
-"""Processes that share out the work of an import or a validation.
+"""Worker processes for a sequence of jobs.
 
-Each worker gets the shared arguments once, then job after job. It dies with its parent, is not disturbed by Ctrl-C
-(the parent decides what becomes of it), and stops between two records when the parent stops. Workers are forked from a
-server process that has imported what they need, so that ten of them cost little more memory than one.
+Each worker receives the shared arguments once, then job after job. It ends with its parent, ignores Ctrl-C (the parent
+decides), and can stop in the middle of a job. Workers are forked from a server process that has imported what they
+need, so that ten of them take little more memory than one.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ from multiprocessing import forkserver
 from typing import Any
 
 type Stopped = Callable[[], bool]
-_AHEAD = 2  # Jobs handed out per worker: one at work, one waiting.
+_AHEAD = 2  # jobs submitted per worker: one in progress, one waiting
 
-_shared: tuple[Any, ...] = ()  # In a worker: the shared arguments, and whether to stop.
+# In a worker: the shared arguments, and the question whether to stop.
+_shared: tuple[Any, ...] = ()
 _stopped: Stopped = lambda: False  # noqa: E731
 
 
 class Stop(Exception):
-    """A job gives up because ``stopped()`` is true; nobody waits for its result."""
+    """Raised by a job that gives up because ``stopped()`` is true; its result is not needed."""
 
 
 def run[Job, Result](
     function: Callable[..., Result], shared: tuple[Any, ...], jobs: Iterable[Job], workers: int
 ) -> Generator[Result, None, None]:
-    """``function(*shared, job, stopped)`` for each job, in whatever order they finish.
+    """Yield ``function(*shared, job, stopped)`` for each job, in the order in which they finish.
 
     Jobs are taken from the iterable as workers become free. Close the iterator (``contextlib.closing``) to stop early:
-    the jobs at work see ``stopped()`` and should raise ``Stop``.
+    jobs in progress should then see ``stopped()`` and raise ``Stop``.
 
     Args:
-      function: a function of a module; it and all arguments are pickled.
-      workers: how many processes; 0: in this one, in order.
+      function: a module's function; it and all arguments are pickled.
+      workers: number of processes; 0: this process, in order.
 
     Raises:
       ChildProcessError: when a worker dies.
-      Exception: what a job raised; the others are stopped.
+      Exception: of a job; the others are stopped.
     """
     if workers == 0:
         for job in jobs:
@@ -53,7 +54,7 @@ def run[Job, Result](
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
-    # The server and its workers inherit the mask: a Ctrl-C while they are still importing must not hit them.
+    # The server and its workers inherit the mask: a Ctrl-C while they are still importing must not reach them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         forkserver.ensure_running()
@@ -75,8 +76,8 @@ def run[Job, Result](
                 yield future.result()
     except BrokenProcessPool:
         raise ChildProcessError(
-            "a worker process died (killed, or out of memory); fewer workers need less memory, and with 0 workers what "
-            "kills them shows itself"
+            "a worker process died (killed, or out of memory); fewer workers need less memory, and 0 workers show the "
+            "cause"
         ) from None
     finally:
         stop.set()
@@ -87,14 +88,14 @@ def _begin(shared: tuple[Any, ...], stop: Any) -> None:
     global _shared, _stopped
     _shared, _stopped = shared, stop.is_set
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Pillow's, about damage of which the reason that is given says all that matters.
+    # Pillow warns about damage that the reason of a rejected item describes anyway.
     warnings.simplefilter("ignore")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
 def _die_with_parent() -> None:
-    """An orphan would wait for jobs for ever, or write beside the next import."""
+    """An orphan would wait for jobs forever, or write at the same time as the next run."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

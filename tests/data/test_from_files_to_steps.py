@@ -1,6 +1,6 @@
-"""What users have, in every form: imported, validated, exported, imported again, and trained on for twenty steps.
+"""Each format of data sets, from files to twenty training steps: imported, validated, exported and imported again.
 
-The data is easy-VQA's own (real pictures and questions), written in each form as that form's definition says.
+The data is easy-VQA (real images and questions), written in each format by its definition.
 """
 
 from __future__ import annotations
@@ -80,13 +80,13 @@ def as_llava_jsonl(records: list[Record], folder: Path) -> Path:
 
 
 def as_openai_messages(records: list[Record], folder: Path) -> Path:
-    """Chat completions: the picture as a data URI in a part of the first message."""
+    """Chat completions with the image as a data URI in a part of the first message."""
     with (folder / "train.jsonl").open("w") as file:
         for r in records:
             messages: list[dict[str, Any]] = [dict(m) for m in r.messages]
             text = messages[0]["content"].removeprefix("<image>\n")
-            picture = {"type": "image_url", "image_url": {"url": data_uri(r.images[0])}}  # type: ignore[arg-type]
-            messages[0]["content"] = [picture, {"type": "text", "text": text}]
+            image = {"type": "image_url", "image_url": {"url": data_uri(r.images[0])}}  # type: ignore[arg-type]
+            messages[0]["content"] = [image, {"type": "text", "text": text}]
             file.write(json.dumps({"id": r.id, "messages": messages}) + "\n")
     return folder / "train.jsonl"
 
@@ -132,10 +132,10 @@ def as_tfds(records: list[Record], folder: Path) -> Path:
 
         def _generate_examples(self):
             for i, r in enumerate(records):
-                (folder / "picture.png").write_bytes(r.images[0])
+                (folder / "image.png").write_bytes(r.images[0])
                 yield (
                     i,
-                    {"id": r.id, "image": str(folder / "picture.png"), "conversations": llava(r, "")["conversations"]},
+                    {"id": r.id, "image": str(folder / "image.png"), "conversations": llava(r, "")["conversations"]},
                 )
 
     builder = EasyVqa(data_dir=folder, file_format="array_record")
@@ -168,7 +168,7 @@ def compiled():
 
 
 def train(compiled, dataset: Dataset, processor) -> list[float]:
-    step, run, at, params = compiled
+    step, run, shardings, params = compiled
     plan = make_plan([dataset], Mixture.from_directories("set", epochs=8), processor, SHAPE, batch_rows=ROWS)
     params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, step.abstract_state["params"])
     state, losses = step.init(params), []
@@ -176,7 +176,7 @@ def train(compiled, dataset: Dataset, processor) -> list[float]:
         if info.step == STEPS:
             break
         assert not info.failed
-        state, metrics = run(state, to_device(batch, at, ROWS))
+        state, metrics = run(state, to_device(batch, shardings, ROWS))
         losses.append(float(metrics["loss"]))
     return losses
 
@@ -187,10 +187,10 @@ def read(path: Path, out: Path, processor) -> Dataset:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_imports_validates_trains_and_comes_back(form, records, tmp_path, processor, compiled):
+def test_import_validate_train_and_export(form, records, tmp_path, processor, compiled):
     (tmp_path / "raw").mkdir()
     dataset = read(FORMS[form](records, tmp_path / "raw"), tmp_path / "set", processor)
-    # Whatever the form, the same records.
+    # The same records in every format.
     found = {record.id: record for record in (dataset[i] for i in range(len(dataset)))}
     assert found == {r.id: dataclasses.replace(r, source="mine") for r in records}
     assert not dataset.manifest["counts"]["quarantined"]

@@ -4,18 +4,18 @@ import json
 
 import pytest
 
-from phivision_jax.data.quarantine import Quarantined, RunLog, TooManyBadRecords, check_share
+from phivision_jax.data.quarantine import Quarantined, RunLog, Tally, TooManyBadRecords
 
 
 def bad(i: int, reason="image-broken") -> Quarantined:
     return Quarantined(f"r{i}", "photos", reason, "cut short", f"photos, record {i}")
 
 
-def test_check_share_stops_with_summary(tmp_path):
+def test_tally_check_stops_with_summary(tmp_path):
     found = [bad(0), bad(1, "role"), bad(2)]
-    check_share(found, 300, 0.01, tmp_path / "q.jsonl")  # exactly the share passes
+    Tally(found).check(300, 0.01, tmp_path / "q.jsonl")  # exactly the share passes
     with pytest.raises(TooManyBadRecords) as error:
-        check_share(found, 299, 0.01, tmp_path / "q.jsonl")
+        Tally(found).check(299, 0.01, tmp_path / "q.jsonl")
     lines = str(error.value).splitlines()
     assert "3 of 299 records are bad, more than the 1.00%" in lines[0] and "q.jsonl lists them" in lines[0]
     assert lines[1].split()[:2] == ["2", "image-broken"] and "'r0': cut short" in lines[1]

@@ -6,7 +6,7 @@ from phivision_jax.data.records import Record, mode_of
 from tests.support.records import make_record
 
 
-def test_bytes_and_back():
+def test_record_bytes_round_trip():
     record = make_record(
         0,
         ((24, 16), (8, 8)),
@@ -33,7 +33,7 @@ def test_bytes_and_back():
         (["<|dummy_84|><think>"], "nothink"),
     ],
 )
-def test_the_mode_shows_in_how_answers_begin(answers, mode):
+def test_mode_of(answers, mode):
     turns = [({"role": "user", "content": "<think>?"}, {"role": "assistant", "content": a}) for a in answers]
     messages = tuple(message for turn in turns for message in turn)
     assert mode_of(make_record(0, (), mode=None, messages=messages)) == mode
@@ -49,6 +49,6 @@ def test_the_mode_shows_in_how_answers_begin(answers, mode):
         ({"task": "maths"}, "'a': unknown task 'maths'; did you mean 'math'"),
     ],
 )
-def test_records_check_themselves(fields, message):
+def test_record_rejects_bad_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         Record(**{"id": "a", "source": "s", "images": (), "messages": ({"role": "user", "content": "x"},)} | fields)

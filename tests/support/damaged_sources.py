@@ -1,7 +1,7 @@
-"""A set of conversations with pictures in which stated records are damaged: ``python damage.py OUT --records 1000``.
+"""A data set in which stated records are damaged: ``python -m tests.support.damaged_sources OUT --records 1000``.
 
-Writes OUT/data.jsonl (LLaVA's form), OUT/images/ and OUT/damaged.json (id → kind of damage). It knows nothing of who
-reads it: damage is what disks, crawlers, editors and people do to files.
+Writes OUT/data.jsonl (LLaVA's form), OUT/images/ and OUT/damaged.json (id → kind of damage). It knows nothing about the
+code that reads it: the damage is of the kinds that disks, crawlers, editors and people cause.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 
-def picture(rng: random.Random) -> Image.Image:
-    """Some shapes and noise, of any small size."""
+def draw_image(rng: random.Random) -> Image.Image:
+    """Random ellipses in a small image of random size."""
     image = Image.new("RGB", (rng.randint(24, 72), rng.randint(24, 72)), tuple(rng.choices(range(256), k=3)))
     draw = ImageDraw.Draw(image)
     for _ in range(6):
@@ -34,7 +34,7 @@ def encoded(image: Image.Image, format: str) -> bytes:
 
 
 def png_of_size(width: int, height: int, rows: int) -> bytes:
-    """A PNG that says it is ``width`` x ``height`` and holds ``rows`` rows of one grey byte a pixel."""
+    """A PNG with ``width`` x ``height`` in its header and ``rows`` rows of grey bytes as its content."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -56,73 +56,73 @@ class Maker:
         return f"{name[:3]}/{name}"
 
     def good(self, i: int) -> dict:
-        """A sound record: one picture mostly, none or two at times; a question or three."""
+        """An intact record: mostly one image, sometimes none or two; one to three questions."""
         images = []
         for k in range(self.rng.choice((0, 1, 1, 1, 1, 2))):
             format, ending = self.rng.choice((("PNG", "png"), ("JPEG", "jpg"), ("JPEG", "jpeg"), ("WEBP", "webp")))
-            images.append(self.save(f"{i:06d}-{k}.{ending}", encoded(picture(self.rng), format)))
+            images.append(self.save(f"{i:06d}-{k}.{ending}", encoded(draw_image(self.rng), format)))
         turns = []
         for k in range(self.rng.randint(1, 3)):
             marks = "<image>\n" * len(images) if k == 0 else ""
-            turns.append({"from": "human", "value": f"{marks}what is in picture {i}, part {k}? Grüße 図"})
+            turns.append({"from": "human", "value": f"{marks}what is in image {i}, part {k}? Grüße 図"})
             turns.append({"from": "gpt", "value": f"shape {self.rng.randrange(100)}"})
         record = {"id": f"r{i:06d}", "conversations": turns}
         return record | ({"image": images if len(images) > 1 else images[0]} if images else {})
 
-    def with_picture(self, i: int, content: bytes, name: str) -> dict:
+    def with_image(self, i: int, content: bytes, name: str) -> dict:
         record = self.good(i)
         record["image"] = self.save(f"{i:06d}-bad.{name}", content)
-        record["conversations"][0]["value"] = f"<image>\nwhat is in picture {i}?"
+        record["conversations"][0]["value"] = f"<image>\nwhat is in image {i}?"
         return record
 
-    # Each gives the line of a damaged record.
+    # Each returns the line of a damaged record.
 
     def truncated_jpeg(self, i: int) -> bytes:
-        content = encoded(picture(self.rng), "JPEG")
-        return self.line(self.with_picture(i, content[: len(content) * 7 // 10], "jpg"))
+        content = encoded(draw_image(self.rng), "JPEG")
+        return self.line(self.with_image(i, content[: len(content) * 7 // 10], "jpg"))
 
     def truncated_png(self, i: int) -> bytes:
-        content = encoded(picture(self.rng), "PNG")
-        return self.line(self.with_picture(i, content[: len(content) // 2], "png"))
+        content = encoded(draw_image(self.rng), "PNG")
+        return self.line(self.with_image(i, content[: len(content) // 2], "png"))
 
     def corrupt_jpeg(self, i: int) -> bytes:
-        content = bytearray(encoded(picture(self.rng), "JPEG"))
-        at = content.index(b"\xff\xc4")  # the Huffman tables
-        content[at + 4 : at + 40] = bytes(self.rng.choices(range(1, 255), k=36))
-        return self.line(self.with_picture(i, bytes(content), "jpg"))
+        content = bytearray(encoded(draw_image(self.rng), "JPEG"))
+        tables = content.index(b"\xff\xc4")  # the Huffman tables
+        content[tables + 4 : tables + 40] = bytes(self.rng.choices(range(1, 255), k=36))
+        return self.line(self.with_image(i, bytes(content), "jpg"))
 
     def corrupt_png(self, i: int) -> bytes:
-        content = bytearray(encoded(picture(self.rng), "PNG"))
-        at = content.index(b"IDAT") + 8
-        content[at : at + 20] = bytes(self.rng.choices(range(256), k=20))
-        return self.line(self.with_picture(i, bytes(content), "png"))
+        content = bytearray(encoded(draw_image(self.rng), "PNG"))
+        pixels = content.index(b"IDAT") + 8
+        content[pixels : pixels + 20] = bytes(self.rng.choices(range(256), k=20))
+        return self.line(self.with_image(i, bytes(content), "png"))
 
     def bomb(self, i: int) -> bytes:
-        return self.line(self.with_picture(i, png_of_size(60_000, 60_000, 1), "png"))
+        return self.line(self.with_image(i, png_of_size(60_000, 60_000, 1), "png"))
 
     def strip(self, i: int) -> bytes:
-        return self.line(self.with_picture(i, png_of_size(60_000, 2, 2), "png"))
+        return self.line(self.with_image(i, png_of_size(60_000, 2, 2), "png"))
 
     def zero_bytes(self, i: int) -> bytes:
-        return self.line(self.with_picture(i, b"", "png"))
+        return self.line(self.with_image(i, b"", "png"))
 
     def text_called_jpg(self, i: int) -> bytes:
-        return self.line(self.with_picture(i, b"<html><body>404 Not Found</body></html>", "jpg"))
+        return self.line(self.with_image(i, b"<html><body>404 Not Found</body></html>", "jpg"))
 
     def png_called_jpg(self, i: int) -> bytes:
-        return self.line(self.with_picture(i, encoded(picture(self.rng), "PNG"), "jpg"))
+        return self.line(self.with_image(i, encoded(draw_image(self.rng), "PNG"), "jpg"))
 
     def missing_file(self, i: int) -> bytes:
-        record = self.with_picture(i, b"x", "png")
+        record = self.with_image(i, b"x", "png")
         (self.out / "images" / record["image"]).unlink()
         return self.line(record)
 
     def climbing_path(self, i: int) -> bytes:
-        record = self.with_picture(i, encoded(picture(self.rng), "PNG"), "png")
+        record = self.with_image(i, encoded(draw_image(self.rng), "PNG"), "png")
         return self.line(record | {"image": self.rng.choice(("../data.jsonl", "../../x.png", "/etc/passwd"))})
 
     def url(self, i: int) -> bytes:
-        return self.line(self.with_picture(i, b"x", "png") | {"image": "http://127.0.0.1:9/cat.jpg"})
+        return self.line(self.with_image(i, b"x", "png") | {"image": "http://127.0.0.1:9/cat.jpg"})
 
     def broken_utf8(self, i: int) -> bytes:
         return self.line(self.good(i)).replace("Grüße".encode(), b"Gr\xfc\xdfe", 1)
@@ -142,7 +142,7 @@ class Maker:
         return self.line(record)
 
     def no_marker(self, i: int) -> bytes:
-        record = self.with_picture(i, encoded(picture(self.rng), "PNG"), "png")
+        record = self.with_image(i, encoded(draw_image(self.rng), "PNG"), "png")
         record["conversations"][0]["value"] = "what is this?"
         return self.line(record)
 
@@ -191,5 +191,5 @@ if __name__ == "__main__":
     parser.add_argument("--damaged", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    made = make(args.out, args.records, args.damaged, args.seed)
-    print(f"{args.out}: {args.records} records, {len(made)} damaged")
+    kinds = make(args.out, args.records, args.damaged, args.seed)
+    print(f"{args.out}: {args.records} records, {len(kinds)} damaged")

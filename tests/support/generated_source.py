@@ -1,4 +1,4 @@
-"""A source for imports that workers can unpickle: made-up records, bad ones at stated places, and mishaps on demand."""
+"""A source that workers can unpickle: made-up records, bad ones at stated positions, and errors on demand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS: list[tuple[tuple[int, int], ...]] = [(), ((24, 16),), ((64, 64),), ((16, 
 class MadeUpSource:
     """``n`` records; item i is unreadable if i is in ``unreadable``, and has an empty answer if it is in ``silent``.
 
-    ``mishap`` happens at item ``at``, as often as there is no file ``once`` yet (it is made when it happens).
+    ``mishap`` happens at item ``item`` unless the file ``once`` exists, which is made then.
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class MadeUpSource:
         unreadable: tuple[int, ...] = (),
         silent: tuple[int, ...] = (),
         mishap: str = "",
-        at: int = -1,
+        item: int = -1,
         once: Path | None = None,
         name: str = "made-up",
     ) -> None:
         self.name, self._n = name, n
         self._unreadable, self._silent = unreadable, silent
-        self._mishap, self._at, self._once = mishap, at, once
+        self._mishap, self._item, self._once = mishap, item, once
 
     def __len__(self) -> int:
         return self._n
@@ -45,7 +45,7 @@ class MadeUpSource:
 
     def read(self, start: int, stop: int) -> Iterator[Read | Quarantined]:
         for i in range(start, stop):
-            if i == self._at and not (self._once and self._once.exists()):
+            if i == self._item and not (self._once and self._once.exists()):
                 if self._once:
                     self._once.touch()
                 self._happen()

@@ -56,7 +56,7 @@ def mixed_records(n: int) -> list[Record]:
     return [make_record(i, kinds[i % len(kinds)]) for i in range(n)]
 
 
-# As much of a processor as planning looks at.
+# The part of a processor that planning uses.
 BARE_PROCESSOR: Any = SimpleNamespace(
     config=CONFIG,
     layout=make_layout(CONFIG),
@@ -66,7 +66,7 @@ BARE_PROCESSOR: Any = SimpleNamespace(
 
 
 class BareDataset:
-    """Lengths without records: all that a plan looks at."""
+    """Lengths without records: the part of a dataset that a plan uses."""
 
     def __init__(
         self, text_tokens: list[int], image_sizes: list[list[tuple[int, int]]], modes: np.ndarray | None = None

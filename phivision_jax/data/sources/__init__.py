@@ -1,4 +1,4 @@
-"""Where records come from: one reader per format, all of one protocol (``source.Source``).
+"""Readers of data sets, one per format, all of one protocol (``source.Source``).
 
     json_files    .json (an array, or one object per line), .jsonl, .ndjson
     parquet       .parquet, as the Hugging Face hub stores it

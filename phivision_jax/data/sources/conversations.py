@@ -9,9 +9,10 @@
     texts          [{"user": "…", "assistant": "…"}, …]                                              The Cauldron
     question       "…", and an "answer" or the first of "answers"
 
-A list of dicts may also be a dict of lists, as Hugging Face and TFDS store a Sequence. An answer in the first two forms
-may have a ``weight``, as OpenAI's have: 0 excludes it from the loss, 1 is the same as none. Other fields of a turn, such
-as tool calls, are dropped. In the last two forms images without any ``<image>`` come before the first question.
+A list of dicts may also be a dict of lists, as Hugging Face and TFDS store a Sequence. An answer in the first two
+forms may have a ``weight``, as OpenAI's have: 0 excludes it from the loss, 1 is the same as none. Other fields of a
+turn, such as tool calls, are dropped. In the last two forms images without any ``<image>`` come before the first
+question.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclasses.dataclass(frozen=True)
 class _Index:
-    """Stands for an image part without an image, but with the number of its image."""
+    """Placeholder for the image of a part that only gives its number."""
 
     number: int
 
@@ -43,7 +44,7 @@ class Conversation:
     used: tuple[str, ...]
     """The item's fields that it was made of."""
     may_prepend: bool
-    """Whether images without a marker come before the first question."""
+    """Images without a marker come before the first question."""
 
 
 def conversation_of(item: Mapping[str, Any]) -> Conversation:
@@ -61,15 +62,16 @@ def conversation_of(item: Mapping[str, Any]) -> Conversation:
         answer = item.get(used[1])
         if isinstance(answer, list):
             answer = answer[0] if answer else None
-        turns = [{"user": item["question"], "assistant": answer}]
+        turns: list[Mapping[str, Any]] = [{"user": item["question"], "assistant": answer}]
     else:
         turns = _rows(item[form], f"the field {form}")
     by_role = form in ("question", "texts")
-    if by_role:
-        messages: list[dict[str, Any]]
-        messages = [{"role": role, "content": turn.get(role)} for turn in turns for role in ("user", "assistant")]
-    else:
-        messages = [_message(turn, i) for i, turn in enumerate(turns)]
+    messages: list[Mapping[str, Any]] = []
+    for i, turn in enumerate(turns):
+        if by_role:
+            messages += [{"role": role, "content": turn.get(role)} for role in ("user", "assistant")]
+        else:
+            messages.append(_message(turn, i))
     try:
         plain, images = chat.flatten(messages)
     except chat.MessageError as error:
@@ -83,7 +85,7 @@ def conversation_of(item: Mapping[str, Any]) -> Conversation:
 
 
 def _hint(item: Mapping[str, Any]) -> str:
-    """What an item without a conversation has instead: the list of the real items, or fields to rename."""
+    """The parts of an item that may be meant as a conversation: a list of the real items, or fields to rename."""
     for name, value in item.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping) and value[0].keys() & {*FORMS}:
             return f"; if the {len(value):,} objects under {name!r} are the items, make a file of that list alone"

@@ -1,12 +1,12 @@
-"""Boxes and points as shares of their image, [0,1] with three decimals: what the model was trained on.
+"""Boxes and points as shares of their image, [0,1] with three decimals: the form that the model was trained on.
 
     text     "<ref> is at <bbox>, its handle at <point>."
     objects  {"ref": ["the cup"], "bbox": [[64, 30, 128, 90]], "point": [[128, 60]]}        on an image of 640 x 300
     record   "the cup is at [0.100, 0.100, 0.200, 0.300], its handle at [0.200, 0.200]."
 
-Placeholders are replaced in order. ``image_id`` says in which image each box and then each point lies; with one image
-it may be missing. Numbers up to 1 % outside are clipped: annotations round. Anything farther out, or a box whose
-corners are the wrong way round (x, y, width, height, likely), is refused.
+Placeholders are replaced in order. ``image_id`` gives the image of each box and then of each point; with one image it
+may be missing. Numbers up to 1 % outside are clipped, because annotations are rounded. Anything farther outside is
+rejected, and so is a box whose corners are swapped, which is probably x, y, width, height.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ def normalised(numbers: Sequence[float], unit: Unit, size: Callable[[], tuple[in
     shown = f"[{', '.join(f'{number:g}' for number in numbers)}]"
     if not all(math.isfinite(share) and -TOLERANCE <= share <= 1 + TOLERANCE for share in shares):
         what = f"its image of {width}x{height} pixels" if unit == "pixels" else f"its image, in units of {unit}"
-        raise BadRecord("coordinates", f"{shown} lies outside {what}")
+        raise BadRecord("coordinates", f"{shown} is outside {what}")
     if len(shares) == 4 and (shares[0] > shares[2] or shares[1] > shares[3]):
-        raise BadRecord("coordinates", f"{shown} is no box [x1, y1, x2, y2]: its first corner must be the upper left")
+        raise BadRecord(
+            "coordinates", f"{shown} is not a box [x1, y1, x2, y2]: the first corner must be the upper left"
+        )
     return f"[{', '.join(f'{min(max(0.0, share), 1.0):.3f}' for share in shares)}]"
 
 
@@ -119,17 +121,21 @@ def _numbers(box: Any, kind: str, length: int) -> list[float]:
     try:
         return [float(n) for n in box]
     except OverflowError:
-        raise BadRecord("coordinates", f"objects: a {kind} with a number beyond all images") from None
+        raise BadRecord("coordinates", f"objects: a {kind} with a number too large for any image") from None
 
 
 def _images(image_id: list[Any], count: int, num_images: int, unit: Unit) -> list[int]:
     """The image of each box and point."""
     if not image_id:
         if count and unit == "pixels" and num_images != 1:
-            raise BadRecord("coordinates", f"objects in pixels, with {num_images} images: image_id must say in which")
+            raise BadRecord(
+                "coordinates", f"objects in pixels, but {num_images} images: image_id must give the image of each"
+            )
         return [0] * count
     if len(image_id) != count:
         raise BadRecord("coordinates", f"objects: {len(image_id)} numbers in image_id for {count} boxes and points")
     if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_images for i in image_id):
-        raise BadRecord("coordinates", f"objects: image_id names an image beyond the {num_images} of the record")
+        raise BadRecord(
+            "coordinates", f"objects: image_id names an image that the record does not have ({num_images} images)"
+        )
     return image_id

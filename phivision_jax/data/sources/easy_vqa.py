@@ -1,6 +1,6 @@
-"""easy-VQA: questions about one coloured shape in a 64x64 picture, as records in memory; the demo's data.
+"""easy-VQA: questions about one coloured shape in a 64x64 image, as records in memory; the demo's data.
 
-The pictures come with the package ``easy_vqa`` and are read from it; none of its data belongs to this project.
+The images are part of the package ``easy_vqa`` and are read from it; this project has none of its data.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def easy_vqa(
 
     Args:
       split: "train" or "test".
-      questions_per_record: how many questions about one image follow each other in one conversation (the last record
-        of an image may have fewer). An answer sees the questions and answers before it, so scoring wants 1.
-      seed: shuffles the questions of each image before they are grouped; with one question per record nothing moves.
-      max_images: only the first images, for quick tries.
+      questions_per_record: questions about one image in one conversation (the last record of an image may have
+        fewer). An answer sees the questions and answers before it, so scoring needs 1.
+      seed: shuffles the questions of each image before they are grouped; one question per record keeps their order.
+      max_images: only the first images, for quick tests.
 
     Raises:
       ModuleNotFoundError: when the package is not installed.
@@ -47,7 +47,7 @@ def easy_vqa(
             by_image[image].append((question, answer))
     records = []
     for image, pairs in by_image.items():
-        picture = Path(paths[image]).read_bytes()
+        content = Path(paths[image]).read_bytes()
         if questions_per_record > 1:
             pairs = [pairs[i] for i in permutation(len(pairs), seed, image)]
         for first in range(0, len(pairs), questions_per_record):
@@ -59,7 +59,7 @@ def easy_vqa(
                 Record(
                     id=f"{split}/{image:04d}/{first:02d}",
                     source=f"easy_vqa/{split}",
-                    images=(picture,),
+                    images=(content,),
                     messages=tuple(messages),
                     mode="nothink",
                     task="general",
@@ -69,9 +69,10 @@ def easy_vqa(
 
 
 def question_only_baseline(train: Sequence[Record], test: Sequence[Record]) -> float:
-    """Accuracy on ``test`` of answering each question with its most frequent answer in ``train``, images unseen.
+    """Accuracy on ``test`` of answering each question with its most frequent answer in ``train``, without the images.
 
-    A question that ``train`` never asks gets the most frequent answer of all. Ties go to the answer met first.
+    A question that is not in ``train`` gets the most frequent answer overall. Of equally frequent answers the first
+    counts.
     """
     seen: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     overall: collections.Counter[str] = collections.Counter()
@@ -86,6 +87,6 @@ def question_only_baseline(train: Sequence[Record], test: Sequence[Record]) -> f
 
 
 def _pairs(record: Record) -> list[tuple[str, str]]:
-    """Question and answer of each turn, the image marker taken off."""
+    """Question and answer of each turn, without the image marker."""
     texts = [message["content"].removeprefix("<image>\n") for message in record.messages]
     return list(zip(texts[::2], texts[1::2], strict=True))

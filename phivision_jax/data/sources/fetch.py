@@ -2,8 +2,8 @@
 
 Data sets are imported by people who did not write them. So a path may not leave the image folder, by ``..`` or by a
 symbolic link, except into folders that are named; URLs are fetched only if the user asks for it, only over http, and no
-redirect leads from the internet to addresses of this machine or its network; and a file of another format than its name
-says is rejected, because its name was probably mixed up with another. Only the header of the content is read here.
+redirect leads from the internet to addresses of this machine or its network; and a file whose name belongs to another
+format is rejected, because it was probably mixed up with another file. Only the header of the content is read here.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def is_given(value: Any) -> bool:
-    """Whether a field has an image: it is not None, "" or a struct without content."""
+    """True if a field has an image: not None, "" or a struct without content."""
     if isinstance(value, Mapping):
         return any(is_given(value.get(key)) for key in ("bytes", "path", "url"))
     return value is not None and value != ""
@@ -66,7 +66,7 @@ def fetch(
       folder: folder that no path may leave.
       also_allow: further folders in which the target of a symbolic link may be.
       allow_urls: fetch http and https.
-      any_extension: accept a file whose content is of another format than its name says.
+      any_extension: accept a file whose name belongs to another format.
 
     Raises:
       BadRecord: "fields", "image-path", "image-missing", "image-url", "image-extension", "image-broken".
@@ -209,7 +209,7 @@ async def _download(url: str) -> bytes:
 
 
 def _is_inside(url: str) -> bool:
-    """Whether a URL's host has an address that the internet does not reach: loopback, private, link-local.
+    """True if a URL's host has an address that the internet does not reach: loopback, private, link-local.
 
     A data set may name such an address outright (the user's own server), but a redirect by a foreign server may not:
     these addresses serve what only this machine should see. A name that cannot be resolved is left to the fetch.

@@ -14,7 +14,7 @@ Unit = Literal["pixels", "thousand", "unit"]
 
 @dataclasses.dataclass(frozen=True)
 class ItemOptions:
-    """How items become records."""
+    """Rules by which items become records."""
 
     images: Path | None = None
     """Folder to which image paths are relative, and which none may leave; default: the folder of the data file."""
@@ -35,7 +35,7 @@ class ItemOptions:
     allow_urls: bool = False
     """Fetch images from http and https."""
     any_extension: bool = False
-    """Accept image files of another format than their names say."""
+    """Accept image files whose names belong to another format."""
 
     @property
     def renames(self) -> dict[str, str]:

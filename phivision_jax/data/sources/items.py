@@ -160,7 +160,7 @@ class ItemReader:
         except BadRecord:
             raise
         except ValueError as error:
-            aside = "" if task in TASKS else f" {_aside('task')}, and --task then says one for all"
+            aside = "" if task in TASKS else f" {_aside('task')}, and --task then sets one for all records"
             raise BadRecord("fields", f"{error}{aside}") from None
         return Read(record, mode_from, system, where)
 
@@ -203,7 +203,7 @@ class ItemReader:
 def settle_mode(
     messages: Sequence[dict[str, Any]], stated: Mode | None, default: Literal["nothink", "think", "refuse"]
 ) -> tuple[Mode, ModeFrom]:
-    """The mode of a conversation, whose answers are rewritten in place as the module's table says.
+    """The mode of a conversation, whose answers are rewritten in place by the rules of the module's table.
 
     Raises:
       BadRecord: "mode" when no mode is stated or shown and ``default`` is "refuse".
@@ -284,7 +284,7 @@ def _metadata(item: Mapping[str, Any], used: Sequence[str | None]) -> dict[str, 
 
 
 def _storable(value: Any, depth: int = 0) -> bool:
-    """Whether JSON and msgpack can both express a value and give it back."""
+    """True for a value that JSON and msgpack can both store and give back."""
     if depth > _DEEPEST:
         return False
     if isinstance(value, int):

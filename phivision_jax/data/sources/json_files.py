@@ -4,8 +4,8 @@ Opening a file counts its items and notes where every 256th begins, so that any 
 items before it. Nothing else is kept: an array of gigabytes is read through windows of 64 MiB.
 
 Each line that cannot be read is quarantined by itself. An array is one document: if its syntax is broken anywhere,
-opening it fails with the position, because nothing tells where the next item begins. In both, broken UTF-8 affects only
-the item that contains it.
+opening it fails with the position, because it is not certain where the next item begins. In both, broken UTF-8 affects
+only the item that contains it.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class _File:
 class _Begin(NamedTuple):
     is_array: bool
     offset: int
-    """Of the first item."""
+    """Position of the first item."""
 
 
 def _begin(file: BinaryIO, path: Path) -> _Begin:

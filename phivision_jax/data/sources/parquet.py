@@ -115,7 +115,7 @@ class ParquetSource(FileSource):
             _raise_if_of_file_system(error)
             problem = str(error)
         else:
-            problem = f"row group {group.number} has fewer rows than its footer says"
+            problem = f"row group {group.number} has fewer rows than its footer counts"
         for bad in range(row, stop):
             yield self._reader.bad("syntax", f"the row group cannot be read: {problem}", *place(bad))
 

@@ -19,9 +19,9 @@ class Read:
     record: Record
     """With images as bytes."""
     mode_from: ModeFrom
-    """Whether the mode was stated, inferred from how the answers begin, or the default."""
+    """Origin of the mode: stated, inferred from how the answers begin, or the default."""
     system: bool
-    """Whether the conversation came with a system message, kept or not."""
+    """The conversation came with a system message, kept or not."""
     where: str = ""
     """The item's place for people: file and line, row or number."""
 

@@ -1,7 +1,7 @@
-"""TensorFlow Datasets without TensorFlow: a prepared data set in a format with random access (ArrayRecord, parquet).
+"""TensorFlow Datasets without TensorFlow: data sets prepared in a format with random access (ArrayRecord, parquet).
 
-Features become what ``items`` reads: images stay encoded files, texts become strings, the number of a class its name,
-a Sequence or Dataset of dicts a list of dicts.
+Features become what ``items`` reads: images stay encoded files, texts become strings, class numbers their names, a
+Sequence or Dataset of dicts a list of dicts.
 """
 
 from __future__ import annotations
@@ -23,45 +23,43 @@ from phivision_jax.data.sources.source import Read
 class TfdsSource:
     """Examples of one split."""
 
-    def __init__(self, of: str, options: ItemOptions, *, split: str = "train", name: str | None = None) -> None:
+    def __init__(self, spec: str, options: ItemOptions, *, split: str = "train", name: str | None = None) -> None:
         """Find the data set.
 
         Args:
-          of: a directory with ``dataset_info.json``, or the name of a data set that is prepared in TFDS's own directory
-            ("made/config:1.0.0").
+          spec: a directory with ``dataset_info.json``, or the name of a data set that is prepared in TFDS's own
+            directory ("made/config:1.0.0").
           options: how examples become records.
-          split: as TFDS writes it, "train[:10%]" included.
-          name: of the source; default: the data set's.
+          split: in TFDS's syntax, including "train[:10%]".
+          name: name of the source; default: the data set's.
 
         Raises:
           ModuleNotFoundError: without the package.
-          ValueError: when there is no such data set or split, or it is kept in a format without random access.
+          ValueError: when there is no such data set or split, or its format has no random access.
         """
-        self._of, self._split, self._options = of, split, options
-        self._is_directory = Path(of).is_dir()
-        builder = self._builder
-        self.name = name or builder.info.name
+        self._spec, self._split, self._options = spec, split, options
+        self._is_directory = Path(spec).is_dir()
+        info = self._builder.info
+        self.name = name or info.name
         self._len = len(self._examples)
         if not self._len:
-            raise ValueError(f"split {split!r} of {of} holds no examples")
-        files = [Path(file) for info in builder.info.splits.values() for file in info.filepaths]
+            raise ValueError(f"split {split!r} of {spec} has no examples")
+        files = [Path(file) for other in info.splits.values() for file in other.filepaths]
         self._key = identify([file for file in files if file.is_file()])
 
     def __len__(self) -> int:
         return self._len
 
     def key(self) -> Any:
-        return {
-            "format": "tfds", "name": self.name, "of": self._of, "split": self._split,
-            "files": self._key, "options": self._options.key(),
-        }  # fmt: skip
+        own = {"format": "tfds", "name": self.name, "of": self._spec, "split": self._split}
+        return own | {"files": self._key, "options": self._options.key()}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open files stay where they are: another process opens its own.
+        # Open files stay here: another process opens its own.
         return {name: value for name, value in vars(self).items() if name not in ("_builder", "_examples")}
 
     def read(self, start: int, stop: int) -> Iterator[Read | Quarantined]:
-        folder = Path(self._of) if self._is_directory else Path(self._builder.data_dir)
+        folder = Path(self._spec) if self._is_directory else Path(self._builder.data_dir)
         reader = ItemReader(self.name, folder, self._options)
         features = self._builder.info.features
         for i in range(start, stop):
@@ -70,17 +68,16 @@ class TfdsSource:
                 example = self._examples[i]
             except OSError:
                 raise
-            except Exception as error:  # protobuf's, array_record's, TFDS's own
+            except Exception as error:  # of protobuf, array_record or TFDS
                 yield reader.bad("syntax", f"the example cannot be read: {error}", place, where)
                 continue
             try:
                 item = _plain(features, example)
             except UnicodeDecodeError as error:
-                own = {name: example[name] for name in IDS if isinstance(example.get(name), int)}
-                own |= {n: example[n].decode("utf-8", "replace") for n in IDS if isinstance(example.get(n), bytes)}
+                own = {name: _replace_bad_utf8(example[name]) for name in IDS if name in example}
                 yield reader.bad("encoding", f"not UTF-8: {error.reason}", place, where, own)
-                continue
-            yield reader.read(item, place, where)
+            else:
+                yield reader.read(item, place, where)
 
     @functools.cached_property
     def _builder(self) -> Any:
@@ -89,9 +86,9 @@ class TfdsSource:
         except ModuleNotFoundError:
             raise ModuleNotFoundError("TFDS needs its package: pip install 'phivision_jax[tfds]'") from None
         try:
-            return tfds.builder_from_directory(self._of) if self._is_directory else tfds.builder(self._of)
+            return tfds.builder_from_directory(self._spec) if self._is_directory else tfds.builder(self._spec)
         except Exception as error:  # TFDS raises anything
-            raise ValueError(f"TFDS cannot open {self._of}: {error}") from None
+            raise ValueError(f"TFDS cannot open {self._spec}: {error}") from None
 
     @functools.cached_property
     def _examples(self) -> Sequence[Any]:
@@ -99,15 +96,15 @@ class TfdsSource:
             decoders = _encoded_images(self._builder.info.features)
             return self._builder.as_data_source(split=self._split, decoders=decoders)
         except Exception as error:
-            raise ValueError(f"TFDS cannot read split {self._split!r} of {self._of}: {error}") from None
+            raise ValueError(f"TFDS cannot read split {self._split!r} of {self._spec}: {error}") from None
 
 
 def _encoded_images(features: Any) -> Any:
-    """TFDS's decoders for a tree of features: none for images, so that their files come as they are; else the usual."""
+    """Decoders for a tree of features that leave images encoded."""
     import tensorflow_datasets as tfds
 
-    class AsItIs(tfds.decode.SkipDecoding):
-        """TFDS's own lacks sequences."""
+    class Unchanged(tfds.decode.SkipDecoding):
+        """TFDS's own class cannot handle sequences."""
 
         def decode_batch_example_np(self, example: Any) -> Any:
             return example
@@ -116,7 +113,7 @@ def _encoded_images(features: Any) -> Any:
 
     def decoders(feature: Any) -> Any:
         if isinstance(feature, tfds.features.Image):
-            return AsItIs()
+            return Unchanged()
         if isinstance(feature, tfds.features.FeaturesDict):
             found = {name: decoders(inner) for name, inner in feature.items()}
             return {name: decoder for name, decoder in found.items() if decoder} or None
@@ -142,24 +139,26 @@ def _plain(feature: Any, value: Any) -> Any:
     if isinstance(feature, tfds.features.FeaturesDict):
         return {name: _plain(inner, value[name]) for name, inner in feature.items() if name in value}
     if isinstance(feature, _sequences()):
-        rows = _transposed(value) if isinstance(value, Mapping) else value
+        rows = _transpose(value) if isinstance(value, Mapping) else value
         return [_plain(feature.feature, row) for row in rows]
     if isinstance(feature, tfds.features.Image):
         return value
     if isinstance(feature, tfds.features.ClassLabel):
         return feature.int2str(int(value)) if value >= 0 else None
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    return _decoded(value)
+    return _decode(value.tolist() if isinstance(value, np.ndarray | np.generic) else value)
 
 
-def _transposed(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _transpose(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A list of dicts, from a dict (of dicts) of lists."""
-    columns = {k: _transposed(column) if isinstance(column, Mapping) else column for k, column in columns.items()}
+    columns = {k: _transpose(column) if isinstance(column, Mapping) else column for k, column in columns.items()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _decoded(value: Any) -> Any:
+def _decode(value: Any) -> Any:
     if isinstance(value, list):
-        return [_decoded(entry) for entry in value]
+        return [_decode(entry) for entry in value]
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _replace_bad_utf8(value: Any) -> Any:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

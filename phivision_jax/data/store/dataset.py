@@ -1,18 +1,19 @@
-"""The directory that holds imported records: what the data engine reads, whatever the data once looked like.
+"""The dataset directory: imported records, which the data engine reads whatever the format of the data was.
 
     DIR/manifest.json             schema, counts, hash of the tokenizer and template; bytes and sha256 of every file
     DIR/records-00000-000.array_record, …    one msgpack map per record: the fields of ``Record``, images as bytes
     DIR/index/text_tokens.npy     [N] i32: tokens of the conversation, images not counted
-    DIR/index/image_offsets.npy   [N + 1] i64: where each record's images begin in image_sizes
+    DIR/index/image_offsets.npy   [N + 1] i64: the beginning of each record's images in image_sizes
     DIR/index/image_sizes.npy     [I, 2] i32: width and height in pixels, records in order
     DIR/index/modes.npy           [N] i8: position in MODES
     DIR/index/tasks.npy           [N] u8: position in TASKS
-    DIR/quarantine.jsonl          what was not imported, and why
+    DIR/quarantine.jsonl          rejected items with their reasons
+    DIR/work.json                 source and options of the import
 
-The plan needs lengths of millions of records and must not decode an image for them, so lengths are written at import.
-The index is mapped, so that however long it is the processes of a machine hold it once, and only what they use of it.
-A directory is self-contained: it holds the images' bytes, whatever paths they came from. ``importing`` writes it under
-another name and renames it at the end, so a directory that exists is whole.
+A plan needs the lengths of millions of records and must not decode an image for them, so import writes the lengths. The
+index is memory-mapped: the processes of a machine share one copy, and load only the parts that they use. A directory is
+self-contained, since it has the bytes of its images. ``importing`` writes it under another name and renames it at the
+end, so a directory that exists is complete.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
 
 SCHEMA = 4
 MANIFEST = "manifest.json"
-_AT_ONCE = 32  # Files looked for at a time: on network storage each takes its while.
+_AT_ONCE = 32  # files checked at a time: on network storage each takes milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What planning needs to know of N records holding I images in all; no image is decoded for it."""
+    """Sizes of N records with I images in total, for planning without decoding an image."""
 
     text_tokens: np.ndarray
     """[N] i32: tokens of the conversation, images not counted."""
@@ -68,7 +69,7 @@ class Index:
 
     @property
     def num_images(self) -> np.ndarray:
-        """[N] i64, made anew each time."""
+        """[N] i64, computed at each access."""
         return np.diff(self.image_offsets)
 
     def sum_images(self, values: np.ndarray) -> np.ndarray:
@@ -89,21 +90,21 @@ class Dataset:
         self.manifest = manifest
         self.index = index
         self.hash = content_hash(manifest)
-        """Two datasets of one hash hold the same records, measured alike."""
+        """Datasets with the same hash have the same records with the same token counts."""
         self._shards = [Shard(directory / s["file"], s["records"]) for s in manifest["shards"]]
         # Number of each shard's first record.
         self._firsts = list(itertools.accumulate((s.records for s in self._shards), initial=0))[:-1]
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Dataset:
-        """Open what an import wrote; the index stays on disk (memory-mapped) until used.
+        """Open a dataset; the index stays on disk (memory-mapped) until used.
 
-        The size of every file is compared with the manifest's, however many there are, some at a time: a copy that was
-        cut off shows here. Content is not looked at: see ``validate``.
+        The size of every file is compared with the manifest, which finds incomplete copies. ``validate`` also checks
+        the content.
 
         Raises:
           FileNotFoundError: when the directory, its manifest or one of its files is missing.
-          ValueError: for another schema version, or a file whose size is not the manifest's.
+          ValueError: for another schema version, or a file of another size than in the manifest.
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
@@ -119,32 +120,29 @@ class Dataset:
         """Record ``i``.
 
         Raises:
-          IndexError: when there is none of this number.
+          IndexError: when there is no such record.
           BadRecord: "unreadable", naming file and record, for bytes that are not what was written.
           OSError: when the file cannot be opened or read.
         """
         if not 0 <= i < len(self):
-            raise IndexError(f"record {i} of {self.directory}, which holds {len(self)}")
+            raise IndexError(f"record {i} of {self.directory}, which has {len(self)}")
         number = bisect.bisect_right(self._firsts, i) - 1
         shard, position = self._shards[number], int(i) - self._firsts[number]
         try:
             return Record.from_bytes(READERS.read(shard, position))
         except (OSError, MemoryError):
             raise
-        except Exception as error:  # Of bytes that are not what was written, anything.
-            raise BadRecord(
-                "unreadable",
-                f"{shard.path}, record {position} of it, cannot be read: {error}; "
-                "phivision data validate names all such",
-            ) from None
+        except Exception as error:  # bytes that are not what was written can raise anything
+            problem = f"record {position} of {shard.path} cannot be read: {error}; phivision data validate lists all"
+            raise BadRecord("unreadable", problem) from None
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """What an import says of the dataset that it wrote.
+    """The manifest of a dataset.
 
     Raises:
       FileNotFoundError: when there is no directory, or no manifest in it.
-      ValueError: when it cannot be read, or is of another schema version.
+      ValueError: when it cannot be parsed, or has another schema version.
     """
     path = directory / MANIFEST
     if not directory.is_dir():
@@ -164,11 +162,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def check_size(directory: Path, file: Mapping[str, Any]) -> None:
-    """Is a file there, as long as its entry in the manifest says?
+    """Compare the size of a file with its entry in the manifest.
 
     Raises:
       FileNotFoundError: when it is missing.
-      ValueError: when it is shorter or longer.
+      ValueError: when they differ.
     """
     path = directory / file["file"]
     try:
@@ -177,8 +175,7 @@ def check_size(directory: Path, file: Mapping[str, Any]) -> None:
         raise FileNotFoundError(f"{path} is missing; copy or import the dataset again") from None
     if size != file["bytes"]:
         raise ValueError(
-            f"{path} holds {size} bytes, the manifest says {file['bytes']}: "
-            "a cut-off copy? Copy or import the dataset again"
+            f"{path} has {size} bytes, {file['bytes']} in the manifest; a cut-off copy? Copy or import it again"
         )
 
 
@@ -194,9 +191,9 @@ def check_processor(dataset: Dataset, processor: Processor) -> None:
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
-    """sha256 over what decides the records and their measures: every file's own, the order of shards, the schema.
+    """sha256 over the hashes of all files, the order of shards and the schema.
 
-    Where the data came from and what was left out of it do not count.
+    The source of the data and rejected items do not count.
     """
     decisive = [manifest["schema"], manifest["text"], manifest["shards"], manifest["index"]]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,9 @@
-"""Datasets written back as JSON lines and image files, for other programs, and so that nobody is locked in.
+"""Export: a dataset as JSON lines and image files, for other programs.
 
     OUT/data.jsonl                one object per record, in order
     OUT/images/ab/ab12….jpg       each image once, byte for byte, under its sha256
 
-Importing OUT gives the same records again: ids, sources, messages, images, modes, tasks, metadata.
+Importing OUT gives the same records again: ids, sources, messages, images, modes, tasks, metadata and lineage.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def export(dataset: Dataset, out: Path, format: Literal["llava", "messages"], *,
     """Write all records of a dataset.
 
     Args:
-      dataset: what to write.
-      out: directory to make; it appears whole or not at all.
-      format: "llava" (image, conversations) or "messages" (role and content, images as parts of the content wherever
-        that says the same).
-      progress: show a bar.
+      dataset: the dataset.
+      out: directory to make; it appears complete or not at all.
+      format: "llava" (image, conversations) or "messages" (role and content, with images as parts of the content where
+        that is equivalent).
+      progress: show a progress bar.
 
     Returns:
       the number of records.
 
     Raises:
-      FileExistsError: when ``out`` is there already.
+      FileExistsError: when ``out`` exists.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another name")
@@ -76,7 +76,7 @@ def _llava(record: Record, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _messages(record: Record, paths: Sequence[str]) -> dict[str, Any]:
-    # An image part stands for a marker and a line break; a marker without one cannot be written as a part.
+    # An image part means a marker and a line break; a marker without one cannot be written as a part.
     texts = [message["content"].split(IMAGE_MARKER + "\n") for message in record.messages]
     if any(IMAGE_MARKER in piece for pieces in texts for piece in pieces):
         return {"images": list(paths), "messages": [dict(message) for message in record.messages]}
@@ -96,11 +96,7 @@ def _weight(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _save(image: bytes | str, folder: Path) -> str:
-    """Write an image where it is not yet.
-
-    Returns:
-      its path in the folder.
-    """
+    """Write an image unless it exists; return its path in the folder."""
     content = image if isinstance(image, bytes) else Path(image).read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     path = f"images/{digest[:2]}/{digest}.{_extension(content)}"
@@ -114,5 +110,5 @@ def _extension(content: bytes) -> str:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return _EXTENSIONS.get(image.format or "", "bin")
-    except Exception:  # Decoders raise anything; what nobody can open is exported all the same.
+    except Exception:  # decoders raise anything; what cannot be opened is exported, too
         return "bin"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phivision_jax.data import quarantine
-from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.quarantine import Quarantined, Tally
 from phivision_jax.data.records import Record
 from phivision_jax.data.sources.memory import RecordsSource
 from phivision_jax.data.sources.source import Source
@@ -79,8 +79,7 @@ def import_source(
         bad += len(summary["quarantine"])
         if bad > max_bad * len(source):
             file = write_quarantine(directory, work.committed(directory))
-            rejected = (Quarantined.from_line(line) for line in file.open("rb"))
-            quarantine.check_share(rejected, len(source), max_bad, file)
+            Tally(map(Quarantined.from_line, file.read_bytes().splitlines())).check(len(source), max_bad, file)
 
     job = _work(source, processor, chunk or work.default_chunk(len(source)), shard_bytes, decode)
     finish = functools.partial(write_index_and_manifest, text=processor.text_fingerprint)

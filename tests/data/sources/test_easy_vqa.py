@@ -11,7 +11,7 @@ from phivision_jax.data.sources.easy_vqa import easy_vqa, question_only_baseline
 
 
 def pairs(records: list[Record]) -> collections.Counter:
-    """Every (image, question, answer), in whatever record it stands."""
+    """Count every (image, question, answer) of all records."""
     found: collections.Counter = collections.Counter()
     for record in records:
         texts = [m["content"] for m in record.messages]
@@ -22,7 +22,7 @@ def pairs(records: list[Record]) -> collections.Counter:
     return found
 
 
-def test_every_question_is_used_exactly_once():
+def test_easy_vqa_uses_each_question_once():
     single, grouped = easy_vqa("train"), easy_vqa("train", questions_per_record=6)
     assert len(single) == 38_575 and len({r.id for r in single}) == 38_575
     assert pairs(single) == pairs(grouped)
@@ -31,19 +31,19 @@ def test_every_question_is_used_exactly_once():
     assert max(len(r.messages) for r in grouped) == 12
 
 
-def test_the_seed_decides_how_questions_are_grouped():
+def test_easy_vqa_seed_groups_questions():
     first, again, other = (easy_vqa("train", questions_per_record=3, seed=s, max_images=20) for s in (1, 1, 2))
     assert first == again
     assert first != other and pairs(first) == pairs(other)
 
 
-def test_a_record():
+def test_easy_vqa_record():
     record = easy_vqa("test", max_images=1)[0]
     assert (record.mode, record.task, record.source) == ("nothink", "general", "easy_vqa/test")
     assert Image.open(io.BytesIO(record.images[0])).size == (64, 64)
 
 
-def test_question_only_baseline_of_the_whole_set():
+def test_question_only_baseline_full_set():
     assert question_only_baseline(easy_vqa("train"), easy_vqa("test")) == pytest.approx(0.670, abs=5e-4)
 
 
@@ -58,7 +58,7 @@ def test_question_only_baseline_by_hand():
     assert question_only_baseline(train, test) == 3 / 4
 
 
-def test_errors():
+def test_easy_vqa_errors():
     with pytest.raises(ValueError, match="'train' and 'test', not 'dev'"):
         easy_vqa("dev")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least 1"):

@@ -56,22 +56,22 @@ def talk(question: str = "what?", answer: str = "that") -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
-def said(*contents: str) -> tuple[dict[str, str], ...]:
+def turns_of(*contents: str) -> tuple[dict[str, str], ...]:
     roles = ["user", "assistant"] * len(contents)
     return tuple({"role": role, "content": content} for role, content in zip(roles, contents, strict=False))
 
 
-def test_llava(folder):
+def test_reader_llava(folder):
     item = {"id": 17, "image": "in/1.png", "conversations": talk("<image>\nwhat?"), "mode": "think", "task": "chart",
             "source": "charts", "difficulty": 3, "metadata": {"by": "me"}}  # fmt: skip
     assert record(item, folder) == Record(
-        "17", "charts", (PNG[1],), said("<image>\nwhat?", "that"), "think", "chart", {"by": "me", "difficulty": 3}
+        "17", "charts", (PNG[1],), turns_of("<image>\nwhat?", "that"), "think", "chart", {"by": "me", "difficulty": 3}
     )
-    assert record({"conversations": talk()}) == Record("made.json:7", "made", (), said("what?", "that"), "nothink")
+    assert record({"conversations": talk()}) == Record("made.json:7", "made", (), turns_of("what?", "that"), "nothink")
     assert record({"image": "in/1.png", "conversations": talk("<image>")}, folder / "x", images=folder).images
 
 
-def test_openai_messages_with_parts(folder):
+def test_reader_openai_parts(folder):
     uri = "data:image/png;base64," + base64.b64encode(PNG[3]).decode()
     content = [
         {"type": "text", "text": "left:"},
@@ -82,14 +82,14 @@ def test_openai_messages_with_parts(folder):
         {"type": "image_url", "image_url": "in/2.png"},
     ]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
-    made = record({"messages": messages, "images": ["0.png", {"bytes": PNG[1]}]}, folder)
-    assert made.images == (PNG[3], PNG[0], PNG[1], PNG[0], PNG[2])
+    found = record({"messages": messages, "images": ["0.png", {"bytes": PNG[1]}]}, folder)
+    assert found.images == (PNG[3], PNG[0], PNG[1], PNG[0], PNG[2])
     parts = [{"type": "image"} if p["type"] == "image_url" else p for p in content]
     plain, _ = flatten([{"role": "user", "content": parts}])
-    assert made.messages[0]["content"] == plain[0]["content"]
+    assert found.messages[0]["content"] == plain[0]["content"]
 
 
-def test_the_nulls_with_which_parquet_fills_structs(folder):
+def test_reader_ignores_nulls_of_structs(folder):
     parts = [
         {"type": "image", "text": None, "image": None, "index": 0},
         {"type": "text", "text": "what?", "image": None, "index": None},
@@ -102,37 +102,40 @@ def test_the_nulls_with_which_parquet_fills_structs(folder):
         "conversations": None,
         "image": {"bytes": None, "path": None},
     }
-    assert record(item, folder).messages == said("<image>\nwhat?", "that")
+    assert record(item, folder).messages == turns_of("<image>\nwhat?", "that")
     parts[0]["index"] = 1
     assert refused(item, folder).reason == "fields"
 
 
 @pytest.mark.parametrize("empty", [None, "", [], [None], {"bytes": None, "path": None}])
-def test_no_image(empty):
+def test_reader_empty_image_is_none(empty):
     assert record({"image": empty, "conversations": talk()}).images == ()
 
 
-def test_zero_bytes_are_an_image():
+def test_reader_zero_bytes_are_an_image():
     assert record({"image": b"", "conversations": talk("<image>")}).images == (b"",)
 
 
-def test_the_cauldron_and_questions_get_their_markers(folder):
+def test_reader_prepends_markers(folder):
     texts = [{"user": "what?", "assistant": "that", "source": "x"}, {"user": "and?", "assistant": "this"}]
-    made = record({"images": ["0.png", "1.png"], "texts": texts}, folder)
-    assert made.messages == said("<image>\n<image>\nwhat?", "that", "and?", "this") and made.images == (PNG[0], PNG[1])
-    made = record({"image": "0.png", "question": "what?", "answers": ["that", "this"]}, folder)
-    assert made.messages == said("<image>\nwhat?", "that") and made.metadata == {}
-    made = record({"image": "0.png", "question": "what is <image>?", "answer": "that", "answers": ["x"]}, folder)
-    assert made.messages == said("what is <image>?", "that") and made.metadata == {"answers": ["x"]}
+    found = record({"images": ["0.png", "1.png"], "texts": texts}, folder)
+    assert found.messages == turns_of("<image>\n<image>\nwhat?", "that", "and?", "this") and found.images == (
+        PNG[0],
+        PNG[1],
+    )
+    found = record({"image": "0.png", "question": "what?", "answers": ["that", "this"]}, folder)
+    assert found.messages == turns_of("<image>\nwhat?", "that") and found.metadata == {}
+    found = record({"image": "0.png", "question": "what is <image>?", "answer": "that", "answers": ["x"]}, folder)
+    assert found.messages == turns_of("what is <image>?", "that") and found.metadata == {"answers": ["x"]}
 
 
-def test_a_dict_of_lists_is_a_list_of_dicts():
-    made = record({"conversations": {"from": ["human", "gpt"], "value": ["what?", "that"]}})
-    assert made.messages == said("what?", "that")
+def test_reader_dict_of_lists():
+    found = record({"conversations": {"from": ["human", "gpt"], "value": ["what?", "that"]}})
+    assert found.messages == turns_of("what?", "that")
     assert refused({"conversations": {"from": ["human"], "value": ["what?", "that"]}}).reason == "fields"
 
 
-def test_ids():
+def test_reader_ids():
     assert record({"uid": 3.5, "question_id": 2, "conversations": talk()}).metadata == {"question_id": 2}
     assert record({"id": "", "uid": None, "question_id": 0, "conversations": talk()}).id == "0"
     bad = refused({"id": 5})
@@ -140,11 +143,11 @@ def test_ids():
     assert refused({"id": [5], "conversations": talk()}).id == "made.json:7"
 
 
-def test_renamed_fields():
+def test_reader_renames_fields():
     item = {"prompt": "what?", "caption": "that", "number": 4, "id": "theirs", "question": "lost"}
     options = {"rename": ("prompt=question", "caption=answer", "number=id", "absent=task")}
-    made = record(item, **options)
-    assert made.id == "4" and made.messages == said("what?", "that") and made.metadata == {}
+    found = record(item, **options)
+    assert found.id == "4" and found.messages == turns_of("what?", "that") and found.metadata == {}
     assert refused(item | {"caption": 3}, **options).id == "4"
 
 
@@ -165,7 +168,7 @@ def test_renamed_fields():
         ([" <|dummy_84|>a"], "nothink", "nothink", "nothink", "stated"),
     ],
 )
-def test_modes(answers, stated, default, mode, mode_from):
+def test_settle_mode(answers, stated, default, mode, mode_from):
     turns = [turn for answer in answers for turn in talk("what is <think>?", answer)]
     result = read({"conversations": turns, "mode": stated}, default_mode=default)
     assert isinstance(result, Read) and (result.record.mode, result.mode_from) == (mode, mode_from)
@@ -178,15 +181,15 @@ def test_modes(answers, stated, default, mode, mode_from):
     [
         ("\nred\n</think>yes", None, "<think>\nred\n</think>yes", "think"),
         ("</think>yes", "think", "<think></think>yes", "think"),
-        ("red</think>yes", "nothink", "red</think>yes", "nothink"),  # what check then quarantines
+        ("red</think>yes", "nothink", "red</think>yes", "nothink"),  # quarantined by the check of records
         ("<|dummy_84|>red</think>yes", None, "red</think>yes", "nothink"),
         ("red</think>or</think>yes", None, "red</think>or</think>yes", "nothink"),
         ("write <think> and </think>", None, "write <think> and </think>", "nothink"),
     ],
 )
-def test_thoughts_that_began_in_the_prompt(answer, stated, kept, mode):
+def test_settle_mode_restores_think_tag(answer, stated, kept, mode):
     result = read({"conversations": talk("what is </think>?", answer), "mode": stated})
-    assert isinstance(result, Read) and result.record.messages == said("what is </think>?", kept)
+    assert isinstance(result, Read) and result.record.messages == turns_of("what is </think>?", kept)
     assert result.record.mode == mode
     if kept != answer:
         assert result.mode_from == ("stated" if stated else "inferred")
@@ -195,11 +198,11 @@ def test_thoughts_that_began_in_the_prompt(answer, stated, kept, mode):
 @pytest.mark.parametrize(
     "form", [("conversations", "from", "value", "gpt"), ("messages", "role", "content", "assistant")]
 )
-def test_weights(form):
+def test_reader_weights(form):
     field, role, content, assistant = form
 
-    def weighted(weight: Any, of: str = assistant) -> dict[str, Any]:
-        return {field: [*talk(), {role: of, content: "x", "weight": weight}]}
+    def weighted(weight: Any, speaker: str = assistant) -> dict[str, Any]:
+        return {field: [*talk(), {role: speaker, content: "x", "weight": weight}]}
 
     for weight in (0, 0.0):
         assert record(weighted(weight)).messages[2] == {"role": "assistant", "content": "x", "weight": 0}
@@ -210,7 +213,7 @@ def test_weights(form):
         assert refused(weighted(weight)).reason == "fields" and "weight" in refused(weighted(weight)).detail
 
 
-def test_links_into_other_folders(folder):
+def test_reader_also_allow(folder):
     (folder / "pictures").mkdir()
     (folder / "pictures" / "1.png").symlink_to(folder / "in" / "1.png")
     item = {"image": "1.png", "conversations": talk("<image>")}
@@ -219,31 +222,31 @@ def test_links_into_other_folders(folder):
     assert record(item, folder / "pictures", also_allow=(folder / "x", folder / "in")).images == (PNG[1],)
 
 
-def test_what_to_do_with_other_meanings_of_our_fields():
-    for field, value, says in (
+def test_reader_suggests_rename():
+    for field, value, hint in (
         ("task", "vqa", "choose from general"),
         ("mode", "cot", "think, nothink"),
         ("source", [1], "list"),
     ):
         item = {"conversations": talk(), field: value}
         bad = refused(item)
-        assert bad.reason == "fields" and says in bad.detail
+        assert bad.reason == "fields" and hint in bad.detail
         assert f"--rename {field}=dataset_{field} keeps it as metadata" in bad.detail
-        made = record(item, rename=(f"{field}=dataset_{field}",), task="ocr")
-        assert made.metadata == {f"dataset_{field}": value} and made.task == "ocr"
+        found = record(item, rename=(f"{field}=dataset_{field}",), task="ocr")
+        assert found.metadata == {f"dataset_{field}": value} and found.task == "ocr"
 
 
-def test_an_item_without_a_conversation_is_described():
+def test_reader_describes_item_without_conversation():
     bad = refused({"id": 1, "prompt": "a", "caption": "b", "nothing": None})
     assert bad.detail.endswith(", only id, prompt, caption (--rename theirs=ours)")
 
 
-def test_system_messages():
+def test_reader_system_messages():
     turns = [{"from": "system", "value": "be kind"}, *talk(), {"from": "system", "value": "be brief"}, *talk()]
     assert [m["role"] for m in record({"conversations": turns}).messages][::3] == ["system", "system"]
     moved = record({"conversations": turns}, system="user").messages
-    assert moved == said("be kind\n\nbe brief\n\nwhat?", "that", "what?", "that")
-    assert record({"conversations": turns}, system="drop").messages == said("what?", "that", "what?", "that")
+    assert moved == turns_of("be kind\n\nbe brief\n\nwhat?", "that", "what?", "that")
+    assert record({"conversations": turns}, system="drop").messages == turns_of("what?", "that", "what?", "that")
     for policy in ("template", "user", "drop"):
         result = read({"conversations": turns}, system=policy)
         assert isinstance(result, Read) and result.system and result.where == "made.json, item 7"
@@ -253,7 +256,7 @@ def test_system_messages():
     assert refused({"conversations": [turns[0], talk()[1]]}, system="user").reason == "role"
 
 
-def test_metadata_keeps_what_can_be_written_back():
+def test_reader_metadata_keeps_storable_values():
     deep: Any = 0
     for _ in range(900):
         deep = [deep]
@@ -266,8 +269,8 @@ def test_metadata_keeps_what_can_be_written_back():
         "key": {1: 2},
         "deep": deep,
     }
-    made = record({"conversations": talk(), **rest, **lost})
-    assert made.metadata == rest == Record.from_bytes(made.to_bytes()).metadata == json.loads(json.dumps(rest))
+    found = record({"conversations": talk(), **rest, **lost})
+    assert found.metadata == rest == Record.from_bytes(found.to_bytes()).metadata == json.loads(json.dumps(rest))
     assert record({"conversations": talk(), "metadata": "x"}).metadata == {"metadata": "x"}
     assert record({"conversations": talk(), "metadata": None}).metadata == {}
 
@@ -307,7 +310,7 @@ def test_metadata_keeps_what_can_be_written_back():
         ("image-count", {"texts": [{"user": "<image>", "assistant": "a"}], "images": PNG[:2]}),
     ],
 )
-def test_what_is_refused(reason, item):
+def test_reader_rejects(reason, item):
     bad = refused(item)
     assert (bad.reason, bad.source, bad.where) == (reason, "made", "made.json, item 7") and len(bad.detail) > 5
     bad.to_line().decode()
@@ -324,18 +327,18 @@ def test_what_is_refused(reason, item):
         {"conversations": talk(), "lineage": ["\ud800"]},
     ],
 )
-def test_lone_surrogates_are_left_to_the_check_of_records(item):
+def test_check_record_rejects_lone_surrogates(item):
     with pytest.raises(BadRecord) as raised:
         check_record(record(item), decode=False)
     assert raised.value.reason == "encoding"
 
 
-def test_a_misspelt_task_is_named():
+def test_reader_suggests_task():
     assert "did you mean 'chart'?" in refused({"conversations": talk(), "task": "charts"}).detail
     assert refused({"conversations": talk()}, default_mode="refuse").reason == "mode"
 
 
-def test_options_as_json():
+def test_item_options_key():
     options = ItemOptions(images=Path("x"), also_allow=(Path("y"),), rename=("a=id",), inline_boxes="unit")
     assert json.loads(json.dumps(options.key())) == options.key()
     assert options.key() != dataclasses.replace(options, images=None).key() != ItemOptions().key()
@@ -350,7 +353,7 @@ def shown(text: str, objects: Any = None, images: Any = PNG[:1], **options: Any)
     return record(item, **options).messages[0]["content"].replace("<image>", "")
 
 
-def test_boxes_and_points_by_hand():
+def test_coordinates_by_hand():
     objects = {"ref": ["a cup", "<bbox>"], "bbox": [[6, 4, 12.0, 16], [0, 0, 24, 16]], "point": [[3, 12]]}
     text = "<ref> at <bbox>, <ref> at <point>, all <bbox>"
     expected = "a cup at [0.250, 0.250, 0.500, 1.000], <bbox> at [0.125, 0.750], all [0.000, 0.000, 1.000, 1.000]"
@@ -363,14 +366,14 @@ def test_boxes_and_points_by_hand():
     assert shown("a <ref> and a <bbox>") == "a <ref> and a <bbox>"
 
 
-def test_each_box_is_of_its_own_image():
+def test_coordinates_of_several_images():
     wide = png(240, 16)
     objects = {"bbox": [[6, 4, 12, 16], [6, 4, 12, 16]], "point": [[12, 8]], "image_id": [1, 0, 1]}
     text = shown("<bbox> <bbox> <point>", objects, images=[PNG[0], wide])
     assert text == "[0.025, 0.250, 0.050, 1.000] [0.250, 0.250, 0.500, 1.000] [0.050, 0.500]"
 
 
-def test_pixels_are_those_of_the_upright_image():
+def test_coordinates_of_upright_image():
     exif = Image.Exif()
     exif[0x0112] = 6  # 24 x 16 in the file, 16 x 24 as it is seen
     file = io.BytesIO()
@@ -378,7 +381,7 @@ def test_pixels_are_those_of_the_upright_image():
     assert shown("<point>", {"point": [[16, 12]]}, images=[file.getvalue()]) == "[1.000, 0.500]"
 
 
-def test_lists_in_the_text():
+def test_coordinates_inline():
     text = "from [0, 0] to [ 12,8.0 ], box [6, 4, 12, 16]; not [1, 2, 3], [1], (3, 4) or [a, b]"
     expected = (
         "from [0.000, 0.000] to [0.500, 0.500], box [0.250, 0.250, 0.500, 1.000]; not [1, 2, 3], [1], (3, 4) or [a, b]"
@@ -412,12 +415,12 @@ def test_lists_in_the_text():
         ("fields", "<ref>", ["a"]),
     ],
 )
-def test_coordinates_that_are_refused(reason, text, objects):
+def test_coordinates_rejected(reason, text, objects):
     item = {"conversations": talk("<image>" + text), "image": PNG[0], "objects": objects}
     assert refused(item).reason == reason
 
 
-def test_other_bad_coordinates():
+def test_coordinates_of_broken_image():
     item = {"conversations": talk("<image><point>"), "image": PNG[0][:20], "objects": {"point": [[1, 1]]}}
     assert refused(item).reason == "image-broken"
     item = {"conversations": talk("<image><image><point>"), "images": PNG[:2], "objects": {"point": [[1, 1]]}}
@@ -446,7 +449,7 @@ ODD = st.recursive(
 
 @settings(max_examples=300)
 @given(ODD)
-def test_anything_is_a_record_or_quarantined(item):
+def test_reader_any_item(item):
     result = read(item, Path("/nonexistent"), boxes="unit", inline_boxes="unit", system="user")
     if isinstance(result, Read):
         with contextlib.suppress(BadRecord):

@@ -175,7 +175,7 @@ ARRAY = as_array([item(i) for i in range(6)])
 )  # fmt: skip
 @pytest.mark.parametrize("window", [64 * 2**20, 90])
 def test_array_with_broken_syntax_is_one_error(damage, element, problem, window, tmp_path, monkeypatch):
-    """Nothing tells where the next item begins, so nothing is skipped silently: the error has the position."""
+    """It is not certain where the next item begins, so none is skipped: the error has the position."""
     raw = damage(ARRAY)
     (tmp_path / "made.json").write_bytes(raw)
     with pytest.raises(ValueError, match=problem) as raised, (tmp_path / "made.json").open("rb") as file:

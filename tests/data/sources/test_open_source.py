@@ -28,7 +28,7 @@ def write_parquet(path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.JSONL", "a.ndjson", "a.txt", "a.parquet", "a.pq", "a"])
-def test_files_by_their_extension(tmp_path, name):
+def test_open_source_by_extension(tmp_path, name):
     path = tmp_path / name
     if name in ("a.parquet", "a.pq"):
         write_parquet(path)
@@ -41,7 +41,7 @@ def test_files_by_their_extension(tmp_path, name):
     assert isinstance(open_source(path, options=OPTIONS, format="json"), JsonSource)
 
 
-def test_folders_by_what_they_hold(tmp_path):
+def test_open_source_by_folder(tmp_path):
     with pytest.raises(ValueError, match=r"nothing that can be read: looked for \.json"):
         open_source(tmp_path, options=OPTIONS)
     (tmp_path / "state.json").write_text("{}")
@@ -56,7 +56,7 @@ def test_folders_by_what_they_hold(tmp_path):
     assert isinstance(open_source(tmp_path, options=OPTIONS, format="json"), JsonSource)
 
 
-def test_splits_of_a_folder(tmp_path):
+def test_files_of_split(tmp_path):
     def names(split: str = "train") -> tuple[str, str]:
         read, left_out = files_of_split(tmp_path, "json", split)
         assert sorted(read + left_out) == sorted(tmp_path.iterdir())
@@ -70,7 +70,7 @@ def test_splits_of_a_folder(tmp_path):
     with pytest.raises(ValueError, match=r"no json file of split 'train', only test\.jsonl"):
         open_source(tmp_path, options=OPTIONS)
     add("part-0.jsonl", "testimony.jsonl")
-    assert names() == ("part-0.jsonl, testimony.jsonl", "test.jsonl"), "no name of a split is train"
+    assert names() == ("part-0.jsonl, testimony.jsonl", "test.jsonl"), "files without a split are train"
     assert names("test") == ("test.jsonl", "part-0.jsonl, testimony.jsonl") and names("part")[0] == "part-0.jsonl"
     add("train.jsonl", "shapes_test.json", "shapes-Validation.json", "x_val.json")
     assert names() == (
@@ -88,7 +88,7 @@ def test_splits_of_a_folder(tmp_path):
     )
 
 
-def test_files_one_folder_down(tmp_path):
+def test_open_source_subfolders(tmp_path):
     for folder in (".cache", "config", "empty"):
         (tmp_path / folder).mkdir()
     for folder in (".cache", "config"):
@@ -98,17 +98,17 @@ def test_files_one_folder_down(tmp_path):
     with pytest.raises(ValueError, match=r"parquet files in 2 subfolders \(config, empty\): give one of them"):
         open_source(tmp_path, options=OPTIONS)
     write_parquet(tmp_path / "train-0.parquet")
-    assert len(open_source(tmp_path, options=OPTIONS)) == 1, "what lies in the folder itself comes first"
+    assert len(open_source(tmp_path, options=OPTIONS)) == 1, "the folder itself comes first"
 
 
-def test_compressed_files(tmp_path):
+def test_open_source_compressed(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"{}"))
     for path in (tmp_path, tmp_path / "a.jsonl.gz"):
         with pytest.raises(ValueError, match=r"a\.jsonl\.gz is compressed: unpack it first"):
             open_source(path, options=OPTIONS)
 
 
-def test_what_is_not_there(tmp_path):
+def test_open_source_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file or folder"):
         open_source(tmp_path / "x.json", options=OPTIONS)
     with pytest.raises(ValueError, match="read as tfds, not as json"):
@@ -117,7 +117,7 @@ def test_what_is_not_there(tmp_path):
         open_source(tmp_path, options=OPTIONS, format="csv")  # type: ignore[arg-type]
 
 
-def test_records_in_memory(tmp_path):
+def test_records_source(tmp_path):
     (tmp_path / "1.png").write_bytes(mixed_records(2)[1].images[0])  # type: ignore[arg-type]
     by_path = make_record(1, images=(str(tmp_path / "1.png"),))
     odd = make_record(9, (), messages=({"content": None},))  # left to the check of records
@@ -134,6 +134,6 @@ def test_records_in_memory(tmp_path):
     assert RecordsSource(records[1:], "mine").key() != source.key()
 
 
-def test_easy_vqa_as_a_source():
+def test_records_source_of_easy_vqa():
     records = easy_vqa("test", max_images=3)
     assert [r.record for r in RecordsSource(records).read(0, len(records))] == records  # type: ignore[union-attr]

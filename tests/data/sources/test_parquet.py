@@ -69,7 +69,7 @@ def test_messages_with_image_structs(tmp_path):
     assert two.record.images == ()
 
 
-def test_the_cauldron_and_llava_columns(tmp_path):
+def test_parquet_cauldron_and_llava(tmp_path):
     texts = [[{"user": "what?", "assistant": "that", "source": "x"}]]
     table = pa.table(
         {
@@ -93,7 +93,7 @@ def test_the_cauldron_and_llava_columns(tmp_path):
     assert isinstance(one, Read) and one.record.images == (PNG[1],) and len(one.record.messages) == 2
 
 
-def test_a_folder_of_parts(tmp_path):
+def test_parquet_folder(tmp_path):
     folder = tmp_path / "made" / "data"
     folder.mkdir(parents=True)
     for k, n in enumerate((5, 3)):
@@ -113,17 +113,17 @@ def test_a_folder_of_parts(tmp_path):
 
 @settings(max_examples=30)
 @given(st.lists(st.integers(1, 150), min_size=1, max_size=3), st.integers(1, 200), st.data())
-def test_ranges_add_up(tmp_path_factory, parts, group, data):
+def test_parquet_ranges_add_up(tmp_path_factory, parts, group, data):
     folder = tmp_path_factory.mktemp("x")
     for k, n in enumerate(parts):
         pq.write_table(questions(1000 * k, n), folder / f"{k}.parquet", row_group_size=group)
     source = ParquetSource(folder, OPTIONS)
-    whole = [f"r{1000 * k + i}" for k, n in enumerate(parts) for i in range(n)]
-    a, b = sorted(data.draw(st.tuples(*[st.integers(0, len(whole))] * 2)))
-    assert ids(read(source, a, b)) == whole[a:b] and len(source) == len(whole)
+    expected = [f"r{1000 * k + i}" for k, n in enumerate(parts) for i in range(n)]
+    a, b = sorted(data.draw(st.tuples(*[st.integers(0, len(expected))] * 2)))
+    assert ids(read(source, a, b)) == expected[a:b] and len(source) == len(expected)
 
 
-def test_broken_text_costs_its_row(tmp_path):
+def test_parquet_broken_utf8_loses_one_row(tmp_path):
     def column(*values: bytes) -> pa.Array:
         return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
 
@@ -139,7 +139,7 @@ def test_broken_text_costs_its_row(tmp_path):
     assert ids(results) == ["r0", "r1:encoding", "made.parquet:3:encoding", "r3"]
 
 
-def test_a_row_group_that_cannot_be_read(tmp_path):
+def test_parquet_unreadable_row_group(tmp_path):
     path = tmp_path / "made.parquet"
     pq.write_table(questions(0, 300), path, row_group_size=100)
     raw = bytearray(path.read_bytes())
@@ -156,8 +156,8 @@ def test_a_row_group_that_cannot_be_read(tmp_path):
     assert read(open_(path), 150, 250) == results[150:250]
 
 
-def test_chunks_of_a_large_row_group_are_read_once(tmp_path, monkeypatch):
-    """Whoever reads chunk after chunk decodes each row once, with another worker's chunks between them too."""
+def test_parquet_chunks_read_row_group_once(tmp_path, monkeypatch):
+    """Reading consecutive chunks decodes each row once, also with another worker's chunks between them."""
     decoded = []
     rows_of = parquet._rows
 
@@ -180,11 +180,13 @@ def test_chunks_of_a_large_row_group_are_read_once(tmp_path, monkeypatch):
     assert ids(read(source, 61, 63)) == ["r61", "r62"] == ids(read(pickle.loads(pickle.dumps(source)), 61, 63))
 
 
-def test_large_rows_are_decoded_a_few_at_a_time(tmp_path, monkeypatch):
+def test_parquet_large_rows_decoded_in_small_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "BATCH_BYTES", 50_000)
     asked = []
-    whole = pq.ParquetFile.iter_batches
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, n, **k: asked.append(n) or whole(self, n, **k))
+    iter_batches = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(
+        pq.ParquetFile, "iter_batches", lambda self, n, **k: asked.append(n) or iter_batches(self, n, **k)
+    )
     for k, size in enumerate((10, 10_000, 200_000)):
         blobs = pa.array([bytes([i]) * size for i in range(20)], pa.binary())
         table = questions(0, 20).append_column("blob", blobs)
@@ -194,7 +196,7 @@ def test_large_rows_are_decoded_a_few_at_a_time(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"hello" * 99, None])
-def test_files_that_cannot_be(tmp_path, content):
+def test_parquet_rejects_damaged_file(tmp_path, content):
     path = tmp_path / "made.parquet"
     pq.write_table(questions(0, 9), path)
     path.write_bytes(path.read_bytes()[:-20] if content is None else content)
@@ -202,7 +204,7 @@ def test_files_that_cannot_be(tmp_path, content):
         open_(path)
 
 
-def test_no_rows(tmp_path):
+def test_parquet_without_rows(tmp_path):
     pq.write_table(questions(0, 0), tmp_path / "made.parquet")
     with pytest.raises(ValueError, match="has no items"):
         open_(tmp_path / "made.parquet")

@@ -36,7 +36,7 @@ class Made(tfds.core.GeneratorBasedBuilder):
                 "kind": f.ClassLabel(names=["easy", "hard"]),
                 "sizes": f.Sequence(f.Tensor(shape=(2,), dtype=np.int64)),
                 "facts": {"tags": f.Sequence(f.Text()), "thumb": f.Image(), "seen": np.bool_, "score": np.float32},
-                "steps": f.Dataset({"says": f.Text(), "picture": f.Image()}),
+                "steps": f.Dataset({"text": f.Text(), "image": f.Image()}),
             }
         )
         return tfds.core.DatasetInfo(builder=self, features=features)
@@ -46,20 +46,20 @@ class Made(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, n: int):
         for i in range(n):
-            pictures = PNG[: i % 3]
+            images = PNG[: i % 3]
             yield (
                 i,
                 {
                     "id": f"r{i}" if i != 4 else b"r\xff",
-                    "images": [io.BytesIO(image) for image in pictures],
+                    "images": [io.BytesIO(image) for image in images],
                     "conversations": [
-                        {"from": "human", "value": "<image>" * len(pictures) + "wäs?"},
+                        {"from": "human", "value": "<image>" * len(images) + "wäs?"},
                         {"from": "gpt", "value": b"\xff" if i == 3 else "that"},
                     ],
                     "kind": i % 2,
-                    "sizes": [[24, 16]] * len(pictures),
+                    "sizes": [[24, 16]] * len(images),
                     "facts": {"tags": ["a"] * i, "thumb": io.BytesIO(PNG[0]), "seen": i > 1, "score": 0.5},
-                    "steps": [{"says": "x", "picture": io.BytesIO(PNG[0])}],
+                    "steps": [{"text": "x", "image": io.BytesIO(PNG[0])}],
                 },
             )
 
@@ -76,11 +76,11 @@ def by_id(source) -> dict:
     return {r.record.id if isinstance(r, Read) else r.id: r for r in results}
 
 
-def test_examples(directory):
+def test_tfds_examples(directory):
     source = pickle.loads(pickle.dumps(TfdsSource(str(directory), ItemOptions())))
     assert (source.name, len(source)) == ("made", 5)
     found = by_id(source)
-    # TFDS shuffles by key. Broken text is named by the id where that is sound.
+    # TFDS shuffles by key. An example with broken text has its own id, as far as that can be decoded.
     assert len(found) == 5 and {"r0", "r1", "r2", "r3", "r\ufffd"} == set(found)
     assert found["r3"].reason == found["r\ufffd"].reason == "encoding"
     for i in range(3):
@@ -88,36 +88,36 @@ def test_examples(directory):
         assert record.images == tuple(PNG[:i]), "encoded files, byte for byte"
         assert record.messages[0] == {"role": "user", "content": "<image>" * i + "wäs?"}
         assert record.metadata == {"kind": ["easy", "hard"][i % 2], "sizes": [[24, 16]] * i}, (
-            "what holds bytes is left out"
+            "values with bytes are dropped"
         )
     assert json.loads(json.dumps(source.key())) == source.key()
 
 
-def test_ranges_splits_and_options(directory):
+def test_tfds_ranges_splits_and_options(directory):
     source = TfdsSource(str(directory), ItemOptions())
-    whole = list(source.read(0, 5))
-    assert list(source.read(0, 2)) + list(source.read(2, 5)) == whole == list(source.read(0, 5))
-    assert [r.where for r in whole][4] == "made, split train, example 5"
+    results = list(source.read(0, 5))
+    assert list(source.read(0, 2)) + list(source.read(2, 5)) == results == list(source.read(0, 5))
+    assert [r.where for r in results][4] == "made, split train, example 5"
     assert len(TfdsSource(str(directory), ItemOptions(), split="train[:2]")) == 2
     test = open_source(directory, split="test", options=ItemOptions(task="ocr"), name="mine")
     assert (test.name, len(test), by_id(test)["r0"].record.task) == ("mine", 1, "ocr")
     assert test.key() != source.key()
 
 
-def test_nested_features(directory):
-    """A text inside a Dataset of dicts, and a flag inside a dict."""
+def test_tfds_nested_features(directory):
+    """Features inside a Dataset of dicts and inside a dict become Python values."""
     options = ItemOptions(rename=("steps=texts",))
     source = TfdsSource(str(directory), options)
     features, examples = source._builder.info.features, source._examples
     from phivision_jax.data.sources.tfds import _plain
 
     item = next(_plain(features, e) for e in examples if e["id"] == b"r2")
-    assert item["steps"] == [{"says": "x", "picture": PNG[0]}]
+    assert item["steps"] == [{"text": "x", "image": PNG[0]}]
     assert item["facts"] == {"tags": ["a", "a"], "thumb": PNG[0], "seen": True, "score": 0.5}
     assert item["conversations"][1] == {"from": "gpt", "value": "that"}
 
 
-def test_what_cannot_be_opened(directory, tmp_path, monkeypatch):
+def test_tfds_rejects(directory, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="split 'dev'"):
         TfdsSource(str(directory), ItemOptions(), split="dev")
     with pytest.raises(ValueError, match="cannot open no_such_set"):
@@ -130,7 +130,7 @@ def test_what_cannot_be_opened(directory, tmp_path, monkeypatch):
         TfdsSource(str(directory), ItemOptions())
 
 
-def test_tensorflow_is_not_imported(directory):
+def test_tfds_does_not_import_tensorflow(directory):
     program = f"""
 import sys
 from phivision_jax.data.sources.open_source import open_source

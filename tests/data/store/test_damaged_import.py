@@ -1,4 +1,4 @@
-"""One record in ten is damaged, in every way there is: each is named once, and all others are trained on."""
+"""One record in ten is damaged, in every known way: each is listed once, and all others are trained on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize("records", [600, pytest.param(50_000, marks=pytest.mark.slow)])
-def test_every_good_record_is_seen_and_every_bad_one_named_once(tmp_path, processor, records):
+def test_damaged_source_loses_only_bad_records(tmp_path, processor, records):
     damaged = make(tmp_path / "raw", records, records // 10, seed=records)
     assert set(damaged.values()) == set(KINDS)
     words = [tmp_path / "raw/data.jsonl", tmp_path / "set", "--images", tmp_path / "raw/images", "--max-bad", "0.2"]
@@ -38,7 +38,7 @@ def test_every_good_record_is_seen_and_every_bad_one_named_once(tmp_path, proces
     for _, info in batches([dataset], plan, processor, batch_rows=8):
         log.add(info.failed, sum(map(len, info.record_ids)))
         seen.update(record_id for row in info.record_ids for record_id in row)
-        seen.subtract(hole.id for hole in info.failed)
+        seen.subtract(bad.id for bad in info.failed)
 
     named = [
         json.loads(line)
@@ -49,6 +49,6 @@ def test_every_good_record_is_seen_and_every_bad_one_named_once(tmp_path, proces
     assert all(bad["source"] == "data" and bad["detail"] and bad["where"] for bad in named)
     good = {f"r{i:06d}" for i in range(records)} - set(damaged)
     assert {record_id for record_id, count in seen.items() if count} == good and set(seen.values()) <= {0, 1}
-    # What no header tells is what is left to training.
+    # Damage that no header shows is left to training.
     at_training = {damaged[json.loads(line)["id"]] for line in (tmp_path / "run.jsonl").read_text().splitlines()}
     assert at_training <= {"truncated_jpeg", "truncated_png", "corrupt_jpeg", "corrupt_png"}

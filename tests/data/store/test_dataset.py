@@ -1,4 +1,4 @@
-"""The directory of a dataset: what is written is read, and what is damaged is named."""
+"""The dataset directory: records are read as they were written, damage is located."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def written(tmp_path, processor):
     return write_dataset(tmp_path / "set", mixed_records(12), processor, shard_bytes=20_000, progress=False)
 
 
-def test_round_trip_over_several_shards(written):
+def test_dataset_round_trip(written):
     assert len(written.manifest["shards"]) > 1
     assert [written[i] for i in range(len(written))] == mixed_records(12)
     assert [written[i].id for i in (7, 0, 11)] == ["r007", "r000", "r011"]
@@ -31,7 +31,7 @@ def test_round_trip_over_several_shards(written):
         written[12]
 
 
-def test_metadata_and_thinking_survive(tmp_path, processor):
+def test_dataset_keeps_metadata_and_thinking(tmp_path, processor):
     record = make_record(
         0,
         (),
@@ -45,7 +45,7 @@ def test_metadata_and_thinking_survive(tmp_path, processor):
     assert (dataset.index.modes[0], dataset.index.tasks[0]) == (0, 1)
 
 
-def test_the_index_counts_what_the_processor_makes(written, processor):
+def test_index_counts_tokens_of_processor(written, processor):
     index = written.index
     assert index.num_images.tolist() == [0, 1, 1, 1, 2, 1] * 2
     assert index.image_sizes[:6].tolist() == [[24, 16], [64, 64], [16, 40], [24, 16], [32, 32], [8, 8]]
@@ -57,20 +57,20 @@ def test_the_index_counts_what_the_processor_makes(written, processor):
     assert written.manifest["text_tokens"] == index.text_tokens.sum()
 
 
-def test_same_records_same_bytes(tmp_path, processor, written):
+def test_dataset_hash_of_same_records(tmp_path, processor, written):
     again = write_dataset(tmp_path / "again", mixed_records(12), processor, shard_bytes=20_000, progress=False)
     assert again.hash == written.hash
     other = write_dataset(tmp_path / "other", mixed_records(11), processor, shard_bytes=20_000, progress=False)
     assert other.hash != written.hash
 
 
-def test_paths_are_stored_as_bytes(tmp_path, processor):
+def test_write_dataset_stores_image_bytes(tmp_path, processor):
     (tmp_path / "a.png").write_bytes(png(24, 16, seed=1))
     record = make_record(1, images=(str(tmp_path / "a.png"),))
     assert write_dataset(tmp_path / "set", [record], processor, progress=False)[0].images == (png(24, 16, seed=1),)
 
 
-def test_nothing_half_written_has_the_name(tmp_path, processor, monkeypatch):
+def test_write_dataset_is_atomic(tmp_path, processor, monkeypatch):
     def killed(*args, **kwargs):
         raise RuntimeError("killed")
 
@@ -78,7 +78,7 @@ def test_nothing_half_written_has_the_name(tmp_path, processor, monkeypatch):
         patch.setattr(importing, "write_index_and_manifest", killed)
         write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
     assert list(tmp_path.iterdir()) == []
-    # What a killed import left behind is not in the way.
+    # Files of a killed process do not matter.
     (tmp_path / ".set.writing").mkdir()
     (tmp_path / ".set.writing" / "records-00009.array_record").write_bytes(b"rest")
     dataset = write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
@@ -96,18 +96,18 @@ def test_nothing_half_written_has_the_name(tmp_path, processor, monkeypatch):
         (make_record(3, mode="think"), "'r003'.*mode is think"),
     ],
 )
-def test_a_record_that_cannot_be_measured_is_named(tmp_path, processor, record, message):
+def test_write_dataset_names_bad_record(tmp_path, processor, record, message):
     with pytest.raises(ValueError, match=message):
         write_dataset(tmp_path / "set", [record], processor, progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_records(tmp_path, processor):
+def test_write_dataset_without_records(tmp_path, processor):
     with pytest.raises(ValueError, match="no records"):
         write_dataset(tmp_path / "set", [], processor, progress=False)
 
 
-def test_open_says_what_is_wrong(tmp_path, written):
+def test_dataset_open_errors(tmp_path, written):
     with pytest.raises(FileNotFoundError, match="no dataset directory"):
         Dataset.open(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
@@ -131,7 +131,7 @@ def test_open_says_what_is_wrong(tmp_path, written):
         Dataset.open(written.directory)
 
 
-def test_the_index_is_compact_and_stays_on_disk(written):
+def test_index_is_memory_mapped(written):
     index = Dataset.open(written.directory).index
     assert index.text_tokens.dtype == np.int32 and index.modes.dtype == np.int8
     assert index.sizes_of(4) == [(24, 16), (32, 32)] and index.sizes_of(11) == [(8, 8)] and index.sizes_of(6) == []
@@ -139,15 +139,15 @@ def test_the_index_is_compact_and_stays_on_disk(written):
     assert {type(column) for column in vars(index).values()} == {np.memmap}
 
 
-def test_many_files_are_looked_for_at_a_time(written, monkeypatch):
-    """On network storage each takes milliseconds, and there may be thousands."""
+def test_dataset_open_checks_files_concurrently(written, monkeypatch):
+    """On network storage each file takes milliseconds, and there may be thousands."""
     assert len(written.manifest["shards"]) + 5 >= 8
-    together, checked = threading.Barrier(8), []
+    barrier, checked = threading.Barrier(8), []
 
     def check(directory, file):
         checked.append(file["file"])
         if len(checked) <= 8:
-            together.wait(timeout=30)
+            barrier.wait(timeout=30)
 
     monkeypatch.setattr(dataset_module, "check_size", check)
     Dataset.open(written.directory)
@@ -155,7 +155,7 @@ def test_many_files_are_looked_for_at_a_time(written, monkeypatch):
 
 
 class TestUnreadable:
-    """Of a damaged file, what is sound is read and what is not is one kind of error, naming file and record."""
+    """Intact records of a damaged file are read; the others are errors that name file and record."""
 
     def bad(self, dataset: Dataset) -> dict[int, str]:
         found = {}
@@ -164,7 +164,7 @@ class TestUnreadable:
                 assert dataset[i] == mixed_records(12)[i]
             except BadRecord as error:
                 assert error.reason == "unreadable"
-                assert "cannot be read: " in str(error) and "phivision data validate names all such" in str(error)
+                assert "cannot be read: " in str(error) and "phivision data validate lists all" in str(error)
                 found[i] = str(error)
         return found
 
@@ -172,7 +172,7 @@ class TestUnreadable:
         counts = [s["records"] for s in dataset.manifest["shards"]]
         return list(range(sum(counts[:k]), sum(counts[: k + 1])))
 
-    def test_a_flipped_bit(self, written):
+    def test_flipped_bit(self, written):
         shard = written.directory / written.manifest["shards"][1]["file"]
         content = bytearray(shard.read_bytes())
         content[content.index(b"IDAT") + 100] ^= 1
@@ -180,19 +180,19 @@ class TestUnreadable:
         first, *others = self.numbers(written, 1)
         found = self.bad(Dataset.open(written.directory))
         assert others and list(found) == [first]
-        assert f"{shard}, record 0 of it, cannot be read" in found[first]
+        assert f"record 0 of {shard} cannot be read" in found[first]
 
-    def test_a_file_of_noise_and_a_cut_off_one(self, written):
+    def test_noise_and_cut_off_file(self, written):
         for k, damage in enumerate((lambda c: bytes(reversed(c)), lambda c: c[:1000], lambda c: b"")):
             shard = written.directory / written.manifest["shards"][k]["file"]
             content = shard.read_bytes()
-            dataset = Dataset.open(written.directory)  # whole; the damage comes later
+            dataset = Dataset.open(written.directory)  # before the damage
             shard.write_bytes(damage(content))
             assert list(self.bad(dataset)) == self.numbers(written, k)
             shard.write_bytes(content)
             assert self.bad(dataset) == {}
 
-    def test_a_payload_that_is_no_record(self, written):
+    def test_payload_is_no_record(self, written):
         shard = written.directory / written.manifest["shards"][0]["file"]
         numbers = self.numbers(written, 0)
         for payload in (b"", b"\xc1", msgpack.packb({"id": "a"}), msgpack.packb([1])):
@@ -205,7 +205,7 @@ class TestUnreadable:
             (written.directory / "manifest.json").write_text(json.dumps(manifest))
             assert list(self.bad(Dataset.open(written.directory))) == numbers
 
-    def test_a_file_of_another_number_of_records(self, written):
+    def test_wrong_number_of_records(self, written):
         names = [written.directory / s["file"] for s in written.manifest["shards"]]
         dataset = Dataset.open(written.directory)
         counts = [s["records"] for s in written.manifest["shards"]]
@@ -213,9 +213,9 @@ class TestUnreadable:
         names[0].write_bytes(names[other].read_bytes())
         found = self.bad(dataset)
         assert list(found) == self.numbers(written, 0)
-        assert f"it holds {counts[other]} records, the manifest says {counts[0]}" in found[0]
+        assert f"it has {counts[other]} records, the manifest {counts[0]}" in found[0]
 
-    def test_a_file_that_cannot_be_opened_is_the_systems_error(self, written):
+    def test_missing_file_is_os_error(self, written):
         dataset = Dataset.open(written.directory)
         shard = written.directory / written.manifest["shards"][0]["file"]
         away = shard.rename(shard.with_suffix(".away"))
@@ -226,4 +226,4 @@ class TestUnreadable:
             dataset[0]
         shard.rmdir()
         away.rename(shard)
-        assert dataset[0].id == "r000"  # it is asked for again
+        assert dataset[0].id == "r000"  # opened again

@@ -21,7 +21,7 @@ from tests.support.records import make_record, mixed_records, png
 
 
 class Held:
-    """As much of a dataset as an export looks at."""
+    """The part of a dataset that an export uses."""
 
     def __init__(self, records: list[Record]) -> None:
         self.records = records
@@ -59,7 +59,7 @@ MPO = encoded("MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
 
 
 @pytest.mark.parametrize("format", ["llava", "messages"])
-def test_a_dataset_there_and_back(tmp_path, processor, format):
+def test_export_round_trip(tmp_path, processor, format):
     records = [*mixed_records(12), make_record(20, (), mode="think", task="math", metadata={"a": [1, {"b": None}]},
                messages=({"role": "system", "content": "be kind"}, {"role": "user", "content": "2+2?"},
                          {"role": "assistant", "content": "5", "weight": 0}, {"role": "user", "content": "no"},
@@ -67,7 +67,7 @@ def test_a_dataset_there_and_back(tmp_path, processor, format):
     dataset = write_dataset(tmp_path / "set", records, processor, progress=False)
     out = tmp_path / "out"
     assert export(dataset, out, format, progress=False) == 13
-    # The defaults of importing must not matter where everything is stated.
+    # The defaults of importing do not matter when everything is stated.
     assert read_back(out, default_mode="think", task="ocr") == records == [dataset[i] for i in range(13)]
     again = write_dataset(tmp_path / "again", read_back(out), processor, progress=False)
     assert again.hash == Dataset.open(tmp_path / "set").hash
@@ -75,7 +75,7 @@ def test_a_dataset_there_and_back(tmp_path, processor, format):
         export(dataset, out, format, progress=False)
 
 
-def test_llava_by_hand(tmp_path):
+def test_export_llava_by_hand(tmp_path):
     one = make_record(1, metadata={"n": 1})
     two = make_record(2, ((24, 16), (24, 16)), images=(IMAGES["jpg"], IMAGES["jpg"]))
     export(Held([one, two, make_record(3, ())]), tmp_path / "out", "llava", progress=False)  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ def test_llava_by_hand(tmp_path):
     assert [p.suffix for p in files if str(p) == lines[1]["image"][0]] == [".jpg"]
 
 
-def test_messages_by_hand(tmp_path):
+def test_export_messages_by_hand(tmp_path):
     asked = [{"role": "user", "content": "a <image>\nb"}, {"role": "assistant", "content": "yes"}]
     parts = make_record(1, messages=tuple(asked))
     marker = make_record(2, messages=({"role": "user", "content": "<image>b"}, asked[1]))
@@ -111,7 +111,7 @@ def test_messages_by_hand(tmp_path):
     assert two["messages"] == list(marker.messages) and len(two["images"]) == 1
 
 
-def test_images_of_all_kinds_survive(tmp_path):
+def test_export_keeps_image_bytes(tmp_path):
     images = (*IMAGES.values(), MPO, b"not an image", b"")
     record = make_record(0, messages=({"role": "user", "content": "<image>" * len(images)},), images=images)
     export(Held([record]), tmp_path / "out", "llava", progress=False)  # type: ignore[arg-type]
@@ -120,7 +120,7 @@ def test_images_of_all_kinds_survive(tmp_path):
     assert read_back(tmp_path / "out") == [record]
 
 
-def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_export_is_atomic(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -128,7 +128,7 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch):
         patch.setattr(exporting, "_save", fail)
         export(Held(mixed_records(3)), tmp_path / "out", "llava", progress=False)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.partial").mkdir()  # Of one that was killed.
+    (tmp_path / ".out.partial").mkdir()  # of a killed process
     (tmp_path / ".out.partial" / "left").write_text("over")
     export(Held(mixed_records(3)), tmp_path / "out", "llava", progress=False)  # type: ignore[arg-type]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["data.jsonl", "images"]
@@ -154,7 +154,7 @@ def records(draw) -> Record:
     count = sum(m["content"].count("<image>") for m in messages)
     for message in messages:
         if message["role"] == "assistant":
-            # As a reader leaves it, and with weights.
+            # As an import leaves it, and with weights.
             if message["content"].lstrip().startswith("<think>"):
                 message["content"] = message["content"].lstrip()
             message |= draw(st.sampled_from([{}, {"weight": 0}]))
@@ -175,7 +175,7 @@ def records(draw) -> Record:
 @example(
     [make_record(0, (), messages=({"role": "assistant", "content": ""},), metadata={"metadata": {"id": 5}})], "llava"
 )
-def test_any_record_there_and_back(tmp_path_factory, made, format):
+def test_export_round_trip_of_any_record(tmp_path_factory, originals, format):
     out = tmp_path_factory.mktemp("x") / "out"
-    export(Held(made), out, format, progress=False)  # type: ignore[arg-type]
-    assert read_back(out) == made
+    export(Held(originals), out, format, progress=False)  # type: ignore[arg-type]
+    assert read_back(out) == originals

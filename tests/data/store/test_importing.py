@@ -132,7 +132,7 @@ def test_write_dataset_text_only_think(tmp_path, processor):
 class TestResume:
     @pytest.mark.parametrize("workers", [0, 2])
     def test_resume_after_error(self, undisturbed, tmp_path, processor, workers, capsys):
-        source = MadeUpSource(N, **BAD, mishap="bug", at=30, once=tmp_path / "happened")
+        source = MadeUpSource(N, **BAD, mishap="bug", item=30, once=tmp_path / "happened")
         with pytest.raises(KeyError):
             import_source(source, tmp_path / "set", processor, workers=workers, **SMALL)
         partial = tmp_path / ".set.partial"
@@ -145,7 +145,7 @@ class TestResume:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["happened", "set"]
 
     def test_resume_skips_committed_chunks(self, tmp_path, processor, monkeypatch):
-        source = MadeUpSource(N, mishap="bug", at=N - 1, once=tmp_path / "happened")
+        source = MadeUpSource(N, mishap="bug", item=N - 1, once=tmp_path / "happened")
         with pytest.raises(KeyError):
             import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
         asked = []
@@ -155,7 +155,7 @@ class TestResume:
         assert asked == [(56, 60)]
 
     def test_resume_repeats_damaged_chunk(self, undisturbed, tmp_path, processor):
-        source = MadeUpSource(N, **BAD, mishap="bug", at=N - 1, once=tmp_path / "happened")
+        source = MadeUpSource(N, **BAD, mishap="bug", item=N - 1, once=tmp_path / "happened")
         with pytest.raises(KeyError):
             import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
         partial = tmp_path / ".set.partial"
@@ -170,7 +170,7 @@ class TestResume:
 
     def test_resume_with_other_options_removes_nothing(self, undisturbed, tmp_path, processor):
         out, partial = tmp_path / "set", tmp_path / ".set.partial"
-        stopped = MadeUpSource(N, **BAD, mishap="bug", at=50, once=tmp_path / "happened")
+        stopped = MadeUpSource(N, **BAD, mishap="bug", item=50, once=tmp_path / "happened")
         with pytest.raises(KeyError):
             import_source(stopped, out, processor, workers=0, **SMALL)
         before = content(partial)
@@ -194,7 +194,7 @@ class TestResume:
         assert len(other) == N - 1 - 4 and not (tmp_path / ".other.partial").exists()
 
     def test_restart_repeats_all_chunks(self, undisturbed, tmp_path, processor, monkeypatch):
-        source = MadeUpSource(N, **BAD, mishap="bug", at=50, once=tmp_path / "happened")
+        source = MadeUpSource(N, **BAD, mishap="bug", item=50, once=tmp_path / "happened")
         with pytest.raises(KeyError):
             import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
         asked = []
@@ -205,14 +205,14 @@ class TestResume:
 
     def test_other_options_replace_import_without_chunks(self, undisturbed, tmp_path, processor):
         with pytest.raises(KeyError):
-            import_source(MadeUpSource(9, mishap="bug", at=0), tmp_path / "set", processor, workers=0, **SMALL)
+            import_source(MadeUpSource(9, mishap="bug", item=0), tmp_path / "set", processor, workers=0, **SMALL)
         assert (tmp_path / ".set.partial" / KEY).exists()
         again = import_source(MadeUpSource(N, **BAD), tmp_path / "set", processor, workers=0, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
 
     def test_resume_refuses_other_schema(self, tmp_path, processor):
         with pytest.raises(KeyError):
-            import_source(MadeUpSource(N, mishap="bug", at=50), tmp_path / "set", processor, workers=0, **SMALL)
+            import_source(MadeUpSource(N, mishap="bug", item=50), tmp_path / "set", processor, workers=0, **SMALL)
         path = tmp_path / ".set.partial" / KEY
         path.write_text(json.dumps({**json.loads(path.read_text()), "schema": SCHEMA - 1}))
         with pytest.raises(FileExistsError, match="other data, options or program version") as raised:
@@ -222,7 +222,7 @@ class TestResume:
     def test_write_dataset_leaves_interrupted_import(self, tmp_path, processor):
         """It also leaves what another process is writing."""
         with pytest.raises(KeyError):
-            import_source(MadeUpSource(N, mishap="bug", at=50), tmp_path / "set", processor, workers=0, **SMALL)
+            import_source(MadeUpSource(N, mishap="bug", item=50), tmp_path / "set", processor, workers=0, **SMALL)
         before = content(tmp_path / ".set.partial")
         with work._locked(tmp_path / ".set.writing", tmp_path / "set"):
             with pytest.raises(BlockingIOError):
@@ -320,14 +320,14 @@ class TestErrors:
         monkeypatch.setattr(retry.time, "sleep", self.waits.append)
 
     def test_io_error_is_retried(self, undisturbed, tmp_path, processor, caplog):
-        source = MadeUpSource(N, **BAD, mishap="io", at=30, once=tmp_path / "happened")
+        source = MadeUpSource(N, **BAD, mishap="io", item=30, once=tmp_path / "happened")
         again = import_source(source, tmp_path / "set", processor, workers=0, **SMALL)
         assert content(again.directory) == content(undisturbed.directory)
         assert self.waits == [0.5] and "item 31 of made-up" in caplog.text
 
     def test_lasting_io_error_is_raised(self, tmp_path, processor):
         with pytest.raises(OSError, match="Input/output error") as raised:
-            import_source(MadeUpSource(N, mishap="io", at=30), tmp_path / "set", processor, workers=0, **SMALL)
+            import_source(MadeUpSource(N, mishap="io", item=30), tmp_path / "set", processor, workers=0, **SMALL)
         assert self.waits == [0.5, 1.0, 2.0]
         assert raised.value.__notes__ == [
             f"completed chunks are in {tmp_path / '.set.partial'}; the same command continues from there"
@@ -335,7 +335,7 @@ class TestErrors:
 
     def test_permission_error_is_not_retried(self, tmp_path, processor):
         with pytest.raises(PermissionError):
-            import_source(MadeUpSource(N, mishap="denied", at=30), tmp_path / "set", processor, workers=0, **SMALL)
+            import_source(MadeUpSource(N, mishap="denied", item=30), tmp_path / "set", processor, workers=0, **SMALL)
         assert self.waits == []
 
     def test_source_ends_early(self, tmp_path, processor, monkeypatch):
@@ -344,7 +344,7 @@ class TestErrors:
             import_source(MadeUpSource(N), tmp_path / "set", processor, workers=0, **SMALL)
 
     def test_worker_dies(self, undisturbed, tmp_path, processor):
-        source = MadeUpSource(N, **BAD, mishap="die", at=30, once=tmp_path / "happened")
+        source = MadeUpSource(N, **BAD, mishap="die", item=30, once=tmp_path / "happened")
         with pytest.raises(ChildProcessError, match="a worker process died"):
             import_source(source, tmp_path / "set", processor, workers=2, **SMALL)
         again = import_source(source, tmp_path / "set", processor, workers=2, **SMALL)
@@ -395,7 +395,7 @@ from phivision_jax.data.store.importing import import_source
 from phivision_jax.processor import Processor
 
 if __name__ == "__main__":
-    source = MadeUpSource({n}, unreadable=(3, 17, 59), mishap={mishap!r}, at={at})
+    source = MadeUpSource({n}, unreadable=(3, 17, 59), mishap={mishap!r}, item={item})
     options = dict(workers=int(sys.argv[2]), chunk={chunk}, shard_bytes=50_000, max_bad=0.2)
     import_source(source, sys.argv[1], Processor.small(CONFIG), **options)
 """
@@ -405,7 +405,7 @@ def start(
     tmp_path: Path, out: Path, workers: int, n: int, chunk: int, mishap: str = "", item: int = -1
 ) -> subprocess.Popen:
     script = tmp_path / f"import_{n}_{item}.py"
-    script.write_text(IMPORT.format(here=str(ROOT), n=n, chunk=chunk, mishap=mishap, at=item))
+    script.write_text(IMPORT.format(here=str(ROOT), n=n, chunk=chunk, mishap=mishap, item=item))
     command = [sys.executable, str(script), str(out), str(workers)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

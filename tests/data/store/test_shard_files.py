@@ -1,4 +1,4 @@
-"""More files than a process may open are read, by many threads at once, and few of them are open."""
+"""Random access to more files than a process may open, from many threads, with few of them open."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 resource.setrlimit(resource.RLIMIT_NOFILE, (128, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 from phivision_jax.data.store.dataset import Dataset
 
-datasets = [Dataset.open(sys.argv[1]) for _ in range(2)]  # a mixture: what one has open the other has not
+datasets = [Dataset.open(sys.argv[1]) for _ in range(2)]  # a mixture: each opens files of its own
 assert len(datasets[0].manifest["shards"]) > 128
 def read(i):
     return datasets[i % 2][i // 2].id == f"r{i // 2:03d}"
@@ -41,13 +41,13 @@ def directory(tmp_path_factory, processor) -> Path:
     return write_dataset(out, records, processor, shard_bytes=1, progress=False).directory
 
 
-def test_more_files_than_a_process_may_open(directory):
+def test_dataset_with_more_files_than_may_be_open(directory):
     done = subprocess.run([sys.executable, "-c", READ, str(directory)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks for open files in /proc")
-def test_few_are_open_and_those_last_used(directory):
+def test_readers_keep_last_used_open(directory):
     def is_open() -> list[str]:
         links = (os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
         return sorted(Path(link).name for link in links if Path(link).parent == directory.resolve())
@@ -61,7 +61,7 @@ def test_few_are_open_and_those_last_used(directory):
     assert is_open() == before
 
 
-def test_none_is_closed_under_another_thread(directory):
+def test_readers_are_safe_in_threads(directory):
     files = [Shard(path, 1) for path in sorted(directory.glob("*.array_record"))[:6]]
     readers, alone = Readers(1), [Readers(1).read(shard, 0) for shard in files]
     wrong: list[object] = []
@@ -90,12 +90,12 @@ def test_none_is_closed_under_another_thread(directory):
         ("pread() failed: Input/output error; reading a; at byte 7", OSError, 5),
         ("open() failed: Too many open files; opening a", OSError, 24),
         ("open() failed: Permission denied; opening a", PermissionError, 13),
-        ("read() failed: what no system says; reading a", OSError, 5),
+        ("read() failed: an unknown message; reading a", OSError, 5),
         ("Corrupted Riegeli/records file: chunk data hash mismatch; at byte 7", ValueError, None),
         ("index 3 out of bound 3", ValueError, None),
     ],
 )
-def test_the_systems_errors_are_told_from_the_contents(tmp_path, message, error, number):
+def test_read_record_distinguishes_system_errors(tmp_path, message, error, number):
     class Reader:
         def read(self, positions: list[int]) -> list[bytes]:
             raise RuntimeError(message)
@@ -106,8 +106,8 @@ def test_the_systems_errors_are_told_from_the_contents(tmp_path, message, error,
     assert number is None or raised.value.filename == str(tmp_path / "a")
 
 
-def test_a_reader_that_failed_is_opened_again(directory, monkeypatch):
-    """On network storage an error may stay with a handle when the storage has come back."""
+def test_readers_reopen_after_error(directory, monkeypatch):
+    """On network storage an error may stay with a handle after the storage has come back."""
     shard, readers = Shard(next(directory.glob("*.array_record")), 1), Readers(2)
     payload, opened, read = readers.read(shard, 0), [], shard_files.read_record
     open_shard = shard_files.open_shard
