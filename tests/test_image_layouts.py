@@ -25,7 +25,6 @@ from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.images.layout import make_layout
 from phivision_jax.models import phivision
-from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
 from phivision_jax.rows import expand, fill_rows, row_shape
 from phivision_jax.training.loss import batch_loss
@@ -40,6 +39,13 @@ assert image_layouts  # imported for its registrations
 
 def config_of(name: str, **settings):
     return dataclasses.replace(CONFIG, image_layout=name, projector=ProjectorConfig(MERGE_SIZES[name]), **settings)
+
+
+def random_model(config) -> tuple[nnx.GraphDef, phivision.Params]:
+    """A model with random weights, made without compiling its initializers."""
+    graphdef, state = phivision.abstract(config)
+    rng = np.random.default_rng(0)
+    return graphdef, jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), nnx.to_pure_dict(state))
 
 
 @pytest.fixture(params=OTHERS)
@@ -150,7 +156,7 @@ def test_plan_needs_shape_of_layout(dataset, processor):
 def test_packed_equals_one_by_one(dataset, processor):
     """The same loss and gradients from a plan's rows as from its examples one by one, by one compiled program."""
     config = processor.config
-    graphdef, params = PhiVision(config, rngs=nnx.Rngs(0)).split()
+    graphdef, params = random_model(config)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def loss_and_gradients(params, batch):
@@ -180,6 +186,6 @@ def test_packed_equals_one_by_one(dataset, processor):
 
 def test_evaluation_in_batches_equals_one_by_one(dataset, processor):
     """The answers that are generated for 6 records at a time are those for each alone."""
-    model = PhiVision(processor.config, rngs=nnx.Rngs(0))
+    model = phivision.merge(*random_model(processor.config))
     batched, alone = (Evaluator(dataset, processor, rows=rows, max_new_tokens=3)(model).answers for rows in (6, 1))
     assert batched == alone and len({answer.prediction for answer in batched}) > 1
