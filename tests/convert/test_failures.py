@@ -145,6 +145,29 @@ def test_to_hf_refuses_truncated_data(hf: Path, tmp_path: Path, run: Run) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]
 
 
+def test_flipped_bits_are_refused_or_harmless(hf: Path, tmp_path: Path, run: Run) -> None:
+    """After a flipped bit anywhere in a conversion, the export is exact, or the command fails and leaves nothing."""
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
+    files = sorted(path for path in (tmp_path / "ours").rglob("*") if path.is_file() and path.stat().st_size)
+    rng, refusals = np.random.default_rng(0), 0
+    for path in rng.choice(np.array(files), 12):
+        content = bytearray(path.read_bytes())
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        original = path.read_bytes()
+        path.write_bytes(content)
+        result = run("to-hf", tmp_path / "ours", tmp_path / "back")
+        if result[0]:
+            refused(result, str(tmp_path / "ours"))
+            assert not (tmp_path / "back").exists()
+            refusals += 1
+        else:
+            tensors = read_tensors(tmp_path / "back")
+            assert all(np.array_equal(tensor, tensors[name]) for name, tensor in read_tensors(hf).items())
+            shutil.rmtree(tmp_path / "back")
+        path.write_bytes(original)
+    assert refusals
+
+
 def test_to_jax_destinations(hf: Path, tmp_path: Path, run: Run) -> None:
     out = tmp_path / "ours"
     (tmp_path / "file").write_text("")
