@@ -30,7 +30,7 @@ from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.packing import Lengths, attention_work, balance, best_fit_decreasing, pack
 from phivision_jax.data.plan.plan import WINDOW
 from phivision_jax.data.shuffle import permutation
-from phivision_jax.images.naflex import grid_of
+from phivision_jax.images.naflex import grids_of
 
 TURNS = 3
 BATCH_ROWS = 256
@@ -44,7 +44,7 @@ def sample_lengths(n: int, seed: int = 0) -> Lengths:
     text = np.where(kind == 0, rng.lognormal(6.8, 0.9, n), rng.lognormal(6.0, 1.0, n)).astype(int).clip(16, 7000)
     width = rng.lognormal(6.6, 0.55, images.sum()).clip(100, 4000).astype(int)
     height = (width * rng.lognormal(-0.2, 0.35, len(width))).clip(64, 4000).astype(int)
-    patches = np.array([np.prod(grid_of(int(w), int(h))) for w, h in zip(width, height, strict=True)], np.int64)
+    patches = grids_of(np.stack([width, height], axis=1)).prod(axis=1)
     offsets = np.concatenate([[0], np.cumsum(images)])
     lengths = Lengths(text.astype(np.int64), patches, offsets)
     return Lengths(lengths.tokens + lengths.patches, patches, offsets)

@@ -33,16 +33,6 @@ from phivision_jax.text.constants import PromptMode
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import Tokenizer
 
-# The values of preprocessor_config.json that this arithmetic computes (resample 2 is bilinear); others are refused.
-_FIXED_PIXELS = {
-    "resample": 2,
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-}
-
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
 
 
@@ -108,10 +98,8 @@ class Processor:
         """The project's own tokenizer of 512 tokens and its template, for models without a checkpoint."""
         return cls(Tokenizer.small(), ChatTemplate.small(), config)
 
-    def with_patches(
-        self, patch_size: int | None = None, min_patches: int | None = None, max_patches: int | None = None
-    ) -> Processor:
-        """This processor with other patch settings, where given."""
+    def with_patches(self, patch_size: int | None, min_patches: int | None, max_patches: int | None) -> Processor:
+        """This processor with other patch settings; None keeps one."""
         old = self.config
         config = dataclasses.replace(
             old,
@@ -188,8 +176,6 @@ class Processor:
         *,
         mode: PromptMode = "auto",
         generation_prompt: bool = True,
-        length: int | None = None,
-        num_patches: int | None = None,
         multiple: int = 1,
     ) -> Batch:
         """A ``Batch`` of one conversation per row, by default prompts to be answered.
@@ -197,10 +183,10 @@ class Processor:
         Args:
           images: per conversation, as in ``encode``.
           mode, generation_prompt: as in ``text.chat.encode``.
-          length, num_patches, multiple: as in ``rows.one_per_row``.
+          multiple: as in ``rows.one_per_row``.
 
         Raises:
-          ValueError: as ``encode``, naming the conversation; or when one does not fit.
+          ValueError: as ``encode``, naming the conversation.
         """
         images = images if images is not None else [()] * len(conversations)
         if not conversations:
@@ -213,7 +199,7 @@ class Processor:
                 examples.append(self.encode(messages, row_images, mode=mode, generation_prompt=generation_prompt))
             except ValueError as error:
                 raise ValueError(f"conversation {i}: {error}") from None
-        return one_per_row(examples, self.config, length=length, num_patches=num_patches, multiple=multiple)
+        return one_per_row(examples, self.config, multiple=multiple)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of generated ids, without control tokens."""
@@ -246,7 +232,10 @@ def _check_pixels(file: Path, config: ModelConfig) -> None:
         "patch_size": config.vision.patch_size,
         "min_num_patches": config.min_patches,
         "max_num_patches": config.max_patches,
-        **_FIXED_PIXELS,
+        # Only this arithmetic is computed; 2 is bilinear.
+        "resample": 2,
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
+        **{key: [0.5, 0.5, 0.5] for key in ("image_mean", "image_std")},
     }
     for key, value in ours.items():
         if values.get(key, value) != value:

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL.Image import Image
 
 from phivision_jax.batch import Batch, RowShape
+from phivision_jax.config import ModelConfig
 from phivision_jax.images.layout import PatchedImage, make_layout
 from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN, PLACEHOLDER
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from phivision_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ def test_batch_of_conversations() -> None:
     for row, example in zip(batch.tokens, examples, strict=True):
         assert row[len(example.tokens) - 1] == PROCESSOR.tokenizer.think_id
     assert not batch.loss_weights.any()
-    wider = PROCESSOR.batch(conversations[1:2], length=128, num_patches=128)
+    wider = PROCESSOR.batch(conversations[:1], multiple=128)
     assert wider.tokens.shape == (1, 128) and wider.patches.shape == (1, 1, 128, 768)
 
 
@@ -111,7 +111,7 @@ def test_errors_name_conversation_and_image(tmp_path: Path) -> None:
         (lambda: PROCESSOR.batch([ask(image)], [[], []]), "1 conversations but 2 lists of images"),
         (lambda: PROCESSOR.batch([]), "at least one conversation"),
         (lambda: PROCESSOR.batch(one_not_many), "^conversation 0: a conversation is a non-empty list"),
-        (lambda: PROCESSOR.batch([ask(image)], length=8), "do not fit length 8"),
+        (lambda: batch_from_ids([[1] * 9], config=CONFIG, length=8), "do not fit length 8"),
     ]:
         with pytest.raises(ValueError, match=reason):
             call()

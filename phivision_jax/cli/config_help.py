@@ -1,18 +1,18 @@
 """The fields of a configuration with their values and meanings, for ``--help``.
 
-The meaning of a field is the string below it in its dataclass. Python does not keep these strings, so they are read
-from the source.
+The meaning of a field is the string below it in its dataclass.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
+
+from docstring_parser import parse_from_object
 
 from phivision_jax.config import field_types, without_none
 
@@ -26,15 +26,7 @@ def text(cfg: Any, prefix: str = "--config") -> str:
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string below each field of a dataclass, on one line."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for field, below in zip(tree.body, tree.body[1:], strict=False):
-        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-            continue
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            found[field.target.id] = _plain(str(below.value.value))
-    return found
+    return {field.arg_name: _plain(field.description or "") for field in parse_from_object(cls).params}
 
 
 def _plain(docstring: str) -> str:

@@ -64,23 +64,21 @@ def import_(
         raise ValueError(f"--max-bad is a share between 0 and 1, not {max_bad}")
     if workers is not None and workers < 0:
         raise ValueError(f"--workers must be 0 or more, not {workers}")
-    jobs: list[tuple[Path, Source]]
+    jobs: list[tuple[Path, Source]] = []
     if source == "easy-vqa":
         from phivision_jax.data.sources.easy_vqa import easy_vqa
         from phivision_jax.data.sources.memory import RecordsSource
 
-        splits: dict[Literal["train", "test"], int] = {"train": questions_per_record, "test": 1}
-        jobs = [
-            (out / part, RecordsSource(easy_vqa(part, questions_per_record=n), name=f"easy_vqa/{part}"))
-            for part, n in splits.items()
-        ]
+        for part, n in (("train", questions_per_record), ("test", 1)):
+            records = easy_vqa(part, questions_per_record=n)
+            jobs.append((out / part, RecordsSource(records, name=f"easy_vqa/{part}")))
     else:
         from phivision_jax.data.sources.open_source import open_source
 
         opened = open_source(source, format=format, split=split, options=options, name=name)
         if Path(source).is_dir():
             _print_files(opened)
-        jobs = [(out, opened)]
+        jobs.append((out, opened))
     processor = processor_for(checkpoint)
     for directory, what in jobs:
         exists = (directory / MANIFEST).exists()

@@ -37,7 +37,7 @@ def eval(  # the name of the subcommand
     """
     import phivision_jax
     from phivision_jax.data.store.dataset import Dataset
-    from phivision_jax.evaluation import accuracy_report
+    from phivision_jax.evaluation.accuracy_report import accuracy_section, write_report
     from phivision_jax.evaluation.runner import Evaluator
     from phivision_jax.io import progress, storage
     from phivision_jax.io.html import print_sections
@@ -60,8 +60,7 @@ def eval(  # the name of the subcommand
     )
     with progress.bar("evaluate", len(evaluator.records)) as advance:
         result = evaluator(model, advance)
-    report = accuracy_report.Report(checkpoint, data, evaluator.mode, result)
-    print_sections([report.section()])
+    print_sections([accuracy_section(f"{checkpoint} on {data}, mode {mode}", result)])
     if directory:
-        accuracy_report.write_report(report, directory)
+        write_report(directory, result, checkpoint=checkpoint, data=data, mode=mode)
         print(f"written: {out}/report.json, answers.jsonl")

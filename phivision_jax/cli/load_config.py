@@ -9,16 +9,16 @@ needs no quotes, a tuple is a Python literal. Every value is checked, wherever i
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import dataclasses
-import importlib.util
 import inspect
+import runpy
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
@@ -52,7 +52,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
     from phivision_jax.training.run_config import RunConfig
 
     path, _, variant = spec.partition(":")
-    values = _call(_execute(path), path, variant) if spec else {}
+    values = _values(path, variant) if spec else {}
     with _prefix_errors(path):
         dataclass_from_dict(RunConfig, values)
     for override in overrides:
@@ -67,23 +67,14 @@ def gather_overrides(words: Sequence[str]) -> list[str]:
     Raises:
       ValueError: for a flag without a value.
     """
-    rest: list[str] = []
-    overrides: list[str] = []
-    in_set = False
     for word in words:
-        if word.startswith(FLAG):
-            if "=" not in word:
-                raise ValueError(f"{word}: give the value after an equals sign, as in {word}=VALUE")
-            overrides.append(word.removeprefix("--"))
-        elif word == "--set" or word.startswith("--set="):
-            overrides += [word.removeprefix("--set=")] if "=" in word else []
-        elif in_set and not word.startswith("-"):
-            overrides.append(word)
-            continue
-        else:
-            rest.append(word)
-        in_set = word == "--set"
-    return [*rest, "--set", *overrides] if overrides else rest
+        if word.startswith(FLAG) and "=" not in word:
+            raise ValueError(f"{word}: give the value after an equals sign, as in {word}=VALUE")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--set", nargs="*", action="extend", default=[])
+    as_set = [f"--set={word.removeprefix('--')}" if word.startswith(FLAG) else word for word in words]
+    found, rest = parser.parse_known_args(as_set)
+    return [*rest, "--set", *found.set] if found.set else rest
 
 
 def prepare(words: Sequence[str]) -> list[str]:
@@ -92,16 +83,15 @@ def prepare(words: Sequence[str]) -> list[str]:
     With ``--config`` and ``--help``, the page of all its fields is printed and the process ends.
     """
     words = gather_overrides(words)
-    specs = [
-        following if word == "--config" else word.removeprefix("--config=")
-        for word, following in zip(words, [*words[1:], ""], strict=True)
-        if word == "--config" or word.startswith("--config=")
-    ]
-    if specs and {"-h", "--help"} & set(words):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")
+    parser.add_argument("--set", nargs="*", default=[])
+    parser.add_argument("--help", "-h", action="store_true")
+    found, _ = parser.parse_known_args(words)
+    if found.config and found.help:
         from phivision_jax.cli import config_help
 
-        overrides = words[words.index("--set") + 1 :] if "--set" in words else []
-        print(config_help.text(load_config(specs[-1], overrides)))
+        print(config_help.text(load_config(found.config, found.set)))
         sys.exit(0)
     return words
 
@@ -114,45 +104,32 @@ def _prefix_errors(prefix: str) -> Iterator[None]:
         raise ValueError(f"{prefix}: {error}") from None
 
 
-def _execute(path: str) -> ModuleType:
+def _values(path: str, variant: str) -> dict[str, Any]:
+    """The dict that a configuration file's ``get_config`` returns."""
     if not Path(path).is_file():
         raise ValueError(f"--config: {path} does not exist; {EXAMPLE}")
-    found = importlib.util.spec_from_file_location("config", path)
-    if found is None or found.loader is None:
+    if Path(path).suffix != ".py":
         raise ValueError(f"--config: {path} is not a Python file; {EXAMPLE}")
-    module = importlib.util.module_from_spec(found)
     try:
-        found.loader.exec_module(module)
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise ValueError(f"{path} has no function get_config; configs/finetune.py is an example")
+        if variant and not inspect.signature(get_config).parameters:
+            raise ValueError(f"{path} has no variants; leave out {':' + variant!r}")
+        config = get_config(variant) if variant else get_config()
     except SyntaxError as error:
-        raise ValueError(f"--config: {path}, line {error.lineno}: {error.msg}") from None
+        raise ValueError(f"--config: {error.filename}, line {error.lineno}: {error.msg}") from None
     except (Exception, SystemExit) as error:
-        raise ValueError(_place(error, path)) from None
-    if not callable(getattr(module, "get_config", None)):
-        raise ValueError(f"--config: {path} has no function get_config; configs/finetune.py is an example")
-    return module
-
-
-def _call(module: ModuleType, path: str, variant: str) -> dict[str, Any]:
-    if variant and not inspect.signature(module.get_config).parameters:
-        raise ValueError(f"--config: {path} has no variants; leave out {':' + variant!r}")
-    try:
-        config = module.get_config(variant) if variant else module.get_config()
-    except ValueError as error:  # a sentence of the file's own, such as one that lists its variants
-        raise ValueError(f"--config: {error}" if Path(path).name in str(error) else _place(error, path)) from None
-    except (Exception, SystemExit) as error:
-        raise ValueError(_place(error, path)) from None
+        if isinstance(error, ValueError) and Path(path).name in str(error):  # a sentence such as those above
+            raise ValueError(f"--config: {error}") from None
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ValueError(f"--config: {where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if isinstance(config, ConfigDict):
         return config.to_dict()
     if isinstance(config, dict):
         return config
     raise ValueError(f"--config: get_config of {path} must return a ConfigDict or a dict, not {type(config).__name__}")
-
-
-def _place(error: BaseException, path: str) -> str:
-    """The sentence for an exception raised by a configuration file, with the innermost line of that file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(path)]
-    where = f"{path}, line {lines[-1]}" if lines else path
-    return f"--config: {where}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _override(cls: Any, values: dict[str, Any], override: str) -> None:

@@ -35,14 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     name, *rest = sys.argv[1:] if arguments is None else arguments or ["--help"]
     if name in ("--help", "-h"):
-        print(f"usage: phivision COMMAND …\n\n{_listing()}\n\nphivision COMMAND --help explains a command.")
+        listing = "\n".join(f"  {command:<11}{description}" for command, description in COMMANDS.items())
+        print(f"usage: phivision COMMAND …\n\n{listing}\n\nphivision COMMAND --help explains a command.")
         return
     if name not in COMMANDS:
         from phivision_jax.io.messages import did_you_mean
 
         _fail(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}", 2)
     module = importlib.import_module(f"phivision_jax.cli.{name}")
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
     failure = getattr(module, "FAILURE", 1)
     try:
@@ -52,10 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader has enough, as head has; there is nothing left to print, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except FileNotFoundError as error:
-        _fail(f"{error.filename} does not exist" if error.filename else str(error), failure, error)
     except EXPECTED as error:
-        _fail(str(error), failure, error)
+        missing = error.filename if isinstance(error, FileNotFoundError) else None
+        _fail(f"{missing} does not exist" if missing else str(error), failure, error)
 
 
 def _run(module: Any, name: str, words: list[str]) -> None:
@@ -69,20 +69,8 @@ def _run(module: Any, name: str, words: list[str]) -> None:
         tyro.cli(getattr(module, name), **settings)
 
 
-def _listing() -> str:
-    return "\n".join(f"  {name:<11}{description}" for name, description in COMMANDS.items())
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def _fail(what: str, code: int, error: BaseException | None = None) -> NoReturn:
     """Print one sentence, and the notes that libraries have added to the exception; exit."""
     what = re.split(r"\s*\[(?:source locations|tensorstore_spec)", what)[0]  # TensorStore appends its own source code
     print("\n".join([f"phivision: {what}", *getattr(error, "__notes__", ())]), file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

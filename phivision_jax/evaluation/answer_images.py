@@ -39,25 +39,17 @@ def answer_image(
       reference: the expected answer; None leaves it out.
       correct: sets the colour of the answer; None for an answer that was not scored.
     """
-    scaled = [_fit(image) for image in images]
-    texts = [(question.replace("<image>", "").strip(), SOFT)]
-    texts.append((answer.strip() or "(no answer)", INK if correct is None else CORRECT if correct else INCORRECT))
+    answer_colour = INK if correct is None else CORRECT if correct else INCORRECT
+    blocks = [_fit(image) for image in images]
+    blocks.append(_text(question.replace("<image>", "").strip(), SOFT))
+    blocks.append(_text(answer.strip() or "(no answer)", answer_colour))
     if reference is not None:
-        texts.append((f"expected: {reference.strip()}", SOFT))
-    blocks = [(_wrap(text), colour) for text, colour in texts]
-    height = MARGIN + sum(image.height + MARGIN for image in scaled)
-    height += sum(len(lines) * LINE_HEIGHT + MARGIN for lines, _ in blocks)
-    canvas = Image.new("RGB", (WIDTH, height), "white")
-    draw, top = ImageDraw.Draw(canvas), MARGIN
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSansMono.ttf")), 15)
-    for image in scaled:
-        canvas.paste(image, ((WIDTH - image.width) // 2, top))
-        top += image.height + MARGIN
-    for lines, colour in blocks:
-        for line in lines:
-            draw.text((MARGIN, top), line, fill=colour, font=font)
-            top += LINE_HEIGHT
-        top += MARGIN
+        blocks.append(_text(f"expected: {reference.strip()}", SOFT))
+    canvas = Image.new("RGB", (WIDTH, MARGIN + sum(block.height + MARGIN for block in blocks)), "white")
+    top = MARGIN
+    for block in blocks:
+        canvas.paste(block, ((WIDTH - block.width) // 2, top))
+        top += block.height + MARGIN
     return canvas
 
 
@@ -81,7 +73,12 @@ def _fit(image: Image.Image) -> Image.Image:
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
 
 
-def _wrap(text: str) -> list[str]:
+def _text(text: str, colour: str) -> Image.Image:
     if len(text) > MAX_CHARACTERS:
         text = f"{text[: MAX_CHARACTERS // 2]} … {text[-MAX_CHARACTERS // 2 :]}"
-    return [piece for line in text.splitlines() for piece in textwrap.wrap(line, LINE_LENGTH) or [""]]
+    lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, LINE_LENGTH) or [""]]
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSansMono.ttf")), 15)
+    block = Image.new("RGB", (WIDTH - 2 * MARGIN, LINE_HEIGHT * len(lines)), "white")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(block).text((0, i * LINE_HEIGHT), line, fill=colour, font=font)
+    return block

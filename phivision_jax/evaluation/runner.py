@@ -6,27 +6,21 @@ import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
 from jax.sharding import Mesh
 
 from phivision_jax.batch import Batch
-from phivision_jax.data.records import mode_of
-from phivision_jax.data.store.dataset import check_processor
+from phivision_jax.data.records import Record, mode_of
+from phivision_jax.data.store.dataset import Dataset, check_processor
 from phivision_jax.evaluation.scoring import exact_match
 from phivision_jax.inference.generate import answer_text, generate_ids
 from phivision_jax.models.phivision import PhiVision
+from phivision_jax.processor import Processor
 from phivision_jax.rows import Example, expand, fill_rows, row_shape
 from phivision_jax.sharding import row_sharding
-from phivision_jax.text.constants import PLACEHOLDER
-
-if TYPE_CHECKING:
-    from phivision_jax.data.records import Record
-    from phivision_jax.data.store.dataset import Dataset
-    from phivision_jax.processor import Processor
-    from phivision_jax.text.constants import PromptMode
+from phivision_jax.text.constants import PLACEHOLDER, PromptMode
 
 _log = logging.getLogger(__name__)
 _BLANK = expand([PLACEHOLDER], [])

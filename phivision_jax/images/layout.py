@@ -25,14 +25,12 @@ import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL.Image import Image
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from phivision_jax.config import ModelConfig
+from phivision_jax.config import ModelConfig
 
 
 class ImageSize(NamedTuple):

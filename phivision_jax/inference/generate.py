@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from phivision_jax.batch import Batch
+from phivision_jax.images.decode import ImageSource
 from phivision_jax.inference.cache import empty_cache
 from phivision_jax.inference.sampling import sample
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision
-
-if TYPE_CHECKING:
-    from phivision_jax.images.decode import ImageSource
-    from phivision_jax.processor import Processor
-    from phivision_jax.text.constants import PromptMode
+from phivision_jax.processor import Processor
+from phivision_jax.text.constants import PromptMode
 
 LENGTH_MULTIPLE = 128
 """Prompts and patches are padded to multiples of this, so that few shapes are compiled."""

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from phivision_jax.evaluation.accuracy_report import Report, write_report
+from phivision_jax.evaluation.accuracy_report import accuracy_section, write_report
 from phivision_jax.evaluation.runner import Answer, EvalResult
 from phivision_jax.evaluation.scoring import exact_match
 
@@ -24,10 +24,10 @@ def test_exact_match(prediction, reference, match):
 
 def test_report_counts_by_mode_and_task(tmp_path):
     answers = [Answer(str(i), "general", "nothink", "q", "a", "a" if i else "b", bool(i)) for i in range(4)]
-    report = Report("c", "d", "auto", EvalResult(tuple(answers)))
-    assert report.result.accuracy == 0.75 and report.result.by_task == {"nothink/general": (0.75, 4)}
-    assert report.section().table.rows == [("nothink/general", "75.0%", "4"), ("all", "75.0%", "4")]
-    write_report(report, tmp_path / "out")
+    result = EvalResult(tuple(answers))
+    assert result.accuracy == 0.75 and result.by_task == {"nothink/general": (0.75, 4)}
+    assert accuracy_section("c on d", result).table.rows == [("nothink/general", "75.0%", "4"), ("all", "75.0%", "4")]
+    write_report(tmp_path / "out", result, checkpoint="c", data="d", mode="auto")
     lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["0", "1", "2", "3"]
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == {

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import TYPE_CHECKING
 
 import numpy as np
 from einops import rearrange
@@ -17,14 +16,12 @@ from PIL import Image
 from phivision_jax.data.feed.encode import encode_record
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS
+from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.io.html import Figure, Section, Span, Style, image_figure
+from phivision_jax.processor import Processor
 from phivision_jax.rows import Example
 from phivision_jax.text.constants import IGNORE
-
-if TYPE_CHECKING:
-    from phivision_jax.data.store.dataset import Dataset
-    from phivision_jax.processor import Processor
-    from phivision_jax.text.tokenizer import Tokenizer
+from phivision_jax.text.tokenizer import Tokenizer
 
 MAX_TOKENS = 400
 """Longer stretches of text lose their middle."""

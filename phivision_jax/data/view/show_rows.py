@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from einops import rearrange
@@ -23,11 +22,9 @@ from phivision_jax.batch import Batch, RowShape
 from phivision_jax.data.feed.pipeline import BatchInfo, batches
 from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.records import MODES, TASKS
+from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.io.html import Section, Table, plot
-
-if TYPE_CHECKING:
-    from phivision_jax.data.store.dataset import Dataset
-    from phivision_jax.processor import Processor
+from phivision_jax.processor import Processor
 
 COLOURS = (
     "#4477aa", "#ee8866", "#44bb99", "#ddaa33", "#aa4499", "#99ddff",
@@ -132,18 +129,10 @@ def _table(examples: list[list[int]], datasets: Sequence[Dataset], found: RowLay
         start, stop = found.segments[segment - 1]
         images = [image for image in found.images if image.segment == segment]
         image_tokens = sum(np.ptp(image.tokens) for image in images)
-        rows.append(
-            (
-                f"{segment}",
-                name,
-                datasets[source].directory.name,
-                f"{MODES[index.modes[record]]} / {TASKS[index.tasks[record]]}",
-                failed.get(name, ""),
-                f"{stop - start - image_tokens:,}",
-                f"{image_tokens:,}",
-                f"{sum(np.ptp(image.patches) for image in images):,}",
-            )
-        )
+        kind = f"{MODES[index.modes[record]]} / {TASKS[index.tasks[record]]}"
+        names = (f"{segment}", name, datasets[source].directory.name, kind, failed.get(name, ""))
+        counts = (stop - start - image_tokens, image_tokens, sum(np.ptp(image.patches) for image in images))
+        rows.append((*names, *(f"{count:,}" for count in counts)))
     header = ("example", "record", "dataset", "mode / task", "", "text tokens", "image tokens", "patches")
     return Table(header, rows, names=5, colours=[_colour(i + 1) for i in range(len(rows))])
 

@@ -9,22 +9,20 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from phivision_jax.batch import RowShape
+from phivision_jax.config import ModelConfig
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.packing import Lengths, join_lengths, pack
 from phivision_jax.data.plan.plan import WINDOW
 from phivision_jax.data.plan.record_sizes import SourceFit, fit_source
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.shuffle import permutation
+from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.images.layout import make_layout
-
-if TYPE_CHECKING:
-    from phivision_jax.config import ModelConfig
-    from phivision_jax.data.store.dataset import Dataset
 
 MAX_IMAGES = 8
 """Examples with this many images or more are counted together."""

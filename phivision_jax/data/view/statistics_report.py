@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -25,8 +26,8 @@ _MEASURES = {
 }
 _VALUES = {"median": "median", "mean": "mean", "p95": "95th percentile", "max": "largest"}
 
-type Cells = dict[tuple[str, str], str]
-"""One dataset's column of a table: (heading within the table, label of the row) → the cell's text."""
+type Cells = dict[str, dict[str, str]]
+"""One dataset's column of a table: heading within the table, or "" → label of the row → the cell's text."""
 
 
 def tables(stats: Statistics) -> list[Section]:
@@ -51,12 +52,10 @@ def _table(stats: Statistics, cells: Callable[[Numbers], Cells]) -> Table:
     """A column per dataset. The last one, of all together, has every row that any of them has."""
     columns = [cells(numbers) for numbers in stats.groups]
     rows: list[tuple[str, ...]] = []
-    current = ""
-    for heading, label in columns[-1]:
-        if heading != current:
+    for heading, labels in columns[-1].items():
+        if heading:
             rows.append((heading,))
-            current = heading
-        rows.append((label, *(column.get((heading, label), "–") for column in columns)))
+        rows += [(label, *(column.get(heading, {}).get(label, "–") for column in columns)) for label in labels]
     return Table(("", *(numbers["name"] for numbers in stats.groups)), rows)
 
 
@@ -80,20 +79,22 @@ def _sizes(numbers: Numbers) -> Cells:
         "not imported": _share(failed, examples + failed),
         **{f"  {reason}": f"{count:,}" for reason, count in sorted(numbers["quarantined"].items())},
     }
-    return {("", label): cell for label, cell in cells.items()}
+    return {"": cells}
 
 
 def _lengths(numbers: Numbers) -> Cells:
     return {
-        (title, f"  {label}"): f"{spread[value]:,.{2 if measure == 'megapixels' else 0}f}"
+        title: {
+            f"  {label}": f"{spread[value]:,.{2 if measure == 'megapixels' else 0}f}"
+            for value, label in _VALUES.items()
+        }
         for measure, title in _MEASURES.items()
         if (spread := numbers["spreads"][measure])
-        for value, label in _VALUES.items()
     }
 
 
 def _mix(numbers: Numbers) -> Cells:
-    cells: Cells = {}
+    cells: Cells = collections.defaultdict(dict)
 
     def add(heading: str, label: str, modes: Sequence[str], tasks: Sequence[str]) -> None:
         shares = []
@@ -101,7 +102,7 @@ def _mix(numbers: Numbers) -> Cells:
             total = sum(sum(by_task.values()) for by_task in counts.values())
             shares.append(sum(counts[mode][task] for mode in modes for task in tasks) / max(total, 1))
         if shares[0]:
-            cells[heading, f"  {label}"] = f"{shares[0]:.1%} · {shares[1]:.1%}"
+            cells[heading][f"  {label}"] = f"{shares[0]:.1%} · {shares[1]:.1%}"
 
     for mode in MODES:
         add("mode", mode, [mode], TASKS)
@@ -109,19 +110,20 @@ def _mix(numbers: Numbers) -> Cells:
         add("task", task, MODES, [task])
         add("task", f"  {task}, think", ["think"], [task])
     for origin, count in sorted(numbers["mode_from"].items()):
-        cells["origin of the mode", f"  {origin}"] = _share(count, numbers["examples"])
+        cells["origin of the mode"][f"  {origin}"] = _share(count, numbers["examples"])
     return cells
 
 
 def _packing(numbers: Numbers) -> Cells:
-    cells = {
-        "more tokens than a row": _share(numbers["too_long"], numbers["examples"]),
-        "more patches than a row": _share(numbers["too_many_patches"], numbers["examples"]),
-        "rows per epoch, about": f"{numbers['rows']:,}",
-        "padding in tokens": f"{numbers['text_padding']:.1%}",
-        "padding in patches": f"{numbers['patch_padding']:.1%}",
+    return {
+        "": {
+            "more tokens than a row": _share(numbers["too_long"], numbers["examples"]),
+            "more patches than a row": _share(numbers["too_many_patches"], numbers["examples"]),
+            "rows per epoch, about": f"{numbers['rows']:,}",
+            "padding in tokens": f"{numbers['text_padding']:.1%}",
+            "padding in patches": f"{numbers['patch_padding']:.1%}",
+        }
     }
-    return {("", label): cell for label, cell in cells.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
