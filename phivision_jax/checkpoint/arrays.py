@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -79,6 +80,8 @@ def restore(checkpoint: Location, item: str, target: Any, saved: Mapping[str, Ar
         raise
     except Exception as error:  # Orbax and TensorStore raise many types
         storage.check(checkpoint)
+        # The futures of the other arrays are left behind; asyncio would print a page for each that failed too.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         cause = error.__cause__ or error
         text = f"{error} {cause}".replace("'", '"')
         name = next((f"array {item}/{path}" for path in saved if f'"{path.replace("/", ".")}/' in text), f"{item}/")

@@ -153,7 +153,7 @@ def is_checkpoint(path: Location) -> bool:
 
 
 def is_committed(step: Location) -> bool:
-    """Whether Orbax has written a step completely; always true of a directory on disk."""
+    """True if Orbax has written a step completely, and for every directory on disk."""
     return not storage.is_remote(step) or (step / ORBAX_MARK).exists()
 
 

@@ -69,9 +69,9 @@ def load(
     if image_attention is not None:
         config = dataclasses.replace(config, image_attention=image_attention)
     graphdef, state = phivision.abstract(config, dtype=dtype, remat=remat, vision_remat=remat)
-    at = sharding.param_shardings(state, mesh or sharding.make_mesh(devices=jax.devices()[:1]))
-    target = sharding.abstract(nnx.to_pure_dict(state), at, param_dtype)
-    processor = processor_of(path, config)  # first: a tokenizer that is damaged is known before all weights are read
+    shardings = sharding.param_shardings(state, mesh or sharding.make_mesh(devices=jax.devices()[:1]))
+    target = sharding.abstract(nnx.to_pure_dict(state), shardings, param_dtype)
+    processor = processor_of(path, config)  # first: a damaged tokenizer is found before the weights are read
     return phivision.merge(graphdef, read_params(path, config, target)), processor
 
 
@@ -131,7 +131,7 @@ def processor_of(path: Location, config: ModelConfig) -> Processor:
 
 
 def _verified_assets(path: Location) -> Location:
-    """Where a located directory has the files beside its weights."""
+    """Verify the files beside the weights of a located directory; return their directory."""
     if is_hf(path):
         return path
     layout.check_assets(path, layout.read_meta(path))
@@ -222,8 +222,8 @@ def _batches(wanted: Mapping[str, Any], saved: Mapping[str, Array]) -> Iterator[
 def _restore(checkpoint: Location, saved: Mapping[str, Array], shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
     """These arrays as they were saved."""
     target = {
-        path: jax.ShapeDtypeStruct(saved[path].shape, jnp.dtype(saved[path].dtype), sharding=at)
-        for path, at in shardings.items()
+        path: jax.ShapeDtypeStruct(saved[path].shape, jnp.dtype(saved[path].dtype), sharding=sharded)
+        for path, sharded in shardings.items()
     }
     return arrays.with_paths(arrays.restore(checkpoint, PARAMS, _nested(target), saved))
 
@@ -236,8 +236,8 @@ def _restore_merged(checkpoint: Location, meta: Mapping[str, Any], module: str, 
             f"{checkpoint}: {module}/kernel has an adapter, but {layout.METADATA} lacks the run's lora (rank, alpha)"
         )
     cfg = dataclass_from_dict(LoraConfig, values)
-    at = wanted.sharding
-    replicated = NamedSharding(at.mesh, PartitionSpec()) if isinstance(at, NamedSharding) else at
+    sharded = wanted.sharding
+    replicated = NamedSharding(sharded.mesh, PartitionSpec()) if isinstance(sharded, NamedSharding) else sharded
 
     def merge(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
         leaves = {"kernel": kernel, lora.A: a, lora.B: b}
@@ -245,9 +245,9 @@ def _restore_merged(checkpoint: Location, meta: Mapping[str, Any], module: str, 
         return merged["kernel"].astype(wanted.dtype)
 
     paths = [f"{module}/{name}" for name in ("kernel", lora.A, lora.B)]
-    shardings = dict(zip(paths, (at, replicated, replicated), strict=True))
+    shardings = dict(zip(paths, (sharded, replicated, replicated), strict=True))
     restored = _restore(checkpoint, layout.arrays_of(meta), shardings)
-    return jax.jit(merge, out_shardings=at)(*(restored[path] for path in paths))
+    return jax.jit(merge, out_shardings=sharded)(*(restored[path] for path in paths))
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,7 +102,7 @@ class RunCheckpoints:
         return max(steps, default=None)
 
     def has(self, at_most: int | None = None) -> bool:
-        """Whether there is a step, intact or not, that is not newer than ``at_most``; raises as ``latest``."""
+        """True if there is a step, intact or not, that is not newer than ``at_most``; raises as ``latest``."""
         if self.latest is None:
             return False
         return any(at_most is None or step <= at_most for step in run_steps.list_steps(self._directory))
@@ -250,13 +250,13 @@ class RunCheckpoints:
         at_most: int | None = None,
         check: Callable[[Mapping[str, Any]], None] = lambda meta: None,
     ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-        """(state, vision_tail, meta) of the newest intact step, sharded as ``abstract_state`` says (on any mesh).
+        """(state, vision_tail, meta) of the newest intact step, sharded as ``abstract_state`` (on any mesh).
 
         Newer steps, which are damaged, are set aside and reported to ``log``.
 
         Args:
           abstract_state: like the state, of ``jax.ShapeDtypeStruct``; dtypes are those that were saved.
-          vision_tail: likewise of the vision tail.
+          vision_tail: the same for the vision tail.
           at_most: the newest step wanted; the directory is then left unchanged.
           check: raises when a step with these metadata must not be restored; called before any array is read.
 

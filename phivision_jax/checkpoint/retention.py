@@ -27,7 +27,7 @@ class KeepBest(PreservationPolicy):
         self._log = log
         self._scores: dict[int, float] = {}
         self._settled = False
-        """Whether the metric was found once, or reported missing."""
+        """The metric was found once, or reported missing."""
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Rate a step by its metrics."""
@@ -51,7 +51,7 @@ class KeepBest(PreservationPolicy):
             )
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Whether to keep each step (Orbax's protocol; an element has ``.step``)."""
+        """Keep the best step (Orbax's protocol: one answer per checkpoint, which has ``.step``)."""
         steps = [checkpoint.step for checkpoint in checkpoints]
         best = max((step for step in steps if step in self._scores), key=lambda s: (self._scores[s], s), default=None)
         return [step == best for step in steps]

@@ -5,9 +5,9 @@
     checkpoints/saved.json        {"step": 1000}: the newest step that was saved completely
 
 saved.json makes the loss of all steps an error rather than a new run. In a bucket, where Orbax writes a step under its
-final name and commit_success.txt last, it also tells a step that has lost this file from one that was never finished,
-which is ignored and which Orbax removes at the next save. The file is written after the step, and without it the checks
-are only less strict.
+final name and commit_success.txt last, it also distinguishes a step that has lost this file from one that was never
+finished, which is ignored and which Orbax removes at the next save. The file is written after the step; without it the
+checks are only less strict.
 
 Every function raises ``StorageError`` when the bucket does not answer; this is never taken for damage.
 """

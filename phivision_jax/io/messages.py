@@ -15,9 +15,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
 
 
-def first_difference(here: Any, there: Any) -> str | None:
+def first_difference(ours: Any, theirs: Any) -> str | None:
     """The first of ``differences``, as "stages.0.epochs is 2.0 there, 1.0 here"; None for equal values."""
-    found = next(differences(there, here), None)
+    found = next(differences(theirs, ours), None)
     return found and "{} is {} there, {} here".format(*found)
 
 

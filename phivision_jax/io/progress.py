@@ -1,12 +1,14 @@
-"""Progress of long work, all of one look (rich): a line that stays in place on a terminal, lines of text in a log."""
+"""Progress of long work: a line that is updated in place on a terminal, lines of text in a log."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 _FORMATS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {value:.4g}",
@@ -25,14 +28,12 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     "goodput": lambda value: f"goodput {value:.1%}",
     "eval/accuracy": lambda value: f"accuracy {value:.1%}",
 }
-"""What a training shows of its metrics, in this order."""
-_WIDE = 132
-"""Columns of a terminal that has room for a bar beside them."""
+"""The metrics that a training run shows, in this order."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def bar(description: str, total: int, *, in_bytes: bool = False, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` items or bytes; yields a function that takes how many more are done."""
+    """Show a bar over ``total`` items or bytes; yield a function that takes how many more are done."""
     counts = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [MofNCompleteColumn()]
     columns = [TextColumn("{task.description}"), BarColumn(), *counts]
     times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
@@ -42,65 +43,46 @@ def bar(description: str, total: int, *, in_bytes: bool = False, shown: bool = T
 
 
 class TrainingBar:
-    """One line about a training: steps, the newest metrics, the time that is left at the speed since the start.
+    """One line about a training run: steps, the newest metrics, the time left at the speed since this start.
 
     Args:
-      total: steps of the whole training.
-      first: the step that this start went on from.
-      progress: of a terminal; None prints a line at each update.
-      console: to print it on.
-      clock: seconds, from anywhere.
+      total: steps of the run.
+      first: the step from which this start continues.
+      show: prints a line, or replaces the one on a terminal.
+      clock: seconds, from any origin.
     """
 
     def __init__(
-        self,
-        total: int,
-        first: int,
-        progress: Progress | None,
-        console: Console,
-        clock: Callable[[], float] = time.monotonic,
+        self, total: int, first: int, show: Callable[[str], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._total, self._first, self._clock, self._began = total, first, clock, clock()
-        self._progress, self._console = progress, console
-        self._shown: dict[str, float] = {}
-        text = f"step {first:,}/{total:,}"
-        self._task = progress.add_task("", total=total, completed=first, text=text) if progress else None
+        self._total, self._first, self._show, self._clock, self._began = total, first, show, clock, clock()
+        self._values: dict[str, float] = {}
 
     def update(self, done: int, **values: float) -> None:
-        """After this step; of its metrics, what ``_FORMATS`` names is shown until a newer value comes."""
-        self._shown |= {name: value for name, value in values.items() if name in _FORMATS}
-        parts = [form(self._shown[name]) for name, form in _FORMATS.items() if name in self._shown]
+        """Show a step; a metric of ``_FORMATS`` stays until there is a newer value."""
+        self._values |= values
+        parts = [form(self._values[name]) for name, form in _FORMATS.items() if name in self._values]
         if done > self._first:
             rate = (self._clock() - self._began) / (done - self._first)
-            parts.insert(1, f"{_clock_time(rate * (self._total - done))} left")
-        text = f"step {done:,}/{self._total:,}  {' · '.join(parts)}"
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, text=text)
-        else:
-            self._console.out(text, highlight=False)
+            parts.insert(1, f"{timedelta(seconds=round(rate * (self._total - done)))} left")
+        self._show(f"step {done:,}/{self._total:,}  {' · '.join(parts)}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def training_bar(
     steps: int, first: int, *, shown: bool = True, console: Console | None = None
 ) -> Iterator[TrainingBar]:
-    """The training's line.
+    """Open the line of a training run.
 
     Args:
-      shown: False says nothing (every process but the first).
-      console: default: standard output, with control characters only where that is a terminal.
+      shown: False on every process but the first: nothing is printed.
+      console: default: standard output, with control characters only if that is a terminal.
     """
-    console = Console(quiet=not shown) if console is None else console
+    console = console or Console(quiet=not shown)
     if not (console.is_terminal and shown):
-        yield TrainingBar(steps, first, None, console)
+        yield TrainingBar(steps, first, lambda line: console.out(line, highlight=False))
         return
-    # One column of text: where the terminal is too narrow, its end is left out and not a part of everything.
-    text = TextColumn("{task.fields[text]}")
-    columns = (BarColumn(bar_width=20), text) if console.width >= _WIDE else (text,)
-    with Progress(*columns, console=console) as progress:
-        yield TrainingBar(steps, first, progress, console)
-
-
-def _clock_time(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+    with Live(console=console, auto_refresh=False) as live:  # a line too long for the terminal loses its end
+        yield TrainingBar(
+            steps, first, lambda line: live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        )

@@ -1,11 +1,12 @@
-"""Directories on this machine and in buckets (``gs://bucket/folder``), alike for whoever reads and writes them.
+"""Directories on disk and in buckets (``gs://bucket/folder``) behind one interface.
 
-A local place is a ``pathlib.Path`` and everything stays as it is: nothing is imported for it. A bucket's is an
-``epath.Path``, on which ``/``, ``read_text``, ``exists``, ``is_dir``, ``iterdir``, ``mkdir``, ``rename`` work too. What
-it lacks, or does one object after the other, is here.
+A local path is a ``pathlib.Path``, and nothing is imported for it. A place in a bucket is an ``epath.Path``, which also
+has ``/``, ``read_text``, ``exists``, ``is_dir``, ``iterdir``, ``mkdir`` and ``rename``. The functions here do what it
+lacks, or what it does one object after another.
 
-A bucket has no directories, only objects whose names have slashes. An object is written whole or not at all, and
-replaced at once; it cannot be appended to. Renaming a directory copies each object and removes it, so it is not atomic.
+A bucket has no directories, only objects whose names contain slashes. An object is written completely or not at all,
+and replaced atomically; nothing can be appended to it. Renaming a directory copies each object and removes it, so it is
+not atomic.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,37 +30,37 @@ type Location = Path | epath.Path
 
 REMOTE = "gs://"
 SCRATCH = "PHIVISION_SCRATCH"
-"""Environment variable: the directory for what is on its way to or from a bucket; see ``scratch``."""
-_AT_ONCE = 16
-"""Objects that are fetched or written at the same time: a request waits far longer than it computes."""
+"""Environment variable: the directory for data on their way to or from a bucket; see ``scratch``."""
+_CONCURRENT = 16
+"""Objects that are transferred at the same time: a request mostly waits."""
 _PIECE = 8 * 2**20
-"""Bytes of a large object that are sent in one request: of each that is under way so much is in memory, twice."""
+"""Bytes of a large object that are sent in one request; each transfer holds twice as many in memory."""
 _CONNECT_S, _SILENT_S = 10.0, 30.0
-"""After so long without a connection, or without a byte, a request is given up and sent again: six times in all."""
+"""After so long without a connection, or without a byte, a request is sent again: six times in all."""
 _FOREIGN = ("gcsfs", "aiohttp", "requests", "google", "fsspec", "asyncio")
-"""Packages whose errors say that a bucket could not be spoken to."""
+"""Packages whose errors mean that the communication with a bucket failed."""
 
 
 class StorageError(OSError):
-    """A bucket cannot be reached, or does not allow it; the message is a sentence for the user."""
+    """A bucket cannot be reached, or denies access; the message is a sentence for the user."""
 
 
 class Unreachable(StorageError):
-    """It does not answer: another time it may."""
+    """The bucket does not answer; it may answer later."""
 
 
 def location(place: str | Location) -> Location:
-    """Where that is: ``gs://…`` in a bucket, all else on this machine.
+    """Parse a place: ``gs://…`` is in a bucket, everything else on disk.
 
     Raises:
-      ValueError: of another scheme; without a bucket's name; when the package for buckets is not installed.
+      ValueError: for another scheme; without a bucket's name; when the package for buckets is not installed.
     """
     if isinstance(place, Path) or (not isinstance(place, str) and is_remote(place)):
         return place
     text = os.fspath(place)
     if not text.startswith(REMOTE):
         if "://" in text:
-            raise ValueError(f"{text}: give a directory of this machine, or gs://bucket/folder; others are not known")
+            raise ValueError(f"{text}: give a local directory or gs://bucket/folder; other schemes are not supported")
         return Path(text)
     if not text.removeprefix(REMOTE).split("/")[0]:
         raise ValueError(f"{text} names no bucket; give gs://bucket/folder")
@@ -71,40 +71,42 @@ def location(place: str | Location) -> Location:
 
 
 def is_remote(path: Location | str) -> bool:
+    """True if a place is in a bucket."""
     return not isinstance(path, Path) and os.fspath(path).startswith(REMOTE)
 
 
 def scratch() -> Path:
-    """The directory of this machine for what is on its way to or from a bucket; it may be removed at any time.
+    """The local directory for data on their way to or from a bucket; it may be removed at any time.
 
-    By default it is this user's own: whoever else shares the machine has others, which could not be removed.
+    By default each user has another, because files of other users could not be removed.
     """
     return Path(os.environ.get(SCRATCH) or f"{tempfile.gettempdir()}/phivision-{os.getuid()}")
 
 
 def absolute(path: Location) -> Location:
+    """An absolute path; places in buckets are absolute already."""
     return path.absolute() if isinstance(path, Path) else path
 
 
 @functools.cache
 def _prepare() -> None:
-    """Once, before the first request. Orbax reaches buckets through the same file system."""
+    """Configure the packages before the first request. Orbax reaches buckets through the same file system."""
     if importlib.util.find_spec("gcsfs") is None:
         raise ValueError("gs:// needs the package gcsfs: pip install 'phivision_jax[gcs]'")
-    os.environ.setdefault("EPATH_USE_TF", "false")  # with TensorFlow beside it epath would take that, and its errors
+    os.environ.setdefault("EPATH_USE_TF", "false")  # epath would use TensorFlow where it is installed, and its errors
     import aiohttp
     import fsspec.config
 
-    # A listing that is kept would not see what TensorStore or another host has written since.
+    # A cached listing would not show what TensorStore or another host has written since.
     fsspec.config.conf["gcs"] = {
         "use_listings_cache": False,
         "requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENT_S),
     }
-    # TensorStore, through which arrays are read and written, would wait for ever.
+    # TensorStore, which reads and writes arrays, would wait forever.
     os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", f"{_CONNECT_S:.0f}")
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", f"{_SILENT_S:.0f}")
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
-    # What it has to tell is raised as well, and said by us in one sentence instead of a page.
+    # Their log messages are raised as errors too, which become one sentence instead of a page.
     for name in ("gcsfs", "fsspec"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
@@ -113,12 +115,16 @@ def _fs() -> Any:
     _prepare()
     import fsspec
 
-    return fsspec.filesystem("gcs", finalize_on_close=True)  # the very one that epath takes
+    return fsspec.filesystem("gcs", finalize_on_close=True)  # the instance that epath uses
 
 
 @contextlib.contextmanager
 def wrap_storage_errors(place: Location | str) -> Iterator[None]:
-    """Whatever goes wrong in here between us and a bucket becomes a ``StorageError``. A missing file stays one."""
+    """Turn errors of the communication with a bucket into ``StorageError``. A missing file stays an error of its own.
+
+    Raises:
+      StorageError: with a sentence that begins with ``place`` and suggests a remedy.
+    """
     try:
         yield
     except Exception as error:
@@ -127,30 +133,27 @@ def wrap_storage_errors(place: Location | str) -> Iterator[None]:
         foreign = type(error).__module__.split(".")[0] in _FOREIGN
         if not foreign and not isinstance(error, TimeoutError | PermissionError) and "Forbidden: " not in str(error):
             raise
-        raise _told(place, error) from error
+        raise _storage_error(place, error) from error
 
 
-def _told(place: Location | str, error: Exception) -> StorageError:
-    said = " ".join(str(error).split())[:300] or "nothing came for too long"
+def _storage_error(place: Location | str, error: Exception) -> StorageError:
+    cause = " ".join(str(error).split())[:300] or "timeout"
     code = str(getattr(error, "code", ""))
-    auth = type(error).__module__.startswith("google.auth")
-    if code == "401" or auth:
+    if code == "401" or type(error).__module__.startswith("google.auth"):
+        return StorageError(f"{place}: not authenticated ({cause}); run gcloud auth application-default login")
+    if code == "403" or isinstance(error, PermissionError) or "Forbidden: " in cause:
         return StorageError(
-            f"{place}: the bucket asks who you are ({said}); gcloud auth application-default login tells it"
+            f"{place}: access denied ({cause}); the account needs the roles Storage Object User and Storage Legacy "
+            "Bucket Reader on the bucket"
         )
-    if code == "403" or isinstance(error, PermissionError) or "Forbidden: " in said:
-        return StorageError(
-            f"{place}: this account may not do that ({said}); it needs the roles Storage Object User and "
-            "Storage Legacy Bucket Reader on the bucket"
-        )
-    return Unreachable(f"{place}: the bucket does not answer ({said}); see to the network and try again")
+    return Unreachable(f"{place}: the bucket does not answer ({cause}); check the network and try again")
 
 
 def check(path: Location) -> None:
-    """One request to the bucket: whether it is there and may be read. Nothing for a local path.
+    """Verify with one request that a bucket exists and may be read; does nothing for a local path.
 
     Raises:
-      StorageError: when not.
+      StorageError: when it does not exist, or cannot be read.
     """
     if not is_remote(path):
         return
@@ -160,14 +163,14 @@ def check(path: Location) -> None:
             _fs().call("GET", "b/{}/o", bucket, prefix=key, maxResults=1)
         except FileNotFoundError as error:
             raise StorageError(
-                f"{path}: there is no bucket {bucket}; gcloud storage buckets create {REMOTE}{bucket} makes it"
+                f"{path}: there is no bucket {bucket}; create it with gcloud storage buckets create {REMOTE}{bucket}"
             ) from error
 
 
 def children(path: Location) -> list[Location]:
-    """What is in a directory; nothing where there is none.
+    """The entries of a directory; none when there is no such directory.
 
-    To be preferred to ``is_dir``, which for a bucket that does not answer is False (gcsfs has it so).
+    Preferable to ``is_dir``, which gcsfs answers with False when a bucket does not respond.
 
     Raises:
       StorageError: when the bucket cannot be listed.
@@ -178,7 +181,7 @@ def children(path: Location) -> list[Location]:
 
 
 def files(path: Location) -> dict[str, int]:
-    """Every file below a directory: name relative to it, with slashes → bytes. Empty where there is none.
+    """Sizes in bytes of all files below a directory, by relative name with slashes; none without such a directory.
 
     Raises:
       StorageError: when the bucket cannot be listed.
@@ -196,7 +199,7 @@ def files(path: Location) -> dict[str, int]:
     return {
         name.removeprefix(root): int(entry["size"])
         for name, entry in sorted(listed.items())
-        if name.startswith(root) and not name.endswith("/")  # a folder made in the console is an object of that name
+        if name.startswith(root) and not name.endswith("/")  # Google's console makes an object for a folder
     }
 
 
@@ -217,10 +220,10 @@ def read_json(path: Location) -> dict[str, Any]:
 
 
 def read_range(path: Location, start: int, count: int) -> bytes:
-    """Bytes ``start`` to ``start + count`` of a file; less at its end. From any thread.
+    """Bytes ``start`` to ``start + count`` of a file, fewer at its end. May be called from any thread.
 
     Raises:
-      FileNotFoundError: when it is not there.
+      FileNotFoundError: when there is no such file.
       StorageError: when the bucket does not answer.
     """
     if not is_remote(path):
@@ -229,64 +232,62 @@ def read_range(path: Location, start: int, count: int) -> bytes:
             return file.read(count)
     if not count:
         return b""
-    with wrap_storage_errors(path), _named(path):
-        return _fs().cat_file(os.fspath(path), start=start, end=start + count)
+    with wrap_storage_errors(path):
+        try:
+            return _fs().cat_file(os.fspath(path), start=start, end=start + count)
+        except FileNotFoundError as error:
+            raise _missing(path) from error
 
 
 def download(source: Location, target: Path, names: Iterable[str] | None = None, description: str = "") -> None:
-    """Copy files from below one directory to below another, several at once; each appears there whole.
+    """Copy files from below a directory in a bucket to below a local one, several at a time.
 
     Args:
-      names: relative, as ``files`` gives them; default: all.
+      names: relative, as from ``files``; default: all.
       description: shows progress under this title.
 
     Raises:
-      FileNotFoundError: when one is not there.
-      StorageError: when the bucket does not answer, or one was cut short.
+      FileNotFoundError: when one does not exist.
+      StorageError: when the bucket does not answer.
     """
-
-    def fetch(name: str) -> None:
-        to = target / name
-        to.parent.mkdir(parents=True, exist_ok=True)
-        partial = to.with_name(f".{to.name}.partial")
-        with _named(source / name):
-            _fs().get_file(os.fspath(source / name), os.fspath(partial))
-        partial.replace(to)
-
+    names = list(files(source) if names is None else names)
     target.mkdir(parents=True, exist_ok=True)
-    with wrap_storage_errors(source):
-        _each(fetch, files(source) if names is None else names, description)
+    remote, local = ([os.fspath(folder / name) for name in names] for folder in (source, target))
+    with wrap_storage_errors(source), _progress(description, len(names)) as callback:
+        try:
+            _fs().get(remote, local, callback=callback, batch_size=_CONCURRENT)
+        except FileNotFoundError:
+            missing = sorted(set(names) - files(source).keys())
+            raise _missing(source / missing[0] if missing else source) from None
 
 
 def upload(source: Path, target: Location, names: Iterable[str] | None = None, description: str = "") -> None:
-    """Copy files from below a directory to below one in a bucket, several at once; arguments and errors as above."""
-    with wrap_storage_errors(target):
-        _each(
-            lambda name: _fs().put_file(os.fspath(source / name), os.fspath(target / name), chunksize=_PIECE),
-            files(source) if names is None else names,
-            description,
-        )
+    """Copy files from below a local directory to below one in a bucket; arguments and errors as ``download``."""
+    names = list(files(source) if names is None else names)
+    local, remote = ([os.fspath(folder / name) for name in names] for folder in (source, target))
+    with wrap_storage_errors(target), _progress(description, len(names)) as callback:
+        _fs().put(local, remote, callback=callback, batch_size=_CONCURRENT, chunksize=_PIECE)
 
 
 def remove(path: Location) -> None:
-    """Remove a directory in a bucket, with all that is below; nothing where there is none."""
+    """Remove a directory in a bucket and everything below it, if it exists."""
     with wrap_storage_errors(path), contextlib.suppress(FileNotFoundError):
         _fs().rm(os.fspath(path), recursive=True)
 
 
+def _missing(path: Location) -> FileNotFoundError:
+    """An error that names the file as the user does; gcsfs names the request."""
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
+
+
 @contextlib.contextmanager
-def _named(path: Location) -> Iterator[None]:
-    """A missing object is told by the name that a user knows, not by the request's."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path)) from error
+def _progress(description: str, total: int) -> Iterator[Any]:
+    """A bar that fsspec advances."""
+    from fsspec.callbacks import Callback
 
-
-def _each(work: Callable[[str], None], names: Iterable[str], description: str) -> None:
     from phivision_jax.io.progress import bar
 
-    names = list(names)
-    with bar(description, len(names), shown=bool(description)) as advance, ThreadPoolExecutor(_AT_ONCE) as pool:
-        for _ in pool.map(work, names):
-            advance(1)
+    with bar(description, total, shown=bool(description)) as advance:
+        callback = Callback()
+        callback.relative_update = advance
+        yield callback

@@ -29,7 +29,7 @@ def assets(made_run) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(emulator, assets, tmp_path_factory) -> Path:
+def saved_run(emulator, assets, tmp_path_factory) -> Path:
     """Two steps, written to the bucket and downloaded, so that each test can upload them again."""
     folder = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
@@ -45,9 +45,9 @@ def made(emulator, assets, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(made, bucket):
+def run(saved_run, bucket):
     run = storage.location(bucket)
-    storage.upload(made, run)
+    storage.upload(saved_run, run)
     return run
 
 
@@ -56,12 +56,12 @@ def newest(run):
     return run / CHECKPOINTS / str(NEW)
 
 
-def test_restore_from_bucket(run, made, newest):
+def test_restore_from_bucket(run, saved_run, newest):
     state, log = restore(run)
     assert same(state, make_state(NEW)) and not log
     assert names(run) == {str(OLD), str(NEW), SAVED}
     assert layout.find(run) == layout.find(str(run)) == newest
-    assert same(restore(made)[0], make_state(NEW))  # downloaded, it is a run like any other
+    assert same(restore(saved_run)[0], make_state(NEW))  # downloaded, it is a run like any other
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_restore_from_bucket(run, made, newest):
         ("opt_state/d/", damage.delete),
     ],
 )
-def test_damaged_object_falls_back(run, made, newest, name, action):
+def test_damaged_object_falls_back(run, saved_run, newest, name, action):
     (path,) = [path for path in storage.files(newest) if path.startswith(name)]
     action(newest / path, random.Random(0))
     state, log = restore(run)

@@ -124,10 +124,10 @@ def test_too_large_arrays_are_refused(shape):
 def test_streamed_blocks_add_up(monkeypatch, tile):
     monkeypatch.setattr(checksums, "_TILE", tile)
     x = random_array((4, 6, 10), ml_dtypes.bfloat16)
-    cuts = [(slice(a, a + 2), slice(b, b + 3), slice(c, c + 5)) for a in (0, 2) for b in (0, 3) for c in (0, 5)]
+    regions = [(slice(a, a + 2), slice(b, b + 3), slice(c, c + 5)) for a in (0, 2) for b in (0, 3) for c in (0, 5)]
     streamed = StreamedChecksums()
     for _ in range(2):  # a complete array may be read again
-        found = [streamed.add("x", x[cut], [s.start for s in cut], x.shape) for cut in cuts]
+        found = [streamed.add("x", x[region], [s.start for s in region], x.shape) for region in regions]
         assert found[:-1] == [None] * 7
         assert found[-1] == Array("bfloat16", (4, 6, 10), f"{block_checksum(x):08x}")
     assert device_checksum(x) == block_checksum(x)

@@ -29,7 +29,7 @@ from tests.support.damage import abstract, flip
 
 
 @pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory) -> Path:
+def saved_run(tiny, tmp_path_factory) -> Path:
     """A run with one step."""
     run = tmp_path_factory.mktemp("made") / "run"
     (run / "assets").mkdir(parents=True)
@@ -45,8 +45,8 @@ def made(tiny, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def step(made, tmp_path) -> Path:
-    shutil.copytree(made, tmp_path / "run")
+def step(saved_run, tmp_path) -> Path:
+    shutil.copytree(saved_run, tmp_path / "run")
     return tmp_path / "run" / CHECKPOINTS / "7"
 
 

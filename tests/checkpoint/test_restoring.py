@@ -35,11 +35,11 @@ def test_restore_on_another_mesh(empty_run):
     specs = {"kernel": PartitionSpec(None, "fsdp"), "scale": PartitionSpec(None, "fsdp")}
 
     def placement(mesh, tree):
-        def at(path, leaf):
+        def named_sharding(path, leaf):
             spec = specs.get(getattr(path[-1], "key", None), PartitionSpec()) if np.ndim(leaf) > 1 else PartitionSpec()
             return NamedSharding(mesh, spec)
 
-        return jax.tree_util.tree_map_with_path(at, tree)
+        return jax.tree_util.tree_map_with_path(named_sharding, tree)
 
     state = make_state(OLD)
     eight = sharding.make_mesh({"fsdp": 8})
@@ -49,7 +49,7 @@ def test_restore_on_another_mesh(empty_run):
     checkpoints.close()
     other = sharding.make_mesh({"fsdp": 2, "tensor": 4})
     target = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), state, placement(other, state)
+        lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, placement(other, state)
     )
     restored, _, _ = RunCheckpoints(empty_run, keep=1).restore(target, abstract(make_tail()))
     assert same(restored, state)

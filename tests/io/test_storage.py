@@ -1,4 +1,4 @@
-"""Places in buckets and on this machine, alike; what goes wrong between us and a bucket is a sentence."""
+"""Places in buckets and on disk behind one interface; errors of a bucket are sentences."""
 
 import os
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from phivision_jax.io import storage
+from phivision_jax.io.storage import wrap_storage_errors
 from tests.support.paths import ROOT
 
 CONTENT = {"a.txt": b"hello", "empty": b"", "deep/er/b.bin": bytes(range(256)) * 40}
@@ -16,9 +17,9 @@ CONTENT = {"a.txt": b"hello", "empty": b"", "deep/er/b.bin": bytes(range(256)) *
 @pytest.fixture
 def folder(tmp_path) -> Path:
     for name, content in CONTENT.items():
-        (tmp_path / "there" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "there" / name).write_bytes(content)
-    return tmp_path / "there"
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_bytes(content)
+    return tmp_path / "source"
 
 
 @pytest.fixture
@@ -28,29 +29,29 @@ def place(bucket, folder):
     return place
 
 
-def test_what_is_a_place():
+def test_location_parses_places():
     assert storage.location("runs/a") == Path("runs/a") and type(storage.location("runs/a")) is type(Path())
     assert not storage.is_remote(storage.location("runs/a"))
     place = storage.location("gs://bucket/a")
     assert storage.is_remote(place) and str(place / "b") == "gs://bucket/a/b" and storage.location(place) is place
-    for wrong, message in {"s3://a/b": "others are not known", "gs://": "no bucket", "gs:///a": "no bucket"}.items():
+    wrong = {"s3://a/b": "other schemes are not supported", "gs://": "no bucket", "gs:///a": "no bucket"}
+    for text, message in wrong.items():
         with pytest.raises(ValueError, match=message):
-            storage.location(wrong)
+            storage.location(text)
 
 
-def test_a_local_place_imports_nothing():
-    """Neither the package for buckets nor epath: a converter on a laptop stays what it was."""
-    check = (
-        "import sys; from phivision_jax.io import storage; from phivision_jax.checkpoint import layout;"
+def test_local_place_imports_nothing():
+    """Neither the package for buckets nor epath: the converter on a laptop stays small."""
+    script = (
+        "import sys; from phivision_jax.io import storage; from phivision_jax.checkpoint import checksums, layout;"
         "storage.files(storage.location('docs'));"
         "assert not {'gcsfs', 'fsspec', 'etils', 'aiohttp', 'jax'} & sys.modules.keys()"
     )
-    root = ROOT
-    subprocess.run([sys.executable, "-c", check], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 @pytest.mark.parametrize("where", ["local", "remote"])
-def test_files_and_ranges(where, folder, request):
+def test_files_children_and_ranges(where, folder, request):
     place = folder if where == "local" else request.getfixturevalue("place")
     assert storage.files(place) == {name: len(content) for name, content in CONTENT.items()}
     assert storage.files(place / "deep") == {"er/b.bin": 10240} and storage.files(place / "nowhere") == {}
@@ -64,11 +65,12 @@ def test_files_and_ranges(where, folder, request):
     assert error.value.filename == str(place / "nowhere")
 
 
-def test_there_and_back(place, folder, tmp_path):
+def test_upload_download_remove(place, folder, tmp_path):
     storage.download(place, tmp_path / "back")
     assert {name: (tmp_path / "back" / name).read_bytes() for name in storage.files(tmp_path / "back")} == CONTENT
     storage.download(place, tmp_path / "one", ["a.txt"])
     assert storage.files(tmp_path / "one") == {"a.txt": 5}
+    storage.download(place, tmp_path / "one", [])
     with pytest.raises(FileNotFoundError) as error:
         storage.download(place, tmp_path / "one", ["a.txt", "nowhere"])
     assert error.value.filename == f"{place}/nowhere"
@@ -80,8 +82,13 @@ def test_there_and_back(place, folder, tmp_path):
     storage.remove(place / "nowhere")
 
 
-def test_what_another_program_has_written_is_seen(place):
-    """No listing is kept: TensorStore and other hosts write too."""
+def test_transfers_show_progress(place, tmp_path, capsys):
+    storage.download(place, tmp_path / "back", description="download")
+    assert "download" in capsys.readouterr().out
+
+
+def test_listings_are_not_cached(place):
+    """TensorStore and other hosts write too."""
     import tensorstore
 
     assert not (place / "new" / "x").exists() and "new" not in {child.name for child in place.iterdir()}
@@ -89,42 +96,40 @@ def test_what_another_program_has_written_is_seen(place):
     assert (place / "new" / "x").read_bytes() == b"1" and "new" in {child.name for child in place.iterdir()}
 
 
-def test_no_bucket_is_a_sentence(bucket):
+def test_missing_bucket_is_one_sentence(bucket):
     place = storage.location("gs://nobody-s-bucket/runs/a")
     for look in (storage.check, storage.files):
         with pytest.raises(storage.StorageError, match="gs://nobody-s-bucket/runs/a: there is no bucket nobody-s-bu"):
             look(place)
-    storage.check(storage.location(bucket) / "nowhere")  # a place where nothing is yet
+    storage.check(storage.location(bucket) / "nowhere")  # an empty place in a bucket that exists
 
 
-def test_errors_of_the_packages_are_sentences():
+def test_wrap_storage_errors_suggests_a_remedy():
     import aiohttp
     import google.auth.exceptions
     from gcsfs.retry import HttpError
 
-    told = {
-        HttpError({"code": 401, "message": "Anonymous caller"}): "asks who you are .*gcloud auth application-default",
-        google.auth.exceptions.RefreshError("expired"): "asks who you are",
-        OSError("Forbidden: http://x/y\nno list access"): "may not do that .*Storage Object User",
-        HttpError({"code": 403, "message": "no"}): "may not do that",
+    denied = {
+        HttpError({"code": 401, "message": "Anonymous caller"}): "not authenticated .*gcloud auth application-default",
+        google.auth.exceptions.RefreshError("expired"): "not authenticated",
+        OSError("Forbidden: http://x/y\nno list access"): "access denied .*Storage Object User",
+        HttpError({"code": 403, "message": "no"}): "access denied",
     }
-    for error, sentence in told.items():
-        with (
-            pytest.raises(storage.StorageError, match=f"^gs://b/x: .*{sentence}") as raised,
-            storage.wrap_storage_errors("gs://b/x"),
-        ):
-            raise error
+    for error, message in denied.items():
+        with pytest.raises(storage.StorageError, match=f"^gs://b/x: .*{message}") as raised:  # noqa: SIM117
+            with wrap_storage_errors("gs://b/x"):
+                raise error
         assert not isinstance(raised.value, storage.Unreachable) and "\n" not in str(raised.value)
-    for error in (
-        aiohttp.ClientConnectionError("refused"),
-        TimeoutError(),
-        HttpError({"code": 503, "message": "busy"}),
-    ):
-        with pytest.raises(storage.Unreachable, match="does not answer"), storage.wrap_storage_errors("gs://b/x"):
+    refused, busy = aiohttp.ClientConnectionError("refused"), HttpError({"code": 503, "message": "busy"})
+    for error in (refused, TimeoutError(), busy):
+        with pytest.raises(storage.Unreachable, match="does not answer"), wrap_storage_errors("gs://b/x"):
             raise error
-    for error in (ValueError("ours"), FileNotFoundError("missing"), KeyError("a")):  # these are for whoever asked
-        with pytest.raises(type(error)) as raised, storage.wrap_storage_errors("gs://b/x"):
+
+
+def test_wrap_storage_errors_passes_other_errors():
+    for error in (ValueError("ours"), FileNotFoundError("missing"), KeyError("a")):
+        with pytest.raises(type(error)) as raised, wrap_storage_errors("gs://b/x"):
             raise error
         assert raised.value is error
-    with pytest.raises(TimeoutError), storage.wrap_storage_errors("/local/x"):
+    with pytest.raises(TimeoutError), wrap_storage_errors("/local/x"):
         raise TimeoutError

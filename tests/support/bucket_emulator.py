@@ -1,6 +1,6 @@
-"""A bucket on this machine: Google's storage API over loopback, in a process of its own, its objects in its memory.
+"""A bucket on this machine: Google's storage API over loopback, in a process of its own, with objects in its memory.
 
-``with Emulator() as emulator:`` serves ``gs://bucket``; whoever has ``emulator.environment`` speaks to it.
+``with Emulator() as emulator:`` serves ``gs://bucket`` to processes with ``emulator.environment``.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def move(request: Any, response: Any, storage: Any) -> None:
 
 
 def with_generations(handler: Callable[..., None]) -> Callable[..., None]:
-    """What the emulator lacks and TensorStore rests on: an object's generation is told, and asked before it is used."""
+    """Add what the emulator lacks and TensorStore needs: generations of objects, in answers and in conditions."""
     from gcp_storage_emulator.exceptions import NotFound
 
     def generation(request: Any, storage: Any) -> str:

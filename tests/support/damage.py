@@ -77,7 +77,7 @@ def restore(run: Path) -> tuple[State, str]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two trees are equal bit for bit."""
+    """True if two trees are equal bit for bit."""
     return all(
         x.dtype == y.dtype and x.tobytes() == y.tobytes()
         for x, y in zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (a, b)), strict=True)
@@ -140,7 +140,7 @@ def measure(
 
 
 def judge_run(run: Path, name: str) -> str:
-    """What a restart makes of a run whose newest step was damaged; it must also be able to save the next step."""
+    """Restart a run whose newest step was damaged; it must also be able to save the next step."""
     only = not (run / CHECKPOINTS / str(OLD)).exists()
     try:
         state, log = restore(run)
@@ -160,5 +160,5 @@ def judge_run(run: Path, name: str) -> str:
 
 
 def names_problem(message: str, name: str) -> bool:
-    """Whether a message names the damaged file, an array, or the item of which nothing could be read."""
+    """True if a message names the damaged file, an array, or the item of which nothing could be read."""
     return any(words in message for words in (f"its file {name} ", "its array ", f"its {name.split('/')[0]}/ cannot"))

@@ -35,11 +35,13 @@ def main(address: str, number: str, folder: str, action: str) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices())
 
-    def at(x):
+    def placement(x):
         return NamedSharding(mesh, PartitionSpec(None, "fsdp") if np.ndim(x) > 1 else PartitionSpec())
 
     def place(tree):
-        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, at(x), np.asarray(x).__getitem__), tree)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, placement(x), np.asarray(x).__getitem__), tree
+        )
 
     run = Path(folder)
     checkpoints = RunCheckpoints(run, keep=3, keep_best="accuracy", log=print)
@@ -48,8 +50,8 @@ def main(address: str, number: str, folder: str, action: str) -> None:
             metrics = {"accuracy": 1.0}
             checkpoints.save(place(make_state(step)), place(make_tail()), {"model": {}}, run / "assets", metrics)
     else:
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at(x)), make_state(0))
-        tail = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at(x)), make_tail())
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x)), make_state(0))
+        tail = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x)), make_tail())
         if number == "1":
             ocp.PyTreeCheckpointHandler.restore = fail_at_30
         try:

@@ -1,4 +1,4 @@
-"""A checkpoint goes on where it is asked to: other meshes, the same losses."""
+"""Training continues on another mesh with the same losses."""
 
 import dataclasses
 import json
@@ -31,30 +31,30 @@ def batches(first, last):
     return [rows_across(seed % 3, "bidirectional") for seed in range(first, last)]
 
 
-def walk(step, compiled, state, first, last):
+def train(step, compiled, state, first, last):
     losses = []
-    at = sharding.batch_shardings(step.mesh, SPEC)
+    shardings = sharding.batch_shardings(step.mesh, SPEC)
     for batch in batches(first, last):
-        state, metrics = compiled(state, to_device(batch, at, ROWS))
+        state, metrics = compiled(state, to_device(batch, shardings, ROWS))
         losses.append(float(metrics["loss"]))
     return state, losses
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run's directory saved on eight devices along fsdp, and the losses of its further steps there."""
+    """A run saved on eight devices along fsdp, and the losses of its further steps there."""
     run = tmp_path_factory.mktemp("run")
     (run / "assets").mkdir()
     (run / "assets" / "tokenizer.json").write_text(json.dumps({}))
     step = step_on(CFG, *HOME, steps=BEFORE + AFTER)
     compiled = compile_quickly(step)
     params = jax.tree.map(np.asarray, phivision.PhiVision(MODEL, rngs=nnx.Rngs(3)).split()[1])
-    state, _ = walk(step, compiled, step.init(params), 0, BEFORE)
+    state, _ = train(step, compiled, step.init(params), 0, BEFORE)
     checkpoints = RunCheckpoints(run, keep=2)
     checkpoints.save(state, TAIL, {"model": {}, "run": {}}, run / "assets")
     checkpoints.close()
-    _, losses = walk(step, compiled, state, BEFORE, BEFORE + AFTER)
-    assert losses[-1] < 0.8 * losses[0]  # there is something to disagree about
+    _, losses = train(step, compiled, state, BEFORE, BEFORE + AFTER)
+    assert losses[-1] < 0.8 * losses[0]
     return run, losses
 
 
@@ -68,11 +68,11 @@ def trained(tmp_path_factory):
     ],
     ids=str,
 )
-def test_training_goes_on_on_another_mesh(trained, shape, devices):
+def test_training_continues_on_another_mesh(trained, shape, devices):
     run, expected = trained
     step = step_on(CFG, shape, devices, steps=BEFORE + AFTER)
-    at = sharding.replicated(step.mesh)
-    tail = {"probe": jax.ShapeDtypeStruct(TAIL["probe"].shape, TAIL["probe"].dtype, sharding=at)}
+    replicated = sharding.replicated(step.mesh)
+    tail = {"probe": jax.ShapeDtypeStruct(TAIL["probe"].shape, TAIL["probe"].dtype, sharding=replicated)}
     state, found, meta = RunCheckpoints(run, keep=2).restore(step.abstract_state, tail)
     assert meta["step"] == int(state["step"]) == BEFORE
     assert np.array_equal(found["probe"], TAIL["probe"])
@@ -80,5 +80,5 @@ def test_training_goes_on_on_another_mesh(trained, shape, devices):
         leaf.sharding == want.sharding
         for leaf, want in zip(*map(jax.tree.leaves, (state, step.abstract_state)), strict=True)
     )
-    _, losses = walk(step, compile_quickly(step), state, BEFORE, BEFORE + AFTER)
+    _, losses = train(step, compile_quickly(step), state, BEFORE, BEFORE + AFTER)
     np.testing.assert_allclose(losses, expected, atol=1e-5, rtol=0)
