@@ -340,15 +340,7 @@ def _passes_to_pack_jointly(tokens: np.ndarray, shape: RowShape) -> int:
 def _pack_window(
     window: np.ndarray, lengths: Lengths, shape: RowShape, batch_rows: int, pending: int, seed: int, number: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pack the examples of a window and order its rows.
-
-    Args:
-      pending: rows that the step already has in which the window begins.
-      number: of the window in the plan.
-
-    Returns:
-      The examples [n], row after row, and the number of examples in each row [rows].
-    """
+    """The examples of the ``number``-th window [n], row after row, and the number of examples in each row [rows]."""
     packed, offsets = pack(window, lengths, shape)
     shuffled = permutation(len(offsets) - 1, seed, _ROW_ORDER, number)
     order = balance(attention_work(packed, offsets, lengths), shuffled, batch_rows, pending)
