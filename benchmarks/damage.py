@@ -39,7 +39,7 @@ import phivision_jax
 from phivision_jax.checkpoint import loading
 from phivision_jax.checkpoint.layout import CHECKPOINTS, DamagedError
 from phivision_jax.checkpoint.manager import RunCheckpoints
-from phivision_jax.cli.convert import main as convert
+from phivision_jax.cli.main import main as phivision
 from phivision_jax.convert.hf_config import model_config
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.models.vision_tail import VisionTail
@@ -79,7 +79,7 @@ def read_by_export(checkpoint: Path) -> Path:
     messages = io.StringIO()
     with contextlib.redirect_stderr(messages):
         try:
-            convert(["to-hf", str(checkpoint), str(out)])
+            phivision(["convert", "to-hf", str(checkpoint), str(out)])
         except SystemExit:
             raise ValueError(messages.getvalue()) from None
     return out
@@ -126,7 +126,7 @@ def make_conversion(directory: Path) -> Path:
     values = {**SMALL, **ids}
     source = write_hf(directory / "source", values, random_tensors(shapes_of(values), np.float32))
     Processor.small(model_config(source)).save(source)
-    convert(["to-jax", str(source), str(directory / "converted")])
+    phivision(["convert", "to-jax", str(source), str(directory / "converted")])
     return directory / "converted"
 
 

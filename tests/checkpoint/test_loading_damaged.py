@@ -21,7 +21,7 @@ import phivision_jax
 from phivision_jax.checkpoint import loading
 from phivision_jax.checkpoint.layout import CHECKPOINTS, ORBAX_MARK, DamagedError
 from phivision_jax.checkpoint.manager import RunCheckpoints
-from phivision_jax.cli.convert import main
+from phivision_jax.cli.main import main
 from phivision_jax.io import storage
 from phivision_jax.models.vision_tail import VisionTail
 from tests.support.batches import TINY
@@ -77,7 +77,7 @@ def test_flipped_bit_in_weights_is_refused_or_harmless(step, tiny, tmp_path, cap
             refused += 1
             assert str(error).startswith(f"{step} is damaged: its ")
         try:
-            main(["to-hf", str(step), str(tmp_path / "hf")])
+            main(["convert", "to-hf", str(step), str(tmp_path / "hf")])
             assert same(phivision_jax.load(tmp_path / "hf")[0].split()[1], tiny)
             shutil.rmtree(tmp_path / "hf")
         except SystemExit:
@@ -122,22 +122,22 @@ def test_damaged_optimizer_state_is_ignored(step, tiny, tmp_path):
     path.unlink()
     model, _ = phivision_jax.load(step.parents[1])
     assert same(model.split()[1], tiny)
-    main(["to-hf", str(step), str(tmp_path / "hf")])
+    main(["convert", "to-hf", str(step), str(tmp_path / "hf")])
     model, _ = phivision_jax.load(tmp_path / "hf")
     assert same(model.split()[1], tiny)
 
 
 def test_inspect_reads_no_weights_and_verify_does(step, tmp_path, capsys):
     shutil.copytree(step, tmp_path / "intact")
-    main(["verify", str(step), str(tmp_path / "intact")])
+    main(["convert", "verify", str(step), str(tmp_path / "intact")])
     data = data_file(step)
     data.write_bytes(bytes(data.stat().st_size))
     with pytest.raises(SystemExit, match="2"):
-        main(["verify", str(tmp_path / "intact"), str(step)])
+        main(["convert", "verify", str(tmp_path / "intact"), str(step)])
     assert f"{step} is damaged: its array params/" in capsys.readouterr().err
     (step / "meta" / "metadata").write_bytes(b"")
     with pytest.raises(SystemExit, match="2"):
-        main(["inspect", str(step)])
+        main(["convert", "inspect", str(step)])
     assert "its file meta/metadata does not hold" in capsys.readouterr().err
 
 
@@ -155,5 +155,5 @@ def test_checkpoint_in_bucket_is_verified(step, tiny, bucket, tmp_path, capsys):
     with pytest.raises(DamagedError, match=rf"{run}/7 is damaged: its array params/.* cannot be read"):
         loading.read_params(run / "7", TINY, abstract(tiny.split()[1]))
     with pytest.raises(SystemExit, match="2"):
-        main(["to-hf", bucket, str(tmp_path / "hf")])
+        main(["convert", "to-hf", bucket, str(tmp_path / "hf")])
     assert f"{run}/7 is damaged: its array params/" in capsys.readouterr().err
