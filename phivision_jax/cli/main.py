@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
       arguments: default: the process's own.
     """
-    name, *rest = sys.argv[1:] if arguments is None else arguments or ["--help"]
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("--help", "-h"):
         listing = "\n".join(f"  {command:<11}{description}" for command, description in COMMANDS.items())
         print(f"usage: phivision COMMAND …\n\n{listing}\n\nphivision COMMAND --help explains a command.")
