@@ -122,8 +122,8 @@ def _checked(images: list[Any]) -> list[Any]:
     for image in images:
         if isinstance(image, _Index):
             # In another order than they are listed, images would be assigned to the wrong places.
-            if image.number != checked.count(None):
-                expected = checked.count(None)
+            expected = sum(other is None for other in checked)
+            if image.number != expected:
                 raise BadRecord("fields", f"a part shows image {image.number} where image {expected} is next in order")
             image = None
         checked.append(image)

@@ -15,6 +15,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 from phivision_jax.data.quarantine import BadRecord
@@ -40,18 +41,12 @@ def normalised(numbers: Sequence[float], unit: Unit, size: Callable[[], tuple[in
         what = f"its image of {width}x{height} pixels" if unit == "pixels" else f"its image, in units of {unit}"
         raise BadRecord("coordinates", f"{shown} is outside {what}")
     if len(shares) == 4 and (shares[0] > shares[2] or shares[1] > shares[3]):
-        raise BadRecord(
-            "coordinates", f"{shown} is not a box [x1, y1, x2, y2]: the first corner must be the upper left"
-        )
+        raise BadRecord("coordinates", f"{shown} is not a box: it must be [left, top, right, bottom]")
     return f"[{', '.join(f'{min(max(0.0, share), 1.0):.3f}' for share in shares)}]"
 
 
 def fill_placeholders(
-    messages: Sequence[dict[str, Any]],
-    objects: Any,
-    unit: Unit,
-    num_images: int,
-    size_of: Callable[[int], tuple[int, int]],
+    messages: Sequence[dict[str, Any]], objects: Any, unit: Unit, images: int, size_of: Callable[[int], tuple[int, int]]
 ) -> None:
     """Replace the placeholders in the messages, in place.
 
@@ -59,7 +54,7 @@ def fill_placeholders(
       messages: with string contents.
       objects: the field of that name.
       unit: of its numbers.
-      num_images: images of the record.
+      images: number of images of the record.
       size_of: width and height of one of them.
 
     Raises:
@@ -77,10 +72,9 @@ def fill_placeholders(
     found = [match[1] for message in messages for match in _PLACEHOLDER.finditer(message["content"])]
     for kind in kinds:
         if found.count(kind) != len(given[kind]):
-            raise BadRecord(
-                "coordinates", f"{found.count(kind)} <{kind}> in the messages, but {len(given[kind])} in objects"
-            )
-    where = _images(_list(objects.get("image_id"), "image_id"), len(boxes) + len(points), num_images, unit)
+            counts = f"{found.count(kind)} <{kind}> in the messages, but {len(given[kind])} in objects"
+            raise BadRecord("coordinates", counts)
+    where = _images(_list(objects.get("image_id"), "image_id"), len(boxes) + len(points), images, unit)
     shares = [
         normalised(numbers, unit, functools.partial(size_of, image))
         for numbers, image in zip(boxes + points, where, strict=True)
@@ -105,16 +99,17 @@ def rewrite_lists(messages: Sequence[dict[str, Any]], unit: Unit, size: Callable
 
 
 def _list(value: Any, kind: str) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
+    if value is not None and not isinstance(value, list):
         raise BadRecord("fields", f"objects: {kind} is {type(value).__name__}: it must be a list")
-    return value
+    return value or []
+
+
+def _is_number(value: Any, kind: type | UnionType) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _numbers(box: Any, kind: str, length: int) -> list[float]:
-    numbers = isinstance(box, list) and all(isinstance(n, int | float) and not isinstance(n, bool) for n in box)
-    if not numbers:
+    if not isinstance(box, list) or not all(_is_number(n, int | float) for n in box):
         raise BadRecord("fields", f"objects: a {kind} must be a list of {length} numbers")
     if len(box) != length:
         raise BadRecord("coordinates", f"objects: a {kind} has {length} numbers, not {len(box)}")
@@ -124,18 +119,14 @@ def _numbers(box: Any, kind: str, length: int) -> list[float]:
         raise BadRecord("coordinates", f"objects: a {kind} with a number too large for any image") from None
 
 
-def _images(image_id: list[Any], count: int, num_images: int, unit: Unit) -> list[int]:
+def _images(image_id: list[Any], count: int, images: int, unit: Unit) -> list[int]:
     """The image of each box and point."""
     if not image_id:
-        if count and unit == "pixels" and num_images != 1:
-            raise BadRecord(
-                "coordinates", f"objects in pixels, but {num_images} images: image_id must give the image of each"
-            )
+        if count and unit == "pixels" and images != 1:
+            raise BadRecord("coordinates", f"objects in pixels of {images} images: image_id must name them")
         return [0] * count
     if len(image_id) != count:
         raise BadRecord("coordinates", f"objects: {len(image_id)} numbers in image_id for {count} boxes and points")
-    if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_images for i in image_id):
-        raise BadRecord(
-            "coordinates", f"objects: image_id names an image that the record does not have ({num_images} images)"
-        )
+    if not all(_is_number(i, int) and 0 <= i < images for i in image_id):
+        raise BadRecord("coordinates", f"objects: image_id names an image that is not among the {images} of the record")
     return image_id

@@ -47,7 +47,7 @@ def is_given(value: Any) -> bool:
     """True if a field has an image: not None, "" or a struct without content."""
     if isinstance(value, Mapping):
         return any(is_given(value.get(key)) for key in ("bytes", "path", "url"))
-    return value is not None and value != ""
+    return value is not None and not (isinstance(value, str) and not value)
 
 
 def fetch(

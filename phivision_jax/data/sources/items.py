@@ -178,14 +178,11 @@ class ItemReader:
         if prepend_to and not wanted:
             prepend_to[0]["content"] = (IMAGE_MARKER + "\n") * len(listed) + prepend_to[0]["content"]
             wanted = [None] * len(listed)
-        free = wanted.count(None)
+        free = sum(image is None for image in wanted)
         if free != len(listed):
             given = len(wanted) - free
-            raise BadRecord(
-                "image-count",
-                f"{free} {IMAGE_MARKER} markers in the messages, but {len(listed)} images"
-                + (f" in addition to the {given} given in the messages" if given else ""),
-            )
+            besides = f" besides the {given} in the messages" if given else ""
+            raise BadRecord("image-count", f"{free} {IMAGE_MARKER} markers, but {len(listed)} images{besides}")
         rest = iter(listed)
         options = self.options
         return [

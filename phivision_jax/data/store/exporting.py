@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from PIL import Image
 
 from phivision_jax.data.records import Record
 from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.io import atomic
 from phivision_jax.io.progress import bar
 from phivision_jax.text.constants import IMAGE_MARKER
 
@@ -47,25 +46,18 @@ def export(dataset: Dataset, out: Path, format: Literal["llava", "messages"], *,
     """
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another name")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with (
-            (partial / DATA).open("w", encoding="utf-8", newline="\n") as file,
-            bar(f"export to {out}", len(dataset), shown=progress) as advance,
-        ):
-            for i in range(len(dataset)):
-                record = dataset[i]
-                paths = [_save(image, partial) for image in record.images]
-                fields = _llava(record, paths) if format == "llava" else _messages(record, paths)
-                fields |= {"mode": record.mode, "task": record.task, "source": record.source}
-                item = {"id": record.id, **fields, "metadata": record.metadata, "lineage": record.lineage}
-                file.write(json.dumps(item, ensure_ascii=False) + "\n")
-                advance(1)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with (
+        atomic.new_directory(out) as folder,
+        (folder / DATA).open("w", encoding="utf-8", newline="\n") as file,
+        bar(f"export to {out}", len(dataset), shown=progress) as advance,
+    ):
+        for i in range(len(dataset)):
+            record = dataset[i]
+            paths = [_save(image, folder) for image in record.images]
+            fields = _llava(record, paths) if format == "llava" else _messages(record, paths)
+            own = {name: getattr(record, name) for name in ("mode", "task", "source", "metadata", "lineage")}
+            file.write(json.dumps({"id": record.id, **fields, **own}, ensure_ascii=False) + "\n")
+            advance(1)
     return len(dataset)
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import io
 
 import pytest
@@ -8,6 +9,9 @@ from PIL import Image
 
 from phivision_jax.data.records import Record
 from phivision_jax.data.sources.easy_vqa import easy_vqa, question_only_baseline
+
+train = functools.cache(lambda: easy_vqa("train"))
+test = functools.cache(lambda: easy_vqa("test"))
 
 
 def pairs(records: list[Record]) -> collections.Counter:
@@ -23,11 +27,11 @@ def pairs(records: list[Record]) -> collections.Counter:
 
 
 def test_easy_vqa_uses_each_question_once():
-    single, grouped = easy_vqa("train"), easy_vqa("train", questions_per_record=6)
+    single, grouped = train(), easy_vqa("train", questions_per_record=6)
     assert len(single) == 38_575 and len({r.id for r in single}) == 38_575
     assert pairs(single) == pairs(grouped)
     assert len({r.images[0] for r in single}) <= 4_000
-    assert len(easy_vqa("test")) == 9_673
+    assert len(test()) == 9_673
     assert max(len(r.messages) for r in grouped) == 12
 
 
@@ -44,7 +48,7 @@ def test_easy_vqa_record():
 
 
 def test_question_only_baseline_full_set():
-    assert question_only_baseline(easy_vqa("train"), easy_vqa("test")) == pytest.approx(0.670, abs=5e-4)
+    assert question_only_baseline(train(), test()) == pytest.approx(0.670, abs=5e-4)
 
 
 def test_question_only_baseline_by_hand():
@@ -52,10 +56,10 @@ def test_question_only_baseline_by_hand():
         turns = [({"role": "user", "content": question}, {"role": "assistant", "content": a}) for a in answers]
         return [Record("r", "s", (), turn) for turn in turns]
 
-    train = ask("red?", "no", "yes", "yes") + ask("shape?", "circle", "circle", "circle", "box")
+    seen = ask("red?", "no", "yes", "yes") + ask("shape?", "circle", "circle", "circle", "box")
     # "red?" → yes, "shape?" → circle, never asked → circle, the most frequent answer of all.
-    test = ask("red?", "yes", "no") + ask("shape?", "circle") + ask("<image>\nnew?", "circle")
-    assert question_only_baseline(train, test) == 3 / 4
+    asked = ask("red?", "yes", "no") + ask("shape?", "circle") + ask("<image>\nnew?", "circle")
+    assert question_only_baseline(seen, asked) == 3 / 4
 
 
 def test_easy_vqa_errors():

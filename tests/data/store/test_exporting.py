@@ -128,8 +128,8 @@ def test_export_is_atomic(tmp_path, monkeypatch):
         patch.setattr(exporting, "_save", fail)
         export(Held(mixed_records(3)), tmp_path / "out", "llava", progress=False)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / ".out.partial").mkdir()  # of a killed process
-    (tmp_path / ".out.partial" / "left").write_text("over")
+    (tmp_path / ".out.partial-0").mkdir()  # of a killed process
+    (tmp_path / ".out.partial-0" / "left").write_text("over")
     export(Held(mixed_records(3)), tmp_path / "out", "llava", progress=False)  # type: ignore[arg-type]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["data.jsonl", "images"]
     assert read_back(tmp_path / "out") == mixed_records(3)
