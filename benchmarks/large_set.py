@@ -75,7 +75,7 @@ class GeneratedRecords:
                 {"role": "assistant", "content": answer},
             )
             record = Record(f"r{i:07d}", self.name, (file.getvalue(),), messages, "think" if think else "nothink")
-            yield Read(record, mode_from="stated", system=False)
+            yield Read(record, "stated", system=False, where=f"record {i}")
 
 
 def resident_mb(pid: int) -> float:

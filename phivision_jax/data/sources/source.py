@@ -22,7 +22,7 @@ class Read:
     """Origin of the mode: stated, inferred from how the answers begin, or the default."""
     system: bool
     """The conversation came with a system message, kept or not."""
-    where: str = ""
+    where: str
     """The item's place for people: file and line, row or number."""
 
 

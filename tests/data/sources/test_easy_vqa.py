@@ -10,8 +10,8 @@ from PIL import Image
 from phivision_jax.data.records import Record
 from phivision_jax.data.sources.easy_vqa import easy_vqa, question_only_baseline
 
-train = functools.cache(lambda: easy_vqa("train"))
-test = functools.cache(lambda: easy_vqa("test"))
+all_train = functools.cache(lambda: easy_vqa("train"))
+all_test = functools.cache(lambda: easy_vqa("test"))
 
 
 def pairs(records: list[Record]) -> collections.Counter:
@@ -27,11 +27,11 @@ def pairs(records: list[Record]) -> collections.Counter:
 
 
 def test_easy_vqa_uses_each_question_once():
-    single, grouped = train(), easy_vqa("train", questions_per_record=6)
+    single, grouped = all_train(), easy_vqa("train", questions_per_record=6)
     assert len(single) == 38_575 and len({r.id for r in single}) == 38_575
     assert pairs(single) == pairs(grouped)
     assert len({r.images[0] for r in single}) <= 4_000
-    assert len(test()) == 9_673
+    assert len(all_test()) == 9_673
     assert max(len(r.messages) for r in grouped) == 12
 
 
@@ -48,7 +48,7 @@ def test_easy_vqa_record():
 
 
 def test_question_only_baseline_full_set():
-    assert question_only_baseline(train(), test()) == pytest.approx(0.670, abs=5e-4)
+    assert question_only_baseline(all_train(), all_test()) == pytest.approx(0.670, abs=5e-4)
 
 
 def test_question_only_baseline_by_hand():
