@@ -11,8 +11,6 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from phivision_jax.convert import jobs
-from phivision_jax.convert import verify as checks
 from phivision_jax.io.storage import location
 
 type Dtype = Literal["keep", "float32", "bfloat16"]
@@ -42,6 +40,8 @@ def to_jax(
         seed: Seed of the fresh projector, with --decoder and --vision.
         overwrite: Replace OUT if it exists, once the new checkpoint is complete.
     """
+    from phivision_jax.convert import jobs
+
     if (decoder is None) != (vision is None):
         raise ValueError("--decoder and --vision go together")
     if len(paths) != (2 if decoder is None else 1):
@@ -75,6 +75,8 @@ def to_hf(
         overwrite: Replace OUT if it exists, once the new directory is complete.
         force: Also write a model that config.json cannot express; Hugging Face code will compute something else.
     """
+    from phivision_jax.convert import jobs
+
     if max_shard_size <= 0:
         raise ValueError(f"--max-shard-size must be positive, not {max_shard_size}")
     original = None if like is None else location(like)
@@ -90,6 +92,8 @@ def verify(a: tyro.conf.Positional[Place], b: tyro.conf.Positional[Place]) -> No
         a: A checkpoint of this project or a Hugging Face directory.
         b: Another one.
     """
+    from phivision_jax.convert import verify as checks
+
     if not checks.verify(location(a), location(b)):
         sys.exit(1)
 
@@ -101,6 +105,8 @@ def inspect(path: tyro.conf.Positional[Place], json: bool = False) -> None:
         path: A checkpoint of this project or a Hugging Face directory.
         json: Print one JSON object.
     """
+    from phivision_jax.convert import verify as checks
+
     checks.inspect(location(path), json)
 
 

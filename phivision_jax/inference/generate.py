@@ -65,10 +65,9 @@ def generate(
     """
     single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
     prompts = [prompt] if single else list(prompt)
-    if images is None:
-        images_of: list[list[ImageSource]] = [[] for _ in prompts]
-    else:
-        images_of = [list(images)] if single else [list(some) for some in images]
+    images_of: Sequence[Sequence[ImageSource]] = [()] * len(prompts)
+    if images is not None:
+        images_of = [images] if single else images
     if len(images_of) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(images_of)} lists of images: give one list per prompt")
     conversations = [_conversation(p, len(i)) for p, i in zip(prompts, images_of, strict=True)]

@@ -6,7 +6,6 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,11 +13,9 @@ from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS, Mode, Record, mode_of
 from phivision_jax.images.decode import open_image, to_rgb
 from phivision_jax.images.layout import ImageLayout, ImageSize
+from phivision_jax.processor import Processor
 from phivision_jax.rows import Example
 from phivision_jax.text.constants import IGNORE, PLACEHOLDER
-
-if TYPE_CHECKING:
-    from phivision_jax.processor import Processor
 
 GROUP_NAMES: tuple[str, ...] = tuple(f"{mode}/{task}" for mode in MODES for task in TASKS)
 """Name of each group id, for metrics: "think/general", "think/math", …, "nothink/general", …"""

@@ -27,7 +27,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -38,13 +38,10 @@ from phivision_jax.data.plan.packing import Lengths, attention_work, balance, jo
 from phivision_jax.data.plan.realized_shares import RealizedShare, realized_shares
 from phivision_jax.data.plan.record_sizes import REASONS, Overflow, fit_source
 from phivision_jax.data.shuffle import permutation
-from phivision_jax.data.store.dataset import check_processor
+from phivision_jax.data.store.dataset import Dataset, check_processor
 from phivision_jax.io import atomic
 from phivision_jax.io.progress import bar
-
-if TYPE_CHECKING:
-    from phivision_jax.data.store.dataset import Dataset
-    from phivision_jax.processor import Processor
+from phivision_jax.processor import Processor
 
 FORMAT = 3
 WINDOW = 16_384

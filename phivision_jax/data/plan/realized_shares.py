@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from phivision_jax.data.plan.example_order import Pool
 from phivision_jax.data.plan.mixture import Stage
 from phivision_jax.data.records import MODES, TASKS
-
-if TYPE_CHECKING:
-    from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.data.store.dataset import Dataset
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
+from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.packing import Lengths, place
-
-if TYPE_CHECKING:
-    from phivision_jax.batch import RowShape
-    from phivision_jax.data.store.dataset import Dataset, Index
-    from phivision_jax.images.layout import ImageLayout
+from phivision_jax.data.store.dataset import Dataset, Index
+from phivision_jax.images.layout import ImageLayout
 
 Overflow = Literal["drop", "resize", "error"]
 REASONS = ("tokens", "patches")

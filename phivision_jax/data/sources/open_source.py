@@ -6,13 +6,11 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from phivision_jax.data.sources.files import PATTERNS, Format, files_directly_in, files_of_format
+from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.source import Source
-
-if TYPE_CHECKING:
-    from phivision_jax.data.sources.item_options import ItemOptions
 
 _LOOKED_FOR = (
     "looked for .json, .jsonl or .ndjson, .parquet, .array_record files, and for dataset_info.json (TFDS); "

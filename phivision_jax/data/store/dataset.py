@@ -28,16 +28,14 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import Record
 from phivision_jax.data.store.shard_files import READERS, Shard
-
-if TYPE_CHECKING:
-    from phivision_jax.processor import Processor
+from phivision_jax.processor import Processor
 
 SCHEMA = 4
 MANIFEST = "manifest.json"

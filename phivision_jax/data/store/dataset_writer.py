@@ -15,7 +15,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -28,9 +28,7 @@ from phivision_jax.data.store.dataset import MANIFEST, SCHEMA, describe_file
 from phivision_jax.data.store.record_check import RecordSize, measure_record
 from phivision_jax.io import atomic
 from phivision_jax.io.work import Summary
-
-if TYPE_CHECKING:
-    from phivision_jax.processor import Processor
+from phivision_jax.processor import Processor
 
 DTYPES = {"text_tokens": "<i4", "num_images": "<i4", "image_sizes": "<i4", "modes": "|i1", "tasks": "|u1"}
 """Columns of a chunk's summary. They become the index, where ``image_offsets`` replaces ``num_images``."""

@@ -9,7 +9,7 @@ import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phivision_jax.data import quarantine
 from phivision_jax.data.quarantine import Quarantined, Tally
@@ -25,10 +25,8 @@ from phivision_jax.data.store.dataset_writer import (
 )
 from phivision_jax.io import work
 from phivision_jax.io.work import Summary, Work
+from phivision_jax.processor import Processor
 from phivision_jax.text import chat
-
-if TYPE_CHECKING:
-    from phivision_jax.processor import Processor
 
 SHARD_BYTES = 256 * 2**20
 """A shard is closed once it has this many payload bytes: large enough for few files, small enough to copy."""

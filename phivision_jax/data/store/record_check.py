@@ -12,19 +12,16 @@ is as fast as the disk.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import msgpack
 
 from phivision_jax.data.image_check import check_image
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import Record, mode_of
+from phivision_jax.processor import Processor
 from phivision_jax.text import chat
 from phivision_jax.text.constants import IMAGE_MARKER, IMAGE_TOKEN
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
-
-if TYPE_CHECKING:
-    from phivision_jax.processor import Processor
 
 type ImageSizes = tuple[tuple[int, int], ...]
 """Width and height of each image in pixels, after turning it upright."""
