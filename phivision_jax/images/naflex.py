@@ -24,7 +24,7 @@ from phivision_jax.images.layout import ImageLayout, ImageSize, PatchedImage, re
 
 _SCALE_RANGE = 1e-6, 100.0
 _HALVINGS = 24
-"""Of this range, after which it is narrower than the 1e-5 at which the released processor stops."""
+"""Steps of the bisection until the range is narrower than 1e-5, where the released processor stops."""
 
 
 @register_layout("naflex")
