@@ -146,6 +146,7 @@ def main(
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:  # a side, which the comparison asks over pipes
+        sys.path.pop(0)  # this file's directory; PYTHONPATH has the benchmarks of the side's checkout
         from peer_process import serve
 
         serve(HostSide())

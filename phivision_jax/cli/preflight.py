@@ -79,13 +79,13 @@ def preflight(
         raise SystemExit(3)
 
 
-def _train(cfg: ResolvedConfig, where: Topology, low_effort: bool, title: str = "compiling") -> dict[str, Any]:
+def _train(cfg: ResolvedConfig, where: Topology, low_effort: bool) -> dict[str, Any]:
     from phivision_jax.preflight import step_report
     from phivision_jax.preflight.compiling import run_worker
     from phivision_jax.preflight.worker import train_facts
 
-    title = f"{title} at {'low' if low_effort else 'default'} effort"
-    facts = run_worker(title, train_facts, cfg, where, low_effort)
+    effort = "low" if low_effort else "default"
+    facts = run_worker(f"compiling at {effort} effort", train_facts, cfg, where, low_effort)
     return step_report.summary(cfg, where, facts, low_effort)
 
 
@@ -93,7 +93,7 @@ def _search(cfg: ResolvedConfig, where: Topology) -> dict[str, Any]:
     from phivision_jax.preflight.model.layout_search import search
     from phivision_jax.preflight.step_report import MARGIN
 
-    found = search(cfg, where, lambda tried, low: _train(tried, where, low, "trying"), print, MARGIN)
+    found = search(cfg, where, lambda tried, low: _train(tried, where, low), print, MARGIN)
     if found is None:
         raise ValueError(f"no layout that was tried fits {where}; use more chips or shorter rows")
     best = {f"mesh.{axis}": found["mesh"][axis] for axis in ("fsdp", "data", "context")}

@@ -83,7 +83,7 @@ def collectives(module: Module) -> list[Collective]:
 
     def make(executed: Executed) -> tuple[Executed, Collective] | None:
         found = _collective(module, executed)
-        return found and (executed, found)
+        return (executed, found) if found else None
 
     groups: dict[str | int, list[tuple[Executed, Collective]]] = {}
     for step in walk(module, make, weight=lambda step: wire_bytes(step[1]) * step[1].times):
@@ -145,7 +145,7 @@ def _chain_overlaps(module: Module, steps: list[Executed]) -> bool:
     """Report whether a product runs between the steps of a chain, in the innermost computation that holds both."""
     for one, other in itertools.pairwise(steps):
         first, second = next((a, b) for a, b in zip(one.frames, other.frames, strict=False) if a != b)
-        if any(_multiplies(module, x) for x in first.instructions[first.index + 1 : second.index + 1]):
+        if any(_multiplies(module, x) for x in first.instructions[first.position + 1 : second.position + 1]):
             return True
     return False
 

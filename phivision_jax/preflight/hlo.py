@@ -149,11 +149,11 @@ class Frame(NamedTuple):
     """A position in a computation."""
 
     instructions: list[Instruction]
-    index: int
+    position: int
 
     @property
     def instruction(self) -> Instruction:
-        return self.instructions[self.index]
+        return self.instructions[self.position]
 
 
 class Executed(NamedTuple):
@@ -184,8 +184,8 @@ def walk[T](module: Module, make: Callable[[Executed], T | None], weight: Callab
 
     def inside(name: str, frames: tuple[Frame, ...], loops: tuple[int, ...]) -> list[T]:
         found: list[T] = []
-        for index, instruction in enumerate(module.computations[name]):
-            stack = (*frames, Frame(module.computations[name], index))
+        for position, instruction in enumerate(module.computations[name]):
+            stack = (*frames, Frame(module.computations[name], position))
             called = functools.partial(inside, frames=stack, loops=loops)
             if (result := make(Executed(stack, loops))) is not None:
                 found.append(result)

@@ -52,13 +52,19 @@ _PLUMBING = re.compile(
 
 
 def op_names(module: hlo.Module) -> dict[str, str]:
-    """The ``op_name`` of every instruction; without one, that of the last instruction it calls or of its operand."""
+    """The ``op_name`` of every instruction; without one, that of an instruction it calls, an operand, or its user.
+
+    So a fusion has that of its product, a copy that of its source, and a buffer that of the loop that fills it.
+    """
     found: dict[str, str] = {}
     for instructions in module.computations.values():  # callees come before callers, operands before users
         for x in instructions:
+            own = x.op_name if "/" in x.op_name or x.opcode == "parameter" else ""  # not the compiler's "broadcast.7"
             inside = (found.get(y.name, "") for name in x.called for y in reversed(module.computations.get(name, [])))
-            before = (found[name] for name in x.operands if name in found)
-            found[x.name] = x.op_name or next(filter(None, (*inside, *before)), "")
+            before = (found[name] for name in x.operands if name in found and x.opcode != "tuple")
+            found[x.name] = own or next(filter(None, (*inside, *before)), "")
+        for x in reversed(instructions):
+            found.update({name: found.get(name) or found[x.name] for name in x.operands})
     return found
 
 
@@ -67,7 +73,7 @@ def dump_options(directory: Path) -> dict[str, str | bool]:
     return {"xla_dump_to": str(directory), "xla_dump_hlo_as_text": True}
 
 
-def dumped(directory: Path, module: str) -> list[str]:
+def dumped(directory: Path, module: str) -> tuple[str, str]:
     """Read the two tables of a program that was compiled with ``dump_options``.
 
     Args:
@@ -79,7 +85,7 @@ def dumped(directory: Path, module: str) -> list[str]:
     found = [path for table in _TABLES for path in directory.glob(f"*.{module}.*-{table}.txt")]
     if len(found) != len(_TABLES):
         raise FileNotFoundError(f"{directory} has {len(found)} tables of {module} instead of 2; use an empty directory")
-    return [path.read_text() for path in found]
+    return found[0].read_text(), found[1].read_text()
 
 
 _TABLES = ("buffer-assignment", "live-range")
@@ -123,10 +129,9 @@ def peak_buffers(assignment: str, live_range: str, sources: Mapping[str, str]) -
         alive: dict[int, Buffer] = {}
         for first, last, offset, buffer in passing:
             # Values at the same offset share memory: an update in place, a loop's state.
-            if first <= step <= last and buffer.bytes > alive.get(offset, Buffer(-1, "")).bytes:
-                alive[offset] = buffer
-        if sum(b.bytes for b in alive.values()) > sum(b.bytes for b in peak.values()):
-            peak = alive
+            if first <= step <= last:
+                alive[offset] = max(alive.get(offset, buffer), buffer, key=lambda one: one.bytes)
+        peak = max(peak, alive, key=lambda values: sum(buffer.bytes for buffer in values.values()))
     return sorted([*held, *peak.values()], key=lambda buffer: -buffer.bytes)
 
 

@@ -157,7 +157,6 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         step.set(title=f"modelled step: {seconds:.2f} s, MFU {mfu:.1%}", xlabel="s")
         step.invert_yaxis()
         step.margins(x=0.15)
-    several = f"{report['slices']} slices of " if report["slices"] > 1 else ""
-    figure.suptitle(f"{several}{report['topology']}, T = {report['length']:,}", fontsize=11)
+    figure.suptitle(f"{report['slices']} x {report['topology']}, T = {report['length']:,}", fontsize=11)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)

@@ -89,8 +89,7 @@ def generate_facts(report: Report, cfg: ResolvedConfig, where: Topology, planned
 
 
 def _devices(where: Topology) -> Sequence[Any]:
-    several = {"num_slices": where.slices} if where.slices > 1 else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=where.xla_name, **several).devices
+    return topologies.get_topology_desc(platform="tpu", topology_name=where.xla_name, num_slices=where.slices).devices
 
 
 def _bytes(tree: Any, per_device: bool = False) -> int:

@@ -88,6 +88,30 @@ def test_peak_buffers_show_named_scopes(tmp_path):
     assert any(buffer.what.endswith("weights['up']") for buffer in buffers), buffers
 
 
+LOOP = """HloModule jit_f
+
+%fused (a: f32[4]) -> f32[4] {
+  ROOT %dot = f32[4]{0} negate(%a), metadata={op_name="jit(f)/mlp/neg"}
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0), metadata={op_name="weights"}
+  %copy = f32[4]{0} copy(%x)
+  %buffer = f32[9,4]{1,0} custom-call(), custom_call_target="AllocateBuffer", metadata={op_name="broadcast.7"}
+  %fusion = f32[4]{0} fusion(%copy), kind=kLoop, calls=%fused
+  %state = (f32[9,4]{1,0}, f32[4]{0}) tuple(%buffer, %fusion)
+  ROOT %loop = (f32[9,4]{1,0}, f32[4]{0}) while(%state), metadata={op_name="jit(f)/decoder/while"}
+}
+"""
+
+
+def test_op_names_without_metadata():
+    """The op_name comes from a callee, an operand or a user."""
+    names = op_names(hlo.parse(LOOP))
+    assert {names["x"], names["copy"]} == {"weights"}
+    assert (names["fusion"], names["buffer"]) == ("jit(f)/mlp/neg", "jit(f)/decoder/while")
+
+
 @pytest.mark.parametrize(
     ("op_name", "expected"),
     [
@@ -111,7 +135,7 @@ def test_dumped(tmp_path):
     assert dump_options(tmp_path)["xla_dump_to"] == str(tmp_path)
     for table in ("buffer-assignment", "live-range", "buffer-assignment-values"):
         (tmp_path / f"module_0000.jit_step.cl_1.after_optimizations-{table}.txt").write_text(table)
-    assert dumped(tmp_path, "jit_step") == ["buffer-assignment", "live-range"]
+    assert dumped(tmp_path, "jit_step") == ("buffer-assignment", "live-range")
     with pytest.raises(FileNotFoundError, match="has 0 tables of jit_other instead of 2"):
         dumped(tmp_path, "jit_other")
     (tmp_path / "module_0001.jit_step.cl_1.after_optimizations-live-range.txt").write_text("again")
