@@ -1,4 +1,4 @@
-"""The whole way once: real images → training → evaluation → Hugging Face directory → loaded back → one answer.
+"""Everything once: real images → training → evaluation → Hugging Face directory → loaded back → one answer.
 
     make demo
 

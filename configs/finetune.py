@@ -29,8 +29,8 @@ def get_config() -> ConfigDict:
     # images of the largest size, gets fewer patches rather than being left out.
     c.data.update(batch_rows=16, length=8192, vision_rows=1, num_patches=7168, on_overflow="resize")
 
-    # Rates for what is trained: adapters start from nothing and take the whole of it; tower and projector a fifth, the
-    # decoder a tenth, which are the recipe's for instruction (configs/phi4_rv_15b.py). Without adapters, those two.
+    # Rates for what is trained: adapters start from zero and take the full rate; tower and projector a fifth, the
+    # decoder a tenth, which are the recipe's rates for instruction (configs/phi4_rv_15b.py).
     unadapted = r"(?!.*lora_)"
     c.optim.update(
         learning_rate=1e-4,

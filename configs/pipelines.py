@@ -14,7 +14,7 @@ what differs in the result is owed to these. Stage 3 would follow any of them an
 
     python -m convert to-jax start/reasoning --decoder PHI4_REASONING_DIR --vision SIGLIP2_DIR
 
-The mixture is a file like ``configs/mixtures/recipe.toml``; docs/recipe.md says what was published and what is ours.
+The mixture is a file like ``configs/mixtures/recipe.toml``; docs/recipe.md separates published facts from choices.
 """
 
 import runpy

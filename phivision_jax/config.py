@@ -9,11 +9,13 @@ Everything here is hashable, so a config can be a static argument of ``jax.jit``
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, Literal, TypeAliasType, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 ImageAttention = Literal["causal", "bidirectional"]
 
@@ -129,7 +131,7 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The whole model. ``image_attention`` is the decoder's mask inside an image:
+    """The complete model. ``image_attention`` is the decoder's mask inside an image:
 
     ``"causal"``         what the released code computes (parity);
     ``"bidirectional"``  what the model card describes. Hugging Face's ``config.json`` cannot express it.
@@ -171,6 +173,25 @@ class LoraConfig:
     """Regular expression that selects linear layers by their paths, like ``decoder/layers/mlp/up_proj``."""
 
 
+class Text(str):
+    """A value as text, read by its field's type; ``flag`` is what the user wrote, for errors."""
+
+    flag: str
+
+    def __new__(cls, text: str, flag: str) -> Text:
+        self = super().__new__(cls, text)
+        self.flag = flag
+        return self
+
+    def read(self, hint: Any) -> Any:
+        """The value; text that is not of this type is returned unchanged."""
+        if hint is str:
+            return None if self == "None" else str(self)
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            return float(self) if hint is float and self != "None" else ast.literal_eval(self)
+        return str(self)
+
+
 def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build a dataclass, and those nested in it, from plain dicts; every value must have its field's type.
 
@@ -181,10 +202,11 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str =
       ValueError: for an unknown field (naming the nearest) or a value of another type (naming what is wanted).
     """
     types = field_types(cls)
-    for name in values:
-        if name not in types:
-            raise ValueError(unknown_field(cls, where + name))
-    return cls(**{name: check_value(value, types[name], where + name) for name, value in values.items()})
+    if unknown := [name for name in values if name not in types]:
+        near = difflib.get_close_matches(unknown[0], types, n=1)
+        hint = f"did you mean {where + near[0]!r}?" if near else f"{cls.__name__} has {', '.join(types)}"
+        raise ValueError(f"there is no field {where + unknown[0]!r}; {hint}")
+    return cls(**{name: _checked(value, types[name], where + name) for name, value in values.items()})
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -193,64 +215,42 @@ def field_types(cls: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
-def unknown_field(cls: type, name: str) -> str:
-    """The sentence for a dotted field name whose last part ``cls`` does not have."""
-    *parents, last = name.split(".")
-    fields = list(field_types(cls))
-    near = difflib.get_close_matches(last, fields, n=1)
-    hint = f"did you mean {'.'.join([*parents, near[0]])!r}?" if near else f"{cls.__name__} has {', '.join(fields)}"
-    return f"there is no field {name!r}; {hint}"
-
-
 def without_none(hint: Any) -> Any:
     """``T`` of ``T | None`` (the first of several types); any other type unchanged."""
-    hint = hint.__value__ if isinstance(hint, TypeAliasType) else hint
     return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
 
 
-def check_value(value: Any, hint: Any, name: str) -> Any:
-    """``value`` as a field of this type holds it: lists become tuples, integers floats, dicts dataclasses.
-
-    Raises:
-      ValueError: when it is of another type; the message names the field, the value and what is wanted.
-    """
-    wanted, hint = hint, without_none(hint)
+def _checked(value: Any, hint: Any, name: str) -> Any:
+    """``value`` as a field of this type holds it: lists become tuples, integers floats, dicts dataclasses."""
+    given, optional, hint = value, type(None) in get_args(hint), without_none(hint)
+    value = given.read(hint) if isinstance(given, Text) else given
     origin, args = get_origin(hint), get_args(hint)
-    if value is None and type(None) in get_args(wanted):
+    if optional and value is None:
         return None
-    if dataclasses.is_dataclass(hint):
-        if isinstance(value, Mapping):
-            return dataclass_from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
-        if isinstance(value, hint):  # type: ignore[arg-type]
-            return value
-    elif origin is Literal:
-        if any(type(value) is type(choice) and value == choice for choice in args):
-            return value
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            each = args[:1] * len(value) if args[-1] is Ellipsis else args
-            if len(value) == len(each):
-                return tuple(check_value(item, each[i], f"{name}[{i}]") for i, item in enumerate(value))
-    elif isinstance(origin, type) and issubclass(origin, Mapping):
-        if isinstance(value, Mapping):
-            return {key: check_value(v, args[1], f"{name}[{key!r}]") for key, v in value.items()}
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(hint):
+        return dataclass_from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
+    if isinstance(value, Mapping) and origin is Mapping:
+        return {key: _checked(item, args[1], f"{name}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple) and origin is tuple:
+        each = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(value) == len(each):
+            return tuple(_checked(item, each[i], f"{name}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
-    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+    if value in args and type(value) is type(args[0]) if origin is Literal else type(value) is hint:
         return value
-    raise ValueError(f"{name} must be {wanted_value(wanted)}, not {value!r}")
+    prefix = f"{given.flag}: " if isinstance(given, Text) else ""
+    raise ValueError(f"{prefix}{name} must be {_wanted(hint)}{' or None' * optional}, not {value!r}")
 
 
-def wanted_value(hint: Any) -> str:
-    """What a field of this type takes, in words: ``"an integer"``, ``"a number or None"``."""
+def _wanted(hint: Any) -> str:
+    """The values of a type in words, such as "an integer"."""
     origin, args = get_origin(hint), get_args(hint)
-    if without_none(hint) is not hint:
-        return f"{wanted_value(args[0])} or None" if type(None) in args else wanted_value(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(repr, args))
+    if origin is tuple and args[-1] is Ellipsis:
+        return f"a list, each item {_wanted(args[0])}"
     if origin is tuple:
-        if args[-1] is Ellipsis:
-            return f"a list, each item {wanted_value(args[0])}"
-        return f"a pair ({', '.join(map(wanted_value, args))})"
+        return f"a pair ({', '.join(map(_wanted, args))})"
     words = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
     return words.get(hint, "a group of fields")

@@ -7,14 +7,14 @@ from phivision_jax.sharding import MESH_AXES
 from phivision_jax.training.run_config import MeshConfig, RunConfig
 
 
-def test_misspelt_field_names_the_nearest():
+def test_from_dict_names_the_nearest_field():
     values = dataclasses.asdict(RunConfig())
     values["optim"]["learnig_rate"] = 1.0
     with pytest.raises(ValueError, match=r"optim\.learnig_rate.*'optim\.learning_rate'"):
         RunConfig.from_dict(values)
 
 
-def test_run_config_survives_its_dict_and_is_hashable():
+def test_run_config_round_trip():
     cfg = RunConfig.from_dict({"optim": {"lr_rules": [["vision", 0.0]]}})
     assert cfg.optim.lr_rules == (("vision", 0.0),)
     assert RunConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(cfg)))) == cfg
@@ -46,12 +46,12 @@ def test_mesh_sizes(mesh, devices, slices, expected):
         (MeshConfig(context=16), "8 devices do not divide into slice 1 x tensor 1 x context 16"),
     ],
 )
-def test_a_mesh_that_does_not_divide_the_devices(mesh, message):
+def test_mesh_sizes_that_do_not_divide(mesh, message):
     with pytest.raises(ValueError, match=message):
         mesh.sizes(8)
 
 
 @pytest.mark.parametrize(("axis", "size"), [("tensor", -1), ("tensor", 0), ("slice", 0), ("data", 0), ("fsdp", -2)])
-def test_a_mesh_axis_that_cannot_be(axis, size):
+def test_mesh_config_refuses_size(axis, size):
     with pytest.raises(ValueError, match=rf"mesh\.{axis} is {size}"):
         MeshConfig(**{axis: size})

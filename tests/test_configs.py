@@ -1,4 +1,4 @@
-"""The configurations as files: each can be read, and says what its page says."""
+"""The configuration files: each loads, and has the values that it documents."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read(name: str):
 
 
 def rates(cfg, **lora) -> dict[str, set[float]]:
-    """The learning rates of each module at their highest, without what is frozen."""
+    """Peak learning rates of each module, without frozen parameters."""
     params = nnx.to_pure_dict(phivision.abstract(TINY, lora=LoraConfig(**lora))[1])
     found: dict[str, set[float]] = {}
     for path, multiplier in optim.multipliers(params, cfg.optim).items():
@@ -53,21 +53,21 @@ def rates(cfg, **lora) -> dict[str, set[float]]:
         ("stage3", {"projector": {1e-5}, "vision": {1e-5}, "decoder": {5e-6}}, 50),
     ],
 )
-def test_rates_of_the_recipe_by_module(stage, expected, warmup):
+def test_recipe_learning_rates(stage, expected, warmup):
     cfg = read(f"phi4_rv_15b.py:{stage}")
     assert rates(cfg) == expected and cfg.optim.warmup_steps == warmup and cfg.optim.steps == 0
     assert cfg.data.stage == stage
 
 
-def test_sizes_of_the_recipe():
-    """Tokens of a step: about the report's samples times their mean length."""
+def test_recipe_sizes():
+    """Tokens of a step are about the report's samples times their mean length."""
     sizes = {s: read(f"phi4_rv_15b.py:{s}").data for s in STAGES}
     tokens = {s: data.batch_rows * data.length for s, data in sizes.items()}
     assert tokens == {"stage1": 786_432, "stage2": 6_291_456, "stage3": 7_340_032}
     assert read("phi4_rv_15b.py:stage1").model.max_patches == 1024
 
 
-def test_finetuning_trains_everything_or_adapters_at_rates_of_their_own():
+def test_finetune_learning_rates():
     cfg = read("finetune.py")
     assert rates(cfg) == {"projector": {2e-5}, "vision": {2e-5}, "decoder": {1e-5}}
     assert rates(cfg, rank=2) == {"decoder": {1e-4}}
@@ -77,7 +77,7 @@ def test_finetuning_trains_everything_or_adapters_at_rates_of_their_own():
 
 
 @pytest.mark.parametrize("which", PIPELINES)
-def test_pipelines_are_the_recipe_on_their_part_of_the_mixture(which):
+def test_pipelines_follow_the_recipe(which):
     cfg, mixture = read(f"pipelines.py:{which}"), Mixture.read(ROOT / "configs/mixtures/recipe.toml")
     assert cfg.data.path == "configs/mixtures/recipe.toml" and cfg.data.stage == PIPELINES[which]
     assert mixture.only(cfg.data.stage).stages[0].chosen(mixture.names)
@@ -88,14 +88,14 @@ def test_pipelines_are_the_recipe_on_their_part_of_the_mixture(which):
         assert cfg.optim == recipe.optim
 
 
-def test_the_mixture_of_the_recipe():
+def test_recipe_mixture():
     mixture = Mixture.read(ROOT / "configs/mixtures/recipe.toml")
     shares = {stage.name: stage.reasoning_share for stage in mixture.stages}
     assert shares == {"stage1": None, "stage2": 0.2, "stage2_direct": 0.0, "stage2_reasoning": 1.0, "stage3": 0.2}
     assert [mixture.names[s] for s in mixture.only("stage1").stages[0].chosen(mixture.names)] == ["captions"]
 
 
-def test_what_does_not_exist():
+def test_unknown_variants():
     with pytest.raises(ValueError, match=r"at_once/stage1, .*, not 'mixed/stage3'"):
         read("pipelines.py:mixed/stage3")
     with pytest.raises(ValueError, match="not 'stage4'"):

@@ -1,4 +1,4 @@
-"""``phivision goodput``: where the time of runs went."""
+"""``phivision goodput``: the wall time of runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tyro.conf import Positional, arg
 
 
 def goodput(runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN...")], /) -> None:
-    """Report the wall time of runs over all their restarts: steps, compiling, saving, lost work.
+    """Report the wall time of runs over all their starts: steps, compiling, saving, lost work.
 
     Args:
-        runs: Directories of runs, as --run of phivision train names them, or gs://…; a run may still be training.
+        runs: Directories of runs (each may be gs://…), as given to phivision train --run; a run may still be training.
     """
     from phivision_jax.io import storage
     from phivision_jax.training.telemetry.goodput_report import report

@@ -10,33 +10,21 @@ needs no quotes, a tuple is a Python literal. Every value is checked, wherever i
 from __future__ import annotations
 
 import argparse
-import ast
-import contextlib
-import dataclasses
 import inspect
 import runpy
-import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ml_collections import ConfigDict
 
-from phivision_jax.config import (
-    check_value,
-    dataclass_from_dict,
-    field_types,
-    unknown_field,
-    wanted_value,
-    without_none,
-)
+from phivision_jax.config import Text
 
 if TYPE_CHECKING:
     from phivision_jax.training.run_config import RunConfig
 
 FLAG = "--config."
-EXAMPLE = "give a file like configs/tiny.py or configs/phi4_rv_15b.py:stage2"
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -51,112 +39,77 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     from phivision_jax.training.run_config import RunConfig
 
-    path, _, variant = spec.partition(":")
-    values = _values(path, variant) if spec else {}
-    with _prefix_errors(path):
-        dataclass_from_dict(RunConfig, values)
+    values = _run_file(spec) if spec else {}
     for override in overrides:
-        with _prefix_errors(f"--{override}" if override.startswith("config.") else f"--set {override}"):
-            _override(RunConfig, values, override.removeprefix("config."))
-    return RunConfig.from_dict(values)
-
-
-def gather_overrides(words: Sequence[str]) -> list[str]:
-    """Command-line words with every ``--config.FIELD=VALUE`` and ``--set …`` as one ``--set`` at the end, in order.
-
-    Raises:
-      ValueError: for a flag without a value.
-    """
-    for word in words:
-        if word.startswith(FLAG) and "=" not in word:
-            raise ValueError(f"{word}: give the value after an equals sign, as in {word}=VALUE")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--set", nargs="*", action="extend", default=[])
-    as_set = [f"--set={word.removeprefix('--')}" if word.startswith(FLAG) else word for word in words]
-    found, rest = parser.parse_known_args(as_set)
-    return [*rest, "--set", *found.set] if found.set else rest
+        flag = f"--{override}" if override.startswith("config.") else f"--set {override}"
+        name, equals, text = override.removeprefix("config.").partition("=")
+        if not equals:
+            raise ValueError(f"{flag}: give a field and its value, as in data.batch_rows=512")
+        *groups, field = name.split(".")
+        inner = values
+        for group in groups:
+            inner[group] = dict(known) if isinstance(known := inner.get(group), dict) else {}
+            inner = inner[group]
+        inner[field] = Text(text, flag)
+    try:
+        return RunConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith("--") else f"--config={spec}: {error}") from None
 
 
 def prepare(words: Sequence[str]) -> list[str]:
-    """Arguments of a subcommand that takes a configuration: ``gather_overrides``, and --help for a configuration.
+    """Arguments of a subcommand, with all ``--config.FIELD=VALUE`` moved into one ``--set``.
 
-    With ``--config`` and ``--help``, the page of all its fields is printed and the process ends.
+    ``--config=FILE --help`` prints all fields of the configuration and ends the process.
+
+    Raises:
+      ValueError: for ``--config.FIELD`` without a value.
     """
-    words = gather_overrides(words)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?")
-    parser.add_argument("--set", nargs="*", default=[])
-    parser.add_argument("--help", "-h", action="store_true")
-    found, _ = parser.parse_known_args(words)
-    if found.config and found.help:
-        from phivision_jax.cli import config_help
-
-        print(config_help.text(load_config(found.config, found.set)))
-        sys.exit(0)
-    return words
-
-
-@contextlib.contextmanager
-def _prefix_errors(prefix: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{prefix}: {error}") from None
+    parser.add_argument("--config", default="")
+    parser.add_argument("--set", nargs="*", action="extend", default=[])
+    parser.add_argument("-h", "--help", action="store_true")
+    known, rest = parser.parse_known_args(words)
+    for flag in [word for word in rest if word.startswith(FLAG)]:
+        if "=" not in flag:
+            raise ValueError(f"{flag}: give the value after an equals sign, as in {flag}=VALUE")
+        known.set.append(flag.removeprefix("--"))
+        rest.remove(flag)
+    if known.help and known.config:
+        _print_fields(load_config(known.config, known.set))
+    rest += ["--help"] * known.help + ["--config", known.config] * bool(known.config)
+    return [*rest, "--set", *known.set] if known.set else rest
 
 
-def _values(path: str, variant: str) -> dict[str, Any]:
-    """The dict that a configuration file's ``get_config`` returns."""
+def _print_fields(cfg: RunConfig) -> NoReturn:
+    import tyro
+
+    from phivision_jax.training.run_config import RunConfig
+
+    def fields(config: RunConfig = cfg) -> None:
+        """Fields of the configuration, which --config.FIELD=VALUE or --set FIELD=VALUE change."""
+
+    fields.__annotations__["config"] = RunConfig
+    tyro.cli(fields, args=["--help"], prog="phivision", use_underscores=True, config=(tyro.conf.AvoidSubcommands,))
+    raise AssertionError("unreachable: --help exits")
+
+
+def _run_file(spec: str) -> dict[str, Any]:
+    path, _, variant = spec.partition(":")
     if not Path(path).is_file():
-        raise ValueError(f"--config: {path} does not exist; {EXAMPLE}")
-    if Path(path).suffix != ".py":
-        raise ValueError(f"--config: {path} is not a Python file; {EXAMPLE}")
+        raise ValueError(f"--config: {path} does not exist; give a file like configs/tiny.py or configs/tiny.py:long")
     try:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
-            raise ValueError(f"{path} has no function get_config; configs/finetune.py is an example")
+            raise ValueError("it has no function get_config; configs/finetune.py is an example")
         if variant and not inspect.signature(get_config).parameters:
-            raise ValueError(f"{path} has no variants; leave out {':' + variant!r}")
+            raise ValueError(f"it has no variants; leave out {':' + variant!r}")
         config = get_config(variant) if variant else get_config()
-    except SyntaxError as error:
-        raise ValueError(f"--config: {error.filename}, line {error.lineno}: {error.msg}") from None
+        if not isinstance(config, ConfigDict | dict):
+            raise ValueError(f"get_config must return a ConfigDict or a dict, not {type(config).__name__}")
     except (Exception, SystemExit) as error:
-        if isinstance(error, ValueError) and Path(path).name in str(error):  # a sentence such as those above
-            raise ValueError(f"--config: {error}") from None
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"{path}, line {lines[-1]}" if lines else path
-        raise ValueError(f"--config: {where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
-    if isinstance(config, ConfigDict):
-        return config.to_dict()
-    if isinstance(config, dict):
-        return config
-    raise ValueError(f"--config: get_config of {path} must return a ConfigDict or a dict, not {type(config).__name__}")
-
-
-def _override(cls: Any, values: dict[str, Any], override: str) -> None:
-    """Put ``FIELD=VALUE`` into the nested dicts of a configuration."""
-    name, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError("give a field and its value, as in data.batch_rows=512")
-    parts = name.split(".")
-    for i, part in enumerate(parts, 1):
-        known = field_types(cls)
-        if part not in known:
-            raise ValueError(unknown_field(cls, ".".join(parts[:i])))
-        hint = without_none(known[part])
-        if i == len(parts):
-            values[part] = check_value(_parse(text, hint), known[part], name)
-        elif not dataclasses.is_dataclass(hint):
-            raise ValueError(f"{'.'.join(parts[:i])} is {wanted_value(known[part])} and has no fields")
-        else:
-            if not isinstance(values.get(part), dict):
-                values[part] = {}
-            cls, values = hint, values[part]
-
-
-def _parse(text: str, hint: Any) -> Any:
-    """A value from its text. Text that is not of the field's type stays text, and the check of types refuses it."""
-    if hint is str:
-        return None if text == "None" else text
-    with contextlib.suppress(ValueError, SyntaxError, TypeError):
-        return float(text) if hint is float and text != "None" else ast.literal_eval(text)
-    return text
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        place = f" (line {lines[-1]})" if lines and not isinstance(error, SyntaxError) else ""
+        raise ValueError(f"--config={spec}: {kind}{' '.join(str(error).split())}{place}") from None
+    return config.to_dict() if isinstance(config, ConfigDict) else config

@@ -63,11 +63,7 @@ def initialize() -> None:
         raise ValueError(f"of {', '.join(names)}, {' and '.join(missing)} is not set; set all three or none")
     assert count and number
     jax.distributed.initialize(
-        address,
-        int(count),
-        int(number),
-        cluster_detection_method="deactivate",
-        heartbeat_timeout_seconds=DEAD_S,
+        address, int(count), int(number), cluster_detection_method="deactivate", heartbeat_timeout_seconds=DEAD_S
     )
 
 

@@ -32,16 +32,15 @@ class Watchdog:
 
     Args:
       run: the run's directory.
-      limit_s: seconds that a phase may take, unless ``alive`` gives another limit.
-      limit_name: the setting that raises it, for the message.
+      limit_s: seconds that a phase may take (``step_timeout_s``), unless ``alive`` gives another limit.
 
     Raises:
       ValueError: when another start of this run is still running.
     """
 
-    def __init__(self, run: Path, limit_s: float, limit_name: str = "step_timeout_s") -> None:
+    def __init__(self, run: Path, limit_s: float) -> None:
         self._process = jax.process_index()
-        self._run, self._default_s, self._limit_name = run, limit_s, limit_name
+        self._run, self._default_s = run, limit_s
         self._launcher = int(os.environ.get(LAUNCHER, 0))
         self._host = socket.gethostname()
         heartbeat.refuse_another_start(run, self._process, RENEWED_S, _TICK_S)
@@ -89,18 +88,10 @@ class Watchdog:
                 self._exit(HUNG, "the launcher of this process has died; the process ends too")
 
     def _beat(self, phase: str) -> None:
+        now, pid, process = time.time(), os.getpid(), self._process
+        beat = heartbeat.Heartbeat(process=process, phase=phase, step=self._step, time=now, pid=pid, host=self._host)
         try:
-            heartbeat.write(
-                self._run,
-                {
-                    "process": self._process,
-                    "phase": phase,
-                    "step": self._step,
-                    "time": time.time(),
-                    "pid": os.getpid(),
-                    "host": self._host,
-                },
-            )
+            heartbeat.write(self._run, beat)
             self._written = time.monotonic()
         except OSError as error:  # without a launcher nobody reads heartbeats: writing logs will report the disk
             silent = time.monotonic() - self._written
@@ -112,7 +103,7 @@ class Watchdog:
                 )
 
     def _report_hang(self, phase: str, silent: float, limit: float) -> NoReturn:
-        raise_it = f" ({self._limit_name} raises this limit)" if limit == self._default_s else ""
+        raise_it = " (step_timeout_s raises this limit)" if limit == self._default_s else ""
         print(
             f"process {self._process} ({self._host}, pid {os.getpid()}) hangs: {phase!r} at step {self._step} has run "
             f"for {silent:.0f} s, longer than the limit of {limit:.0f} s{raise_it}. The process ends; a restart "

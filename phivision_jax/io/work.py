@@ -11,16 +11,17 @@
     .OUT.partial/chunks/00007.msgpack  chunk 7 is committed: its summary, names and sizes of its files
 
 A worker writes a chunk into a folder of its own below ``work/`` and commits it by renames, the chunk's own file last.
-So a process may be killed at any moment. Run again, the work continues with the chunks that are not committed; with
-another key it is refused, because committed chunks may be hours of work. When all are committed, ``finish`` writes what
-is about all of them, and the directory gets its name. It keeps ``work.json``, by which a later run recognises it.
+So a process may be killed at any moment, and two processes may even do the same chunk. Run again, the work continues
+with the chunks that are not committed; with another key it is refused, because committed chunks may be hours of work.
+When all chunks are committed, ``finish`` writes what is about all of them, and the directory gets its name. It keeps
+``work.json``, by which a later run recognises it.
 
 The files depend on source, step, sink and chunk length alone, not on the number of workers or on interruptions,
 provided that a step depends on its item alone.
 
-Import is one use (``data.store.importing``): its step checks and measures a record. Steps that filter, rewrite or
-generate records return none, one or several for each. This module knows no records: steps name the reason for
-rejecting an item ("step/reason", see ``data.quarantine``) and the origin of a result (``Record.lineage``).
+Importing is one use (``data.store.importing``): its step checks and measures a record. Steps that filter, rewrite or
+generate records return none, one or several for each. This module knows nothing about records: steps name why they
+reject an item ("step/reason", see ``data.quarantine``) and where a result comes from (``Record.lineage``).
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ class Source[Item](Protocol):
         ...
 
     def key(self) -> Any:
-        """JSON value that changes with the content (sizes and modification times are enough) or the reading options.
+        """JSON value that changes with the content or the reading options; work resumes only if it is the same.
 
-        Work resumes only if it is the same.
+        Names, sizes and modification times of files are enough: no content needs to be hashed.
         """
         ...
 
@@ -87,7 +88,7 @@ class Sink[Result](Protocol):
     def add(self, result: Result) -> None: ...
 
     def close(self) -> Summary:
-        """Close the files; called once, after the last result."""
+        """Close the files. Called once, after the last result."""
         ...
 
 
@@ -153,7 +154,9 @@ def run(
       FileExistsError: when ``out`` exists and was not made by this work, or an interrupted run has another key;
         nothing is removed.
       BlockingIOError: when another process is making ``out``.
-      Exception: of the source, the step, the sink, ``check`` or ``finish``; ``ChildProcessError`` when a worker dies.
+      OSError: when the source cannot be read or the directory cannot be written; committed chunks stay.
+      ChildProcessError: when a worker dies; committed chunks stay.
+      Exception: from ``read``, the step, the sink, ``check`` and ``finish``.
     """
     out, key = Path(out), work.key()
     if _made_before(out, key):

@@ -60,7 +60,7 @@ def partition(params: dict[str, Any], cfg: OptimConfig) -> tuple[dict[tuple, Any
 
 
 def num_steps(cfg: RunConfig, available: int) -> int:
-    """Length of training: ``optim.steps`` or ``optim.tokens``, else the whole plan, which has ``available`` steps.
+    """Length of training: ``optim.steps`` or ``optim.tokens``, else the complete plan of ``available`` steps.
 
     Raises:
       ValueError: when the plan is too short.

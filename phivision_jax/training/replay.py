@@ -30,7 +30,7 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
     Args:
       run: the run's directory, or ``gs://bucket/folder``.
       number: the step, from 1, as in ``metrics.jsonl`` and ``skipped.jsonl``.
-      log: receives what concerns the whole step.
+      log: receives what concerns all processes.
 
     Returns:
       The step's scalar metrics.
@@ -50,21 +50,19 @@ def _replay(cfg: RunConfig, directory: RunDirectory, number: int, log: Callable[
     step = prepared.step
     if not 1 <= number <= prepared.steps:
         raise ValueError(f"--replay={number}: the run's steps are 1 to {prepared.steps}")
-    compiled = step.compile(prepared.spec)
+    compiled = step.compile(prepared.feed.spec)
     replicated = sharding.replicated(step.mesh)  # a process can fetch values of its own devices only
     row_losses = jax.jit(lambda params, batch: _row_losses(step.graphdef, params, batch), out_shardings=replicated)
     state, _ = setup.start(prepared, checkpoints, log, at_most=number - 1)
     first = int(state["step"])
     with bar(f"to step {number}", number - first, shown=jax.process_index() == 0) as advance:
-        for batch, info in prepared.batches(first):
-            placed = prepared.place(batch)
+        for batch, info in prepared.feed.batches(first, number):
+            placed = prepared.feed.place(batch)
             if info.step + 1 == number:
                 with step.in_force():
                     losses, weights = jax.device_get(row_losses(state["params"], placed))
             state, metrics = compiled(state, placed)
             advance(1)
-            if info.step + 1 == number:
-                break
     host = {name: float(value) for name, value in jax.device_get(metrics).items() if np.ndim(value) == 0}
     update = "update skipped" if host["skipped_in_a_row"] else "update accepted"
     log(f"step {number} ({update}): loss {host['loss']:.6g}, gradient norm {host['grad_norm']:.6g}")
@@ -72,7 +70,7 @@ def _replay(cfg: RunConfig, directory: RunDirectory, number: int, log: Callable[
     process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
     for name, count in _not_finite(batch).items():
         print(f"  {process}{name} of the batch has {count:,} values that are not finite", flush=True)
-    for b, ids in zip(prepared.own_rows, info.record_ids, strict=True):
+    for b, ids in zip(prepared.feed.own_rows, info.record_ids, strict=True):
         loss = losses[b] / max(weights[b], 1e-9)
         print(f"  {process}row {b}: loss {loss:.4g} over {weights[b]:g} target tokens; {', '.join(ids)}", flush=True)
     return host

@@ -74,21 +74,19 @@ def train(cfg: RunConfig, where: str) -> int:
     with Run(where, cfg) as run:
         # Shapes, then the compiled step, then arrays.
         prepared = setup.prepare(cfg, run.directory, run.checkpoints)
-        evaluator, validator = setup.make_evaluator(prepared), setup.make_validator(prepared)
         compiling = time.monotonic()
         with run.phase("compiling", LONG_S):
-            compiled = prepared.step.compile(prepared.spec)
+            evaluator, validator = setup.make_evaluator(prepared), setup.make_validator(prepared)
+            compiled = prepared.step.compile(prepared.feed.spec)
         log(f"{prepared.describe()}; compiled in {time.monotonic() - compiling:.1f} s")
         with run.phase("restoring", LONG_S):
             state, vision_tail = setup.start(prepared, run.checkpoints, log)
         first, steps = int(state["step"]), prepared.steps
-        run.begin(prepared, first)
-        measure = Measurements(run, prepared, evaluator, validator)
-
+        run.begin(prepared, first, evaluator, validator)
         row: dict[str, float] = {}
         with Preemption(first) as preemption, run.finish_save_on_error():
             if first and not run.measured_at_start:  # asked to stop at this step, the last start only saved
-                row = measure(state, first)
+                row = run.measure(state, first)
                 run.write(first, row)
             for batch, info in run.batches():
                 state, metrics = run.step(compiled, state, batch, info)
@@ -98,7 +96,7 @@ def train(cfg: RunConfig, where: str) -> int:
                 if is_due(step, cfg.log_every) or last:
                     row = run.step_row(step, metrics)
                 if not stop or last:
-                    row |= measure(state, step)
+                    row |= run.measure(state, step)
                 run.write(step, row)
                 # Last: whatever a restart skips has been measured and written.
                 if is_due(step, cfg.checkpoint_every) or stop or last:
@@ -122,7 +120,7 @@ class Run:
 
         with Run(where, cfg) as run:
             with run.phase("compiling", LONG_S): …
-            run.begin(prepared, first)
+            run.begin(prepared, first, evaluator, validator)
             for batch, info in run.batches():
                 state, metrics = run.step(compiled, state, batch, info)
                 …
@@ -135,15 +133,15 @@ class Run:
     def __init__(self, where: str, cfg: RunConfig) -> None:
         self.cfg = cfg
         self.directory = RunDirectory(where, jax.process_index(), jax.process_count(), log)
-        keep = (cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
-        self.checkpoints = RunCheckpoints(self.directory.url, *keep, log, before_save=self.directory.push)
 
     def __enter__(self) -> Self:
-        folder, leads = self.directory.local, jax.process_index() == 0
+        cfg, folder, leads = self.cfg, self.directory.local, jax.process_index() == 0
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.directory)
-            self._watchdog = stack.enter_context(contextlib.closing(Watchdog(folder, self.cfg.step_timeout_s)))
+            self._watchdog = stack.enter_context(contextlib.closing(Watchdog(folder, cfg.step_timeout_s)))
             self.goodput = stack.enter_context(Goodput(folder if leads else None))
+            keep = (cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
+            self.checkpoints = RunCheckpoints(self.directory.url, *keep, log, before_save=self.directory.push)
             self._stack = stack.pop_all()
         return self
 
@@ -163,11 +161,14 @@ class Run:
             yield
         self._watchdog.alive(*outer)
 
-    def begin(self, prepared: setup.Prepared, first: int) -> None:
+    def begin(
+        self, prepared: setup.Prepared, first: int, evaluator: Evaluator | None, validator: Validator | None
+    ) -> None:
         """Open the logs. Training resumes from step ``first``; what earlier starts logged beyond it is dropped."""
         self.prepared, self.first, self.cfg = prepared, first, prepared.cfg
+        self._evaluator, self._validator = evaluator, validator
         cfg, process = self.cfg, jax.process_index()
-        folder = self.folder = self.directory.local
+        folder = self.directory.local
         if process == 0 or self.directory.mirrored:
             truncate_logs(folder, first)
         on_process_zero("logs are truncated", lambda: None)
@@ -195,7 +196,7 @@ class Run:
 
     def batches(self) -> Iterator[tuple[Batch, BatchInfo]]:
         """This host's batches of the remaining steps."""
-        batches = self.prepared.batches(self.first)
+        batches = self.prepared.feed.batches(self.first, self.prepared.steps)
         while True:
             with self.phase("data"):
                 item = next(batches, None)
@@ -217,7 +218,7 @@ class Run:
         self._profiler.before(step, self.goodput.drain, self.goodput.durations())
         self._watchdog.alive("step", step=step)
         with self.phase("placing"):
-            placed = self.prepared.place(batch)
+            placed = self.prepared.feed.place(batch)
         state, metrics = self.goodput.run(compiled, state, placed)
         self._throughput.add(metrics)
         self._skipped.add(step, metrics, info.record_ids)
@@ -243,9 +244,20 @@ class Run:
             self._bar.update(step, **row)
             self.checkpoints.check()
 
-    def write_samples(self, step: int, images: list) -> None:
-        """Show images of answers in TensorBoard."""
-        self._metrics.write_images(step, "samples", images)
+    def measure(self, state: State, step: int) -> dict[str, float]:
+        """Validation loss, and accuracy of generated answers, whichever is due after this step; both after the last."""
+        cfg, last = self.cfg, step == self.prepared.steps
+        row: dict[str, float] = {}
+        if self._validator and (is_due(step, cfg.validate_every) or last):
+            with self.phase("validating", LONG_S):
+                row |= self._validator(state["params"])
+        if self._evaluator and (is_due(step, cfg.eval_every) or last):
+            with self.phase("evaluating", LONG_S), self.prepared.step.in_force():
+                result = self._evaluator(phivision.merge(self.prepared.step.graphdef, state["params"]))
+            shown = [self._evaluator.dataset[int(i)] for i in self._evaluator.records[: cfg.samples]]
+            self._metrics.write_images(step, "samples", answer_images(shown, result.answers))
+            row |= {"eval/accuracy": result.accuracy, "eval/examples": len(result.answers)}
+        return row
 
     def save(self, state: State, vision_tail: Any, row: dict[str, float]) -> None:
         """Save a checkpoint, which is written while training continues.
@@ -283,36 +295,6 @@ class Run:
                 with contextlib.suppress(CheckpointError), self.phase("saving", LONG_S):
                     self.checkpoints.wait()
             raise
-
-
-@dataclasses.dataclass(frozen=True)
-class Measurements:
-    """Measures the model on data that it is not trained on: validation loss, and accuracy of generated answers."""
-
-    run: Run
-    prepared: setup.Prepared
-    evaluator: Evaluator | None
-    validator: Validator | None
-
-    def __call__(self, state: State, step: int) -> dict[str, float]:
-        """Whatever is due after this step; everything after the last."""
-        cfg, last = self.prepared.cfg, step == self.prepared.steps
-        row: dict[str, float] = {}
-        if self.validator and (is_due(step, cfg.validate_every) or last):
-            with self.run.phase("validating", LONG_S):
-                row |= self.validator(state["params"])
-        if self.evaluator and (is_due(step, cfg.eval_every) or last):
-            with self.run.phase("evaluating", LONG_S):
-                row |= self._evaluate(self.evaluator, state, step)
-        return row
-
-    def _evaluate(self, evaluator: Evaluator, state: State, step: int) -> dict[str, float]:
-        train_step = self.prepared.step
-        with train_step.in_force():
-            result = evaluator(phivision.merge(train_step.graphdef, state["params"]))
-        shown = [evaluator.dataset[int(i)] for i in evaluator.records[: self.prepared.cfg.samples]]
-        self.run.write_samples(step, answer_images(shown, result.answers))
-        return {"eval/accuracy": result.accuracy, "eval/examples": len(result.answers)}
 
 
 def loss_metrics(metrics: dict[str, jax.Array]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Everything a training run depends on, as frozen dataclasses; ``configs/*.py`` state decisions over these defaults.
 
-The text below each field is what ``phivision train --config=FILE --help`` prints.
+``phivision train --config=FILE --help`` prints the text below each field.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from phivision_jax.sharding import MeshAxes, default_sizes
 class ModelSettings:
     """The model to train. None: as the checkpoint ``init_from`` has it, without one as the released model has it.
 
-    The architecture (vision, projector, decoder) cannot differ from the checkpoint's; the other settings can.
+    The architecture (groups vision, projector and decoder, with the fields that ``config.py`` explains) cannot differ
+    from the checkpoint's; the other settings can.
     """
 
     vision: VisionConfig | None = None

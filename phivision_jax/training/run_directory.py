@@ -84,7 +84,6 @@ class RunDirectory:
         self._process, self._processes, self._log, self._read_only = process, processes, log, read_only
         self._sent: dict[str, tuple[int, int]] = {}
         self._sending = threading.Lock()
-        self._interrupted = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._push_regularly, daemon=True, name="run directory")
 
@@ -107,8 +106,8 @@ class RunDirectory:
         if kind is None:
             self._thread.join()
             self.push()
-        elif not self._interrupted:  # the first error is reported, not one that follows from it
-            with contextlib.suppress(OSError):
+        else:
+            with contextlib.suppress(OSError):  # the first error is reported, not one that follows from it
                 self._push()
 
     def push(self) -> None:
@@ -162,12 +161,10 @@ class RunDirectory:
 
     def _push(self) -> None:
         with self._sending:
-            self._interrupted = True
             now = self._files()
             changed = [name for name, state in now.items() if self._sent.get(name) != state and self._is_own(name)]
             storage.upload(self.local, self.url, changed)
             self._sent |= {name: now[name] for name in changed}
-            self._interrupted = False
 
     def _is_own(self, name: str) -> bool:
         found = _NUMBERED.search(name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,11 @@ import numpy as np
 from flax import nnx
 
 from phivision_jax import sharding
-from phivision_jax.batch import Batch, batch_spec
 from phivision_jax.checkpoint import layout, loading
 from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.checkpoint.retention import check_keep_best
 from phivision_jax.config import ModelConfig
-from phivision_jax.data.feed.encode import GROUP_NAMES, group_weights
-from phivision_jax.data.feed.pipeline import BatchInfo, batches, rows_of_process, to_device
+from phivision_jax.data.feed.encode import GROUP_NAMES
 from phivision_jax.data.plan.plan import Plan, make_plan, plan_inputs
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.distributed.processes import on_process_zero
@@ -34,6 +32,7 @@ from phivision_jax.models import lora
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.processor import Processor
 from phivision_jax.training import device_layout, optim, train_data
+from phivision_jax.training.feed import Feed
 from phivision_jax.training.run_config import ResolvedConfig, RunConfig
 from phivision_jax.training.run_directory import CACHE, RunDirectory
 from phivision_jax.training.step import State, TrainStep, init_params, make_train_step
@@ -52,40 +51,7 @@ class Prepared:
     plan: Plan
     steps: int
     step: TrainStep
-
-    @property
-    def spec(self) -> Batch:
-        """Shapes of a global batch."""
-        data = self.cfg.data
-        return batch_spec(data.batch_rows, data.row_shape(self.cfg.model), self.cfg.model.vision.patch_dim)
-
-    @property
-    def batch_shardings(self) -> Batch:
-        return self.step.batch_shardings(self.spec)
-
-    @property
-    def own_rows(self) -> range | list[int]:
-        """Rows of a batch that this process encodes."""
-        return rows_of_process(self.batch_shardings.tokens, self.cfg.data.batch_rows)
-
-    def batches(self, first: int) -> Iterator[tuple[Batch, BatchInfo]]:
-        """This process's rows of every step after ``first``."""
-        data = self.cfg.data
-        return batches(
-            self.datasets,
-            self.plan,
-            self.processor,
-            batch_rows=data.batch_rows,
-            rows_here=self.own_rows,
-            start_step=first,
-            end_step=self.steps,
-            loss_weights=group_weights(data.loss_weights) if data.loss_weights else None,
-            num_threads=data.num_threads,
-        )
-
-    def place(self, batch: Batch) -> Batch:
-        """Put this process's rows on its devices, as a part of the global batch."""
-        return to_device(batch, self.batch_shardings, self.cfg.data.batch_rows)
+    feed: Feed
 
     def make_vision_tail(self) -> dict[str, Any]:
         """Random parameters of the part of a checkpoint that never runs."""
@@ -128,7 +94,8 @@ def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints
     plan = make_or_load_plan(resolved, mixture, datasets, processor, directory)
     steps = optim.num_steps(resolved, plan.num_steps(resolved.data.batch_rows))
     step = make_train_step(resolved, mesh, steps, len(GROUP_NAMES))
-    return Prepared(resolved, processor, assets, datasets, plan, steps, step)
+    feed = Feed(resolved, step, datasets, plan, processor)
+    return Prepared(resolved, processor, assets, datasets, plan, steps, step, feed)
 
 
 def with_checkpoint(cfg: RunConfig, checkpoints: RunCheckpoints) -> RunConfig:

@@ -192,7 +192,7 @@ def init_params(cfg: ResolvedConfig, step: TrainStep, base: phivision.Params | N
         same numbers as without a checkpoint.
     """
     given = optim.flatten(base or {})
-    shardings = {path: at for path, at in optim.flatten(step.shardings["params"]).items() if path not in given}
+    shardings = {path: s for path, s in optim.flatten(step.shardings["params"]).items() if path not in given}
 
     def make():
         params = optim.flatten(phivision.PhiVision(cfg.model, rngs=nnx.Rngs(cfg.seed), lora=cfg.lora).split()[1])

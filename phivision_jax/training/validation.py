@@ -17,15 +17,15 @@ import jax
 import numpy as np
 
 from phivision_jax import sharding
-from phivision_jax.batch import Batch, batch_spec
+from phivision_jax.batch import Batch
 from phivision_jax.data.feed.encode import GROUP_NAMES
-from phivision_jax.data.feed.pipeline import batches, rows_of_process, to_device
 from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.hardware.compiler_options import compiler_options
 from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
+from phivision_jax.training.feed import Feed
 from phivision_jax.training.loss import batch_loss
 from phivision_jax.training.run_config import ResolvedConfig
 from phivision_jax.training.step import TrainStep, sum_over_microbatches
@@ -46,9 +46,7 @@ class Validator:
     def __init__(
         self, cfg: ResolvedConfig, step: TrainStep, datasets: Sequence[Dataset], plan: Plan, processor: Processor
     ) -> None:
-        self._step, self._datasets, self._plan, self._processor = step, datasets, plan, processor
-        self._rows, self._threads = cfg.data.batch_rows, cfg.data.num_threads
-        self._spec = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
+        self._step, self._feed = step, Feed(cfg, step, datasets, plan, processor)
         # Now, not at the first call: a program that does not fit must show before hours of training.
         self._compiled = self.lower().compile(compiler_options(step.mesh))
         self.num_batches = min(cfg.validate_batches, plan.num_steps(cfg.data.batch_rows))
@@ -65,29 +63,19 @@ class Validator:
           ``validation/loss``, ``validation/token_accuracy``, and ``validation/loss/think/math`` and so on for every
           mode and task in the data; means over target tokens.
         """
-        shardings = self._step.batch_shardings(self._spec)
-        stream = batches(
-            self._datasets,
-            self._plan,
-            self._processor,
-            batch_rows=self._rows,
-            rows_here=rows_of_process(shardings.tokens, self._rows),
-            end_step=self.num_batches,
-            num_threads=self._threads,
-        )
         failed: list[tuple[Quarantined, ...]] = []
         sums: list[Sums] = []
-        for batch, info in stream:
+        for batch, info in self._feed.batches(0, self.num_batches, weighted=False):
             failed.append(info.failed)
             # Fetched, and so waited for, each time: a queue of batches would fill the devices.
-            sums.append(jax.device_get(self._compiled(params, to_device(batch, shardings, self._rows))))
+            sums.append(jax.device_get(self._compiled(params, self._feed.place(batch))))
         self.failed = tuple(itertools.chain(*failed))
         return means(sums)
 
     def lower(self) -> jax.stages.Lowered:
         """The program that sums over one batch, before compilation."""
         step, metrics = self._step, sharding.replicated(self._step.mesh)
-        batch = sharding.abstract(self._spec, step.batch_shardings(self._spec))
+        batch = sharding.abstract(self._feed.spec, step.batch_shardings(self._feed.spec))
         with step.in_force():
             return jax.jit(self.sums, out_shardings=metrics).lower(step.abstract_state["params"], batch)
 
@@ -117,8 +105,4 @@ def means(sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     groups = {
         f"validation/loss/{name}": float(s / w) for name, s, w in zip(GROUP_NAMES, loss, weight, strict=True) if w > 0
     }
-    return {
-        "validation/loss": float(loss.sum()) / total,
-        "validation/token_accuracy": float(correct) / total,
-        **groups,
-    }
+    return {"validation/loss": float(loss.sum()) / total, "validation/token_accuracy": float(correct) / total, **groups}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from phivision_jax.cli.load_config import gather_overrides, load_config
+from phivision_jax.cli.load_config import load_config, prepare
+from phivision_jax.config import field_types, without_none
 from phivision_jax.training.run_config import RunConfig
 
 TINY, RECIPE = "configs/tiny.py", "configs/phi4_rv_15b.py"
@@ -55,9 +60,9 @@ def test_override_is_read_by_type(override, read):
         ("optim.steps=True", "--set optim.steps=True: optim.steps must be an integer, not True"),
         ("optim.b1=abc", "--set optim.b1=abc: optim.b1 must be a number, not 'abc'"),
         ("dtype=half", "--set dtype=half: dtype must be one of 'float32', 'bfloat16', not 'half'"),
-        ("optim.stepz=3", "--set optim.stepz=3: there is no field 'optim.stepz'; did you mean 'optim.steps'?"),
-        ("optm.steps=3", "--set optm.steps=3: there is no field 'optm'; did you mean 'optim'?"),
-        ("optim.steps.x=3", "--set optim.steps.x=3: optim.steps is an integer and has no fields"),
+        ("optim.stepz=3", "--config=configs/tiny.py: there is no field 'optim.stepz'; did you mean 'optim.steps'?"),
+        ("optm.steps=3", "there is no field 'optm'; did you mean 'optim'?"),
+        ("optim.steps.x=3", "optim.steps must be an integer, not {'x': '3'}"),
         ("optim=3", "--set optim=3: optim must be a group of fields, not 3"),
         ("remat", "--set remat: give a field and its value, as in data.batch_rows=512"),
         ("mesh.fsdp=0", "mesh.fsdp is 0; give a positive size, or -1"),
@@ -78,8 +83,8 @@ def test_file_value_of_wrong_type(tmp_path):
         ("3", "must return a ConfigDict or a dict, not int"),
     ):
         path = write(tmp_path, f"def get_config():\n    return {line}\n")
-        said = refused(path)
-        assert message in said and path in said
+        error = refused(path)
+        assert message in error and path in error
     shipped = Path(TINY).read_text().replace("return c", "c.optim.steps = 'abc'\n    return c")
     assert "optim.steps must be an integer, not 'abc'" in refused(write(tmp_path, shipped))
 
@@ -87,12 +92,12 @@ def test_file_value_of_wrong_type(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{broken", "mine.py, line 1: '{' was never closed"),
+        ("{broken", "mine.py: SyntaxError: '{' was never closed (mine.py, line 1)"),
         ("x = 1", "has no function get_config"),
-        ("import nothing_here", "mine.py, line 1: ModuleNotFoundError: No module named 'nothing_here'"),
-        ("def get_config():\n    return {'seed': sed}", "mine.py, line 2: NameError: name 'sed' is not defined"),
-        ("raise SystemExit('over')", "mine.py, line 1: SystemExit: over"),
-        ("def get_config():\n    int('x')", "mine.py, line 2: ValueError: invalid literal"),
+        ("import nothing_here", "mine.py: ModuleNotFoundError: No module named 'nothing_here' (line 1)"),
+        ("def get_config():\n    return {'seed': sed}", "mine.py: NameError: name 'sed' is not defined (line 2)"),
+        ("raise SystemExit('over')", "mine.py: SystemExit: over (line 1)"),
+        ("def get_config():\n    int('x')", "mine.py: invalid literal for int() with base 10: 'x' (line 2)"),
     ],
 )
 def test_file_that_fails(tmp_path, text, message):
@@ -102,31 +107,47 @@ def test_file_that_fails(tmp_path, text, message):
 def test_file_that_cannot_be_read(tmp_path):
     assert "--config: nothing.py does not exist; give a file like" in refused("nothing.py")
     assert "does not exist" in refused(str(tmp_path))
+    (tmp_path / "mine.md").write_text("# A page\n\nNot a program.")
+    assert "mine.md: SyntaxError: invalid syntax" in refused(str(tmp_path / "mine.md"))
     (tmp_path / "mine.json").write_text("{}")
-    assert "mine.json is not a Python file" in refused(str(tmp_path / "mine.json"))
+    assert "mine.json: it has no function get_config" in refused(str(tmp_path / "mine.json"))
+    (tmp_path / "mine.bin").write_bytes(b"\0\1")
+    assert "null bytes" in refused(str(tmp_path / "mine.bin"))
 
 
 def test_variant_that_does_not_exist():
     assert "configs/tiny.py has the variants '' and 'long', not 'x'" in refused(f"{TINY}:x")
-    assert "configs/finetune.py has no variants; leave out ':x'" in refused("configs/finetune.py:x")
+    assert refused("configs/finetune.py:x") == "--config=configs/finetune.py:x: it has no variants; leave out ':x'"
 
 
-def test_gather_overrides():
+def test_prepare_gathers_overrides():
     words = ["--config=a.py", "--config.optim.steps=5", "--set", "a=1", "b=2", "--run=r", "--set=c=3", "--config.d=4"]
-    assert gather_overrides(words) == [
-        "--config=a.py",
-        "--run=r",
-        "--set",
-        "config.optim.steps=5",
-        "a=1",
-        "b=2",
-        "c=3",
-        "config.d=4",
-    ]
-    assert gather_overrides(["--config", "a.py"]) == ["--config", "a.py"]
+    overrides = ["a=1", "b=2", "c=3", "config.optim.steps=5", "config.d=4"]
+    assert prepare(words) == ["--run=r", "--config", "a.py", "--set", *overrides]
+    assert prepare(["--config", "a.py", "--replay", "3"]) == ["--replay", "3", "--config", "a.py"]
+    assert prepare(["--help"]) == ["--help"]
     with pytest.raises(ValueError, match=r"--config\.optim\.steps: give the value after an equals sign"):
-        gather_overrides(["--config.optim.steps", "5"])
+        prepare(["--config.optim.steps", "5"])
 
 
-def test_load_config_without_a_file_s_fields_is_the_default(tmp_path):
-    assert load_config(write(tmp_path, "def get_config(): return {}")) == RunConfig()
+def test_load_config_defaults(tmp_path):
+    assert load_config(write(tmp_path, "def get_config(): return {}")) == RunConfig() == load_config("")
+
+
+def test_prepare_prints_every_field_of_a_configuration(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        prepare(["--config=configs/tiny.py", "--config.data.epochs=7", "--help"])
+    page = capsys.readouterr().out
+    assert exit_.value.code == 0
+
+    def flags(cls: Any, prefix: str) -> Iterator[str]:
+        for name, hint in field_types(cls).items():
+            hint = without_none(hint)
+            yield from flags(hint, f"{prefix}.{name}") if dataclasses.is_dataclass(hint) else [f"{prefix}.{name}"]
+
+    missing = [flag for flag in flags(RunConfig, "--config") if f"{flag} " not in page]
+    assert missing == ["--config.model.projector.merge_size"]  # configs/tiny.py does not set this group
+    assert re.search(r"--config\.data\.epochs INT[^-]*\(default: 7\)", page)
+    undocumented = re.findall(r"(--config\.\S+) [^\n]*\n[│ ]*\(default", page)
+    assert not undocumented
+    assert "Seed for example order and the validation split." in page

@@ -123,7 +123,7 @@ def test_error_of_one_process_ends_all(tmp_path):
     assert "stand_in.py: the disk is full" in launched.output
     assert "giving up: process" in launched.output and launched.output.count("launch: started") == 1
     for number in (0, 1):
-        assert f"process {number} of 2 hears: process 1 of 2 says so" in launched.output
+        assert f"process {number} of 2 hears: process 1 of 2 has an error" in launched.output
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_preemption_before_the_first_step(tmp_path):
     run = tmp_path / "run"
     assert Launched(stand_in(run, "--steps=6"), tmp_path / "log").finish() == 0
     launched = Launched(stand_in(run, "--steps=1000", "--pause=0.02", "--slow-start=3"), tmp_path / "log")
-    launched.until(lambda: launched.output.count("says so") == 2)
+    launched.until(lambda: launched.output.count("has an error") == 2)
     os.kill(launched.pids()[1], signal.SIGTERM)
     assert launched.finish() == PREEMPTED, launched.output
     for number in (0, 1):
@@ -153,7 +153,7 @@ def test_four_processes_stop_at_the_same_step(tmp_path):
     for number in range(4):
         assert f"process {number} of 4: asked to stop, saved step {first}" in launched.output
         assert f"process {number} of 4: continuing from step {first}" in launched.output
-        assert f"process {number} of 4 hears: process 3 of 4 says so" in launched.output
+        assert f"process {number} of 4 hears: process 3 of 4 has an error" in launched.output
     launched.until(lambda: read_metrics(run)[-1]["step"] > first)
     launched.process.send_signal(signal.SIGTERM)
     assert launched.finish() == PREEMPTED

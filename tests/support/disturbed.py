@@ -19,6 +19,7 @@ from typing import Any
 from phivision_jax.checkpoint.layout import CHECKPOINTS, read_meta
 from phivision_jax.io.progress import bar
 from phivision_jax.training.telemetry.metrics import FILE, read_metrics
+from tests.support.launched import under_launcher
 from tests.support.paths import ROOT
 
 STARTING_SHARE = 0.2
@@ -82,10 +83,10 @@ class DisturbedRun:
 
     def __init__(self, command: Sequence[str], run: Path, processes: int, steps: int, every: int, log: Path) -> None:
         self.run, self.steps, self.every, self.log = run, steps, every, log
-        launcher = [sys.executable, "-m", "phivision_jax.distributed.launch"]
-        launcher += [f"--processes={processes}", "--restarts=9999", "--", *command]
         with log.open("wb") as file:
-            self.launcher = subprocess.Popen(launcher, cwd=ROOT, stdout=file, stderr=file)
+            self.launcher = subprocess.Popen(
+                under_launcher(list(command), processes, restarts=9999), cwd=ROOT, stdout=file, stderr=file
+            )
         self.outcome = Outcome()
         self._began = time.monotonic()
 

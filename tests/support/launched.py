@@ -1,4 +1,4 @@
-"""Trainings as real processes, for tests: ``stand_in.py`` under the launcher."""
+"""A command under a launcher, in real processes; ``stand_in.py`` is a small one."""
 
 from __future__ import annotations
 
@@ -21,29 +21,28 @@ def stand_in(run: Path, *words: object) -> list[str]:
     return [sys.executable, str(STAND_IN), f"--run={run}", *map(str, words)]
 
 
+def under_launcher(command: list[str], processes: int, restarts: int = 10) -> list[str]:
+    """The command as one process under the package's launcher, or as several under ``launch_many``."""
+    module = "phivision_jax.distributed.launch" if processes == 1 else "tests.support.launch_many"
+    many = [] if processes == 1 else [f"--processes={processes}"]
+    return [sys.executable, "-m", module, *many, f"--restarts={restarts}", "--", *command]
+
+
 class Launched:
-    """A command under the launcher; ``output`` is what launcher and processes have printed so far."""
+    """A command under a launcher; ``output`` is what launcher and processes have printed so far."""
 
     def __init__(self, command: list[str], log: Path, processes: int = 2, restarts: int = 0) -> None:
-        words = [
-            sys.executable,
-            "-m",
-            "phivision_jax.distributed.launch",
-            f"--processes={processes}",
-            f"--restarts={restarts}",
-        ]
         self.log = log
+        words = under_launcher(command, processes, restarts)
         with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                [*words, "--", *command], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file
-            )
+            self.process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file)
 
     @property
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def pids(self) -> list[int]:
-        """Of the newest start."""
+        """Process ids of the newest start."""
         starts = re.findall("launch: started .*", self.output)
         return [int(pid) for pid in re.findall(r"pid (\d+)", starts[-1])] if starts else []
 

@@ -86,12 +86,6 @@ def command(data: Path, run: Path | str, *more: str) -> list[str]:
     return [sys.executable, "train.py", *arguments(data, run, *more)]
 
 
-def launched(words: list[str], processes: int, **options: object) -> list[str]:
-    """A command under the launcher."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "phivision_jax.distributed.launch", f"--processes={processes}", *flags, "--", *words]
-
-
 def environment(devices: int = 1) -> dict[str, str]:
     """CPU devices, a log line for each compilation, and quick compilation: optimizing would cost more than it saves."""
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

@@ -1,4 +1,4 @@
-"""A training in little, which the tests of processes run as real ones: ``python stand_in.py --run DIR --steps N …``.
+"""A small stand-in for a run, for tests with real processes: ``python stand_in.py --run DIR --steps N …``.
 
 Its state is an array over all devices of all processes, a step multiplies it (a collective in every step) and it saves
 like a run does. ``--trouble`` has something happen to one process at one step:
@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> None:
     run, me = args.run, jax.process_index()
     watchdog = Watchdog(run, args.limit)
     mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), devices=jax.devices())
-    at = NamedSharding(mesh, PartitionSpec("fsdp"))
+    sharded = NamedSharding(mesh, PartitionSpec("fsdp"))
     one = NamedSharding(mesh, PartitionSpec())
 
     def make_assets() -> None:
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
     on_process_zero("assets", make_assets)
     checkpoints = RunCheckpoints(run, keep=2)
     size = 32  # of any mesh here
-    array = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=at)
+    array = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=sharded)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=one)
     shapes = {"params": {"w": array}, "opt_state": {"m": array}, "step": number}
     tail = {"probe": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=one)}
@@ -73,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     writer = MetricsWriter(run, first) if me == 0 else None
     on_process_zero("logs", lambda: truncate_logs(run, first))
     where = f"process {me} of {jax.process_count()}"
-    message = first_error(f"{where} says so" if me == jax.process_count() - 1 else None)
+    message = first_error(f"{where} has an error" if me == jax.process_count() - 1 else None)
     print(f"{where} hears: {message}", flush=True)
     time.sleep(args.slow_start)
     print(f"{where}: continuing from step {first}" if first else f"{where}: begins", flush=True)

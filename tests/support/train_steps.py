@@ -20,7 +20,7 @@ from phivision_jax.training.run_config import OptimConfig, RunConfig
 from phivision_jax.training.step import State, TrainStep, make_train_step
 from tests.support.batches import QUICK, TINY
 
-# P is such that no number of vision tokens equals a number of columns: shapes in compiled programs tell them apart.
+# P is such that shapes in compiled programs tell patches and tokens apart.
 ROWS, T, R, P = 8, 48, 2, 13
 SHAPE = RowShape(T, R, P)
 SPEC = batch_spec(ROWS, SHAPE, TINY.vision.patch_dim)
@@ -40,9 +40,9 @@ def with_mode(cfg: RunConfig, image_attention: Any) -> RunConfig:
 
 
 def rows_across(seed: int, image_attention: Any) -> Batch:
-    """Three examples a row; the image of the second lies across the middle, where two parts along context meet.
+    """Three examples a row; the image of the second is across the middle, where two shards along context meet.
 
-    Even rows learn every text token, odd rows one or two: a mean of means is not the mean.
+    Even rows have a loss on every text token, odd rows on one or two, so that a mean of means is not the mean.
     """
     rng = np.random.default_rng(seed)
 
@@ -81,14 +81,14 @@ def compile_quickly(step: TrainStep) -> Callable[[State, Batch], tuple[State, di
 def run(
     step: TrainStep, compiled: Callable, params: Params, batches: list[Batch]
 ) -> tuple[list[float], dict[tuple, np.ndarray], State]:
-    """Losses of all steps, the gradients of the first by path, the last state.
+    """Losses of all steps, gradients of the first by path, and the last state.
 
     Adam's first moment after one step is (1 − b1) times the gradient: no second program for gradients alone.
     """
-    at = step.batch_shardings(SPEC)
+    shardings = step.batch_shardings(SPEC)
     state, losses, grads = step.init(params), [], {}
     for batch in batches:
-        state, metrics = compiled(state, to_device(batch, at, ROWS))
+        state, metrics = compiled(state, to_device(batch, shardings, ROWS))
         losses.append(float(metrics["loss"]))
         if not grads:
             grads = {path: np.asarray(x) / (1 - step.cfg.b1) for path, x in first_moments(state).items()}

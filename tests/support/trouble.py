@@ -22,14 +22,15 @@ import orbax.checkpoint as ocp
 
 from phivision_jax.cli.main import main
 from phivision_jax.training import run_directory, setup
+from phivision_jax.training.feed import Feed
 
 kind, _, what = os.environ.get("TROUBLE", "").partition(":")
-sound_batches, sound_start, finalize = setup.Prepared.batches, setup.start, ocp.CheckpointManager._finalize
+sound_batches, sound_start, finalize = Feed.batches, setup.start, ocp.CheckpointManager._finalize
 terminated = False
 
 
-def poisoned_batches(prepared, first):
-    for batch, info in sound_batches(prepared, first):
+def poisoned_batches(feed, first, last, **more):
+    for batch, info in sound_batches(feed, first, last, **more):
         if info.step + 1 == int(what) and jax.process_index() == 0:
             weights = np.array(batch.loss_weights)
             weights[0, np.flatnonzero(weights[0])[0]] = np.inf
@@ -44,9 +45,9 @@ def broken_start(prepared, *args, **more):
     return state | {"params": state["params"] | {what: jax.tree.unflatten(tree, leaves)}}, tail
 
 
-def terminating_batches(prepared, first):
+def terminating_batches(feed, first, last, **more):
     global terminated
-    for batch, info in sound_batches(prepared, first):
+    for batch, info in sound_batches(feed, first, last, **more):
         if info.step + 1 == int(what):
             terminated = True
             os.kill(os.getpid(), signal.SIGTERM)
@@ -62,9 +63,9 @@ def finalize_slowly(*args):
 
 ocp.CheckpointManager._finalize = finalize_slowly
 if kind == "poison":
-    setup.Prepared.batches = poisoned_batches
+    Feed.batches = poisoned_batches
 elif kind == "term":
-    setup.Prepared.batches = terminating_batches
+    Feed.batches = terminating_batches
 elif kind == "weight":
     setup.start = broken_start
 if patience := os.environ.get("IMPATIENT"):

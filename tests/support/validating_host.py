@@ -1,6 +1,6 @@
 """One of two hosts in a test of ``test_validation``: ``python validating_host.py ADDRESS NUMBER DATASET``.
 
-Prints what the validator says, as a line of JSON.
+Prints the validator's result as a line of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from phivision_jax.data.store.dataset import Dataset
 
 def main(address: str, number: str, directory: str) -> None:
     jax.distributed.initialize(address, num_processes=2, process_id=int(number))
-    from tests.training.test_validation import measured_on
+    from tests.support.validating import measured_on
 
     print(json.dumps(measured_on(Dataset.open(directory), devices=2, fsdp=2)))
 

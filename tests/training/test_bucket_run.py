@@ -16,8 +16,9 @@ from phivision_jax.io import storage
 from phivision_jax.training.telemetry.metrics import read_metrics
 from tests.support.bucket_emulator import Emulator
 from tests.support.damage import flip
+from tests.support.launched import under_launcher
 from tests.support.paths import ROOT
-from tests.support.runs import command, environment, fail, finish, launched, losses, records
+from tests.support.runs import command, environment, fail, finish, losses, records
 
 STEPS, EVERY = 12, 3
 SHORT = (f"--config.optim.steps={STEPS}", "--config.data.eval_path=", f"--config.checkpoint_every={EVERY}")
@@ -60,14 +61,6 @@ def kill_when(words: list[str], machine: Path, condition, log: Path) -> None:
     process = run_until(words, on(machine), condition, log)
     process.kill()
     process.wait()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +130,9 @@ def test_flipped_byte_and_replay(undisturbed, data, bucket, tmp_path, monkeypatc
 def test_two_processes(data, bucket, tmp_path):
     """One is killed; the launcher, which finds their heartbeats in the local copies, restarts both."""
     calm = tmp_path / "calm"
-    finish(launched(command(data, calm, *SHORT), 2, restarts=1))
+    finish(under_launcher(command(data, calm, *SHORT), 2, restarts=1))
     machine, log = tmp_path / "machine", tmp_path / "log"
-    words = launched(command(data, bucket, *SHORT), 2, restarts=1)
+    words = under_launcher(command(data, bucket, *SHORT), 2, restarts=1)
     process = run_until(words, on(machine), lambda: reached(machine) >= 7, log)
     (beat,) = (beat for copy in machine.glob("*/1/*") for beat in heartbeat.read(copy))
     os.kill(beat["pid"], 9)

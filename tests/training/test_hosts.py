@@ -10,7 +10,8 @@ from phivision_jax.config import DecoderConfig, ModelConfig
 from phivision_jax.data.records import Record
 from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.processor import Processor
-from tests.support.runs import SMALL, finish, launched, losses, records
+from tests.support.launched import under_launcher
+from tests.support.runs import SMALL, finish, losses, records
 
 STEPS = 3
 # A row is one example: it fits the longest, and not two of the shortest.
@@ -40,7 +41,7 @@ def trained(data: Path, run: Path, processes: int) -> dict[int, float]:
     small = [word for word in SMALL if not word.startswith(("--config.data.batch_rows", "--config.eval_"))]
     words = [sys.executable, "train.py", *small, f"--run={run}"]
     words += [f"--config.data.path={data}/train", "--config.data.eval_path=", f"--config.data.batch_rows={ROWS}"]
-    finish(words if processes == 1 else launched(words, processes))
+    finish(words if processes == 1 else under_launcher(words, processes))
     return losses(run)
 
 

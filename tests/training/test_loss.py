@@ -1,4 +1,4 @@
-"""The tiled cross-entropy against the plain one: losses, hits, gradients; any tile, any mesh."""
+"""The tiled cross-entropy against the plain one: losses, hits and gradients, for any tile, on any mesh."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def plain(x, kernel, targets, counted=ALL):
     return jnp.where(counted, losses, 0), hits & counted
 
 
-def made(dtype=jnp.float32, scale=1.0):
+def inputs(dtype=jnp.float32, scale=1.0):
     rng = np.random.default_rng(0)
     x = jnp.asarray(scale * rng.normal(size=(B, T, D)), dtype)
     kernel = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
@@ -45,8 +45,8 @@ def weighed(function, shape=(B, T)):
 
 @pytest.mark.parametrize("tile", [96, 95, 40, 7, 1])
 @pytest.mark.parametrize("scale", [1.0, 40.0])
-def test_equals_the_plain_loss(tile, scale):
-    args = made(scale=scale)  # at 40, exp of the bare logits would overflow
+def test_cross_entropy_equals_plain(tile, scale):
+    args = inputs(scale=scale)  # at 40, exp of the logits would overflow
 
     def tiled(x, kernel, targets):
         return cross_entropy(x, kernel, targets, ALL, tile)
@@ -61,8 +61,8 @@ def test_equals_the_plain_loss(tile, scale):
 
 
 @pytest.mark.parametrize("factor", [1.0, 1e-3, 1e3])
-def test_only_ratios_of_weights_matter(factor):
-    x, kernel, targets = made()
+def test_batch_loss_depends_on_ratios_of_weights(factor):
+    x, kernel, targets = inputs()
     weights = jnp.asarray(np.random.default_rng(2).integers(0, 3, (B, T)), jnp.float32)
     head = types.SimpleNamespace(kernel=np.asarray(kernel))
     model = types.SimpleNamespace(hidden=lambda _: x, decoder=types.SimpleNamespace(lm_head=head))
@@ -75,7 +75,7 @@ def test_only_ratios_of_weights_matter(factor):
     assert float(loss.batch_loss(model, batch)[0]) == 0.0
 
 
-def test_the_first_of_equal_logits_is_the_likeliest():
+def test_cross_entropy_hits_of_equal_logits():
     x = jnp.ones((1, 3, 1))
     kernel = jnp.asarray([[0.0], [2.0], [1.0], [2.0]])
     targets = jnp.asarray([[1, 3, 0]], jnp.int32)
@@ -84,13 +84,13 @@ def test_the_first_of_equal_logits_is_the_likeliest():
 
 
 def with_counts(counts, length=40):
-    """A row for each count, with so many columns that count, the last one always among them; more arguments of it."""
+    """Arguments with one row per count, which has this number of counted positions, the last one among them."""
     rng = np.random.default_rng(4)
     counted = np.zeros((len(counts), length), bool)
     for row, count in zip(counted, counts, strict=True):
         row[rng.choice(length - 1, max(count - 1, 0), replace=False)] = True
         row[-1] = count > 0
-    # Where a column does not count, exp of its bare logits overflows.
+    # Where not counted, exp of the logits overflows.
     x = jnp.asarray(np.where(counted, 1, 40)[..., None] * rng.normal(size=(*counted.shape, D)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(V, D)), jnp.float32)
     targets = jnp.where(rng.random(counted.shape) < 0.5, (x @ kernel.T).argmax(-1), 3).astype(jnp.int32)
@@ -99,10 +99,10 @@ def with_counts(counts, length=40):
 
 @pytest.mark.parametrize("counts", [(0, 0), (1, 10), (10, 10), (10, 11), (2, 40), (0, 3)], ids=str)
 @pytest.mark.parametrize("tile", [V, 40])
-def test_columns_that_do_not_count_change_nothing(counts, tile):
+def test_cross_entropy_ignores_uncounted_positions(counts, tile):
     x, kernel, targets, counted = with_counts(counts)
 
-    def all_of(function):
+    def evaluate(function):
         def run(x, kernel):
             losses, hits = function(x, kernel, targets, counted)
             weights = np.random.default_rng(1).normal(size=losses.shape)
@@ -110,31 +110,31 @@ def test_columns_that_do_not_count_change_nothing(counts, tile):
 
         return jax.value_and_grad(run, (0, 1), has_aux=True)(x, kernel)
 
-    found, expected = all_of(functools.partial(cross_entropy, tile=tile)), all_of(plain)
+    found, expected = evaluate(functools.partial(cross_entropy, tile=tile)), evaluate(plain)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
     assert found[0][1][1].any() == (max(counts) > 1)
 
 
-@pytest.mark.parametrize("counts, of_all", [((10, 3), False), ((10, 11), True)])
-def test_the_head_is_applied_to_a_quarter_of_the_columns_where_that_is_enough(counts, of_all):
-    """Told by what is computed beyond: a column that does not count and is not finite spoils the head's gradient."""
+@pytest.mark.parametrize("counts, everywhere", [((10, 3), False), ((10, 11), True)])
+def test_head_is_applied_to_a_quarter_of_the_positions(counts, everywhere):
+    """Detected by a NaN in an uncounted position: if that is computed too, it spoils the head's gradient."""
     x, kernel, targets, counted = with_counts(counts)
     x = x.at[0, jnp.argmin(counted[0])].set(jnp.nan)
     gradient = jax.grad(lambda kernel: cross_entropy(x, kernel, targets, counted)[0].sum())(kernel)
-    assert bool(jnp.isnan(gradient).any()) == of_all
+    assert bool(jnp.isnan(gradient).any()) == everywhere
 
 
 @pytest.mark.parametrize("platform, products", [("cpu", 8), ("cuda", 8), ("tpu", 4)])
-def test_tpus_compile_the_head_once_each_way(platform, products):
-    """Logits; and backward logits again, dx, dW."""
+def test_tpu_program_has_one_size_of_the_head(platform, products):
+    """Four products: the logits; in the backward pass the logits, dx, dW."""
     args = with_counts((1, 1))
     gradient = jax.jit(jax.grad(weighed(lambda *a: cross_entropy(*a, args[3]), args[2].shape), (0, 1)))
     text = gradient.trace(*args[:3]).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.dot_general") == products
 
 
-def test_bf16_products_are_added_in_fp32():
-    x, kernel, targets = made(jnp.bfloat16)
+def test_bf16_products_are_summed_in_fp32():
+    x, kernel, targets = inputs(jnp.bfloat16)
     losses, _ = cross_entropy(x, kernel, targets, ALL, 16)
     expected, _ = plain(x, kernel.astype(jnp.bfloat16), targets)
     assert losses.dtype == jnp.float32
@@ -147,10 +147,10 @@ MESHES = [{"data": 8}, {"fsdp": 8}, {"fsdp": 4, "tensor": 2}, {"fsdp": 2, "tenso
 AXES = ("batch", "length"), ("vocab", "embed"), ("batch", "length"), ("batch", "length")
 
 
-def placed(mesh, counted):
-    """x, kernel, targets, ``counted`` and where each is kept."""
-    at = [jax.NamedSharding(mesh, sharding.partition_spec(axes)) for axes in AXES]
-    return [jax.device_put(a, s) for a, s in zip((*made(), counted), at, strict=True)], at
+def place(mesh, counted):
+    """x, kernel, targets and ``counted`` on a mesh, and their shardings."""
+    shardings = [jax.NamedSharding(mesh, sharding.partition_spec(axes)) for axes in AXES]
+    return [jax.device_put(a, s) for a, s in zip((*inputs(), counted), shardings, strict=True)], shardings
 
 
 def value_and_grads(form, x, kernel, targets, counted):
@@ -160,26 +160,26 @@ def value_and_grads(form, x, kernel, targets, counted):
 
 @pytest.mark.parametrize("most", [1, T])
 @pytest.mark.parametrize("shape", [*MESHES, {"fsdp": 2, "context": 2}], ids=str)
-def test_sharded_equals_unsharded(shape, most):
-    """Also where one column of every row counts, which takes the head for a sixth of them."""
+def test_cross_entropy_sharded_equals_unsharded(shape, most):
+    """Also with one counted position per row, for which the head is applied to a sixth of the positions."""
     mesh = sharding.make_mesh(shape, jax.devices()[: math.prod(shape.values())])
     counted = (jnp.arange(T) - jnp.arange(B)[:, None]) % T < most
     form = functools.partial(cross_entropy, tile=24)
-    expected = value_and_grads(plain, *made(), counted)
+    expected = value_and_grads(plain, *inputs(), counted)
     with jax.set_mesh(mesh):
-        args, at = placed(mesh, counted)
-        run = jax.jit(functools.partial(value_and_grads, form), out_shardings=(None, (at[0], at[1])))
+        args, shardings = place(mesh, counted)
+        run = jax.jit(functools.partial(value_and_grads, form), out_shardings=(None, (shardings[0], shardings[1])))
         found = run(*args)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
 
 
-def test_the_table_is_gathered_once_each_way():
-    """From the compiled program: no all-gather in a loop, no whole gradient, and hidden states stay where they are."""
+def test_head_is_gathered_once_per_pass():
+    """In the compiled program: no all-gather in a loop, no complete gradient, and hidden states are not moved."""
     mesh = sharding.make_mesh({"fsdp": 8})
     with jax.set_mesh(mesh):
-        args, at = placed(mesh, ALL)
+        args, shardings = place(mesh, ALL)
         gradient = jax.grad(lambda *a: weighed(lambda *b: cross_entropy(*b, a[3], 24))(*a[:3]), (0, 1))
-        text = jax.jit(gradient, out_shardings=(at[0], at[1])).lower(*args).compile().as_text()
+        text = jax.jit(gradient, out_shardings=(shardings[0], shardings[1])).lower(*args).compile().as_text()
 
     def sizes(collective: str) -> list[int]:
         shapes = re.findall(rf"= \w+\[([\d,]+)\]\S* {collective}\(", text)
@@ -190,7 +190,7 @@ def test_the_table_is_gathered_once_each_way():
     assert all(size < V * D for size in sizes("all-reduce"))
 
 
-def test_tiles_divide_every_shard():
+def test_num_tiles_divides_every_shard():
     assert loss._num_tiles(100_352, 8192) == 14 and 100_352 / 14 == 7168
     assert loss._num_tiles(512, 8192) == 1 and loss._num_tiles(97, 10) == 97
     with jax.set_mesh(sharding.make_mesh({"fsdp": 4, "tensor": 2})):

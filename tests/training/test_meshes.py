@@ -1,4 +1,4 @@
-"""A step cut up in any way is the same step: meshes, microbatches, rematerialisation."""
+"""The same step on any mesh, in microbatches, and with any rematerialization."""
 
 import dataclasses
 from collections.abc import Callable
@@ -40,7 +40,7 @@ STEPS = 10
 
 
 def batches(mode):
-    return [rows_across(seed % 2, mode) for seed in range(STEPS)]  # two, in turn: there is something to learn
+    return [rows_across(seed % 2, mode) for seed in range(STEPS)]  # two in turn, so that the loss falls
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def params(tiny):
 
 @pytest.fixture(scope="module")
 def alone(params):
-    """By mode, the losses and the first gradients on one device."""
+    """Losses and first gradients on one device, by mode."""
     step = step_on(RUN, {}, 1)
     compiled = compile_quickly(step)
     return {mode: run(step, compiled, params, batches(mode))[:2] for mode in MODES}
@@ -66,21 +66,21 @@ def assert_same_gradients(got, expected, tolerance):
         assert np.linalg.norm(got[path] - grad) <= tolerance * scale, (path, np.linalg.norm(got[path] - grad) / scale)
 
 
-def test_the_mode_is_data_and_images_lie_across_the_middle():
-    """What the other tests here count on: one program serves both modes, and a border along context cuts images."""
+def test_rows_across_suit_these_tests():
+    """One program serves both modes, and a border between shards along context cuts images."""
     programs = [step_on(with_mode(RUN, mode), {}, 1).lower(SPEC).as_text() for mode in MODES]
     assert programs[0] == programs[1]
     for seed in range(2):
         causal, both = (rows_across(seed, mode) for mode in MODES)
         left, right = causal.vision_index[:, T // 2 - 1], causal.vision_index[:, T // 2]
         assert (left >= 0).all() and (right == left + 1).all()
-        assert (both.span_end[:, T // 2 - 1] > T // 2).all()  # sees beyond the border
+        assert (both.span_end[:, T // 2 - 1] > T // 2).all()  # attends beyond the border
         assert (causal.segment_ids.max(1) == 3).all()
-        assert (causal.patch_segments.max(2) >= 1).all()  # both vision rows of every row hold images
+        assert (causal.patch_segments.max(2) >= 1).all()  # both vision rows of every row have images
 
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
-def test_eight_devices_are_one(alone, params, shape):
+def test_step_on_eight_devices_equals_one(alone, params, shape):
     step = step_on(RUN, shape, 8)
     compiled = compile_quickly(step)
     for mode in MODES:
@@ -89,13 +89,12 @@ def test_eight_devices_are_one(alone, params, shape):
         assert_same_gradients(grads, alone[mode][1], 1e-4)
         assert losses[-1] < losses[0] - 0.5
     assert jax.tree.map(lambda x: x.sharding, state) == step.shardings
-    # The numbers come out right wherever things are. What a device holds shows in its program alone: its rows of
-    # columns and its vision rows, not those of others.
-    rows, cut = ROWS // sharding.num_shards(step.mesh, "batch"), shape.get("context", 1)
+    # Numbers do not show placement, the program does: a device holds its own rows and vision rows, not those of others.
+    rows, shards = ROWS // sharding.num_shards(step.mesh, "batch"), shape.get("context", 1)
     program = compiled.as_text()
-    columns, patches = f"f32[{rows},{T // cut},{TINY.decoder.hidden_size}]", f"[{rows},{R // cut},{P},"
-    assert columns in program and f"f32{patches}{TINY.vision.hidden_size}]" in program and f"u8{patches}12]" in program
-    if cut > 1:
+    tokens, patches = f"f32[{rows},{T // shards},{TINY.decoder.hidden_size}]", f"[{rows},{R // shards},{P},"
+    assert tokens in program and f"f32{patches}{TINY.vision.hidden_size}]" in program and f"u8{patches}12]" in program
+    if shards > 1:
         assert f"f32[{rows},{R},{P},{TINY.vision.hidden_size}]" not in program and f"u8[{rows},{R},{P}," not in program
 
 
@@ -114,19 +113,19 @@ def test_sharding_rules_change_placement_only(alone, params):
 
 
 def test_modes_differ(alone):
-    """Ten times what a mesh may differ by: had the border hidden half an image, it would show."""
+    """By ten times the tolerance for meshes, so that a border that hides half an image would be noticed."""
     assert abs(alone["causal"][0][0] - alone["bidirectional"][0][0]) > 1e-4
 
 
-def test_microbatches_add_up(alone, params):
-    """Weights of the parts differ 9 to 1: dividing by a part's own weight, not the whole's, would show."""
+def test_step_in_microbatches_equals_one_batch(alone, params):
+    """The weights of the parts are 9 to 1, so that division by a part's own weight would be noticed."""
     batch = rows_across(0, "causal")
     weights = [part.sum() for part in microbatches(batch, 2).loss_weights]
     assert max(weights) > 9 * min(weights) > 0
     step = step_on(dataclasses.replace(RUN, microbatches=2), {"fsdp": 4}, 4)
     losses, grads, _ = run(step, compile_quickly(step), params, batches("causal"))
-    # The sums are pinned to their parameters' shards, the zeros they begin with and what every part adds to them.
-    # As traced: XLA:CPU cuts sums this small up without being told.
+    # The initial zeros and each part's gradients are pinned to their parameters' shardings. In the traced program:
+    # XLA:CPU shards sums this small by itself.
     kernel = "tensor<" + "x".join(map(str, params["decoder"]["layers"]["mlp"]["up_proj"]["kernel"].shape)) + "xf32>"
     pinned = [line for line in step.lower(SPEC).as_text().splitlines() if "sharding_constraint" in line]
     assert sum(line.endswith(kernel) and '{"fsdp"}' in line for line in pinned) == 4  # gate_proj and up_proj, twice
@@ -135,7 +134,7 @@ def test_microbatches_add_up(alone, params):
     assert_same_gradients(grads, alone["causal"][1], 1e-5)
 
 
-def test_microbatches_deal_out_every_devices_own_rows():
+def test_microbatches_keep_rows_on_their_device():
     parts = microbatches(rows_across(0, "causal"), 2)
     for part in range(2):
         for got, all_rows in zip(jax.tree.leaves(parts), jax.tree.leaves(rows_across(0, "causal")), strict=True):
@@ -162,7 +161,7 @@ PAIRS = [("full", "dots"), ("attention", "offload"), ("offload_attention", "atte
 
 
 @pytest.mark.parametrize(("policy", "vision_policy"), PAIRS)
-def test_what_is_computed_again_or_fetched_from_the_host_is_the_same(alone, params, policy, vision_policy):
+def test_remat_policies_give_equal_gradients(alone, params, policy, vision_policy):
     batch = jax.tree.map(jnp.asarray, rows_across(0, "causal"))
     compiled = gradient(policy, vision_policy).lower(params, batch).compile(compiler_options=QUICK)
     grads = dict(jax.tree_util.tree_leaves_with_path(compiled(params, batch)))
@@ -170,7 +169,7 @@ def test_what_is_computed_again_or_fetched_from_the_host_is_the_same(alone, para
     assert_same_gradients(got, alone["causal"][1], 1e-5)
 
 
-def test_each_tower_has_a_policy_of_its_own():
+def test_towers_have_policies_of_their_own():
     batch = jax.tree.map(jnp.asarray, rows_across(0, "causal"))
     _, state = phivision.abstract(TINY)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), phivision.nnx.to_pure_dict(state))

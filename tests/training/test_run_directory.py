@@ -1,15 +1,16 @@
-"""The mirror of a run in a bucket: what is fetched, what is sent, and in which order."""
+"""The local copy of a run in a bucket: what is fetched and sent, and in which order."""
 
 import json
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from phivision_jax.distributed import heartbeat
 from phivision_jax.io import storage
 from phivision_jax.training import run_directory
-from phivision_jax.training.run_directory import RunDirectory, local_directories
+from phivision_jax.training.run_directory import RunDirectory
 
 
 @pytest.fixture(autouse=True)
@@ -23,24 +24,30 @@ def put(run: str, **contents: str) -> None:
         (storage.location(run) / name.replace("__", "/")).write_text(content)
 
 
-def there(run: str) -> dict[str, str]:
+def get(run: str) -> dict[str, str]:
     place = storage.location(run)
     return {name: (place / name).read_text() for name in storage.files(place)}
 
 
-def test_a_local_run_is_its_own_mirror(tmp_path):
+def until(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_local_run_needs_no_copy(tmp_path):
     with RunDirectory(str(tmp_path / "run")) as directory:
         assert directory.local == directory.url == tmp_path / "run" and directory.local.is_dir()
         (directory.local / "assets").mkdir()
-        directory.give("assets")
-        directory.take("plan")
         directory.push()
+        directory.pull("plan")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["assets"]
-    assert local_directories("runs/a") == [run_directory.Path("runs/a")] and local_directories("") == []
+    assert heartbeat.local_directories("runs/a") == [Path("runs/a")] and heartbeat.local_directories("") == []
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_a_second_start_in_the_bucket_is_refused_while_the_first_lives(bucket, scratch, monkeypatch, alive):
+def test_second_start_is_refused_while_the_first_lives(bucket, scratch, monkeypatch, alive):
     monkeypatch.setattr(run_directory, "RENEWED_S", 2.0)
     over = threading.Event()
 
@@ -53,17 +60,14 @@ def test_a_second_start_in_the_bucket_is_refused_while_the_first_lives(bucket, s
 
     first = threading.Thread(target=beat)
     first.start()
-    while not heartbeat.read(storage.location(bucket)):
-        time.sleep(0.05)
+    until(lambda: heartbeat.read(storage.location(bucket)))
     if not alive:
         over.set()
         first.join()
     try:
         if alive:
-            with (
-                pytest.raises(ValueError, match=r"is being trained already: process 0 .* at step 7"),
-                RunDirectory(bucket),
-            ):
+            message = r"is being trained already: process 0 .* at step 7"
+            with pytest.raises(ValueError, match=message), RunDirectory(bucket):
                 pass
         else:
             with RunDirectory(bucket) as directory:
@@ -73,7 +77,7 @@ def test_a_second_start_in_the_bucket_is_refused_while_the_first_lives(bucket, s
         first.join()
 
 
-def test_what_the_first_start_sends_until_it_ends_is_fetched(bucket, scratch):
+def test_fetch_waits_for_the_end_of_the_first_start(bucket, scratch):
     def beat(phase):
         line = {"process": 0, "phase": phase, "step": 7, "time": time.time(), "pid": 1, "host": "elsewhere"}
         put(bucket, **{"heartbeat__process_0.json": json.dumps(line)})
@@ -87,33 +91,33 @@ def test_what_the_first_start_sends_until_it_ends_is_fetched(bucket, scratch):
     threading.Timer(1.0, end).start()
     with RunDirectory(bucket) as directory:
         assert (directory.local / "metrics").read_text() == "to the end"
-        assert (directory.local / "plan" / "half").exists()  # a run with a checkpoint has its plan whole
+        assert (directory.local / "plan" / "half").exists()  # with a checkpoint, the plan is complete
 
 
-def test_fetched_cleared_and_sent(bucket):
+def test_fetch_and_push(bucket):
     put(bucket, metrics="1", checkpoints__3__x="large", profile__p="old", heartbeat__process_0="old", plan__a="p")
     with RunDirectory(bucket) as directory:
-        assert there(bucket)["metrics"] == "1" and storage.files(directory.local) == {"metrics": 1, "plan/a": 1}
+        assert get(bucket)["metrics"] == "1" and storage.files(directory.local) == {"metrics": 1, "plan/a": 1}
         (directory.local / "metrics").write_text("1 2")
         (directory.local / "sub").mkdir()
         (directory.local / "sub" / "new").write_text("n")
-        for passing in ("records.partial", "metrics.tmp", ".hidden"):
-            (directory.local / passing).touch()
+        for temporary in ("records.partial", "metrics.tmp", ".hidden"):
+            (directory.local / temporary).touch()
         directory.push()
-        assert there(bucket) == {
+        assert get(bucket) == {
             "metrics": "1 2", "sub/new": "n", "plan/a": "p",
             "checkpoints/3/x": "large", "profile/p": "old", "heartbeat/process_0": "old",
         }  # fmt: skip
         (directory.local / "last").write_text("l")
-    assert there(bucket)["last"] == "l"
+    assert get(bucket)["last"] == "l"
     put(bucket, metrics="other")  # by a start on another machine
     (directory.local / "stray").touch()
     with RunDirectory(bucket) as directory:
         assert (directory.local / "metrics").read_text() == "other" and not (directory.local / "stray").exists()
-    assert there(bucket)["metrics"] == "other"
+    assert get(bucket)["metrics"] == "other"
 
 
-def test_only_what_has_changed_is_sent(bucket, monkeypatch):
+def test_push_sends_changed_files_only(bucket, monkeypatch):
     sent: list[str] = []
     upload = storage.upload
     monkeypatch.setattr(storage, "upload", lambda a, b, names: (sent.extend(names), upload(a, b, names)))
@@ -121,62 +125,47 @@ def test_only_what_has_changed_is_sent(bucket, monkeypatch):
     with RunDirectory(bucket) as directory:
         directory.push()
         assert sent == []
-        (directory.local / "b").write_text("3")  # as many bytes
+        (directory.local / "b").write_text("3")  # of the same size
         directory.push()
         directory.push()
     assert sent == ["b"]
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_log_of_a_process_is_sent_by_itself(bucket, processes):
-    """Or by the first, where the process that wrote it is no more."""
+def test_push_of_numbered_files_by_their_process(bucket, processes):
+    """Or by the first, if this start has no such process."""
     names = ["records_1.jsonl", "skipped_1.jsonl", "quarantine-1.jsonl", "heartbeat/process_1.json"]
     with RunDirectory(bucket, 0, processes) as first:
         (first.local / "heartbeat").mkdir()
         for name in (*names, "records_0.jsonl", "metrics.jsonl"):
             (first.local / name).write_text("of the first")
     sent = {"records_0.jsonl", "metrics.jsonl"} | (set(names) if processes == 1 else set())
-    assert set(there(bucket)) == sent
+    assert set(get(bucket)) == sent
     with RunDirectory(bucket, 1, 2) as second:
         (second.local / "records_1.jsonl").write_text("its own")
         (second.local / "records_0.jsonl").write_text("not its own")
-    assert there(bucket)["records_1.jsonl"] == "its own" and there(bucket)["records_0.jsonl"] == "of the first"
+    assert get(bucket)["records_1.jsonl"] == "its own" and get(bucket)["records_0.jsonl"] == "of the first"
 
 
-def test_half_a_directory_counts_as_none(bucket):
-    put(bucket, plan__a="half")
+def test_plan_is_made_again_while_there_is_no_checkpoint(bucket):
+    """A kill may have left a part of it. The first process removes that, makes it again, and others pull it."""
+    put(bucket, plan__old="a part", metrics="1")
     with RunDirectory(bucket) as first, RunDirectory(bucket, 1, 2) as second:
-        assert not (first.local / "plan").exists()
+        assert not (first.local / "plan").exists() and not (second.local / "plan").exists()
         (first.local / "plan").mkdir()
         for name in "ab":
-            (first.local / "plan" / name).write_text("whole")
-        second.take("plan")
-        assert (second.local / "plan" / "a").read_text() == "half"  # nobody takes before it is given; see setup.py
-        first.give("plan")
+            (first.local / "plan" / name).write_text("complete")
+        first.push()
+        second.pull("plan")
+        assert {path.name for path in (second.local / "plan").iterdir()} == {"a", "b"}
+    assert set(get(bucket)) == {"plan/a", "plan/b", "metrics"}
+    put(bucket, checkpoints__3__x="large")
     with RunDirectory(bucket, 1, 2) as second:
-        assert (second.local / "plan" / "a").read_text() == (second.local / "plan" / "b").read_text() == "whole"
+        assert (second.local / "plan" / "b").read_text() == "complete"
 
 
-def test_the_mark_is_sent_last(bucket, monkeypatch):
-    """Killed while its files are sent, a directory has no mark."""
-
-    def upload(source, target, names):
-        if "plan/a" in names:
-            raise KeyboardInterrupt
-        real(source, target, names)
-
-    real = storage.upload
-    with RunDirectory(bucket) as directory:
-        (directory.local / "plan").mkdir()
-        (directory.local / "plan" / "a").touch()
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(storage, "upload", upload)
-            directory.give("plan")
-        assert there(bucket) == {}
-
-
-def test_sent_beside_training_and_a_failure_is_told_once(bucket, monkeypatch):
-    told: list[str] = []
+def test_background_push_reports_failure_once(bucket, monkeypatch):
+    messages: list[str] = []
     monkeypatch.setattr(run_directory, "PUSH_S", 0.02)
     real, broken = storage.upload, [False]
 
@@ -186,22 +175,22 @@ def test_sent_beside_training_and_a_failure_is_told_once(bucket, monkeypatch):
         real(source, target, names)
 
     monkeypatch.setattr(storage, "upload", upload)
-    with RunDirectory(bucket, say=told.append) as directory:
+    with RunDirectory(bucket, log=messages.append) as directory:
         (directory.local / "a").write_text("1")
-        until(lambda: there(bucket) == {"a": "1"})
+        until(lambda: get(bucket) == {"a": "1"})
         broken[0] = True
         (directory.local / "a").write_text("12")
-        until(lambda: told)
+        until(lambda: messages)
         time.sleep(0.2)
-        assert len(told) == 1
-        assert told[0].startswith(
-            "gs://b: the bucket does not answer; training goes on, and its log is sent as soon as"
+        assert len(messages) == 1
+        assert messages[0].startswith(
+            "gs://b: the bucket does not answer; training continues, and its logs are sent as"
         )
         broken[0] = False
-        until(lambda: there(bucket) == {"a": "12"})
+        until(lambda: get(bucket) == {"a": "12"})
 
 
-def test_a_bucket_that_does_not_answer_is_tried_again_for_a_while(bucket, monkeypatch):
+def test_push_retries_an_unresponsive_bucket(bucket, monkeypatch):
     tries: list[float] = []
     real = storage.upload
 
@@ -214,7 +203,7 @@ def test_a_bucket_that_does_not_answer_is_tried_again_for_a_while(bucket, monkey
     with RunDirectory(bucket) as directory:
         (directory.local / "a").touch()
         directory.push()
-        assert len(tries) == 4 and "a" in there(bucket)
+        assert len(tries) == 4 and "a" in get(bucket)
         monkeypatch.setattr(run_directory, "PATIENCE_S", 0.1)
         tries[:] = []
         monkeypatch.setattr(storage, "upload", lambda *_: (time.sleep(0.06), upload(*_), tries.clear()))
@@ -224,7 +213,7 @@ def test_a_bucket_that_does_not_answer_is_tried_again_for_a_while(bucket, monkey
         monkeypatch.setattr(storage, "upload", real)
 
 
-def test_what_may_not_be_sent_is_told_at_once(bucket, monkeypatch):
+def test_push_without_permission_fails_at_once(bucket, monkeypatch):
     tries: list[int] = []
     monkeypatch.setattr(run_directory, "PATIENCE_S", 0.1)
 
@@ -240,13 +229,13 @@ def test_what_may_not_be_sent_is_told_at_once(bucket, monkeypatch):
     assert len(tries) == 1
 
 
-def test_no_bucket_no_start(bucket):
+def test_missing_bucket(bucket):
     with pytest.raises(storage.StorageError, match="there is no bucket nobody-s"), RunDirectory("gs://nobody-s/run"):
         pass
 
 
-def test_what_has_failed_is_told_and_not_what_fails_after_it(bucket, monkeypatch):
-    """An error of training reaches the user, whatever the bucket does; its log is sent where that can be."""
+def test_exit_reports_the_first_error(bucket, monkeypatch):
+    """An error of training reaches the user, whatever the bucket does; the log is sent if that is possible."""
 
     def upload(source, target, names):
         if names:
@@ -255,38 +244,33 @@ def test_what_has_failed_is_told_and_not_what_fails_after_it(bucket, monkeypatch
     with pytest.raises(FloatingPointError), RunDirectory(bucket) as directory:
         (directory.local / "skipped.jsonl").write_text("1")
         raise FloatingPointError("too many steps")
-    assert there(bucket) == {"skipped.jsonl": "1"}
+    assert get(bucket) == {"skipped.jsonl": "1"}
     with pytest.raises(FloatingPointError), RunDirectory(bucket) as directory:
         (directory.local / "skipped.jsonl").write_text("2")
         monkeypatch.setattr(storage, "upload", upload)
         raise FloatingPointError("too many steps")
 
 
-def test_a_look_at_a_run_leaves_it_and_other_mirrors_alone(bucket, scratch):
-    put(bucket, metrics="1")
+def test_read_only_changes_nothing(bucket, scratch):
+    put(bucket, metrics="1", plan__a="p")
     with RunDirectory(bucket) as training:
         (training.local / "mine").write_text("m")
-        with RunDirectory(bucket, keeps=False) as looking:
+        put(bucket, plan__a="p")
+        with RunDirectory(bucket, read_only=True) as looking:
             assert (looking.local / "metrics").read_text() == "1" and looking.local != training.local
+            assert (looking.local / "plan" / "a").exists()
             (looking.local / "metrics").write_text("2")
             looking.push()
         assert (training.local / "mine").exists() and not looking.local.exists()
-        assert there(bucket) == {"metrics": "1"}
+        assert get(bucket) == {"metrics": "1", "plan/a": "p"}
 
 
-def test_the_launcher_finds_the_heartbeats_of_every_process(bucket, scratch):
+def test_launcher_finds_heartbeats_of_every_process(bucket, scratch):
     with RunDirectory(bucket) as first, RunDirectory(bucket, 1, 2) as second:
         assert first.local != second.local
         for process, directory in enumerate((first, second)):
             heartbeat.write(directory.local, {"process": process, "phase": "step", "step": 1, "time": 0.0, "pid": 1,
                                               "host": "h"})  # fmt: skip
-        found = [beat["process"] for path in local_directories(bucket) for beat in heartbeat.read(path)]
+        found = [beat["process"] for path in heartbeat.local_directories(bucket) for beat in heartbeat.read(path)]
         assert sorted(found) == [0, 1]
-    assert set(there(bucket)) == {"heartbeat/process_0.json", "heartbeat/process_1.json"}
-
-
-def until(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert set(get(bucket)) == {"heartbeat/process_0.json", "heartbeat/process_1.json"}

@@ -98,7 +98,7 @@ def test_check_rows_refuses():
 
 def prepared(cfg=CFG, plan="a" * 64):
     """The parts of a ``Prepared`` that are read here."""
-    return setup.Prepared(cfg, None, None, [], SimpleNamespace(hash=plan), 10, None)
+    return setup.Prepared(cfg, None, None, [], SimpleNamespace(hash=plan), 10, None, None)
 
 
 def meta_of(cfg=CFG, **more):

@@ -14,6 +14,7 @@ import pytest
 import phivision_jax
 from phivision_jax.checkpoint.run_steps import SAVED
 from phivision_jax.training.telemetry.metrics import read_metrics
+from tests.support.launched import under_launcher
 from tests.support.paths import ROOT
 from tests.support.runs import (
     ROWS,
@@ -23,7 +24,6 @@ from tests.support.runs import (
     environment,
     fail,
     finish,
-    launched,
     losses,
     plan_hash,
     records,
@@ -62,7 +62,7 @@ def test_poisoned_batch_is_skipped_on_all_hosts_and_replayed(data, tmp_path):
     run = tmp_path / "run"
     words = faulty(command(data, run, *SHORT))
     env = environment() | {"TROUBLE": f"poison:{POISONED}"}
-    assert f"the update of step {POISONED} was skipped (not finite)" in finish(launched(words, 2), env)
+    assert f"the update of step {POISONED} was skipped (not finite)" in finish(under_launcher(words, 2), env)
     for process in (0, 1):
         (line,) = map(json.loads, (run / f"skipped{f'_{process}' * process}.jsonl").read_text().splitlines())
         assert (line["step"], line["reason"]) == (POISONED, "not finite")
@@ -72,7 +72,7 @@ def test_poisoned_batch_is_skipped_on_all_hosts_and_replayed(data, tmp_path):
     assert "loss" not in rows[POISONED] and np.isfinite(rows[12]["loss"]) and rows[12]["skipped"] == 1
 
     written = {path: path.stat().st_mtime_ns for path in run.rglob("*.jsonl")}
-    output = finish(launched([*words, f"--replay={POISONED}"], 2), env)
+    output = finish(under_launcher([*words, f"--replay={POISONED}"], 2), env)
     assert f"step {POISONED} (update skipped): loss nan" in output
     assert "process 0: loss_weights of the batch has 1 values that are not finite" in output
     found = re.findall(r"process (\d): row (\d+): loss (\S+) over \S+ target tokens; (.*)", output)
@@ -155,7 +155,7 @@ def test_run_that_gives_up_has_saved_and_one_process_continues(data, tmp_path, p
     run = tmp_path / "run"
     words = command(data, run, *SHORT, "--config.guard.patience=1")
     env = environment() | {"TROUBLE": "poison:5", "SLOW": "4" if processes > 1 else "0"}
-    output = fail(launched(faulty(words), processes), env)
+    output = fail(under_launcher(faulty(words), processes), env)
     assert "training stops after 1 skipped updates in a row; the update of step 5 was skipped" in output
     assert saved_steps(run) == {4}
     skipped = list(run.glob("skipped*.jsonl"))

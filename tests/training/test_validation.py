@@ -8,36 +8,24 @@ import os
 import socket
 import subprocess
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from phivision_jax import sharding
 from phivision_jax.batch import RowShape
 from phivision_jax.data.feed.encode import GROUP_NAMES, encode_record
-from phivision_jax.data.plan.mixture import Mixture
-from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.models import phivision
-from phivision_jax.processor import Processor
 from phivision_jax.rows import fill_rows
 from phivision_jax.training import validation
-from phivision_jax.training.run_config import DataConfig, RunConfig
-from phivision_jax.training.step import make_train_step
-from phivision_jax.training.validation import Validator, means
+from phivision_jax.training.validation import means
+from tests.support.batches import QUICK
 from tests.support.paths import ROOT
 from tests.support.records import CONFIG, make_record
-from tests.support.train_steps import QUICK
+from tests.support.validating import DATA, PROCESSOR, RUN, place, random_params, validator
 
-PROCESSOR = Processor.small(CONFIG)
-# Weights apply to training only: every loss here is without them.
-WEIGHTS = (("math", 9.0),)
-DATA = DataConfig(batch_rows=4, length=160, vision_rows=2, num_patches=80, num_threads=0, loss_weights=WEIGHTS)
-RUN = RunConfig(model=CONFIG, data=DATA, dtype="float32", remat="none", vision_remat="none", validate_batches=100)
 TOLERANCE = 1e-6
 THOUGHT = {"role": "assistant", "content": "<think>it is red and round</think>yes"}
 
@@ -54,12 +42,6 @@ def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "set", records, PROCESSOR, progress=False)
 
 
-def random_params() -> phivision.Params:
-    state = phivision.abstract(CONFIG)[1]
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(np.float32), nnx.to_pure_dict(state))
-
-
 @pytest.fixture(scope="module")
 def params():
     return random_params()
@@ -68,24 +50,6 @@ def params():
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     monkeypatch.setattr(validation, "compiler_options", lambda mesh: QUICK)
-
-
-def validator(dataset, cfg: RunConfig = RUN, devices: int = 1, **shape: int) -> Validator:
-    data = cfg.data
-    mixture, rows = Mixture.from_directories("set"), data.row_shape(CONFIG)
-    plan = make_plan([dataset], mixture, PROCESSOR, rows, batch_rows=data.batch_rows)
-    mesh = sharding.make_mesh(shape, jax.devices()[:devices])
-    step = make_train_step(dataclasses.replace(cfg, microbatches=cfg.microbatches or 1), mesh, 10, len(GROUP_NAMES))
-    return Validator(cfg, step, [dataset], plan, PROCESSOR)
-
-
-def place(measure: Validator, params: Any) -> Any:
-    return jax.device_put(params, measure._step.shardings["params"])
-
-
-def measured_on(dataset, devices: int, **shape: int) -> dict[str, float]:
-    measure = validator(dataset, RUN, devices, **shape)
-    return measure(place(measure, random_params()))
 
 
 @pytest.fixture(scope="module")

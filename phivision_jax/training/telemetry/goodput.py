@@ -4,7 +4,7 @@
 
 and while none runs, by what the host does:
 
-    compile      compiling the step, or any other program
+    compile      compiling the step and the validation loss
     restore      restoring or initializing the state
     data         waiting for the next batch
     host         placing a batch on the devices
@@ -45,7 +45,6 @@ SECTIONS = ("compile", "restore", "data", "host", "checkpoint", "evaluate", "oth
 """Host activities that are counted."""
 AHEAD = 2
 """Steps that may be dispatched at a time: one running, one waiting."""
-_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Goodput:
@@ -88,10 +87,8 @@ class Goodput:
         self._before = Account()
         self._start, self._began = len(self._earlier), now() - age
         self.write(None)
-        self._thread = threading.current_thread()
         self._dispatched: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._watch, name="goodput", daemon=True).start()
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def __enter__(self) -> Goodput:
         return self
@@ -133,15 +130,6 @@ class Goodput:
         with self._changed:
             self._changed.wait_for(lambda: not self._running)
 
-    def compiled(self, seconds: float) -> None:
-        """Count the last ``seconds`` as compilation, unless a step was running."""
-        with self._changed:
-            if not self._running:
-                seconds = min(seconds, self._clock() - self._since)
-                self.seconds["compile"] += seconds
-                self._since += seconds
-            self._charge()
-
     def begin(self, step: int) -> None:
         """Training begins after this step, 0 or the one restored; steps of earlier starts beyond it are lost."""
         self._before = account_of(self._earlier, resumed=(step, self._began))
@@ -160,7 +148,6 @@ class Goodput:
 
     def close(self) -> None:
         """Append the last line and stop counting."""
-        jax.monitoring.unregister_event_duration_listener(self._on_event)
         self._dispatched.put(None)
         self.write(self._step)
 
@@ -220,10 +207,6 @@ class Goodput:
             with contextlib.suppress(Exception):
                 self._wait(dispatched[0])
             self._finish()
-
-    def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
-        if event == _COMPILED and threading.current_thread() is self._thread:
-            self.compiled(duration_secs)
 
 
 def process_age() -> float:

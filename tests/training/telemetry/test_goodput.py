@@ -150,32 +150,6 @@ def test_run_of_a_failing_step(world):
     assert spent(goodput) == {"step": 2, "other": 3}
 
 
-def test_compiled_counts_in_any_section(world):
-    goodput = world.process()
-    with goodput("evaluate"):
-        world.spend(10)
-        goodput.compiled(4)
-        world.spend(1)
-        goodput.compiled(30)  # no more than has passed since the last account
-        world.spend(2)
-    assert spent(goodput) == {"evaluate": 6 + 2, "compile": 4 + 1}
-    goodput.run(nothing_to_do)
-    world.spend(9)
-    goodput.compiled(9)
-    world.finish(goodput)
-    assert spent(goodput)["step"] == 9
-    goodput.close()
-
-
-def test_compilations_of_jax_are_counted():
-    with Goodput(None, age=0.0) as goodput, goodput("evaluate"):
-        jax.jit(lambda x: x * 3 + 1)(jnp.arange(7)).block_until_ready()
-        after = goodput.seconds["compile"]
-        assert after > 0
-    jax.jit(lambda x: x * 5 + 1)(jnp.arange(7)).block_until_ready()
-    assert goodput.seconds["compile"] == after  # closed
-
-
 def test_run_real_step():
     step = jax.jit(lambda x: (x, {"loss": jnp.linalg.norm(x @ x @ x)}))
     x = jnp.ones((300, 300))
@@ -249,8 +223,9 @@ def test_account_of_three_starts(world, tmp_path):
     third.begin(5)
     steps(third, world, 5, 40, 1.0)
     with third("evaluate"):
-        world.spend(10)
-        third.compiled(4)
+        world.spend(6)
+    with third("compile"):
+        world.spend(4)
     third.close()
     account = account_of(read_starts(tmp_path))
     expected = {"step": 5 * 2 + 35, "lost": 25 * 2 + 7 * 3, "down": 52 + 8}

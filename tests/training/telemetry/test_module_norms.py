@@ -17,7 +17,7 @@ FLAT = {
 }
 
 
-def test_norms_add_up_to_the_whole():
+def test_module_norms_by_hand():
     norms = jax.jit(lambda flat: module_norms(flat, "grad_norm"))(FLAT)
     assert {name: float(norm) for name, norm in norms.items()} == pytest.approx(
         {"grad_norm/decoder": np.sqrt(25 + 12), "grad_norm/projector": 2.0}
@@ -26,7 +26,7 @@ def test_norms_add_up_to_the_whole():
     assert {norm.dtype for norm in norms.values()} == {jnp.dtype("float32")}
 
 
-def test_rates_follow_the_rules():
+def test_learning_rates_by_rules():
     params = {
         "vision": {"patch_embedding": {"kernel": 0}, "layers": {"mlp": {"kernel": 0}}},
         "projector": {"fc1": {"kernel": 0}},
