@@ -15,16 +15,22 @@ if TYPE_CHECKING:
     from phivision_jax.config import ModelConfig
     from phivision_jax.inference.generate import generate
     from phivision_jax.processor import Processor
+    from phivision_jax.rows import batch_from_ids
+    from phivision_jax.training.run import train
+    from phivision_jax.training.run_config import RunConfig
 
-__all__ = ["Batch", "ModelConfig", "Processor", "generate", "load"]
+__all__ = ["Batch", "ModelConfig", "Processor", "RunConfig", "batch_from_ids", "generate", "load", "train"]
 __version__ = "0.1.0"
 
 _MODULES = {
     "Batch": "batch",
     "ModelConfig": "config",
     "Processor": "processor",
+    "RunConfig": "training.run_config",
+    "batch_from_ids": "rows",
     "generate": "inference.generate",
     "load": "checkpoint.loading",
+    "train": "training.run",
 }
 
 

@@ -34,19 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
       arguments: default: the process's own.
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("--help", "-h"):
-        listing = "\n".join(f"  {command:<11}{description}" for command, description in COMMANDS.items())
-        print(f"usage: phivision COMMAND …\n\n{listing}\n\nphivision COMMAND --help explains a command.")
-        return
-    if name not in COMMANDS:
-        from phivision_jax.io.messages import did_you_mean
-
-        _fail(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}", 2)
-    module = importlib.import_module(f"phivision_jax.cli.{name}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
-    failure = getattr(module, "FAILURE", 1)
+    failure = 1
     try:
+        if name in ("--help", "-h"):
+            listing = "\n".join(f"  {command:<11}{description}" for command, description in COMMANDS.items())
+            usage = f"usage: phivision COMMAND …\n\n{listing}\n\nphivision COMMAND --help explains a command."
+            print(usage, flush=True)
+            return
+        if name not in COMMANDS:
+            from phivision_jax.io.messages import did_you_mean
+
+            _fail(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}", 2)
+        module = importlib.import_module(f"phivision_jax.cli.{name}")
+        failure = getattr(module, "FAILURE", 1)
         _run(module, name, rest)
     except KeyboardInterrupt as error:
         _fail("interrupted", 130, error)
