@@ -132,7 +132,7 @@ def make_conversion(directory: Path) -> Path:
 
 def measure(mode: Mode, flips: int, seed: int, directory: Path) -> Table:
     """{case: {"flip", "truncate", "delete": how often each outcome occurred}}."""
-    more = {"work": directory, "flips": flips, "seed": seed}
+    more: dict[str, Any] = {"work": directory, "flips": flips, "seed": seed}
     if mode == "run":
         cases = {"newest of two": (OLD, NEW), "only one": (NEW,)}
         for case, steps in cases.items():

@@ -69,7 +69,8 @@ def import_(
         from phivision_jax.data.sources.easy_vqa import easy_vqa
         from phivision_jax.data.sources.memory import RecordsSource
 
-        for part, n in (("train", questions_per_record), ("test", 1)):
+        questions: dict[Literal["train", "test"], int] = {"train": questions_per_record, "test": 1}
+        for part, n in questions.items():
             records = easy_vqa(part, questions_per_record=n)
             jobs.append((out / part, RecordsSource(records, name=f"easy_vqa/{part}")))
     else:

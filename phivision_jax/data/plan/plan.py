@@ -305,10 +305,11 @@ def make_plan(
         for begin in range(0, len(numbers), group):  # a window ends with its group of passes
             of_group = numbers[begin : begin + group]
             windows += [of_group[w : w + inputs["window"]] for w in range(0, len(of_group), inputs["window"])]
-    packed, counts = [], []
+    packed: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
     with bar("plan", sum(map(len, windows)), shown=progress) as advance:
         for window in windows:
-            pending = sum(map(len, counts)) % inputs["batch_rows"]
+            pending = sum(len(sizes) for sizes in counts) % inputs["batch_rows"]
             examples, sizes = _pack_window(window, lengths, shape, inputs["batch_rows"], pending, seed, len(packed))
             packed.append(examples)
             counts.append(sizes)
