@@ -78,8 +78,10 @@ def conversion_round(checkout: Path, source: Path, folder: Path) -> Round:
 
     def run() -> dict[str, float]:
         def convert(*words: str) -> None:
-            command = [sys.executable, "-m", "convert", *words]
-            subprocess.run(command, cwd=checkout, env=os.environ | environment(checkout), check=True, stdout=-3)
+            command, quiet = [sys.executable, "-m", "convert", *words], subprocess.DEVNULL
+            subprocess.run(
+                command, cwd=checkout, env=os.environ | environment(checkout), check=True, stdout=quiet, stderr=quiet
+            )
 
         before, start = os.times(), time.perf_counter()
         with tempfile.TemporaryDirectory(dir=folder) as place:
