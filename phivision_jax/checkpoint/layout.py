@@ -12,9 +12,9 @@ once, a step is complete when it holds commit_success.txt, which is written last
 The metadata:
 
     {"format": 2, "model": …, "step": …, "plan": …, "run": …, "code": …, "metrics": {"loss": 1.5},
-     "arrays": {"params/decoder/norm/scale": ["float32", [5120], "5e3f0a91"], …},      dtype, shape, checksum
-     "assets": {"tokenizer.json": "0c77b1d2", …},                                      CRC-32 of the file
-     "crc32": "9a3b…"}                                                                 of everything above
+     "arrays": {"params/decoder/norm/scale": ["float32", [5120], "5e3f0a9100c2d4e6"], …},   dtype, shape, checksum
+     "assets": {"tokenizer.json": "0c77b1d2", …},                                           CRC-32 of the file
+     "crc32": "9a3b…"}                                                                      of everything above
 
 They are known before anything is written, so a step never exists without them, and any reader can tell whether what it
 reads is what was saved: arrays by ``checksums.py``, which finds the same number on any mesh and while streaming; files
@@ -64,7 +64,7 @@ class Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     checksum: str
-    """Eight hexadecimal digits, see ``checksums.py``."""
+    """16 hexadecimal digits, see ``checksums.py``."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

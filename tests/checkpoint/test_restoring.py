@@ -78,7 +78,7 @@ def test_bit_lost_on_the_way_to_disk_is_detected(empty_run, monkeypatch, name):
 
     def other(tree):
         found = describe(tree)
-        return found | {name: Array(*found[name][:2], f"{int(found[name].checksum, 16) ^ 1:08x}")}
+        return found | {name: Array(*found[name][:2], f"{int(found[name].checksum, 16) ^ 1:016x}")}
 
     with monkeypatch.context() as patch:
         patch.setattr(arrays, "describe", other)
