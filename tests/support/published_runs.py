@@ -14,8 +14,9 @@ from phivision_jax.batch import RowShape
 from phivision_jax.config import ModelConfig
 from phivision_jax.hardware.flops import Workload, mfu, step_flops
 from phivision_jax.hardware.topology import CHIPS, parse_topology
-from phivision_jax.preflight.model import roofline
-from phivision_jax.preflight.model.roofline import MATRIX_UNIT, Pairs, Split, Stack, Work, step_time, visited_pairs
+from phivision_jax.preflight.model import chip_work, roofline
+from phivision_jax.preflight.model.chip_work import MATRIX_UNIT, Pairs, Split, Stack, visited_pairs
+from phivision_jax.preflight.model.roofline import Work, step_time
 from tests.support.paths import ROOT
 
 RESULTS = ROOT / "docs" / "results"
@@ -58,8 +59,8 @@ def work_of(row: dict[str, Any]) -> Work:
         residual_split=row["residual_split"],
     )
     work = stack.work(split, MATRIX_UNIT[row["generation"]])
-    work += roofline.head(m["vocab"], m["width"], tokens, split, again=row["head_recomputed"])
-    return work + roofline.optimizer(row["parameters"], split)
+    work += chip_work.head(m["vocab"], m["width"], tokens, split, again=row["head_recomputed"])
+    return work + chip_work.optimizer(row["parameters"], split)
 
 
 def counted_flops(row: dict[str, Any]) -> float:
@@ -132,7 +133,7 @@ def our_model(efficiency: dict[str, float]) -> dict[str, Any]:
             work = Workload.of_examples(rows * filled / EXAMPLE, EXAMPLE, [IMAGE] if images else [])
             useful = step_flops(config, work).total
             for policy in POLICIES:
-                executed = roofline.executed_work(
+                executed = chip_work.executed_work(
                     config,
                     topology.generation,
                     split,

@@ -13,7 +13,7 @@ from typing import Any
 
 from phivision_jax.hardware.flops import Workload, mfu, step_flops
 from phivision_jax.hardware.topology import Topology
-from phivision_jax.preflight.model import roofline
+from phivision_jax.preflight.model import chip_work, roofline
 from phivision_jax.training.run_config import ResolvedConfig
 
 FILLED = 0.99
@@ -57,10 +57,10 @@ def executed(cfg: ResolvedConfig, generation: str, mix: Mix) -> roofline.Work:
     """Work of a chip in a step by our own count, without a compiled program."""
     shape, mesh = cfg.data.row_shape(cfg.model), cfg.mesh
     in_row = round(shape.length * FILLED / mix.tokens * mix.patches / shape.vision_rows)
-    return roofline.executed_work(
+    return chip_work.executed_work(
         cfg.model,
         generation,
-        roofline.Split(mesh.data, mesh.fsdp, mesh.tensor, mesh.context, mesh.slice),
+        chip_work.Split(mesh.data, mesh.fsdp, mesh.tensor, mesh.context, mesh.slice),
         rows=cfg.data.batch_rows,
         shape=shape,
         examples=mix.row(shape.length),

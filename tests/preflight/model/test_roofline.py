@@ -11,20 +11,18 @@ from phivision_jax.config import ModelConfig
 from phivision_jax.hardware.flops import Workload, step_flops
 from phivision_jax.hardware.topology import CHIPS
 from phivision_jax.models import remat
-from phivision_jax.preflight.model import roofline
-from phivision_jax.preflight.model.roofline import (
+from phivision_jax.preflight.model import chip_work, roofline
+from phivision_jax.preflight.model.chip_work import (
     RECOMPUTE,
     Pairs,
     Split,
     Stack,
-    StepTime,
-    Work,
     executed_work,
     head,
     optimizer,
-    step_time,
     visited_pairs,
 )
+from phivision_jax.preflight.model.roofline import StepTime, Work, step_time
 from tests.support import published_runs
 from tests.support.batches import TINY
 from tests.support.published_runs import RESULTS
@@ -239,7 +237,7 @@ def test_executed_work_frozen_parts():
     # The optimizer moves 28 bytes per trained parameter, 20 with moments in bf16.
     C, D = 24, 32
     weights = C * D + D + D * D + D
-    counted = roofline._weights(TINY, (("projector", 1.0), (".", 0.0)))
+    counted = chip_work._weights(TINY, (("projector", 1.0), (".", 0.0)))
     assert sum(trained for trained, _ in counted.values()) == weights
     smaller = executed(lr_rules=(("projector", 1.0), (".", 0.0)), moment_bytes=2)
     assert projector.hbm_bytes - smaller.hbm_bytes == pytest.approx(8 * weights)
@@ -256,9 +254,9 @@ def test_stack_matches_compiler_count():
 def test_blocks_match_kernel():
     splash = pytest.importorskip("phivision_jax.models.attention.splash", exc_type=ImportError)
     for blocks in splash.BLOCKS.values():
-        assert {blocks.q, blocks.kv, blocks.q_bwd, blocks.kv_bwd} == {roofline.BLOCK}
+        assert {blocks.q, blocks.kv, blocks.q_bwd, blocks.kv_bwd} == {chip_work.BLOCK}
     vision = splash.VISION_BLOCKS
-    assert {vision.q, vision.kv, vision.q_bwd, vision.kv_bwd} == {roofline.VISION_BLOCK}
+    assert {vision.q, vision.kv, vision.q_bwd, vision.kv_bwd} == {chip_work.VISION_BLOCK}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

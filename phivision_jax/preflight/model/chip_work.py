@@ -1,0 +1,308 @@
+"""The work that a chip executes in a training step, recompute and padding included, for the roofline model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Sequence
+from typing import Self
+
+from flax import nnx
+
+from phivision_jax.batch import RowShape
+from phivision_jax.config import ModelConfig
+from phivision_jax.hardware.flops import Workload, step_flops
+from phivision_jax.models import phivision
+from phivision_jax.preflight.model.roofline import Work
+from phivision_jax.training import optim
+from phivision_jax.training.run_config import OptimConfig
+
+MATRIX_UNIT = {"v4": 128, "v5e": 128, "v5p": 128, "v6e": 256}
+"""Width of the systolic array: heads that are narrower leave part of it idle."""
+
+BLOCK = 1024
+"""Queries and keys of a block of our attention kernel in the decoder (``splash.py``), forward and backward."""
+
+VISION_BLOCK = 512
+"""The same in the vision tower."""
+
+# A layer's last product only enters a sum, so the backward pass never needs it.
+_LAYER = frozenset({"elementwise", "qkv", "attention", "out", "gate_up"})
+_BEHIND = frozenset({"elementwise", "out", "gate_up"})
+RECOMPUTE: dict[str, frozenset[str]] = {
+    "full": _LAYER,
+    "attention": _BEHIND,
+    "dots": frozenset({"elementwise"}),
+    "none": frozenset(),
+    "offload": _LAYER,
+    "offload_attention": _BEHIND,
+}
+"""Parts of a layer that each policy of ``models/remat.py`` recomputes: products, the attention kernel, the rest.
+Copies to the host and back are assumed to be hidden."""
+
+OPTIMIZER_BYTES = 12  # per trained parameter: fp32 gradient and parameter read, parameter written; beside its moments
+LOSS_BYTES = 24  # per token and entry of the vocabulary: fp32 logits touched three times forward, three times backward
+WIRE = 2  # bytes of a weight or gradient between chips: bf16
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Shards of a step along each mesh axis; ``data`` and ``slices`` are replicas of the weights."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    slices: int = 1
+
+    @property
+    def chips(self) -> int:
+        return self.data * self.fsdp * self.tensor * self.context * self.slices
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """(query, key) pairs in the blocks that the attention kernel visits, per head."""
+
+    forward: float
+    backward: float
+    """Pairs of the backward kernel: five products, or four (without dq) where ``dq`` has its own kernel."""
+    dq: float | None = None
+    """Pairs of the dq kernel: three products."""
+
+    def flops(self, width: float, again: bool, trained: bool) -> float:
+        """FLOPs over heads of total ``width``; a product is 2 · pairs · width.
+
+        Args:
+          again: the forward kernel runs once more in the backward pass.
+          trained: there is a backward pass.
+        """
+        products = 2 * self.forward * (1 + again)
+        if trained:
+            products += 5 * self.backward if self.dq is None else 4 * self.backward + 3 * self.dq
+        return 2 * products * width
+
+    def __mul__(self, times: float) -> Self:
+        dq = None if self.dq is None else self.dq * times
+        return dataclasses.replace(self, forward=self.forward * times, backward=self.backward * times, dq=dq)
+
+
+def visited_pairs(
+    length: int, segments: Sequence[int], block_q: int, block_kv: int, *, causal: bool = True, window: int = 0
+) -> int:
+    """Pairs in the blocks of a row that a kernel visits; it skips blocks without a visible pair.
+
+    Args:
+      segments: lengths of the row's segments in order; the positions after them are padding and see only themselves.
+      window: most keys that a query sees, its own included; 0: no limit.
+
+    Raises:
+      ValueError: for segments longer than the row.
+    """
+    if sum(segments) > length:
+        raise ValueError(f"segments of {sum(segments)} tokens do not fit a row of {length}")
+    starts, ends = list(range(length)), list(range(length))  # first and last position of each position's segment
+    first = 0
+    for size in segments:
+        starts[first : first + size] = [first] * size
+        ends[first : first + size] = [first + size - 1] * size
+        first += size
+    blocks = 0
+    for top in range(0, length, block_q):
+        bottom = min(top + block_q, length) - 1
+        oldest = max(starts[top], top - window + 1 if window else 0)
+        newest = bottom if causal else ends[bottom]
+        blocks += newest // block_kv - oldest // block_kv + 1
+    return blocks * block_q * block_kv
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Equal transformer layers, and a chip's share of their work."""
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    gated: bool
+    tokens: float
+    """Tokens of the chip's share of the step, padding included."""
+    pairs: Pairs
+    """Attention pairs of that share, over all layers."""
+    recompute: Collection[str]
+    """A value of ``RECOMPUTE``."""
+    backward: float = 2.0
+    """Ratio of backward to forward FLOPs of the products: 2 where all weights train, 1 where gradients only pass."""
+    trained: float = 1.0
+    """Share of the weights that have a gradient."""
+    residual_split: bool = False
+    """Norms and sums are split over ``tensor``; in our model every chip of a group runs all of them."""
+
+    @property
+    def products(self) -> dict[str, int]:
+        """Parameters of a layer's products, by their names in ``RECOMPUTE``."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "qkv": self.width * (q + 2 * kv),
+            "out": q * self.width,
+            "gate_up": self.width * self.mlp * (2 if self.gated else 1),
+            "down": self.mlp * self.width,
+        }
+
+    def work(self, split: Split, matrix_unit: int) -> Work:
+        layer, returns = self.products, self.backward > 0
+        again = frozenset(self.recompute) if returns else frozenset()
+        forward = 2 * self.tokens * sum(layer.values())
+        products = forward * (1 + self.backward) + 2 * self.tokens * sum(layer[name] for name in again & layer.keys())
+        heads_width = self.heads * (-(-self.head_dim // matrix_unit) * matrix_unit)
+
+        copies = 1 if self.residual_split else split.tensor
+        rotated = (self.heads + self.kv_heads) * self.head_dim
+        touched = 20 * self.width * copies + 4 * rotated + (6 if self.gated else 4) * self.mlp
+        passes = 1 + 2 * returns + ("elementwise" in again)
+
+        # A sum over a tensor group behind the last product of attention and of the MLP, backward before the first.
+        sums = 2 + 2 * returns + ("out" in again) + ("down" in again)
+        summed = 2 * self.tokens * split.tensor * self.width * WIRE * _others(split.tensor)
+        kv = 2 * self.tokens * split.context * self.kv_heads * self.head_dim * WIRE * _others(split.context)
+        weights = sum(layer.values()) * WIRE / split.tensor
+        each = Work(
+            matmul_flops=products,
+            hbm_bytes=touched * self.tokens * passes,
+            ici_bytes_exposed=sums * summed + kv * (1 + returns + ("qkv" in again)),
+        )
+        moved = _weights_moved(weights, split, 1 + returns, self.trained)
+        attention = self.pairs.flops(heads_width, "attention" in again, returns)
+        return (each + moved) * self.layers + Work(attention_flops=attention)
+
+
+def head(
+    entries: int, width: int, tokens: float, split: Split, backward: float = 2, trained: float = 1, again: bool = True
+) -> Work:
+    """Work of the head and the loss for ``tokens`` on this chip.
+
+    Args:
+      backward, trained: as in ``Stack``.
+      again: the logits are recomputed in the backward pass instead of being kept.
+    """
+    product, returns = 2 * tokens * width * entries, backward > 0
+    moved = _weights_moved(entries * width * WIRE / split.tensor, split, 1 + returns, trained)
+    return moved + Work(product * (1 + backward + (again and returns)), hbm_bytes=LOSS_BYTES * tokens * entries)
+
+
+def optimizer(parameters: float, split: Split, moment_bytes: int = 4) -> Work:
+    """AdamW's traffic for a number of trained parameters, whose two moments are read and written."""
+    return Work(hbm_bytes=(OPTIMIZER_BYTES + 4 * moment_bytes) * parameters / (split.fsdp * split.tensor))
+
+
+def executed_work(
+    config: ModelConfig,
+    generation: str,
+    split: Split,
+    *,
+    rows: int,
+    shape: RowShape,
+    examples: Sequence[int],
+    images: Sequence[int] = (),
+    remat: str = "full",
+    vision_remat: str = "full",
+    lr_rules: Sequence[tuple[str, float]] = (),
+    moment_bytes: int = 4,
+) -> Work:
+    """Work of one chip in a training step of our model.
+
+    Args:
+      rows: B of the global step.
+      examples: lengths of the examples in a typical row.
+      images: patches of the images in a typical vision row.
+      lr_rules: as in ``OptimConfig``; parameters scaled by 0 are frozen.
+    """
+    vision, decoder, chips = config.vision, config.decoder, split.chips
+    patches = rows * shape.total_patches
+    vision_tokens = rows * shape.merge[0] if shape.merge else patches
+    # Complete rows, since padding costs time too. Attention is counted by blocks; here one pair represents any number.
+    useful = Workload(rows * shape.length, 1, patches, min(patches, 1), vision_tokens)
+    parts = step_flops(config, useful, lr_rules).parts
+    weights = _weights(config, tuple(lr_rules))
+    unit = MATRIX_UNIT[generation]
+
+    def backward(part: str) -> float:
+        return parts[part].backward / parts[part].forward
+
+    def trained(prefix: str) -> float:
+        return weights[prefix][0] / weights[prefix][1]
+
+    seen = visited_pairs(shape.length, examples, BLOCK, BLOCK)
+    layers = Stack(
+        layers=decoder.num_layers,
+        width=decoder.hidden_size,
+        mlp=decoder.intermediate_size,
+        heads=decoder.num_heads,
+        kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        gated=True,
+        tokens=rows * shape.length / chips,
+        pairs=Pairs(seen, seen) * (decoder.num_layers * rows / chips),
+        recompute=RECOMPUTE[remat],
+        backward=backward("decoder"),
+        trained=trained("decoder/layers"),
+    )
+    work = layers.work(split, unit)
+    V, D = decoder.vocab_size, decoder.hidden_size
+    work += head(V, D, layers.tokens, split, backward("head"), trained("decoder/lm_head"))
+    work += _weights_moved(V * D * WIRE / split.tensor, split, 1, trained("decoder/embed_tokens"))
+    if patches:
+        seen = visited_pairs(shape.num_patches, images, VISION_BLOCK, VISION_BLOCK, causal=False)
+        tower = Stack(
+            layers=vision.num_active_layers,
+            width=vision.hidden_size,
+            mlp=vision.intermediate_size,
+            heads=vision.num_heads,
+            kv_heads=vision.num_heads,
+            head_dim=vision.head_dim,
+            gated=False,
+            tokens=patches / chips,
+            pairs=Pairs(seen, seen) * (vision.num_active_layers * rows * shape.vision_rows / chips),
+            recompute=RECOMPUTE[vision_remat],
+            backward=backward("vision"),
+            trained=trained("vision/layers"),
+        )
+        work += tower.work(split, unit) + Work(matmul_flops=parts["projector"].total / chips)
+    return work + optimizer(sum(trained for trained, _ in weights.values()), split, moment_bytes)
+
+
+@functools.cache
+def _weights(config: ModelConfig, lr_rules: tuple[tuple[str, float], ...]) -> dict[str, tuple[int, int]]:
+    """Trained and total parameters by the first two parts of their paths."""
+    params = nnx.to_pure_dict(phivision.abstract(config)[1])
+    trainable, frozen = optim.partition(params, OptimConfig(lr_rules=lr_rules))
+    counts: dict[str, tuple[int, int]] = {}
+    for leaves, trains in ((trainable, 1), (frozen, 0)):
+        for path, leaf in leaves.items():
+            prefix = "/".join(optim.path_name(path).split("/")[:2])
+            trained, total = counts.get(prefix, (0, 0))
+            counts[prefix] = trained + trains * leaf.size, total + leaf.size
+    return counts
+
+
+def _others(parts: int) -> float:
+    """Share of a result that comes from the other chips of a group."""
+    return (parts - 1) / parts
+
+
+def _weights_moved(weights: float, split: Split, gathers: int, trained: float) -> Work:
+    """Traffic of weights gathered over fsdp and of gradients scattered over fsdp and summed over replicas and slices.
+
+    Args:
+      weights: bytes after the gather on a chip of one tensor group.
+      gathers: number of gathers per step.
+      trained: share of the weights with a gradient.
+    """
+    shard = weights / split.fsdp
+    return Work(
+        ici_bytes_overlapped=weights * _others(split.fsdp) * (gathers + trained)
+        + 2 * shard * _others(split.data * split.context) * trained,
+        dcn_bytes_overlapped=2 * shard * _others(split.slices) * trained,
+    )
