@@ -12,16 +12,14 @@
 
 A worker writes a chunk into a folder of its own below ``work/`` and commits it by renames, the chunk's own file last.
 So a process may be killed at any moment, and two processes may even do the same chunk. Run again, the work continues
-with the chunks that are not committed; with another key it is refused, because committed chunks may be hours of work.
-When all chunks are committed, ``finish`` writes what is about all of them, and the directory gets its name. It keeps
-``work.json``, by which a later run recognises it.
+with the chunks that are not committed; with another key it is refused. When all are committed, ``finish`` writes what
+is about all of them, and the directory gets its name. A later run recognises it by ``work.json``, which it keeps.
 
 The files depend on source, step, sink and chunk length alone, not on the number of workers or on interruptions,
 provided that a step depends on its item alone.
 
-Importing is one use (``data.store.importing``): its step checks and measures a record. Steps that filter, rewrite or
-generate records return none, one or several for each. This module knows nothing about records: steps name why they
-reject an item ("step/reason", see ``data.quarantine``) and where a result comes from (``Record.lineage``).
+Importing is one use (``data.store.importing``). This module knows nothing about records: steps name why they reject an
+item ("step/reason", see ``data.quarantine``) and where a result comes from (``Record.lineage``).
 """
 
 from __future__ import annotations
