@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 HERE = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("step", "loader", "packing", "conversion")
+BENCHMARKS: tuple[Benchmark, ...] = ("step", "loader", "packing", "conversion")
 type Benchmark = Literal["step", "loader", "packing", "conversion"]
 type Round = Callable[[], dict[str, float]]
 """Runs a workload once; ``seconds`` and ``cpu_seconds``."""

@@ -27,7 +27,7 @@ hypothesis.settings.load_profile("project")
 
 @pytest.fixture(scope="session")
 def tiny() -> PhiVision:
-    """A model of a few thousand random weights in which every part matters: biases and scales are drawn too."""
+    """A model of a few thousand random weights in which every part matters: biases and scales are random too."""
     graphdef, _ = phivision.abstract(TINY)
     params = jax.jit(lambda: PhiVision(TINY, rngs=nnx.Rngs(0)).split()[1], compiler_options=QUICK)()
     rng = np.random.default_rng(0)

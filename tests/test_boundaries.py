@@ -1,4 +1,4 @@
-"""Which room of the package may import which: the table of docs/architecture.md, enforced by reading the imports."""
+"""Import boundaries between the rooms of the package: the table of house rules, enforced by reading the imports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOST = {"config", "io", "images", "text"}
 DATA = {*HOST, "rows", "processor", "data"}
 DEVICE = {"config", "batch", "sharding"}
 CHECKPOINT_FORMAT = {"checkpoint.layout", "checkpoint.checksums"}
-"""What is where in a checkpoint, and its checksums in NumPy: no JAX, so that converters may use them."""
+"""The layout of a checkpoint, and its checksums in NumPy: no JAX, so that converters may use them."""
 
 # Room → rooms that it may import, at module level or inside a function. A room may always import itself.
 MAY_IMPORT: dict[str, set[str]] = {

@@ -85,8 +85,10 @@ class StreamedChecksums:
             index = (index[:, None] * shape[axis] + np.arange(start[axis], start[axis] + size)).reshape(-1)
         first = start[-1] if block.ndim else 0
         with self._lock:
-            new = [np.zeros(size, np.uint32) for size in rows_and_columns(shape)]
-            rows, columns, left = self._unfinished.pop(path, None) or (*new, math.prod(shape))
+            if path not in self._unfinished:
+                rows, columns = (np.zeros(size, np.uint32) for size in rows_and_columns(shape))
+                self._unfinished[path] = rows, columns, math.prod(shape)
+            rows, columns, left = self._unfinished.pop(path)
             rows[index] += block_rows
             columns[first : first + len(block_columns)] += block_columns
             left -= block.size

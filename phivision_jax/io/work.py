@@ -49,8 +49,7 @@ CHUNK, MOST_CHUNKS = 2048, 4096
 IO_ATTEMPTS = 4
 IO_FIRST_WAIT_S = 0.5
 """Seconds before the second attempt to read an item; doubled each time."""
-# Waiting does not help against these.
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # waiting does not help
 _SHOWN_DIFFERENCES, _SHOWN_CHARACTERS = 10, 200
 
 _log = logging.getLogger(__name__)

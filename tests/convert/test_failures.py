@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from phivision_jax.checkpoint import layout
-from phivision_jax.checkpoint.checksums import block_checksum
+from phivision_jax.checkpoint.checksums import StreamedChecksums
 from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.mapping import model_leaves
 from phivision_jax.convert.ours import OursSink
@@ -224,10 +224,12 @@ def sparse_ours(directory: Path) -> Path:
 def zeros(shape: tuple[int, ...]) -> layout.Array:
     """The metadata of a float32 array of zeros."""
     step = max(1, 1_000_000 // math.prod(shape[1:]))
-    starts = range(0, shape[0], step)
-    blocks = ((start, np.zeros((min(step, shape[0] - start), *shape[1:]), np.float32)) for start in starts)
-    checksum = sum(block_checksum(block, (start,), shape) for start, block in blocks) % 2**32
-    return layout.Array("float32", shape, f"{checksum:08x}")
+    sums = StreamedChecksums()
+    for start in range(0, shape[0], step):
+        block = np.zeros((min(step, shape[0] - start), *shape[1:]), np.float32)
+        if complete := sums.add("zeros", block, (start,), shape):
+            return complete
+    raise AssertionError("an array without elements")
 
 
 START = """if True:
