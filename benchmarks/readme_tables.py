@@ -67,17 +67,20 @@ def compile_case(case: Case) -> None:
 
 
 def hardware_table() -> str:
+    """Every compiled case, and stage 2 of the recipe on three pods (``benchmarks/preflight.py``)."""
+    results = [(case.task, case.topology, case.result) for case in CASES]
+    for topology in ("v5e:16x16", "v6e:16x16", "v5p:4x4x8"):
+        result = RESULTS / "preflight" / f"stage2_{topology.partition(':')[0]}.json"
+        results.append(("Full training, stage 2 of the recipe", topology, result))
     rows = []
-    for case in CASES:
-        if not case.result.exists():
+    for task, topology, result in results:
+        if not result.exists():
             continue
-        found = json.loads(case.result.read_text())
-        chips = parse_topology(case.topology).chips
+        found = json.loads(result.read_text())
+        chips = parse_topology(topology).chips
         hbm, peak = found["hbm_bytes_per_chip"] / GIB, found["peak_bytes_per_chip"]
         needs = f"{peak / GIB:.1f} of {hbm:.1f} GiB" if peak else f"more than {hbm:.1f} GiB"
-        rows.append(
-            (case.task, f"{case.topology} ({chips} chips)", needs, "yes" if found["fits"] else "no", _size(found))
-        )
+        rows.append((task, f"{topology} ({chips} chips)", needs, "yes" if found["fits"] else "no", _size(found)))
     return markdown(("", "slice", "needed per chip", "fits", "batch"), rows)
 
 
