@@ -151,8 +151,9 @@ def _sync(path: Path) -> None:
 
 def _remove(directory: Path, seconds: float = 5.0) -> None:
     """Remove a directory into which threads of a library (TensorStore's) may still be writing."""
-    until = time.monotonic() + seconds
-    while directory.exists() and time.monotonic() < until:
+    until, absent = time.monotonic() + seconds, 0
+    while absent < 10 and time.monotonic() < until:  # a late write makes the directory again
+        absent = 0 if directory.exists() else absent + 1
         shutil.rmtree(directory, ignore_errors=True)
         time.sleep(0.02)
 
