@@ -18,7 +18,7 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: venv  ## train a small model on real pictures, score it, convert it, ask it (about 15 minutes)
+demo: venv  ## train a small model on real images, score it, convert it, ask it (about 15 minutes)
 	$(CPU) $(BIN)/python demo.py
 
 test: venv  ## run the tests (about 15 minutes on two cores)
