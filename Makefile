@@ -6,7 +6,7 @@ CPU := JAX_PLATFORMS=cpu
 
 .PHONY: help venv demo test test-all check lint format lock clean
 
-help:  ## say what each target does
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 venv: $(STAMP)  ## make .venv and install everything that is pinned in requirements.lock
@@ -18,11 +18,11 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: venv  ## train a small model on real images, score it, convert it, ask it (about 15 minutes)
+demo: venv  ## train a small model on real images, score it, convert it, ask it
 	$(CPU) $(BIN)/python demo.py
 
-test: venv  ## run the tests (about 15 minutes on two cores)
-	$(BIN)/python -m pytest -m "not slow"
+test: venv  ## run the tests, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
 
 test-all: venv  ## run every test, the long ones too
 	$(BIN)/python -m pytest
@@ -35,7 +35,7 @@ lint: venv  ## ruff (lint and format) and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: venv  ## let ruff mend what it can
+format: venv  ## apply the fixes of ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -43,5 +43,5 @@ lock:  ## pin the newest versions again (needs uv)
 	uv pip compile --quiet --universal --upgrade --python-version 3.12 --no-annotate --no-header --no-emit-index-url \
 		--extra dev --extra demo --extra hub pyproject.toml -o requirements.lock
 
-clean:  ## remove what make made, data and runs included
+clean:  ## remove everything that make created, data and runs included
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache data runs
