@@ -36,9 +36,7 @@ class Chip:
     devices: int
     """JAX devices per chip."""
     shapes: tuple[str, ...]
-    """Shapes that have a Cloud name, smallest first; no two have the same number of chips."""
-    max_chips: int
-    """Largest number of chips in one slice."""
+    """Shapes that have a Cloud name, smallest first; no two have the same number of chips, and none has more."""
     hbm_bytes: int
     """Memory that a program may use, all devices of the chip together; the rest of the chip's HBM is reserved."""
     peak_bf16_flops: float
@@ -50,63 +48,18 @@ class Chip:
 
 
 # Rates and shapes: "Key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e}, read in 2026.
-# hbm_bytes: the limit in the TPU compiler's message when a program does not fit ("of 15.75G hbm").
-_CUBES = ["2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16"]
-_SQUARES = ["1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"]
+# hbm_bytes: the limit in the TPU compiler's message when a program does not fit ("of 15.75G hbm"), which is per device.
+# hbm_bandwidth of v6e: an earlier version of the page has 1640 GB/s.
+# dcn_bandwidth: v5p has 50 Gbit/s per chip, a pod of 256 v5e 6.4 Tbit/s, one of v6e 25.6.
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
-    "v4": Chip(
-        device_kind="TPU v4",
-        cloud_prefix="v4",
-        cores_in_cloud_name=2,
-        devices=2,
-        shapes=tuple(_CUBES),
-        max_chips=4096,
-        hbm_bytes=int(2 * 15.25 * GIB),  # the compiler's limit is per device
-        peak_bf16_flops=275e12,
-        hbm_bandwidth=1200e9,
-        ici_bandwidth=None,
-        dcn_bandwidth=None,
-    ),
-    "v5e": Chip(
-        device_kind="TPU v5 lite",
-        cloud_prefix="v5litepod",
-        cores_in_cloud_name=1,
-        devices=1,
-        shapes=tuple(_SQUARES),
-        max_chips=256,
-        hbm_bytes=int(15.75 * GIB),
-        peak_bf16_flops=197e12,
-        hbm_bandwidth=819e9,
-        ici_bandwidth=400e9,
-        dcn_bandwidth=6.4e12 / 8 / 256,  # 6.4 Tbit/s per pod of 256
-    ),
-    "v5p": Chip(
-        device_kind="TPU v5",
-        cloud_prefix="v5p",
-        cores_in_cloud_name=2,
-        devices=1,
-        shapes=(*_CUBES, "16x16x24"),
-        max_chips=6144,
-        hbm_bytes=int(95.74 * GIB),
-        peak_bf16_flops=459e12,
-        hbm_bandwidth=2765e9,
-        ici_bandwidth=1200e9,
-        dcn_bandwidth=50e9 / 8,  # 50 Gbit/s per chip
-    ),
-    "v6e": Chip(
-        device_kind="TPU v6 lite",
-        cloud_prefix="v6e",
-        cores_in_cloud_name=1,
-        devices=1,
-        shapes=tuple(_SQUARES),
-        max_chips=256,
-        hbm_bytes=int(31.25 * GIB),
-        peak_bf16_flops=918e12,
-        hbm_bandwidth=1600e9,  # an earlier version of the page: 1640
-        ici_bandwidth=800e9,
-        dcn_bandwidth=25.6e12 / 8 / 256,  # 25.6 Tbit/s per pod of 256
-    ),
+    "v4": Chip("TPU v4", "v4", 2, 2, _CUBES, int(2 * 15.25 * GIB), 275e12, 1200e9, None, None),
+    "v5e": Chip("TPU v5 lite", "v5litepod", 1, 1, _SQUARES, int(15.75 * GIB), 197e12, 819e9, 400e9, 6.4e12 / 8 / 256),
+    "v5p": Chip("TPU v5", "v5p", 2, 1, (*_CUBES, "16x16x24"), int(95.74 * GIB), 459e12, 2765e9, 1200e9, 50e9 / 8),
+    "v6e": Chip("TPU v6 lite", "v6e", 1, 1, _SQUARES, int(31.25 * GIB), 918e12, 1600e9, 800e9, 25.6e12 / 8 / 256),
 }
+"""By generation; the values of a row are in the order of ``Chip``'s fields."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +134,7 @@ def _check_xla_name(name: str, generation: str, shape: str) -> None:
     chips = math.prod(sides)
     # From 4x4x4 on, slices of v4 and v5p are any arrangement of cubes of that size.
     of_cubes = len(sides) == 3 == len(_sides(chip.shapes[0])) and all(side and side % 4 == 0 for side in sides)
-    if shape not in chip.shapes and not (of_cubes and chips <= chip.max_chips):
+    if shape not in chip.shapes and not (of_cubes and chips <= math.prod(_sides(chip.shapes[-1]))):
         nearest = _nearest(generation, chips)
         raise ValueError(
             f"topology {name!r}: {generation} has no slice of shape {shape}; the nearest is {generation}:{nearest} "
