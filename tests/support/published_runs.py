@@ -10,31 +10,36 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from phivision_jax.batch import RowShape
-from phivision_jax.config import ModelConfig
-from phivision_jax.hardware.flops import Workload, mfu, step_flops
+from phivision_jax.hardware.flops import mfu, step_flops
 from phivision_jax.hardware.topology import CHIPS, parse_topology
-from phivision_jax.preflight.model import chip_work, roofline
-from phivision_jax.preflight.model.chip_work import MATRIX_UNIT, Pairs, Split, Stack, visited_pairs
+from phivision_jax.preflight.model import chip_work, modelled_step, roofline
+from phivision_jax.preflight.model.chip_work import MATRIX_UNIT, Stack, visited_pairs
 from phivision_jax.preflight.model.roofline import Work, step_time
+from phivision_jax.training.run_config import DataConfig, MeshConfig, ResolvedConfig
 from tests.support.paths import ROOT
 
 RESULTS = ROOT / "docs" / "results"
 GENERATIONS = ("v5e", "v5p", "v6e")
 
-# Rows filled to 99 % with examples of 3,000 tokens, each with one image of 1,830 patches.
-ROW, EXAMPLE, IMAGE, FILLED = RowShape(8192, 1, 7168), 3000, 1830, 0.99
+LENGTH, PATCHES = 8192, 7168
+EXAMPLE, IMAGE = 3000, 1830
+"""Tokens of an example, of which these are its one image's."""
 SLICES = {
-    "v5p:4x4x8": Split(data=4, fsdp=32),
-    "v5e:16x16": Split(data=8, fsdp=32),
-    "v6e:16x16": Split(data=8, fsdp=32),
+    "v5p:4x4x8": {"data": 4, "fsdp": 32},
+    "v5e:16x16": {"data": 8, "fsdp": 32},
+    "v6e:16x16": {"data": 8, "fsdp": 32},
 }
 POLICIES = ("full", "attention", "dots", "none")
 
 
+def mesh_of(**sizes: int) -> MeshConfig:
+    """A mesh with these axes; all others are 1."""
+    return MeshConfig(**({"slice": 1, "data": 1, "fsdp": 1, "context": 1} | sizes))
+
+
 def work_of(row: dict[str, Any]) -> Work:
     """Work of a chip in a published run, a row of docs/results/roofline_rows.json."""
-    m, split = row["model"], Split(fsdp=row["fsdp"], tensor=row["tensor"])
+    m, mesh = row["model"], mesh_of(fsdp=row["fsdp"], tensor=row["tensor"])
     T, tokens = row["length"], row["rows_per_chip"] * row["length"]
     blocks = row["attention"]
     local = m["layers"] - m["layers"] // m["global_every"] if m["global_every"] else 0
@@ -44,6 +49,10 @@ def work_of(row: dict[str, Any]) -> Work:
         nearby = visited_pairs(T, [T], *block, window=m["window"]) * local if local else 0
         return row["rows_per_chip"] * (everywhere + nearby)
 
+    # A backward kernel has five products, or four (without dq) beside a kernel with the three that dq needs.
+    backward = (
+        4 * pairs(blocks["backward"]) + 3 * pairs(blocks["dq"]) if blocks["dq"] else 5 * pairs(blocks["backward"])
+    )
     stack = Stack(
         layers=m["layers"],
         width=m["width"],
@@ -54,13 +63,13 @@ def work_of(row: dict[str, Any]) -> Work:
         gated=m["gated"],
         tokens=tokens,
         # A chip of a tensor group has its share of the heads, for the rows of all of the group.
-        pairs=Pairs(pairs(blocks["forward"]), pairs(blocks["backward"]), blocks["dq"] and pairs(blocks["dq"])),
+        attention=(2 * pairs(blocks["forward"]), backward),
         recompute=frozenset(row["recompute"]) | {"elementwise"},
         residual_split=row["residual_split"],
     )
-    work = stack.work(split, MATRIX_UNIT[row["generation"]])
-    work += chip_work.head(m["vocab"], m["width"], tokens, split, again=row["head_recomputed"])
-    return work + chip_work.optimizer(row["parameters"], split)
+    work = stack.work(mesh, MATRIX_UNIT[row["generation"]])
+    work += chip_work.head(m["vocab"], m["width"], tokens, mesh, again=row["head_recomputed"])
+    return work + chip_work.optimizer(row["parameters"], mesh)
 
 
 def counted_flops(row: dict[str, Any]) -> float:
@@ -124,39 +133,25 @@ def fit_generations(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def our_model(efficiency: dict[str, float]) -> dict[str, Any]:
     """Modelled MFU of the fully trained released model, one row per chip, with images and with text alone."""
-    config, filled = ModelConfig(), round(ROW.length * FILLED)
     out: dict[str, Any] = {}
-    for name, split in SLICES.items():
+    for name, sizes in SLICES.items():
         topology = parse_topology(name)
-        rows = topology.chips
         for images in (True, False):
-            work = Workload.of_examples(rows * filled / EXAMPLE, EXAMPLE, [IMAGE] if images else [])
-            useful = step_flops(config, work).total
+            mix = modelled_step.Mix(EXAMPLE, IMAGE if images else 0)
             for policy in POLICIES:
-                executed = chip_work.executed_work(
-                    config,
-                    topology.generation,
-                    split,
-                    rows=rows,
-                    shape=ROW if images else dataclasses.replace(ROW, vision_rows=1, num_patches=0),
-                    examples=_packed(filled, EXAMPLE),
-                    images=_packed(round(filled * IMAGE / EXAMPLE), IMAGE) if images else (),
-                    remat=policy,
-                )
+                data = DataConfig(batch_rows=topology.chips, length=LENGTH, num_patches=PATCHES if images else 0)
+                cfg = ResolvedConfig(data=data, mesh=mesh_of(**sizes), remat=policy, vision_remat="full")
+                useful = step_flops(cfg.model, modelled_step.workload(cfg, mix)).total
+                executed = modelled_step.executed(cfg, topology.generation, mix)
                 time = step_time(executed, topology.generation, efficiency[topology.generation])
                 share = mfu(useful, time.seconds, topology.chips, topology.chip.peak_bf16_flops)
                 key = f"{name}, {'text and images' if images else 'text'}, {policy}"
                 out[key] = {
                     "modelled_mfu": round(share, 4),
-                    "tokens_per_second_per_chip": round(filled / time.seconds),
+                    "tokens_per_second_per_chip": round(round(LENGTH * modelled_step.FILLED) / time.seconds),
                     "seconds": _parts(time),
                 }
     return out
-
-
-def _packed(filled: int, size: int) -> list[int]:
-    complete, rest = divmod(filled, size)
-    return [size] * complete + [rest] * (rest > 0)
 
 
 def _parts(time: roofline.StepTime) -> dict[str, float]:

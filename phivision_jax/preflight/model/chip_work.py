@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Collection, Sequence
-from typing import Self
 
 from flax import nnx
 
-from phivision_jax.batch import RowShape
-from phivision_jax.config import ModelConfig
+from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.hardware.flops import Workload, step_flops
 from phivision_jax.models import phivision
 from phivision_jax.preflight.model.roofline import Work
 from phivision_jax.training import optim
-from phivision_jax.training.run_config import OptimConfig
+from phivision_jax.training.run_config import MeshConfig, OptimConfig, ResolvedConfig
 
 MATRIX_UNIT = {"v4": 128, "v5e": 128, "v5p": 128, "v6e": 256}
 """Width of the systolic array: heads that are narrower leave part of it idle."""
@@ -43,48 +42,6 @@ Copies to the host and back are assumed to be hidden."""
 OPTIMIZER_BYTES = 12  # per trained parameter: fp32 gradient and parameter read, parameter written; beside its moments
 LOSS_BYTES = 24  # per token and entry of the vocabulary: fp32 logits touched three times forward, three times backward
 WIRE = 2  # bytes of a weight or gradient between chips: bf16
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Shards of a step along each mesh axis; ``data`` and ``slices`` are replicas of the weights."""
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
-    slices: int = 1
-
-    @property
-    def chips(self) -> int:
-        return self.data * self.fsdp * self.tensor * self.context * self.slices
-
-
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """(query, key) pairs in the blocks that the attention kernel visits, per head."""
-
-    forward: float
-    backward: float
-    """Pairs of the backward kernel: five products, or four (without dq) where ``dq`` has its own kernel."""
-    dq: float | None = None
-    """Pairs of the dq kernel: three products."""
-
-    def flops(self, width: float, again: bool, trained: bool) -> float:
-        """FLOPs over heads of total ``width``; a product is 2 · pairs · width.
-
-        Args:
-          again: the forward kernel runs once more in the backward pass.
-          trained: there is a backward pass.
-        """
-        products = 2 * self.forward * (1 + again)
-        if trained:
-            products += 5 * self.backward if self.dq is None else 4 * self.backward + 3 * self.dq
-        return 2 * products * width
-
-    def __mul__(self, times: float) -> Self:
-        dq = None if self.dq is None else self.dq * times
-        return dataclasses.replace(self, forward=self.forward * times, backward=self.backward * times, dq=dq)
 
 
 def visited_pairs(
@@ -129,8 +86,9 @@ class Stack:
     gated: bool
     tokens: float
     """Tokens of the chip's share of the step, padding included."""
-    pairs: Pairs
-    """Attention pairs of that share, over all layers."""
+    attention: tuple[float, float]
+    """Pairs of a query and a key in the blocks that the attention kernel visits, for that share and over all layers,
+    times the kernel's products: forward and backward."""
     recompute: Collection[str]
     """A value of ``RECOMPUTE``."""
     backward: float = 2.0
@@ -151,35 +109,42 @@ class Stack:
             "down": self.mlp * self.width,
         }
 
-    def work(self, split: Split, matrix_unit: int) -> Work:
+    def work(self, mesh: MeshConfig, matrix_unit: int) -> Work:
         layer, returns = self.products, self.backward > 0
         again = frozenset(self.recompute) if returns else frozenset()
         forward = 2 * self.tokens * sum(layer.values())
         products = forward * (1 + self.backward) + 2 * self.tokens * sum(layer[name] for name in again & layer.keys())
         heads_width = self.heads * (-(-self.head_dim // matrix_unit) * matrix_unit)
 
-        copies = 1 if self.residual_split else split.tensor
+        copies = 1 if self.residual_split else mesh.tensor
         rotated = (self.heads + self.kv_heads) * self.head_dim
         touched = 20 * self.width * copies + 4 * rotated + (6 if self.gated else 4) * self.mlp
         passes = 1 + 2 * returns + ("elementwise" in again)
 
         # A sum over a tensor group behind the last product of attention and of the MLP, backward before the first.
         sums = 2 + 2 * returns + ("out" in again) + ("down" in again)
-        summed = 2 * self.tokens * split.tensor * self.width * WIRE * _others(split.tensor)
-        kv = 2 * self.tokens * split.context * self.kv_heads * self.head_dim * WIRE * _others(split.context)
-        weights = sum(layer.values()) * WIRE / split.tensor
+        summed = 2 * self.tokens * mesh.tensor * self.width * WIRE * _others(mesh.tensor)
+        kv = 2 * self.tokens * mesh.context * self.kv_heads * self.head_dim * WIRE * _others(mesh.context)
+        weights = sum(layer.values()) * WIRE / mesh.tensor
         each = Work(
             matmul_flops=products,
             hbm_bytes=touched * self.tokens * passes,
             ici_bytes_exposed=sums * summed + kv * (1 + returns + ("qkv" in again)),
         )
-        moved = _weights_moved(weights, split, 1 + returns, self.trained)
-        attention = self.pairs.flops(heads_width, "attention" in again, returns)
-        return (each + moved) * self.layers + Work(attention_flops=attention)
+        moved = _weights_moved(weights, mesh, 1 + returns, self.trained)
+        forward_kernel, backward_kernel = self.attention
+        kernels = forward_kernel * (1 + ("attention" in again)) + backward_kernel * returns
+        return (each + moved) * self.layers + Work(attention_flops=2 * kernels * heads_width)
 
 
 def head(
-    entries: int, width: int, tokens: float, split: Split, backward: float = 2, trained: float = 1, again: bool = True
+    entries: int,
+    width: int,
+    tokens: float,
+    mesh: MeshConfig,
+    backward: float = 2,
+    trained: float = 1,
+    again: bool = True,
 ) -> Work:
     """Work of the head and the loss for ``tokens`` on this chip.
 
@@ -188,45 +153,30 @@ def head(
       again: the logits are recomputed in the backward pass instead of being kept.
     """
     product, returns = 2 * tokens * width * entries, backward > 0
-    moved = _weights_moved(entries * width * WIRE / split.tensor, split, 1 + returns, trained)
+    moved = _weights_moved(entries * width * WIRE / mesh.tensor, mesh, 1 + returns, trained)
     return moved + Work(product * (1 + backward + (again and returns)), hbm_bytes=LOSS_BYTES * tokens * entries)
 
 
-def optimizer(parameters: float, split: Split, moment_bytes: int = 4) -> Work:
+def optimizer(parameters: float, mesh: MeshConfig, moment_bytes: int = 4) -> Work:
     """AdamW's traffic for a number of trained parameters, whose two moments are read and written."""
-    return Work(hbm_bytes=(OPTIMIZER_BYTES + 4 * moment_bytes) * parameters / (split.fsdp * split.tensor))
+    return Work(hbm_bytes=(OPTIMIZER_BYTES + 4 * moment_bytes) * parameters / (mesh.fsdp * mesh.tensor))
 
 
-def executed_work(
-    config: ModelConfig,
-    generation: str,
-    split: Split,
-    *,
-    rows: int,
-    shape: RowShape,
-    examples: Sequence[int],
-    images: Sequence[int] = (),
-    remat: str = "full",
-    vision_remat: str = "full",
-    lr_rules: Sequence[tuple[str, float]] = (),
-    moment_bytes: int = 4,
-) -> Work:
+def executed_work(cfg: ResolvedConfig, generation: str, examples: Sequence[int], images: Sequence[int] = ()) -> Work:
     """Work of one chip in a training step of our model.
 
     Args:
-      rows: B of the global step.
       examples: lengths of the examples in a typical row.
       images: patches of the images in a typical vision row.
-      lr_rules: as in ``OptimConfig``; parameters scaled by 0 are frozen.
     """
-    vision, decoder, chips = config.vision, config.decoder, split.chips
-    patches = rows * shape.total_patches
+    vision, decoder, mesh = cfg.model.vision, cfg.model.decoder, cfg.mesh
+    rows, shape, chips = cfg.data.batch_rows, cfg.data.row_shape(cfg.model), math.prod(dataclasses.astuple(cfg.mesh))
+    tokens, patches = rows * shape.length, rows * shape.total_patches
     vision_tokens = rows * shape.merge[0] if shape.merge else patches
     # Complete rows, since padding costs time too. Attention is counted by blocks; here one pair represents any number.
-    useful = Workload(rows * shape.length, 1, patches, min(patches, 1), vision_tokens)
-    parts = step_flops(config, useful, lr_rules).parts
-    weights = _weights(config, tuple(lr_rules))
-    unit = MATRIX_UNIT[generation]
+    useful = Workload(tokens, 1, patches, min(patches, 1), vision_tokens)
+    parts = step_flops(cfg.model, useful, cfg.optim.lr_rules).parts
+    weights = _weights(cfg.model, cfg.optim.lr_rules)
 
     def backward(part: str) -> float:
         return parts[part].backward / parts[part].forward
@@ -234,43 +184,33 @@ def executed_work(
     def trained(prefix: str) -> float:
         return weights[prefix][0] / weights[prefix][1]
 
-    seen = visited_pairs(shape.length, examples, BLOCK, BLOCK)
-    layers = Stack(
-        layers=decoder.num_layers,
-        width=decoder.hidden_size,
-        mlp=decoder.intermediate_size,
-        heads=decoder.num_heads,
-        kv_heads=decoder.num_kv_heads,
-        head_dim=decoder.head_dim,
-        gated=True,
-        tokens=rows * shape.length / chips,
-        pairs=Pairs(seen, seen) * (decoder.num_layers * rows / chips),
-        recompute=RECOMPUTE[remat],
-        backward=backward("decoder"),
-        trained=trained("decoder/layers"),
-    )
-    work = layers.work(split, unit)
+    def layers(
+        part: str, sizes: DecoderConfig | VisionConfig, num: int, kv_heads: int, tokens: int, pairs: int, remat: str
+    ) -> Work:
+        """Work of a stack for ``tokens`` of the step, which have ``pairs`` in every layer."""
+        visited = pairs * num / chips
+        return Stack(
+            *(num, sizes.hidden_size, sizes.intermediate_size, sizes.num_heads, kv_heads, sizes.head_dim),
+            gated=part == "decoder",
+            tokens=tokens / chips,
+            attention=(2 * visited, 5 * visited),
+            recompute=RECOMPUTE[remat],
+            backward=backward(part),
+            trained=trained(f"{part}/layers"),
+        ).work(mesh, MATRIX_UNIT[generation])
+
+    pairs = rows * visited_pairs(shape.length, examples, BLOCK, BLOCK)
+    work = layers("decoder", decoder, decoder.num_layers, decoder.num_kv_heads, tokens, pairs, cfg.remat)
     V, D = decoder.vocab_size, decoder.hidden_size
-    work += head(V, D, layers.tokens, split, backward("head"), trained("decoder/lm_head"))
-    work += _weights_moved(V * D * WIRE / split.tensor, split, 1, trained("decoder/embed_tokens"))
+    work += head(V, D, tokens / chips, mesh, backward("head"), trained("decoder/lm_head"))
+    work += _weights_moved(V * D * WIRE / mesh.tensor, mesh, 1, trained("decoder/embed_tokens"))
     if patches:
-        seen = visited_pairs(shape.num_patches, images, VISION_BLOCK, VISION_BLOCK, causal=False)
-        tower = Stack(
-            layers=vision.num_active_layers,
-            width=vision.hidden_size,
-            mlp=vision.intermediate_size,
-            heads=vision.num_heads,
-            kv_heads=vision.num_heads,
-            head_dim=vision.head_dim,
-            gated=False,
-            tokens=patches / chips,
-            pairs=Pairs(seen, seen) * (vision.num_active_layers * rows * shape.vision_rows / chips),
-            recompute=RECOMPUTE[vision_remat],
-            backward=backward("vision"),
-            trained=trained("vision/layers"),
-        )
-        work += tower.work(split, unit) + Work(matmul_flops=parts["projector"].total / chips)
-    return work + optimizer(sum(trained for trained, _ in weights.values()), split, moment_bytes)
+        in_row = visited_pairs(shape.num_patches, images, VISION_BLOCK, VISION_BLOCK, causal=False)
+        pairs = rows * shape.vision_rows * in_row
+        work += layers("vision", vision, vision.num_active_layers, vision.num_heads, patches, pairs, cfg.vision_remat)
+        work += Work(matmul_flops=parts["projector"].total / chips)
+    moment_bytes = 2 if cfg.optim.moment_dtype == "bfloat16" else 4
+    return work + optimizer(sum(trained for trained, _ in weights.values()), mesh, moment_bytes)
 
 
 @functools.cache
@@ -292,7 +232,7 @@ def _others(parts: int) -> float:
     return (parts - 1) / parts
 
 
-def _weights_moved(weights: float, split: Split, gathers: int, trained: float) -> Work:
+def _weights_moved(weights: float, mesh: MeshConfig, gathers: int, trained: float) -> Work:
     """Traffic of weights gathered over fsdp and of gradients scattered over fsdp and summed over replicas and slices.
 
     Args:
@@ -300,9 +240,9 @@ def _weights_moved(weights: float, split: Split, gathers: int, trained: float) -
       gathers: number of gathers per step.
       trained: share of the weights with a gradient.
     """
-    shard = weights / split.fsdp
+    shard = weights / mesh.fsdp
     return Work(
-        ici_bytes_overlapped=weights * _others(split.fsdp) * (gathers + trained)
-        + 2 * shard * _others(split.data * split.context) * trained,
-        dcn_bytes_overlapped=2 * shard * _others(split.slices) * trained,
+        ici_bytes_overlapped=weights * _others(mesh.fsdp) * (gathers + trained)
+        + 2 * shard * _others(mesh.data * mesh.context) * trained,
+        dcn_bytes_overlapped=2 * shard * _others(mesh.slice) * trained,
     )

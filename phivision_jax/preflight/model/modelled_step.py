@@ -55,21 +55,10 @@ def workload(cfg: ResolvedConfig, mix: Mix) -> Workload:
 
 def executed(cfg: ResolvedConfig, generation: str, mix: Mix) -> roofline.Work:
     """Work of a chip in a step by our own count, without a compiled program."""
-    shape, mesh = cfg.data.row_shape(cfg.model), cfg.mesh
+    shape = cfg.data.row_shape(cfg.model)
     in_row = round(shape.length * FILLED / mix.tokens * mix.patches / shape.vision_rows)
-    return chip_work.executed_work(
-        cfg.model,
-        generation,
-        chip_work.Split(mesh.data, mesh.fsdp, mesh.tensor, mesh.context, mesh.slice),
-        rows=cfg.data.batch_rows,
-        shape=shape,
-        examples=mix.row(shape.length),
-        images=_packed(min(in_row, shape.num_patches), mix.patches) if mix.patches else [],
-        remat=cfg.remat,
-        vision_remat=cfg.vision_remat,
-        lr_rules=cfg.optim.lr_rules,
-        moment_bytes=2 if cfg.optim.moment_dtype == "bfloat16" else 4,
-    )
+    images = _packed(min(in_row, shape.num_patches), mix.patches) if mix.patches else []
+    return chip_work.executed_work(cfg, generation, mix.row(shape.length), images)
 
 
 def compiled_work(counted: roofline.Work, facts: Mapping[str, Any]) -> roofline.Work:

@@ -6,26 +6,17 @@ import json
 import numpy as np
 import pytest
 
-from phivision_jax.batch import RowShape
 from phivision_jax.config import ModelConfig
 from phivision_jax.hardware.flops import Workload, step_flops
 from phivision_jax.hardware.topology import CHIPS
 from phivision_jax.models import remat
 from phivision_jax.preflight.model import chip_work, roofline
-from phivision_jax.preflight.model.chip_work import (
-    RECOMPUTE,
-    Pairs,
-    Split,
-    Stack,
-    executed_work,
-    head,
-    optimizer,
-    visited_pairs,
-)
+from phivision_jax.preflight.model.chip_work import RECOMPUTE, Stack, executed_work, head, optimizer, visited_pairs
 from phivision_jax.preflight.model.roofline import StepTime, Work, step_time
+from phivision_jax.training.run_config import DataConfig, OptimConfig, ResolvedConfig
 from tests.support import published_runs
 from tests.support.batches import TINY
-from tests.support.published_runs import RESULTS
+from tests.support.published_runs import RESULTS, mesh_of
 
 DOCUMENT = json.loads((RESULTS / "roofline_rows.json").read_text())
 ROWS = DOCUMENT["rows"]
@@ -111,7 +102,7 @@ STACK = Stack(
     head_dim=5,
     gated=True,
     tokens=7,
-    pairs=Pairs(100, 200),
+    attention=(2 * 100, 5 * 200),
     recompute=RECOMPUTE["full"],
 )
 # Products of a layer: 10 · (20 + 2 · 10), 20 · 10, 2 · 10 · 20, 20 · 10.
@@ -120,7 +111,7 @@ QKV, OUT, GATE_UP, DOWN = 400, 200, 400, 200
 
 def test_stack_work():
     assert STACK.products == {"qkv": QKV, "out": OUT, "gate_up": GATE_UP, "down": DOWN}
-    work = STACK.work(Split(), 8)
+    work = STACK.work(mesh_of(), 8)
     assert work.matmul_flops == 3 * 2 * 7 * (3 * 1200 + 1000)
     # Heads of 5 fill the array's 8: two products forward, twice, and five backward.
     assert work.attention_flops == 2 * 32 * (2 * 2 * 100 + 5 * 200)
@@ -140,7 +131,7 @@ def test_stack_work():
     ],
 )
 def test_stack_recompute(policy, products, forward_kernels, passes):
-    work = dataclasses.replace(STACK, recompute=RECOMPUTE[policy]).work(Split(), 1)
+    work = dataclasses.replace(STACK, recompute=RECOMPUTE[policy]).work(mesh_of(), 1)
     assert work.matmul_flops == 3 * 2 * 7 * (3 * 1200 + products)
     assert work.attention_flops == 2 * 20 * (2 * forward_kernels * 100 + 5 * 200)
     assert work.hbm_bytes == 3 * 7 * passes * 440
@@ -150,60 +141,52 @@ def test_recompute_knows_every_policy():
     assert RECOMPUTE.keys() == remat.POLICIES.keys()
 
 
-def test_pairs_separate_dq_kernel():
-    assert Pairs(1, 10, 100).flops(1, again=False, trained=True) == 2 * (2 + 4 * 10 + 3 * 100)
-    assert Pairs(1, 10, 100) * 2 == Pairs(2, 20, 200)
-
-
 def test_stack_frozen():
-    frozen = dataclasses.replace(STACK, backward=0.0, trained=0.0).work(Split(fsdp=2), 5)
+    frozen = dataclasses.replace(STACK, backward=0.0, trained=0.0).work(mesh_of(fsdp=2), 5)
     assert frozen.matmul_flops == 3 * 2 * 7 * 1200
     assert frozen.attention_flops == 2 * 20 * 2 * 100
     assert frozen.hbm_bytes == 3 * 7 * 440
     assert frozen.ici_bytes_overlapped == 3 * 1200 * 2 / 2  # gathered once
-    passed = dataclasses.replace(STACK, backward=1.0, trained=0.0).work(Split(fsdp=2), 5)
+    passed = dataclasses.replace(STACK, backward=1.0, trained=0.0).work(mesh_of(fsdp=2), 5)
     assert passed.ici_bytes_overlapped == 2 * frozen.ici_bytes_overlapped
     assert passed.matmul_flops == 3 * 2 * 7 * (2 * 1200 + 1000)
 
 
 def test_stack_communication():
     weights = 3 * 1200 * 2
-    shared = STACK.work(Split(data=2, fsdp=4, slices=5), 5)
+    shared = STACK.work(mesh_of(data=2, fsdp=4, slice=5), 5)
     # Two gathers and a scatter of three quarters; a quarter summed over two replicas, and over five slices.
     assert shared.ici_bytes_overlapped == pytest.approx(weights * (3 * 3 / 4 + 2 * 1 / 4 * 1 / 2))
     assert shared.dcn_bytes_overlapped == pytest.approx(weights * 2 * 1 / 4 * 4 / 5)
     assert shared.ici_bytes_exposed == 0
     # Two sums forward, two backward, one of the recompute, of a group's 28 tokens.
-    tensor = STACK.work(Split(tensor=4), 5)
+    tensor = STACK.work(mesh_of(tensor=4), 5)
     assert tensor.ici_bytes_exposed == pytest.approx(3 * 5 * 2 * 28 * 10 * 2 * 3 / 4)
     assert tensor.hbm_bytes == 3 * 7 * 4 * (4 * 200 + 240)
-    assert dataclasses.replace(STACK, residual_split=True).work(Split(tensor=4), 5).hbm_bytes == 3 * 7 * 4 * 440
+    assert dataclasses.replace(STACK, residual_split=True).work(mesh_of(tensor=4), 5).hbm_bytes == 3 * 7 * 4 * 440
     # Keys and values of two tokens' worth each, gathered forward, again, and summed backward.
-    context = STACK.work(Split(context=2), 5)
+    context = STACK.work(mesh_of(context=2), 5)
     assert context.ici_bytes_exposed == pytest.approx(3 * 3 * 2 * 14 * 10 * 2 / 2)
     assert context.ici_bytes_overlapped == pytest.approx(weights * 2 / 2)
 
 
 def test_head_and_optimizer():
-    assert head(30, 10, 7, Split()).matmul_flops == 2 * 7 * 300 * 4
-    assert head(30, 10, 7, Split(), again=False) == Work(2 * 7 * 300 * 3, hbm_bytes=24 * 7 * 30)
-    assert head(30, 10, 7, Split(), backward=0).matmul_flops == 2 * 7 * 300
-    assert head(30, 10, 7, Split(fsdp=2)).ici_bytes_overlapped == 600 * 3 / 2
-    assert optimizer(100, Split(data=3, fsdp=5)).hbm_bytes == 28 * 20
-    assert optimizer(100, Split(fsdp=5), moment_bytes=2).hbm_bytes == 20 * 20
+    assert head(30, 10, 7, mesh_of()).matmul_flops == 2 * 7 * 300 * 4
+    assert head(30, 10, 7, mesh_of(), again=False) == Work(2 * 7 * 300 * 3, hbm_bytes=24 * 7 * 30)
+    assert head(30, 10, 7, mesh_of(), backward=0).matmul_flops == 2 * 7 * 300
+    assert head(30, 10, 7, mesh_of(fsdp=2)).ici_bytes_overlapped == 600 * 3 / 2
+    assert optimizer(100, mesh_of(data=3, fsdp=5)).hbm_bytes == 28 * 20
+    assert optimizer(100, mesh_of(fsdp=5), moment_bytes=2).hbm_bytes == 20 * 20
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A step of our model.
 
 
-SHAPE = RowShape(256, 1, 128)
-TEXT = RowShape(256, 1, 0)
-
-
-def executed(config=TINY, split=None, **changes):
-    step = {"rows": 8, "shape": SHAPE, "examples": [100, 156], "images": [60, 60]}
-    return executed_work(config, "v5e", split or Split(), **{**step, **changes})
+def executed(examples=(100, 156), images=(60, 60), num_patches=128, optim=None, **changes):
+    data = DataConfig(batch_rows=8, length=256, num_patches=num_patches)
+    cfg = ResolvedConfig(TINY, data, optim or OptimConfig(), mesh=mesh_of(), remat="full", vision_remat="full")
+    return executed_work(dataclasses.replace(cfg, **changes), "v5e", examples, images)
 
 
 def test_executed_work_without_recompute_is_model_flops():
@@ -212,7 +195,7 @@ def test_executed_work_without_recompute_is_model_flops():
     parts = step_flops(TINY, Workload(8 * 256, 0, 8 * 128, 0, 8 * 128)).parts
     products = sum(cost.total for cost in parts.values()) + parts["head"].forward  # the loss's logits, twice
     assert work.matmul_flops == pytest.approx(products, rel=0.01)
-    split = executed(split=Split(data=2, fsdp=4), **none)
+    split = executed(mesh=mesh_of(data=2, fsdp=4), **none)
     assert split.matmul_flops == pytest.approx(work.matmul_flops / 8)
 
 
@@ -221,14 +204,15 @@ def test_executed_work_counts_padding():
 
 
 def test_executed_work_text_only():
-    text = executed(shape=TEXT, images=())
-    assert text.matmul_flops == executed(shape=TEXT).matmul_flops < executed().matmul_flops
+    text = executed(num_patches=0, images=())
+    assert text.matmul_flops == executed(num_patches=0).matmul_flops < executed().matmul_flops
     assert text.attention_flops < executed().attention_flops
 
 
 def test_executed_work_frozen_parts():
-    all_trained, tower = executed(), executed(lr_rules=(("vision", 0.0),))
-    projector = executed(lr_rules=(("projector", 1.0), (".", 0.0)))
+    all_trained, tower = executed(), executed(optim=OptimConfig(lr_rules=(("vision", 0.0),)))
+    rules = (("projector", 1.0), (".", 0.0))
+    projector = executed(optim=OptimConfig(lr_rules=rules))
     assert projector.matmul_flops < tower.matmul_flops < all_trained.matmul_flops
     count = step_flops(TINY, Workload(8 * 256, 0, 8 * 128, 0, 8 * 128)).parts
     lost = all_trained.matmul_flops - tower.matmul_flops
@@ -237,18 +221,18 @@ def test_executed_work_frozen_parts():
     # The optimizer moves 28 bytes per trained parameter, 20 with moments in bf16.
     C, D = 24, 32
     weights = C * D + D + D * D + D
-    counted = chip_work._weights(TINY, (("projector", 1.0), (".", 0.0)))
+    counted = chip_work._weights(TINY, rules)
     assert sum(trained for trained, _ in counted.values()) == weights
-    smaller = executed(lr_rules=(("projector", 1.0), (".", 0.0)), moment_bytes=2)
+    smaller = executed(optim=OptimConfig(lr_rules=rules, moment_dtype="bfloat16"))
     assert projector.hbm_bytes - smaller.hbm_bytes == pytest.approx(8 * weights)
 
 
 def test_stack_matches_compiler_count():
     # XLA's own count for one more layer at T = 8,192 with full recompute, without the kernel.
     decoder = ModelConfig().decoder
-    stack = Stack(1, 5120, 17_920, 40, 10, 128, True, 8192, Pairs(0, 0), RECOMPUTE["full"])
+    stack = Stack(1, 5120, 17_920, 40, 10, 128, True, 8192, (0, 0), RECOMPUTE["full"])
     assert decoder.hidden_size == 5120
-    assert stack.work(Split(), 128).matmul_flops == pytest.approx(2.084e13, rel=1e-3)
+    assert stack.work(mesh_of(), 128).matmul_flops == pytest.approx(2.084e13, rel=1e-3)
 
 
 def test_blocks_match_kernel():
