@@ -10,12 +10,12 @@ from typing import Any
 class Backoff:
     """Counts failures in a row and waits between attempts.
 
-        backoff = Backoff(attempts=5, first_wait_s=0.5)
+        backoff = Backoff(attempts=5, first_wait_s=0.5, log=print)
         while True:
             try:
                 return read()
             except OSError as error:
-                backoff.wait(error)
+                backoff.wait(error, "record 3")
 
     Args:
       attempts: failures in a row after which the last error is raised.
@@ -23,11 +23,11 @@ class Backoff:
       log: receives a line before each wait.
     """
 
-    def __init__(self, attempts: int, first_wait_s: float, log: Callable[[str], Any] = lambda line: None) -> None:
+    def __init__(self, attempts: int, first_wait_s: float, log: Callable[[str], Any]) -> None:
         self._attempts, self._first_wait_s, self._log = attempts, first_wait_s, log
         self.failures = 0
 
-    def wait(self, error: Exception, what: str = "") -> None:
+    def wait(self, error: Exception, what: str) -> None:
         """Wait after a failure.
 
         Args:
@@ -40,7 +40,7 @@ class Backoff:
         if self.failures >= self._attempts:
             raise error
         seconds = self._first_wait_s * 2 ** (self.failures - 1)
-        self._log(f"{what}: {error}; trying again in {seconds:.1f} s".removeprefix(": "))
+        self._log(f"{what}: {error}; trying again in {seconds:.1f} s")
         time.sleep(seconds)
 
     def reset(self) -> None:
@@ -48,29 +48,15 @@ class Backoff:
         self.failures = 0
 
 
-def retry[T](
-    function: Callable[[], T],
-    *,
-    attempts: int,
-    first_wait_s: float,
-    transient: Callable[[Exception], bool] = lambda error: isinstance(error, OSError),
-    log: Callable[[str], Any] = lambda line: None,
-    what: str = "",
-) -> T:
-    """Call a function until it returns.
-
-    Args:
-      transient: whether another attempt may help after this error; others are raised at once.
-      what: the work, for the log.
+def retry[T](function: Callable[[], T], attempts: int, first_wait_s: float, log: Callable[[str], Any], what: str) -> T:
+    """Call a function until it raises no ``OSError``; arguments as for ``Backoff``.
 
     Raises:
-      Exception: of the last attempt.
+      OSError: of the last attempt.
     """
     backoff = Backoff(attempts, first_wait_s, log)
     while True:
         try:
             return function()
-        except Exception as error:
-            if not transient(error):
-                raise
+        except OSError as error:
             backoff.wait(error, what)

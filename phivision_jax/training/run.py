@@ -186,7 +186,7 @@ class Run:
         self._profiler = Profiler(folder, cfg.profile, cfg.slow_step, log)
         self._throughput = Throughput(cfg, list(prepared.step.mesh.devices.flat))
         self._lr_multipliers = optim.multipliers(prepared.step.abstract_state["params"], cfg.optim)
-        self._bar = self._stack.enter_context(training_bar(prepared.steps, first, shown=process == 0))
+        self._show = self._stack.enter_context(training_bar(prepared.steps, first, shown=process == 0))
         self.goodput.begin(first)
 
     @property
@@ -241,7 +241,7 @@ class Run:
         if row:
             row = {"elapsed_s": time.monotonic() - self._began} | row
             self._metrics.write(step, row)
-            self._bar.update(step, **row)
+            self._show(step, **row)
             self.checkpoints.check()
 
     def measure(self, state: State, step: int) -> dict[str, float]:

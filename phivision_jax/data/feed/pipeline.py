@@ -144,13 +144,7 @@ def _read(dataset: Dataset, i: int) -> Record:
     """Read record ``i``, retrying after an I/O error: on network storage most of them pass."""
     record = f"record {i} of {dataset.directory}"
     try:
-        return retry(
-            lambda: dataset[i],
-            attempts=READ_ATTEMPTS,
-            first_wait_s=READ_FIRST_WAIT_S,
-            log=_log.warning,
-            what=record,
-        )
+        return retry(lambda: dataset[i], READ_ATTEMPTS, READ_FIRST_WAIT_S, _log.warning, record)
     except OSError as error:
         raise OSError(f"{record}: {READ_ATTEMPTS} attempts to read it failed: {error}") from error
 
