@@ -81,8 +81,7 @@ def preflight(
 
 def _train(cfg: ResolvedConfig, where: Topology, low_effort: bool) -> dict[str, Any]:
     from phivision_jax.preflight import step_report
-    from phivision_jax.preflight.compiling import run_worker
-    from phivision_jax.preflight.worker import train_facts
+    from phivision_jax.preflight.compiling import run_worker, train_facts
 
     effort = "low" if low_effort else "default"
     facts = run_worker(f"compiling at {effort} effort", train_facts, cfg, where, low_effort)
@@ -104,8 +103,7 @@ def _search(cfg: ResolvedConfig, where: Topology) -> dict[str, Any]:
 
 def _generate(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
     from phivision_jax.preflight import generation
-    from phivision_jax.preflight.compiling import run_worker
-    from phivision_jax.preflight.worker import generate_facts
+    from phivision_jax.preflight.compiling import generate_facts, run_worker
 
     if where.slices > 1:
         raise ValueError("--generate takes one slice: further slices are replicas of it")

@@ -32,7 +32,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from phivision_jax.preflight.hlo import Executed, Frame, Instruction, Module, elements, num_bytes, walk
+from phivision_jax.preflight.hlo import Executed, Frame, Instruction, Module, num_bytes, sizes, walk
 
 SENT: dict[str, Callable[[int], float]] = {
     "all-gather": lambda n: (n - 1) / n,
@@ -107,10 +107,10 @@ def axes_of(collective: Collective, mesh_shape: Mapping[str, int]) -> tuple[str,
     Raises:
       ValueError: when a group has a device that the mesh does not have.
     """
-    devices, sizes = np.array(collective.groups), tuple(mesh_shape.values())
-    if devices.max(initial=0) >= math.prod(sizes):
+    devices, shape = np.array(collective.groups), tuple(mesh_shape.values())
+    if devices.max(initial=0) >= math.prod(shape):
         raise ValueError(f"{collective.name} has device {devices.max()}, but the mesh {dict(mesh_shape)} does not")
-    coordinates = np.unravel_index(devices, sizes)
+    coordinates = np.unravel_index(devices, shape)
     return tuple(name for name, along in zip(mesh_shape, coordinates, strict=True) if (along != along[:, :1]).any())
 
 
@@ -151,11 +151,11 @@ def _chain_overlaps(module: Module, steps: list[Executed]) -> bool:
 
 
 def _result_bytes(instruction: Instruction) -> int:
-    """Bytes of the result: the types are (operands, results, …) of a start, (data, …) of a send or recv."""
-    parts = elements(instruction.type)
-    if instruction.opcode in ("all-gather-start", "collective-permute-start") and len(parts) > 1:
-        return num_bytes(parts[1])
-    return num_bytes(parts[0] if instruction.opcode in DCN_KINDS else instruction.type)
+    """Bytes of the result: the types are (operands, results, …) of a start, (data, context, token) of send and recv."""
+    found, count = sizes(instruction.type), len(instruction.operands)
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        found = found[count : 2 * count] or found
+    return sum(found[:-2] if instruction.opcode in DCN_KINDS else found)
 
 
 # Opcodes that take next to no time, or none of the cores that compute.
@@ -212,13 +212,13 @@ def _groups(instruction: Instruction, devices: int) -> Groups:
         shape, dims, order = (tuple(map(int, part.split(","))) if part else None for part in match.groups())
         groups = np.arange(math.prod(dims or ())).reshape(dims).transpose(order).reshape(shape)
     elif match := re.fullmatch(r"mesh\[(.*)\] \{(.*)\}", text):  # mesh['data'=4,'fsdp'=32] {'fsdp'}
-        sizes = {name: int(size) for name, size in re.findall(r"'(.*?)'=(\d+)", match[1])}
-        first = ids = np.arange(math.prod(sizes.values()))
-        strides, members = dict(zip(sizes, len(ids) // np.cumprod(list(sizes.values())), strict=True)), 1
+        axes = {name: int(size) for name, size in re.findall(r"'(.*?)'=(\d+)", match[1])}
+        first = ids = np.arange(math.prod(axes.values()))
+        strides, members = dict(zip(axes, len(ids) // np.cumprod(list(axes.values())), strict=True)), 1
         # Part of an axis is 'fsdp':(2)4, those 4 below its first 2.
         for name, above, part in re.findall(r"'(.*?)'(?::\((\d+)\)(\d+))?", match[2]):
-            count = int(part or sizes[name])
-            stride = strides[name] * sizes[name] // (int(above or 1) * count)
+            count = int(part or axes[name])
+            stride = strides[name] * axes[name] // (int(above or 1) * count)
             first, members = first - ids // stride % count * stride, members * count
         groups = np.argsort(first, kind="stable").reshape(-1, members)
     else:

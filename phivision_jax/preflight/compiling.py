@@ -1,26 +1,52 @@
-"""Run compilations in separate processes, with a progress bar and readable errors.
+"""Compile programs for absent TPU slices, each in a process of its own, and collect their facts.
 
 The TPU compiler may abort the process that it runs in, and takes gigabytes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.util
+import math
 import multiprocessing
 import os
 import platform
 import signal
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+
+from phivision_jax import sharding
+from phivision_jax.batch import batch_spec
+from phivision_jax.hardware.compiler_options import LOW_EFFORT, compiler_options
+from phivision_jax.hardware.topology import Topology
+from phivision_jax.inference.generate import generate_tokens
 from phivision_jax.io.progress import bar
-from phivision_jax.preflight.worker import PHASES
+from phivision_jax.models import phivision
+from phivision_jax.preflight import hlo, memory
+from phivision_jax.preflight.collectives import axes_of, collectives, wire_bytes
+from phivision_jax.preflight.matmuls import matmul_flops
+from phivision_jax.rows import row_shape
+from phivision_jax.training.run_config import ResolvedConfig
+from phivision_jax.training.step import make_train_step
 
 # Without these the compiler waits for a metadata server, and two compilations at once fail on a lock file.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+
+PHASES = 3
+"""Tracing, compiling, and reading the program."""
+
+type Advance = Callable[[], None]
+"""Called when a phase ends."""
 
 
 def check_machine() -> None:
@@ -40,11 +66,11 @@ def check_machine() -> None:
 
 
 def run_worker(title: str, facts_of: Callable[..., dict[str, Any]], *arguments: Any, shown: bool = True) -> dict:
-    """Call a function of ``worker.py`` in a new process and return its facts.
+    """Call ``train_facts`` or ``generate_facts`` in a new process and return its facts.
 
     Args:
       title: text beside the progress bar.
-      facts_of: the function; it receives a callback for its phases, then ``arguments``.
+      facts_of: the function; it receives an ``Advance``, then ``arguments``.
 
     Raises:
       ValueError: when the program cannot be compiled; the message gives the reason, or the compiler's last line.
@@ -52,13 +78,13 @@ def run_worker(title: str, facts_of: Callable[..., dict[str, Any]], *arguments: 
     os.environ.update(ENVIRONMENT)  # the new process inherits them
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    with tempfile.NamedTemporaryFile("r", errors="replace") as log, bar(title, len(PHASES), shown=shown) as advance:
+    with tempfile.NamedTemporaryFile("r", errors="replace") as log, bar(title, PHASES, shown=shown) as advance:
         process = context.Process(target=_send_facts, args=(sender, log.name, facts_of, arguments))
         process.start()
         sender.close()
         try:
-            while isinstance(found := receiver.recv(), str):
-                advance(PHASES.index(found) > 0)
+            while (found := receiver.recv()) is None:
+                advance(1)
             advance(1)
         except EOFError:
             process.join()
@@ -76,7 +102,7 @@ def _send_facts(sender: Connection, log: str, facts_of: Callable[..., dict[str, 
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     try:
-        sender.send(facts_of(sender.send, *arguments))
+        sender.send(facts_of(lambda: sender.send(None), *arguments))
     except ValueError as error:
         sender.send(ValueError(str(error)))  # subclasses may not pickle
 
@@ -86,3 +112,99 @@ def _failure(code: int, log: str) -> str:
     checks = [line for line in lines if "Check failed" in line or line.startswith("jax.errors.")]
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with code {code}"
     return f"the compiler {ended}: " + ((checks or lines or ["no output"])[-1]).strip()
+
+
+def train_facts(advance: Advance, cfg: ResolvedConfig, where: Topology, low_effort: bool) -> dict[str, Any]:
+    """Compile a training step.
+
+    Returns:
+      ``mesh``, ``fits``, ``compile_seconds``, and bytes per device (``memory``, ``buffers``); of a program that fits
+      also ``matmul_flops`` per device, and ``collectives``.
+    """
+    devices = _devices(where)
+    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices)
+    step = make_train_step(cfg, mesh, steps=1_000)
+    batch = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
+    arguments = {
+        "parameters": step.abstract_state["params"],
+        "optimizer": step.abstract_state["opt_state"],
+        "batch": sharding.abstract(batch, step.batch_shardings(batch)),
+    }
+    options = compiler_options(mesh) | (LOW_EFFORT if low_effort else {})
+    facts, module = _compile(advance, step.lower(batch), arguments, options)
+    facts |= {"mesh": dict(mesh.shape), "checkpoint_bytes": _bytes(step.abstract_state)}
+    if module is None:
+        return facts
+    found = [
+        {name: getattr(one, name) for name in ("kind", "name", "result_bytes", "times", "overlapped")}
+        | {"wire_bytes": wire_bytes(one) * one.times, "axes": axes_of(one, mesh.shape)}
+        for one in collectives(module)
+    ]
+    return facts | {"matmul_flops": matmul_flops(module), "collectives": found}
+
+
+def generate_facts(
+    advance: Advance, cfg: ResolvedConfig, where: Topology, planned: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Compile prefill and decoding of a batch of prompts, weights in bf16.
+
+    Args:
+      planned: ``mesh``, ``batch_rows``, ``prompt`` and ``new_tokens`` (``generation.plan``).
+
+    Returns:
+      ``fits``, ``compile_seconds``, ``memory`` and ``buffers``, as in ``train_facts``. Products and collectives are not
+      counted: the number of new tokens, and so of trips, depends on the data.
+    """
+    mesh = sharding.make_mesh(planned["mesh"], _devices(where))
+    graphdef, state = phivision.abstract(cfg.model, dtype=jnp.bfloat16)
+    shape = row_shape(cfg.model, planned["prompt"], num_patches=min(cfg.model.max_patches, planned["prompt"]))
+    batch = batch_spec(planned["batch_rows"], shape, cfg.model.vision.patch_dim)
+    batch = sharding.abstract(batch, sharding.row_sharding(mesh))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    with jax.set_mesh(mesh), sharding.override_rules(cfg.rules):
+        params = sharding.abstract(nnx.to_pure_dict(state), sharding.param_shardings(state, mesh), jnp.bfloat16)
+        lowered = generate_tokens.lower(graphdef, params, batch, key, planned["new_tokens"], -1, 0.0, 1.0)
+    facts, _ = _compile(advance, lowered, {"parameters": params, "batch": batch}, LOW_EFFORT)
+    return facts
+
+
+def _devices(where: Topology) -> Sequence[Any]:
+    return topologies.get_topology_desc(platform="tpu", topology_name=where.xla_name, num_slices=where.slices).devices
+
+
+def _bytes(tree: Any, per_device: bool = False) -> int:
+    shapes = [(x, x.sharding.shard_shape(x.shape) if per_device else x.shape) for x in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * x.dtype.itemsize for x, shape in shapes)
+
+
+def _compile(
+    advance: Advance, lowered: Any, arguments: Mapping[str, Any], options: dict[str, Any]
+) -> tuple[dict[str, Any], hlo.Module | None]:
+    """Facts of a program, and its instructions; None when it does not fit.
+
+    Args:
+      arguments: the program's arguments by name, with their shardings.
+    """
+    advance()
+    facts: dict[str, Any] = {"memory": {name: _bytes(tree, per_device=True) for name, tree in arguments.items()}}
+    with tempfile.TemporaryDirectory() as tables:
+        start = time.monotonic()
+        try:
+            compiled, failure = lowered.compile(compiler_options=options | memory.dump_options(Path(tables))), ""
+        except jax.errors.JaxRuntimeError as error:
+            compiled, failure = None, str(error)
+            if "RESOURCE_EXHAUSTED" not in failure:
+                raise
+        facts |= {"compile_seconds": time.monotonic() - start, "fits": compiled is not None}
+        if compiled is None:
+            needed = memory.needed(failure, sum(facts["memory"].values()))
+            return facts | {"needed_bytes": needed, "buffers": memory.allocations(failure)[:12]}, None
+        advance()
+        module = hlo.parse(compiled.as_text())
+        buffers = memory.peak_buffers(*memory.dumped(Path(tables), module.name), memory.op_names(module))
+    sums = compiled.memory_analysis()
+    held = sums.argument_size_in_bytes + sums.output_size_in_bytes - sums.alias_size_in_bytes
+    on_device = held + sums.temp_size_in_bytes + sums.generated_code_size_in_bytes
+    # The peak includes what is offloaded to the host; the device never holds more than its own sums.
+    peak = min(sums.peak_memory_in_bytes, on_device)
+    return facts | {"peak_bytes": peak, "host_bytes": sums.host_temp_size_in_bytes, "buffers": buffers[:12]}, module

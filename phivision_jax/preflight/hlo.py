@@ -34,7 +34,7 @@ class Instruction:
     @functools.cached_property
     def operands(self) -> list[str]:
         """Names of the operands, in order; a constant has none."""
-        inside = next((self.rest[:i] for i, depth in enumerate(_depths(self.rest)) if depth < 0), self.rest)
+        inside = re.split(r"\)(?:, [\w\-]+=|$)", self.rest, maxsplit=1)[0]
         return re.findall(r"%([\w.\-]+)", inside)
 
     @functools.cached_property
@@ -206,12 +206,17 @@ def walk[T](module: Module, make: Callable[[Executed], T | None], weight: Callab
 
 def num_bytes(type_: str) -> int:
     """Size of an array type, or of all arrays in a tuple: ``(f32[8,16]{1,0}, bf16[4])`` has 520 bytes."""
-    return sum(-(-math.prod(dims) * _bits(dtype) // 8) for dtype, dims in arrays(type_))
+    return sum(sizes(type_))
+
+
+def sizes(type_: str) -> list[int]:
+    """Bytes of every array in a type; a token has none."""
+    return [-(-math.prod(shape) * _bits(dtype) // 8) for dtype, shape in arrays(type_)]
 
 
 def _bits(dtype: str) -> int:
     digits = re.search(r"\d+", dtype)
-    return int(digits[0]) if digits else 8 * (dtype == "pred")  # a token has none
+    return int(digits[0]) if digits else 8 * (dtype == "pred")
 
 
 def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -220,25 +225,3 @@ def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
         (dtype, tuple(map(int, filter(None, dims.split(",")))))
         for dtype, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", type_)
     ]
-
-
-def elements(type_: str) -> list[str]:
-    """The elements of a tuple type, nested tuples unsplit; an array is its own only element."""
-    if not type_.startswith("("):
-        return [type_]
-    parts, inner = [""], type_[1:-1]
-    for character, depth in zip(inner, _depths(inner), strict=True):
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts]
-
-
-def _depths(text: str) -> list[int]:
-    """Nesting depth of brackets after each character."""
-    depths, depth = [], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        depths.append(depth)
-    return depths

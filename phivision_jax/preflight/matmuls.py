@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
+
 from phivision_jax.preflight.hlo import Executed, Instruction, Module, arrays, walk
 
 
@@ -54,35 +56,23 @@ def _pairs(product: Instruction, left: tuple[int, ...], right: tuple[int, ...], 
     )
     # Feature and batch groups are covered: the kernel has the input features of one group.
     total = float(size_out["b"] * size_out["f"] * size_kernel["i"])
-    window = _window(product.rest)
+    found = re.search(r"window=\{([^}]*)\}", product.rest)
+    window = re.findall(r"(\w+)=(\S+)", found[1] if found else "")
     for i, axis in enumerate(sorted(label for label in size_out if label.isdigit())):
-        field = {key: values[i] for key, values in window.items()}
+        field = {key: values.split("x")[i] for key, values in window}
         total *= _taps(size_in[axis], size_kernel[axis], size_out[axis], field)
     return total
-
-
-def _window(rest: str) -> dict[str, list[str]]:
-    match = re.search(r"window=\{([^}]*)\}", rest)
-    fields = match[1].split() if match else []
-    return {key: value.split("x") for key, value in (field.split("=") for field in fields)}
 
 
 def _taps(size: int, kernel: int, out: int, field: dict[str, str]) -> int:
     """Pairs (result, kernel tap) along one axis that read an element of the input."""
     stride, dilate, spread = (int(field.get(key, 1)) for key in ("stride", "rhs_dilate", "lhs_dilate"))
     low = int(field.get("pad", "0_0").split("_")[0])
+    # Result o reads position o · stride + tap · dilate − low: padding, a zero between elements, or an element.
+    first = np.arange(out) * stride - low
+    reads = (first + tap * dilate for tap in range(kernel))
     length = (size - 1) * spread + 1
-    count = 0
-    for tap in range(kernel):
-        # Results o whose position o · stride + tap · dilate − low is in the input and not between its elements.
-        first = tap * dilate - low
-        lowest = max(0, -(first // stride))
-        highest = min(out - 1, (length - 1 - first) // stride)
-        if spread == 1:
-            count += max(0, highest - lowest + 1)
-        else:
-            count += sum((o * stride + first) % spread == 0 for o in range(lowest, highest + 1))
-    return count
+    return sum(int(((read >= 0) & (read < length) & (read % spread == 0)).sum()) for read in reads)
 
 
 def _shape(type_: str) -> tuple[int, ...]:

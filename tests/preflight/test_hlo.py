@@ -2,7 +2,7 @@
 
 import pytest
 
-from phivision_jax.preflight.hlo import Instruction, arrays, elements, num_bytes, parse
+from phivision_jax.preflight.hlo import Instruction, arrays, num_bytes, parse, sizes
 
 TEXT = """HloModule jit_f, is_scheduled=true, replica_count=2, num_partitions=4
 
@@ -21,7 +21,7 @@ TEXT = """HloModule jit_f, is_scheduled=true, replica_count=2, num_partitions=4
 
 ENTRY %main (x: f32[4]) -> f32[4] {
   %w = (s32[]{:T(128)}, f32[4]{0:T(8,128)S(1)}, /*index=2*/s32[]) while(%t), condition=%condition, body=%body
-  ROOT %y = f32[4]{0} fusion(%w, /*index=1*/%x), kind=kLoop, calls=%compare, metadata={op_name="f(%z)"}
+  ROOT %y = f32[4]{0} fusion((s32[], f32[4]) %w, /*index=1*/%x), control-predecessors={%z}, calls=%compare, metadata={op_name="f(%z)"}
 }
 """
 
@@ -87,7 +87,7 @@ def test_trips_from_condition():
         parse(TEXT.replace("constant(40)", "parameter(0)")).trips(loop)
 
 
-def test_num_bytes_and_elements():
+def test_num_bytes():
     assert num_bytes("(f32[8,16]{1,0:T(8,128)}, bf16[4]{0:T(1024)(128)(2,1)})") == 520
     assert num_bytes("pred[3]") == 3
     assert num_bytes("s4[5]") == 3
@@ -95,5 +95,4 @@ def test_num_bytes_and_elements():
     assert num_bytes("(u32[]{:S(2)}, token[])") == 4
     assert num_bytes("f8e4m3fn[10]") == 10
     assert arrays("(f32[8,16]{1,0}, s32[])") == [("f32", (8, 16)), ("s32", ())]
-    assert elements("((f32[2,3]{1,0}, s8[4]), u32[]{:S(2)})") == ["(f32[2,3]{1,0}, s8[4])", "u32[]{:S(2)}"]
-    assert elements("f32[2,3]{1,0}") == ["f32[2,3]{1,0}"]
+    assert sizes("((f32[2,3]{1,0}, s8[4]), u32[]{:S(2)})") == [24, 4, 4]

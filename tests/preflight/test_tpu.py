@@ -10,8 +10,7 @@ from phivision_jax.cli.load_config import load_config
 from phivision_jax.cli.preflight import preflight
 from phivision_jax.hardware.topology import parse_topology
 from phivision_jax.preflight import compiling, step_report
-from phivision_jax.preflight.compiling import run_worker
-from phivision_jax.preflight.worker import train_facts
+from phivision_jax.preflight.compiling import run_worker, train_facts
 from phivision_jax.training import device_layout
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu exists for Linux on x86-64")
