@@ -155,12 +155,13 @@ def pipeline_speeds(files: Sequence[bytes], folder: Path, turns: int) -> dict[in
     from phivision_jax.data.plan.mixture import Mixture
     from phivision_jax.data.plan.plan import make_plan
     from phivision_jax.data.records import Record
-    from phivision_jax.data.store.importing import write_dataset
+    from phivision_jax.data.sources.memory import RecordsSource
+    from phivision_jax.data.store.importing import import_source
 
     messages = ({"role": "user", "content": "<image>\nwhat is this?"}, {"role": "assistant", "content": "a photograph"})
     processor = processor_for(None)
     records = [Record(str(i), "photographs", (content,), messages, "nothink") for i, content in enumerate(files)]
-    dataset = write_dataset(folder / "set", records, processor, progress=False)
+    dataset = import_source(RecordsSource(records), folder / "set", processor, workers=0, progress=False)
     mixture = Mixture.from_directories(dataset.directory, epochs=4)
     plan = make_plan([dataset], mixture, processor, RowShape(8192, 1, 7168), batch_rows=1)
     speeds: dict[int, list[float]] = {1: [], 2: []}

@@ -21,7 +21,6 @@ from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.plan.record_sizes import lengths_of
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.images.layout import make_layout
 from phivision_jax.models import phivision
@@ -29,6 +28,7 @@ from phivision_jax.processor import Processor
 from phivision_jax.rows import expand, fill_rows, row_shape
 from phivision_jax.training.loss import batch_loss
 from tests.support import image_layouts
+from tests.support.datasets import write_dataset
 from tests.support.records import CONFIG, mixed_records
 from tests.support.train_steps import QUICK
 
@@ -58,7 +58,7 @@ def dataset(tmp_path, processor):
     records = mixed_records(12)
     broken = tuple(image[:-30] for image in records[1].images)
     records[1] = dataclasses.replace(records[1], images=broken)
-    return write_dataset(tmp_path / "set", records, processor, progress=False)
+    return write_dataset(tmp_path / "set", records, processor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

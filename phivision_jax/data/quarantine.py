@@ -73,10 +73,6 @@ class Quarantined:
         """JSON and a line break. A lone surrogate becomes its JSON escape."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
-    @classmethod
-    def from_line(cls, line: bytes) -> Quarantined:
-        return cls(**json.loads(line))
-
 
 def file_of_process(number: int) -> str:
     """Name of the file of one host of a run: quarantine.jsonl, quarantine-1.jsonl, …"""
@@ -86,36 +82,17 @@ def file_of_process(number: int) -> str:
 class TooManyBadRecords(ValueError):
     """The share of bad records is larger than allowed."""
 
-
-class Tally:
-    """Counts of bad records by reason, with the first one of each."""
-
-    def __init__(self, bad: Iterable[Quarantined] = ()) -> None:
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._first: dict[str, Quarantined] = {}
-        for quarantined in bad:
-            self.add(quarantined)
-
-    def add(self, bad: Quarantined) -> None:
-        self._counts[bad.reason] += 1
-        self._first.setdefault(bad.reason, bad)
-
-    def check(self, total: int, max_share: float, file: Path) -> None:
-        """Stop when more than ``max_share`` of ``total`` records are bad.
-
-        Raises:
-          TooManyBadRecords: with a summary by reason, an example of each, and the file that lists all.
-        """
-        if (count := self._counts.total()) <= max_share * total:
-            return
+    @classmethod
+    def summarise(cls, count: int, total: int, max_share: float, file: Path) -> TooManyBadRecords:
+        """The error for ``count`` bad records, with the number of each reason in ``file`` and an example."""
+        rows = jsonl.read(file)
+        examples = {row["reason"]: f"{row['id']!r}: {row['detail']}" for row in reversed(rows)}
         lines = [
-            f"  {n:>9,} {reason:<16} e.g. {self._first[reason].id!r}: {self._first[reason].detail}"
-            for reason, n in self._counts.most_common()
+            f"{count:,} of {total:,} records are bad, more than the {max_share:.2%} of max_bad; {file} lists them:"
         ]
-        raise TooManyBadRecords(
-            f"{count:,} of {total:,} records are bad, more than the {max_share:.2%} that max_bad allows; "
-            f"{file} lists them:\n" + "\n".join(lines)
-        )
+        for reason, n in collections.Counter(row["reason"] for row in rows).most_common():
+            lines.append(f"  {n:>9,} {reason:<16} e.g. {examples[reason]}")
+        return cls("\n".join(lines))
 
 
 class RunLog:
@@ -134,7 +111,6 @@ class RunLog:
         self.failed = 0
         """Failed examples since this process started, repeated ones included."""
         self._seen = 0
-        self._tally = Tally()
         self._listed = {(row["id"], row["where"]) for row in jsonl.read(file)}
 
     def add(self, failed: Iterable[Quarantined], examples: int) -> None:
@@ -146,7 +122,6 @@ class RunLog:
         self._seen += examples
         for bad in failed:
             self.failed += 1
-            self._tally.add(bad)
             if (bad.id, bad.where) in self._listed:
                 continue
             self._listed.add((bad.id, bad.where))
@@ -155,4 +130,6 @@ class RunLog:
                 _log.warning("record %r of %r failed (%s): %s", bad.id, bad.source, bad.reason, bad.detail)
             if len(self._listed) == self._LOGGED:
                 _log.warning("further failed records are only listed in %s", self.file)
-        self._tally.check(max(self._seen, self._FIRST_CHECK), self.max_share, self.file)
+        total = max(self._seen, self._FIRST_CHECK)
+        if self.failed > self.max_share * total:
+            raise TooManyBadRecords.summarise(self.failed, total, self.max_share, self.file)

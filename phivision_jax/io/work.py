@@ -126,7 +126,6 @@ def run(
     check: Callable[[Path, Summary], None] = lambda directory, summary: None,
     processes: int | None = None,
     restart: bool = False,
-    keep: bool = True,
     progress: str = "",
 ) -> bool:
     """Do the work, or continue work that was interrupted.
@@ -140,8 +139,6 @@ def run(
       processes: worker processes; default: one per core; 0: this process. A script that uses workers needs a
         ``__main__`` guard.
       restart: remove the chunks of an interrupted run instead of continuing.
-      keep: False removes the unfinished directory after any error; it is then ``.OUT.writing``, so that an interrupted
-        run that keeps its chunks is not affected.
       progress: title of a progress bar; "": none.
 
     Returns:
@@ -160,22 +157,19 @@ def run(
         return False
     if not out.name:
         raise ValueError(f"{out} cannot be the name of a new directory")
-    partial = out.with_name(f".{out.name}.{'partial' if keep else 'writing'}")
+    partial = out.with_name(f".{out.name}.partial")
     with _locked(partial, out):
         if _made_before(out, key):  # by another process in the meantime
             shutil.rmtree(partial, ignore_errors=True)
             return False
-        _prepare(partial, key, restart or not keep)
+        _prepare(partial, key, restart)
         try:
             _do_chunks(work, partial, check, processes, progress)
             _remove_strays(partial, set(work.chunks()))
             finish(partial, lambda: committed(partial))
             partial.rename(out)
         except BaseException as error:
-            if keep:
-                error.add_note(f"completed chunks are in {partial}; the same command continues from there")
-            else:
-                shutil.rmtree(partial, ignore_errors=True)
+            error.add_note(f"completed chunks are in {partial}; the same command continues from there")
             raise
     _remove_traces(out)
     return True

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from phivision_jax.cli import main
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.processor import Processor
+from tests.support.datasets import write_dataset
 from tests.support.records import CONFIG, mixed_records
 
 
@@ -21,7 +21,7 @@ def processor() -> Processor:
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, processor):
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", mixed_records(24), processor, progress=False)
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", mixed_records(24), processor)
 
 
 @pytest.fixture
@@ -97,13 +97,13 @@ def test_show_rows_of_a_plan(run, dataset, processor, tmp_path: Path) -> None:
     assert code == 0 and "<h2>row 0</h2>" in page.read_text(), text
     code, text = run("show", dataset.directory, "--plan", tmp_path / "plan", "--rows", 99, "--out", page)
     assert code == 1 and "plan has rows 0 to" in text
-    other = write_dataset(tmp_path / "other", mixed_records(6), processor, progress=False)
+    other = write_dataset(tmp_path / "other", mixed_records(6), processor)
     code, text = run("show", other.directory, "--plan", tmp_path / "plan", "--out", page)
     assert code == 1 and "was made from set: name these" in text
 
 
 def test_show_needs_the_tokenizer_of_the_import(run, dataset, processor, tmp_path: Path) -> None:
-    other = write_dataset(tmp_path / "other", mixed_records(6), processor, progress=False)
+    other = write_dataset(tmp_path / "other", mixed_records(6), processor)
     manifest = other.directory / "manifest.json"
     manifest.write_text(manifest.read_text().replace(processor.text_fingerprint, "0" * 64))
     code, text = run("show", other.directory, "--out", tmp_path / "x.html")

@@ -4,20 +4,20 @@ import json
 
 import pytest
 
-from phivision_jax.data.quarantine import Quarantined, RunLog, Tally, TooManyBadRecords
+from phivision_jax.data.quarantine import Quarantined, RunLog, TooManyBadRecords
 
 
 def bad(i: int, reason="image-broken") -> Quarantined:
     return Quarantined(f"r{i}", "photos", reason, "cut short", f"photos, record {i}")
 
 
-def test_tally_check_stops_with_summary(tmp_path):
-    found = [bad(0), bad(1, "role"), bad(2)]
-    Tally(found).check(300, 0.01, tmp_path / "q.jsonl")  # exactly the share passes
+def test_run_log_stops_with_summary(tmp_path):
+    log = RunLog(tmp_path / "q.jsonl", 0.002)
+    log.add([bad(0), bad(1, "role")], 1000)  # exactly the share passes
     with pytest.raises(TooManyBadRecords) as error:
-        Tally(found).check(299, 0.01, tmp_path / "q.jsonl")
+        log.add([bad(2)], 0)
     lines = str(error.value).splitlines()
-    assert "3 of 299 records are bad, more than the 1.00%" in lines[0] and "q.jsonl lists them" in lines[0]
+    assert "3 of 1,000 records are bad, more than the 0.20%" in lines[0] and "q.jsonl lists them" in lines[0]
     assert lines[1].split()[:2] == ["2", "image-broken"] and "'r0': cut short" in lines[1]
     assert lines[2].split()[:2] == ["1", "role"]
 

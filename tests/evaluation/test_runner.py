@@ -7,10 +7,10 @@ from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.data.records import Record
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.evaluation import runner
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.processor import Processor
+from tests.support.datasets import write_dataset
 
 CONFIG = ModelConfig(
     vision=VisionConfig(patch_size=8),
@@ -33,7 +33,7 @@ def test_evaluator_counts_broken_records_as_wrong(tmp_path, monkeypatch):
     """Five questions in batches of two; the third image is truncated, which its header does not show."""
     processor = Processor.small(CONFIG)
     records = [record(i, missing_bytes=60 if i == 2 else 0) for i in range(5)]
-    dataset = write_dataset(tmp_path / "set", records, processor, progress=False)
+    dataset = write_dataset(tmp_path / "set", records, processor)
     yes = [processor.tokenizer.nothink_id, *processor.tokenizer.encode("yes"), processor.tokenizer.eos_id]
     shapes = set()
 

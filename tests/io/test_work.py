@@ -139,15 +139,6 @@ def test_run_stops_when_check_raises(expected, tmp_path):
     assert content(tmp_path / "out") == expected
 
 
-def test_run_without_keep_removes_everything(tmp_path):
-    def fail(item: int) -> Iterator[str]:
-        raise RuntimeError("made up")
-
-    with pytest.raises(RuntimeError, match="made up") as raised:
-        work.run(toy(Numbers(), fail), tmp_path / "out", finish, processes=0, keep=False)
-    assert list(tmp_path.iterdir()) == [] and not hasattr(raised.value, "__notes__")
-
-
 def test_run_retries_reading(expected, tmp_path, monkeypatch):
     waits: list[float] = []
     monkeypatch.setattr(retry.time, "sleep", waits.append)

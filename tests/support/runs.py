@@ -14,10 +14,10 @@ from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig
 from phivision_jax.data.records import Record
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.io import jsonl
 from phivision_jax.processor import Processor
 from phivision_jax.training.telemetry.metrics import read_metrics
+from tests.support.datasets import write_dataset
 from tests.support.paths import ROOT
 
 ROWS, CHECKPOINT_EVERY = 10, 3
@@ -73,8 +73,8 @@ def write_data(folder: Path, sizes: int = 500) -> None:
 
     records = [record(i, size) for i, size in enumerate(chosen)]
     processor = Processor.small(ModelConfig(decoder=decoder))
-    write_dataset(folder / "train", records, processor, progress=False)
-    write_dataset(folder / "test", records[:60], processor, progress=False)
+    write_dataset(folder / "train", records, processor)
+    write_dataset(folder / "test", records[:60], processor)
 
 
 def arguments(data: Path, run: Path | str, *more: str) -> list[str]:

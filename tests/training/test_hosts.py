@@ -8,8 +8,8 @@ import pytest
 
 from phivision_jax.config import DecoderConfig, ModelConfig
 from phivision_jax.data.records import Record
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.processor import Processor
+from tests.support.datasets import write_dataset
 from tests.support.launched import under_launcher
 from tests.support.runs import SMALL, finish, losses, records
 
@@ -32,7 +32,6 @@ def data(tmp_path_factory) -> Path:
         folder / "train",
         [record(i) for i in range(ROWS * STEPS)],
         Processor.small(ModelConfig(decoder=decoder)),
-        progress=False,
     )
     return folder
 

@@ -12,9 +12,9 @@ from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.convert.hf_config import config_json
 from phivision_jax.data.records import Record
 from phivision_jax.data.sources.easy_vqa import easy_vqa
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.processor import Processor
 from phivision_jax.training.telemetry.metrics import read_metrics
+from tests.support.datasets import write_dataset
 from tests.support.paths import ROOT
 from tests.support.released_layout import random_tensors, text_shapes, vision_shapes, write_hf
 from tests.support.runs import environment, finish
@@ -80,8 +80,8 @@ def mixture(tmp_path_factory) -> Path:
         return Record(str(i), "sums", (), messages, "think", "math", {})
 
     images = easy_vqa("train", questions_per_record=3, max_images=300)
-    write_dataset(folder / "images", images, processor, progress=False)
-    write_dataset(folder / "sums", [thought(i) for i in range(3000)], processor, progress=False)
+    write_dataset(folder / "images", images, processor)
+    write_dataset(folder / "sums", [thought(i) for i in range(3000)], processor)
     (folder / "mix.toml").write_text(
         '[[sources]]\npath = "images"\n[[sources]]\npath = "sums"\n'
         '[[stages]]\nname = "stage1"\nsources = ["images"]\nepochs = 2\n'

@@ -16,12 +16,12 @@ import pytest
 
 from phivision_jax.batch import RowShape
 from phivision_jax.data.feed.encode import GROUP_NAMES, encode_record
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.models import phivision
 from phivision_jax.rows import fill_rows
 from phivision_jax.training import validation
 from phivision_jax.training.validation import means
 from tests.support.batches import QUICK
+from tests.support.datasets import write_dataset
 from tests.support.paths import ROOT
 from tests.support.records import CONFIG, make_record
 from tests.support.validating import DATA, PROCESSOR, RUN, place, random_params, validator
@@ -39,7 +39,7 @@ def dataset(tmp_path_factory):
         if i % 4 == 0:
             record = dataclasses.replace(record, mode="think", messages=(record.messages[0], THOUGHT))
         records.append(record)
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", records, PROCESSOR, progress=False)
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", records, PROCESSOR)
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from phivision_jax.data import quarantine
 from phivision_jax.data.quarantine import BadRecord, Quarantined
-from phivision_jax.data.records import MODES, TASKS, Record, mode_of
-from phivision_jax.data.sources.source import ModeFrom, Read
-from phivision_jax.data.store.dataset import MANIFEST, SCHEMA, describe_file
+from phivision_jax.data.records import MODES, TASKS, mode_of
+from phivision_jax.data.sources.source import Read
+from phivision_jax.data.store.dataset import MANIFEST, SCHEMA, Index, describe_file
 from phivision_jax.data.store.record_check import RecordSize, measure_record
 from phivision_jax.io import atomic
 from phivision_jax.io.work import Summary
@@ -36,12 +36,10 @@ DTYPES = {"text_tokens": "<i4", "num_images": "<i4", "image_sizes": "<i4", "mode
 
 @dataclasses.dataclass(frozen=True)
 class Accepted:
-    """A record for the dataset, with its size for the index and the facts that the manifest counts."""
+    """A checked record with its size for the index; its mode and lineage are set."""
 
-    record: Record
+    read: Read
     size: RecordSize
-    mode_from: ModeFrom
-    system: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +49,17 @@ class CheckRecord:
     processor: Processor
     decode: bool
 
-    def __call__(self, item: Read | Quarantined) -> Iterator[Accepted | Quarantined]:
+    def __call__(self, item: Read | Quarantined) -> list[Accepted | Quarantined]:
         if isinstance(item, Quarantined):
-            yield item
-            return
+            return [item]
         record = item.record
         try:
             size = measure_record(record, self.processor, decode=self.decode)
         except BadRecord as bad:
-            yield Quarantined(record.id, record.source, bad.reason, str(bad), item.where)
-            return
+            return [Quarantined(record.id, record.source, bad.reason, str(bad), item.where)]
         lineage = record.lineage or (f"import: {item.where}",)
         record = dataclasses.replace(record, mode=mode_of(record), lineage=lineage)
-        yield Accepted(record, size, item.mode_from, item.system)
+        return [Accepted(dataclasses.replace(item, record=record), size)]
 
 
 class RecordSink:
@@ -74,7 +70,7 @@ class RecordSink:
         self._columns: dict[str, list[Any]] = {name: [] for name in DTYPES}
         self._counts = {name: collections.Counter[str]() for name in ("modes", "mode_from", "tasks", "sources")}
         self._quarantine: list[bytes] = []
-        self._system = 0
+        self._system_messages = 0
         self._shards: list[dict[str, Any]] = []
         self._writer: ArrayRecordWriter | None = None
         self._name, self._bytes, self._records = "", 0, 0
@@ -83,7 +79,7 @@ class RecordSink:
         if isinstance(result, Quarantined):
             self._quarantine.append(result.to_line())
             return
-        record, size = result.record, result.size
+        record, size = result.read.record, result.size
         assert record.mode is not None
         self._write(record.to_bytes())
         self._columns["text_tokens"].append(size.text_tokens)
@@ -91,10 +87,10 @@ class RecordSink:
         self._columns["image_sizes"] += size.image_sizes
         self._columns["modes"].append(MODES.index(record.mode))
         self._columns["tasks"].append(TASKS.index(record.task))
-        names = (record.mode, result.mode_from, record.task, record.source)
+        names = (record.mode, result.read.mode_from, record.task, record.source)
         for counter, name in zip(self._counts.values(), names, strict=True):
             counter[name] += 1
-        self._system += result.system
+        self._system_messages += result.read.system
 
     def close(self) -> Summary:
         self._close_shard()
@@ -103,12 +99,7 @@ class RecordSink:
             "shards": self._shards,
             "quarantine": self._quarantine,
             "counts": self._counts,
-            "totals": {
-                "records": len(self._columns["modes"]),
-                "images": len(self._columns["image_sizes"]),
-                "text_tokens": sum(self._columns["text_tokens"]),
-                "system_messages": self._system,
-            },
+            "system_messages": self._system_messages,
         }
 
     def _write(self, payload: bytes) -> None:
@@ -151,7 +142,7 @@ def write_quarantine(directory: Path, summaries: Iterator[Summary]) -> Path:
 
 
 def write_index_and_manifest(directory: Path, summaries: Callable[[], Iterator[Summary]], text: str) -> None:
-    """Complete a dataset whose chunks are committed; one chunk's summary is in memory at a time.
+    """Complete a dataset whose chunks are committed; the complete index is in memory, some 20 bytes per record.
 
     Args:
       directory: of the shards.
@@ -163,50 +154,37 @@ def write_index_and_manifest(directory: Path, summaries: Callable[[], Iterator[S
     """
     quarantined = write_quarantine(directory, summaries())
     shards: list[dict[str, Any]] = []
-    totals: collections.Counter[str] = collections.Counter()
+    columns: dict[str, list[bytes]] = {name: [] for name in DTYPES}
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    system_messages = 0
     for summary in summaries():
         shards += summary["shards"]
-        totals.update(summary["totals"])
+        for name, column in columns.items():
+            column.append(summary["columns"][name])
         for name, counter in summary["counts"].items():
             counts[name].update(counter)
         counts["quarantined"].update(json.loads(line)["reason"] for line in summary["quarantine"])
-    records, images = totals["records"], totals["images"]
-    if not records:
+        system_messages += summary["system_messages"]
+    index = {name: np.frombuffer(b"".join(column), DTYPES[name]) for name, column in columns.items()}
+    index["image_sizes"] = index["image_sizes"].reshape(-1, 2)
+    index["image_offsets"] = np.concatenate([[0], np.cumsum(index.pop("num_images"), dtype=np.int64)])
+    if not len(index["modes"]):
         raise ValueError(f"there are no records to import: all items are bad; {quarantined} lists them")
     (directory / "index").mkdir(exist_ok=True)
-    names = ["text_tokens", "image_offsets", "image_sizes", "modes", "tasks"]
-    shapes = {"image_offsets": (records + 1,), "image_sizes": (images, 2)}
-    dtypes = DTYPES | {"image_offsets": "<i8"}
-    index = {
-        name: np.lib.format.open_memmap(
-            directory / "index" / f"{name}.npy", "w+", dtypes[name], shapes.get(name, (records,))
-        )
-        for name in names
-    }
-    record = image = 0
-    for summary in summaries():
-        chunk = {name: np.frombuffer(content, DTYPES[name]) for name, content in summary["columns"].items()}
-        end = record + len(chunk["modes"])
-        for name in ("text_tokens", "modes", "tasks"):
-            index[name][record:end] = chunk[name]
-        index["image_offsets"][record + 1 : end + 1] = image + np.cumsum(chunk["num_images"], dtype=np.int64)
-        sizes = chunk["image_sizes"].reshape(-1, 2)
-        index["image_sizes"][image : image + len(sizes)] = sizes
-        record, image = end, image + len(sizes)
-    for column in index.values():
-        column.flush()
+    for name, array in index.items():
+        with atomic.new_file(directory / "index" / f"{name}.npy") as file:
+            np.save(file, array)
     manifest = {
         "schema": SCHEMA,
-        "records": records,
-        "images": images,
-        "text_tokens": totals["text_tokens"],
+        "records": len(index["modes"]),
+        "images": len(index["image_sizes"]),
+        "text_tokens": int(index["text_tokens"].sum(dtype=np.int64)),
         "text": text,
         "shards": shards,
-        "index": [describe_file(directory, f"index/{name}.npy") for name in names],
+        "index": [describe_file(directory, f"index/{f.name}.npy") for f in dataclasses.fields(Index)],
         "counts": {
             **{name: dict(sorted(counter.items())) for name, counter in sorted(counts.items())},
-            "system_messages": totals["system_messages"],
+            "system_messages": system_messages,
         },
     }
     atomic.write(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")

@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from phivision_jax.data import quarantine
-from phivision_jax.data.quarantine import Quarantined, Tally
-from phivision_jax.data.records import Record
-from phivision_jax.data.sources.memory import RecordsSource
+from phivision_jax.data.quarantine import TooManyBadRecords
 from phivision_jax.data.sources.source import Source
 from phivision_jax.data.store.dataset import SCHEMA, Dataset
-from phivision_jax.data.store.dataset_writer import (
-    CheckRecord,
-    RecordSink,
-    write_index_and_manifest,
-    write_quarantine,
-)
+from phivision_jax.data.store.dataset_writer import CheckRecord, RecordSink, write_index_and_manifest, write_quarantine
 from phivision_jax.io import work
 from phivision_jax.io.work import Summary, Work
 from phivision_jax.processor import Processor
@@ -70,6 +61,11 @@ def import_source(
       OSError: when the source cannot be read or the directory cannot be written; committed chunks stay.
       ChildProcessError: when a worker dies; committed chunks stay.
     """
+    if not len(source):
+        raise ValueError(f"there are no records to import: source {source.name!r} is empty")
+    # A template that marks no answers would make every record bad: that is one error, not a million.
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chat.encode(processor.tokenizer, processor.template, probe)
     bad = 0
 
     def check(directory: Path, summary: Summary) -> None:
@@ -77,53 +73,9 @@ def import_source(
         bad += len(summary["quarantine"])
         if bad > max_bad * len(source):
             file = write_quarantine(directory, work.committed(directory))
-            Tally(map(Quarantined.from_line, file.read_bytes().splitlines())).check(len(source), max_bad, file)
+            raise TooManyBadRecords.summarise(bad, len(source), max_bad, file)
 
-    job = _work(source, processor, chunk or work.default_chunk(len(source)), shard_bytes, decode)
-    finish = functools.partial(write_index_and_manifest, text=processor.text_fingerprint)
-    title = f"import {source.name}" if progress else ""
-    work.run(job, out, finish, check=check, processes=workers, restart=restart, progress=title)
-    return Dataset.open(out)
-
-
-def write_dataset(
-    directory: str | os.PathLike[str],
-    records: Iterable[Record],
-    processor: Processor,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-    progress: bool = True,
-) -> Dataset:
-    """Write records that are in memory, in this process: all of them, or nothing.
-
-    Raises:
-      FileExistsError: when ``directory`` exists (nothing is overwritten).
-      BlockingIOError: when another process is writing it.
-      ValueError: naming the first bad record; when there are no records.
-    """
-
-    def check(directory: Path, summary: Summary) -> None:
-        for line in summary["quarantine"]:
-            bad = Quarantined.from_line(line)
-            raise ValueError(f"record {bad.id!r} of {bad.source!r}: {bad.detail} ({bad.reason})")
-
-    if Path(directory).exists():
-        raise FileExistsError(f"{directory} exists; remove it or choose another name")
-    source = RecordsSource(list(records))
-    job = _work(source, processor, max(1, len(source)), shard_bytes, False)
-    finish = functools.partial(write_index_and_manifest, text=processor.text_fingerprint)
-    title = f"write {Path(directory).name}" if progress else ""
-    work.run(job, directory, finish, check=check, processes=0, keep=False, progress=title)
-    return Dataset.open(directory)
-
-
-def _work(source: Source, processor: Processor, chunk: int, shard_bytes: int, decode: bool) -> Work[Any, Any]:
-    if not len(source):
-        raise ValueError(f"there are no records to import: source {source.name!r} is empty")
-    # A template that marks no answers would make every record bad: that is one error, not a million.
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    chat.encode(processor.tokenizer, processor.template, probe)
-    return Work(
+    job = Work(
         source=source,
         step=CheckRecord(processor, decode),
         open_sink=functools.partial(RecordSink, shard_bytes=shard_bytes),
@@ -134,5 +86,9 @@ def _work(source: Source, processor: Processor, chunk: int, shard_bytes: int, de
             "decode": decode,
             "schema": SCHEMA,
         },
-        chunk=chunk,
+        chunk=chunk or work.default_chunk(len(source)),
     )
+    finish = functools.partial(write_index_and_manifest, text=processor.text_fingerprint)
+    title = f"import {source.name}" if progress else ""
+    work.run(job, out, finish, check=check, processes=workers, restart=restart, progress=title)
+    return Dataset.open(out)

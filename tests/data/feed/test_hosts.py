@@ -19,7 +19,7 @@ from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import Plan, make_plan
 from phivision_jax.data.store.dataset import Dataset
-from phivision_jax.data.store.importing import write_dataset
+from tests.support.datasets import write_dataset
 from tests.support.paths import ROOT, SUPPORT
 from tests.support.records import mixed_records
 
@@ -32,8 +32,8 @@ def planned(tmp_path_factory, processor) -> tuple[Path, list[Dataset], Plan]:
     folder = tmp_path_factory.mktemp("hosts")
     records = mixed_records(150)
     datasets = [
-        write_dataset(folder / "set0", records[:100], processor, progress=False),
-        write_dataset(folder / "set1", records[100:], processor, progress=False),
+        write_dataset(folder / "set0", records[:100], processor),
+        write_dataset(folder / "set1", records[100:], processor),
     ]
     mixture = Mixture.from_directories(folder / "set0", folder / "set1", epochs=EPOCHS)
     plan = make_plan(datasets, mixture, processor, RowShape(160, 2, 80), batch_rows=ROWS)

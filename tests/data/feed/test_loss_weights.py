@@ -10,7 +10,7 @@ from phivision_jax.data.feed.encode import GROUP_NAMES, group_weights
 from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
-from phivision_jax.data.store.importing import write_dataset
+from tests.support.datasets import write_dataset
 from tests.support.records import make_record
 
 SHAPE = RowShape(160, 1, 80)
@@ -48,7 +48,7 @@ def test_batches_weigh_targets_by_group(tmp_path, processor):
     thought = {"role": "assistant", "content": "<think>two and two</think>yes"}
     records = [make_record(i, task=("math", "ocr")[i % 2]) for i in range(12)]
     records[3] = dataclasses.replace(records[3], mode="think", messages=(records[3].messages[0], thought))
-    dataset = write_dataset(tmp_path / "set", records, processor, progress=False)
+    dataset = write_dataset(tmp_path / "set", records, processor)
     plan = make_plan([dataset], Mixture.from_directories("set"), processor, SHAPE)
     weights = group_weights([("^think", 0.25), ("math", 2.0)])
     wanted = {"math": 2.0, "ocr": 1.0}
@@ -71,7 +71,7 @@ def test_batches_weigh_targets_by_group(tmp_path, processor):
 
 
 def test_batches_bounds(tmp_path, processor):
-    dataset = write_dataset(tmp_path / "set", [make_record(i) for i in range(60)], processor, progress=False)
+    dataset = write_dataset(tmp_path / "set", [make_record(i) for i in range(60)], processor)
     plan = make_plan([dataset], Mixture.from_directories("set"), processor, SHAPE)
     steps = plan.num_steps(2)
 

@@ -12,9 +12,9 @@ from phivision_jax.data.feed.pipeline import batches, rows_of_process, to_device
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.sources.easy_vqa import easy_vqa
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.io import retry
 from phivision_jax.processor import Processor
+from tests.support.datasets import write_dataset
 from tests.support.records import CONFIG, make_record, mixed_records
 
 ONE, TWO_EPOCHS = Mixture.from_directories("set"), Mixture.from_directories("set", epochs=2)
@@ -23,7 +23,7 @@ SHAPE = RowShape(160, 2, 80)
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, processor):
-    return write_dataset(tmp_path_factory.mktemp("data") / "set", mixed_records(40), processor, progress=False)
+    return write_dataset(tmp_path_factory.mktemp("data") / "set", mixed_records(40), processor)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +162,7 @@ def test_batches_resize_large_images(dataset, processor):
 def test_batches_of_two_datasets(tmp_path, processor):
     records = mixed_records(40)
     parts = [
-        write_dataset(tmp_path / name, part, processor, progress=False)
-        for name, part in (("a", records[:25]), ("b", records[25:]))
+        write_dataset(tmp_path / name, part, processor) for name, part in (("a", records[:25]), ("b", records[25:]))
     ]
     plan = make_plan(parts, Mixture.from_directories(tmp_path / "a", tmp_path / "b"), processor, SHAPE)
     rows = [row for _, info in batches(parts, plan, processor, batch_rows=2) for row in info.record_ids]
@@ -187,7 +186,7 @@ def spoiled(record_id: str):
 
 
 def test_bad_record_becomes_placeholder(tmp_path, dataset, plan, processor):
-    bad = write_dataset(tmp_path / "set", map(spoiled("r004"), mixed_records(40)), processor, progress=False)
+    bad = write_dataset(tmp_path / "set", map(spoiled("r004"), mixed_records(40)), processor)
     bad_plan = make_plan([bad], TWO_EPOCHS, processor, SHAPE)
     out, sound = (
         list(batches([bad], bad_plan, processor, batch_rows=2)),
@@ -275,7 +274,7 @@ def test_image_unlike_its_header_becomes_placeholder(dataset, plan, processor):
 
 
 def test_batches_reject_mismatched_plan(tmp_path, dataset, plan, processor):
-    other = write_dataset(tmp_path / "other", [make_record(0)], processor, progress=False)
+    other = write_dataset(tmp_path / "other", [make_record(0)], processor)
     with pytest.raises(ValueError, match="from other datasets"):
         batches([other], plan, processor, batch_rows=2)
     finer = Processor.small(dataclasses.replace(CONFIG, max_patches=32))
@@ -290,7 +289,7 @@ def test_batches_reject_mismatched_plan(tmp_path, dataset, plan, processor):
 
 def test_batches_of_easy_vqa(tmp_path, processor):
     records = easy_vqa("train", questions_per_record=4, max_images=12)
-    dataset = write_dataset(tmp_path / "easy", records, processor, progress=False)
+    dataset = write_dataset(tmp_path / "easy", records, processor)
     plan = make_plan([dataset], ONE, processor, RowShape(512, 1, 384))
     seen = 0
     for batch, info in batches([dataset], plan, processor, batch_rows=2):

@@ -12,15 +12,14 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.store import dataset as dataset_module
-from phivision_jax.data.store import importing
 from phivision_jax.data.store.dataset import Dataset
-from phivision_jax.data.store.importing import write_dataset
+from tests.support.datasets import write_dataset
 from tests.support.records import make_record, mixed_records, png
 
 
 @pytest.fixture
 def written(tmp_path, processor):
-    return write_dataset(tmp_path / "set", mixed_records(12), processor, shard_bytes=20_000, progress=False)
+    return write_dataset(tmp_path / "set", mixed_records(12), processor, shard_bytes=20_000)
 
 
 def test_dataset_round_trip(written):
@@ -40,7 +39,7 @@ def test_dataset_keeps_metadata_and_thinking(tmp_path, processor):
         metadata={"url": "https://example.org/é", "boxes": [[0.25, 0.5]], "n": 3},
         messages=({"role": "user", "content": "1+1"}, {"role": "assistant", "content": "<think>easy</think>2"}),
     )
-    dataset = write_dataset(tmp_path / "set", [record], processor, progress=False)
+    dataset = write_dataset(tmp_path / "set", [record], processor)
     assert dataset[0] == record
     assert (dataset.index.modes[0], dataset.index.tasks[0]) == (0, 1)
 
@@ -58,33 +57,16 @@ def test_index_counts_tokens_of_processor(written, processor):
 
 
 def test_dataset_hash_of_same_records(tmp_path, processor, written):
-    again = write_dataset(tmp_path / "again", mixed_records(12), processor, shard_bytes=20_000, progress=False)
+    again = write_dataset(tmp_path / "again", mixed_records(12), processor, shard_bytes=20_000)
     assert again.hash == written.hash
-    other = write_dataset(tmp_path / "other", mixed_records(11), processor, shard_bytes=20_000, progress=False)
+    other = write_dataset(tmp_path / "other", mixed_records(11), processor, shard_bytes=20_000)
     assert other.hash != written.hash
 
 
-def test_write_dataset_stores_image_bytes(tmp_path, processor):
+def test_import_of_memory_stores_image_bytes(tmp_path, processor):
     (tmp_path / "a.png").write_bytes(png(24, 16, seed=1))
     record = make_record(1, images=(str(tmp_path / "a.png"),))
-    assert write_dataset(tmp_path / "set", [record], processor, progress=False)[0].images == (png(24, 16, seed=1),)
-
-
-def test_write_dataset_is_atomic(tmp_path, processor, monkeypatch):
-    def killed(*args, **kwargs):
-        raise RuntimeError("killed")
-
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
-        patch.setattr(importing, "write_index_and_manifest", killed)
-        write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
-    assert list(tmp_path.iterdir()) == []
-    # Files of a killed process do not matter.
-    (tmp_path / ".set.writing").mkdir()
-    (tmp_path / ".set.writing" / "records-00009.array_record").write_bytes(b"rest")
-    dataset = write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
-    assert len(dataset.manifest["shards"]) == 1 and [p.name for p in tmp_path.iterdir()] == ["set"]
-    with pytest.raises(FileExistsError, match="remove it"):
-        write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
+    assert write_dataset(tmp_path / "set", [record], processor)[0].images == (png(24, 16, seed=1),)
 
 
 @pytest.mark.parametrize(
@@ -96,15 +78,14 @@ def test_write_dataset_is_atomic(tmp_path, processor, monkeypatch):
         (make_record(3, mode="think"), "'r003'.*mode is think"),
     ],
 )
-def test_write_dataset_names_bad_record(tmp_path, processor, record, message):
+def test_import_of_memory_names_bad_record(tmp_path, processor, record, message):
     with pytest.raises(ValueError, match=message):
-        write_dataset(tmp_path / "set", [record], processor, progress=False)
-    assert list(tmp_path.iterdir()) == []
+        write_dataset(tmp_path / "set", [record], processor)
 
 
-def test_write_dataset_without_records(tmp_path, processor):
+def test_import_of_memory_without_records(tmp_path, processor):
     with pytest.raises(ValueError, match="no records"):
-        write_dataset(tmp_path / "set", [], processor, progress=False)
+        write_dataset(tmp_path / "set", [], processor)
 
 
 def test_dataset_open_errors(tmp_path, written):

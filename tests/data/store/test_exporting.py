@@ -16,7 +16,7 @@ from phivision_jax.data.sources.source import Read
 from phivision_jax.data.store import exporting
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.data.store.exporting import export
-from phivision_jax.data.store.importing import write_dataset
+from tests.support.datasets import write_dataset
 from tests.support.records import make_record, mixed_records, png
 
 
@@ -64,12 +64,12 @@ def test_export_round_trip(tmp_path, processor, format):
                messages=({"role": "system", "content": "be kind"}, {"role": "user", "content": "2+2?"},
                          {"role": "assistant", "content": "5", "weight": 0}, {"role": "user", "content": "no"},
                          {"role": "assistant", "content": "<think>easy</think>4"}))]  # fmt: skip
-    dataset = write_dataset(tmp_path / "set", records, processor, progress=False)
+    dataset = write_dataset(tmp_path / "set", records, processor)
     out = tmp_path / "out"
     assert export(dataset, out, format, progress=False) == 13
     # The defaults of importing do not matter when everything is stated.
     assert read_back(out, default_mode="think", task="ocr") == records == [dataset[i] for i in range(13)]
-    again = write_dataset(tmp_path / "again", read_back(out), processor, progress=False)
+    again = write_dataset(tmp_path / "again", read_back(out), processor)
     assert again.hash == Dataset.open(tmp_path / "set").hash
     with pytest.raises(FileExistsError, match="out exists"):
         export(dataset, out, format, progress=False)

@@ -17,13 +17,14 @@ import pytest
 from phivision_jax.data.quarantine import TooManyBadRecords
 from phivision_jax.data.sources.memory import RecordsSource
 from phivision_jax.data.store.dataset import MANIFEST, SCHEMA, Dataset
-from phivision_jax.data.store.importing import import_source, write_dataset
+from phivision_jax.data.store.importing import import_source
 from phivision_jax.data.store.integrity import validate
 from phivision_jax.io import atomic, retry, work
 from phivision_jax.io.work import CHUNKS, KEY, WORK
 from phivision_jax.processor import Processor
 from phivision_jax.text.chat import UnmarkedTemplateError
 from phivision_jax.text.template import ChatTemplate
+from tests.support.datasets import write_dataset
 from tests.support.generated_source import KINDS, MadeUpSource
 from tests.support.paths import ROOT
 from tests.support.records import CONFIG, make_record, png
@@ -122,9 +123,7 @@ def test_changes_lists_first_differences():
 
 def test_write_dataset_text_only_think(tmp_path, processor):
     messages = ({"role": "user", "content": "1+1"}, {"role": "assistant", "content": "<think>easy</think>2"})
-    dataset = write_dataset(
-        tmp_path / "set", [make_record(0, (), mode=None, messages=messages)], processor, progress=False
-    )
+    dataset = write_dataset(tmp_path / "set", [make_record(0, (), mode=None, messages=messages)], processor)
     assert dataset[0].mode == "think" and dataset.index.modes.tolist() == [0]
     assert dataset.index.image_sizes.shape == (0, 2)
 
@@ -218,21 +217,6 @@ class TestResume:
         with pytest.raises(FileExistsError, match="other data, options or program version") as raised:
             import_source(MadeUpSource(N), tmp_path / "set", processor, workers=0, **SMALL)
         assert f"\n  schema: {SCHEMA - 1}, now {SCHEMA}" in str(raised.value)
-
-    def test_write_dataset_leaves_interrupted_import(self, tmp_path, processor):
-        """It also leaves what another process is writing."""
-        with pytest.raises(KeyError):
-            import_source(MadeUpSource(N, mishap="bug", item=50), tmp_path / "set", processor, workers=0, **SMALL)
-        before = content(tmp_path / ".set.partial")
-        with work._locked(tmp_path / ".set.writing", tmp_path / "set"):
-            with pytest.raises(BlockingIOError):
-                write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
-            assert (tmp_path / ".set.writing").exists()
-        with pytest.raises(ValueError, match="r001"):
-            write_dataset(tmp_path / "set", [make_record(0), make_record(1, images=())], processor, progress=False)
-        assert content(tmp_path / ".set.partial") == before and not (tmp_path / ".set.writing").exists()
-        write_dataset(tmp_path / "set", [make_record(0)], processor, progress=False)
-        assert content(tmp_path / ".set.partial") == before
 
     @pytest.mark.parametrize("place", ["_remove_strays", "_remove_traces", "rename", "manifest"])
     def test_resume_after_kill_at_the_end(self, undisturbed, tmp_path, processor, monkeypatch, place):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from phivision_jax.data.store.dataset import MANIFEST, Dataset, describe_file
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.data.store.integrity import Report, validate
+from tests.support.datasets import write_dataset
 from tests.support.records import make_record, mixed_records, png
 
 
@@ -19,7 +19,7 @@ from tests.support.records import make_record, mixed_records, png
 def sound(tmp_path_factory, processor) -> Path:
     records = [*mixed_records(12), make_record(5), make_record(7, ())]  # the last two have ids of earlier ones
     out = tmp_path_factory.mktemp("sound") / "set"
-    return write_dataset(out, records, processor, shard_bytes=20_000, progress=False).directory
+    return write_dataset(out, records, processor, shard_bytes=20_000).directory
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_validate_checks_index_lengths(copy):
 
 def test_validate_decodes_images(tmp_path, processor):
     records = [make_record(0), make_record(1, images=(png(24, 16)[:-100],)), make_record(2)]
-    write_dataset(tmp_path / "set", records, processor, progress=False)
+    write_dataset(tmp_path / "set", records, processor)
     (problem,) = found(tmp_path / "set").problems
     assert (problem.id, problem.reason) == ("r001", "image-broken")
     assert problem.where == "records-00000-000.array_record, record 1 of the dataset"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from phivision_jax.data.store import shard_files
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.data.store.shard_files import Readers, Shard, read_record
+from tests.support.datasets import write_dataset
 from tests.support.records import make_record
 
 N = 300
@@ -38,7 +38,7 @@ def directory(tmp_path_factory, processor) -> Path:
     """A record per shard."""
     records = [make_record(i, ()) for i in range(N)]
     out = tmp_path_factory.mktemp("many") / "set"
-    return write_dataset(out, records, processor, shard_bytes=1, progress=False).directory
+    return write_dataset(out, records, processor, shard_bytes=1).directory
 
 
 def test_dataset_with_more_files_than_may_be_open(directory):

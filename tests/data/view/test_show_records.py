@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.data.view.show_records import LEGEND, pixels, record_section, spans
 from phivision_jax.images.layout import PatchedImage
 from phivision_jax.io.html import Span, page
 from phivision_jax.rows import expand
 from phivision_jax.text.tokenizer import Tokenizer
+from tests.support.datasets import write_dataset
 from tests.support.records import make_record, png
 
 
@@ -85,7 +85,7 @@ def test_record_section_shows_the_patches(dataset, processor) -> None:
 
 def test_record_section_names_the_failure(processor, tmp_path: Path) -> None:
     broken = make_record(1, images=(png(24, 16)[:-30],))
-    dataset = write_dataset(tmp_path / "set", [make_record(0), broken], processor, progress=False)
+    dataset = write_dataset(tmp_path / "set", [make_record(0), broken], processor)
     section = record_section(dataset, processor, 1)
     assert "placeholder" in section.note and not section.figures
     assert "image-broken" in section.text[0].text and "truncated" in section.text[0].text

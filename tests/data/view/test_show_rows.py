@@ -14,11 +14,11 @@ from phivision_jax.batch import RowShape
 from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.data.view.show_rows import COLOURS, LOSS, ImageSpan, draw, layout, row_section
 from phivision_jax.images.layout import PatchedImage
 from phivision_jax.io.html import page
 from phivision_jax.rows import expand, fill_rows
+from tests.support.datasets import write_dataset
 from tests.support.records import CONFIG, make_record, png
 
 SHAPE = RowShape(160, 2, 80)
@@ -139,7 +139,7 @@ def test_row_section_lists_the_examples(dataset, plan, processor) -> None:
 
 def test_row_section_names_failed_records(processor, tmp_path: Path) -> None:
     broken = make_record(1, ((64, 64),), images=(png(64, 64)[:-30],))
-    dataset = write_dataset(tmp_path / "set", [make_record(0), broken], processor, progress=False)
+    dataset = write_dataset(tmp_path / "set", [make_record(0), broken], processor)
     plan = make_plan([dataset], Mixture.from_directories("set"), processor, SHAPE)
     rows = {row[1]: row for row in row_section(plan, [dataset], processor, 0).table.rows}
     assert rows["r000"][4] == "" and rows["r001"][4] == "failed: image-broken" and rows["r001"][7] == "64"

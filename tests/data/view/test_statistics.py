@@ -20,10 +20,10 @@ from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.store.dataset import Index
-from phivision_jax.data.store.importing import write_dataset
 from phivision_jax.data.view.statistics import MAX_IMAGES, compute
 from phivision_jax.data.view.statistics_report import bars, figure, tables
 from phivision_jax.io.html import page, print_sections
+from tests.support.datasets import write_dataset
 from tests.support.records import CONFIG, mixed_records
 
 THINK, NOTHINK = MODES.index("think"), MODES.index("nothink")
@@ -165,7 +165,7 @@ def test_histograms_count_every_example_and_image() -> None:
 
 
 def test_epoch_estimate_agrees_with_a_plan(tmp_path, processor) -> None:
-    dataset = write_dataset(tmp_path / "set", mixed_records(40), processor, progress=False)
+    dataset = write_dataset(tmp_path / "set", mixed_records(40), processor)
     shape = RowShape(160, 2, 80)
     plan = make_plan([dataset], Mixture.from_directories("set"), processor, shape)
     (numbers,) = compute([dataset], CONFIG, shape).groups
