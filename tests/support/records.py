@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.data.plan.example_order import Pool
 from phivision_jax.data.records import Record
 from phivision_jax.data.store.dataset import Index
 from phivision_jax.images.layout import make_layout
@@ -85,3 +86,11 @@ class BareDataset:
 
     def __getitem__(self, i: int) -> SimpleNamespace:
         return SimpleNamespace(id=f"r{i}")
+
+
+def join_pools(pools: list[Pool]) -> tuple[Pool, np.ndarray]:
+    """One pool of several sources' records, and the number of each record in its source."""
+    arrays = {name: np.concatenate([getattr(pool, name) for pool in pools]) for name in ("tokens", "modes", "tasks")}
+    sizes = [len(pool.tokens) for pool in pools]
+    pool = Pool(np.repeat(np.arange(len(pools)), sizes), **arrays)
+    return pool, np.concatenate([np.arange(size) for size in sizes])

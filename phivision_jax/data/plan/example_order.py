@@ -5,8 +5,8 @@ examples: its size at first, then scaled until the sources' weights, the tasks' 
 share hold at once (iterative proportional fitting; Deming and Stephan 1940). Where they cannot all hold, the reasoning
 share does, then the tasks'; the plan's summary reports the realized shares.
 
-The k-th record of a cell is due at time (k + ½) / share, or at (tokens before it) / share of tokens; the plan takes
-records in the order of these times. So the shares hold in every stretch of the plan. Inside a cell, records follow a
+A record of a cell is due at time (amount before it + ½ its own) / share, in examples or tokens; the plan takes records
+in the order of these times. So the shares hold in every stretch of the plan. Inside a cell, records follow a
 permutation of the epoch: none comes again before all of the cell have come once.
 """
 
@@ -30,15 +30,19 @@ _CELL_ORDER = 0
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """The records of one source that examples may come from, as arrays of equal length [n]."""
+    """The records that examples may come from, as arrays [n] of i64."""
 
-    records: np.ndarray
-    """[n] i64: indices in the source."""
+    sources: np.ndarray
+    """Index of each record's source."""
     tokens: np.ndarray
-    """[n] i64: tokens of each, image tokens included."""
+    """Tokens of each, image tokens included."""
     modes: np.ndarray
     tasks: np.ndarray
-    """[n]: indices into ``MODES`` and ``TASKS``."""
+    """Indices into ``MODES`` and ``TASKS``."""
+
+    def amounts(self, unit: Unit) -> np.ndarray:
+        """[n] i64: each record in a unit of shares, its tokens or 1."""
+        return self.tokens if unit == "tokens" else np.ones_like(self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,68 +51,63 @@ class _Cell:
     mode: int
     task: int
     """0 for all records where cells do not distinguish modes or tasks."""
-    records: np.ndarray
-    tokens: np.ndarray
+    members: np.ndarray
+    """Positions in the pool."""
     size: float
     """Number of records times ``repeat``."""
 
-    def amount(self, unit: Unit) -> float:
-        """The mean amount of an example."""
-        return int(self.tokens.sum()) / len(self.tokens) if unit == "tokens" else 1
 
-
-def order_examples(
-    pools: Sequence[Pool], names: Sequence[str], stage: Stage, seed: int
-) -> tuple[np.ndarray, np.ndarray, int]:
+def order_examples(pool: Pool, names: Sequence[str], stage: Stage, seed: int) -> tuple[np.ndarray, int]:
     """The examples of a stage in order.
 
     Args:
-      pools: one per source.
       names: of the sources.
       seed: of the permutations, which also depend on the stage's name.
 
     Returns:
-      ``(sources, records, length of a pass)``: [N] and [N] i64; a pass is one of ``epochs``, with the examples replayed
-      during it.
+      ``(order, length of a pass)``: [N] i64 positions in the pool; a pass is one of ``epochs``, with the examples
+      replayed during it.
 
     Raises:
       ValueError: when no record is available, or a reasoning share is requested of sources without such records.
     """
-    cells = _cells(pools, names, stage)
+    cells = _cells(pool, names, stage)
     if not cells:
         raise ValueError(f"stage {stage.name!r} has no records")
     own = max(1, round(math.fsum(cell.size for cell in cells)))
     one_pass = math.ceil(own / stage.own_share - 1e-9)
     total = stage.examples or max(1, round(own * (stage.epochs or 1) / stage.own_share))
-    shares = cell_shares(cells, names, stage).tolist()
+    by_record = pool.amounts(stage.unit), pool.amounts(stage.reasoning_unit)
+    # The mean of each cell's records.
+    amounts, reasoning_amounts = (
+        np.array([int(each[cell.members].sum()) / len(cell.members) for cell in cells]) for each in by_record
+    )
+    shares = _cell_shares(cells, names, stage, amounts, reasoning_amounts)
     streams, mode_shares = [], []
     for mode in dict.fromkeys(cell.mode for cell in cells):
-        members = [c for c, cell in enumerate(cells) if cell.mode == mode and shares[c] > 0]
-        if members:
-            amounts = [shares[c] * cells[c].amount(stage.unit) for c in members]
-            streams.append(_merge([_cell_stream(cells[c], c, seed, stage.name) for c in members], amounts, stage.unit))
-            mode_shares.append(math.fsum(shares[c] * cells[c].amount(stage.reasoning_unit) for c in members))
-    streams = [_merge(streams, mode_shares, stage.reasoning_unit)]
+        chosen = [c for c, cell in enumerate(cells) if cell.mode == mode and shares[c] > 0]
+        if chosen:
+            of_mode = [_cell_stream(cells[c].members, c, seed, stage.name) for c in chosen]
+            streams.append(_merge(of_mode, (shares * amounts)[chosen].tolist(), by_record[0]))
+            mode_shares.append(math.fsum((shares * reasoning_amounts)[chosen].tolist()))
+    streams = [_merge(streams, mode_shares, by_record[1])]
     for k, name in enumerate(stage.replay):
-        pool = pools[s := names.index(name)]
-        if not len(pool.records):
+        members = np.flatnonzero(pool.sources == names.index(name))
+        if not len(members):
             raise ValueError(f"stage {stage.name!r}: {name!r} has no records to replay that fit a row")
-        cell = _Cell(s, 0, 0, pool.records, pool.tokens, len(pool.records))
-        streams.append(_cell_stream(cell, len(cells) + k, seed, stage.name))
-    sources, records, _ = _merge(streams, [stage.own_share, *stage.replay.values()], "examples")(total)
-    return sources, records, one_pass
+        streams.append(_cell_stream(members, len(cells) + k, seed, stage.name))
+    return _merge(streams, [stage.own_share, *stage.replay.values()], pool.amounts("examples"))(total), one_pass
 
 
-def _cells(pools: Sequence[Pool], names: Sequence[str], stage: Stage) -> list[_Cell]:
+def _cells(pool: Pool, names: Sequence[str], stage: Stage) -> list[_Cell]:
     cells = []
+    labels = pool.modes * len(TASKS) * stage.splits_modes + pool.tasks * stage.splits_tasks
     for s in stage.chosen(names):
-        pool = pools[s]
-        label = pool.modes.astype(np.int64) * len(TASKS) * stage.splits_modes + pool.tasks * stage.splits_tasks
-        for value in np.unique(label).tolist():
-            inside = np.flatnonzero(label == value)
-            mode, task = divmod(value, len(TASKS))
-            size = len(inside) * stage.repeat.get(names[s], 1)
-            cells.append(_Cell(s, mode, task, pool.records[inside], pool.tokens[inside], size))
+        of_source = np.flatnonzero(pool.sources == s)
+        for label in np.unique(labels[of_source]).tolist():
+            members = of_source[labels[of_source] == label]
+            mode, task = divmod(label, len(TASKS))
+            cells.append(_Cell(s, mode, task, members, len(members) * stage.repeat.get(names[s], 1)))
     if not stage.splits_modes or not cells:
         return cells
     shares = _mode_shares(stage)
@@ -126,10 +125,15 @@ def _mode_shares(stage: Stage) -> dict[int, float]:
     return {MODES.index("think"): thinking, MODES.index("nothink"): 1 - thinking}
 
 
-def cell_shares(cells: Sequence[_Cell], names: Sequence[str], stage: Stage) -> np.ndarray:
-    """[cells] f64: each cell's share of the examples; they add up to 1."""
+def _cell_shares(
+    cells: Sequence[_Cell], names: Sequence[str], stage: Stage, amounts: np.ndarray, reasoning_amounts: np.ndarray
+) -> np.ndarray:
+    """[cells] f64: each cell's share of the examples; they add up to 1.
+
+    Args:
+      amounts, reasoning_amounts: [cells] the mean of a cell's records in ``unit`` and ``reasoning_unit``.
+    """
     shares = np.array([cell.size for cell in cells], np.float64)
-    amounts = np.array([cell.amount(stage.unit) for cell in cells])
     # Each constraint: the group of each cell, the share of each group, and the amount that a cell's example counts.
     constraints: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
@@ -146,8 +150,7 @@ def cell_shares(cells: Sequence[_Cell], names: Sequence[str], stage: Stage) -> n
         held = np.bincount(tasks, shares * amounts)
         constrain(tasks, task_shares({task: float(held[task]) for task in sorted(set(tasks))}, stage), amounts)
     if stage.splits_modes:
-        units = np.array([cell.amount(stage.reasoning_unit) for cell in cells])
-        constrain([cell.mode for cell in cells], _mode_shares(stage), units)
+        constrain([cell.mode for cell in cells], _mode_shares(stage), reasoning_amounts)
     for _ in range(_FITTING_ROUNDS if len(constraints) > 1 else 1):
         before = shares / shares.sum()
         for constraint in constraints:
@@ -194,50 +197,45 @@ def task_shares(held: Mapping[int, float], stage: Stage) -> dict[int, float]:
     return shares
 
 
-type _Stream = Callable[[int], tuple[np.ndarray, np.ndarray, np.ndarray]]
-"""An endless sequence of examples: the first n as sources, records and tokens, each [n] i64."""
+type _Stream = Callable[[int], np.ndarray]
+"""An endless sequence of examples: the first n as positions in the pool, [n] i64."""
 
 
-def _cell_stream(cell: _Cell, c: int, seed: int, stage: str) -> _Stream:
+def _cell_stream(members: np.ndarray, c: int, seed: int, stage: str) -> _Stream:
     """The records of one cell, a new permutation each epoch."""
     # By name, not by number: a stage that is planned alone has the same examples as among others.
     purpose = int.from_bytes(hashlib.sha256(stage.encode()).digest()[:4])
 
-    def first(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        size = len(cell.records)
+    def first(n: int) -> np.ndarray:
+        size = len(members)
         epochs = [permutation(size, seed, _CELL_ORDER, purpose, c, epoch) for epoch in range(-(-n // size))]
-        order = np.concatenate(epochs)[:n] if epochs else np.zeros(0, np.int64)
-        return np.full(n, cell.source, np.int64), cell.records[order], cell.tokens[order]
+        return members[np.concatenate([*epochs, np.zeros(0, np.int64)])[:n]]
 
     return first
 
 
-def _merge(streams: Sequence[_Stream], shares: Sequence[float], unit: Unit) -> _Stream:
-    """Interleave streams by their shares in ``unit``, in the order of the times at which examples are due."""
+def _merge(streams: Sequence[_Stream], shares: Sequence[float], amounts: np.ndarray) -> _Stream:
+    """Interleave streams by their shares of ``amounts`` [pool], in the order of the times at which examples are due."""
     if len(streams) == 1:
         return streams[0]
 
-    def first(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def first(n: int) -> np.ndarray:
         total = math.fsum(shares)
         counts = [min(n, math.ceil(n * share / total) + 1) for share in shares]
         while True:
             taken = [stream(count) for stream, count in zip(streams, counts, strict=True)]
-            due = [_due(tokens, share, unit) for (_, _, tokens), share in zip(taken, shares, strict=True)]
+            due = [_due(amounts[members], share) for members, share in zip(taken, shares, strict=True)]
             order = np.argsort(np.concatenate(due), kind="stable")[:n]
             last = np.concatenate(due)[order[-1]] if len(order) == n else math.inf
             # A stream that ends before the last example is due has to be longer.
             short = [k for k, times in enumerate(due) if counts[k] < n and (not len(times) or times[-1] < last)]
             if not short:
-                break
+                return np.concatenate(taken)[order]
             for k in short:
                 counts[k] = min(n, counts[k] + counts[k] // 4 + 16)
-        sources, records, tokens = (np.concatenate(arrays)[order] for arrays in zip(*taken, strict=True))
-        return sources, records, tokens
 
     return first
 
 
-def _due(tokens: np.ndarray, share: float, unit: Unit) -> np.ndarray:
-    if unit == "examples":
-        return (np.arange(len(tokens)) + 0.5) / share
-    return (np.cumsum(tokens) - tokens / 2) / share
+def _due(amounts: np.ndarray, share: float) -> np.ndarray:
+    return (np.cumsum(amounts) - amounts / 2) / share

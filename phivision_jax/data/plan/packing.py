@@ -50,18 +50,6 @@ class Lengths:
         return self.image_patches[self.offsets[i] : self.offsets[i + 1]]
 
 
-def join_lengths(parts: Sequence[Lengths]) -> tuple[Lengths, np.ndarray]:
-    """The lengths of several sources, one after the other, and the index of each source's first example."""
-    first = np.cumsum([0, *(len(part.tokens) for part in parts)])[:-1]
-    images = np.cumsum([0, *(len(part.image_patches) for part in parts)])[:-1]
-    joined = Lengths(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.image_patches for part in parts]),
-        np.concatenate([[0], *(part.offsets[1:] + begin for part, begin in zip(parts, images, strict=True))]),
-    )
-    return joined, first
-
-
 def place(used: Sequence[int], images: Iterable[int], num_patches: int) -> list[int] | None:
     """``used`` patches of each vision row after an example's images are placed; None when one does not fit."""
     after = list(used)

@@ -34,9 +34,9 @@ import numpy as np
 from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.example_order import Pool, order_examples
 from phivision_jax.data.plan.mixture import Mixture
-from phivision_jax.data.plan.packing import Lengths, attention_work, balance, join_lengths, pack
+from phivision_jax.data.plan.packing import Lengths, attention_work, balance, pack
 from phivision_jax.data.plan.realized_shares import RealizedShare, realized_shares
-from phivision_jax.data.plan.record_sizes import REASONS, Overflow, fit_source
+from phivision_jax.data.plan.record_sizes import REASONS, Overflow, fit_records, owners
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.data.store.dataset import Dataset, check_processor
 from phivision_jax.io import atomic
@@ -272,24 +272,21 @@ def make_plan(
     """
     inputs = plan_inputs(datasets, mixture, processor, shape, **settings)
     seed = inputs["seed"]
-    fitted = [
-        fit_source(s, dataset, processor.layout, shape, inputs["on_overflow"]) for s, dataset in enumerate(datasets)
-    ]
-    lengths, first = join_lengths([fit.lengths for fit in fitted])
-    if not any(fit.fits.any() for fit in fitted):
+    fitted = fit_records(datasets, processor.layout, shape, inputs["on_overflow"])
+    lengths = fitted.lengths
+    if not fitted.fits.any():
         shortest = lengths.tokens.argmin()
         raise ValueError(
             f"{', '.join(str(d.directory) for d in datasets)}: none of {sum(map(len, datasets))} records fits a row of "
             f"{shape.length} tokens and {shape.vision_rows} x {shape.num_patches} patches; the smallest needs "
             f"{lengths.tokens[shortest]} tokens and {lengths.patches[shortest]} patches"
         )
-    pools = []
-    for fit, dataset in zip(fitted, datasets, strict=True):
-        usable = np.flatnonzero(fit.fits & mixture.eligible(len(dataset), seed))
-        pools.append(Pool(usable, fit.lengths.tokens[usable], dataset.index.modes[usable], dataset.index.tasks[usable]))
-    if mixture.held_out and not any(
-        len(pools[s].records) for stage in mixture.stages for s in stage.chosen(mixture.names)
-    ):
+    eligible = np.concatenate([mixture.eligible(len(dataset), seed) for dataset in datasets])
+    usable = np.flatnonzero(fitted.fits & eligible)
+    modes, tasks = (array[usable].astype(np.int64) for array in (fitted.index.modes, fitted.index.tasks))
+    pool = Pool(owners(fitted.first, usable)[0], lengths.tokens[usable], modes, tasks)
+    chosen = [s for stage in mixture.stages for s in stage.chosen(mixture.names)]
+    if mixture.held_out and not np.isin(pool.sources, chosen).any():
         raise ValueError(
             f"{mixture.held_out:g} of the records are held out, which leaves none for {mixture.part}: there are "
             f"{sum(map(len, datasets)):,}; hold out a {'larger' if mixture.part == 'validation' else 'smaller'} share"
@@ -298,31 +295,20 @@ def make_plan(
     windows: list[np.ndarray] = []
     shares: list[RealizedShare] = []
     for stage in mixture.stages:
-        sources, records, one_pass = order_examples(pools, mixture.names, stage, seed)
-        numbers = first[sources] + records
-        shares += realized_shares(stage, mixture.names, sources, records, pools, datasets, lengths.tokens[numbers])
-        group = one_pass * _passes_to_pack_jointly(lengths.tokens[numbers[:one_pass]], shape)
-        for begin in range(0, len(numbers), group):  # a window ends with its group of passes
-            of_group = numbers[begin : begin + group]
-            windows += [of_group[w : w + inputs["window"]] for w in range(0, len(of_group), inputs["window"])]
-    packed: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
-    with bar("plan", sum(map(len, windows)), shown=progress) as advance:
-        for window in windows:
-            pending = sum(len(sizes) for sizes in counts) % inputs["batch_rows"]
-            examples, sizes = _pack_window(window, lengths, shape, inputs["batch_rows"], pending, seed, len(packed))
-            packed.append(examples)
-            counts.append(sizes)
-            advance(len(window))
-    numbers = np.concatenate(packed)
-    sources = np.searchsorted(first, numbers, side="right") - 1
+        order, one_pass = order_examples(pool, mixture.names, stage, seed)
+        shares += realized_shares(stage, mixture.names, pool, order)
+        group = one_pass * _passes_to_pack_jointly(pool.tokens[order[:one_pass]], shape)
+        for passes in np.split(usable[order], range(group, len(order), group)):  # a window ends with them
+            windows += np.split(passes, range(inputs["window"], len(passes), inputs["window"]))
+    numbers, counts = _pack_windows(windows, lengths, shape, inputs, progress)
+    sources, examples = owners(fitted.first, numbers)
     return Plan(
         inputs=inputs,
-        row_offsets=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(_ARRAYS["row_offsets"]),
-        examples=(numbers - first[sources]).astype(_ARRAYS["examples"]),
+        row_offsets=np.concatenate([[0], np.cumsum(counts)]),
+        examples=examples.astype(_ARRAYS["examples"]),
         sources=sources.astype(_ARRAYS["sources"]),
-        resized=np.concatenate([fit.resized for fit in fitted]).astype(_ARRAYS["resized"]),
-        rejected=np.concatenate([fit.rejected for fit in fitted]).astype(_ARRAYS["rejected"]),
+        resized=fitted.resized,
+        rejected=fitted.rejected,
         shares=tuple(shares),
         tokens_used=int(lengths.tokens[numbers].sum()),
         patches_used=int(lengths.patches[numbers].sum()),
@@ -335,12 +321,22 @@ def _passes_to_pack_jointly(tokens: np.ndarray, shape: RowShape) -> int:
     return 1 if rows >= 2 else math.ceil(8 / rows)
 
 
-def _pack_window(
-    window: np.ndarray, lengths: Lengths, shape: RowShape, batch_rows: int, pending: int, seed: int, number: int
+def _pack_windows(
+    windows: Sequence[np.ndarray], lengths: Lengths, shape: RowShape, inputs: Mapping[str, Any], progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The examples of the ``number``-th window [n], row after row, and the number of examples in each row [rows]."""
-    packed, offsets = pack(window, lengths, shape)
-    shuffled = permutation(len(offsets) - 1, seed, _ROW_ORDER, number)
-    order = balance(attention_work(packed, offsets, lengths), shuffled, batch_rows, pending)
-    rows = np.split(packed, offsets[1:-1])
-    return np.concatenate([rows[j] for j in order]), np.diff(offsets)[order]
+    """The examples of all windows [n], row after row, and the number of examples in each row [rows]."""
+    examples: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
+    num_rows = 0
+    with bar("plan", sum(map(len, windows)), shown=progress) as advance:
+        for number, window in enumerate(windows):
+            packed, offsets = pack(window, lengths, shape)
+            shuffled = permutation(len(offsets) - 1, inputs["seed"], _ROW_ORDER, number)
+            work, pending = attention_work(packed, offsets, lengths), num_rows % inputs["batch_rows"]
+            order = balance(work, shuffled, inputs["batch_rows"], pending)
+            rows = np.split(packed, offsets[1:-1])
+            examples.append(np.concatenate([rows[j] for j in order]))
+            counts.append(np.diff(offsets)[order])
+            num_rows += len(order)
+            advance(len(window))
+    return np.concatenate(examples), np.concatenate(counts)

@@ -10,7 +10,6 @@ import numpy as np
 from phivision_jax.data.plan.example_order import Pool
 from phivision_jax.data.plan.mixture import Stage
 from phivision_jax.data.records import MODES, TASKS
-from phivision_jax.data.store.dataset import Dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,50 +42,33 @@ class RealizedShare:
         )
 
 
-def realized_shares(
-    stage: Stage,
-    names: Sequence[str],
-    sources: np.ndarray,
-    records: np.ndarray,
-    pools: Sequence[Pool],
-    datasets: Sequence[Dataset],
-    tokens: np.ndarray,
-) -> list[RealizedShare]:
+def realized_shares(stage: Stage, names: Sequence[str], pool: Pool, order: np.ndarray) -> list[RealizedShare]:
     """The shares of one stage's examples.
 
     Args:
       names: of the sources.
-      sources, records, tokens: [n] of each example: its source, its record, its tokens.
-      pools: per source, the records that were available.
-      datasets: per source.
+      pool: the records that were available.
+      order: [n] each example's position in the pool.
     """
-    modes, tasks = np.empty(len(records), np.int64), np.empty(len(records), np.int64)
-    for s, dataset in enumerate(datasets):
-        of_source = sources == s
-        modes[of_source] = dataset.index.modes[records[of_source]]
-        tasks[of_source] = dataset.index.tasks[records[of_source]]
-    # Per kind: the group of each example, the groups' names, and the records available to each.
-    kinds: dict[str, tuple[np.ndarray, Sequence[str], list[int]]] = {
-        "source": (sources, names, [len(pool.records) for pool in pools]),
-        "mode": (modes, MODES, [0] * len(MODES)),
-        "task": (tasks, TASKS, [0] * len(TASKS)),
+    kinds: dict[str, tuple[np.ndarray, Sequence[str]]] = {  # the group of each record, and the groups' names
+        "source": (pool.sources, names),
+        "mode": (pool.modes, MODES),
+        "task": (pool.tasks, TASKS),
     }
     if stage.splits_modes:
-        kinds["part"] = (
-            sources * len(MODES) + modes,
-            [f"{name}, {mode}" for name in names for mode in MODES],
-            [int((pool.modes == m).sum()) for pool in pools for m in range(len(MODES))],
-        )
-    requested = _requested(stage, names)
+        parts = [f"{name}, {mode}" for name in names for mode in MODES]
+        kinds["part"] = (pool.sources * len(MODES) + pool.modes, parts)
+    requested, tokens = _requested(stage, names), pool.tokens[order]
     shares = []
-    for kind, (groups, labels, available) in kinds.items():
+    for kind, (groups, labels) in kinds.items():
         # Weights of bincount are floats: exact below 2⁵³ tokens.
-        examples, amounts = (np.bincount(groups, weights, len(labels)).astype(int) for weights in (None, tokens))
+        examples, amounts = (np.bincount(groups[order], each, len(labels)).astype(int) for each in (None, tokens))
+        available = np.bincount(groups, minlength=len(labels)).tolist()
         for label, n, amount, size in zip(labels, examples.tolist(), amounts.tolist(), available, strict=True):
             share, unit = requested.get((kind, label), (None, "examples"))
             if n or share:
-                in_stage = n / len(records), amount / int(tokens.sum())
-                passes = n / size if size else None
+                in_stage = n / len(order), amount / int(tokens.sum())
+                passes = n / size if size and kind in ("source", "part") else None
                 shares.append(RealizedShare(stage.name, kind, label, n, amount, *in_stage, passes, share, unit))
     return shares
 

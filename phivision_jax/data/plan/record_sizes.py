@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -23,60 +24,72 @@ def lengths_of(index: Index, layout: ImageLayout) -> Lengths:
     return Lengths(index.text_tokens + index.sum_images(tokens), patches, index.image_offsets)
 
 
-def _overflow(lengths: Lengths, shape: RowShape) -> tuple[np.ndarray, np.ndarray]:
-    """[N] bool each: examples of more tokens than a row has, and those whose images do not fit its vision rows."""
-    patches = lengths.patches
-    too_many = patches > shape.total_patches
-    # Above one vision row's worth, it depends on the images' sizes.
-    for i in np.flatnonzero(~too_many & (patches > shape.num_patches)).tolist():
-        too_many[i] = place([0] * shape.vision_rows, lengths.images_of(i).tolist(), shape.num_patches) is None
-    return lengths.tokens > shape.length, too_many
+def _join(indexes: Sequence[Index]) -> Index:
+    """The index of several datasets, one after the other."""
+    fields = ("text_tokens", "image_sizes", "modes", "tasks")
+    arrays = {field: np.concatenate([getattr(index, field) for index in indexes]) for field in fields}
+    num_images = np.concatenate([index.num_images for index in indexes])
+    return Index(**arrays, image_offsets=np.concatenate([[0], np.cumsum(num_images)]))
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceFit:
-    """The records of one source, compared with an empty row."""
+class FittedRecords:
+    """The records of several datasets, numbered one dataset after the other, compared with an empty row."""
 
+    first: np.ndarray
+    """[datasets + 1] i64: number of each dataset's first record, and of all records."""
+    index: Index
     lengths: Lengths
+    """Sizes after resizing."""
     fits: np.ndarray
     """[N] bool."""
-    rejected: np.ndarray
-    """[k, 3], as in ``Plan``."""
     resized: np.ndarray
     """[k, 3], as in ``Plan``."""
+    rejected: np.ndarray
+    """[k, 3], as in ``Plan``."""
 
 
-def fit_source(source: int, dataset: Dataset, layout: ImageLayout, shape: RowShape, on_overflow: Overflow) -> SourceFit:
-    """Compare a source's records with an empty row; with ``on_overflow`` "resize", shrink images where that helps.
+def owners(first: np.ndarray, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The datasets of records by their numbers, and their indices in these; ``first`` as in ``FittedRecords``."""
+    sources = np.searchsorted(first, numbers, side="right") - 1
+    return sources, numbers - first[sources]
 
-    Args:
-      source: the source's number, for ``rejected`` and ``resized``.
+
+def fit_records(
+    datasets: Sequence[Dataset], layout: ImageLayout, shape: RowShape, on_overflow: Overflow
+) -> FittedRecords:
+    """Compare records with an empty row; with ``on_overflow`` "resize", shrink images where that helps.
 
     Raises:
       ValueError: with ``on_overflow`` "error", naming the first record that does not fit.
     """
-    lengths = lengths_of(dataset.index, layout)
-    too_long, too_many = _overflow(lengths, shape)
-    fits = ~(too_long | too_many)
-    resized = []
-    if on_overflow == "resize":
-        for i in np.flatnonzero(~fits & (dataset.index.num_images > 0)).tolist():
-            if found := _resize(int(dataset.index.text_tokens[i]), dataset.index.sizes_of(i), layout, shape):
-                limit, tokens, patches = found
-                lengths.tokens[i] = tokens
-                lengths.images_of(i)[:] = patches
-                fits[i] = True
-                resized.append((source, i, limit))
-    out = np.flatnonzero(~fits)
+    first = np.cumsum([0, *map(len, datasets)])
+    index = _join([dataset.index for dataset in datasets])
+    lengths = lengths_of(index, layout)
+    too_long, patches = lengths.tokens > shape.length, lengths.patches
+    fits = ~too_long & (patches <= shape.total_patches)
+    # Above one vision row's worth, it depends on the images' sizes.
+    for i in np.flatnonzero(fits & (patches > shape.num_patches)).tolist():
+        fits[i] = place([0] * shape.vision_rows, lengths.images_of(i).tolist(), shape.num_patches) is not None
+    limits = np.zeros(len(index), np.int64)
+    for i in np.flatnonzero(~fits & (index.num_images > 0)).tolist() if on_overflow == "resize" else ():
+        if found := _resize(int(index.text_tokens[i]), index.sizes_of(i), layout, shape):
+            limits[i], lengths.tokens[i], lengths.images_of(i)[:] = found
+            fits[i] = True
+    out, resized = np.flatnonzero(~fits), np.flatnonzero(limits)
+    sources, records = owners(first, out)
     if len(out) and on_overflow == "error":
+        dataset, i = datasets[sources[0]], int(records[0])
         raise ValueError(
-            f"{dataset.directory}: {len(out):,} records do not fit a row of {shape.length} tokens and "
-            f"{shape.vision_rows} x {shape.num_patches} patches, the first is {dataset[int(out[0])].id!r} "
-            f"({lengths.tokens[out[0]]} tokens, {lengths.patches[out[0]]} patches): "
+            f"{dataset.directory}: {(sources == sources[0]).sum():,} records do not fit a row of {shape.length} tokens "
+            f"and {shape.vision_rows} x {shape.num_patches} patches, the first is {dataset[i].id!r} "
+            f"({lengths.tokens[out[0]]} tokens, {patches[out[0]]} patches): "
             "take longer rows, or on_overflow drop or resize"
         )
-    rejected = np.stack([np.full(len(out), source), out, np.where(too_long[out], 0, 1)], axis=1)
-    return SourceFit(lengths, fits, rejected, np.array(resized, np.int64).reshape(-1, 3))
+    rejected = np.stack([sources, records, np.where(too_long[out], 0, 1)], axis=1)
+    return FittedRecords(
+        first, index, lengths, fits, np.stack([*owners(first, resized), limits[resized]], axis=1), rejected
+    )
 
 
 def _resize(

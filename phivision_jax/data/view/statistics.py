@@ -16,12 +16,12 @@ import numpy as np
 from phivision_jax.batch import RowShape
 from phivision_jax.config import ModelConfig
 from phivision_jax.data.plan.mixture import Mixture
-from phivision_jax.data.plan.packing import Lengths, join_lengths, pack
+from phivision_jax.data.plan.packing import Lengths, pack
 from phivision_jax.data.plan.plan import WINDOW
-from phivision_jax.data.plan.record_sizes import SourceFit, fit_source
+from phivision_jax.data.plan.record_sizes import FittedRecords, fit_records, owners
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.shuffle import permutation
-from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.data.store.dataset import Dataset, Index
 from phivision_jax.images.layout import make_layout
 
 MAX_IMAGES = 8
@@ -78,47 +78,42 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
     if not datasets:
         raise ValueError("statistics need at least one dataset")
     names = Mixture.from_directories(*(dataset.directory for dataset in datasets)).names
-    measured = [fit_source(s, dataset, make_layout(config), shape, "drop") for s, dataset in enumerate(datasets)]
-    longest = max(shape.length, *(int(m.lengths.tokens.max(initial=1)) for m in measured))
-    side = max(1024, *(int(np.max(dataset.index.image_sizes, initial=0)) for dataset in datasets))
+    fitted = fit_records(datasets, make_layout(config), shape, "drop")
+    longest = max(shape.length, int(fitted.lengths.tokens.max(initial=1)))
+    side = max(1024, int(np.max(fitted.index.image_sizes, initial=0)))
     edges = {
         "tokens": np.geomspace(1, longest * 1.5, _BINS + 1).tolist(),
         "side": np.geomspace(16, side * 1.5, _BINS + 1).tolist(),
     }
-    groups = [
-        {"name": name, **_numbers([name], [dataset], [m], shape, edges)}
-        for name, dataset, m in zip(names, datasets, measured, strict=True)
-    ]
-    if len(groups) > 1:
-        groups.append({"name": "all", **_numbers(names, datasets, measured, shape, edges)})
+    groups = []
+    for name, dataset in zip(names, datasets, strict=True) if len(names) > 1 else ():
+        own = fit_records([dataset], make_layout(config), shape, "drop")
+        groups.append({"name": name, **_numbers([name], [dataset], own, shape, edges)})
+    name = "all" if groups else names[0]
+    groups.append({"name": name, **_numbers(names, datasets, fitted, shape, edges)})
     return Statistics(groups, shape, config.vision.patch_size, (config.min_patches, config.max_patches), edges)
 
 
 def _numbers(
     names: Sequence[str],
     datasets: Sequence[Dataset],
-    measured: Sequence[SourceFit],
+    fitted: FittedRecords,
     shape: RowShape,
     edges: dict[str, list[float]],
 ) -> Numbers:
-    lengths, first = join_lengths([m.lengths for m in measured])
-    fits = np.concatenate([m.fits for m in measured])
-    text, num_images, modes, tasks, sizes = (
-        np.concatenate([getattr(dataset.index, field) for dataset in datasets]).astype(np.int64)
-        for field in ("text_tokens", "num_images", "modes", "tasks", "image_sizes")
-    )
+    index, lengths = fitted.index, fitted.lengths
+    text, num_images, sizes = index.text_tokens.astype(np.int64), index.num_images, index.image_sizes.astype(np.int64)
     measures = {
         "text_tokens": text,
         "tokens": lengths.tokens,
         "patches": lengths.patches[num_images > 0],
         "image_patches": lengths.image_patches,
     }
-    exceeding = np.flatnonzero(~fits)
+    exceeding = np.flatnonzero(~fitted.fits)
     too_long = int((lengths.tokens > shape.length).sum())
     largest = []
     for i in exceeding[np.argsort(-lengths.tokens[exceeding], kind="stable")[:LISTED]].tolist():
-        source = int(np.searchsorted(first, i, side="right")) - 1
-        record = i - int(first[source])
+        source, record = map(int, owners(fitted.first, i))
         size = {"tokens": int(lengths.tokens[i]), "patches": int(lengths.patches[i])}
         largest.append({"dataset": names[source], "record": record, "id": datasets[source][record].id, **size})
     counts = [dataset.manifest["counts"] for dataset in datasets]
@@ -133,15 +128,15 @@ def _numbers(
         "histograms": {name: np.histogram(v, edges["tokens"])[0].tolist() for name, v in measures.items()},
         "resolutions": np.histogram2d(widths, heights, (edges["side"],) * 2)[0].astype(int).tolist(),
         "images_per_example": np.bincount(np.minimum(num_images, MAX_IMAGES), minlength=MAX_IMAGES + 1).tolist(),
-        "examples_by": _by_mode_and_task(modes, tasks),
-        "tokens_by": _by_mode_and_task(modes, tasks, lengths.tokens),
+        "examples_by": _by_mode_and_task(index),
+        "tokens_by": _by_mode_and_task(index, lengths.tokens),
         "system_messages": sum(c["system_messages"] for c in counts),
         "mode_from": _total([c["mode_from"] for c in counts]),
         "quarantined": _total([c["quarantined"] for c in counts]),
         "too_long": too_long,
         "too_many_patches": len(exceeding) - too_long,
         "largest": largest,
-        **_epoch(np.flatnonzero(fits), lengths, shape),
+        **_epoch(np.flatnonzero(fitted.fits), lengths, shape),
     }
 
 
@@ -152,13 +147,10 @@ def _spread(values: np.ndarray) -> dict[str, float] | None:
     return {"min": low, "median": median, "mean": float(values.mean()), "p95": p95, "max": high}
 
 
-def _by_mode_and_task(
-    modes: np.ndarray, tasks: np.ndarray, weights: np.ndarray | None = None
-) -> dict[str, dict[str, int]]:
-    # Weights of bincount are floats: exact below 2⁵³.
-    counts = np.bincount(modes * len(TASKS) + tasks, weights, minlength=len(MODES) * len(TASKS)).astype(int).tolist()
-    rows = (counts[m * len(TASKS) :][: len(TASKS)] for m in range(len(MODES)))
-    return {mode: dict(zip(TASKS, row, strict=True)) for mode, row in zip(MODES, rows, strict=True)}
+def _by_mode_and_task(index: Index, amounts: np.ndarray | int = 1) -> dict[str, dict[str, int]]:
+    totals = np.zeros((len(MODES), len(TASKS)), np.int64)
+    np.add.at(totals, (index.modes, index.tasks), amounts)
+    return {mode: dict(zip(TASKS, row, strict=True)) for mode, row in zip(MODES, totals.tolist(), strict=True)}
 
 
 def _total(counts: Sequence[dict[str, int]]) -> dict[str, int]:

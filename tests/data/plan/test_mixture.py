@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from phivision_jax.data.plan.example_order import Pool, order_examples, task_shares
 from phivision_jax.data.plan.mixture import Mixture, Stage
 from phivision_jax.data.records import MODES, TASKS
+from tests.support.records import join_pools
 
 THINK, NOTHINK = MODES.index("think"), MODES.index("nothink")
 MATH, GUI, OCR = (TASKS.index(t) for t in ("math", "gui", "ocr"))
@@ -21,13 +22,14 @@ def pool(n: int, tokens=10, think: float = 0.0, task=MATH, seed: int = 0) -> Poo
     """``n`` records of which every 1/think-th thinks; ``tokens`` each, or [n]."""
     modes = np.full(n, NOTHINK)
     modes[np.random.default_rng(seed).permutation(n)[: round(think * n)]] = THINK
-    return Pool(np.arange(n), np.broadcast_to(np.asarray(tokens), n), modes, np.full(n, task))
+    return Pool(np.zeros(n, np.int64), np.broadcast_to(np.asarray(tokens), n), modes, np.full(n, task))
 
 
 def examples_of(pools: list[Pool], stage: Stage, seed: int = 0) -> list[tuple[int, int]]:
-    names = [f"s{i}" for i in range(len(pools))]
-    sources, records, _ = order_examples(pools, names, stage, seed)
-    return list(zip(sources.tolist(), records.tolist(), strict=True))
+    """Source and record of each example."""
+    pool, records = join_pools(pools)
+    order, _ = order_examples(pool, [f"s{i}" for i in range(len(pools))], stage, seed)
+    return list(zip(pool.sources[order].tolist(), records[order].tolist(), strict=True))
 
 
 def share(values) -> dict:
@@ -85,7 +87,7 @@ def test_reasoning_share_holds(unit, held):
     rng = np.random.default_rng(0)
     pools = [pool(8_000, rng.integers(50, 8_000, 8_000), think, seed=i) for i, think in enumerate(held)]
     # Thoughts are long: the shares in examples and in tokens are far apart.
-    pools = [Pool(p.records, p.tokens * np.where(p.modes == THINK, 4, 1), p.modes, p.tasks) for p in pools]
+    pools = [Pool(p.sources, p.tokens * np.where(p.modes == THINK, 4, 1), p.modes, p.tasks) for p in pools]
     weights = {"s0": 0.75, "s1": 0.25}
     stage = Stage(reasoning_share=0.2, reasoning_unit=unit, weights=weights, unit=unit, examples=20_000)
     examples = examples_of(pools, stage)

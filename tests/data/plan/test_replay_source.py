@@ -16,7 +16,7 @@ from phivision_jax.data.plan.mixture import Mixture, Stage
 from phivision_jax.data.plan.plan import make_plan, plan_inputs
 from phivision_jax.data.records import MODES
 from phivision_jax.io.messages import first_difference
-from tests.support.records import BARE_PROCESSOR, BareDataset
+from tests.support.records import BARE_PROCESSOR, BareDataset, join_pools
 
 SHAPE = RowShape(12, 1, 8)
 THINK = MODES.index("think")
@@ -25,12 +25,13 @@ THINK = MODES.index("think")
 def pool(n: int, think: int = 0, tokens: int = 10) -> Pool:
     modes = np.full(n, MODES.index("nothink"))
     modes[:think] = THINK
-    return Pool(np.arange(n), np.full(n, tokens), modes, np.zeros(n, np.int64))
+    return Pool(np.zeros(n, np.int64), np.full(n, tokens), modes, np.zeros(n, np.int64))
 
 
 def examples_of(pools: list[Pool], stage: Stage) -> list[tuple[int, int]]:
-    sources, records, _ = order_examples(pools, [f"s{i}" for i in range(len(pools))], stage, 0)
-    return list(zip(sources.tolist(), records.tolist(), strict=True))
+    pool, records = join_pools(pools)
+    order, _ = order_examples(pool, [f"s{i}" for i in range(len(pools))], stage, 0)
+    return list(zip(pool.sources[order].tolist(), records[order].tolist(), strict=True))
 
 
 def test_replay_by_hand():
