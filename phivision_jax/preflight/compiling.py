@@ -121,8 +121,7 @@ def train_facts(advance: Advance, cfg: ResolvedConfig, where: Topology, low_effo
       ``mesh``, ``fits``, ``compile_seconds``, and bytes per device (``memory``, ``buffers``); of a program that fits
       also ``matmul_flops`` per device, and ``collectives``.
     """
-    devices = _devices(where)
-    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices)
+    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), _devices(where))
     step = make_train_step(cfg, mesh, steps=1_000)
     batch = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
     arguments = {

@@ -21,7 +21,7 @@ TEXT = """HloModule jit_f, is_scheduled=true, replica_count=2, num_partitions=4
 
 ENTRY %main (x: f32[4]) -> f32[4] {
   %w = (s32[]{:T(128)}, f32[4]{0:T(8,128)S(1)}, /*index=2*/s32[]) while(%t), condition=%condition, body=%body
-  ROOT %y = f32[4]{0} fusion((s32[], f32[4]) %w, /*index=1*/%x), control-predecessors={%z}, calls=%compare, metadata={op_name="f(%z)"}
+  ROOT %y = f32[4]{0} fusion(%w, /*index=1*/%x), control-predecessors={%z}, calls=%compare, metadata={op_name="f(%z)"}
 }
 """
 
