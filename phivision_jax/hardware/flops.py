@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from phivision_jax.config import LoraConfig, ModelConfig
 
@@ -66,14 +66,9 @@ class Workload:
           bidirectional: an image's tokens see each other.
         """
         inside = sum(n * (n - 1) / 2 for n in image_patches) if bidirectional else 0.0
-        patches = count * sum(image_patches)
-        return cls(
-            tokens=count * tokens,
-            pairs=count * (tokens * (tokens + 1) / 2 + inside),
-            patches=patches,
-            patch_pairs=count * sum(n**2 for n in image_patches),
-            vision_tokens=patches,
-        )
+        pairs = tokens * (tokens + 1) / 2 + inside
+        patches, patch_pairs = sum(image_patches), sum(n**2 for n in image_patches)
+        return cls(count * tokens, count * pairs, count * patches, count * patch_pairs, count * patches)
 
 
 @dataclasses.dataclass
@@ -124,10 +119,7 @@ def mfu(flops: float, seconds: float, chips: int, peak_flops: float) -> float:
 
 
 def step_flops(
-    config: ModelConfig,
-    work: Workload,
-    lr_rules: Sequence[tuple[str, float]] = (),
-    lora: LoraConfig | None = None,
+    config: ModelConfig, work: Workload, lr_rules: Sequence[tuple[str, float]] = (), lora: LoraConfig | None = None
 ) -> StepFlops:
     """FLOPs of one training step.
 
@@ -135,14 +127,7 @@ def step_flops(
       lr_rules: as in ``OptimConfig``; parameters scaled by 0 are frozen.
       lora: with a rank, only the adapters train.
     """
-    lora = lora or LoraConfig()
-
-    def is_trainable(path: str) -> bool:
-        if lora.rank and not path.endswith(("/lora_a", "/lora_b")):
-            return False
-        return next((m for pattern, m in lr_rules if re.search(pattern, path)), 1.0) != 0.0
-
-    count = _Count(is_trainable, lora)
+    count = _Count(lr_rules, lora or LoraConfig())
     vision, decoder = config.vision, config.decoder
 
     # x: whether the activations at this point need a gradient, which is whether anything before it trains.
@@ -199,12 +184,17 @@ def _decoder_layers(count: _Count, config: ModelConfig, tokens: float, pairs: fl
 class _Count:
     """Sum of the forward and backward FLOPs of products, by part of the model."""
 
-    def __init__(self, is_trainable: Callable[[str], bool], lora: LoraConfig) -> None:
-        self.is_trainable, self.lora = is_trainable, lora
+    def __init__(self, lr_rules: Sequence[tuple[str, float]], lora: LoraConfig) -> None:
+        self.lr_rules, self.lora = lr_rules, lora
         self.costs = {part: Cost() for part in PARTS}
 
     def trains(self, module: str, *leaves: str) -> bool:
-        return any(self.is_trainable(f"{module}/{leaf}") for leaf in leaves)
+        return any(self._is_trainable(f"{module}/{leaf}") for leaf in leaves)
+
+    def _is_trainable(self, path: str) -> bool:
+        if self.lora.rank and not path.endswith(("/lora_a", "/lora_b")):
+            return False
+        return next((m for pattern, m in self.lr_rules if re.search(pattern, path)), 1.0) != 0.0
 
     def linear(
         self, part: str, module: str, x: bool, rows: float, inputs: int, outputs: int, bias: bool = True

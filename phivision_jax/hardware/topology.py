@@ -84,7 +84,7 @@ class Topology:
     @property
     def cloud_name(self) -> str | None:
         """Name of one slice; None for a shape that has none."""
-        return _cloud_name(self.generation, self.shape) if self.shape in self.chip.shapes else None
+        return _cloud_name(self.chip, self.shape) if self.shape in self.chip.shapes else None
 
     @property
     def chips(self) -> int:
@@ -119,61 +119,53 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     """
     if slices < 1:
         raise ValueError(f"slices must be at least 1, not {slices}")
-    if match := re.fullmatch(r"(\w+):(\d{1,6}(?:x\d{1,6}){1,3})", name):
-        _check_xla_name(name, *match.groups())
-        return Topology(match[1], match[2], slices)
-    if match := re.fullmatch(r"(\w+)-(\d{1,9})", name):
-        return Topology(*_generation_and_shape(name, match[1], int(match[2])), slices)
-    raise ValueError(f"topology {name!r} is not a name like v5p:4x4x8 or v5p-256{_similar(name)}")
-
-
-def _check_xla_name(name: str, generation: str, shape: str) -> None:
+    match = re.fullmatch(r"(\w+)(?::(\d{1,6}(?:x\d{1,6}){1,3})|-(\d{1,9}))", name)
+    if match is None:
+        raise ValueError(f"topology {name!r} is not a name like v5p:4x4x8 or v5p-256{_similar(name)}")
+    family, shape, count = match.groups()
+    generations = {generation if shape else chip.cloud_prefix: generation for generation, chip in CHIPS.items()}
+    generation = generations.get(family, family)  # "v5e-256" is understood, though not Cloud's name
     if generation not in CHIPS:
-        raise ValueError(f"topology {name!r}: {generation!r} is none of {', '.join(CHIPS)}{_similar(name)}")
-    chip, sides = CHIPS[generation], _sides(shape)
-    chips = math.prod(sides)
-    # From 4x4x4 on, slices of v4 and v5p are any arrangement of cubes of that size.
-    of_cubes = len(sides) == 3 == len(_sides(chip.shapes[0])) and all(side and side % 4 == 0 for side in sides)
-    if shape not in chip.shapes and not (of_cubes and chips <= math.prod(_sides(chip.shapes[-1]))):
-        nearest = _nearest(generation, chips)
-        raise ValueError(
-            f"topology {name!r}: {generation} has no slice of shape {shape}; the nearest is {generation}:{nearest} "
-            f"({_plural(math.prod(_sides(nearest)), 'chip')})"
-        )
-
-
-def _generation_and_shape(name: str, prefix: str, count: int) -> tuple[str, str]:
-    by_prefix = {chip.cloud_prefix: generation for generation, chip in CHIPS.items()}
-    generation = by_prefix.get(prefix, prefix)
-    if generation not in CHIPS:
-        raise ValueError(f"topology {name!r}: {prefix!r} is none of {', '.join(by_prefix)}{_similar(name)}")
+        raise ValueError(f"topology {name!r}: {family!r} is none of {', '.join(generations)}{_similar(name)}")
     chip = CHIPS[generation]
-    nearest = _nearest(generation, count / chip.cores_in_cloud_name)
-    if name != _cloud_name(generation, nearest):
+    if shape is None:
+        nearest = _nearest(chip, int(count) / chip.cores_in_cloud_name)
+        if name == _cloud_name(chip, nearest):
+            return Topology(generation, nearest, slices)
         counted = "TensorCores, two per chip" if chip.cores_in_cloud_name == 2 else "chips"
         raise ValueError(
             f"topology {name!r} is not in Cloud's table (the number counts {counted}); the nearest is "
-            f"{_cloud_name(generation, nearest)}, which is {generation}:{nearest}. Other slices have names by shape"
+            f"{_cloud_name(chip, nearest)}, which is {generation}:{nearest}. Other slices have names by shape"
         )
-    return generation, nearest
+    sides, largest = _sides(shape), _sides(chip.shapes[-1])
+    # From 4x4x4 on, slices of v4 and v5p are any arrangement of cubes of that size.
+    of_cubes = len(sides) == 3 == len(largest) and all(side and side % 4 == 0 for side in sides)
+    if shape in chip.shapes or (of_cubes and math.prod(sides) <= math.prod(largest)):
+        return Topology(generation, shape, slices)
+    nearest = _nearest(chip, math.prod(sides))
+    raise ValueError(
+        f"topology {name!r}: {generation} has no slice of shape {shape}; the nearest is {generation}:{nearest} "
+        f"({_plural(math.prod(_sides(nearest)), 'chip')})"
+    )
 
 
 def _sides(shape: str) -> tuple[int, ...]:
     return tuple(map(int, shape.split("x")))
 
 
-def _cloud_name(generation: str, shape: str) -> str:
-    chip = CHIPS[generation]
+def _cloud_name(chip: Chip, shape: str) -> str:
     return f"{chip.cloud_prefix}-{math.prod(_sides(shape)) * chip.cores_in_cloud_name}"
 
 
-def _nearest(generation: str, chips: float) -> str:
+def _nearest(chip: Chip, chips: float) -> str:
     """The named shape with the closest number of chips."""
-    return min(CHIPS[generation].shapes, key=lambda shape: abs(math.prod(_sides(shape)) - chips))
+    return min(chip.shapes, key=lambda shape: abs(math.prod(_sides(shape)) - chips))
 
 
 def _similar(name: str) -> str:
-    known = [n for g, chip in CHIPS.items() for shape in chip.shapes for n in (f"{g}:{shape}", _cloud_name(g, shape))]
+    known = [
+        n for g, chip in CHIPS.items() for shape in chip.shapes for n in (f"{g}:{shape}", _cloud_name(chip, shape))
+    ]
     return f"; the nearest is {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]}"
 
 

@@ -56,6 +56,8 @@ _log = logging.getLogger(__name__)
 
 type Summary = Mapping[str, Any]
 """Report of a sink about its chunk, in msgpack's types."""
+type Check = Callable[[Path, Summary], None]
+"""Called with the directory and the summary of each committed chunk, in any order; raises to stop the work."""
 
 
 class Source[Item](Protocol):
@@ -65,18 +67,15 @@ class Source[Item](Protocol):
 
     def __len__(self) -> int:
         """Number of items."""
-        ...
 
     def key(self) -> Any:
         """JSON value that changes with the content or the reading options; work resumes only if it is the same.
 
         Names, sizes and modification times of files are enough: no content needs to be hashed.
         """
-        ...
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
         """Items ``start`` … ``stop − 1``, the same at every call. After an ``OSError`` it is called again."""
-        ...
 
 
 class Sink[Result](Protocol):
@@ -86,7 +85,6 @@ class Sink[Result](Protocol):
 
     def close(self) -> Summary:
         """Close the files. Called once, after the last result."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +121,7 @@ def run(
     out: str | os.PathLike[str],
     finish: Callable[[Path, Callable[[], Iterator[Summary]]], None],
     *,
-    check: Callable[[Path, Summary], None] = lambda directory, summary: None,
+    check: Check = lambda directory, summary: None,
     processes: int | None = None,
     restart: bool = False,
     progress: str = "",
@@ -135,7 +133,6 @@ def run(
       out: the directory to make. Until it is complete it is ``.OUT.partial`` in the same folder.
       finish: called with that directory and a function that iterates over all summaries in order; writes the files
         that are about all chunks. Called again if the process dies before the directory gets its name.
-      check: called with the directory and the summary of each committed chunk, in any order; raises to stop the work.
       processes: worker processes; default: one per core; 0: this process. A script that uses workers needs a
         ``__main__`` guard.
       restart: remove the chunks of an interrupted run instead of continuing.
@@ -257,13 +254,7 @@ def _changes(before: Any, now: Any) -> str:
     return "".join(f"\n  {line}" for line in [*lines[:_SHOWN_DIFFERENCES], *more])
 
 
-def _do_chunks(
-    work: Work[Any, Any],
-    partial: Path,
-    check: Callable[[Path, Summary], None],
-    processes: int | None,
-    progress: str,
-) -> None:
+def _do_chunks(work: Work[Any, Any], partial: Path, check: Check, processes: int | None, progress: str) -> None:
     chunks = work.chunks()
     missing = dict(chunks)
     for name in chunks:
