@@ -155,7 +155,7 @@ def pipeline_speeds(files: Sequence[bytes], folder: Path, turns: int) -> dict[in
     from phivision_jax.data.plan.mixture import Mixture
     from phivision_jax.data.plan.plan import make_plan
     from phivision_jax.data.records import Record
-    from phivision_jax.data.sources.memory import RecordsSource
+    from phivision_jax.data.sources.source import RecordsSource
     from phivision_jax.data.store.importing import import_source
 
     messages = ({"role": "user", "content": "<image>\nwhat is this?"}, {"role": "assistant", "content": "a photograph"})

@@ -67,7 +67,7 @@ def import_(
     jobs: list[tuple[Path, Source]] = []
     if source == "easy-vqa":
         from phivision_jax.data.sources.easy_vqa import easy_vqa
-        from phivision_jax.data.sources.memory import RecordsSource
+        from phivision_jax.data.sources.source import RecordsSource
 
         questions: dict[Literal["train", "test"], int] = {"train": questions_per_record, "test": 1}
         for part, n in questions.items():

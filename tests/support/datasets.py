@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 
 from phivision_jax.data.records import Record
-from phivision_jax.data.sources.memory import RecordsSource
+from phivision_jax.data.sources.source import RecordsSource
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.data.store.importing import SHARD_BYTES, import_source
 from phivision_jax.processor import Processor

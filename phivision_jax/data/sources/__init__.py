@@ -4,7 +4,7 @@
     parquet       .parquet, as the Hugging Face hub stores it
     tfds          TensorFlow Datasets prepared as ArrayRecord or parquet, without TensorFlow
     array_record  payloads that are our records, JSON objects or msgpack maps
-    memory        records that are in memory already
+    source        records that are in memory already, and the protocol
     easy_vqa      the small real data set of the demo
 
 ``open_source`` chooses the reader; ``items`` turns an item of any format into a record.

@@ -6,6 +6,7 @@ A dataset can be imported again with other options; its shards are then read in 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -15,9 +16,7 @@ import msgpack
 from array_record.python.array_record_module import ArrayRecordReader
 
 from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.sources.file_source import FileSource
-from phivision_jax.data.sources.files import files_of_format
-from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.files import Files, FileSource, files_of_format
 from phivision_jax.data.sources.items import ItemReader
 from phivision_jax.data.sources.source import Read
 
@@ -25,49 +24,40 @@ from phivision_jax.data.sources.source import Read
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 
 
-class ArrayRecordSource(FileSource):
+@dataclasses.dataclass(frozen=True)
+class _File:
+    path: Path
+    count: int
+
+
+class ArrayRecordSource(FileSource[_File]):
     """Payloads of ArrayRecord files."""
 
     format = "array-record"
 
-    def __init__(self, path: Path, options: ItemOptions, *, name: str | None = None) -> None:
-        """Find the files and count their payloads.
+    def _find(self, path: Path, split: str) -> Files:
+        return Files(_files(path), [])
 
-        Args:
-          path: a file or a folder.
-          options: how payloads become records.
-          name: name of the source; default: the file's name up to the first dot, or the name of the folder.
-
-        Raises:
-          ValueError: when there is no payload, or a file is not ArrayRecord.
-        """
-        self._files = _files(path)
-        counts = []
-        for file in self._files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing, but {path / 'manifest.json'} names it")
-            reader = ArrayRecordReader(str(file), _READER)
-            if not reader.ok():
-                raise ValueError(f"{file} is not an ArrayRecord file, or is cut short")
-            counts.append(reader.num_records())
-            reader.close()
-        name = name or (path.name.partition(".")[0] if path.is_file() else None)
-        super().__init__(path, name, options, self._files, counts)
-
-    def _read_part(self, part: int, start: int, stop: int) -> Iterator[Read | Quarantined]:
-        file = self._files[part]
+    def _open(self, file: Path) -> Iterator[_File]:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing, but {file.with_name('manifest.json')} names it")
         reader = ArrayRecordReader(str(file), _READER)
-        try:
+        if not reader.ok():
+            raise ValueError(f"{file} is not an ArrayRecord file, or is cut short")
+        yield _File(file, reader.num_records())
+        reader.close()
+
+    def _read_part(self, part: _File, start: int, stop: int) -> Iterator[Read | Quarantined]:
+        file = part.path.name
+        with contextlib.closing(ArrayRecordReader(str(part.path), _READER)) as reader:
             for k in range(start, stop):
-                place, where = f"{file.name}:{k + 1}", f"{file.name}, payload {k + 1}"
+                place, where = f"{file}:{k + 1}", f"{file}, payload {k + 1}"
                 try:
                     (payload,) = reader.read([k])
                 except RuntimeError as error:
                     yield self._reader.bad("syntax", f"the payload cannot be read: {error}", place, where)
                 else:
                     yield _read(payload, self._reader, place, where)
-        finally:
-            reader.close()
 
 
 def _files(path: Path) -> list[Path]:

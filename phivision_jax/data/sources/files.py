@@ -1,14 +1,21 @@
-"""The files of a format and of a split in a folder, by their names."""
+"""The files of a format and of a split in a folder, by their names, and the common part of sources that are files."""
 
 from __future__ import annotations
 
+import abc
+import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
-Format = Literal["json", "parquet", "tfds", "array-record"]
+import numpy as np
+
+from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.sources.item_options import Format, ItemOptions
+from phivision_jax.data.sources.items import ItemReader
+from phivision_jax.data.sources.source import Read
 
 PATTERNS: dict[Format, re.Pattern[str]] = {
     "json": re.compile(r"\.(json|jsonl|ndjson)$", re.IGNORECASE),
@@ -95,3 +102,61 @@ def identify(files: Sequence[Path]) -> list[list[Any]]:
     """Path, size and modification time of each file, for ``Source.key``."""
     stats = [(file, file.stat()) for file in files]
     return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+
+
+class Part(Protocol):
+    """A file or a row group with a known number of items."""
+
+    @property
+    def count(self) -> int: ...
+
+
+class FileSource[P: Part](abc.ABC):
+    """A source whose items are in parts of files."""
+
+    format: ClassVar[Format]
+
+    def __init__(self, path: Path, options: ItemOptions, *, split: str = "train", name: str | None = None) -> None:
+        """Find the files and count their items.
+
+        Args:
+          path: a file or a folder.
+          options: how items become records.
+          split: of a folder's files, see ``files_of_split``.
+          name: name of the source; default: the stem of the file or the name of the folder.
+
+        Raises:
+          ValueError: when there is no item, or for a file that is not of the format.
+        """
+        self.name = name or (path.stem if path.is_file() else path.resolve().name)
+        self._options = options
+        self._reader = ItemReader(self.name, path if path.is_dir() else path.parent, options)
+        self.files = self._find(path, split)
+        self._parts = [part for file in self.files.read for part in self._open(file)]
+        self._begins = np.cumsum([0, *(part.count for part in self._parts)])
+        self._files_key = identify(self.files.read)
+        if not len(self):
+            raise ValueError(f"{path} has no items")
+
+    def __len__(self) -> int:
+        return int(self._begins[-1])
+
+    def key(self) -> Any:
+        return {"format": self.format, "name": self.name, "files": self._files_key, "options": self._options.key()}
+
+    def read(self, start: int, stop: int) -> Iterator[Read | Quarantined]:
+        for part, (begin, end) in zip(self._parts, itertools.pairwise(self._begins.tolist()), strict=True):
+            first, last = max(start, begin), min(stop, end)
+            if first < last:
+                yield from self._read_part(part, first - begin, last - begin)
+
+    def _find(self, path: Path, split: str) -> Files:
+        return files_of_split(path, self.format, split)
+
+    @abc.abstractmethod
+    def _open(self, file: Path) -> Iterable[P]:
+        """The parts of a file."""
+
+    @abc.abstractmethod
+    def _read_part(self, part: P, start: int, stop: int) -> Iterator[Read | Quarantined]:
+        """Items ``start`` … ``stop − 1`` of a part."""

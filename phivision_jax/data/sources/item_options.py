@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from phivision_jax.data.records import check_task
 
+Format = Literal["json", "parquet", "tfds", "array-record"]
 Unit = Literal["pixels", "thousand", "unit"]
 """Pixels of the upright image; thousandths of its sides; shares of its sides."""
 

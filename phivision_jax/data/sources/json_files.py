@@ -19,9 +19,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.sources.file_source import FileSource
-from phivision_jax.data.sources.files import files_of_split
-from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.files import FileSource
 from phivision_jax.data.sources.items import ItemReader
 from phivision_jax.data.sources.source import Read
 from phivision_jax.io.progress import bar
@@ -49,59 +47,29 @@ class Piece(NamedTuple):
     """Why the item is not even decoded."""
 
 
-class JsonSource(FileSource):
-    """Items of JSON files."""
-
-    format = "json"
-
-    def __init__(self, path: Path, options: ItemOptions, *, split: str = "train", name: str | None = None) -> None:
-        """Find and count the items.
-
-        Args:
-          path: a file, or a folder of which ``split`` chooses the files.
-          options: how items become records.
-          split: of a folder's files, see ``files_of_split``.
-          name: name of the source; default: the stem of the file or the name of the folder.
-
-        Raises:
-          ValueError: when there is no item, or a file is neither an array nor lines.
-        """
-        self.files = files_of_split(path, "json", split)
-        self._files = [_File(file) for file in self.files.read]
-        super().__init__(path, name, options, self.files.read, [file.count for file in self._files])
-
-    def _read_part(self, part: int, start: int, stop: int) -> Iterator[Read | Quarantined]:
-        return self._files[part].read(start, stop, self._reader)
-
-
 class _File:
     """One file: the number of items, and where every ``EVERY``-th begins."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
         size = path.stat().st_size
-        with path.open("rb") as file:
-            begin = _begin(file, path)
-            self._is_array = begin.is_array
-            offsets: list[int] = []
-            lines: list[int] = []
-            title = f"counting the items of {path.name} (MB)"
-            with bar(title, size // 10**6, shown=size > _SHOW_BAR) as advance:
-                for piece in self._pieces(file, begin.offset, WINDOW):
-                    if self.count % EVERY == 0:
-                        advance(piece.offset // 10**6 - (offsets[-1] if offsets else 0) // 10**6)
-                        offsets.append(piece.offset)
-                        lines.append(piece.line)
-                    self.count += 1
-        self._offsets = np.array([*offsets, size], np.int64)
-        self._lines = np.array(lines, np.int64)
+        marks: list[tuple[int, int]] = []
+        title = f"counting the items of {path.name} (MB)"
+        with path.open("rb") as file, bar(title, size // 10**6, shown=size > _SHOW_BAR) as advance:
+            self._is_array, offset = _begin(file, path)
+            for piece in self._pieces(file, offset, WINDOW):
+                if self.count % EVERY == 0:
+                    advance(piece.offset // 10**6 - (marks[-1][0] if marks else 0) // 10**6)
+                    marks.append((piece.offset, piece.line))
+                self.count += 1
+        self._marks = np.array([*marks, (size, 0)], np.int64)  # offset and line
 
     def read(self, start: int, stop: int, reader: ItemReader) -> Iterator[Read | Quarantined]:
         block = start // EVERY
-        offset, number = int(self._offsets[block]), block * EVERY
-        window = min(WINDOW, int(self._offsets[-(-stop // EVERY)]) - offset)
+        (offset, line), number = self._marks[block].tolist(), block * EVERY
+        window = min(WINDOW, int(self._marks[-(-stop // EVERY), 0]) - offset)
         with self.path.open("rb") as file:
-            for piece in self._pieces(file, offset, window, int(self._lines[block])):
+            for piece in self._pieces(file, offset, window, line):
                 if number >= start:
                     place = f"{self.path.name}:{number + 1}"
                     position = f"line {piece.line}" if piece.line else f"item {number + 1}, byte {piece.offset}"
@@ -116,14 +84,20 @@ class _File:
         return elements(file, offset, window) if self._is_array else _lines(file, offset, line)
 
 
-class _Begin(NamedTuple):
-    is_array: bool
-    offset: int
-    """Position of the first item."""
+class JsonSource(FileSource[_File]):
+    """Items of JSON files."""
+
+    format = "json"
+
+    def _open(self, file: Path) -> list[_File]:
+        return [_File(file)]
+
+    def _read_part(self, part: _File, start: int, stop: int) -> Iterator[Read | Quarantined]:
+        return part.read(start, stop, self._reader)
 
 
-def _begin(file: BinaryIO, path: Path) -> _Begin:
-    """Decide between array and lines.
+def _begin(file: BinaryIO, path: Path) -> tuple[bool, int]:
+    """Decide between array and lines: whether it is an array, and the position of the first item.
 
     Raises:
       ValueError: for a file that is neither.
@@ -139,28 +113,27 @@ def _begin(file: BinaryIO, path: Path) -> _Begin:
         # Under a name for lines, a file that does not also end with a bracket has a bad item on its first line.
         file.seek(max(0, path.stat().st_size - 2**12))
         if path.suffix.lower() == ".json" or file.read().rstrip()[-1:] == b"]":
-            return _Begin(True, len(head) - len(body) + 1)
+            return True, len(head) - len(body) + 1
     elif _OPEN_OBJECT.fullmatch(body.partition(b"\n")[0]):
         raise ValueError(
             f"{path} is one object over several lines: it must be an array of them, or one per line; if the items are "
             "a list inside it, make a file of that list alone (jq .data)"
         )
-    return _Begin(False, offset)
+    return False, offset
 
 
 def _lines(file: BinaryIO, offset: int, line: int) -> Iterator[Piece]:
     file.seek(offset)
     while raw := file.readline(WINDOW + 1):
-        length = len(raw)
-        problem = None
-        if length > WINDOW and not raw.endswith(b"\n"):
+        begin, problem, rest = offset, None, raw
+        offset += len(raw)
+        if len(raw) > WINDOW and not raw.endswith(b"\n"):
             problem = f"longer than {WINDOW} bytes: one object with all items inside? Make a file of their list alone"
-            while (rest := file.readline(WINDOW)) and not rest.endswith(b"\n"):
-                length += len(rest)
-            length += len(rest)
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(WINDOW)
+                offset += len(rest)
         if not raw.isspace():
-            yield Piece(offset, raw.strip(), line, problem)
-        offset += length
+            yield Piece(begin, raw.strip(), line, problem)
         line += 1
 
 
@@ -179,12 +152,8 @@ def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
     """
     decode = json.JSONDecoder().raw_decode
     file.seek(offset)
-    text, base, start = (
-        "",
-        offset,
-        0,
-    )  # ``text`` begins at byte ``base`` of the file, the rest of the array at ``start``
-    first = True
+    # ``text`` begins at byte ``base`` of the file, the rest of the array at ``start``.
+    text, base, start, first = "", offset, 0, True
     while True:
         start = _SPACE.match(text, start).end()  # type: ignore[union-attr]
         end, closing, problem = start, None, "it has no closing bracket"

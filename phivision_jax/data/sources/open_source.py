@@ -6,11 +6,18 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal
 
-from phivision_jax.data.sources.files import PATTERNS, Format, files_directly_in, files_of_format
-from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.array_record import ArrayRecordSource
+from phivision_jax.data.sources.files import PATTERNS, FileSource, files_directly_in, files_of_format
+from phivision_jax.data.sources.item_options import Format, ItemOptions
+from phivision_jax.data.sources.json_files import JsonSource
+from phivision_jax.data.sources.parquet import ParquetSource
 from phivision_jax.data.sources.source import Source
+
+_READERS: dict[str, type[FileSource[Any]]] = {
+    reader.format: reader for reader in (JsonSource, ParquetSource, ArrayRecordSource)
+}
 
 _LOOKED_FOR = (
     "looked for .json, .jsonl or .ndjson, .parquet, .array_record files, and for dataset_info.json (TFDS); "
@@ -52,24 +59,13 @@ def open_source(
         raise FileNotFoundError(f"there is no file or folder {spec}")
     elif format == "auto":
         format = _format_of(path)
-    # Imported when needed: TFDS takes a second, and is an extra.
-    if format == "json":
-        from phivision_jax.data.sources.json_files import JsonSource
-
-        return JsonSource(path, options, split=split, name=name)
-    if format == "parquet":
-        from phivision_jax.data.sources.parquet import ParquetSource
-
-        return ParquetSource(path, options, split=split, name=name)
     if format == "tfds":
-        from phivision_jax.data.sources.tfds import TfdsSource
+        from phivision_jax.data.sources.tfds import TfdsSource  # TFDS takes a second to import, and is an extra
 
         return TfdsSource(spec.removeprefix("tfds:"), options, split=split, name=name)
-    if format == "array-record":
-        from phivision_jax.data.sources.array_record import ArrayRecordSource
-
-        return ArrayRecordSource(path, options, name=name)
-    raise ValueError(f"format must be one of auto, {', '.join(get_args(Format))}, not {format!r}")
+    if format not in _READERS:
+        raise ValueError(f"format must be one of auto, tfds, {', '.join(_READERS)}, not {format!r}")
+    return _READERS[format](path, options, split=split, name=name)
 
 
 def _format_of(path: Path) -> Format:

@@ -16,9 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.sources.file_source import FileSource
-from phivision_jax.data.sources.files import files_of_split
-from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.files import FileSource
 from phivision_jax.data.sources.items import IDS
 from phivision_jax.data.sources.source import Read
 
@@ -33,6 +31,8 @@ class _Group:
 
     file: Path
     number: int
+    count: int
+    """Number of its rows."""
     first: int
     """Number of its first row in the file."""
     at_once: int
@@ -43,59 +43,42 @@ class _Group:
 class _Cursor:
     """A position in a row group."""
 
-    part: int
+    group: _Group
     row: int
     """The next row."""
     rows: Iterator[pa.RecordBatch]
     """The rows from there on, each by itself."""
 
 
-class ParquetSource(FileSource):
+class ParquetSource(FileSource[_Group]):
     """Rows of parquet files."""
 
     format = "parquet"
 
-    def __init__(self, path: Path, options: ItemOptions, *, split: str = "train", name: str | None = None) -> None:
-        """Find the files and count their rows.
-
-        Args:
-          path: a file, or a folder of which ``split`` chooses the files.
-          options: how rows become records.
-          split: of a folder's files, see ``files_of_split``.
-          name: name of the source; default: the stem of the file or the name of the folder.
-
-        Raises:
-          ValueError: when there is no row, or for a file whose footer cannot be read.
-        """
-        self.files = files_of_split(path, "parquet", split)
-        self._cursor: _Cursor | None = None
-        self._groups: list[_Group] = []
-        counts = []
-        for file in self.files.read:
-            try:
-                metadata = pq.read_metadata(file)
-            except (pa.ArrowException, OSError) as error:
-                _raise_if_of_file_system(error)
-                raise ValueError(f"{file} is not a parquet file, or is cut short: {error}") from None
-            first = 0
-            for number in range(metadata.num_row_groups):
-                group = metadata.row_group(number)
-                at_once = max(1, min(_ROWS, BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1)))
-                self._groups.append(_Group(file, number, first, at_once))
-                counts.append(group.num_rows)
-                first += group.num_rows
-        super().__init__(path, name, options, self.files.read, counts)
+    _cursor: _Cursor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files stay here: another process opens its own.
         return vars(self) | {"_cursor": None}
 
-    def _read_part(self, part: int, start: int, stop: int) -> Iterator[Read | Quarantined]:
-        group, row = self._groups[part], start
+    def _open(self, file: Path) -> Iterator[_Group]:
+        try:
+            metadata = pq.read_metadata(file)
+        except (pa.ArrowException, OSError) as error:
+            _raise_if_of_file_system(error)
+            raise ValueError(f"{file} is not a parquet file, or is cut short: {error}") from None
+        first = 0
+        for number in range(metadata.num_row_groups):
+            rows, size = metadata.row_group(number).num_rows, metadata.row_group(number).total_byte_size
+            yield _Group(file, number, rows, first, at_once=max(1, min(_ROWS, BATCH_BYTES * rows // max(size, 1))))
+            first += rows
+
+    def _read_part(self, part: _Group, start: int, stop: int) -> Iterator[Read | Quarantined]:
+        row = start
 
         def place(row: int) -> tuple[str, str]:
-            number = group.first + row + 1
-            return f"{group.file.name}:{number}", f"{group.file.name}, row {number}"
+            number = part.first + row + 1
+            return f"{part.file.name}:{number}", f"{part.file.name}, row {number}"
 
         try:
             cursor = self._cursor_at(part, start)
@@ -115,16 +98,16 @@ class ParquetSource(FileSource):
             _raise_if_of_file_system(error)
             problem = str(error)
         else:
-            problem = f"row group {group.number} has fewer rows than its footer counts"
+            problem = f"row group {part.number} has fewer rows than its footer counts"
         for bad in range(row, stop):
             yield self._reader.bad("syntax", f"the row group cannot be read: {problem}", *place(bad))
 
-    def _cursor_at(self, part: int, row: int) -> _Cursor:
-        """A cursor at a row of a part or at its end: the one that is kept, if it is at or before that row."""
+    def _cursor_at(self, group: _Group, row: int) -> _Cursor:
+        """A cursor at a row of a group or at its end: the one that is kept, if it is at or before that row."""
         # Taken away while in use, so that it is kept only after its range has been read to the end.
         cursor, self._cursor = self._cursor, None
-        if cursor is None or cursor.part != part or cursor.row > row:
-            cursor = _Cursor(part, 0, _rows(self._groups[part]))
+        if cursor is None or cursor.group != group or cursor.row > row:
+            cursor = _Cursor(group, 0, _rows(group))
         while cursor.row < row and next(cursor.rows, None) is not None:
             cursor.row += 1
         return cursor

@@ -19,6 +19,13 @@ from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.items import IDS, ItemReader
 from phivision_jax.data.sources.source import Read
 
+try:
+    import tensorflow_datasets as tfds
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("TFDS needs its package: pip install 'phivision_jax[tfds]'") from None
+
+_SEQUENCES = (tfds.features.Sequence, tfds.features.Dataset)
+
 
 class TfdsSource:
     """Examples of one split."""
@@ -34,7 +41,6 @@ class TfdsSource:
           name: name of the source; default: the data set's.
 
         Raises:
-          ModuleNotFoundError: without the package.
           ValueError: when there is no such data set or split, or its format has no random access.
         """
         self._spec, self._split, self._options = spec, split, options
@@ -74,17 +80,13 @@ class TfdsSource:
             try:
                 item = _plain(features, example)
             except UnicodeDecodeError as error:
-                own = {name: _replace_bad_utf8(example[name]) for name in IDS if name in example}
+                own = {name: _decode(example[name], "replace") for name in IDS if name in example}
                 yield reader.bad("encoding", f"not UTF-8: {error.reason}", place, where, own)
             else:
                 yield reader.read(item, place, where)
 
     @functools.cached_property
     def _builder(self) -> Any:
-        try:
-            import tensorflow_datasets as tfds
-        except ModuleNotFoundError:
-            raise ModuleNotFoundError("TFDS needs its package: pip install 'phivision_jax[tfds]'") from None
         try:
             return tfds.builder_from_directory(self._spec) if self._is_directory else tfds.builder(self._spec)
         except Exception as error:  # TFDS raises anything
@@ -93,39 +95,29 @@ class TfdsSource:
     @functools.cached_property
     def _examples(self) -> Sequence[Any]:
         try:
-            decoders = _encoded_images(self._builder.info.features)
+            decoders = _decoders(self._builder.info.features)
             return self._builder.as_data_source(split=self._split, decoders=decoders)
         except Exception as error:
             raise ValueError(f"TFDS cannot read split {self._split!r} of {self._spec}: {error}") from None
 
 
-def _encoded_images(features: Any) -> Any:
+class _Unchanged(tfds.decode.SkipDecoding):
+    """TFDS's own class cannot handle sequences."""
+
+    def decode_batch_example_np(self, example: Any) -> Any:
+        return example
+
+    decode_ragged_example_np = decode_batch_example_np
+
+
+def _decoders(feature: Any) -> Any:
     """Decoders for a tree of features that leave images encoded."""
-    import tensorflow_datasets as tfds
-
-    class Unchanged(tfds.decode.SkipDecoding):
-        """TFDS's own class cannot handle sequences."""
-
-        def decode_batch_example_np(self, example: Any) -> Any:
-            return example
-
-        decode_ragged_example_np = decode_batch_example_np
-
-    def decoders(feature: Any) -> Any:
-        if isinstance(feature, tfds.features.Image):
-            return Unchanged()
-        if isinstance(feature, tfds.features.FeaturesDict):
-            found = {name: decoders(inner) for name, inner in feature.items()}
-            return {name: decoder for name, decoder in found.items() if decoder} or None
-        return decoders(feature.feature) if isinstance(feature, _sequences()) else None
-
-    return decoders(features)
-
-
-def _sequences() -> Any:
-    import tensorflow_datasets as tfds
-
-    return (tfds.features.Sequence, tfds.features.Dataset)
+    if isinstance(feature, tfds.features.Image):
+        return _Unchanged()
+    if isinstance(feature, tfds.features.FeaturesDict):
+        found = {name: _decoders(inner) for name, inner in feature.items()}
+        return {name: decoder for name, decoder in found.items() if decoder} or None
+    return _decoders(feature.feature) if isinstance(feature, _SEQUENCES) else None
 
 
 def _plain(feature: Any, value: Any) -> Any:
@@ -134,11 +126,9 @@ def _plain(feature: Any, value: Any) -> Any:
     Raises:
       UnicodeDecodeError: for a text that is not UTF-8.
     """
-    import tensorflow_datasets as tfds
-
     if isinstance(feature, tfds.features.FeaturesDict):
         return {name: _plain(inner, value[name]) for name, inner in feature.items() if name in value}
-    if isinstance(feature, _sequences()):
+    if isinstance(feature, _SEQUENCES):
         rows = _transpose(value) if isinstance(value, Mapping) else value
         return [_plain(feature.feature, row) for row in rows]
     if isinstance(feature, tfds.features.Image):
@@ -154,11 +144,7 @@ def _transpose(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _decode(value: Any) -> Any:
+def _decode(value: Any, errors: str = "strict") -> Any:
     if isinstance(value, list):
-        return [_decode(entry) for entry in value]
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _replace_bad_utf8(value: Any) -> Any:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        return [_decode(entry, errors) for entry in value]
+    return value.decode(errors=errors) if isinstance(value, bytes) else value

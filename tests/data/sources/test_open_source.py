@@ -13,10 +13,9 @@ from phivision_jax.data.sources.easy_vqa import easy_vqa
 from phivision_jax.data.sources.files import files_of_split, shorten
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.json_files import JsonSource
-from phivision_jax.data.sources.memory import RecordsSource
 from phivision_jax.data.sources.open_source import open_source
 from phivision_jax.data.sources.parquet import ParquetSource
-from phivision_jax.data.sources.source import Read
+from phivision_jax.data.sources.source import Read, RecordsSource
 from tests.support.records import make_record, mixed_records
 
 OPTIONS = ItemOptions()

@@ -126,8 +126,9 @@ def test_tfds_rejects(directory, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cannot open"):
         open_source(tmp_path, options=ItemOptions())
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    monkeypatch.delitem(sys.modules, "phivision_jax.data.sources.tfds")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'phivision_jax\[tfds\]'"):
-        TfdsSource(str(directory), ItemOptions())
+        open_source(directory, format="tfds", options=ItemOptions())
 
 
 def test_tfds_does_not_import_tensorflow(directory):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from phivision_jax.data.quarantine import TooManyBadRecords
-from phivision_jax.data.sources.memory import RecordsSource
+from phivision_jax.data.sources.source import RecordsSource
 from phivision_jax.data.store.dataset import MANIFEST, SCHEMA, Dataset
 from phivision_jax.data.store.importing import import_source
 from phivision_jax.data.store.integrity import validate
