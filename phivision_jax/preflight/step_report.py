@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from phivision_jax.hardware.topology import GIB, Topology
+from phivision_jax.io import html
 from phivision_jax.preflight.model import modelled_step
 from phivision_jax.training.run_config import ResolvedConfig
 
@@ -131,32 +132,25 @@ def _gib(size: float) -> str:
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Draw memory by content, and the modelled step by part, as a PNG."""
-    import matplotlib
+    path.write_bytes(html.plot(lambda figure: _draw(report, figure), "", height=4.2).png)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
+def _draw(report: Mapping[str, Any], figure: html.Canvas) -> None:
     parts = {name.replace("_", " "): s for name, s in (report.get("modelled_parts_seconds") or {}).items() if s}
-    figure, axes = plt.subplots(1, 2 if parts else 1, figsize=(11 if parts else 6, 3.6), squeeze=False)
-    figure.subplots_adjust(wspace=0.4)
-    memory, left = axes[0][0], 0.0
+    memory, *others = figure.subplots(1, 2 if parts else 1, squeeze=False)[0]
+    left = 0.0
     for i, (name, size) in enumerate(report["memory_bytes_per_chip"].items()):
         memory.barh(0, size / GIB, left=left, color=f"C{i}", label=f"{name} {size / GIB:.2f}")
         left += size / GIB
-    for name, size, color, style in (
-        ("HBM", report["hbm_bytes_per_chip"], "black", "--"),
-        ("peak", report["peak_bytes_per_chip"] or 0, "red", ":"),
-    ):
-        memory.axvline(size / GIB, color=color, linestyle=style, label=f"{name} {size / GIB:.2f}")
+    hbm, peak = report["hbm_bytes_per_chip"] / GIB, (report["peak_bytes_per_chip"] or 0) / GIB
+    memory.axvline(hbm, color="gray", linestyle="--", label=f"HBM {hbm:.2f}")
+    memory.axvline(peak, color="red", linestyle=":", label=f"peak {peak:.2f}")
     memory.set(title="memory per chip", xlabel="GiB", yticks=[], ylim=(-0.8, 0.8))
-    memory.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, fontsize=8, frameon=False)
-    if parts:
-        step = axes[0][1]
-        step.bar_label(step.barh(list(parts), list(parts.values()), color="C4"), fmt="%.2f", padding=2, fontsize=8)
+    memory.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    for step in others:
+        step.bar_label(step.barh(list(parts), list(parts.values()), color="C4"), fmt="%.2f", padding=2)
         seconds, mfu = report["modelled_step_seconds"], report["modelled_mfu"]
         step.set(title=f"modelled step: {seconds:.2f} s, MFU {mfu:.1%}", xlabel="s")
         step.invert_yaxis()
         step.margins(x=0.15)
-    figure.suptitle(f"{report['slices']} x {report['topology']}, T = {report['length']:,}", fontsize=11)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+    figure.suptitle(f"{report['slices']} x {report['topology']}, T = {report['length']:,}")
