@@ -39,7 +39,8 @@ def preflight(
     status is 3 when the step does not fit.
 
     Args:
-        config: Configuration file, with a variant after a colon: configs/phi4_rv_15b.py:stage2.
+        config: Configuration file, with a variant after a colon: configs/phi4_rv_15b.py:stage2. Without init_from the
+            model is the released one, unless the file describes another.
         topology: Slice by its XLA name (v5p:4x4x8, v5e:16x16, v6e:16x16) or Cloud name (v5p-256, v5litepod-256).
         slices: Number of such slices.
         generate: Compile generation instead of training: weights, KV cache, largest batch, time per token.
@@ -51,6 +52,7 @@ def preflight(
         plot: Draw memory and step time to this file; default: next to the JSON file, if there is one.
         set: Fields of the configuration to change: data.batch_rows=512 remat=full.
     """
+    from phivision_jax.checkpoint import loading
     from phivision_jax.hardware.topology import parse_topology
     from phivision_jax.preflight import step_report
     from phivision_jax.preflight.compiling import check_machine
@@ -59,7 +61,11 @@ def preflight(
     if generate and search:
         raise ValueError("--generate and --search exclude each other: the search is for training steps")
     where = parse_topology(topology, slices)
-    cfg = resolve_for(loader.load_config(config, set), where.chip.device_kind, where.devices, where.slices)
+    given = loader.load_config(config, set)
+    if given.init_from:
+        checkpoint = loading.locate(given.init_from)
+        given = given.with_checkpoint(loading.config_of(checkpoint), str(checkpoint))
+    cfg = resolve_for(given, where.chip.device_kind, where.devices, where.slices)
     check_machine()
     print(where)
     if generate:

@@ -5,13 +5,17 @@ import json
 
 import pytest
 
+from phivision_jax.checkpoint import loading
 from phivision_jax.cli.load_config import load_config
+from phivision_jax.cli.preflight import preflight
+from phivision_jax.config import ModelConfig
 from phivision_jax.hardware.topology import GIB, parse_topology
-from phivision_jax.preflight import step_report
+from phivision_jax.preflight import compiling, step_report
 from phivision_jax.preflight.memory import Buffer
 from phivision_jax.preflight.model import layout_search, modelled_step
 from phivision_jax.training.device_layout import resolve_for
 from tests.support import preflight_tables
+from tests.support.paths import ROOT
 
 WHERE = parse_topology("v5p:4x4x8")
 CFG = resolve_for(load_config("configs/phi4_rv_15b.py:stage2"), WHERE.chip.device_kind, WHERE.devices)
@@ -127,6 +131,21 @@ def test_search_survives_compiler_failure():
     found = layout_search.search(CFG, WHERE, attempt, log.append, 0.1)
     assert found is not None and found["cfg"].remat == "full"
     assert log[0].endswith("does not compile at low effort: the compiler was killed by SIGABRT")
+
+
+def test_preflight_takes_the_model_of_init_from(monkeypatch, capsys):
+    def run_worker(title, facts_of, cfg, *arguments):
+        seen.append(cfg.model)
+        return facts()
+
+    seen = []
+    monkeypatch.setattr(compiling, "check_machine", lambda: None)
+    monkeypatch.setattr(compiling, "run_worker", run_worker)
+    tiny = ROOT / "tests" / "golden" / "tiny"
+    preflight("configs/phi4_rv_15b.py:stage2", "v5p:4x4x8", set=(f"init_from={tiny}",))
+    preflight("configs/phi4_rv_15b.py:stage2", "v5p:4x4x8")
+    assert [model.decoder for model in seen] == [loading.config_of(tiny).decoder, ModelConfig().decoder]
+    assert seen[0].decoder != seen[1].decoder and "fits" in capsys.readouterr().out
 
 
 def test_page_has_tables_of_results():
