@@ -4,7 +4,12 @@ import os
 
 # Before JAX is imported. A machine with an accelerator must give the same numbers, so only the CPU is asked for.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Tests compile far more than they compute, so LLVM's costly passes are left out.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 from collections.abc import Iterator
 
