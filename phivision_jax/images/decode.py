@@ -79,6 +79,18 @@ def image_size(source: bytes | str | Path, name: str | None = None) -> tuple[int
         return (height, width) if _orientation(image) in _SIDES_SWAP else (width, height)
 
 
+def image_format(content: bytes) -> str | None:
+    """Pillow's name of a file's format; None for bytes that cannot be opened.
+
+    The MPO of a camera is a JPEG followed by more images, and counts as one.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return "JPEG" if image.format == "MPO" else image.format
+    except Exception:  # decoders raise anything
+        return None
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow image as 8-bit RGB.
 

@@ -66,21 +66,14 @@ def conversation_of(item: Mapping[str, Any]) -> Conversation:
     else:
         turns = _rows(item[form], f"the field {form}")
     by_role = form in ("question", "texts")
-    messages: list[Mapping[str, Any]] = []
-    for i, turn in enumerate(turns):
-        if by_role:
-            messages += [{"role": role, "content": turn.get(role)} for role in ("user", "assistant")]
-        else:
-            messages.append(_message(turn, i))
+    if by_role:
+        messages = [{"role": role, "content": turn.get(role)} for turn in turns for role in ("user", "assistant")]
+    else:
+        messages = [_message(turn, i) for i, turn in enumerate(turns)]
     try:
         plain, images = chat.flatten(messages)
     except chat.MessageError as error:
         raise BadRecord(error.reason, str(error)) from None
-    for message in plain:
-        if message.get("weight") == 0:
-            message["weight"] = 0
-        else:
-            message.pop("weight", None)
     return Conversation(plain, _checked(images), used, may_prepend=by_role)
 
 
@@ -102,7 +95,8 @@ def _message(turn: Mapping[str, Any], i: int) -> dict[str, Any]:
     role = _ROLES.get(role, role)
     if not isinstance(content, str):
         content = [_part(part) for part in _rows(content, f"the content of message {i}")]
-    return {"role": role, "content": content, "weight": turn.get("weight") if role == "assistant" else None}
+    weight = turn.get("weight") if role == "assistant" else None
+    return {"role": role, "content": content} | ({} if weight in (None, 1) else {"weight": weight})
 
 
 def _part(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -118,16 +112,12 @@ def _part(part: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _checked(images: list[Any]) -> list[Any]:
     """The images, those that are only numbered as None, if their numbers are in order."""
-    checked: list[Any] = []
-    for image in images:
-        if isinstance(image, _Index):
-            # In another order than they are listed, images would be assigned to the wrong places.
-            expected = sum(other is None for other in checked)
-            if image.number != expected:
-                raise BadRecord("fields", f"a part shows image {image.number} where image {expected} is next in order")
-            image = None
-        checked.append(image)
-    return checked
+    listed = [image for image in images if image is None or isinstance(image, _Index)]
+    for expected, image in enumerate(listed):
+        # In another order than they are listed, images would be assigned to the wrong places.
+        if image is not None and image.number != expected:
+            raise BadRecord("fields", f"a part shows image {image.number} where image {expected} is next in order")
+    return [None if isinstance(image, _Index) else image for image in images]
 
 
 def _rows(value: Any, what: str) -> list[Mapping[str, Any]]:

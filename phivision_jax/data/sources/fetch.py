@@ -11,15 +11,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import errno
-import functools
-import io
 import ipaddress
 import os
 import re
 import socket
 import stat
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,8 @@ from typing import Any
 from PIL import Image
 
 from phivision_jax.data.quarantine import BadRecord
+from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.images.decode import image_format
 
 MAX_DOWNLOAD = 64 * 2**20
 """Bytes."""
@@ -50,23 +50,14 @@ def is_given(value: Any) -> bool:
     return value is not None and not (isinstance(value, str) and not value)
 
 
-def fetch(
-    value: Any,
-    folder: Path,
-    *,
-    also_allow: Sequence[Path] = (),
-    allow_urls: bool = False,
-    any_extension: bool = False,
-) -> bytes:
+def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
     """The bytes of an image file.
 
     Args:
       value: bytes; a path (relative to ``folder``, or absolute and inside it), a data URI or a URL; or a mapping with
         ``bytes``, ``path`` or ``url``, of which the first that is given counts.
       folder: folder that no path may leave.
-      also_allow: further folders in which the target of a symbolic link may be.
-      allow_urls: fetch http and https.
-      any_extension: accept a file whose name belongs to another format.
+      options: ``also_allow``, ``allow_urls`` and ``any_extension`` count.
 
     Raises:
       BadRecord: "fields", "image-path", "image-missing", "image-url", "image-extension", "image-broken".
@@ -81,18 +72,18 @@ def fetch(
     if value[:5].lower() == "data:":
         return _from_data_uri(value)
     if _SCHEME.match(value):
-        return _from_url(value, allow_urls)
-    content = _from_path(value, folder, also_allow)
-    if not any_extension:
+        return _from_url(value, options.allow_urls)
+    content = _from_path(value, [folder, *options.also_allow])
+    if not options.any_extension:
         _check_extension(value, content)
     return content
 
 
-def _from_path(path: str, folder: Path, also_allow: Sequence[Path]) -> bytes:
-    root = os.path.realpath(folder)
+def _from_path(path: str, folders: list[Path]) -> bytes:
+    root, *also_allowed = map(os.path.realpath, folders)
     try:
         real = os.path.realpath(os.path.join(root, path))
-        if not any(_is_in(real, allowed) for allowed in (root, *map(os.path.realpath, also_allow))):
+        if not any(_is_in(real, allowed) for allowed in (root, *also_allowed)):
             by_link = _is_in(os.path.normpath(os.path.join(root, path)), root)
             hint = f" to {real}, by a symbolic link: --also-allow names folders for such targets" if by_link else ""
             raise BadRecord("image-path", f"{path} leads out of the image folder {root}{hint}")
@@ -115,27 +106,10 @@ def _is_in(path: str, folder: str) -> bool:
     return os.path.commonpath([folder, path]) == folder
 
 
-@functools.cache
-def _formats() -> dict[str, str]:
-    """Pillow's format of each file name extension."""
-    return {extension: _plain(format) for extension, format in Image.registered_extensions().items()}
-
-
-def _plain(format: str | None) -> str:
-    # The MPO of a camera is a JPEG followed by more images, and is named .jpg.
-    return "JPEG" if format == "MPO" else format or ""
-
-
 def _check_extension(path: str, content: bytes) -> None:
-    expected = _formats().get(os.path.splitext(path)[1].lower())
-    if expected is None:
-        return
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            found = _plain(image.format)
-    except Exception:
-        return  # what cannot be opened at all is left to the check of records, which reports why
-    if found != expected:
+    expected = Image.registered_extensions().get(os.path.splitext(path)[1].lower(), "").replace("MPO", "JPEG")
+    # What cannot be opened at all is left to the check of records, which reports why.
+    if expected and (found := image_format(content)) not in (None, expected):
         raise BadRecord("image-extension", f"{path} is named {expected}, but its content is {found}")
 
 

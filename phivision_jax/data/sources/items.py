@@ -34,7 +34,7 @@ from typing import Any, Literal
 
 from phivision_jax.data.image_check import check_image
 from phivision_jax.data.quarantine import BadRecord, Quarantined
-from phivision_jax.data.records import MODES, TASKS, Mode, Record
+from phivision_jax.data.records import MODES, Mode, Record, check_task
 from phivision_jax.data.sources.conversations import conversation_of
 from phivision_jax.data.sources.coordinates import fill_placeholders, rewrite_lists
 from phivision_jax.data.sources.fetch import fetch, is_given
@@ -147,21 +147,13 @@ class ItemReader:
         else:
             lineage = []
         try:
-            record = Record(
-                id=_id(item) or place,
-                source=self.source if (source := _optional(item, "source")) is None else source,
-                images=tuple(images),
-                messages=tuple(messages),
-                mode=mode,
-                task=task,
-                metadata=_metadata(item, used),
-                lineage=tuple(lineage),
-            )
-        except BadRecord:
-            raise
+            check_task(task)
         except ValueError as error:
-            aside = "" if task in TASKS else f" {_aside('task')}, and --task then sets one for all records"
-            raise BadRecord("fields", f"{error}{aside}") from None
+            aside = f"{_aside('task')}, and --task then sets one for all records"
+            raise BadRecord("fields", f"{error} {aside}") from None
+        id, source, metadata = _id(item) or place, _optional(item, "source"), _metadata(item, used)
+        source = self.source if source is None else source
+        record = Record(id, source, tuple(images), tuple(messages), mode, task, metadata, tuple(lineage))
         return Read(record, mode_from, system, where)
 
     def _images(
@@ -183,18 +175,8 @@ class ItemReader:
             given = len(wanted) - free
             besides = f" besides the {given} in the messages" if given else ""
             raise BadRecord("image-count", f"{free} {IMAGE_MARKER} markers, but {len(listed)} images{besides}")
-        rest = iter(listed)
-        options = self.options
-        return [
-            fetch(
-                next(rest) if image is None else image,
-                options.images or self.folder,
-                also_allow=options.also_allow,
-                allow_urls=options.allow_urls,
-                any_extension=options.any_extension,
-            )
-            for image in wanted
-        ]
+        rest, folder = iter(listed), self.options.images or self.folder
+        return [fetch(next(rest) if image is None else image, folder, self.options) for image in wanted]
 
 
 def settle_mode(

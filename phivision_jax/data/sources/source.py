@@ -15,6 +15,7 @@ from typing import Any, Literal
 from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.records import Record
 from phivision_jax.data.sources.fetch import fetch
+from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.io import work
 
 ModeFrom = Literal["stated", "inferred", "default"]
@@ -59,7 +60,7 @@ class RecordsSource:
             where = f"record {i + 1} of {self.name}"
             try:
                 images = tuple(
-                    fetch(os.path.abspath(image), Path("/")) if isinstance(image, str) else image
+                    fetch(os.path.abspath(image), Path("/"), ItemOptions()) if isinstance(image, str) else image
                     for image in record.images
                 )
             except BadRecord as bad:

@@ -9,23 +9,21 @@ Importing OUT gives the same records again: ids, sources, messages, images, mode
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from phivision_jax.data.records import Record
 from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.images.decode import image_format
 from phivision_jax.io import atomic
 from phivision_jax.io.progress import bar
 from phivision_jax.text.constants import IMAGE_MARKER
 
 DATA = "data.jsonl"
 _LLAVA_ROLES = {"user": "human", "assistant": "gpt", "system": "system"}
-_EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "TIFF": "tif", "BMP": "bmp"}
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "TIFF": "tif", "BMP": "bmp"}
 
 
 def export(dataset: Dataset, out: Path, format: Literal["llava", "messages"], *, progress: bool = True) -> int:
@@ -91,16 +89,8 @@ def _save(image: bytes | str, folder: Path) -> str:
     """Write an image unless it exists; return its path in the folder."""
     content = image if isinstance(image, bytes) else Path(image).read_bytes()
     digest = hashlib.sha256(content).hexdigest()
-    path = f"images/{digest[:2]}/{digest}.{_extension(content)}"
+    path = f"images/{digest[:2]}/{digest}.{_EXTENSIONS.get(image_format(content) or '', 'bin')}"
     if not (folder / path).exists():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     return path
-
-
-def _extension(content: bytes) -> str:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return _EXTENSIONS.get(image.format or "", "bin")
-    except Exception:  # decoders raise anything; what cannot be opened is exported, too
-        return "bin"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources import fetch as fetching
-from phivision_jax.data.sources.fetch import fetch
+from phivision_jax.data.sources.item_options import ItemOptions
 from tests.support.records import png
 
 PNG = png(24, 16)
@@ -24,6 +24,10 @@ def encoded(format: str, **options) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8)).save(file, format, **options)
     return file.getvalue()
+
+
+def fetch(value, folder: Path, **options) -> bytes:
+    return fetching.fetch(value, folder, ItemOptions(**options))
 
 
 def reason(value, folder: Path, **options) -> str:
