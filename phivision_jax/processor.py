@@ -52,10 +52,7 @@ class Processor:
         if tokenizer is not None:
             decoder = config.decoder
             if tokenizer.vocab_size > decoder.vocab_size:
-                raise ValueError(
-                    f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {decoder.vocab_size}: "
-                    "they do not belong together"
-                )
+                raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.vocab_size}")
             if tokenizer.eos_id != decoder.eos_token_id:
                 raise ValueError(
                     f"the tokenizer ends a turn with token {tokenizer.eos_id}, config.decoder.eos_token_id is "

@@ -162,8 +162,6 @@ def make_layout(config: ModelConfig) -> ImageLayout:
     layout = _LAYOUTS[name](config)
     merged = layout.merge[0] if layout.merge else 1
     if merged != config.projector.merge_size:
-        raise ValueError(
-            f"image_layout {name!r} concatenates {merged} features into a token, but projector.merge_size is "
-            f"{config.projector.merge_size}; make them equal"
-        )
+        problem = f"but projector.merge_size is {config.projector.merge_size}; make them equal"
+        raise ValueError(f"image_layout {name!r} concatenates {merged} features into a token, {problem}")
     return layout

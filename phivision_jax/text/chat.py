@@ -199,8 +199,6 @@ def _with_loss(spans: list[tuple[int, int]], messages: Sequence[Message]) -> lis
     if 0 not in weights:
         return spans
     if len(spans) != len(weights):
-        raise ValueError(
-            f"the chat template marks {len(spans)} texts in a conversation of {len(weights)} answers, so it does not "
-            "show which of them has weight 0"
-        )
+        problem = f"marks {len(spans)} texts in a conversation of {len(weights)} answers: unclear which has weight 0"
+        raise ValueError(f"the chat template {problem}")
     return [span for span, weight in zip(spans, weights, strict=True) if weight != 0]

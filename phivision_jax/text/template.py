@@ -76,9 +76,7 @@ class ChatTemplate:
         if isinstance(source, list):  # several templates, by name
             source = {entry["name"]: entry["template"] for entry in source}.get("default")
         if source is None:
-            raise FileNotFoundError(
-                f"{path} holds no {TEMPLATE_FILE}, and no default chat_template in {TOKENIZER_CONFIG}"
-            )
+            raise FileNotFoundError(f"{path} holds no {TEMPLATE_FILE}, nor a default one in {TOKENIZER_CONFIG}")
         return cls(source, special_tokens, f"chat_template in {config_file}")
 
     @classmethod

@@ -45,10 +45,8 @@ class Tokenizer:
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         missing = [token for token in _REQUIRED if token not in vocabulary]
         if missing:
-            raise ValueError(
-                f"{where}/{TOKENIZER} has no token {', '.join(missing)}: the chat format and the thinking modes need "
-                "it. Take the tokenizer files of a Phi-4-reasoning-vision checkpoint"
-            )
+            problem = f"has no token {', '.join(missing)}: it is not of a Phi-4-reasoning-vision checkpoint"
+            raise ValueError(f"{where}/{TOKENIZER} {problem}")
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id, self.pad_id, self.nothink_id = vocabulary[EOS], vocabulary[PAD], vocabulary[NOTHINK]
         self.think_id, self.end_think_id = vocabulary[THINK], vocabulary[END_THINK]
@@ -145,10 +143,8 @@ def _build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
     )
     for index, entry in added.items():
         if (found := backend.token_to_id(entry["content"])) != index:
-            raise ValueError(
-                f"{where}: {TOKENIZER_CONFIG} has {entry['content']} as token {index}, {TOKENIZER} as {found}: the "
-                "files do not belong together"
-            )
+            problem = f"{TOKENIZER_CONFIG} has {entry['content']} as token {index}, {TOKENIZER} as {found}"
+            raise ValueError(f"{where}: {problem}")
     return backend
 
 

@@ -166,8 +166,8 @@ def test_validate_lists_damage(phivision, tmp_path):
         (["import", "data.json", "out", "--formt", "json"], 2, "--formt"),
         (["import", "data.json", "out", "--checkpoint", "nowhere"], 1, "nowhere"),
         (["import", "data.json"], 2, "OUT"),
-        (["validate", "nowhere"], 1, "no dataset directory nowhere"),
-        (["export", "nowhere", "out"], 1, "no dataset directory nowhere"),
+        (["validate", "nowhere"], 1, "no dataset in nowhere"),
+        (["export", "nowhere", "out"], 1, "no dataset in nowhere"),
     ],
 )
 def test_mistakes_are_one_sentence(phivision, tmp_path, monkeypatch, words, code, message):

@@ -115,10 +115,8 @@ def _begin(file: BinaryIO, path: Path) -> tuple[bool, int]:
         if path.suffix.lower() == ".json" or file.read().rstrip()[-1:] == b"]":
             return True, len(head) - len(body) + 1
     elif _OPEN_OBJECT.fullmatch(body.partition(b"\n")[0]):
-        raise ValueError(
-            f"{path} is one object over several lines: it must be an array of them, or one per line; if the items are "
-            "a list inside it, make a file of that list alone (jq .data)"
-        )
+        problem = "write an array, or one per line; for a list inside it, make a file of that list alone (jq .data)"
+        raise ValueError(f"{path} is one object over several lines: {problem}")
     return False, offset
 
 

@@ -35,6 +35,7 @@ import numpy as np
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import Record
 from phivision_jax.data.store.shard_files import READERS, Shard
+from phivision_jax.io.storage import read_json
 from phivision_jax.processor import Processor
 
 SCHEMA = 4
@@ -139,23 +140,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of a dataset.
 
     Raises:
-      FileNotFoundError: when there is no directory, or no manifest in it.
+      FileNotFoundError: when there is none.
       ValueError: when it cannot be parsed, or has another schema version.
     """
     path = directory / MANIFEST
-    if not directory.is_dir():
-        raise FileNotFoundError(f"no dataset directory {directory}; make one with phivision data import")
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} has no {MANIFEST}: it is not a dataset; make one with phivision data import"
-        )
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); copy or import the dataset again") from None
-    if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else None
-        raise ValueError(f"{path}: schema {found!r}, this program reads {SCHEMA}; import the data again")
+        raise FileNotFoundError(f"no dataset in {directory} (no {MANIFEST}); make one with phivision data import")
+    manifest = read_json(path)
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path}: schema {schema!r}, this program reads {SCHEMA}; import the data again")
     return manifest
 
 
@@ -172,19 +166,15 @@ def check_size(directory: Path, file: Mapping[str, Any]) -> None:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing; copy or import the dataset again") from None
     if size != file["bytes"]:
-        raise ValueError(
-            f"{path} has {size} bytes, {file['bytes']} in the manifest; a cut-off copy? Copy or import it again"
-        )
+        raise ValueError(f"{path} has {size} bytes, not {file['bytes']}: a cut-off copy? Copy or import it again")
 
 
 def check_processor(dataset: Dataset, processor: Processor) -> None:
     """Raise ValueError when the dataset's tokens were counted with another tokenizer or chat template."""
-    ours = processor.text_fingerprint
-    if dataset.manifest["text"] != ours:
+    if dataset.manifest["text"] != processor.text_fingerprint:
         raise ValueError(
-            f"{dataset.directory}: tokens were counted with another tokenizer or chat template "
-            f"({dataset.manifest['text'][:12]}, this processor's are {ours[:12]}); import the records again with it, "
-            "or name the checkpoint that they were imported with"
+            f"{dataset.directory}: tokens were counted with another tokenizer or chat template; import the records "
+            "again with this one, or name the checkpoint that they were imported with"
         )
 
 

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def validate(
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    problems = list(_index_problems(directory, manifest))
+    problems = _index_problems(directory, manifest)
     shards = manifest["shards"]
     firsts = itertools.accumulate((shard["records"] for shard in shards), initial=0)
     jobs = list(zip(shards, firsts, strict=False))
@@ -114,40 +114,30 @@ def validate(
     )
 
 
-def _hash_problems(directory: Path, file: Mapping[str, Any]) -> list[Problem]:
-    """Compare a file with its entry in the manifest.
-
-    Raises:
-      OSError: when it is missing or cannot be read.
-      ValueError: when its size differs.
-    """
-    check_size(directory, file)
-    if describe_file(directory, file["file"])["sha256"] == file["sha256"]:
-        return []
-    return [Problem(file["file"], "", "file", "its sha256 is not the manifest's")]
-
-
-def _unreadable(file: Mapping[str, Any], error: Exception) -> Problem:
-    return Problem(file["file"], "", "file", f"it cannot be read: {error}")
+def _file_problems(directory: Path, file: Mapping[str, Any]) -> list[Problem]:
+    """Compare a file with its entry in the manifest."""
+    detail = "its sha256 is not the manifest's"
+    try:
+        check_size(directory, file)
+        if describe_file(directory, file["file"])["sha256"] == file["sha256"]:
+            return []
+    except (OSError, ValueError) as error:
+        detail = f"it cannot be read: {error}"
+    return [Problem(file["file"], "", "file", detail)]
 
 
-def _index_problems(directory: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    damaged: list[Problem] = []
-    for file in manifest["index"]:
-        try:
-            damaged += _hash_problems(directory, file)
-        except (OSError, ValueError) as error:
-            damaged.append(_unreadable(file, error))
-    yield from damaged
-    if not damaged:
+def _index_problems(directory: Path, manifest: Mapping[str, Any]) -> list[Problem]:
+    problems = [problem for file in manifest["index"] for problem in _file_problems(directory, file)]
+    if not problems:
         index, records, images = Index.open(directory), manifest["records"], manifest["images"]
         lengths = {f.name: len(getattr(index, f.name)) for f in dataclasses.fields(index)}
         expected = dict.fromkeys(lengths, records) | {"image_offsets": records + 1, "image_sizes": images}
         offsets = index.image_offsets
         if lengths != expected or offsets[0] != 0 or offsets[-1] != images or np.any(offsets[1:] < offsets[:-1]):
-            yield Problem("index", "", "index", "its columns do not fit each other or the manifest")
+            problems.append(Problem("index", "", "index", "its columns do not fit each other or the manifest"))
     if sum(shard["records"] for shard in manifest["shards"]) != manifest["records"]:
-        yield Problem("manifest.json", "", "file", "its shards do not add up to its records")
+        problems.append(Problem("manifest.json", "", "file", "its shards do not add up to its records"))
+    return problems
 
 
 def _duplicates(hashes: np.ndarray) -> list[int]:
@@ -162,13 +152,12 @@ def _check_shard(directory: Path, decode: bool, job: tuple[Mapping[str, Any], in
     shard = Shard(directory / file["file"], file["records"])
     hashes = np.zeros(shard.records, np.uint64)
     index = Index.open(directory)  # memory-mapped: no index is sent to the workers
-    images = 0
-    problems: list[Problem] = []
+    images, problems = 0, _file_problems(directory, file)
     try:
-        problems += _hash_problems(directory, file)
         reader = open_shard(shard)
     except (OSError, ValueError) as error:
-        return _ShardReport(first, 0, [*problems, _unreadable(file, error)], hashes)
+        unreadable = Problem(file["file"], "", "file", f"it cannot be read: {error}")
+        return _ShardReport(first, 0, problems or [unreadable], hashes)
     for i in range(shard.records):
         if stopped():
             raise Stop

@@ -127,9 +127,7 @@ def _check_messages(record: Record) -> None:
         problem = "every answer has weight 0" if weights else "there is no assistant message"
         raise BadRecord("empty-answer", f"{problem}: there is nothing to learn")
     if markers != len(record.images):
-        raise BadRecord(
-            "image-count", f"{markers} {IMAGE_MARKER} markers in the messages, but {len(record.images)} images"
-        )
+        raise BadRecord("image-count", f"{markers} {IMAGE_MARKER} markers, but {len(record.images)} images")
 
 
 def _answer_text(content: str) -> str:

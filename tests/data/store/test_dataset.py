@@ -89,7 +89,7 @@ def test_import_of_memory_without_records(tmp_path, processor):
 
 
 def test_dataset_open_errors(tmp_path, written):
-    with pytest.raises(FileNotFoundError, match="no dataset directory"):
+    with pytest.raises(FileNotFoundError, match="no dataset in"):
         Dataset.open(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no manifest\.json"):
