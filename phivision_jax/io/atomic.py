@@ -109,28 +109,24 @@ def temporary_directory(path: Path, log: Callable[[str], None] = print) -> Itera
 
 
 def lock(path: Path) -> int:
-    """Lock a directory, or a file that is created if need be, without waiting.
+    """Lock a directory, or a file that is created if need be with its directory, without waiting.
 
     Returns:
       A file descriptor; closing it, or the end of the process in any way, releases the lock.
 
     Raises:
       BlockingIOError: when another process holds the lock.
-      FileNotFoundError: when the parent directory does not exist.
     """
     while True:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
-        try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The former holder may remove or rename the path just before it releases the lock: then it is tried again.
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:
+            descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The former holder may have removed the path just before it released the lock.
             if os.path.samestat(os.fstat(descriptor), path.stat()):
+                stack.pop_all()
                 return descriptor
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
 
 
 def sync_tree(directory: Path) -> None:

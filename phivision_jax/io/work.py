@@ -205,15 +205,10 @@ def _remove_traces(out: Path) -> None:
 @contextlib.contextmanager
 def _locked(partial: Path, out: Path) -> Iterator[None]:
     """Make the partial directory if need be, and hold its lock."""
-    while True:
-        partial.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = atomic.lock(partial / LOCK)
-            break
-        except FileNotFoundError:  # another process has just finished and renamed the directory
-            continue
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is making {out}; wait for it, or choose another name") from None
+    try:
+        lock = atomic.lock(partial / LOCK)
+    except BlockingIOError:
+        raise BlockingIOError(f"another process is making {out}; wait for it, or choose another name") from None
     try:
         yield
     finally:

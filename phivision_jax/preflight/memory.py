@@ -89,9 +89,8 @@ def dumped(directory: Path, module: str) -> tuple[str, str]:
 
 
 _TABLES = ("buffer-assignment", "live-range")
-_ALLOCATION = re.compile(r"allocation \d+: size (\d+)(.*?):?$")
-_VALUE = re.compile(r"\s*value: <\d+ (\S+) @\d+> \(size=(\d+),offset=(\d+)\): ([a-z0-9]+\[[\d,]*\]|\S+)")
-_LIVE = re.compile(r"    (\S+?)(\{[\d,]*\}):(\d+)-(\d+)$")
+_VALUE = re.compile(r"value: <\d+ (\S+) @\d+> \(size=(\d+),offset=(\d+)\): ([a-z0-9]+\[[\d,]*\]|\S+)")
+_LIVE = re.compile(r"^    (\S+?)(\{[\d,]*\}):(\d+)-(\d+)$", re.MULTILINE)
 
 
 def peak_buffers(assignment: str, live_range: str, sources: Mapping[str, str]) -> list[Buffer]:
@@ -105,25 +104,23 @@ def peak_buffers(assignment: str, live_range: str, sources: Mapping[str, str]) -
       ValueError: when the first table has no allocations.
     """
     spans = {
-        m[1] + m[2].removesuffix("{}"): (int(m[3]), int(m[4])) for m in map(_LIVE.match, live_range.split("\n")) if m
+        name + index.removesuffix("{}"): (int(first), int(last))
+        for name, index, first, last in _LIVE.findall(live_range)
     }
     held: list[Buffer] = []  # parameters and results, in memory at every step
     passing: list[tuple[int, int, int, Buffer]] = []  # first and last step, offset in the block of temporaries
-    size, kind, named, found = 0, "", True, False
-    for line in assignment.splitlines():
-        if match := _ALLOCATION.match(line):
-            found, size, kind, named = True, int(match[1]), match[2], False
-        elif (match := _VALUE.match(line)) and "color" not in kind:  # colours are memories other than HBM
-            name, type_ = match[1], match[4]
+    blocks = re.split(r"^allocation \d+: size ", assignment, flags=re.MULTILINE)[1:]
+    if not blocks:
+        raise ValueError("this text is no table of buffers: it has no allocations")
+    for block in blocks:
+        size, _, kind = block.partition("\n")[0].partition(",")
+        values = [] if "color" in kind else _VALUE.findall(block)  # colours are memories other than HBM
+        for name, own_size, offset, type_ in values if "temp" in kind else values[:1]:
             what = " ".join(filter(None, (name, type_, scope(sources.get(name.partition("{")[0], "")))))
             if "temp" not in kind:
-                if not named:
-                    held.append(Buffer(size, what))
-                named = True
+                held.append(Buffer(int(size), what))
             elif name in spans:
-                passing.append((*spans[name], int(match[3]), Buffer(int(match[2]), what)))
-    if not found:
-        raise ValueError("this text is no table of buffers: it has no allocations")
+                passing.append((*spans[name], int(offset), Buffer(int(own_size), what)))
     peak: dict[int, Buffer] = {}
     for step in sorted({first for first, *_ in passing}):
         alive: dict[int, Buffer] = {}
@@ -135,8 +132,9 @@ def peak_buffers(assignment: str, live_range: str, sources: Mapping[str, str]) -
     return sorted([*held, *peak.values()], key=lambda buffer: -buffer.bytes)
 
 
-def _size(number: str, unit: str) -> int:
-    return round(float(number) * 1024 ** "BKMG".index(unit))
+def _bytes(size: str) -> int:
+    """Bytes of a size like ``1.34G``."""
+    return round(float(size[:-1]) * 1024 ** "BKMG".index(size[-1]))
 
 
 def allocations(error: str) -> list[Buffer]:
@@ -145,15 +143,12 @@ def allocations(error: str) -> list[Buffer]:
     Sizes are as exact as the compiler prints them, to three or four digits.
     """
     table = []
-    for entry in re.split(r"\n\s*\d+\. Size: ", error)[1:]:
-        size = re.match(r"([\d.]+)([BKMG])", entry)
-        if size is None:
-            continue
+    for entry in re.split(r"\n\s*\d+\. Size: (?=[\d.]+[BKMG])", error)[1:]:
         fields = dict(re.findall(r"^\s*(Operator|Shape|XLA label): (.*)$", entry, re.MULTILINE))
         source = re.search(r'op_name="([^"]*)"', fields.get("Operator", ""))
         label = re.match(r"%?([\w.\-]+)", fields.get("XLA label", ""))
         words = [label and label[1], re.sub(r"\{[^}]*\}", "", fields.get("Shape", "")), source and scope(source[1])]
-        table.append(Buffer(_size(size[1], size[2]), " ".join(filter(None, words))))
+        table.append(Buffer(_bytes(entry.split()[0]), " ".join(filter(None, words))))
     return sorted(table, key=lambda buffer: -buffer.bytes)
 
 
@@ -163,8 +158,8 @@ def needed(error: str, held: int) -> int | None:
     Args:
       held: bytes of the program's arguments, for the early message, which counts only temporaries.
     """
-    if match := re.search(r"Used ([\d.]+)([BKMG]) of [\d.]+[BKMG] hbm", error):
-        return _size(match[1], match[2])
-    if match := re.search(r"temporaries \(([\d.]+)([BKMG])\) exceeds", error):
-        return held + _size(match[1], match[2])
+    if match := re.search(r"Used ([\d.]+[BKMG]) of [\d.]+[BKMG] hbm", error):
+        return _bytes(match[1])
+    if match := re.search(r"temporaries \(([\d.]+[BKMG])\) exceeds", error):
+        return held + _bytes(match[1])
     return None
