@@ -152,8 +152,6 @@ def run(
     out, key = Path(out), work.key()
     if _made_before(out, key):
         return False
-    if not out.name:
-        raise ValueError(f"{out} cannot be the name of a new directory")
     partial = out.with_name(f".{out.name}.partial")
     with _locked(partial, out):
         if _made_before(out, key):  # by another process in the meantime

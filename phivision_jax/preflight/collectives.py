@@ -87,7 +87,7 @@ def collectives(module: Module) -> list[Collective]:
 
     groups: dict[str | int, list[tuple[Executed, Collective]]] = {}
     for step in walk(module, make, weight=lambda step: wire_bytes(step[1]) * step[1].times):
-        groups.setdefault(_chain(step[0].instruction) or len(groups), []).append(step)
+        groups.setdefault(step[0].instruction.quoted("chain_id") or len(groups), []).append(step)
     return [
         dataclasses.replace(first, overlapped=first.overlapped or _chain_overlaps(module, [step for step, _ in steps]))
         for steps in groups.values()
@@ -136,11 +136,6 @@ def _collective(module: Module, executed: Executed) -> Collective | None:
     return Collective(kind, name, size, executed.loops, groups, _overlaps(module, start, size))
 
 
-def _chain(instruction: Instruction) -> str:
-    match = re.search(r'\bchain_id="(\w+)"', instruction.rest)
-    return match[1] if match else ""
-
-
 def _chain_overlaps(module: Module, steps: list[Executed]) -> bool:
     """Report whether a product runs between the steps of a chain, in the innermost computation that holds both."""
     for one, other in itertools.pairwise(steps):
@@ -174,8 +169,8 @@ def _in_flight(instructions: list[Instruction], i: int) -> list[Instruction]:
     """Instructions between the start at ``i`` and its done; none for a synchronous instruction."""
     opcode = instructions[i].opcode
     if opcode in DCN_KINDS:  # one exchange: its send, recv and their ends name the same rendezvous
-        key = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', instructions[i].rest)
-        exchange = [j for j, x in enumerate(instructions) if x.opcode in DCN_KINDS and key and key[0] in x.rest]
+        keys = [x.opcode in DCN_KINDS and x.quoted("_xla_host_transfer_rendezvous") for x in instructions]
+        exchange = [j for j, key in enumerate(keys) if key and key == keys[i]]
         names = {instructions[j].name for j in exchange}
         dones = [j for j, x in enumerate(instructions) if x.opcode == "recv-done" and names & set(x.operands)]
         return instructions[min(exchange, default=i) + 1 : max(dones, default=i)]
@@ -228,7 +223,7 @@ def _groups(instruction: Instruction, devices: int) -> Groups:
 
 def _slices(instruction: Instruction, devices: int) -> Groups:
     """Each device with its peers in other slices, from ``_xla_megascale_target="{1,2}x{0:127}"`` (slices from 1)."""
-    match = re.search(r'_xla_megascale_target="\{([\d,]+)\}x', instruction.rest)
+    match = re.match(r"\{([\d,]+)\}x", instruction.quoted("_xla_megascale_target"))
     if match is None:
         raise ValueError(f"HLO: {instruction.name} crosses slices, but names them in an unknown format")
     slices = [int(number) - 1 for number in match[1].split(",")]

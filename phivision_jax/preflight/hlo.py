@@ -45,8 +45,12 @@ class Instruction:
     @property
     def op_name(self) -> str:
         """Path of JAX transformations, named scopes and the primitive; empty where the compiler kept none."""
-        match = re.search(r'\bop_name="([^"]*)"', self.rest)
-        return match[1].replace("\\", "") if match else ""
+        return self.quoted("op_name").replace("\\", "")
+
+    def quoted(self, key: str) -> str:
+        """The text in quotes after ``key=``; empty without such an attribute."""
+        match = re.search(rf'\b{key}="([^"]*)"', self.rest)
+        return match[1] if match else ""
 
     def attribute(self, key: str) -> str:
         """The name or word after ``key=``.
@@ -82,14 +86,10 @@ class Module:
         """
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(match[1])
-        condition = loop.attribute("condition")
-        names = [condition, *(name for instruction in self.computations[condition] for name in instruction.called)]
-        constants = {
-            int(match[1])
-            for name in names
-            for instruction in self.computations.get(name, [])
-            if instruction.opcode == "constant" and (match := re.match(r"(\d+)\)", instruction.rest))
-        }
+        condition = self.computations[loop.attribute("condition")]
+        called = [x for one in condition for name in one.called for x in self.computations.get(name, [])]
+        texts = [x.rest for x in (*condition, *called) if x.opcode == "constant"]
+        constants = {int(match[1]) for match in map(re.compile(r"(\d+)\)").match, texts) if match}
         if len(constants) != 1:
             raise ValueError(
                 f"HLO: cannot count the trips of loop {loop.name}: its condition compares with {sorted(constants)}, "

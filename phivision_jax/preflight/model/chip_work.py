@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 from flax import nnx
@@ -59,11 +61,9 @@ def visited_pairs(
     if sum(segments) > length:
         raise ValueError(f"segments of {sum(segments)} tokens do not fit a row of {length}")
     starts, ends = list(range(length)), list(range(length))  # first and last position of each position's segment
-    first = 0
-    for size in segments:
-        starts[first : first + size] = [first] * size
-        ends[first : first + size] = [first + size - 1] * size
-        first += size
+    for size, end in zip(segments, itertools.accumulate(segments), strict=True):
+        starts[end - size : end] = [end - size] * size
+        ends[end - size : end] = [end - 1] * size
     blocks = 0
     for top in range(0, length, block_q):
         bottom = min(top + block_q, length) - 1
@@ -176,13 +176,13 @@ def executed_work(cfg: ResolvedConfig, generation: str, examples: Sequence[int],
     # Complete rows, since padding costs time too. Attention is counted by blocks; here one pair represents any number.
     useful = Workload(tokens, 1, patches, min(patches, 1), vision_tokens)
     parts = step_flops(cfg.model, useful, cfg.optim.lr_rules).parts
-    weights = _weights(cfg.model, cfg.optim.lr_rules)
+    weights, all_weights = _weights(cfg.model, cfg.optim.lr_rules)
 
     def backward(part: str) -> float:
         return parts[part].backward / parts[part].forward
 
     def trained(prefix: str) -> float:
-        return weights[prefix][0] / weights[prefix][1]
+        return weights[prefix] / all_weights[prefix]
 
     def layers(
         part: str, sizes: DecoderConfig | VisionConfig, num: int, kv_heads: int, tokens: int, pairs: int, remat: str
@@ -210,21 +210,19 @@ def executed_work(cfg: ResolvedConfig, generation: str, examples: Sequence[int],
         work += layers("vision", vision, vision.num_active_layers, vision.num_heads, patches, pairs, cfg.vision_remat)
         work += Work(matmul_flops=parts["projector"].total / chips)
     moment_bytes = 2 if cfg.optim.moment_dtype == "bfloat16" else 4
-    return work + optimizer(sum(trained for trained, _ in weights.values()), mesh, moment_bytes)
+    return work + optimizer(weights.total(), mesh, moment_bytes)
 
 
 @functools.cache
-def _weights(config: ModelConfig, lr_rules: tuple[tuple[str, float], ...]) -> dict[str, tuple[int, int]]:
-    """Trained and total parameters by the first two parts of their paths."""
-    params = nnx.to_pure_dict(phivision.abstract(config)[1])
-    trainable, frozen = optim.partition(params, OptimConfig(lr_rules=lr_rules))
-    counts: dict[str, tuple[int, int]] = {}
-    for leaves, trains in ((trainable, 1), (frozen, 0)):
-        for path, leaf in leaves.items():
-            prefix = "/".join(optim.path_name(path).split("/")[:2])
-            trained, total = counts.get(prefix, (0, 0))
-            counts[prefix] = trained + trains * leaf.size, total + leaf.size
-    return counts
+def _weights(config: ModelConfig, lr_rules: tuple[tuple[str, float], ...]) -> tuple[Counter[str], Counter[str]]:
+    """Trained and all parameters by the first two parts of their paths."""
+    trainable, frozen = optim.partition(nnx.to_pure_dict(phivision.abstract(config)[1]), OptimConfig(lr_rules=lr_rules))
+    trained, total = Counter[str](), Counter[str]()
+    for path, leaf in (trainable | frozen).items():
+        prefix = "/".join(optim.path_name(path).split("/")[:2])
+        trained[prefix] += leaf.size if path in trainable else 0
+        total[prefix] += leaf.size
+    return trained, total
 
 
 def _others(parts: int) -> float:

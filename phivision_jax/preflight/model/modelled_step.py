@@ -8,11 +8,13 @@ means, since no data is read.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from phivision_jax.hardware.flops import Workload, mfu, step_flops
 from phivision_jax.hardware.topology import Topology
+from phivision_jax.preflight.collectives import DCN_KINDS
 from phivision_jax.preflight.model import chip_work, roofline
 from phivision_jax.training.run_config import ResolvedConfig
 
@@ -63,17 +65,16 @@ def executed(cfg: ResolvedConfig, generation: str, mix: Mix) -> roofline.Work:
 
 def compiled_work(counted: roofline.Work, facts: Mapping[str, Any]) -> roofline.Work:
     """``counted`` with the products and collectives of a compiled program."""
-    sent = {True: 0.0, False: 0.0}
-    between = dict(sent)
+    sent: Counter[tuple[bool, bool]] = Counter()  # by (between slices, overlapped)
     for one in facts["collectives"]:
-        (between if one["kind"] in ("send", "recv") else sent)[one["overlapped"]] += one["wire_bytes"]
+        sent[one["kind"] in DCN_KINDS, one["overlapped"]] += one["wire_bytes"]
     return dataclasses.replace(
         counted,
         matmul_flops=facts["matmul_flops"],
-        ici_bytes_exposed=sent[False],
-        ici_bytes_overlapped=sent[True],
-        dcn_bytes_exposed=between[False],
-        dcn_bytes_overlapped=between[True],
+        ici_bytes_exposed=sent[False, False],
+        ici_bytes_overlapped=sent[False, True],
+        dcn_bytes_exposed=sent[True, False],
+        dcn_bytes_overlapped=sent[True, True],
     )
 
 
