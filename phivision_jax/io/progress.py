@@ -37,12 +37,7 @@ def bar(description: str, total: int, *, in_bytes: bool = False, shown: bool = T
 
 @contextlib.contextmanager
 def training_bar(
-    total: int,
-    first: int,
-    *,
-    shown: bool = True,
-    console: Console | None = None,
-    clock: Callable[[], float] = time.monotonic,
+    total: int, first: int, *, shown: bool = True, console: Console | None = None
 ) -> Iterator[Callable[..., None]]:
     """Open the line of a training run: steps, the newest metrics, the time left at the speed since this start.
 
@@ -54,16 +49,15 @@ def training_bar(
       first: the step from which this start continues.
       shown: False on every process but the first: nothing is printed.
       console: default: standard output, with control characters only if that is a terminal.
-      clock: seconds, from any origin.
     """
-    console, began, newest = console or Console(quiet=not shown), clock(), dict[str, float]()
+    console, began, newest = console or Console(quiet=not shown), time.monotonic(), dict[str, float]()
     live = Live(console=console, auto_refresh=False) if console.is_terminal and shown else None
 
     def update(done: int, **values: float) -> None:
         newest.update(values)
         parts = [form.format(newest[name]) for name, form in _FORMATS.items() if name in newest]
         if done > first:
-            rate = (clock() - began) / (done - first)
+            rate = (time.monotonic() - began) / (done - first)
             parts.insert(1, f"{timedelta(seconds=round(rate * (total - done)))} left")
         line = f"step {done:,}/{total:,}  {' · '.join(parts)}"
         if live:  # a line too long for the terminal loses its end

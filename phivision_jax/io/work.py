@@ -226,11 +226,7 @@ def _prepare(partial: Path, key: dict[str, Any], restart: bool) -> None:
                 "continue it, repeat its options; to start over, remove the directory or give --restart "
                 f"(restart=True):{_changes(before, key)}"
             )
-        for path in partial.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
+        _remove_all_but({LOCK}, partial)
         atomic.write(partial / KEY, json.dumps(key, indent=2))
     shutil.rmtree(partial / WORK, ignore_errors=True)
     for name in (CHUNKS, WORK):
@@ -323,6 +319,10 @@ def _remove_strays(directory: Path, names: set[str]) -> None:
         if (chunk := _load(directory, name)) is None:
             raise OSError(f"chunk {name} in {directory} disappeared or changed after it was written; run this again")
         keep |= chunk["files"].keys()
+    _remove_all_but(keep, directory)
+
+
+def _remove_all_but(names: set[str], directory: Path) -> None:
     for path in directory.iterdir():
-        if path.name not in keep:
+        if path.name not in names:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -118,8 +118,9 @@ def train_facts(advance: Advance, cfg: ResolvedConfig, where: Topology, low_effo
     """Compile a training step.
 
     Returns:
-      ``mesh``, ``fits``, ``compile_seconds``, and bytes per device (``memory``, ``buffers``); of a program that fits
-      also ``matmul_flops`` per device, and ``collectives``.
+      ``mesh``, ``fits``, ``compile_seconds``, and bytes per device: ``memory``, ``buffers`` and ``peak_bytes``, of a
+      program that does not fit those that it needs, or None where the compiler does not report them. Of a program
+      that fits also ``matmul_flops`` per device, and ``collectives``.
     """
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), _devices(where))
     step = make_train_step(cfg, mesh, steps=1_000)
@@ -151,8 +152,8 @@ def generate_facts(
       planned: ``mesh``, ``batch_rows``, ``prompt`` and ``new_tokens`` (``generation.plan``).
 
     Returns:
-      ``fits``, ``compile_seconds``, ``memory`` and ``buffers``, as in ``train_facts``. Products and collectives are not
-      counted: the number of new tokens, and so of trips, depends on the data.
+      ``fits``, ``compile_seconds``, ``memory``, ``buffers`` and ``peak_bytes``, as in ``train_facts``. Products and
+      collectives are not counted: the number of new tokens, and so of trips, depends on the data.
     """
     mesh = sharding.make_mesh(planned["mesh"], _devices(where))
     graphdef, state = phivision.abstract(cfg.model, dtype=jnp.bfloat16)
@@ -197,7 +198,7 @@ def _compile(
         facts |= {"compile_seconds": time.monotonic() - start, "fits": compiled is not None}
         if compiled is None:
             needed = memory.needed(failure, sum(facts["memory"].values()))
-            return facts | {"needed_bytes": needed, "buffers": memory.allocations(failure)[:12]}, None
+            return facts | {"peak_bytes": needed, "buffers": memory.allocations(failure)[:12]}, None
         advance()
         module = hlo.parse(compiled.as_text())
         buffers = memory.peak_buffers(*memory.dumped(Path(tables), module.name), memory.op_names(module))

@@ -75,15 +75,13 @@ def confirm(
     Args:
       attempt: compiles generation as planned and returns the worker's facts.
     """
-    rows = chosen["rows_per_device"]
-    while True:
-        tried = chosen | {"rows_per_device": rows}
-        tried["batch_rows"] = rows * tried["mesh"]["data"] * tried["mesh"]["fsdp"]
+    tried, mesh = chosen, chosen["mesh"]
+    facts = attempt(tried)
+    while not facts["fits"] and tried["rows_per_device"] > 1:
+        rows = tried["rows_per_device"] * 3 // 4
+        tried = chosen | {"rows_per_device": rows, "batch_rows": rows * mesh["data"] * mesh["fsdp"]}
         facts = attempt(tried)
-        if facts["fits"] or rows == 1:
-            break
-        rows = rows * 3 // 4
-    peak = facts["peak_bytes"] if facts["fits"] else facts["needed_bytes"]
+    peak = facts["peak_bytes"]
     return tried | {
         "fits": facts["fits"],
         "peak_bytes_per_chip": None if peak is None else peak * where.chip.devices,

@@ -99,28 +99,20 @@ class Module:
 
     def _stride(self, loop: Instruction) -> int:
         """Increment of the state element that the condition reads; 1 where the body does not show it."""
-        counters = [
-            re.search(r"index=(\d+)", instruction.rest)
-            for instruction in self.computations[loop.attribute("condition")]
-            if instruction.opcode == "get-tuple-element"
-        ]
-        body = {instruction.name: instruction for instruction in self.computations[loop.attribute("body")]}
-        root = next(reversed(body.values()), None)
-        if len(counters) != 1 or counters[0] is None or root is None or root.opcode != "tuple":
+        condition, body = (self.computations[loop.attribute(key)] for key in ("condition", "body"))
+        reads, by_name = [x for x in condition if x.opcode == "get-tuple-element"], {x.name: x for x in body}
+        if len(reads) != 1 or not body or body[-1].opcode != "tuple":
             return 1
-        added_to = body.get(root.operands[int(counters[0][1])])
-        if added_to is None or added_to.opcode != "add":
+        counter = by_name.get(body[-1].operands[int(reads[0].attribute("index"))])
+        if counter is None or counter.opcode != "add":
             return 1
-        added = (body[name] for name in added_to.operands if name in body and body[name].opcode == "constant")
+        added = (by_name[name] for name in counter.operands if name in by_name and by_name[name].opcode == "constant")
         return next((int(one.rest.partition(")")[0]) for one in added), 1)
 
 
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)="
-    r"(\{[^}]*\}|%?[\w.\-]+)"
-)
+_CALLED = re.compile(r"\b(?:calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 
 
 def parse(text: str) -> Module:

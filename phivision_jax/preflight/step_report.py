@@ -20,7 +20,7 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
     """All facts and modelled figures of a step as JSON values (``--json`` writes them); bytes are per chip."""
     per_chip = where.chip.devices
     memory = {name: size * per_chip for name, size in facts["memory"].items()}
-    peak = facts["peak_bytes"] if facts["fits"] else facts["needed_bytes"]
+    peak = facts["peak_bytes"]
     out: dict[str, Any] = {
         "topology": where.xla_name,
         **{name: getattr(where, name) for name in ("cloud_name", "slices", "chips", "hosts")},
@@ -28,8 +28,7 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
         "mesh": facts["mesh"],
         **{name: getattr(cfg, name) for name in ("remat", "vision_remat", "microbatches")},
         **{name: getattr(cfg.data, name) for name in ("batch_rows", "length", "vision_rows", "num_patches")},
-        "compile_seconds": facts["compile_seconds"],
-        "fits": facts["fits"],
+        **{name: facts[name] for name in ("compile_seconds", "fits")},
         "peak_bytes_per_chip": peak * per_chip if peak is not None else None,
         "hbm_bytes_per_chip": where.chip.hbm_bytes,
         "memory_bytes_per_chip": memory,

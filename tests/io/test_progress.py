@@ -6,14 +6,16 @@ import re
 import pytest
 from rich.console import Console
 
+from phivision_jax.io import progress
 from phivision_jax.io.progress import training_bar
 
 ROW = {"loss": 2.34567, "tokens_per_s": 52345.6, "mfu": 0.4123, "goodput": 0.975, "grad_norm": 1.0}
 
 
-def test_training_bar_shows_newest_metrics_and_time_left():
+def test_training_bar_shows_newest_metrics_and_time_left(monkeypatch):
     out, time = io.StringIO(), 0.0
-    with training_bar(1200, 100, console=Console(file=out), clock=lambda: time) as show:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: time)
+    with training_bar(1200, 100, console=Console(file=out)) as show:
         show(100, loss=3.0)
         time = 50.0
         show(200, **ROW)

@@ -62,14 +62,16 @@ def test_confirm_shrinks_batch():
     def attempt(planned):
         tried.append((planned["rows_per_device"], planned["batch_rows"]))
         fits = planned["rows_per_device"] <= 6
-        return {"fits": fits, "compile_seconds": 1.0, "peak_bytes": 5 * GIB, "needed_bytes": 50 * GIB}
+        return {"fits": fits, "compile_seconds": 1.0, "peak_bytes": (5 if fits else 50) * GIB}
 
     chosen = generation.plan(CFG, WHERE, 4096, 1024) | {"rows_per_device": 12, "batch_rows": 48}
     found = generation.confirm(chosen, WHERE, attempt)
     assert tried == [(12, 48), (9, 36), (6, 24)] and found["fits"] and found["batch_rows"] == 24
     found |= generation.times(CFG, WHERE, found)
     assert "largest batch     24 prompts (6 a device)" in generation.text(found)
-    large = generation.confirm(chosen, WHERE, lambda planned: attempt(planned) | {"fits": False})
+    large = generation.confirm(
+        chosen, WHERE, lambda planned: attempt(planned) | {"fits": False, "peak_bytes": 50 * GIB}
+    )
     assert large["rows_per_device"] == 1 and "DOES NOT FIT: peak 50.00 GiB" in generation.text(
         large | found["mesh"] | {"not_modelled": "x"}
     )

@@ -66,11 +66,11 @@ def test_summary_fits():
 
 
 def test_summary_does_not_fit(tmp_path):
-    found = step_report.summary(CFG, WHERE, facts(fits=False, needed_bytes=100 * GIB), True)
+    found = step_report.summary(CFG, WHERE, facts(fits=False, peak_bytes=100 * GIB), True)
     assert not found["fits"] and "modelled_mfu" not in found
     assert "4.26 GiB too much" in step_report.text(found)
     step_report.plot(found, tmp_path / "x.png")
-    unknown = step_report.summary(CFG, WHERE, facts(fits=False, needed_bytes=None), True)
+    unknown = step_report.summary(CFG, WHERE, facts(fits=False, peak_bytes=None), True)
     assert "does not report by how much" in step_report.text(unknown)
 
 

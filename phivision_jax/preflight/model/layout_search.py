@@ -42,9 +42,9 @@ def candidates(cfg: ResolvedConfig, where: Topology) -> list[list[ResolvedConfig
                 layouts.append(dataclasses.replace(one, microbatches=local // at_once))
         # Weights are gathered once per microbatch; a larger group gathers more of them from further away.
         layouts.sort(key=lambda one: (one.microbatches, one.mesh.fsdp))
-        speed = modelled_step.speed(layouts[0], where, modelled_step.Mix.of_recipe(cfg), None)
-        by_policy.append((speed["modelled_step_seconds"], layouts))
-    return [layouts for _, layouts in sorted(by_policy, key=lambda one: one[0])]
+        by_policy.append(layouts)
+    mix = modelled_step.Mix.of_recipe(cfg)
+    return sorted(by_policy, key=lambda one: modelled_step.speed(one[0], where, mix, None)["modelled_step_seconds"])
 
 
 def search(

@@ -43,10 +43,6 @@ class Mix:
         patches = round(tokens * IMAGE_SHARE) if cfg.data.num_patches else 0
         return cls(tokens, min(patches, cfg.model.max_patches))
 
-    def row(self, length: int) -> list[int]:
-        """Lengths of a row's examples; the last is cut to fill the row, as packing does with examples of all sizes."""
-        return _packed(round(length * FILLED), self.tokens)
-
 
 def workload(cfg: ResolvedConfig, mix: Mix) -> Workload:
     """Useful work of a step."""
@@ -60,7 +56,8 @@ def executed(cfg: ResolvedConfig, generation: str, mix: Mix) -> roofline.Work:
     shape = cfg.data.row_shape(cfg.model)
     in_row = round(shape.length * FILLED / mix.tokens * mix.patches / shape.vision_rows)
     images = _packed(min(in_row, shape.num_patches), mix.patches) if mix.patches else []
-    return chip_work.executed_work(cfg, generation, mix.row(shape.length), images)
+    # The last example is cut to fill the row, as packing does with examples of all sizes.
+    return chip_work.executed_work(cfg, generation, _packed(round(shape.length * FILLED), mix.tokens), images)
 
 
 def compiled_work(counted: roofline.Work, facts: Mapping[str, Any]) -> roofline.Work:

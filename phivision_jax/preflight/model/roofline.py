@@ -76,12 +76,10 @@ def step_time(work: Work, generation: str, efficiency: float | None = None) -> S
       ValueError: for a generation without a fitted efficiency, or a link without a published bandwidth.
     """
     chip = CHIPS[generation]
+    efficiency = efficiency or EFFICIENCY.get(generation)
     if efficiency is None:
-        if generation not in EFFICIENCY:
-            raise ValueError(
-                f"no published runs to fit {generation} to; times are modelled for {', '.join(EFFICIENCY)}"
-            )
-        efficiency = EFFICIENCY[generation]
+        fitted = ", ".join(EFFICIENCY)
+        raise ValueError(f"no published runs to fit {generation} to; times are modelled for {fitted}")
     matmul = work.matmul_flops / (chip.peak_bf16_flops * efficiency)
     attention = work.attention_flops / (chip.peak_bf16_flops * efficiency * ATTENTION_RATIO)
     hbm = work.hbm_bytes / chip.hbm_bandwidth
