@@ -9,30 +9,29 @@ from tyro.conf import Positional, arg
 
 
 def chat(
-    checkpoint: Positional[str],
-    prompt: Positional[str],
+    checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
+    prompt: Annotated[Positional[str], arg(metavar="QUESTION")],
     /,
-    image: Annotated[list[Path], arg(aliases=["-i"])] = [],  # noqa: B006
+    image: Annotated[list[Path], arg(aliases=["-i"], metavar="FILE...")] = [],  # noqa: B006
     mode: Literal["auto", "think", "nothink"] = "auto",
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    save_image: Path | None = None,
+    save_image: Annotated[Path | None, arg(metavar="FILE")] = None,
 ) -> None:
     """Ask a checkpoint one question, with or without images, and print the answer.
 
     Args:
-        checkpoint: A Hugging Face directory, a checkpoint of this project, a run (each may be gs://…), or (with [hub])
-            a Hugging Face id.
-        prompt: The question. <image> marks the place of an image; without marks, images come first.
-        image: Image files, in order.
-        mode: Let the model decide whether to think first (auto), or force it to (not to).
-        max_new_tokens: Maximum length of the answer.
-        temperature: Sampling temperature; 0 takes the most likely token each time.
-        top_p: Sample from the most likely tokens that have this probability together (with a temperature above 0).
+        checkpoint: Hugging Face directory, checkpoint of this project or run (also gs://…); with [hub] also an id.
+        prompt: Question to ask. <image> marks the place of an image; without such marks, images come first.
+        image: Image files, in the order of their marks.
+        mode: auto: the model decides whether to think first; think: it must; nothink: it must not.
+        max_new_tokens: Maximum length of the answer, in tokens.
+        temperature: Sampling temperature; 0 always takes the most likely token.
+        top_p: Sample from the most likely tokens whose probabilities add up to this (with a temperature above 0).
         seed: Seed for sampling.
-        save_image: Also save the images with question and answer as a PNG.
+        save_image: Also save the images with question and answer as this PNG file.
     """
     import phivision_jax
     from phivision_jax.evaluation.answer_images import answer_image

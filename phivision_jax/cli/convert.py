@@ -14,30 +14,32 @@ import tyro
 from phivision_jax.io.storage import location
 
 type Dtype = Literal["keep", "float32", "bfloat16"]
-type Place = Annotated[str, tyro.conf.arg(metavar="PATH|gs://…")]
 
 FAILURE = 2
 
 
 def to_jax(
     paths: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[HF_DIR] OUT")],
-    decoder: Place | None = None,
-    vision: Place | None = None,
+    decoder: Annotated[str | None, tyro.conf.arg(metavar="PHI4_DIR")] = None,
+    vision: Annotated[str | None, tyro.conf.arg(metavar="SIGLIP2_DIR")] = None,
     dtype: Dtype = "keep",
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
     """Convert a Hugging Face directory to a checkpoint of this project: `to-jax HF_DIR OUT`.
 
-    Or compose a checkpoint to train from: `to-jax OUT --decoder PHI4_DIR --vision SIGLIP2_DIR`, with a fresh projector.
+    Or compose a checkpoint to train from, with a randomly initialized projector:
+    `to-jax OUT --decoder PHI4_DIR --vision SIGLIP2_DIR`.
+
+    All directories may be in a bucket (gs://…). Output for a bucket is written to PHIVISION_SCRATCH first (default: the
+    temporary directory) and uploaded when complete.
 
     Args:
-        paths: The Hugging Face directory (omitted with --decoder and --vision) and the checkpoint to write. A gs:// URL
-            is written to PHIVISION_SCRATCH first (default: the temporary directory) and uploaded when complete.
-        decoder: A text-only Phi-4 directory.
-        vision: A SigLIP-2 directory.
-        dtype: The dtype to store weights in. "keep" keeps the dtype and every bit of each tensor.
-        seed: Seed of the fresh projector, with --decoder and --vision.
+        paths: Hugging Face directory to convert (omitted with --decoder and --vision), and checkpoint to write.
+        decoder: Hugging Face directory of a text-only Phi-4 model.
+        vision: Hugging Face directory of a SigLIP-2 model.
+        dtype: Dtype in which weights are stored; keep: each tensor's own, bit for bit.
+        seed: Seed of the random projector, with --decoder and --vision.
         overwrite: Replace OUT if it exists, once the new checkpoint is complete.
     """
     from phivision_jax.convert import jobs
@@ -54,9 +56,9 @@ def to_jax(
 
 
 def to_hf(
-    checkpoint: tyro.conf.Positional[Place],
-    out: tyro.conf.Positional[Place],
-    like: Place | None = None,
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")],
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")],
+    like: Annotated[str | None, tyro.conf.arg(metavar="HF_DIR")] = None,
     dtype: Dtype = "keep",
     max_shard_size: float = 5.0,
     overwrite: bool = False,
@@ -64,16 +66,18 @@ def to_hf(
 ) -> None:
     """Convert a checkpoint of this project to a Hugging Face directory.
 
+    All directories may be in a bucket (gs://…). Output for a bucket is written to PHIVISION_SCRATCH first (default: the
+    temporary directory) and uploaded when complete.
+
     Args:
-        checkpoint: A checkpoint, or a run (then its newest step).
-        out: The directory to write. A gs:// URL is written to PHIVISION_SCRATCH first (default: the temporary
-            directory) and uploaded when complete.
-        like: Reproduce the shards, headers, index and other files of this Hugging Face directory, so that an unchanged
-            model comes back byte for byte.
-        dtype: The dtype to store weights in. "keep" keeps the dtype and every bit of each tensor.
+        checkpoint: Checkpoint of this project, or a run, whose newest checkpoint is converted.
+        out: Hugging Face directory to write.
+        like: Hugging Face directory whose shards, headers, index and other files are reproduced. An unchanged model
+            then has the same files, byte for byte.
+        dtype: Dtype in which weights are stored; keep: each tensor's own, bit for bit.
         max_shard_size: Largest size of a shard in GB (not used with --like).
         overwrite: Replace OUT if it exists, once the new directory is complete.
-        force: Also write a model that config.json cannot express; Hugging Face code will compute something else.
+        force: Write the model even if config.json cannot express it; Hugging Face code then computes something else.
     """
     from phivision_jax.convert import jobs
 
@@ -83,14 +87,17 @@ def to_hf(
     jobs.to_hf(location(checkpoint), location(out), original, dtype, int(max_shard_size * 1e9), overwrite, force)
 
 
-def verify(a: tyro.conf.Positional[Place], b: tyro.conf.Positional[Place]) -> None:
-    """Compare two checkpoints of either kind, tensor by tensor, and two Hugging Face directories also file by file.
+def verify(
+    a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FIRST")],
+    b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SECOND")],
+) -> None:
+    """Compare two checkpoints tensor by tensor, and two Hugging Face directories also file by file.
 
-    Exits with 1 when they differ.
+    The exit code is 1 when they differ.
 
     Args:
-        a: A checkpoint of this project or a Hugging Face directory.
-        b: Another one.
+        a: Checkpoint of this project, run or Hugging Face directory (each may be gs://…).
+        b: Checkpoint to compare with it, of any of these kinds.
     """
     from phivision_jax.convert import verify as checks
 
@@ -98,12 +105,14 @@ def verify(a: tyro.conf.Positional[Place], b: tyro.conf.Positional[Place]) -> No
         sys.exit(1)
 
 
-def inspect(path: tyro.conf.Positional[Place], json: bool = False) -> None:
-    """Print the configuration and the tensors of a checkpoint of either kind.
+def inspect(
+    path: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")], json: bool = False
+) -> None:
+    """Print the configuration and the tensors of a checkpoint.
 
     Args:
-        path: A checkpoint of this project or a Hugging Face directory.
-        json: Print one JSON object.
+        path: Checkpoint of this project, run or Hugging Face directory (each may be gs://…).
+        json: Print one JSON object instead of tables.
     """
     from phivision_jax.convert import verify as checks
 

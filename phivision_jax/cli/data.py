@@ -28,11 +28,11 @@ def import_(
     options: Annotated[ItemOptions, arg(name="")] = ItemOptions(),  # noqa: B008
     format: Literal["auto", "json", "parquet", "tfds", "array-record"] = "auto",
     split: str = "train",
-    name: str | None = None,
+    name: Annotated[str | None, arg(metavar="NAME")] = None,
     decode: bool = False,
     max_bad: float = 0.01,
-    workers: int | None = None,
-    checkpoint: Path | None = None,
+    workers: Annotated[int | None, arg(metavar="INT")] = None,
+    checkpoint: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None,
     questions_per_record: int = 1,
     restart: bool = False,
 ) -> None:
@@ -43,19 +43,20 @@ def import_(
     continues. Items that cannot be used are listed with a reason in OUT/quarantine.jsonl.
 
     Args:
-        source: A file, a folder, tfds:NAME, or easy-vqa (a small real data set, makes OUT/train and OUT/test; needs pip
-            install easy-vqa).
-        out: Directory to make.
-        format: Format of the source; auto decides by names.
-        split: Split of a TFDS data set. Of a folder: the files with this word in their names; train also takes files
-            without a split's name.
-        name: Name of the source in mixtures and reports; default: the file's or folder's.
+        source: File, folder, tfds:NAME, or easy-vqa.
+            easy-vqa is a small real data set (pip install easy-vqa), which is written to OUT/train and OUT/test.
+        out: Dataset directory to write.
+        format: Format of the source; auto: determined from names of files.
+        split: Split of a TFDS data set; of a folder, the files with this word in their names.
+            train also selects files without the name of any split.
+        name: Name of the source in mixtures and reports; default: the name of the file or folder.
         decode: Decode every image now, so that training finds no broken ones.
         max_bad: Share of bad items above which the import stops.
-        workers: Worker processes; default: one per core. 0 imports in this process.
-        checkpoint: Checkpoint whose tokenizer and template count tokens; default: the project's small ones.
+        workers: Number of worker processes; default: one per core. 0 imports in this process.
+        checkpoint: Checkpoint that will be trained, whose tokenizer and template count the tokens;
+            default: the small ones of this project.
         questions_per_record: For easy-vqa: questions about one image per training conversation (test records have one).
-        restart: Remove what an interrupted import has done instead of continuing it.
+        restart: Start over after an interrupted import, instead of continuing it.
     """
     from phivision_jax.data.store.dataset import MANIFEST
     from phivision_jax.data.store.importing import import_source
@@ -166,12 +167,12 @@ def export(
     /,
     format: Literal["llava", "messages"] = "llava",
 ) -> None:
-    """Write a dataset as JSON lines and image files, from which import makes the same records again.
+    """Write a dataset as JSON lines and image files, from which phivision data import makes the same records again.
 
     Args:
-        dataset: Directory of an import.
-        out: Directory to make.
-        format: llava (image, conversations) or messages (the form of OpenAI and Hugging Face).
+        dataset: Dataset directory made by phivision data import.
+        out: Directory to write.
+        format: llava: fields image and conversations; messages: the form of OpenAI and Hugging Face.
     """
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.data.store.exporting import export
@@ -183,15 +184,17 @@ def validate(
     dataset: Annotated[Positional[Path], arg(metavar="DATASET")],
     /,
     headers_only: bool = False,
-    workers: int | None = None,
-    out: Path | None = None,
+    workers: Annotated[int | None, arg(metavar="INT")] = None,
+    out: Annotated[Path | None, arg(metavar="FILE")] = None,
 ) -> None:
-    """Check every file, record and image of a dataset against its manifest and index; exits with 1 if one is damaged.
+    """Check every file, record and image of a dataset against its manifest and index.
+
+    The exit code is 1 if anything is damaged.
 
     Args:
-        dataset: Directory of an import.
-        headers_only: Do not decode the images.
-        workers: Worker processes; default: one per core.
+        dataset: Dataset directory made by phivision data import.
+        headers_only: Check the headers of images only, without decoding them.
+        workers: Number of worker processes; default: one per core.
         out: File to which the problems are also written, one JSON object per line.
     """
     from phivision_jax.data.store.integrity import validate
@@ -217,46 +220,46 @@ def validate(
 def plan(
     sources: Annotated[Positional[tuple[Path, ...]], arg(metavar="MIXTURE.toml | DATASET...")],
     /,
-    out: Path,
-    checkpoint: Path | None = None,
+    out: Annotated[Path, arg(metavar="DIR")],
+    checkpoint: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None,
     length: int = 8192,
     vision_rows: int = 1,
     num_patches: int = 7168,
     batch_rows: int = 8,
-    epochs: float | None = None,
-    examples: int | None = None,
-    reasoning_share: float | None = None,
-    stage: str | None = None,
+    epochs: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    examples: Annotated[int | None, arg(metavar="INT")] = None,
+    reasoning_share: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    stage: Annotated[str | None, arg(metavar="NAME")] = None,
     on_overflow: Literal["drop", "resize", "error"] = "drop",
     seed: int = 0,
-    patch_size: int | None = None,
-    min_patches: int | None = None,
-    max_patches: int | None = None,
+    patch_size: Annotated[int | None, arg(metavar="INT")] = None,
+    min_patches: Annotated[int | None, arg(metavar="INT")] = None,
+    max_patches: Annotated[int | None, arg(metavar="INT")] = None,
 ) -> None:
-    """Plan which example is in which row of a training run. Prints the shares, and the records that do not fit.
+    """Plan which example is in which row of a training run; print the shares, and the records that do not fit.
 
-    A training run makes its own plan unless --config.data.plan=OUT gives it this one, which must have been made with
-    the run's row sizes, patch settings, tokenizer, mixture and seed.
+    A training run makes its own plan, or uses this one with --config.data.plan=DIR. The run must have the same row
+    sizes, patch settings, tokenizer, mixture and seed as the plan.
 
     Args:
-        sources: A mixture file (see docs/data.md), or dataset directories, sampled in proportion to their size.
-        out: Directory to make; an existing plan is replaced.
-        checkpoint: Checkpoint whose tokenizer, template and patch settings count; default: the project's small
-            tokenizer and the released patch settings.
-        length: T, positions of a row, those of images included.
-        vision_rows: R, vision rows per row.
-        num_patches: P, patches of a vision row.
-        batch_rows: B, rows of a step, between which attention work is balanced.
-        epochs: Passes over the data, unless the mixture sets them; default 1.
-        examples: Number of examples, instead of epochs.
+        sources: One mixture file (docs/data.md), or dataset directories, which are sampled in proportion to their size.
+        out: Directory to write; an existing plan in it is replaced.
+        checkpoint: Checkpoint whose tokenizer, template and patch settings are used;
+            default: the small tokenizer of this project and the released patch settings.
+        length: T: tokens per row, text and images.
+        vision_rows: R: vision rows per row.
+        num_patches: P: patches per vision row.
+        batch_rows: B: rows per step; the plan balances attention work between them.
+        epochs: Number of passes over the data, unless the mixture sets it; default 1.
+        examples: Number of examples, in place of epochs.
         reasoning_share: Share of examples with thinking, unless the mixture sets it.
-        stage: Use only this stage of the mixture.
-        on_overflow: Action for records that fit no row: drop and list them, resize to fewer patches if that helps,
-            or stop with an error.
-        seed: Seed of all orders.
-        patch_size: Side of a patch in pixels, instead of the checkpoint's.
-        min_patches: Patches to which small images are enlarged, instead of the checkpoint's.
-        max_patches: Most patches of an image, instead of the checkpoint's.
+        stage: Stage of the mixture to plan; default: all stages, one after the other.
+        on_overflow: Action for records that fit no row: drop them and list them,
+            resize their images to fewer patches if that helps, or stop with an error.
+        seed: Seed for the order of examples.
+        patch_size: Side of a patch in pixels; default: that of the checkpoint.
+        min_patches: Number of patches to which smaller images are enlarged; default: that of the checkpoint.
+        max_patches: Largest number of patches of an image; default: that of the checkpoint.
     """
     from phivision_jax.data.plan.mixture import Mixture
     from phivision_jax.data.plan.plan import check_out, make_plan

@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 def stats(
     datasets: Annotated[Positional[tuple[Path, ...]], arg(metavar="DATASET...")],
     /,
-    checkpoint: Path | None = None,
+    checkpoint: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None,
     length: int = 8192,
     vision_rows: int = 1,
     num_patches: int = 7168,
-    out: Path | None = None,
+    out: Annotated[Path | None, arg(metavar="DIR")] = None,
 ) -> None:
-    """Report sizes, lengths, modes and tasks of datasets, what was not imported, and what exceeds a row.
+    """Report sizes, lengths, modes and tasks of datasets, rejected items, and records that do not fit a row.
 
     Args:
-        datasets: Directories of imported datasets; each gets a column of the tables, several also one for all together.
-        checkpoint: Count patches with this checkpoint's settings; default: the released model's.
-        length: T, tokens per row (text and images).
-        vision_rows: R, vision rows per row.
-        num_patches: P, patches per vision row.
+        datasets: Dataset directories made by phivision data import.
+            The tables have one column for each, and if there are several, one for all of them together.
+        checkpoint: Checkpoint whose patch settings are used; default: those of the released model.
+        length: T: tokens per row, text and images.
+        vision_rows: R: vision rows per row.
+        num_patches: P: patches per vision row.
         out: Also write stats.html (figure and tables in one file), stats.png and stats.json to this directory.
     """
     from phivision_jax.data.view.statistics import compute
@@ -56,27 +57,27 @@ def stats(
 def show(
     datasets: Annotated[Positional[tuple[Path, ...]], arg(metavar="DATASET...")],
     /,
-    out: Path,
+    out: Annotated[Path, arg(metavar="FILE")],
     records: tuple[int, ...] = (),
     ids: tuple[str, ...] = (),
     sample: int = 6,
     seed: int = 0,
-    plan: Path | None = None,
+    plan: Annotated[Path | None, arg(metavar="DIR")] = None,
     rows: tuple[int, ...] = (),
-    checkpoint: Path | None = None,
+    checkpoint: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None,
 ) -> None:
-    """Show records as the model receives them, with the loss in colour; or with --plan, how examples fill rows.
+    """Show records as the model receives them, and the tokens with a loss; or with --plan, how examples fill rows.
 
     Args:
-        datasets: Directory of an imported dataset; with --plan, all datasets of the plan, in its order.
-        out: HTML page to write, one file.
-        records: Numbers of records to show.
-        ids: Ids of records to show.
-        sample: Number of records to sample when neither is given.
+        datasets: Dataset directory made by phivision data import; with --plan, all datasets of the plan, in its order.
+        out: HTML file to write; it loads nothing from elsewhere.
+        records: Numbers of the records to show.
+        ids: Ids of the records to show.
+        sample: Number of records to sample if neither --records nor --ids is given.
         seed: Seed for --sample.
-        plan: Directory of a plan: show rows of it.
-        rows: Numbers of rows of the plan; default: the first three.
-        checkpoint: Checkpoint whose tokenizer the dataset was imported with; default: the project's small one.
+        plan: Directory of a plan whose rows are shown, in place of records.
+        rows: Numbers of the rows to show, with --plan; default: the first three.
+        checkpoint: Checkpoint that the dataset was imported for; default: the small tokenizer of this project.
     """
     from phivision_jax.io import html
 

@@ -12,28 +12,28 @@ prepare = load_config.prepare
 
 
 def eval(  # the name of the subcommand
-    checkpoint: str,
-    data: str = "",
-    out: str = "",
+    checkpoint: Annotated[str, arg(metavar="CHECKPOINT")],
+    data: Annotated[str, arg(metavar="DATASET")] = "",
+    out: Annotated[str, arg(metavar="DIR")] = "",
     mode: Literal["auto", "think", "nothink"] = "auto",
     examples: int = 0,
     batch: int = 0,
     max_new_tokens: int = 0,
-    config: str = "",
+    config: Annotated[str, arg(metavar="FILE[:VARIANT]")] = "",
     set: Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE")] = (),
 ) -> None:
     """Generate an answer to every question of a dataset, compare it with the reference, and report the accuracy.
 
     Args:
-        checkpoint: A run, a checkpoint of this project, a Hugging Face directory (each may be gs://…) or id.
-        data: Dataset directory (phivision data import); default: data.eval_path of the configuration.
-        out: Directory (or gs://…) for report.json and answers.jsonl; default: print only.
-        mode: Let the model decide whether to think first (auto), or force it to (not to).
-        examples: Score an even sample of this many examples; 0 for all.
-        batch: Questions answered at a time; default: eval_batch of the configuration, or 64.
-        max_new_tokens: Maximum length of an answer; default: max_new_tokens of the configuration, or 8.
-        config: Configuration file whose evaluation settings to use.
-        set: Change fields of the configuration: max_new_tokens=64.
+        checkpoint: Run, checkpoint of this project or Hugging Face directory (also gs://…); with [hub] also an id.
+        data: Dataset directory made by phivision data import; default: data.eval_path of the configuration.
+        out: Directory (or gs://…) for report.json and answers.jsonl; default: only print the report.
+        mode: auto: the model decides whether to think first; think: it must; nothink: it must not.
+        examples: Number of examples to score, sampled evenly; 0 for all.
+        batch: Number of questions answered at a time; 0: eval_batch of the configuration (64 without one).
+        max_new_tokens: Maximum length of an answer in tokens; 0: max_new_tokens of the configuration (8 without one).
+        config: Configuration file with the evaluation settings.
+        set: Change fields of the configuration, as in max_new_tokens=64.
     """
     import phivision_jax
     from phivision_jax.data.store.dataset import Dataset

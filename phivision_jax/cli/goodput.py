@@ -8,10 +8,10 @@ from tyro.conf import Positional, arg
 
 
 def goodput(runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN...")], /) -> None:
-    """Report the wall time of runs over all their starts: steps, compiling, saving, lost work.
+    """Report how the wall time of runs was spent, restarts included: steps, compiling, saving, lost work.
 
     Args:
-        runs: Directories of runs (each may be gs://…), as given to phivision train --run; a run may still be training.
+        runs: Directories of runs, as given to phivision train --run (each may be gs://…). A run may still be training.
     """
     from phivision_jax.io import storage
     from phivision_jax.training.telemetry.goodput_report import report

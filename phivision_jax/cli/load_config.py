@@ -87,7 +87,7 @@ def _print_fields(cfg: RunConfig) -> NoReturn:
     from phivision_jax.training.run_config import RunConfig
 
     def fields(config: RunConfig = cfg) -> None:
-        """Fields of the configuration, which --config.FIELD=VALUE or --set FIELD=VALUE change."""
+        """Fields of the configuration and their values, which --config.FIELD=VALUE or --set FIELD=VALUE change."""
 
     fields.__annotations__["config"] = RunConfig
     tyro.cli(fields, args=["--help"], prog="phivision", use_underscores=True, config=(tyro.conf.AvoidSubcommands,))

@@ -17,8 +17,8 @@ COMMANDS = {
     "eval": "Score a checkpoint on a dataset.",
     "convert": "Convert weights between Hugging Face and this project.",
     "chat": "Ask a checkpoint one question, with or without images.",
-    "preflight": "Compile a run for TPUs that are not attached: memory, collectives, time.",
-    "goodput": "Report the wall time of runs: steps, compiling, saving, lost work.",
+    "preflight": "Compile training or generation for TPUs that are not attached: memory, collectives, time.",
+    "goodput": "Report how the wall time of runs was spent: steps, compiling, saving, lost work.",
 }
 """Subcommand, the name of its module → description. A module has a function of the same name, or a dict COMMANDS of
 functions; tyro turns their parameters into flags. It may have ``prepare``, which changes the arguments first, and
@@ -40,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if name in ("--help", "-h"):
             listing = "\n".join(f"  {command:<11}{description}" for command, description in COMMANDS.items())
-            usage = f"usage: phivision COMMAND …\n\n{listing}\n\nphivision COMMAND --help explains a command."
+            usage = (
+                f"usage: phivision COMMAND …\n\n{listing}\n\nRun phivision COMMAND --help for the options of a command."
+            )
             print(usage, flush=True)
             return
         if name not in COMMANDS:

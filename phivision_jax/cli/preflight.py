@@ -20,8 +20,8 @@ prepare = loader.prepare
 
 
 def preflight(
-    config: str,
-    topology: str,
+    config: Annotated[str, arg(metavar="FILE[:VARIANT]")],
+    topology: Annotated[str, arg(metavar="SLICE")],
     slices: int = 1,
     generate: bool = False,
     search: bool = False,
@@ -34,23 +34,23 @@ def preflight(
 ) -> None:
     """Compile a training step for a TPU slice, on a machine without a TPU, and report whether it fits.
 
-    Reports memory by content, collectives and their overlap, and a modelled step time (docs/roofline.md explains the
-    model). Runs on Linux x86-64. A full-size step compiles in minutes, with --low-effort in half a minute. The exit
-    status is 3 when the step does not fit.
+    The report has the contents of the memory, the collectives and their overlap with computation, and a modelled step
+    time (docs/roofline.md explains the model). The command needs Linux x86-64. A full-size step compiles in minutes, or
+    with --low-effort in half a minute. The exit code is 3 when the step does not fit.
 
     Args:
-        config: Configuration file, with a variant after a colon: configs/phi4_rv_15b.py:stage2. Without init_from the
-            model is the released one, unless the file describes another.
-        topology: Slice by its XLA name (v5p:4x4x8, v5e:16x16, v6e:16x16) or Cloud name (v5p-256, v5litepod-256).
+        config: Configuration file, with a variant after a colon: configs/phi4_rv_15b.py:stage2.
+            The model is that of init_from; without init_from, the one that the file describes, or the released one.
+        topology: TPU slice, by its XLA name (v5p:4x4x8, v5e:16x16, v6e:16x16) or Cloud name (v5p-256, v5litepod-256).
         slices: Number of such slices.
-        generate: Compile generation instead of training: weights, KV cache, largest batch, time per token.
-        search: Try other meshes, remat policies and microbatches; report the fastest that fits.
+        generate: Compile generation instead of training; report weights, KV cache, largest batch and time per token.
+        search: Try several meshes, remat policies and microbatches, and report the fastest that fits.
         low_effort: Compile quickly; the program needs a little more memory and overlaps no communication.
-        prompt: Tokens of a prompt with --generate, image included.
-        new_tokens: Tokens of an answer with --generate.
-        json: Write the report to this file as well.
-        plot: Draw memory and step time to this file; default: next to the JSON file, if there is one.
-        set: Fields of the configuration to change: data.batch_rows=512 remat=full.
+        prompt: Length of a prompt in tokens, image included, with --generate.
+        new_tokens: Length of an answer in tokens, with --generate.
+        json: File to which the report is also written, as JSON.
+        plot: File for a figure of memory and step time; default: next to the file of --json, if there is one.
+        set: Change fields of the configuration, as in data.batch_rows=512 remat=full.
     """
     from phivision_jax.checkpoint import loading
     from phivision_jax.hardware.topology import parse_topology

@@ -21,19 +21,19 @@ def train(
 ) -> None:
     """Train a model, or continue a run.
 
-    A run's directory holds its plan, metrics (JSONL and TensorBoard), checkpoints and goodput account. Started again
-    with the same directory, training continues from the newest checkpoint, to the same numbers that it would have
-    reached undisturbed. Exit codes: 0 at the end; 75 when asked to stop, with everything saved: start it again
-    (docs/launch.md has all codes).
+    A run's directory holds its plan, metrics (JSONL and TensorBoard), checkpoints and the account of its wall time. The
+    same command with the same directory continues from the newest checkpoint and reaches the same numbers as without
+    the interruption. The exit code is 0 when training is complete, and 75 when the process was asked to stop and has
+    saved everything, so that it can be restarted (docs/launch.md lists all exit codes).
 
-    With a configuration, --help explains all its fields: phivision train --config=configs/finetune.py --help
+    To see all fields of a configuration, add --help to it: phivision train --config=configs/finetune.py --help
 
     Args:
-        config: Configuration file, with its variant after a colon: configs/phi4_rv_15b.py:stage2. Fields can be changed
-            by flags, as in --config.optim.steps=500.
+        config: Configuration file, with a variant after a colon: configs/phi4_rv_15b.py:stage2. Flags change its
+            fields, as in --config.optim.steps=500.
         run: Directory of the run, or gs://bucket/folder; created if new, continued if it holds checkpoints.
-        replay: Repeat this step of the run and report its batch, loss and gradients; the run is not changed.
-        set: Change fields of the configuration: optim.steps=500 remat=full.
+        replay: Step of the run to repeat: report its batch, loss and gradients, and do not change the run.
+        set: Change fields of the configuration, as in optim.steps=500 remat=full.
     """
     from phivision_jax.distributed import processes
 

@@ -18,25 +18,26 @@ class ItemOptions:
     """Rules by which items become records."""
 
     images: Path | None = None
-    """Folder to which image paths are relative, and which none may leave; default: the folder of the data file."""
+    """Folder of the images: paths are relative to it and must not leave it; default: the folder of the data file."""
     also_allow: tuple[Path, ...] = ()
-    """Further folders in which images may be, as targets of symbolic links."""
+    """Further folders into which symbolic links in the image folder may point."""
     rename: tuple[str, ...] = ()
-    """Fields that have other names in the data: theirs=ours, as in question=prompt."""
+    """Names of fields in the data and the names that import expects: theirs=ours, as in prompt=question."""
     task: str = "general"
-    """Task of records that state none."""
+    """Task of records that do not state one."""
     default_mode: Literal["nothink", "think", "refuse"] = "nothink"
-    """Mode of records that neither state one nor show it in their answers; refuse quarantines them."""
+    """Mode of records that do not state one and whose answers do not show it; refuse: quarantine them."""
     system: Literal["template", "user", "drop"] = "template"
-    """System messages: left to the checkpoint's template, put before the first user message, or dropped."""
+    """System messages: let the chat template decide, put them before the first user message, or drop them."""
     boxes: Unit = "pixels"
-    """Unit of the numbers in the field objects."""
+    """Unit of the boxes and points in the field objects: pixels, thousandths of the sides, or shares of the sides."""
     inline_boxes: Unit | None = None
-    """Rewrite [x, y] and [x1, y1, x2, y2] in the texts of records with one image, from this unit to [0, 1]."""
+    """Rewrite coordinates in the texts of records with one image, [x, y] and [x1, y1, x2, y2], from this unit to shares
+    of the image."""
     allow_urls: bool = False
-    """Fetch images from http and https."""
+    """Download images whose paths are http or https URLs."""
     any_extension: bool = False
-    """Accept image files whose names belong to another format."""
+    """Accept image files whose names have the extension of another format."""
 
     @property
     def renames(self) -> dict[str, str]:
