@@ -166,7 +166,7 @@ class LoraConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): W + alpha / rank · A · B, of which only A and B train."""
 
     rank: int = 0
-    """Rank of A and B; 0 for no adapters: the model itself trains, as ``optim.lr_rules`` say."""
+    """Rank of A and B; 0: no adapters, so that the parameters of the model train, according to ``optim.lr_rules``."""
     alpha: float = 32.0
     """Scale of the adapters: A · B is multiplied by alpha / rank."""
     targets: str = r"decoder/layers/.*_proj"

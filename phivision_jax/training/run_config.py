@@ -26,7 +26,7 @@ from phivision_jax.sharding import MeshAxes, default_sizes
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """The model to train. None: as the checkpoint ``init_from`` has it, without one as the released model has it.
+    """The model to train. Settings that are None come from the checkpoint ``init_from``, or else the released model.
 
     The architecture (groups vision, projector and decoder, with the fields that ``config.py`` explains) cannot differ
     from the checkpoint's; the other settings can.
@@ -58,36 +58,35 @@ class DataConfig:
     stage: str = ""
     """Train on this stage of the mixture only; empty for all stages, one after the other."""
     replay_path: str = ""
-    """Dataset directory to mix into ``path``, so that the model keeps what the starting checkpoint knew."""
+    """Dataset directory to mix into ``path``, so that the model forgets less; needs ``replay_share``."""
     replay_share: float = 0.0
-    """Share of the examples sampled from ``replay_path``, in addition to the passes over ``path``."""
+    """Share of all examples that come from ``replay_path``; they are added to the passes over ``path``."""
     validation_path: str = ""
     """Dataset directory or mixture (.toml) for the validation loss (``validate_every``); empty for none."""
     validation_share: float = 0.0
-    """Share of the records of ``path`` held out of training for the validation loss."""
+    """Share of the records of ``path`` that is held out of training for the validation loss."""
     loss_weights: tuple[tuple[str, float], ...] = ()
-    """(regular expression, weight) pairs, searched in order in an example's "mode/task", like "think/math"; the first
-    match multiplies the weights of its target tokens ("^think" selects thinking: "nothink" contains "think"). Losses
-    by mode and task, and the validation loss, remain unweighted."""
+    """(regular expression, weight) pairs, like (("^think", 2.0),), for an example's "mode/task", like "think/math".
+    The weight of the first match multiplies those of the target tokens. ("^" is needed: "nothink" contains "think".)
+    Losses by mode and task, and the validation loss, remain unweighted."""
     eval_path: str = ""
     """Dataset directory for scoring generated answers (``eval_every``); empty for none."""
     batch_rows: int = 8
     """B: rows of one step over all hosts; ``microbatches`` splits them where memory is short."""
     length: int = 8192
-    """T: sequence length of a row, in text tokens plus vision tokens."""
+    """T: tokens per row, text and images."""
     vision_rows: int = 1
-    """R: vision rows of a row; an image is never split between two."""
+    """R: vision rows per row; an image is never split between two vision rows."""
     num_patches: int = 7168
-    """P: patches of a vision row."""
+    """P: patches per vision row."""
     epochs: int = 1
     """Passes over the data, unless a mixture states its own; ``optim.steps`` may end training earlier."""
     on_overflow: Literal["drop", "resize", "error"] = "drop"
-    """Records too large for a row: "drop" omits and lists them, "resize" reduces their images, "error" stops."""
+    """Records too large for a row: "drop" omits and lists them, "resize" reduces their images, "error" ends the run."""
     max_bad: float = 0.01
     """Stop training when more than this share of the examples cannot be decoded."""
     plan: str = ""
-    """Directory of an existing plan (``phivision data plan``) for these settings; empty: plan at the start of the
-    run."""
+    """Directory of a plan that ``phivision data plan`` made with these settings; empty: the run makes its own."""
     seed: int = 0
     """Seed for example order and the validation split."""
     num_threads: int = 4
@@ -107,7 +106,7 @@ class OptimConfig:
     steps: int = 0
     """Number of steps; 0 trains to the end of the plan."""
     tokens: int = 0
-    """Length of training in tokens (a step has B · T) when ``steps`` is 0; 0 trains to the end of the plan."""
+    """Length of training in tokens (B · T per step), in place of ``steps``; 0 trains to the end of the plan."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
     warmup_tokens: int = 0
@@ -127,9 +126,9 @@ class OptimConfig:
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype in which both moments are stored; bfloat16 halves optimizer memory and needs b2 <= 0.99."""
     lr_rules: tuple[tuple[str, float], ...] = ()
-    """(regular expression, multiplier) pairs, searched in order in a parameter's path, like
-    ``vision/layers/mlp/fc1/kernel``; the first match scales its learning rate. 0 freezes: no gradient is computed and
-    no optimizer state stored. No match means 1. Projector only: (("projector", 1.0), (".", 0.0))."""
+    """(regular expression, multiplier) pairs for the paths of parameters, like ``vision/layers/mlp/fc1/kernel``.
+    The first match scales the learning rate of a parameter; without a match it is not scaled. 0 freezes the parameter:
+    it has no gradient and no optimizer state. (("projector", 1.0), (".", 0.0)) trains the projector only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +136,10 @@ class GuardConfig:
     """Skipped updates: those with a non-finite loss or gradient, and loss spikes."""
 
     spike: float = 8.0
-    """Skip an update whose loss exceeds the running mean of accepted losses by this many standard deviations; 0 never
-    does."""
+    """Skip an update whose loss exceeds the running mean of accepted losses by this many standard deviations; 0: skip
+    no spikes."""
     warmup: int = 100
-    """Accepted updates before spikes are detected."""
+    """Number of accepted updates before spikes are detected."""
     patience: int = 8
     """Stop training after this many skipped updates in a row."""
 
@@ -149,13 +148,14 @@ class GuardConfig:
 class MeshConfig:
     """Devices along each mesh axis (``sharding.py`` describes the axes); −1 is chosen automatically.
 
-    If both are −1, fsdp groups have at most 32 devices, and data counts the groups.
+    If ``data`` and ``fsdp`` are both −1, fsdp is the largest size that divides the devices, up to a limit for each kind
+    of device (``hardware/layouts.py``), and data is the number of such groups.
     """
 
     slice: int = -1
-    """TPU slices."""
+    """Number of TPU slices."""
     data: int = -1
-    """Replicas of the model."""
+    """Number of replicas of the model in a slice."""
     fsdp: int = -1
     """Devices that shard a replica's parameters; each has rows of its own."""
     tensor: int = 1
@@ -186,7 +186,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A training run. Values that say "automatic" are chosen when the devices and the checkpoint are known."""
+    """A training run. Automatic values are chosen once the devices and the checkpoint are known."""
 
     model: ModelSettings | ModelConfig = ModelSettings()
     data: DataConfig = DataConfig()
@@ -195,19 +195,19 @@ class RunConfig:
     guard: GuardConfig = GuardConfig()
     mesh: MeshConfig = MeshConfig()
     sharding_rules: tuple[tuple[str, str], ...] = ()
-    """(logical axis, mesh axes) pairs that replace rules of ``sharding.RULES``, like (("kv_heads", ""),): no mesh axis
-    replicates, several are separated by commas."""
+    """(logical axis, mesh axes) pairs that replace rules of ``sharding.RULES``, like (("kv_heads", ""),). Several mesh
+    axes are separated by commas; none replicates the logical axis."""
     init_from: str = ""
-    """Starting checkpoint: one of this project, a run, a Hugging Face directory or id. Empty: random weights, for an
-    architecture given in ``model.vision`` and ``model.decoder``."""
+    """Starting checkpoint: one of this project, a run, a Hugging Face directory or id. Empty: random weights; the
+    architecture is then given in ``model.vision`` and ``model.decoder``."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the computation; parameters and optimizer state are float32."""
     remat: str = "auto"
-    """Values that a decoder layer keeps for its backward pass, a policy of ``models/remat.py``; "auto": automatic."""
+    """Policy of ``models/remat.py``: values that a decoder layer keeps for its backward pass; "auto": automatic."""
     vision_remat: str = "auto"
-    """The same for a vision layer."""
+    """Policy of ``models/remat.py`` for the vision layers; "auto": automatic."""
     microbatches: int = 0
-    """Sequential parts of a step, each with its share of the rows: activation memory shrinks by this factor.
+    """Sequential parts of a step, each with an equal share of the rows, to divide the memory of activations;
     0: automatic."""
     seed: int = 0
     """Seed for parameters that no checkpoint provides."""
@@ -216,34 +216,34 @@ class RunConfig:
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always has one."""
     keep_checkpoints: int = 3
-    """Number of newest checkpoints to keep; an older one replaces a damaged one."""
+    """Number of newest checkpoints to keep; with 2 or more, a run can continue although the newest is damaged."""
     keep_every: int = 0
     """Also keep checkpoints whose step is a multiple of this; 0 for none."""
     keep_best: str = ""
     """Also keep the checkpoint with the highest value of this metric ("eval/accuracy"), or with a leading minus the
-    lowest ("-validation/loss"); empty for none. Checkpoints without a value of it are not compared."""
+    lowest ("-validation/loss"); empty for none. Checkpoints that lack the metric are not compared."""
     eval_every: int = 0
     """Steps between evaluations on ``data.eval_path``; 0 for none. The last step always has one."""
     eval_examples: int = 1000
-    """Number of examples that an evaluation scores, an even sample; 0 for all."""
+    """Number of examples that an evaluation scores, sampled evenly; 0 for all."""
     eval_batch: int = 64
-    """Questions answered at a time."""
+    """Number of questions that an evaluation answers at a time."""
     max_new_tokens: int = 8
-    """Maximum length of a generated answer."""
+    """Maximum length of a generated answer, in tokens."""
     samples: int = 4
-    """Number of answers shown in TensorBoard with their images."""
+    """Number of generated answers to show in TensorBoard, with their images."""
     validate_every: int = 0
     """Steps between measurements of the validation loss; 0 for none. The last step always has one."""
     validate_batches: int = 16
-    """Maximum number of batches of such a measurement."""
+    """Maximum number of batches for one measurement of the validation loss."""
     wandb: str = ""
     """Weights & Biases project to log to in addition; empty for none."""
     profile: str = ""
     """Steps to trace with ``jax.profiler``, like "100:103"; empty for none."""
     slow_step: float = 0.0
-    """Trace the three steps after one that takes this many times the median, once per run; 0 for never."""
+    """Trace three steps after a step that takes more than this many times the median, once per start; 0: never."""
     step_timeout_s: float = 600.0
-    """Seconds without progress, once compiled, after which the process reports where it hangs and exits."""
+    """Seconds without progress, once the step is compiled, after which the process reports where it hangs and exits."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
