@@ -95,10 +95,8 @@ class RowShape:
             "patch_grid": ((*vision, 2), np.int32),
         }
         if self.merge:
-            arrays |= {
-                "merge_index": ((rows, *self.merge), np.int32),
-                "merge_weight": ((rows, *self.merge), np.float32),
-            }
+            tables = (rows, *self.merge)
+            arrays |= {"merge_index": (tables, np.int32), "merge_weight": (tables, np.float32)}
         return arrays
 
 

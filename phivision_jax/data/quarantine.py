@@ -8,8 +8,26 @@ and is not part of it. What only decoding finds leaves a placeholder in its row 
 ``quarantine.jsonl`` of the run. Both stop with a summary when the share of bad items is too large: then the data set is
 at fault.
 
-``REASONS`` are those of reading and importing. Any other step that rejects items has reasons of its own, written
-"step/reason" ("dedup/near-duplicate").
+The reasons of reading and importing; any other step that rejects items has reasons of its own, written "step/reason"
+("dedup/near-duplicate"):
+
+    unreadable       bytes of a dataset that are no longer what was written
+    syntax           not JSON, not a row: nothing can be read
+    encoding         broken UTF-8, a lone surrogate
+    fields           a field is missing or has the wrong type
+    role             a role other than system, user and assistant
+    empty-answer     no assistant message, or one without text
+    control-token    content with a control token, which the model would obey
+    mode             an answer that does not fit the stated mode
+    too-long         more tokens than the model has positions
+    coordinates      a box or a point outside its image
+    image-count      the number of <image> markers is not the number of images
+    image-missing    no such file
+    image-path       a path that leaves the image folder
+    image-url        a URL that is not allowed or cannot be fetched
+    image-extension  a file name of another format than the content
+    image-size       a decompression bomb, or a side longer than MAX_SIDE
+    image-broken     cannot be decoded
 """
 
 from __future__ import annotations
@@ -23,25 +41,6 @@ from pathlib import Path
 
 from phivision_jax.io import jsonl
 
-REASONS = (
-    "unreadable",  # bytes of a dataset that are no longer what was written
-    "syntax",  # not JSON, not a row: nothing can be read
-    "encoding",  # broken UTF-8, a lone surrogate
-    "fields",  # a field is missing or has the wrong type
-    "role",  # a role other than system, user and assistant
-    "empty-answer",  # no assistant message, or one without text
-    "control-token",  # content with a control token, which the model would obey
-    "mode",  # an answer that does not fit the stated mode
-    "too-long",  # more tokens than the model has positions
-    "coordinates",  # a box or a point outside its image
-    "image-count",  # the number of <image> markers is not the number of images
-    "image-missing",  # no such file
-    "image-path",  # a path that leaves the image folder
-    "image-url",  # a URL that is not allowed or cannot be fetched
-    "image-extension",  # a file name of another format than the content
-    "image-size",  # a decompression bomb, or a side longer than MAX_SIDE
-    "image-broken",  # cannot be decoded
-)
 MAX_SHARE = 0.01
 """Default share of bad records that stops an import or a training run."""
 FILE = "quarantine.jsonl"
@@ -50,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 class BadRecord(ValueError):
-    """A record that cannot be used; ``reason`` is one of ``REASONS`` or "step/reason", the message is the detail."""
+    """A record that cannot be used; ``reason`` is in the table above or "step/reason", the message is the detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)

@@ -78,8 +78,7 @@ def encode(
     if mode not in get_args(PromptMode):
         raise ValueError(f"mode must be one of {', '.join(get_args(PromptMode))}, not {mode!r}")
     plain, _ = flatten(messages)
-    for i, message in enumerate(plain):
-        _refuse_control_tokens(message, f"message {i} ({message['role']})", tokenizer.control_tokens)
+    _refuse_control_tokens(plain, tokenizer.control_tokens)
     spans: list[tuple[int, int]] = []
     if generation_prompt:
         text, _ = template.render(plain, generation_prompt=True)
@@ -151,14 +150,14 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
     return plain, images
 
 
-def _refuse_control_tokens(message: Message, where: str, control_tokens: Sequence[str]) -> None:
-    content = message["content"]
-    if message["role"] == "assistant":
-        content = content.removeprefix(NOTHINK)
-    for token in control_tokens:
-        if token in content and token not in (THINK, END_THINK):
-            problem = f"{where} contains the control token {token}: the model would obey it; reword it"
-            raise MessageError("control-token", problem)
+def _refuse_control_tokens(messages: Sequence[Message], control_tokens: Sequence[str]) -> None:
+    for i, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        content = content.removeprefix(NOTHINK) if role == "assistant" else content
+        for token in control_tokens:
+            if token in content and token not in (THINK, END_THINK):
+                problem = f"contains the control token {token}: the model would obey it; reword it"
+                raise MessageError("control-token", f"message {i} ({role}) {problem}")
 
 
 def _in_mode(messages: list[dict[str, Any]], mode: PromptMode) -> list[dict[str, Any]]:

@@ -35,12 +35,9 @@ def easy_vqa(
         raise ModuleNotFoundError("easy-VQA needs its package: pip install easy-vqa") from None
     if questions_per_record < 1:
         raise ValueError(f"questions_per_record must be at least 1, not {questions_per_record}")
-    if split == "train":
-        questions, paths = package.get_train_questions(), package.get_train_image_paths()
-    elif split == "test":
-        questions, paths = package.get_test_questions(), package.get_test_image_paths()
-    else:
+    if split not in ("train", "test"):
         raise ValueError(f"easy-VQA has the splits 'train' and 'test', not {split!r}")
+    questions, paths = (getattr(package, f"get_{split}_{part}")() for part in ("questions", "image_paths"))
     by_image: dict[int, list[tuple[str, str]]] = {image: [] for image in sorted(paths)[:max_images]}
     for question, answer, image in zip(*questions, strict=True):
         if image in by_image:
@@ -55,16 +52,8 @@ def easy_vqa(
             for question, answer in pairs[first : first + questions_per_record]:
                 messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             messages[0]["content"] = "<image>\n" + messages[0]["content"]
-            records.append(
-                Record(
-                    id=f"{split}/{image:04d}/{first:02d}",
-                    source=f"easy_vqa/{split}",
-                    images=(content,),
-                    messages=tuple(messages),
-                    mode="nothink",
-                    task="general",
-                )
-            )
+            id = f"{split}/{image:04d}/{first:02d}"
+            records.append(Record(id, f"easy_vqa/{split}", (content,), tuple(messages), "nothink"))
     return records
 
 

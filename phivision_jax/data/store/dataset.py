@@ -108,8 +108,7 @@ class Dataset:
         directory = Path(directory)
         manifest = read_manifest(directory)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for _ in pool.map(functools.partial(check_size, directory), (*manifest["shards"], *manifest["index"])):
-                pass
+            list(pool.map(functools.partial(check_size, directory), (*manifest["shards"], *manifest["index"])))
         return cls(directory, manifest, Index.open(directory))
 
     def __len__(self) -> int:

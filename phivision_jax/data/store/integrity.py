@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,14 +59,9 @@ class Report:
     """The first few of these ids."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _ShardReport:
-    first: int
-    """Number of the shard's first record in the dataset."""
-    images: int
-    problems: list[Problem]
-    id_hashes: np.ndarray
-    """[records] u64, 0 where a record cannot be read."""
+type _ShardReport = tuple[int, int, list[Problem], np.ndarray]
+"""Number of the shard's first record in the dataset, images, problems, and a hash of each id: [records] u64, 0 where a
+record cannot be read."""
 
 
 def validate(
@@ -96,9 +92,9 @@ def validate(
         with bar(title, manifest["records"], shown=progress) as advance, contextlib.closing(results):
             for report in results:
                 reports.append(report)
-                advance(len(report.id_hashes))
-    reports.sort(key=lambda report: report.first)
-    hashes = np.concatenate([report.id_hashes for report in reports] or [np.zeros(0, np.uint64)])
+                advance(len(report[-1]))
+    reports.sort(key=operator.itemgetter(0))
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(hashes for *_, hashes in reports)])
     duplicates = _duplicates(hashes)
     duplicate_ids: list[str] = []
     if duplicates:
@@ -107,8 +103,8 @@ def validate(
     return Report(
         files=len(shards) + len(manifest["index"]),
         records=len(hashes),
-        images=sum(report.images for report in reports),
-        problems=problems + [problem for report in reports for problem in report.problems],
+        images=sum(images for _, images, _, _ in reports),
+        problems=problems + [problem for _, _, found, _ in reports for problem in found],
         duplicates=len(duplicates),
         duplicate_ids=duplicate_ids,
     )
@@ -157,7 +153,7 @@ def _check_shard(directory: Path, decode: bool, job: tuple[Mapping[str, Any], in
         reader = open_shard(shard)
     except (OSError, ValueError) as error:
         unreadable = Problem(file["file"], "", "file", f"it cannot be read: {error}")
-        return _ShardReport(first, 0, problems or [unreadable], hashes)
+        return first, 0, problems or [unreadable], hashes
     for i in range(shard.records):
         if stopped():
             raise Stop
@@ -176,7 +172,7 @@ def _check_shard(directory: Path, decode: bool, job: tuple[Mapping[str, Any], in
         else:
             continue
         problems.append(Problem(f"{file['file']}, record {first + i} of the dataset", record_id, reason, detail))
-    return _ShardReport(first, images, problems, hashes)
+    return first, images, problems, hashes
 
 
 def _compare(record: Record, index: Index, i: int, decode: bool) -> None:

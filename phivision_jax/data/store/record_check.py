@@ -11,8 +11,6 @@ is as fast as the disk.
 
 from __future__ import annotations
 
-import dataclasses
-
 import msgpack
 
 from phivision_jax.data.image_check import check_image
@@ -25,21 +23,6 @@ from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
 type ImageSizes = tuple[tuple[int, int], ...]
 """Width and height of each image in pixels, after turning it upright."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordSize:
-    """Size of a record as the index stores it."""
-
-    text_tokens: int
-    """Tokens of the conversation without its images."""
-    image_sizes: ImageSizes
-
-
-def measure_record(record: Record, processor: Processor, *, decode: bool) -> RecordSize:
-    """Check a record and return its size; see ``check_record`` and ``count_text_tokens`` for arguments and errors."""
-    image_sizes = check_record(record, decode=decode)
-    return RecordSize(count_text_tokens(record, processor), image_sizes)
 
 
 def check_record(record: Record, *, decode: bool) -> ImageSizes:
