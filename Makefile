@@ -9,7 +9,7 @@ CPU := JAX_PLATFORMS=cpu
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
-venv: $(STAMP)  ## make .venv and install everything that is pinned in requirements.lock
+venv: $(STAMP)  ## create .venv and install everything that requirements.lock pins
 
 $(STAMP): requirements.lock pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.12, or make PYTHON=/path/to/python"; exit 1; }
@@ -18,19 +18,19 @@ $(STAMP): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-demo: venv  ## train a small model on real images, score it, convert it, ask it
+demo: venv  ## train a small model on real images, score it, convert it and ask it a question
 	$(CPU) $(BIN)/python demo.py
 
 test: venv  ## run the tests, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
 
-test-all: venv  ## run every test, the long ones too
+test-all: venv  ## run every test, slow ones included
 	$(BIN)/python -m pytest
 
-check: venv lint  ## lint, types and the quick tests, while you work (< 90 s)
+check: venv lint  ## run lint, type checks and quick tests, for use while you work (< 90 s)
 	$(BIN)/python -m pytest -q -m "not slow" tests/test_rows.py tests/test_config.py tests/models tests/images tests/text
 
-lint: venv  ## ruff (lint and format) and mypy
+lint: venv  ## run ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -39,7 +39,7 @@ format: venv  ## apply the fixes of ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock:  ## pin the newest versions again (needs uv)
+lock:  ## pin the newest versions of all dependencies (needs uv)
 	uv pip compile --quiet --universal --upgrade --python-version 3.12 --no-annotate --no-header --no-emit-index-url \
 		--extra dev --extra demo --extra hub pyproject.toml -o requirements.lock
 

@@ -1,16 +1,17 @@
-"""Four ways from a text model to a multimodal one that reasons: what the report compares before it chooses the last.
+"""Four ways to train a multimodal model that reasons from a text model. The report compares them and chooses the last.
 
     python train.py --config=configs/pipelines.py:mixed/stage1 --run=runs/mixed-1 --config.init_from=start/reasoning
     python train.py --config=configs/pipelines.py:mixed/stage2 --run=runs/mixed-2 --config.init_from=runs/mixed-1
 
-    pipeline         base               after stage1, which aligns the projector
-    at_once          Phi-4              everything together, 20 % of it reasoning
-    then_reasoning   Phi-4              direct answers alone, then reasoning alone
-    reasoning_only   Phi-4-reasoning    reasoning alone
+    pipeline         base model         training after stage1, which aligns the projector
+    at_once          Phi-4              direct answers and reasoning together, 20 % of it reasoning
+    then_reasoning   Phi-4              direct answers only, then reasoning only
+    reasoning_only   Phi-4-reasoning    reasoning only
     mixed            Phi-4-reasoning    20 % reasoning, 80 % direct answers: the recipe, and chosen by the report
 
-All are the recipe's stages 1 and 2 (``configs/phi4_rv_15b.py``) and differ by base and by stage of the mixture alone:
-what differs in the result is owed to these. Stage 3 would follow any of them and is left out. A base is made with
+All pipelines are the recipe's stages 1 and 2 (``configs/phi4_rv_15b.py``) and differ only in the base model and the
+stage of the mixture, so differences between their results are due to these. Stage 3 could follow any of them and is
+left out. A base model is made with
 
     python -m convert to-jax start/reasoning --decoder PHI4_REASONING_DIR --vision SIGLIP2_DIR
 
@@ -40,6 +41,6 @@ def get_config(which: str = "mixed/stage2") -> ConfigDict:
     c = recipe("stage1" if stage == "stage1" else "stage2")
     c.data.update(path="configs/mixtures/recipe.toml", stage=PIPELINES[pipeline][stage])
     if (pipeline, stage) == ("then_reasoning", "reasoning"):
-        # A fifth of the examples, and what came before should not be undone: half the rates, a fifth of the warm-up.
+        # This half has a fifth of the examples and should not undo the first: half the rates, a fifth of the warm-up.
         c.optim.update(learning_rate=1e-5, warmup_tokens=566_000_000)
     return c

@@ -1,4 +1,4 @@
-"""A small model that learns easy-VQA from nothing on two CPU cores: the demo, and the size that tests use.
+"""A small model that learns easy-VQA from random weights on two CPU cores. The demo and tests use it.
 
 python train.py --config=configs/tiny.py --run=runs/tiny            # within 10 minutes
 python train.py --config=configs/tiny.py:long --run=runs/tiny-long  # within an hour
@@ -17,8 +17,8 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/tiny.py has the variants '' and 'long', not {variant!r}")
     c = ConfigDict(dataclasses.asdict(RunConfig()), type_safe=False)
 
-    # 64x64 images as 8x8 patches of 8x8 pixels; three of the four vision layers run. 512 tokens: the project's own
-    # tokenizer.
+    # An image of 64x64 pixels is 8x8 patches of 8x8 pixels. Three of the four vision layers run. The vocabulary of 512
+    # tokens is that of the project's own tokenizer.
     c.model.min_patches = c.model.max_patches = 64
     vision = VisionConfig(hidden_size=128, intermediate_size=256, num_layers=4, num_heads=2, patch_size=8)
     decoder = DecoderConfig(
@@ -37,9 +37,11 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.update(vision=dataclasses.asdict(vision), decoder=dataclasses.asdict(decoder))
 
     c.data.update(path="data/easy_vqa/train", eval_path="data/easy_vqa/test")
-    # Two conversations per row. Short rows: without an attention kernel the CPU computes every masked score too.
+    # A row holds two conversations. Rows are short because the CPU, without an attention kernel, also computes every
+    # masked score.
     c.data.update(batch_rows=4, length=240, num_patches=128, epochs=40, num_threads=1)
-    # Yes-or-no questions stay at their majority for a long time at twice this rate, and learn here.
+    # At twice this learning rate, answers to yes-or-no questions remain the majority's for a long time; at this rate
+    # they are learned.
     c.optim.update(learning_rate=6e-4, steps=5000, warmup_steps=100, final_lr_ratio=0.02, b2=0.95, weight_decay=0.05)
     c.update(
         dtype="float32",
