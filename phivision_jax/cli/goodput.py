@@ -14,7 +14,7 @@ def goodput(runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN...")],
         runs: Directories of runs, as given to phivision train --run (each may be gs://…). A run may still be training.
     """
     from phivision_jax.io import storage
-    from phivision_jax.training.telemetry.goodput_report import report
+    from phivision_jax.training.telemetry.goodput import report
 
     if not runs:
         raise ValueError("name at least one directory of a run")

@@ -34,10 +34,8 @@ from phivision_jax.training.guard import SkippedUpdates
 from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.run_directory import RunDirectory
 from phivision_jax.training.step import State
-from phivision_jax.training.telemetry import goodput_report
-from phivision_jax.training.telemetry.goodput import AHEAD, Goodput
+from phivision_jax.training.telemetry.goodput import AHEAD, Goodput, report
 from phivision_jax.training.telemetry.metrics import MetricsWriter, group_metrics
-from phivision_jax.training.telemetry.module_norms import learning_rates
 from phivision_jax.training.telemetry.profiling import Profiler
 from phivision_jax.training.telemetry.throughput import Throughput
 from phivision_jax.training.validation import Validator
@@ -111,7 +109,7 @@ def train(cfg: RunConfig, where: str) -> int:
         shown = ("loss", "validation/loss", "eval/accuracy")
         log(", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row))
     if jax.process_index() == 0:
-        log(goodput_report.report(run.directory.url))
+        log(report(run.directory.url))
     return PREEMPTED if step < steps else 0
 
 
@@ -228,7 +226,7 @@ class Run:
         """The metrics of a step and of the interval before it; waits for the devices."""
         timing = self.goodput.row()
         row = timing | self._throughput.row(timing["time/step_s"]) | loss_metrics(metrics)
-        row |= learning_rates(float(self.prepared.step.learning_rate(step - 1)), self._lr_multipliers)
+        row |= optim.learning_rates(float(self.prepared.step.learning_rate(step - 1)), self._lr_multipliers)
         self.goodput.write(step)
         return row | {"failed_examples": self._failed.failed}
 

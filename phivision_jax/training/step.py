@@ -22,7 +22,6 @@ from phivision_jax.training import device_layout, optim
 from phivision_jax.training.guard import guarded
 from phivision_jax.training.loss import batch_loss
 from phivision_jax.training.run_config import MeshConfig, OptimConfig, ResolvedConfig, RunConfig
-from phivision_jax.training.telemetry.module_norms import module_norms
 from phivision_jax.training.telemetry.throughput import batch_work
 
 State = dict[str, Any]
@@ -117,8 +116,8 @@ class TrainStep:
             **batch_work(batch),
             "grad_norm": optax.global_norm(grads),
             "update_norm": optax.global_norm(updates),
-            **module_norms(grads, "grad_norm"),
-            **module_norms(updates, "update_norm"),
+            **optim.module_norms(grads, "grad_norm"),
+            **optim.module_norms(updates, "update_norm"),
             "skipped_in_a_row": opt_state.skipped_in_a_row,
             "skipped": opt_state.skipped,
         }

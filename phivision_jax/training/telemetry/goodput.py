@@ -22,29 +22,80 @@ step is dispatched) counts against the run:
 A thread waits for each step's metrics to see its end, at worst late by the interpreter's switch interval (5 ms). Up to
 ``AHEAD`` steps may be dispatched, so that the devices do not wait for the host between two.
 
-``goodput.jsonl`` of a run holds the accounts of all its starts; ``goodput_report.py`` adds them up.
+``goodput.jsonl`` of a run holds the accounts of all its starts. Their sum has two more names:
+
+    lost         steps that a later start repeated, because the process died after its last checkpoint
+    down         from the last line of a start (one is written with the metrics) to the beginning of the next
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
 import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from phivision_jax.io import jsonl
-from phivision_jax.training.telemetry.goodput_report import FILE, Account, account_of, read_starts
+from phivision_jax.io import jsonl, storage
+from phivision_jax.io.storage import Location
 
-SECTIONS = ("compile", "restore", "data", "host", "checkpoint", "evaluate", "other")
-"""Host activities that are counted."""
+FILE = "goodput.jsonl"
+MEANING = {
+    "step": "steps that count",
+    "lost": "steps repeated after a kill",
+    "down": "between two starts",
+    "compile": "compiling",
+    "restore": "restoring or initializing the state",
+    "data": "devices waiting for data",
+    "host": "devices waiting for the host",
+    "checkpoint": "waiting for checkpoints",
+    "evaluate": "evaluation and validation",
+    "other": "start of the program, planning, logging",
+}
 AHEAD = 2
 """Steps that may be dispatched at a time: one running, one waiting."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """One start of a run, from its lines."""
+
+    began: float
+    """Seconds since 1970."""
+    ended: float
+    """Time of its last line."""
+    lines: Sequence[tuple[int, dict[str, float]]]
+    """(step, seconds by name since ``began``) of every line that has a step; the first is where it resumed."""
+    seconds: dict[str, float]
+    """Seconds by name, from its last line."""
+
+    def lost(self, kept: int) -> float:
+        """Seconds that the steps after ``kept`` took, interpolated between lines."""
+        if not self.lines:
+            return 0.0
+        steps, spent = zip(*((step, seconds["step"]) for step, seconds in self.lines), strict=True)
+        return spent[-1] - float(np.interp(kept, steps, spent))
+
+
+@dataclasses.dataclass
+class Account:
+    """Seconds of all starts by name, lost steps subtracted from "step"."""
+
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(MEANING, 0.0))
+    stepping: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(MEANING, 0.0))
+    """Seconds from each start's first step on, lost steps included in "step", without "down"."""
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
 
 
 class Goodput:
@@ -58,34 +109,18 @@ class Goodput:
 
     Args:
       run: the run's directory; None keeps the account in memory only (all processes but the first).
-      clock: monotonic seconds.
-      now: seconds since 1970.
-      wait: blocks until the arrays that it receives are computed.
-      age: seconds that this process had run before ``clock`` was first called; default: as the system reports.
     """
 
-    def __init__(
-        self,
-        run: Path | None,
-        *,
-        clock: Callable[[], float] = time.perf_counter,
-        now: Callable[[], float] = time.time,
-        wait: Callable[[Any], object] = jax.block_until_ready,
-        age: float | None = None,
-    ) -> None:
-        self._clock, self._now, self._wait, self._run = clock, now, wait, run
-        self._section, self._since = "other", clock()
-        age = process_age() if age is None else age
-        self.seconds = dict.fromkeys(("step", *SECTIONS), 0.0) | {"other": age}
+    def __init__(self, run: Path | None) -> None:
+        self._run, self._section, self._since, age = run, "other", time.perf_counter(), process_age()
+        self.seconds = {name: 0.0 for name in MEANING if name not in ("lost", "down")} | {"other": age}
         """Seconds of this process so far, by name."""
         self._changed = threading.Condition()
-        self._running = 0
+        self._running, self._finished, self._step_end = 0, 0, 0.0
         self._durations: list[float] = []
-        self._finished, self._step_end = 0, 0.0
         self._row_start = (0, dict(self.seconds))
         self._earlier = read_starts(run) if run else []
-        self._before = Account()
-        self._start, self._began = len(self._earlier), now() - age
+        self._before, self._began = Account(), time.time() - age
         self.write(None)
         self._dispatched: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._watch, name="goodput", daemon=True).start()
@@ -100,9 +135,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def __call__(self, section: str) -> Iterator[None]:
-        """Count the time inside under one of ``SECTIONS``; a nested section interrupts the outer one."""
-        if section not in SECTIONS:
-            raise ValueError(f"goodput: {section!r} is none of {', '.join(SECTIONS)}")
+        """Count the time inside under this name; a nested section interrupts the outer one."""
         outer = self._enter(section)
         try:
             yield
@@ -132,7 +165,7 @@ class Goodput:
 
     def begin(self, step: int) -> None:
         """Training begins after this step, 0 or the one restored; steps of earlier starts beyond it are lost."""
-        self._before = account_of(self._earlier, resumed=(step, self._began))
+        self._before = account_of([*self._earlier, Start(self._began, self._began, [(step, {})], {})])
         self.write(step)
         self._row_start = (self._finished, dict(self.seconds))
 
@@ -143,8 +176,8 @@ class Goodput:
             self._charge()
             seconds = {name: round(value, 4) for name, value in self.seconds.items()}
         if self._run is not None:
-            line = {"start": self._start, "began": self._began, "time": self._now(), "step": step, "seconds": seconds}
-            jsonl.append(self._run / FILE, line)
+            start = {"start": len(self._earlier), "began": self._began}
+            jsonl.append(self._run / FILE, start | {"time": time.time(), "step": step, "seconds": seconds})
 
     def close(self) -> None:
         """Append the last line and stop counting."""
@@ -163,14 +196,15 @@ class Goodput:
         self.drain()
         with self._changed:
             self._charge()
-            (finished, then), now = self._row_start, (self._finished, dict(self.seconds))
-            self._row_start = now
-        total = self._before.total + sum(now[1].values())
-        row = {"goodput": (self._before.seconds["step"] + now[1]["step"]) / total if total > 0 else 0.0}
-        if steps := now[0] - finished:
-            each = {name: (seconds - then[name]) / steps for name, seconds in now[1].items()}
-            row |= {"time/device_s": each["step"], "time/data_s": each["data"], "time/host_s": each["host"]}
-            row["time/step_s"] = sum(row[f"time/{name}_s"] for name in ("device", "data", "host")) + each["other"]
+            finished, then = self._row_start
+            now = dict(self.seconds)
+            self._row_start = self._finished, now
+        total = self._before.total + sum(now.values())
+        row = {"goodput": (self._before.seconds["step"] + now["step"]) / max(total, 1e-9)}
+        if steps := self._finished - finished:
+            device, data, host, other = ((now[n] - then[n]) / steps for n in ("step", "data", "host", "other"))
+            row |= {"time/device_s": device, "time/data_s": data, "time/host_s": host}
+            row["time/step_s"] = device + data + host + other
         return row
 
     def durations(self) -> list[float]:
@@ -182,7 +216,7 @@ class Goodput:
         return durations
 
     def _charge(self) -> None:
-        now = self._clock()
+        now = time.perf_counter()
         self.seconds["step" if self._running else self._section] += now - self._since
         self._since = now
 
@@ -205,7 +239,7 @@ class Goodput:
         while dispatched := self._dispatched.get():
             # A step that fails on the devices has ended too; the error is raised where its metrics are fetched.
             with contextlib.suppress(Exception):
-                self._wait(dispatched[0])
+                jax.block_until_ready(dispatched)
             self._finish()
 
 
@@ -216,3 +250,70 @@ def process_age() -> float:
         return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
     except (OSError, AttributeError):
         return 0.0
+
+
+def read_starts(run: Location) -> list[Start]:
+    """Starts of a run, in order.
+
+    Raises:
+      StorageError: when the bucket cannot be read.
+    """
+    storage.check(run)
+    starts = []
+    for _, group in itertools.groupby(jsonl.read(run / FILE), key=lambda row: row["start"]):
+        *_, last = rows = list(group)
+        lines = [(row["step"], row["seconds"]) for row in rows if row["step"] is not None]
+        starts.append(Start(last["began"], last["time"], lines, last["seconds"]))
+    return starts
+
+
+def account_of(starts: Sequence[Start]) -> Account:
+    """Add up all starts."""
+    account = Account()
+    for i, start in enumerate(starts):
+        later = starts[i + 1 :]
+        resumed = [other.lines[0][0] for other in later if other.lines]
+        lost = start.lost(min(resumed)) if resumed else 0.0
+        down = max(later[0].began - start.ended, 0.0) if later else 0.0
+        for name, seconds in start.seconds.items():
+            account.seconds[name] += seconds
+            account.stepping[name] += seconds - start.lines[0][1][name] if start.lines else 0.0
+        for name, seconds in (("lost", lost), ("step", -lost), ("down", down)):
+            account.seconds[name] += seconds
+    return account
+
+
+def report(run: Location) -> str:
+    """The time of a run over all its starts, as a table.
+
+    Raises:
+      ValueError: when the directory holds no account.
+    """
+    starts = read_starts(run)
+    if not starts:
+        raise ValueError(f"{run} holds no {FILE}: it is not a run's directory, or the run has not started")
+    account = account_of(starts)
+    last = starts[-1].lines
+    reached = f"at step {last[-1][0]:,}" if last else "before its first step"
+    count = "1 start" if len(starts) == 1 else f"{len(starts)} starts"
+    lines = [f"{run}: {count}, {reached}, {duration(account.total)}"]
+    total = max(account.total, 1e-9)
+    for name, seconds in sorted(account.seconds.items(), key=lambda item: (item[0] != "step", -item[1])):
+        if seconds > 0 or name == "step":
+            lines.append(f"  {name:<11}{seconds / total:>7.1%}{duration(seconds):>16}   {MEANING[name]}")
+    lines.append(f"goodput {account.seconds['step'] / total:.1%}")
+    after = {name: seconds for name, seconds in account.stepping.items() if name != "compile"}
+    if (stepping := sum(after.values())) > 0:
+        rest = sorted(((s / stepping, name) for name, s in after.items() if name != "step"), reverse=True)
+        parts = ", ".join(f"{name} {share:.1%}" for share, name in rest if share >= 0.0005)
+        idle = f"{sum(share for share, _ in rest):.1%}" + (f" ({parts})" if parts else "")
+        lines.append(f"not stepping, once compiled and restored: {idle}")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """Format seconds: "12.3 s", "4 min 05 s", "3 h 07 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -11,7 +11,6 @@ import statistics
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -48,7 +47,6 @@ class Profiler:
       slow_step: trace the ``AFTER_SLOW`` steps after one that takes this many times the median of ``WINDOW`` steps, the
         first time that happens; 0: never.
       log: receives where a trace is and how to open it.
-      start, stop: begin a trace into a directory, end it.
 
     Raises:
       ValueError: for a malformed ``profile``; for a ``slow_step`` at which ordinary steps would be slow.
@@ -60,14 +58,15 @@ class Profiler:
         profile: str = "",
         slow_step: float = 0.0,
         log: Callable[[str], None] = print,
-        *,
-        start: Callable[[str], Any] = jax.profiler.start_trace,
-        stop: Callable[[], Any] = jax.profiler.stop_trace,
     ) -> None:
         if slow_step and not slow_step > 1:
             raise ValueError(f"slow_step is {slow_step}; give a multiple of the median step above 1, or 0 for never")
-        self._directory, self._log, self._start, self._stop = run / DIRECTORY, log, start, stop
-        self._profile, self._slow_step = parse_steps(profile), slow_step
+        self._directory, self._log, self._profile, self._slow_step = (
+            run / DIRECTORY,
+            log,
+            parse_steps(profile),
+            slow_step,
+        )
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._traced = range(0)
 
@@ -92,14 +91,14 @@ class Profiler:
             self._traced = range(step, step + AFTER_SLOW)
         if self._traced:
             drain()
-            self._start(str(self._directory / str(step)))
+            jax.profiler.start_trace(str(self._directory / str(step)))
 
     def close(self, drain: Callable[[], None]) -> None:
         """End a running trace."""
         if not self._traced:
             return
         drain()
-        self._stop()
+        jax.profiler.stop_trace()
         path, self._traced = self._directory / str(self._traced.start), range(0)
         self._log(f"trace in {path}; to open it: xprof --logdir={path}")
 

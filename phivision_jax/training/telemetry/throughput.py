@@ -101,7 +101,7 @@ class Throughput:
         self._works.append({name.removeprefix(_WORK): metrics.pop(name) for name in names})
 
     def row(self, step_s: float) -> dict[str, float]:
-        """Metrics of the steps since the last row.
+        """Metrics of the steps since the last row; there has to be one.
 
         Args:
           step_s: seconds per step (``time/step_s``).
@@ -109,12 +109,7 @@ class Throughput:
         Returns:
           ``tokens`` and ``images`` per step; ``tokens_per_s``, ``images_per_s``; ``text_padding``, ``patch_padding`` as
           shares; ``mfu`` as a share, where the chips' peak is documented; ``memory``.
-
-        Raises:
-          ValueError: without a step since the last row.
         """
-        if not self._works:
-            raise ValueError("there was no step since the last row")
         works = jax.device_get(self._works)
         mean = {name: float(np.mean([work[name] for work in works], dtype=np.float64)) for name in works[0]}
         self._works = []

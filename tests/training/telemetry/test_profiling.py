@@ -8,15 +8,15 @@ from phivision_jax.training.telemetry.profiling import Profiler, parse_steps
 
 
 class Calls:
-    def __init__(self, tmp_path, **settings):
+    def __init__(self, tmp_path, monkeypatch, **settings):
         self.log, self.messages = [], []
-        self.profiler = Profiler(
-            tmp_path,
-            log=self.messages.append,
-            start=lambda path: self.log.append(f"start {path.removeprefix(str(tmp_path))}"),
-            stop=lambda: self.log.append("stop"),
-            **settings,
-        )
+
+        def start(path):
+            self.log.append(f"start {path.removeprefix(str(tmp_path))}")
+
+        monkeypatch.setattr(jax.profiler, "start_trace", start)
+        monkeypatch.setattr(jax.profiler, "stop_trace", lambda: self.log.append("stop"))
+        self.profiler = Profiler(tmp_path, log=self.messages.append, **settings)
 
     def steps(self, first, last, seconds=1.0):
         for step in range(first, last + 1):
@@ -27,23 +27,23 @@ class Calls:
         self.profiler.close(lambda: self.log.append("drain"))
 
 
-def test_profiler_traces_configured_steps(tmp_path):
-    calls = Calls(tmp_path, profile="3:5")
+def test_profiler_traces_configured_steps(tmp_path, monkeypatch):
+    calls = Calls(tmp_path, monkeypatch, profile="3:5")
     calls.steps(1, 6)
     calls.close()
     assert calls.log == [1, 2, "drain", "start /profile/3", 3, 4, "drain", "stop", 5, 6]
     assert "xprof --logdir=" in calls.messages[0] and str(tmp_path / "profile" / "3") in calls.messages[0]
 
 
-def test_profiler_when_the_run_is_within_the_steps(tmp_path):
-    calls = Calls(tmp_path, profile="3:9")
+def test_profiler_when_the_run_is_within_the_steps(tmp_path, monkeypatch):
+    calls = Calls(tmp_path, monkeypatch, profile="3:9")
     calls.steps(5, 6)
     calls.close()
     assert calls.log == ["drain", "start /profile/5", 5, 6, "drain", "stop"]
 
 
-def test_profiler_traces_after_a_slow_step_once(tmp_path):
-    calls = Calls(tmp_path, slow_step=2.0)
+def test_profiler_traces_after_a_slow_step_once(tmp_path, monkeypatch):
+    calls = Calls(tmp_path, monkeypatch, slow_step=2.0)
     calls.profiler.before(1, lambda: None, [0.1, 100.0])  # before there is a median
     calls.steps(2, 11, 1.0)
     assert "stop" not in calls.log and calls.messages == []
@@ -55,8 +55,8 @@ def test_profiler_traces_after_a_slow_step_once(tmp_path):
     assert calls.messages[0] == "a step took 2.1 s, the median is 1 s: tracing the next 3"
 
 
-def test_profiler_ignores_slow_steps_by_default(tmp_path):
-    calls = Calls(tmp_path)
+def test_profiler_ignores_slow_steps_by_default(tmp_path, monkeypatch):
+    calls = Calls(tmp_path, monkeypatch)
     calls.steps(1, 20, 1.0)
     calls.steps(21, 22, 50.0)
     assert calls.log == list(range(1, 23))

@@ -6,9 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from phivision_jax.training.optim import multipliers
+from phivision_jax.training.optim import learning_rates, module_norms, multipliers
 from phivision_jax.training.run_config import OptimConfig
-from phivision_jax.training.telemetry.module_norms import learning_rates, module_norms
 
 FLAT = {
     ("decoder", "norm", "scale"): jnp.array([3.0, 4.0]),
