@@ -37,8 +37,8 @@ def eval(  # the name of the subcommand
     """
     import phivision_jax
     from phivision_jax.data.store.dataset import Dataset
-    from phivision_jax.evaluation.accuracy_report import accuracy_section, write_report
     from phivision_jax.evaluation.runner import Evaluator
+    from phivision_jax.evaluation.scoring import accuracy_section, write_report
     from phivision_jax.io import progress, storage
     from phivision_jax.io.html import print_sections
 

@@ -11,7 +11,7 @@ import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from phivision_jax.data.records import Record
-from phivision_jax.evaluation.runner import Answer
+from phivision_jax.evaluation.scoring import Answer
 from phivision_jax.images.decode import open_image, to_rgb
 
 WIDTH, MARGIN, IMAGE_HEIGHT = 480, 16, 360
@@ -24,11 +24,7 @@ MAX_CHARACTERS = 1200
 
 
 def answer_image(
-    images: Sequence[Image.Image],
-    question: str,
-    answer: str,
-    reference: str | None = None,
-    correct: bool | None = None,
+    images: Sequence[Image.Image], question: str, answer: str, reference: str | None = None, correct: bool | None = None
 ) -> Image.Image:
     """Images below each other, the question, the answer and the reference, as an RGB image ``WIDTH`` pixels wide.
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections import defaultdict
 from collections.abc import Callable
 
 import grain
@@ -14,7 +12,7 @@ from jax.sharding import Mesh
 from phivision_jax.batch import Batch
 from phivision_jax.data.records import Record, mode_of
 from phivision_jax.data.store.dataset import Dataset, check_processor
-from phivision_jax.evaluation.scoring import exact_match
+from phivision_jax.evaluation.scoring import Answer, EvalResult, exact_match
 from phivision_jax.inference.generate import answer_text, generate_ids
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
@@ -27,39 +25,6 @@ _BLANK = expand([PLACEHOLDER], [])
 """Fills the rows of the last batch that no question is left for, and those of records that cannot be encoded."""
 MULTIPLE = 16
 """T and P are rounded up to a multiple of this."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One record's question, reference and generated answer."""
-
-    id: str
-    task: str
-    mode: str
-    question: str
-    reference: str
-    prediction: str
-    correct: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalResult:
-    """Scored answers."""
-
-    answers: tuple[Answer, ...]
-    """In the order of the dataset."""
-
-    @property
-    def accuracy(self) -> float:
-        return float(np.mean([answer.correct for answer in self.answers]))
-
-    @property
-    def by_task(self) -> dict[str, tuple[float, int]]:
-        """Accuracy and number of questions of each "mode/task", in alphabetical order."""
-        groups: dict[str, list[bool]] = defaultdict(list)
-        for answer in self.answers:
-            groups[f"{answer.mode}/{answer.task}"].append(answer.correct)
-        return {name: (float(np.mean(correct)), len(correct)) for name, correct in sorted(groups.items())}
 
 
 class Evaluator:

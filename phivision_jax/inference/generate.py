@@ -2,6 +2,15 @@
 
 A row's answer does not depend on the other rows: padding is never attended to, and a row may have any number of images
 or none (the released code's batched generation is wrong there).
+
+The KV cache holds keys and values of every layer. Prompts are padded on the right to T tokens; in every row the
+generated tokens follow at index T, T+1, … of the cache. Segments mark the entries in use, so padding between a short
+prompt and its answer is never seen, and RoPE positions continue from the prompt's own length:
+
+    index        0  1  2  3  4 | 5  6  7
+    row 0        a  b  c  d  e | x  y  ·       positions  0 1 2 3 4 | 5 6
+    row 1        a  b  ·  ·  · | x  y  ·       positions  0 1       | 2 3
+    segments     1  1  0  0  0 | 1  1  0       (row 1)
 """
 
 from __future__ import annotations
@@ -16,11 +25,10 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int32
 
 from phivision_jax.batch import Batch
 from phivision_jax.images.decode import ImageSource
-from phivision_jax.inference.cache import empty_cache
-from phivision_jax.inference.sampling import sample
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
@@ -145,13 +153,15 @@ def generate_tokens(
         step_key = jax.random.fold_in(key, step)
         return sample(decoder.lm_head(hidden)[:, 0], step_key, temperature=temperature, top_p=top_p)
 
+    cfg, size = model.config.decoder, T + max_new_tokens
+    empty = jnp.zeros((cfg.num_layers, B, size, cfg.num_kv_heads, cfg.head_dim), decoder.dtype)
     segments = jnp.pad(batch.segment_ids, ((0, 0), (0, max_new_tokens)))  # [B, S] of the cache; 0 for empty entries
     hidden, cache = decoder(
         model.embeds(batch),
         batch.positions,
         batch.span_end,
         batch.segment_ids,
-        cache=empty_cache(model.config.decoder, B, T + max_new_tokens, decoder.dtype),
+        cache=(empty, empty),
         cache_segments=segments,
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
@@ -181,6 +191,23 @@ def generate_tokens(
 
     carry = (jnp.int32(1), token, token == eos_id, out, segments, cache)
     return jax.lax.while_loop(unfinished, decode, carry)[3]
+
+
+def sample(
+    logits: Float[Array, "B V"], key: jax.Array, *, temperature: float = 0.0, top_p: float = 1.0
+) -> Int32[Array, " B"]:
+    """Greedy at temperature 0, else sampled from the nucleus: the fewest tokens whose probability reaches ``top_p``."""
+    if temperature == 0.0:
+        return logits.argmax(-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32) / temperature
+    if top_p < 1.0:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probability = jax.nn.softmax(ordered, axis=-1)
+        # A token is in the nucleus if the tokens before it have not reached top_p; the first always is, as top_p > 0.
+        kept = jnp.cumsum(probability, axis=-1) - probability < top_p
+        threshold = jnp.where(kept, ordered, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits >= threshold, logits, -jnp.inf)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
 def answer_text(processor: Processor, ids: np.ndarray, mode: PromptMode = "auto") -> str:

@@ -16,7 +16,7 @@ from phivision_jax.evaluation.answer_images import (
     answer_image,
     answer_images,
 )
-from phivision_jax.evaluation.runner import Answer
+from phivision_jax.evaluation.scoring import Answer
 
 
 def colours(image):

@@ -2,9 +2,7 @@ import json
 
 import pytest
 
-from phivision_jax.evaluation.accuracy_report import accuracy_section, write_report
-from phivision_jax.evaluation.runner import Answer, EvalResult
-from phivision_jax.evaluation.scoring import exact_match
+from phivision_jax.evaluation.scoring import Answer, EvalResult, accuracy_section, exact_match, write_report
 
 
 @pytest.mark.parametrize(

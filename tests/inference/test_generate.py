@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from phivision_jax.inference import generate as generation
-from phivision_jax.inference.generate import generate, generate_ids
-from phivision_jax.inference.sampling import sample
+from phivision_jax.inference.generate import generate, generate_ids, sample
 from phivision_jax.processor import Processor
 from phivision_jax.rows import batch_from_ids
 from tests.support.forward import logits

@@ -53,11 +53,7 @@ class Profiler:
     """
 
     def __init__(
-        self,
-        run: Path,
-        profile: str = "",
-        slow_step: float = 0.0,
-        log: Callable[[str], None] = print,
+        self, run: Path, profile: str = "", slow_step: float = 0.0, log: Callable[[str], None] = print
     ) -> None:
         if slow_step and not slow_step > 1:
             raise ValueError(f"slow_step is {slow_step}; give a multiple of the median step above 1, or 0 for never")
