@@ -85,8 +85,10 @@ def dividing_rules(axes: Sequence[str | None], sizes: Sequence[int]) -> list[Mes
     return [rule(a) if a and size % axis_size(a) == 0 else None for a, size in zip(axes, sizes, strict=True)]
 
 
-def default_sizes(num_devices: int, slices: int = 1, tensor: int = 1, context: int = 1) -> dict[str, int]:
-    """Sizes of all mesh axes: groups of at most ``FSDP_GROUP`` devices along fsdp, replicas along data.
+def default_sizes(
+    num_devices: int, slices: int = 1, tensor: int = 1, context: int = 1, fsdp_group: int = FSDP_GROUP
+) -> dict[str, int]:
+    """Sizes of all mesh axes: groups of at most ``fsdp_group`` devices along fsdp, replicas along data.
 
     Raises:
       ValueError: when slices, tensor and context do not divide the devices.
@@ -98,7 +100,7 @@ def default_sizes(num_devices: int, slices: int = 1, tensor: int = 1, context: i
             "choose sizes whose product divides them"
         )
     rest = num_devices // fixed
-    fsdp = next(n for n in range(min(rest, FSDP_GROUP), 0, -1) if rest % n == 0)
+    fsdp = next(n for n in range(min(rest, fsdp_group), 0, -1) if rest % n == 0)
     return {"slice": slices, "data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context}
 
 

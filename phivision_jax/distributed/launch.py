@@ -46,23 +46,18 @@ class Launcher:
 
     def launch(self, restarts: int) -> int:
         """Run the command to its end; returns the exit code."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            while True:
-                code = self._run_once()
-                if code == 0 or self._signals:
-                    return exit_code(code)
-                if code > 0 and code not in MEANINGS:
-                    log("giving up: the process ended with an error, which a restart would only repeat")
-                    return code
-                if not restarts:
-                    log("giving up: no restarts are left; --restarts allows more")
-                    return exit_code(code)
-                restarts -= 1
-                log(f"starting again; {restarts} restarts are left after this one")
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        while (code := self._run_once()) and not self._signals:
+            if code > 0 and code not in MEANINGS:
+                log("giving up: the process ended with an error, which a restart would only repeat")
+                break
+            if not restarts:
+                log("giving up: no restarts are left; --restarts allows more")
+                break
+            restarts -= 1
+            log(f"starting again; {restarts} restarts are left after this one")
+        return exit_code(code)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signals += 1

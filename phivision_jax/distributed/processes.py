@@ -5,7 +5,7 @@ A step is one program over all devices, so no process can stop alone: the others
     asked to stop  SIGTERM (preemption, maintenance) or Ctrl-C on any process: all agree on a step (``Preemption``)
     an error       on any process: the others receive its message and end too (``propagate_failure``)
     a death        collectives of the others fail, or JAX misses its heartbeats and ends them (``initialize``)
-    a hang         ``watchdog.py``
+    a hang         ``heartbeat.py``
 
 Exit codes (``heartbeat.py``) let a launcher (``launch.py``, a JobSet, a shell loop) decide whether to start again.
 """
@@ -49,7 +49,7 @@ def initialize() -> None:
       ValueError: when only some of the three are set.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    address, count, number = map(os.environ.get, names)
+    address, count, number = (os.environ.get(name, "") for name in names)
     if count == "1":
         return
     if not (address or count or number):
@@ -61,7 +61,6 @@ def initialize() -> None:
         return
     if missing := [name for name in names if not os.environ.get(name)]:
         raise ValueError(f"of {', '.join(names)}, {' and '.join(missing)} is not set; set all three or none")
-    assert count and number
     jax.distributed.initialize(
         address, int(count), int(number), cluster_detection_method="deactivate", heartbeat_timeout_seconds=DEAD_S
     )

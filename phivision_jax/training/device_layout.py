@@ -19,7 +19,7 @@ import jax
 from phivision_jax.config import ModelConfig
 from phivision_jax.hardware.layouts import LAYOUTS, OTHER
 from phivision_jax.sharding import num_slices
-from phivision_jax.training.run_config import MeshConfig, ModelSettings, ResolvedConfig, RunConfig
+from phivision_jax.training.run_config import MeshConfig, ResolvedConfig, RunConfig
 
 
 def resolve(cfg: RunConfig, devices: Sequence[jax.Device]) -> ResolvedConfig:
@@ -33,18 +33,15 @@ def resolve_for(cfg: RunConfig, device_kind: str, num_devices: int, slices: int 
     context = mesh.context if mesh.context > 0 else _context(cfg, layouts[-1].tokens, num_devices // mesh.tensor)
     in_row = cfg.data.length // context
     layout = next((layout for layout in layouts if layout.tokens >= in_row), layouts[-1])
-    if mesh.data == -1 and mesh.fsdp == -1:
-        rest = num_devices // ((slices if mesh.slice == -1 else mesh.slice) * mesh.tensor * context) or 1
-        mesh = dataclasses.replace(mesh, fsdp=next(n for n in range(min(rest, layout.fsdp), 0, -1) if rest % n == 0))
-    mesh = MeshConfig(**dataclasses.replace(mesh, context=context).sizes(num_devices, slices))
+    mesh = MeshConfig(**dataclasses.replace(mesh, context=context).sizes(num_devices, slices, layout.fsdp))
     closed = {
-        "model": cfg.model.over(ModelConfig()) if isinstance(cfg.model, ModelSettings) else cfg.model,
+        "model": cfg.model_over(ModelConfig()),
         "mesh": mesh,
         "remat": layout.remat if cfg.remat == "auto" else cfg.remat,
         "vision_remat": layout.vision_remat if cfg.vision_remat == "auto" else cfg.vision_remat,
         "microbatches": cfg.microbatches or _microbatches(cfg, mesh, layout.tokens),
     }
-    return ResolvedConfig(**(vars(cfg) | closed))
+    return ResolvedConfig(**(vars(cfg.in_steps()) | closed))
 
 
 def _context(cfg: RunConfig, tokens: int, devices: int) -> int:

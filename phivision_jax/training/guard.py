@@ -112,18 +112,15 @@ class SkippedUpdates:
         """
         examined = {name: metrics[name] for name in ("loss", "grad_norm", "skipped_in_a_row")}
         self._waiting.append((step, examined, record_ids))
-        self._examine(self._late)
+        self.drain(self._late)
 
-    def drain(self) -> None:
-        """Examine all steps so far. Errors as ``add``."""
-        self._examine(0)
-
-    def _examine(self, keep: int) -> None:
+    def drain(self, keep: int = 0) -> None:
+        """Examine all steps but the newest ``keep``. Errors as ``add``."""
         while len(self._waiting) > keep:
             step, metrics, record_ids = self._waiting.popleft()
-            host = jax.device_get(metrics)
-            if in_a_row := int(host["skipped_in_a_row"]):
-                self._report(step, float(host["loss"]), float(host["grad_norm"]), in_a_row, record_ids)
+            host = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if host["skipped_in_a_row"]:
+                self._report(step, host["loss"], host["grad_norm"], int(host["skipped_in_a_row"]), record_ids)
 
     def _report(self, step: int, loss: float, norm: float, in_a_row: int, record_ids: Sequence[Sequence[str]]) -> None:
         reason = "spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"

@@ -59,9 +59,9 @@ def batch_loss(
       The scalar loss, and sums to log: ``weight`` (), ``correct`` (), ``group_loss`` and ``group_weight``
       [num_groups] by ``batch.group_ids``.
     """
-    kernel, counted = model.decoder.lm_head.kernel[...], batch.loss_weights != 0
-    losses, hits = cross_entropy(model.hidden(batch), kernel, batch.targets, counted)
+    hidden, kernel, counted = model.hidden(batch), model.decoder.lm_head.kernel[...], batch.loss_weights != 0
     with jax.named_scope("loss"):
+        losses, hits = cross_entropy(hidden, kernel, batch.targets, counted)
         token_loss = losses * batch.loss_weights  # [B, T]
         weight = batch.loss_weights.sum()
         groups = jax.nn.one_hot(batch.group_ids, num_groups)  # [B, T, g]
@@ -76,7 +76,7 @@ def batch_loss(
         return token_loss.sum() / jnp.where(total == 0, 1.0, total), aux
 
 
-@jax.named_scope("loss")
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy(
     x: Float[Array, "B T D"],
     kernel: Float[Array, "V D"],
@@ -94,7 +94,7 @@ def cross_entropy(
         is not finite may still spoil the kernel's gradient.
       tile: maximum vocabulary entries at a time.
     """
-    return _cross_entropy(x, kernel, targets, counted, _num_tiles(kernel.shape[0], tile))
+    return _forward(x, kernel, targets, counted, tile)[0]
 
 
 def _num_tiles(vocab: int, tile: int) -> int:
@@ -103,17 +103,10 @@ def _num_tiles(vocab: int, tile: int) -> int:
     return next(n for n in range(-(-vocab // tile), shard + 1) if shard % n == 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(
-    x: jax.Array, kernel: jax.Array, targets: jax.Array, counted: jax.Array, num_tiles: int
-) -> tuple[jax.Array, jax.Array]:
-    return _forward(x, kernel, targets, counted, num_tiles)[0]
-
-
 def _forward(
-    x: jax.Array, kernel: jax.Array, targets: jax.Array, counted: jax.Array, num_tiles: int
+    x: jax.Array, kernel: jax.Array, targets: jax.Array, counted: jax.Array, tile: int
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    tiles = _tiles(kernel, x.dtype, num_tiles)
+    tiles = _tiles(kernel, x.dtype, tile)
 
     def losses_at(positions: _Positions) -> tuple[jax.Array, ...]:
         return tuple(positions.scatter(y) for y in _losses(positions.gather(x), positions.gather(targets), tiles))
@@ -124,10 +117,10 @@ def _forward(
 
 
 def _backward(
-    num_tiles: int, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
+    tile: int, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None, None]:
     x, kernel, targets, counted, normalizer = saved
-    tiles = _tiles(kernel, x.dtype, num_tiles)
+    tiles = _tiles(kernel, x.dtype, tile)
     # The cotangent of the losses; the hits have no gradient.
     scale = jnp.where(counted, cotangents[0].astype(jnp.float32), 0)
 
@@ -140,7 +133,7 @@ def _backward(
     return dx, rearrange(dW, "tiles u v D -> (u tiles v) D"), None, None
 
 
-_cross_entropy.defvjp(_forward, _backward)
+cross_entropy.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,9 +231,9 @@ def _logits(x: jax.Array, W: jax.Array) -> jax.Array:
 
 
 @jax.named_scope("head")
-def _tiles(kernel: jax.Array, dtype: jnp.dtype, num_tiles: int) -> _Tiles:
+def _tiles(kernel: jax.Array, dtype: jnp.dtype, tile: int) -> _Tiles:
     """The head as tiles [tiles, u, v, D] over u shards of the vocabulary, and the first id of each part [tiles, u]."""
-    V, shards = kernel.shape[0], axis_size("vocab")
+    V, shards, num_tiles = kernel.shape[0], axis_size("vocab"), _num_tiles(kernel.shape[0], tile)
     v = V // (shards * num_tiles)
     # Cast, then gathered along D once: inside the loop it would be gathered for every tile.
     gathered = constrain(kernel.astype(dtype), "vocab", None)

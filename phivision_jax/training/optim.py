@@ -65,29 +65,22 @@ def partition(params: dict[str, Any], cfg: OptimConfig) -> tuple[dict[tuple, Any
 
 
 def num_steps(cfg: RunConfig, available: int) -> int:
-    """Length of training: ``optim.steps`` or ``optim.tokens``, else the complete plan of ``available`` steps.
+    """Length of training: ``optim.steps``, else the complete plan of ``available`` steps.
 
     Raises:
       ValueError: when the plan is too short.
     """
-    steps = cfg.in_steps().optim.steps or available
+    steps = cfg.optim.steps or available
     if steps > available:
-        what = f"{cfg.optim.tokens:,} tokens" if cfg.optim.tokens else f"optim.steps is {steps}"
         raise ValueError(
-            f"{what}: {steps:,} steps of {cfg.data.batch_rows} rows of {cfg.data.length}, but data.epochs="
+            f"optim.steps is {steps:,} (of {cfg.data.batch_rows} rows of {cfg.data.length}), but data.epochs="
             f"{cfg.data.epochs} gives {available:,}; raise data.epochs (or the mixture's)"
         )
     return steps
 
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 to the peak, then a cosine to ``final_lr_ratio`` of it.
-
-    Raises:
-      ValueError: for a warm-up in tokens, whose number per step is not known here (``RunConfig.in_steps``).
-    """
-    if cfg.warmup_tokens:
-        raise ValueError(f"optim.warmup_tokens={cfg.warmup_tokens} must be turned into steps first: RunConfig.in_steps")
+    """Learning rate by step: linear from 0 to the peak, then a cosine to ``final_lr_ratio`` of it."""
     warmup = min(cfg.warmup_steps, max(steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.learning_rate * cfg.final_lr_ratio

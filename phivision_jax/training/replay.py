@@ -39,37 +39,34 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
       ValueError: when the run has no such step, or was started with other settings.
     """
     with RunDirectory(run, jax.process_index(), jax.process_count(), log, read_only=True) as directory:
-        return _replay(cfg, directory, number, log)
-
-
-def _replay(cfg: RunConfig, directory: RunDirectory, number: int, log: Callable[[str], None]) -> dict[str, float]:
-    if not (directory.local / "plan").is_dir():
-        raise ValueError(f"{directory.url} holds no plan: --replay needs the directory of a run that was started")
-    checkpoints = RunCheckpoints(directory.url, cfg.keep_checkpoints, log=log)
-    prepared = setup.prepare(cfg, directory, checkpoints)
-    step = prepared.step
-    if not 1 <= number <= prepared.steps:
-        raise ValueError(f"--replay={number}: the run's steps are 1 to {prepared.steps}")
-    compiled = step.compile(prepared.feed.spec)
-    replicated = sharding.replicated(step.mesh)  # a process can fetch values of its own devices only
-    row_losses = jax.jit(lambda params, batch: _row_losses(step.graphdef, params, batch), out_shardings=replicated)
-    state, _ = setup.start(prepared, checkpoints, log, at_most=number - 1)
-    first = int(state["step"])
-    with bar(f"to step {number}", number - first, shown=jax.process_index() == 0) as advance:
-        for batch, info in prepared.feed.batches(first, number):
-            placed = prepared.feed.place(batch)
-            if info.step + 1 == number:
-                with step.in_force():
-                    losses, weights = jax.device_get(row_losses(state["params"], placed))
-            state, metrics = compiled(state, placed)
-            advance(1)
+        if not (directory.local / "plan").is_dir():
+            raise ValueError(f"{directory.url} holds no plan: --replay needs the directory of a run that was started")
+        checkpoints = RunCheckpoints(directory.url, cfg.keep_checkpoints, log=log)
+        prepared = setup.prepare(cfg, directory, checkpoints)
+        step = prepared.step
+        if not 1 <= number <= prepared.steps:
+            raise ValueError(f"--replay={number}: the run's steps are 1 to {prepared.steps}")
+        compiled = step.compile(prepared.feed.spec)
+        replicated = sharding.replicated(step.mesh)  # a process can fetch values of its own devices only
+        row_losses = jax.jit(_row_losses, static_argnums=0, out_shardings=replicated)
+        state, _ = setup.start(prepared, checkpoints, log, at_most=number - 1)
+        first = int(state["step"])
+        with bar(f"to step {number}", number - first, shown=jax.process_index() == 0) as advance:
+            for batch, info in prepared.feed.batches(first, number):
+                placed = prepared.feed.place(batch)
+                if info.step + 1 == number:
+                    with step.in_force():
+                        losses, weights = jax.device_get(row_losses(step.graphdef, state["params"], placed))
+                state, metrics = compiled(state, placed)
+                advance(1)
     host = {name: float(value) for name, value in jax.device_get(metrics).items() if np.ndim(value) == 0}
     update = "update skipped" if host["skipped_in_a_row"] else "update accepted"
     log(f"step {number} ({update}): loss {host['loss']:.6g}, gradient norm {host['grad_norm']:.6g}")
     log("  " + ", ".join(f"{name} {host[name]:.4g}" for name in host if name.startswith("grad_norm/")))
     process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
-    for name, count in _not_finite(batch).items():
-        print(f"  {process}{name} of the batch has {count:,} values that are not finite", flush=True)
+    for name in ("loss_weights", "merge_weight"):
+        if (values := getattr(batch, name)) is not None and (count := int((~np.isfinite(values)).sum())):
+            print(f"  {process}{name} of the batch has {count:,} values that are not finite", flush=True)
     for b, ids in zip(prepared.feed.own_rows, info.record_ids, strict=True):
         loss = losses[b] / max(weights[b], 1e-9)
         print(f"  {process}row {b}: loss {loss:.4g} over {weights[b]:g} target tokens; {', '.join(ids)}", flush=True)
@@ -82,12 +79,3 @@ def _row_losses(graphdef: nnx.GraphDef, params: phivision.Params, batch: Batch) 
     counted = jnp.ones(batch.targets.shape, bool)  # positions without a target too, so that NaNs there show
     losses, _ = cross_entropy(model.hidden(batch), model.decoder.lm_head.kernel[...], batch.targets, counted)
     return (losses * batch.loss_weights).sum(1), batch.loss_weights.sum(1)
-
-
-def _not_finite(batch: Batch) -> dict[str, int]:
-    """Field of a host batch → number of values that are not finite."""
-    found = {}
-    for name in ("loss_weights", "merge_weight"):
-        if (values := getattr(batch, name)) is not None and (count := int((~np.isfinite(values)).sum())):
-            found[name] = count
-    return found

@@ -19,37 +19,21 @@ from phivision_jax.batch import Batch
 from phivision_jax.checkpoint import layout
 from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
 from phivision_jax.data import quarantine
-from phivision_jax.data.feed.encode import GROUP_NAMES
 from phivision_jax.data.feed.pipeline import BatchInfo
-from phivision_jax.distributed.heartbeat import PREEMPTED
+from phivision_jax.distributed.heartbeat import LONG_S, PREEMPTED, Watchdog
 from phivision_jax.distributed.processes import Preemption, on_process_zero
-from phivision_jax.distributed.watchdog import LONG_S, Watchdog
 from phivision_jax.evaluation.answer_images import answer_images
 from phivision_jax.evaluation.runner import Evaluator
-from phivision_jax.io import jsonl
-from phivision_jax.io.progress import training_bar
+from phivision_jax.io import jsonl, progress
 from phivision_jax.models import phivision
-from phivision_jax.training import optim, setup
-from phivision_jax.training.guard import SkippedUpdates
+from phivision_jax.training import guard, optim, setup
 from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.run_directory import RunDirectory
 from phivision_jax.training.step import State
-from phivision_jax.training.telemetry.goodput import AHEAD, Goodput, report
+from phivision_jax.training.telemetry import goodput, profiling, throughput
 from phivision_jax.training.telemetry.metrics import MetricsWriter, group_metrics
-from phivision_jax.training.telemetry.profiling import Profiler
-from phivision_jax.training.telemetry.throughput import Throughput
 from phivision_jax.training.validation import Validator
 
-SECTIONS = {
-    "compiling": "compile",
-    "restoring": "restore",
-    "data": "data",
-    "placing": "host",
-    "saving": "checkpoint",
-    "validating": "evaluate",
-    "evaluating": "evaluate",
-}
-"""Phase, as the watchdog and the heartbeats name it → section of the goodput account."""
 STEP_LOGS = ("records_*.jsonl", "skipped*.jsonl")
 """Logs by step, one per process: the records of each row, and skipped updates."""
 
@@ -73,11 +57,11 @@ def train(cfg: RunConfig, where: str) -> int:
         # Shapes, then the compiled step, then arrays.
         prepared = setup.prepare(cfg, run.directory, run.checkpoints)
         compiling = time.monotonic()
-        with run.phase("compiling", LONG_S):
+        with run.phase("compile", LONG_S):
             evaluator, validator = setup.make_evaluator(prepared), setup.make_validator(prepared)
             compiled = prepared.step.compile(prepared.feed.spec)
         log(f"{prepared.describe()}; compiled in {time.monotonic() - compiling:.1f} s")
-        with run.phase("restoring", LONG_S):
+        with run.phase("restore", LONG_S):
             state, vision_tail = setup.start(prepared, run.checkpoints, log)
         first, steps = int(state["step"]), prepared.steps
         run.begin(prepared, first, evaluator, validator)
@@ -109,7 +93,7 @@ def train(cfg: RunConfig, where: str) -> int:
         shown = ("loss", "validation/loss", "eval/accuracy")
         log(", ".join(f"{name} {row[name]:.4g}" for name in shown if name in row))
     if jax.process_index() == 0:
-        log(report(run.directory.url))
+        log(goodput.report(run.directory.url))
     return PREEMPTED if step < steps else 0
 
 
@@ -117,7 +101,7 @@ class Run:
     """One start of a run on one process: its directory, watchdog, goodput account, logs, guard and profiler.
 
         with Run(where, cfg) as run:
-            with run.phase("compiling", LONG_S): …
+            with run.phase("compile", LONG_S): …
             run.begin(prepared, first, evaluator, validator)
             for batch, info in run.batches():
                 state, metrics = run.step(compiled, state, batch, info)
@@ -133,11 +117,12 @@ class Run:
         self.directory = RunDirectory(where, jax.process_index(), jax.process_count(), log)
 
     def __enter__(self) -> Self:
-        cfg, folder, leads = self.cfg, self.directory.local, jax.process_index() == 0
+        cfg, folder, process = self.cfg, self.directory.local, jax.process_index()
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.directory)
-            self._watchdog = stack.enter_context(contextlib.closing(Watchdog(folder, cfg.step_timeout_s)))
-            self.goodput = stack.enter_context(Goodput(folder if leads else None))
+            watchdog = Watchdog(folder, cfg.step_timeout_s, process)
+            self._watchdog = stack.enter_context(contextlib.closing(watchdog))
+            self.goodput = stack.enter_context(goodput.Goodput(None if process else folder))
             keep = (cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
             self.checkpoints = RunCheckpoints(self.directory.url, *keep, log, before_save=self.directory.push)
             self._stack = stack.pop_all()
@@ -148,14 +133,14 @@ class Run:
 
     @contextlib.contextmanager
     def phase(self, name: str, limit_s: float | None = None) -> Iterator[None]:
-        """A phase of the process, one of ``SECTIONS``, for its heartbeats, its watchdog and its goodput account.
+        """A phase of the process, named as in ``goodput.py``, for its heartbeats, its watchdog and its account.
 
         Args:
           limit_s: seconds after which it counts as hung; default ``step_timeout_s``.
         """
         outer = self._watchdog.phase
         self._watchdog.alive(name, limit_s)
-        with self.goodput(SECTIONS[name]):
+        with self.goodput(name):
             yield
         self._watchdog.alive(*outer)
 
@@ -180,11 +165,11 @@ class Run:
         self._began = time.monotonic() - self._metrics.elapsed
         self._records = folder / f"records_{process}.jsonl"
         self._failed = quarantine.RunLog(folder / quarantine.file_of_process(process), cfg.data.max_bad)
-        self._skipped = SkippedUpdates(folder, cfg.guard.patience, log, late=AHEAD)
-        self._profiler = Profiler(folder, cfg.profile, cfg.slow_step, log)
-        self._throughput = Throughput(cfg, list(prepared.step.mesh.devices.flat))
+        self._skipped = guard.SkippedUpdates(folder, cfg.guard.patience, log, late=goodput.AHEAD)
+        self._profiler = profiling.Profiler(folder, cfg.profile, cfg.slow_step, log)
+        self._throughput = throughput.Throughput(cfg, list(prepared.step.mesh.devices.flat))
         self._lr_multipliers = optim.multipliers(prepared.step.abstract_state["params"], cfg.optim)
-        self._show = self._stack.enter_context(training_bar(prepared.steps, first, shown=process == 0))
+        self._show = self._stack.enter_context(progress.training_bar(prepared.steps, first, shown=process == 0))
         self.goodput.begin(first)
 
     @property
@@ -215,7 +200,7 @@ class Run:
         self._failed.add(info.failed, sum(map(len, info.record_ids)))
         self._profiler.before(step, self.goodput.drain, self.goodput.durations())
         self._watchdog.alive("step", step=step)
-        with self.phase("placing"):
+        with self.phase("host"):
             placed = self.prepared.feed.place(batch)
         state, metrics = self.goodput.run(compiled, state, placed)
         self._throughput.add(metrics)
@@ -247,10 +232,10 @@ class Run:
         cfg, last = self.cfg, step == self.prepared.steps
         row: dict[str, float] = {}
         if self._validator and (is_due(step, cfg.validate_every) or last):
-            with self.phase("validating", LONG_S):
+            with self.phase("evaluate", LONG_S):
                 row |= self._validator(state["params"])
         if self._evaluator and (is_due(step, cfg.eval_every) or last):
-            with self.phase("evaluating", LONG_S), self.prepared.step.in_force():
+            with self.phase("evaluate", LONG_S), self.prepared.step.in_force():
                 result = self._evaluator(phivision.merge(self.prepared.step.graphdef, state["params"]))
             shown = [self._evaluator.dataset[int(i)] for i in self._evaluator.records[: cfg.samples]]
             self._metrics.write_images(step, "samples", answer_images(shown, result.answers))
@@ -268,7 +253,7 @@ class Run:
           CheckpointError: when it, or the one before, cannot be written.
         """
         self._skipped.drain()
-        with self.phase("saving", LONG_S):
+        with self.phase("checkpoint", LONG_S):
             self.goodput.drain()
             self.checkpoints.save(state, vision_tail, self._meta, self.prepared.assets, row)
 
@@ -276,7 +261,7 @@ class Run:
         """Wait for the last checkpoint and close the logs. Errors as ``save``."""
         self._skipped.drain()
         self._profiler.close(self.goodput.drain)
-        with self.phase("saving", LONG_S):
+        with self.phase("checkpoint", LONG_S):
             self.checkpoints.close()  # still inside Preemption: this may take minutes
         self._metrics.close()
 
@@ -290,7 +275,7 @@ class Run:
             yield
         except Exception as error:
             if jax.process_count() == 1 or isinstance(error, FloatingPointError):
-                with contextlib.suppress(CheckpointError), self.phase("saving", LONG_S):
+                with contextlib.suppress(CheckpointError), self.phase("checkpoint", LONG_S):
                     self.checkpoints.wait()
             raise
 
@@ -298,7 +283,7 @@ class Run:
 def loss_metrics(metrics: dict[str, jax.Array]) -> dict[str, float]:
     """A step's metrics, fetched from the devices, without those that are not finite (``skipped.jsonl`` has them)."""
     host: dict[str, Any] = jax.device_get(metrics)
-    groups = group_metrics(host.pop("group_loss"), host.pop("group_weight"), GROUP_NAMES)
+    groups = group_metrics("loss", host.pop("group_loss"), host.pop("group_weight"))
     host["token_accuracy"] = float(host.pop("correct")) / (float(host["weight"]) or 1.0)
     row = {name: float(value) for name, value in host.items()} | groups
     return {name: value for name, value in row.items() if math.isfinite(value)}

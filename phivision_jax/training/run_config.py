@@ -10,18 +10,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+from phivision_jax import config
 from phivision_jax.batch import RowShape
-from phivision_jax.config import (
-    DecoderConfig,
-    ImageAttention,
-    LoraConfig,
-    ModelConfig,
-    ProjectorConfig,
-    VisionConfig,
-    dataclass_from_dict,
-)
+from phivision_jax.config import LoraConfig, ModelConfig
 from phivision_jax.rows import row_shape
-from phivision_jax.sharding import MeshAxes, default_sizes
+from phivision_jax.sharding import FSDP_GROUP, MeshAxes, default_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +25,10 @@ class ModelSettings:
     from the checkpoint's; the other settings can.
     """
 
-    vision: VisionConfig | None = None
-    projector: ProjectorConfig | None = None
-    decoder: DecoderConfig | None = None
-    image_attention: ImageAttention | None = None
+    vision: config.VisionConfig | None = None
+    projector: config.ProjectorConfig | None = None
+    decoder: config.DecoderConfig | None = None
+    image_attention: config.ImageAttention | None = None
     """Attention between the tokens of one image: "causal" (the released code) or "bidirectional" (its model card)."""
     image_layout: str | None = None
     """Name of the image layout, as registered in ``images/layout.py``."""
@@ -43,10 +36,6 @@ class ModelSettings:
     """Images are resized to at least this many patches."""
     max_patches: int | None = None
     """Images are resized to at most this many patches."""
-
-    def over(self, base: ModelConfig) -> ModelConfig:
-        """``base`` with everything that is given here."""
-        return dataclasses.replace(base, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,15 +157,15 @@ class MeshConfig:
             if size < 1 and (size != -1 or axis == "tensor"):
                 raise ValueError(f"mesh.{axis} is {size}; give a positive size" + ", or -1" * (axis != "tensor"))
 
-    def sizes(self, num_devices: int, slices: int = 1) -> dict[str, int]:
-        """Axis sizes without −1.
+    def sizes(self, num_devices: int, slices: int = 1, fsdp_group: int = FSDP_GROUP) -> dict[str, int]:
+        """Axis sizes without −1; if both are open, data and fsdp form groups of at most ``fsdp_group`` devices.
 
         Raises:
           ValueError: when the sizes do not divide the devices.
         """
         slices, context = slices if self.slice == -1 else self.slice, max(self.context, 1)
         if self.data == -1 and self.fsdp == -1:
-            return default_sizes(num_devices, slices, self.tensor, context)
+            return default_sizes(num_devices, slices, self.tensor, context, fsdp_group)
         sizes = dataclasses.asdict(self) | {"slice": slices, "context": context}
         if open_axes := [axis for axis, size in sizes.items() if size == -1]:
             rest = math.prod(size for size in sizes.values() if size != -1)
@@ -252,7 +241,7 @@ class RunConfig:
         Raises:
           ValueError: for an unknown field or a wrong value, as ``config.dataclass_from_dict``.
         """
-        return dataclass_from_dict(cls, values).in_steps()
+        return config.dataclass_from_dict(cls, values).in_steps()
 
     @property
     def rules(self) -> dict[str, MeshAxes]:
@@ -271,12 +260,15 @@ class RunConfig:
                 raise ValueError(f"optim.{name} is {value}; it cannot be negative")
         if optim.steps and optim.tokens:
             raise ValueError(f"optim.steps={optim.steps} excludes optim.tokens={optim.tokens}; set one of them to 0")
-        changes: dict[str, Any] = {"tokens": 0, "warmup_tokens": 0}
-        if optim.tokens:
-            changes["steps"] = max(1, round(optim.tokens / step_tokens))
-        if optim.warmup_tokens:
-            changes["warmup_steps"] = round(optim.warmup_tokens / step_tokens)
-        return dataclasses.replace(self, optim=dataclasses.replace(optim, **changes))
+        steps = max(1, round(optim.tokens / step_tokens)) if optim.tokens else optim.steps
+        warmup = round(optim.warmup_tokens / step_tokens) if optim.warmup_tokens else optim.warmup_steps
+        optim = dataclasses.replace(optim, steps=steps, tokens=0, warmup_steps=warmup, warmup_tokens=0)
+        return dataclasses.replace(self, optim=optim)
+
+    def model_over(self, base: ModelConfig) -> ModelConfig:
+        """``base`` with everything that ``model`` gives."""
+        given = {name: value for name, value in vars(self.model).items() if value is not None}
+        return dataclasses.replace(base, **given)
 
     def with_checkpoint(self, found: ModelConfig, where: str) -> RunConfig:
         """Complete ``model`` from the checkpoint that training starts from.
@@ -296,8 +288,7 @@ class RunConfig:
                         f"model.{part}.{name} is {value}, but {where} has {getattr(theirs, name)}; omit model.{part}, "
                         "and the checkpoint's is trained"
                     )
-        settings = {name: value for name, value in vars(self.model).items() if value is not None}
-        return dataclasses.replace(self, model=dataclasses.replace(found, **settings))
+        return dataclasses.replace(self, model=self.model_over(found))
 
 
 @dataclasses.dataclass(frozen=True)

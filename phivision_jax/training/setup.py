@@ -17,25 +17,23 @@ import numpy as np
 from flax import nnx
 
 from phivision_jax import sharding
-from phivision_jax.checkpoint import layout, loading
+from phivision_jax.checkpoint import layout, loading, retention
 from phivision_jax.checkpoint.manager import RunCheckpoints
-from phivision_jax.checkpoint.retention import check_keep_best
 from phivision_jax.config import ModelConfig
 from phivision_jax.data.feed.encode import GROUP_NAMES
 from phivision_jax.data.plan.plan import Plan, make_plan, plan_inputs
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.distributed.processes import on_process_zero
 from phivision_jax.evaluation.runner import Evaluator
-from phivision_jax.io import atomic, storage
-from phivision_jax.io.messages import first_difference
+from phivision_jax.io import atomic, messages, storage
 from phivision_jax.models import lora
 from phivision_jax.models.vision_tail import VisionTail
 from phivision_jax.processor import Processor
 from phivision_jax.training import device_layout, optim, train_data
-from phivision_jax.training.feed import Feed
 from phivision_jax.training.run_config import ResolvedConfig, RunConfig
 from phivision_jax.training.run_directory import CACHE, RunDirectory
-from phivision_jax.training.step import State, TrainStep, init_params, make_train_step
+from phivision_jax.training.step import State, TrainStep, check_divisible, init_params, make_train_step
+from phivision_jax.training.train_data import Feed
 from phivision_jax.training.validation import Validator
 
 
@@ -84,7 +82,7 @@ def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints
     check_rows(resolved, mesh)
     data = resolved.data
     validates = bool(data.validation_path or data.validation_share)
-    check_keep_best(resolved.keep_best, validates=validates, evaluates=bool(data.eval_path))
+    retention.check_keep_best(resolved.keep_best, validates=validates, evaluates=bool(data.eval_path))
     assets = directory.local / "assets"
     on_process_zero("assets", lambda: make_assets(resolved, directory))
     directory.pull("assets")
@@ -130,20 +128,10 @@ def make_assets(cfg: ResolvedConfig, directory: RunDirectory) -> None:
 
 
 def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Check that rows divide over the slice, data and fsdp axes, in training and, if there is one, in evaluation.
-
-    Raises:
-      ValueError: when they do not.
-    """
-    with sharding.override_rules(cfg.rules):
-        shards = sharding.num_shards(mesh, "batch")
-    evaluated = {"eval_batch": cfg.eval_batch} if cfg.data.eval_path else {}
-    for name, rows in ({"data.batch_rows": cfg.data.batch_rows} | evaluated).items():
-        if rows % shards:
-            raise ValueError(
-                f"{name} is {rows}, which does not divide over {shards} devices (mesh axes slice, data and fsdp); "
-                f"use a multiple of {shards}, or set mesh.fsdp"
-            )
+    """``check_divisible`` of the rows in training and, if there is one, in evaluation."""
+    check_divisible("data.batch_rows", cfg.data.batch_rows, mesh, cfg.rules)
+    if cfg.data.eval_path:
+        check_divisible("eval_batch", cfg.eval_batch, mesh, cfg.rules)
 
 
 def make_or_load_plan(
@@ -170,7 +158,7 @@ def make_or_load_plan(
     else:
         found = own if own.exists() else Path(data.plan)
         plan, now = Plan.load(found), plan_inputs(datasets, mixture, processor, **settings)
-        if changed := first_difference(now, plan.inputs):
+        if changed := messages.first_difference(now, plan.inputs):
             raise ValueError(
                 f"{found} is a plan for other settings: {changed}; keep data, tokenizer, patch settings, row sizes and "
                 "seed as they were, or use a new --run directory"
@@ -202,8 +190,12 @@ def make_evaluator(prepared: Prepared) -> Evaluator | None:
 
 
 def make_validator(prepared: Prepared) -> Validator | None:
-    found = train_data.validation_plan(prepared.cfg.data, prepared.processor, prepared.datasets)
-    return found and Validator(prepared.cfg, prepared.step, *found, prepared.processor)
+    cfg, step, processor = prepared.cfg, prepared.step, prepared.processor
+    found = train_data.validation_plan(cfg.data, processor, prepared.datasets)
+    if found is None:
+        return None
+    feed, num_batches = Feed(cfg, step, *found, processor), found[1].num_steps(cfg.data.batch_rows)
+    return Validator(step, feed, min(cfg.validate_batches, num_batches))
 
 
 def start(
@@ -248,7 +240,7 @@ def check_unchanged(prepared: Prepared, meta: Mapping[str, Any], log: Callable[[
         return values | {"data": {"loss_weights": cfg.get("data", {}).get("loss_weights")}}
 
     now, before = json.loads(json.dumps(dataclasses.asdict(prepared.cfg))), meta["run"]
-    if changed := first_difference(determining(now), determining(before)):
+    if changed := messages.first_difference(determining(now), determining(before)):
         raise ValueError(f"{changed}: this run was started otherwise; keep it as it was, or use a new --run")
     if meta["plan"] != prepared.plan.hash:
         raise ValueError(

@@ -18,8 +18,7 @@ from phivision_jax import sharding
 from phivision_jax.batch import Batch
 from phivision_jax.hardware.compiler_options import compiler_options
 from phivision_jax.models import phivision
-from phivision_jax.training import device_layout, optim
-from phivision_jax.training.guard import guarded
+from phivision_jax.training import device_layout, guard, optim
 from phivision_jax.training.loss import batch_loss
 from phivision_jax.training.run_config import MeshConfig, OptimConfig, ResolvedConfig, RunConfig
 from phivision_jax.training.telemetry.throughput import batch_work
@@ -81,14 +80,7 @@ class TrainStep:
 
     def lower(self, batch: Batch) -> jax.stages.Lowered:
         """The step before compilation."""
-        with sharding.override_rules(self.rules):
-            shards = sharding.num_shards(self.mesh, "batch")
-        rows, unit = batch.tokens.shape[0], self.microbatches * shards
-        if rows % unit:
-            raise ValueError(
-                f"data.batch_rows is {rows}, which does not divide over {shards} devices (mesh axes "
-                f"slice, data and fsdp) x {self.microbatches} microbatches; use a multiple of {unit}"
-            )
+        check_divisible("data.batch_rows", batch.tokens.shape[0], self.mesh, self.rules, self.microbatches)
         placed, metrics = sharding.abstract(batch, self.batch_shardings(batch)), sharding.replicated(self.mesh)
         with self.in_force():
             step = jax.jit(self.step, donate_argnums=0, out_shardings=(self.shardings, metrics))
@@ -130,6 +122,24 @@ class TrainStep:
         return value, {path: jax.lax.with_sharding_constraint(grad, shardings[path]) for path, grad in grads.items()}
 
 
+def check_divisible(
+    name: str, rows: int, mesh: Mesh, rules: Mapping[str, sharding.MeshAxes], microbatches: int = 1
+) -> None:
+    """Check that a number of rows divides over the slice, data and fsdp axes, and into microbatches.
+
+    Raises:
+      ValueError: when it does not; the message begins with the setting's name.
+    """
+    with sharding.override_rules(rules):
+        shards = sharding.num_shards(mesh, "batch")
+    if rows % (shards * microbatches):
+        parts = f" x {microbatches} microbatches" if microbatches > 1 else ""
+        raise ValueError(
+            f"{name} is {rows}, which does not divide over {shards} devices (mesh axes slice, data and fsdp){parts}; "
+            f"use a multiple of {shards * microbatches}, or set mesh.fsdp"
+        )
+
+
 def sum_over_microbatches[T](
     function: Callable[[Batch], T], batch: Batch, count: int, pin: Callable[[T], T] = lambda tree: tree
 ) -> T:
@@ -167,7 +177,7 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1)
     )
     with sharding.override_rules(cfg.rules):
         params, param_shardings = nnx.to_pure_dict(state), sharding.param_shardings(state, mesh)
-    tx = guarded(optim.make_optimizer(params, cfg.optim, steps), cfg.guard)
+    tx = guard.guarded(optim.make_optimizer(params, cfg.optim, steps), cfg.guard)
     trainable, _ = optim.partition(params, cfg.optim)
     flat_shardings = optim.flatten(param_shardings)
     opt_shardings = optim.optimizer_shardings(

@@ -1,4 +1,4 @@
-"""The data of a run: the mixture that it trains on, and the one that its validation loss is measured on.
+"""The data of a run: the mixtures that it trains on and that its validation loss is measured on, and their batches.
 
     data.path ──► stage ──► + replay ──► without held-out records ──► training
                                          held-out records only    ──► validation, or data.validation_path
@@ -10,13 +10,17 @@ sizes, the model and the number of hosts. Plan inputs contain the share, so a ru
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from phivision_jax.batch import Batch, batch_spec
+from phivision_jax.data.feed import pipeline
+from phivision_jax.data.feed.encode import group_weights
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import Plan, make_plan
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.processor import Processor
-from phivision_jax.training.run_config import DataConfig
+from phivision_jax.training.run_config import DataConfig, ResolvedConfig
+from phivision_jax.training.step import TrainStep
 
 
 def training_mixture(data: DataConfig) -> Mixture:
@@ -97,3 +101,43 @@ def validation_plan(
         on_overflow="drop" if data.on_overflow == "error" else data.on_overflow,
     )
     return datasets, plan
+
+
+class Feed:
+    """Encodes this process's rows of each batch of a plan, and places them on its devices.
+
+    Args:
+      step: the training step, for its mesh and sharding rules.
+      datasets: the datasets of ``plan``.
+    """
+
+    def __init__(
+        self, cfg: ResolvedConfig, step: TrainStep, datasets: Sequence[Dataset], plan: Plan, processor: Processor
+    ) -> None:
+        self._data, self._source = cfg.data, (datasets, plan, processor)
+        self.spec = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
+        """Shapes of a global batch."""
+        self._shardings = step.batch_shardings(self.spec)
+        self.own_rows = pipeline.rows_of_process(self._shardings.tokens, cfg.data.batch_rows)
+        """Rows of a batch that this process encodes."""
+
+    def batches(self, first: int, last: int, *, weighted: bool = True) -> Iterator[tuple[Batch, pipeline.BatchInfo]]:
+        """This process's rows of every step after ``first``, to ``last``.
+
+        Args:
+          weighted: apply the run's ``loss_weights``.
+        """
+        weights = self._data.loss_weights if weighted else ()
+        return pipeline.batches(
+            *self._source,
+            batch_rows=self._data.batch_rows,
+            rows_here=self.own_rows,
+            start_step=first,
+            end_step=last,
+            loss_weights=group_weights(weights) if weights else None,
+            num_threads=self._data.num_threads,
+        )
+
+    def place(self, batch: Batch) -> Batch:
+        """Put this process's rows on its devices, as a part of the global batch."""
+        return pipeline.to_device(batch, self._shardings, self._data.batch_rows)

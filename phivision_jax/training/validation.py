@@ -9,7 +9,6 @@ do not apply, so that runs with different weights can be compared.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,40 +17,30 @@ import numpy as np
 
 from phivision_jax import sharding
 from phivision_jax.batch import Batch
-from phivision_jax.data.feed.encode import GROUP_NAMES
-from phivision_jax.data.plan.plan import Plan
-from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.hardware.compiler_options import compiler_options
 from phivision_jax.models import phivision
-from phivision_jax.processor import Processor
-from phivision_jax.training.feed import Feed
 from phivision_jax.training.loss import batch_loss
-from phivision_jax.training.run_config import ResolvedConfig
 from phivision_jax.training.step import TrainStep, sum_over_microbatches
+from phivision_jax.training.telemetry.metrics import group_metrics
+from phivision_jax.training.train_data import Feed
 
 Sums = dict[str, Any]
 """Sums of ``batch_loss``: ``correct`` (), ``group_loss`` and ``group_weight`` [groups]."""
 
 
 class Validator:
-    """Measures parameters on the first ``validate_batches`` batches of a plan.
+    """Measures parameters on the first batches of a plan.
 
     Args:
       step: the training step, for its model, mesh, shardings and microbatches.
-      datasets: the datasets of ``plan``.
-      plan: of the validation data (``train_data.validation_plan``), with training's row sizes.
+      feed: the batches of the validation plan (``train_data.validation_plan``), with training's row sizes.
+      num_batches: number of batches to measure on, at most those of the plan.
     """
 
-    def __init__(
-        self, cfg: ResolvedConfig, step: TrainStep, datasets: Sequence[Dataset], plan: Plan, processor: Processor
-    ) -> None:
-        self._step, self._feed = step, Feed(cfg, step, datasets, plan, processor)
+    def __init__(self, step: TrainStep, feed: Feed, num_batches: int) -> None:
+        self._step, self._feed, self.num_batches = step, feed, num_batches
         # Now, not at the first call: a program that does not fit must show before hours of training.
         self._compiled = self.lower().compile(compiler_options(step.mesh))
-        self.num_batches = min(cfg.validate_batches, plan.num_steps(cfg.data.batch_rows))
-        self.failed: tuple[Quarantined, ...] = ()
-        """Records of this host that could not be encoded the last time; the means omit them."""
 
     def __call__(self, params: phivision.Params) -> dict[str, float]:
         """The loss on the validation data, the same on every host.
@@ -61,16 +50,15 @@ class Validator:
 
         Returns:
           ``validation/loss``, ``validation/token_accuracy``, and ``validation/loss/think/math`` and so on for every
-          mode and task in the data; means over target tokens.
+          mode and task in the data; means over target tokens, without records that cannot be encoded.
         """
-        failed: list[tuple[Quarantined, ...]] = []
-        sums: list[Sums] = []
-        for batch, info in self._feed.batches(0, self.num_batches, weighted=False):
-            failed.append(info.failed)
-            # Fetched, and so waited for, each time: a queue of batches would fill the devices.
-            sums.append(jax.device_get(self._compiled(params, self._feed.place(batch))))
-        self.failed = tuple(itertools.chain(*failed))
-        return means(sums)
+        # Fetched, and so waited for, each time: a queue of batches would fill the devices.
+        return means(
+            [
+                jax.device_get(self._compiled(params, self._feed.place(batch)))
+                for batch, _ in self._feed.batches(0, self.num_batches, weighted=False)
+            ]
+        )
 
     def lower(self) -> jax.stages.Lowered:
         """The program that sums over one batch, before compilation."""
@@ -102,7 +90,5 @@ def means(sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     total = float(weight.sum())
     if not total:
         raise ValueError("the first batches of the validation data have no target tokens: no record could be encoded")
-    groups = {
-        f"validation/loss/{name}": float(s / w) for name, s, w in zip(GROUP_NAMES, loss, weight, strict=True) if w > 0
-    }
-    return {"validation/loss": float(loss.sum()) / total, "validation/token_accuracy": float(correct) / total, **groups}
+    row = {"validation/loss": float(loss.sum()) / total, "validation/token_accuracy": float(correct) / total}
+    return row | group_metrics("validation/loss", loss, weight)

@@ -132,6 +132,7 @@ def test_launch_second_signal_kills(folder, processes):
 def test_launch_kills_silent_process(folder, monkeypatch, capsys):
     monkeypatch.setattr(launch, "SILENT_S", 1.0)
     monkeypatch.setattr(launch, "_LOOK_S", 0.2)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest's handlers stay
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     script = "if start: sys.exit(0)\nheartbeat.write(folder, beat); time.sleep(1000)"
     command = [sys.executable, "-c", SCRIPT + script, f"--run={folder}"]

@@ -22,9 +22,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from phivision_jax.checkpoint.manager import RunCheckpoints
-from phivision_jax.distributed.heartbeat import PREEMPTED
+from phivision_jax.distributed.heartbeat import LONG_S, PREEMPTED, Watchdog
 from phivision_jax.distributed.processes import Preemption, first_error, initialize, on_process_zero, propagate_failure
-from phivision_jax.distributed.watchdog import LONG_S, Watchdog
 from phivision_jax.io import jsonl
 from phivision_jax.training.run import truncate_logs
 from phivision_jax.training.telemetry.metrics import MetricsWriter
@@ -32,7 +31,7 @@ from phivision_jax.training.telemetry.metrics import MetricsWriter
 
 def main(args: argparse.Namespace) -> None:
     run, me = args.run, jax.process_index()
-    watchdog = Watchdog(run, args.limit)
+    watchdog = Watchdog(run, args.limit, me)
     mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), devices=jax.devices())
     sharded = NamedSharding(mesh, PartitionSpec("fsdp"))
     one = NamedSharding(mesh, PartitionSpec())

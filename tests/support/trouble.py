@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 
 from phivision_jax.cli.main import main
 from phivision_jax.training import run_directory, setup
-from phivision_jax.training.feed import Feed
+from phivision_jax.training.train_data import Feed
 
 kind, _, what = os.environ.get("TROUBLE", "").partition(":")
 sound_batches, sound_start, finalize = Feed.batches, setup.start, ocp.CheckpointManager._finalize

@@ -17,6 +17,7 @@ from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
 from phivision_jax.training.run_config import DataConfig, RunConfig
 from phivision_jax.training.step import make_train_step
+from phivision_jax.training.train_data import Feed
 from phivision_jax.training.validation import Validator
 from tests.support.records import CONFIG
 
@@ -39,7 +40,8 @@ def validator(dataset, cfg: RunConfig = RUN, devices: int = 1, **shape: int) -> 
     plan = make_plan([dataset], mixture, PROCESSOR, rows, batch_rows=data.batch_rows)
     mesh = sharding.make_mesh(shape, jax.devices()[:devices])
     step = make_train_step(dataclasses.replace(cfg, microbatches=cfg.microbatches or 1), mesh, 10, len(GROUP_NAMES))
-    return Validator(cfg, step, [dataset], plan, PROCESSOR)
+    feed = Feed(cfg, step, [dataset], plan, PROCESSOR)
+    return Validator(step, feed, min(cfg.validate_batches, plan.num_steps(data.batch_rows)))
 
 
 def place(measure: Validator, params: Any) -> Any:

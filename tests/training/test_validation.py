@@ -78,7 +78,7 @@ def test_validator_by_hand(dataset, params, by_hand):
     # A mean of the groups' means, or of the batches', would differ.
     groups = [value for name, value in found.items() if name.count("/") == 3]
     assert abs(np.mean(groups) - found["validation/loss"]) > 1e-3
-    assert 0 <= found["validation/token_accuracy"] < 1 and not measure.failed
+    assert 0 <= found["validation/token_accuracy"] < 1
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,16 @@ import time
 
 import pytest
 
-from phivision_jax.distributed import heartbeat, watchdog
-from phivision_jax.distributed.heartbeat import FAILED, HUNG
-from phivision_jax.distributed.watchdog import Watchdog
+from phivision_jax.distributed import heartbeat
+from phivision_jax.distributed.heartbeat import FAILED, HUNG, Watchdog
 from tests.support.launched import ENVIRONMENT, ROOT
 
 SCRIPT = """
 import ctypes, os, sys, time
 from pathlib import Path
-from phivision_jax.distributed import watchdog
-watchdog._FROZEN_S, watchdog.HEARTBEAT_S = 3.0, 0.2
-dog = watchdog.Watchdog(Path(sys.argv[1]), limit_s=1.0)
+from phivision_jax.distributed import heartbeat
+heartbeat._FROZEN_S, heartbeat.HEARTBEAT_S = 3.0, 0.2
+dog = heartbeat.Watchdog(Path(sys.argv[1]), limit_s=1.0)
 for i in range(4):
     dog.alive("step", step=10 + i)
     time.sleep(0.7)  # each within the limit, together beyond it
@@ -61,7 +60,7 @@ def test_process_ends_with_its_launcher(tmp_path):
     """The launcher is dead."""
     launcher = subprocess.Popen([sys.executable, "-c", ""])
     launcher.wait()
-    script = "import sys, time; from pathlib import Path; from phivision_jax.distributed.watchdog import Watchdog; "
+    script = "import sys, time; from pathlib import Path; from phivision_jax.distributed.heartbeat import Watchdog; "
     script += "dog = Watchdog(Path(sys.argv[1]), 60.0); time.sleep(60)"
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)],
@@ -71,8 +70,8 @@ def test_process_ends_with_its_launcher(tmp_path):
 
 
 def test_heartbeats(tmp_path, monkeypatch):
-    monkeypatch.setattr(watchdog, "HEARTBEAT_S", 0.1)
-    monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(heartbeat, "_TICK_S", 0.02)
     assert heartbeat.read(tmp_path) == []
     dog = Watchdog(tmp_path, 60.0)
     deadline = time.monotonic() + 20
@@ -95,7 +94,7 @@ def test_heartbeats(tmp_path, monkeypatch):
 def test_launched_process_that_cannot_write_heartbeats_ends(tmp_path):
     """Its launcher would take it for hung and restart it forever."""
     (tmp_path / "heartbeat" / ".process_0.json.partial").mkdir(parents=True)
-    then = "watchdog.UNWRITTEN_S = 0.5; time.sleep(60)".replace("; ", "\n")
+    then = "heartbeat.UNWRITTEN_S = 0.5; time.sleep(60)".replace("; ", "\n")
     code, output, seconds = run_script(
         tmp_path, "dog.alive('step', 60.0, step=14)\n" + then, PHIVISION_LAUNCHER=str(os.getpid())
     )
@@ -110,8 +109,8 @@ def write_beat(run, **more):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    monkeypatch.setattr(watchdog, "RENEWED_S", 1.0)
-    monkeypatch.setattr(watchdog, "_TICK_S", 0.02)
+    monkeypatch.setattr(heartbeat, "RENEWED_S", 1.0)
+    monkeypatch.setattr(heartbeat, "_TICK_S", 0.02)
 
 
 @pytest.mark.parametrize("host", ["elsewhere", socket.gethostname()])
@@ -137,7 +136,7 @@ def test_second_start_is_refused(tmp_path, impatient, host):
 
 
 def test_start_waits_for_one_that_is_ending(tmp_path, impatient, monkeypatch):
-    monkeypatch.setattr(watchdog, "RENEWED_S", 60.0)
+    monkeypatch.setattr(heartbeat, "RENEWED_S", 60.0)
     write_beat(tmp_path)
     threading.Timer(0.2, write_beat, (tmp_path,), {"phase": "ended"}).start()
     began = time.monotonic()
@@ -165,7 +164,7 @@ def test_dead_start_is_no_obstacle(tmp_path, impatient, beat, waits):
     write_beat(tmp_path, **beat)
     began = time.monotonic()
     Watchdog(tmp_path, 60.0).close()
-    assert (time.monotonic() - began >= watchdog.RENEWED_S) == waits
+    assert (time.monotonic() - began >= heartbeat.RENEWED_S) == waits
     assert heartbeat.read(tmp_path)[0] | {"time": 0} == {
         "process": 0, "phase": "ended", "step": 0, "time": 0, "pid": os.getpid(), "host": socket.gethostname(),
     }  # fmt: skip
