@@ -50,8 +50,8 @@ def get_config(stage: str = "stage2") -> ConfigDict:
         rates = (("projector", 1.0), ("vision", 1.0), ("decoder", 0.5))
         c.optim.update(learning_rate=2e-5, lr_rules=rates, warmup_tokens=2_830_000_000)
     if stage == "stage3":
-        # A step has 1,920 samples of about 3,750 tokens, in rows that four chips may share. The rates are half of those of
-        # stage 2, which ends at a rate of zero and has 16 times the tokens. Warm-up is 3 % again.
+        # A step has 1,920 samples of about 3,750 tokens, in rows that four chips may share. The rates are half of stage
+        # 2's, because stage 2 ends at a rate of zero and has 16 times the tokens. Warm-up is 3 % again.
         c.data.update(batch_rows=448, length=16_384, vision_rows=4, num_patches=3840)
         rates = (("projector", 1.0), ("vision", 1.0), ("decoder", 0.5))
         c.optim.update(learning_rate=1e-5, lr_rules=rates, warmup_tokens=367_000_000)

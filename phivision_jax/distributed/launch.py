@@ -3,10 +3,10 @@
     python -m phivision_jax.distributed.launch --restarts 10 -- \\
         phivision train --config=configs/tiny.py --run=runs/a
 
-One process for a machine with accelerators; on a TPU slice one launcher on each host, whose processes find each other
-through JAX and end together. A preemption, a hang, the death of another process or a death by signal is answered by a
-restart, an error is not: it would only happen again. SIGTERM or Ctrl-C to the launcher reaches the process; it saves
-and ends, and so does the launcher.
+A launcher starts one process. On a TPU slice, each host has a launcher; the processes find each other through JAX and
+end together. The launcher restarts the process after a preemption, a hang, the death of another process or a death by
+signal, but not after an error, which would only happen again. It passes SIGTERM or Ctrl-C on to the process, which
+saves and ends; then the launcher ends too.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from types import FrameType
+from typing import Annotated
 
 import tyro
 
@@ -129,13 +130,18 @@ def run_of(command: list[str]) -> str:
     return ""
 
 
-def main(command: tyro.conf.Positional[tuple[str, ...]], /, restarts: int = 10, grace_s: float = 300.0) -> None:
+def main(
+    command: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="COMMAND...")],
+    /,
+    restarts: int = 10,
+    grace_s: float = 300.0,
+) -> None:
     """Start a run, and restart it after a preemption, a hang or a kill.
 
     Args:
-        command: Command line, after "--": phivision train --config=… --run=…
+        command: Command line of the run, after "--": phivision train --config=… --run=…
         restarts: Maximum number of restarts.
-        grace_s: Seconds for the process to save after SIGTERM.
+        grace_s: Seconds that the process has to save after SIGTERM; then it is killed.
     """
     if not command:
         sys.exit("launch: give a command after --")
