@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -41,16 +41,9 @@ def chat(
     if save_image and not images:
         raise ValueError("--save-image needs an image: give one with --image")
     model, processor = phivision_jax.load(checkpoint)
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     answer = phivision_jax.generate(
-        model,
-        processor,
-        prompt,
-        images,
-        mode=mode,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+        model, processor, prompt, images, mode=mode, max_new_tokens=max_new_tokens, **sampling
     )
     assert isinstance(answer, str)  # one prompt, one answer
     print(answer)

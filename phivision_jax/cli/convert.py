@@ -6,8 +6,7 @@ Exit codes: 0 done, 1 ``verify`` found a difference, 2 refused or failed (with t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -119,4 +118,4 @@ def inspect(
     checks.inspect(location(path), json)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"to-jax": to_jax, "to-hf": to_hf, "verify": verify, "inspect": inspect}
+COMMANDS = (to_jax, to_hf, verify, inspect)

@@ -6,9 +6,8 @@ Each command is a typed function; it imports what it needs when it runs, so that
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -300,12 +299,5 @@ def plan(
 _SHOWN_REJECTED = 5
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "import": import_,
-    "export": export,
-    "validate": validate,
-    "stats": stats,
-    "show": show,
-    "plan": plan,
-}
-"""By name, in the order of ``phivision data --help``."""
+COMMANDS = (import_, export, validate, stats, show, plan)
+"""In the order of ``phivision data --help``."""

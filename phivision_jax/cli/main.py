@@ -20,7 +20,7 @@ COMMANDS = {
     "preflight": "Compile training or generation for TPUs that are not attached: memory, collectives, time.",
     "goodput": "Report how the wall time of runs was spent: steps, compiling, saving, lost work.",
 }
-"""Subcommand, the name of its module → description. A module has a function of the same name, or a dict COMMANDS of
+"""Subcommand, the name of its module → description. A module has a function of the same name, or a tuple COMMANDS of
 functions; tyro turns their parameters into flags. It may have ``prepare``, which changes the arguments first, and
 ``FAILURE``, the exit code of an error (default 1)."""
 EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
@@ -68,7 +68,8 @@ def _run(module: Any, name: str, words: list[str]) -> None:
     words = module.prepare(words) if hasattr(module, "prepare") else words
     settings: dict[str, Any] = {"prog": f"phivision {name}", "args": words, "config": (tyro.conf.FlagCreatePairsOff,)}
     if hasattr(module, "COMMANDS"):
-        tyro.extras.subcommand_cli_from_dict(module.COMMANDS, description=COMMANDS[name], **settings)
+        commands = {command.__name__.rstrip("_").replace("_", "-"): command for command in module.COMMANDS}
+        tyro.extras.subcommand_cli_from_dict(commands, description=COMMANDS[name], **settings)
     else:
         tyro.cli(getattr(module, name), **settings)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
@@ -93,20 +93,16 @@ def batches(
     here = list(range(batch_rows)) if rows_here is None else list(rows_here)
 
     def load(step: int) -> tuple[Batch, BatchInfo]:
-        rows = plan.rows(step, batch_rows)
-        failed: list[Quarantined] = []
-        filled: list[list[Example]] = []
-        record_ids: list[tuple[str, ...]] = []
-        for row in (rows[j] for j in here):
-            encoded = [
-                _load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), failed) for s, i in row.tolist()
-            ]
-            filled.append([example for example, _ in encoded])
-            record_ids.append(tuple(record_id for _, record_id in encoded))
-        batch = fill_rows(filled, plan.row_shape, processor.config)
+        planned, failed = plan.rows(step, batch_rows), list[Quarantined]()
+        rows = [
+            [_load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), failed) for s, i in row.tolist()]
+            for row in (planned[j] for j in here)
+        ]
+        batch = fill_rows([[example for example, _ in row] for row in rows], plan.row_shape, processor.config)
         if loss_weights is not None:
             batch = batch._replace(loss_weights=batch.loss_weights * loss_weights[batch.group_ids])
-        return batch, BatchInfo(step, tuple(record_ids), tuple(failed))
+        record_ids = tuple(tuple(record_id for _, record_id in row) for row in rows)
+        return batch, BatchInfo(step, record_ids, tuple(failed))
 
     if start_step >= end:
         return iter(())
@@ -173,14 +169,9 @@ def to_device(batch: Batch, sharding: jax.sharding.Sharding | Batch, batch_rows:
     """
     import jax
 
-    shardings = sharding if isinstance(sharding, Batch) else jax.tree.map(lambda _: sharding, batch)
-    local = {row: j for j, row in enumerate(rows_of_process(shardings.tokens, batch_rows))}
-
     def put(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-        def shard(index: Any) -> np.ndarray:  # a slice per axis
-            rows = [local[row] for row in range(batch_rows)[index[0]]]
-            return array[(slice(rows[0], rows[-1] + 1), *index[1:])]
+        return jax.make_array_from_process_local_data(where, array, (batch_rows, *array.shape[1:]))
 
-        return jax.make_array_from_callback((batch_rows, *array.shape[1:]), where, shard)
-
-    return jax.tree.map(put, batch, shardings)
+    return jax.tree.map(
+        put, batch, sharding if isinstance(sharding, Batch) else jax.tree.map(lambda _: sharding, batch)
+    )
