@@ -79,6 +79,7 @@ def show(
         rows: Numbers of the rows to show, with --plan; default: the first three.
         checkpoint: Checkpoint that the dataset was imported for; default: the small tokenizer of this project.
     """
+    from phivision_jax.data.view import show as pages
     from phivision_jax.io import html
 
     if out.suffix != ".html":
@@ -86,7 +87,6 @@ def show(
     opened, processor = _open(datasets, checkpoint)
     if plan is not None:
         from phivision_jax.data.plan.plan import Plan
-        from phivision_jax.data.view.show_rows import row_section
 
         if records or ids:
             raise ValueError("--plan shows rows: choose them with --rows, or leave --plan out to show records")
@@ -95,10 +95,9 @@ def show(
             raise ValueError(f"{plan} was made from {', '.join(loaded.inputs['names'])}: name these, in this order")
         _check_range("--rows", rows, loaded.num_rows, plan)
         title = f"Rows of {plan}"
-        sections = [row_section(loaded, opened, processor, row) for row in rows or range(min(3, loaded.num_rows))]
+        sections = [pages.row_section(loaded, opened, processor, row) for row in rows or range(min(3, loaded.num_rows))]
     else:
         from phivision_jax.data.shuffle import permutation
-        from phivision_jax.data.view.show_records import LEGEND, record_section
 
         if len(opened) > 1:
             raise ValueError("show takes the records of one dataset; several datasets need --plan")
@@ -108,7 +107,7 @@ def show(
         sampled = sorted(permutation(len(opened[0]), seed)[:sample].tolist())
         numbers = [*records, *_find(opened[0], ids)] or sampled
         title = f"Records of {opened[0].directory}"
-        sections = [LEGEND, *(record_section(opened[0], processor, i) for i in numbers)]
+        sections = [pages.LEGEND, *(pages.record_section(opened[0], processor, i) for i in numbers)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html.page(title, sections), encoding="utf-8")
     print(f"wrote {out}")

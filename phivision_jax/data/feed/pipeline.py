@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.processor import Processor
 
+PREFETCH = 4
+"""Steps that may be ready ahead of the consumer."""
 READ_ATTEMPTS = 4
 READ_FIRST_WAIT_S = 0.5
 """Seconds before the second attempt to read a record; doubled each time."""
@@ -61,7 +63,6 @@ def batches(
     end_step: int | None = None,
     loss_weights: np.ndarray | None = None,
     num_threads: int = 2,
-    prefetch: int = 4,
 ) -> Iterator[tuple[Batch, BatchInfo]]:
     """The plan's batches from ``start_step`` to ``end_step`` or its end, as NumPy.
 
@@ -75,7 +76,6 @@ def batches(
       end_step: the step after the last.
       loss_weights: [groups] f32 factors for the loss weights (``encode.group_weights``).
       num_threads: steps that are made at the same time; 0 makes them in the caller's thread.
-      prefetch: steps that may be ready ahead of the consumer.
 
     Raises:
       ValueError: when plan, datasets and processor do not belong together, or a record is not as long as planned.
@@ -90,13 +90,12 @@ def batches(
     if not 0 <= start_step <= steps:
         raise IndexError(f"start_step {start_step} of a plan with {steps} steps of {batch_rows} rows")
     end = steps if end_step is None else min(end_step, steps)
-    here = list(range(batch_rows)) if rows_here is None else list(rows_here)
 
     def load(step: int) -> tuple[Batch, BatchInfo]:
         planned, failed = plan.rows(step, batch_rows), list[Quarantined]()
         rows = [
             [_load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), failed) for s, i in row.tolist()]
-            for row in (planned[j] for j in here)
+            for row in (planned if rows_here is None else [planned[j] for j in rows_here])
         ]
         batch = fill_rows([[example for example, _ in row] for row in rows], plan.row_shape, processor.config)
         if loss_weights is not None:
@@ -106,7 +105,7 @@ def batches(
 
     if start_step >= end:
         return iter(())
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=PREFETCH if num_threads else 0)
     return iter(grain.MapDataset.range(start_step, end).map(load).to_iter_dataset(options))
 
 
@@ -125,8 +124,7 @@ def _load_example(
             grids = [[size.grids for size in sizes] for sizes in (found, planned)]
             raise BadRecord("image-broken", f"images decode to grids {grids[0]}, planned were {grids[1]}")
     except BadRecord as error:
-        where = f"{dataset.directory}, record {i}"
-        failed.append(Quarantined(record_id, source, error.reason, str(error), where))
+        failed.append(Quarantined(record_id, source, error.reason, str(error), f"{dataset.directory}, record {i}"))
         return placeholder_example(planned_text, planned, processor.layout), record_id
     if example.text_tokens != planned_text:
         raise ValueError(
@@ -172,6 +170,5 @@ def to_device(batch: Batch, sharding: jax.sharding.Sharding | Batch, batch_rows:
     def put(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
         return jax.make_array_from_process_local_data(where, array, (batch_rows, *array.shape[1:]))
 
-    return jax.tree.map(
-        put, batch, sharding if isinstance(sharding, Batch) else jax.tree.map(lambda _: sharding, batch)
-    )
+    shardings = sharding if isinstance(sharding, Batch) else jax.tree.map(lambda _: sharding, batch)
+    return jax.tree.map(put, batch, shardings)

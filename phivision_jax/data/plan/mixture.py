@@ -129,12 +129,11 @@ class Stage:
                     raise ValueError(f"stage {self.name!r}: {field} names {name!r}; the sources are {', '.join(names)}")
         if both := [name for name in self.replay if name in (*self.sources, *self.weights, *self.repeat)]:
             raise ValueError(f"stage {self.name!r}: {both[0]!r} is replayed; leave it out of sources, weights, repeat")
-        chosen = [
-            s for s, name in enumerate(names) if (name in self.sources if self.sources else name not in self.replay)
-        ]
-        if self.weights and (missing := [names[s] for s in chosen if names[s] not in self.weights]):
+        chosen = self.sources or [name for name in names if name not in self.replay]
+        if self.weights and (missing := [name for name in names if name in chosen and name not in self.weights]):
             raise ValueError(f"stage {self.name!r}: weights leave out {', '.join(missing)}; weigh all sources or none")
-        return [s for s in chosen if self.weights.get(names[s], 1) > 0 and self.repeat.get(names[s], 1) > 0]
+        used = {name for name in chosen if self.weights.get(name, 1) > 0 and self.repeat.get(name, 1) > 0}
+        return [s for s, name in enumerate(names) if name in used]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,9 +249,7 @@ class Mixture:
                     if field not in table:  # the file's, for the sources that this stage has
                         settings[field] = {n: v for n, v in settings[field].items() if n in kept}
             stages.append(dataclass_from_dict(Stage, settings))
-        names = [stage.name for stage in stages]
-        if doubled := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two stages are called {min(doubled)!r}; give each a name of its own")
+        _check_names([stage.name for stage in stages], "stages")
         return cls(sources, tuple(stages))
 
 
@@ -265,28 +262,27 @@ def _override(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
 
 def _named(entries: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, Path], ...]:
     """Name and path of each source; folders with equal names have their parents' names in front."""
-    paths = [Path(entry["path"]) for entry in entries]
+    paths = [entry["path"] for entry in entries]
     for path in paths:
         _check_directory(path)
-    depth = 1
-    while True:
-        names = [
-            str(entry.get("name") or "/".join(path.resolve().parts[-depth:]))
-            for entry, path in zip(entries, paths, strict=True)
-        ]
-        doubled = {name for name in names if names.count(name) > 1}
-        if not doubled:
-            return tuple(zip(names, paths, strict=True))
-        if depth > max(len(path.resolve().parts) for path in paths):
-            raise ValueError(f"two sources are called {min(doubled)!r}; give each a name of its own")
-        depth += 1
+    for depth in range(1, max(len(path.resolve().parts) for path in paths) + 1):
+        folders = ["/".join(path.resolve().parts[-depth:]) for path in paths]
+        names = [str(entry.get("name") or folder) for entry, folder in zip(entries, folders, strict=True)]
+        if len(set(names)) == len(names):
+            break
+    _check_names(names, "sources")
+    return tuple(zip(names, paths, strict=True))
+
+
+def _check_names(names: Sequence[str], kind: str) -> None:
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two {kind} are called {min(doubled)!r}; give each a name of its own")
 
 
 def _check_directory(path: Path) -> None:
     """Raise ValueError for a file: a source is the directory that an import has made, not the imported file."""
     if path.is_file():
         raise ValueError(
-            f"{path} is a file; import its records once, then train on the directory that the import makes:\n"
-            f"    phivision data import {path} {path.with_suffix('')} --images FOLDER --checkpoint CHECKPOINT\n"
-            f"then give {path.with_suffix('')} instead (docs/data.md)"
+            f"{path} is a file; import its records once, then train on the directory that this makes (docs/data.md):\n"
+            f"    phivision data import {path} {path.with_suffix('')} --images FOLDER --checkpoint CHECKPOINT"
         )

@@ -32,11 +32,9 @@ from typing import Any
 import numpy as np
 
 from phivision_jax.batch import RowShape
-from phivision_jax.data.plan.example_order import Pool, order_examples
+from phivision_jax.data.plan import packing, record_sizes
+from phivision_jax.data.plan.example_order import Pool, RealizedShare, order_examples, realized_shares
 from phivision_jax.data.plan.mixture import Mixture
-from phivision_jax.data.plan.packing import Lengths, attention_work, balance, pack
-from phivision_jax.data.plan.realized_shares import RealizedShare, realized_shares
-from phivision_jax.data.plan.record_sizes import REASONS, Overflow, fit_records, owners
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.data.store.dataset import Dataset, check_processor
 from phivision_jax.io import atomic
@@ -123,13 +121,13 @@ class Plan:
     def summary(self) -> str:
         """The number of rows, their padding, left-out records and realized shares, as lines of text."""
         examples = len(self.examples)
-        lines = [
-            f"{self.num_rows:,} rows, {examples:,} examples ({examples / max(self.num_rows, 1):.2f} per row)",
-            f"padding: text {self.text_padding:.2%}, patches {self.patch_padding:.2%}",
-        ]
+        lines = [f"{self.num_rows:,} rows, {examples:,} examples ({examples / max(self.num_rows, 1):.2f} per row)"]
+        lines.append(f"padding: text {self.text_padding:.2%}, patches {self.patch_padding:.2%}")
         rejected = collections.Counter((s, reason) for s, _, reason in self.rejected.tolist())
         for (s, reason), count in sorted(rejected.items()):
-            lines.append(f"do not fit a row: {count:,} records of {self.inputs['names'][s]} ({REASONS[reason]})")
+            lines.append(
+                f"do not fit a row: {count:,} records of {self.inputs['names'][s]} ({record_sizes.REASONS[reason]})"
+            )
         if len(self.resized):
             lines.append(f"resized to fewer patches: {len(self.resized):,} records")
         for stage, shares in itertools.groupby(self.shares, lambda share: share.stage):
@@ -200,7 +198,7 @@ def plan_inputs(
     *,
     batch_rows: int = 1,
     seed: int = 0,
-    on_overflow: Overflow = "drop",
+    on_overflow: record_sizes.Overflow = "drop",
     window: int = WINDOW,
 ) -> dict[str, Any]:
     """Everything that a plan is a function of, as JSON values: plans with equal inputs are equal.
@@ -272,7 +270,7 @@ def make_plan(
     """
     inputs = plan_inputs(datasets, mixture, processor, shape, **settings)
     seed = inputs["seed"]
-    fitted = fit_records(datasets, processor.layout, shape, inputs["on_overflow"])
+    fitted = record_sizes.fit_records(datasets, processor.layout, shape, inputs["on_overflow"])
     lengths = fitted.lengths
     if not fitted.fits.any():
         shortest = lengths.tokens.argmin()
@@ -284,7 +282,7 @@ def make_plan(
     eligible = np.concatenate([mixture.eligible(len(dataset), seed) for dataset in datasets])
     usable = np.flatnonzero(fitted.fits & eligible)
     modes, tasks = (array[usable].astype(np.int64) for array in (fitted.index.modes, fitted.index.tasks))
-    pool = Pool(owners(fitted.first, usable)[0], lengths.tokens[usable], modes, tasks)
+    pool = Pool(record_sizes.owners(fitted.first, usable)[0], lengths.tokens[usable], modes, tasks)
     chosen = [s for stage in mixture.stages for s in stage.chosen(mixture.names)]
     if mixture.held_out and not np.isin(pool.sources, chosen).any():
         raise ValueError(
@@ -301,7 +299,7 @@ def make_plan(
         for passes in np.split(usable[order], range(group, len(order), group)):  # a window ends with them
             windows += np.split(passes, range(inputs["window"], len(passes), inputs["window"]))
     numbers, counts = _pack_windows(windows, lengths, shape, inputs, progress)
-    sources, examples = owners(fitted.first, numbers)
+    sources, examples = record_sizes.owners(fitted.first, numbers)
     return Plan(
         inputs=inputs,
         row_offsets=np.concatenate([[0], np.cumsum(counts)]),
@@ -322,7 +320,7 @@ def _passes_to_pack_jointly(tokens: np.ndarray, shape: RowShape) -> int:
 
 
 def _pack_windows(
-    windows: Sequence[np.ndarray], lengths: Lengths, shape: RowShape, inputs: Mapping[str, Any], progress: bool
+    windows: Sequence[np.ndarray], lengths: packing.Lengths, shape: RowShape, inputs: Mapping[str, Any], progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """The examples of all windows [n], row after row, and the number of examples in each row [rows]."""
     examples: list[np.ndarray] = []
@@ -330,10 +328,10 @@ def _pack_windows(
     num_rows = 0
     with bar("plan", sum(map(len, windows)), shown=progress) as advance:
         for number, window in enumerate(windows):
-            packed, offsets = pack(window, lengths, shape)
+            packed, offsets = packing.pack(window, lengths, shape)
             shuffled = permutation(len(offsets) - 1, inputs["seed"], _ROW_ORDER, number)
-            work, pending = attention_work(packed, offsets, lengths), num_rows % inputs["batch_rows"]
-            order = balance(work, shuffled, inputs["batch_rows"], pending)
+            work, pending = packing.attention_work(packed, offsets, lengths), num_rows % inputs["batch_rows"]
+            order = packing.balance(work, shuffled, inputs["batch_rows"], pending)
             rows = np.split(packed, offsets[1:-1])
             examples.append(np.concatenate([rows[j] for j in order]))
             counts.append(np.diff(offsets)[order])

@@ -79,17 +79,15 @@ def fit_records(
     out, resized = np.flatnonzero(~fits), np.flatnonzero(limits)
     sources, records = owners(first, out)
     if len(out) and on_overflow == "error":
-        dataset, i = datasets[sources[0]], int(records[0])
+        dataset, i, size = datasets[sources[0]], int(records[0]), (lengths.tokens[out[0]], patches[out[0]])
         raise ValueError(
             f"{dataset.directory}: {(sources == sources[0]).sum():,} records do not fit a row of {shape.length} tokens "
             f"and {shape.vision_rows} x {shape.num_patches} patches, the first is {dataset[i].id!r} "
-            f"({lengths.tokens[out[0]]} tokens, {patches[out[0]]} patches): "
-            "take longer rows, or on_overflow drop or resize"
+            f"({size[0]} tokens, {size[1]} patches): take longer rows, or on_overflow drop or resize"
         )
-    rejected = np.stack([sources, records, np.where(too_long[out], 0, 1)], axis=1)
-    return FittedRecords(
-        first, index, lengths, fits, np.stack([*owners(first, resized), limits[resized]], axis=1), rejected
-    )
+    rejected = np.stack([sources, records, ~too_long[out]], axis=1)
+    shrunk = np.stack([*owners(first, resized), limits[resized]], axis=1)
+    return FittedRecords(first, index, lengths, fits, shrunk, rejected)
 
 
 def _resize(

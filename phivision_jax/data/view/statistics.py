@@ -15,10 +15,8 @@ import numpy as np
 
 from phivision_jax.batch import RowShape
 from phivision_jax.config import ModelConfig
+from phivision_jax.data.plan import packing, plan, record_sizes
 from phivision_jax.data.plan.mixture import Mixture
-from phivision_jax.data.plan.packing import Lengths, pack
-from phivision_jax.data.plan.plan import WINDOW
-from phivision_jax.data.plan.record_sizes import FittedRecords, fit_records, owners
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.data.store.dataset import Dataset, Index
@@ -78,7 +76,7 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
     if not datasets:
         raise ValueError("statistics need at least one dataset")
     names = Mixture.from_directories(*(dataset.directory for dataset in datasets)).names
-    fitted = fit_records(datasets, make_layout(config), shape, "drop")
+    fitted = record_sizes.fit_records(datasets, make_layout(config), shape, "drop")
     longest = max(shape.length, int(fitted.lengths.tokens.max(initial=1)))
     side = max(1024, int(np.max(fitted.index.image_sizes, initial=0)))
     edges = {
@@ -87,7 +85,7 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
     }
     groups = []
     for name, dataset in zip(names, datasets, strict=True) if len(names) > 1 else ():
-        own = fit_records([dataset], make_layout(config), shape, "drop")
+        own = record_sizes.fit_records([dataset], make_layout(config), shape, "drop")
         groups.append({"name": name, **_numbers([name], [dataset], own, shape, edges)})
     name = "all" if groups else names[0]
     groups.append({"name": name, **_numbers(names, datasets, fitted, shape, edges)})
@@ -97,7 +95,7 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
 def _numbers(
     names: Sequence[str],
     datasets: Sequence[Dataset],
-    fitted: FittedRecords,
+    fitted: record_sizes.FittedRecords,
     shape: RowShape,
     edges: dict[str, list[float]],
 ) -> Numbers:
@@ -113,7 +111,7 @@ def _numbers(
     too_long = int((lengths.tokens > shape.length).sum())
     largest = []
     for i in exceeding[np.argsort(-lengths.tokens[exceeding], kind="stable")[:LISTED]].tolist():
-        source, record = map(int, owners(fitted.first, i))
+        source, record = map(int, record_sizes.owners(fitted.first, i))
         size = {"tokens": int(lengths.tokens[i]), "patches": int(lengths.patches[i])}
         largest.append({"dataset": names[source], "record": record, "id": datasets[source][record].id, **size})
     counts = [dataset.manifest["counts"] for dataset in datasets]
@@ -157,10 +155,10 @@ def _total(counts: Sequence[dict[str, int]]) -> dict[str, int]:
     return dict(sum(map(collections.Counter, counts), collections.Counter()))
 
 
-def _epoch(fits: np.ndarray, lengths: Lengths, shape: RowShape) -> dict[str, float]:
+def _epoch(fits: np.ndarray, lengths: packing.Lengths, shape: RowShape) -> dict[str, float]:
     """Number of rows of an epoch and their padding, from packing at most one window of the examples that fit."""
-    sample = fits[permutation(len(fits), 0)[:WINDOW]]
-    rows = len(pack(sample, lengths, shape)[1]) - 1 if len(sample) else 0
+    sample = fits[permutation(len(fits), 0)[: plan.WINDOW]]
+    rows = len(packing.pack(sample, lengths, shape)[1]) - 1 if len(sample) else 0
     patches = rows * shape.total_patches
     return {
         "rows": round(rows * len(fits) / max(len(sample), 1)),

@@ -53,8 +53,7 @@ def _table(stats: Statistics, cells: Callable[[Numbers], Cells]) -> Table:
     columns = [cells(numbers) for numbers in stats.groups]
     rows: list[tuple[str, ...]] = []
     for heading, labels in columns[-1].items():
-        if heading:
-            rows.append((heading,))
+        rows += [(heading,)] if heading else []
         rows += [(label, *(column.get(heading, {}).get(label, "–") for column in columns)) for label in labels]
     return Table(("", *(numbers["name"] for numbers in stats.groups)), rows)
 
@@ -70,45 +69,42 @@ def _sizes(numbers: Numbers) -> Cells:
         if count:
             label = f"  with {n or 'no'} image{'' if n == 1 else 's'}{' or more' if n == MAX_IMAGES else ''}"
             cells[label] = _share(count, examples)
+    cells["  with a system message"] = _share(numbers["system_messages"], examples)
     cells |= {
-        "  with a system message": _share(numbers["system_messages"], examples),
-        "images": f"{numbers['images']:,}",
-        "text tokens": f"{numbers['text_tokens']:,}",
-        "image tokens": f"{numbers['image_tokens']:,}",
-        "patches": f"{numbers['patches']:,}",
-        "not imported": _share(failed, examples + failed),
-        **{f"  {reason}": f"{count:,}" for reason, count in sorted(numbers["quarantined"].items())},
+        name.replace("_", " "): f"{numbers[name]:,}" for name in ("images", "text_tokens", "image_tokens", "patches")
     }
-    return {"": cells}
+    cells["not imported"] = _share(failed, examples + failed)
+    return {"": cells | {f"  {reason}": f"{count:,}" for reason, count in sorted(numbers["quarantined"].items())}}
 
 
 def _lengths(numbers: Numbers) -> Cells:
-    return {
-        title: {
-            f"  {label}": f"{spread[value]:,.{2 if measure == 'megapixels' else 0}f}"
-            for value, label in _VALUES.items()
-        }
-        for measure, title in _MEASURES.items()
-        if (spread := numbers["spreads"][measure])
-    }
+    cells = {}
+    for measure, title in _MEASURES.items():
+        if spread := numbers["spreads"][measure]:
+            digits = 2 if measure == "megapixels" else 0
+            cells[title] = {f"  {label}": f"{spread[value]:,.{digits}f}" for value, label in _VALUES.items()}
+    return cells
+
+
+def _by_mode_and_task(numbers: Numbers, unit: str) -> np.ndarray:
+    """[modes, tasks]: shares of the examples or tokens."""
+    counts = np.array([list(by_task.values()) for by_task in numbers[f"{unit}_by"].values()])
+    return counts / max(counts.sum(), 1)
 
 
 def _mix(numbers: Numbers) -> Cells:
     cells: Cells = collections.defaultdict(dict)
+    shares = np.stack([_by_mode_and_task(numbers, unit) for unit in ("examples", "tokens")])
 
-    def add(heading: str, label: str, modes: Sequence[str], tasks: Sequence[str]) -> None:
-        shares = []
-        for counts in (numbers["examples_by"], numbers["tokens_by"]):
-            total = sum(sum(by_task.values()) for by_task in counts.values())
-            shares.append(sum(counts[mode][task] for mode in modes for task in tasks) / max(total, 1))
-        if shares[0]:
-            cells[heading][f"  {label}"] = f"{shares[0]:.1%} · {shares[1]:.1%}"
+    def add(heading: str, label: str, examples: float, tokens: float) -> None:
+        if examples:
+            cells[heading][f"  {label}"] = f"{examples:.1%} · {tokens:.1%}"
 
-    for mode in MODES:
-        add("mode", mode, [mode], TASKS)
-    for task in TASKS:
-        add("task", task, MODES, [task])
-        add("task", f"  {task}, think", ["think"], [task])
+    for m, mode in enumerate(MODES):
+        add("mode", mode, *shares[:, m].sum(axis=1))
+    for t, task in enumerate(TASKS):
+        add("task", task, *shares[:, :, t].sum(axis=1))
+        add("task", f"  {task}, think", *shares[:, MODES.index("think"), t])
     for origin, count in sorted(numbers["mode_from"].items()):
         cells["origin of the mode"][f"  {origin}"] = _share(count, numbers["examples"])
     return cells
@@ -223,16 +219,16 @@ def _draw_resolutions(axes: Axes, stats: Statistics) -> None:
 
 def _draw_tasks(axes: Axes, numbers: Numbers) -> None:
     """Two bars per task, split by mode: its share of the examples above its share of the tokens."""
-    total = {task: sum(numbers["examples_by"][mode][task] for mode in MODES) for task in TASKS}
-    tasks = sorted(filter(total.get, TASKS), key=lambda task: -total[task])
+    total = _by_mode_and_task(numbers, "examples").sum(axis=0)
+    tasks = [t for t in np.argsort(-total, kind="stable").tolist() if total[t]]
     y = np.arange(len(tasks))
     for unit, shift, alpha in (("examples", -0.2, 1.0), ("tokens", 0.2, 0.55)):
-        shares = np.array([[numbers[f"{unit}_by"][mode][task] for task in tasks] for mode in MODES])
-        shares, left = shares / shares.sum(), np.zeros(len(tasks))
-        for mode, share, colour in zip(MODES, shares, ("#7b3294", "#1b9e77"), strict=True):
-            axes.barh(y + shift, share, 0.38, left=left, color=colour, alpha=alpha, label=f"{mode}, by {unit}")
-            left = left + share
-    axes.set(title="tasks and modes", yticks=y, yticklabels=tasks, ylim=(max(len(tasks), 3) - 0.4, -0.6))
+        left = np.zeros(len(tasks))
+        for mode, share, colour in zip(MODES, _by_mode_and_task(numbers, unit), ("#7b3294", "#1b9e77"), strict=True):
+            axes.barh(y + shift, share[tasks], 0.38, left=left, color=colour, alpha=alpha, label=f"{mode}, by {unit}")
+            left += share[tasks]
+    axes.set(title="tasks and modes", yticks=y, yticklabels=[TASKS[t] for t in tasks])
+    axes.set_ylim(max(len(tasks), 3) - 0.4, -0.6)
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(axis="x")
     axes.legend(loc="lower right")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from phivision_jax.data.view.show_records import LEGEND, pixels, record_section, spans
+from phivision_jax.data.view.show import LEGEND, pixels, record_section, spans
 from phivision_jax.images.layout import PatchedImage
 from phivision_jax.io.html import Span, page
 from phivision_jax.rows import expand

@@ -14,7 +14,7 @@ from phivision_jax.batch import RowShape
 from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
-from phivision_jax.data.view.show_rows import COLOURS, LOSS, ImageSpan, draw, layout, row_section
+from phivision_jax.data.view.show import COLOURS, LOSS, ImageSpan, draw, layout, row_section
 from phivision_jax.images.layout import PatchedImage
 from phivision_jax.io.html import page
 from phivision_jax.rows import expand, fill_rows
