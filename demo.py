@@ -7,14 +7,15 @@ Every step prints the command that a user would type for it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -37,18 +38,21 @@ def phivision(*words: str | Path) -> float:
     return time.monotonic() - began
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train, score, convert and ask a small model on easy-VQA.")
-    parser.add_argument("--variant", default="", choices=["", "long"], help="variant of configs/tiny.py")
-    parser.add_argument("--steps", type=int, default=0, help="train for fewer steps, to see that it works")
-    args = parser.parse_args()
-    config = "configs/tiny.py" + (f":{args.variant}" if args.variant else "")
-    run = Path("runs") / ("tiny" + (f"-{args.variant}" if args.variant else ""))
+def main(variant: Literal["", "long"] = "", steps: int = 0) -> None:
+    """Train, score, convert and ask a small model on easy-VQA.
+
+    Args:
+        variant: Variant of configs/tiny.py.
+        steps: Train for fewer steps, to see that it works; 0 for all.
+    """
+    config, run = (
+        ("configs/tiny.py:long", Path("runs/tiny-long")) if variant else ("configs/tiny.py", Path("runs/tiny"))
+    )
     hf, answer = run / "hf", run / "answer.png"
 
     if not all((DATA / split / "manifest.json").exists() for split in ("train", "test")):
         phivision("data", "import", "easy-vqa", DATA, "--questions-per-record", "3")
-    shorter = [f"--config.optim.steps={args.steps}"] if args.steps else []
+    shorter = [f"--config.optim.steps={steps}"] if steps else []
     seconds = phivision("train", f"--config={config}", f"--run={run}", *shorter)
     phivision("eval", f"--checkpoint={run}", f"--data={DATA}/test", f"--out={run}/eval")
     phivision("convert", "to-hf", run, hf, "--overwrite")
@@ -73,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -32,12 +32,8 @@ def get_config() -> ConfigDict:
     # Adapters start from zero and have the full learning rate; tower and projector have a fifth of it, the decoder a
     # tenth. Those are the rates of the recipe's stage 2 (configs/phi4_rv_15b.py).
     unadapted = r"(?!.*lora_)"
-    c.optim.update(
-        learning_rate=1e-4,
-        lr_rules=((f"^decoder{unadapted}", 0.1), (f"^(vision|projector){unadapted}", 0.2), (".", 1.0)),
-        warmup_steps=20,
-        weight_decay=1e-4,
-    )
+    rates = ((f"^decoder{unadapted}", 0.1), (f"^(vision|projector){unadapted}", 0.2), (".", 1.0))
+    c.optim.update(learning_rate=1e-4, lr_rules=rates, warmup_steps=20, weight_decay=1e-4)
     c.lora.alpha = 32.0
     c.update(log_every=5, checkpoint_every=200, validate_every=100)
     return c

@@ -20,20 +20,10 @@ def get_config(variant: str = "") -> ConfigDict:
     # An image of 64x64 pixels is 8x8 patches of 8x8 pixels. Three of the four vision layers run. The vocabulary of 512
     # tokens is that of the project's own tokenizer.
     c.model.min_patches = c.model.max_patches = 64
-    vision = VisionConfig(hidden_size=128, intermediate_size=256, num_layers=4, num_heads=2, patch_size=8)
-    decoder = DecoderConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_layers=3,
-        num_heads=2,
-        num_kv_heads=1,
-        rope_theta=10_000.0,
-        max_positions=1024,
-        vocab_size=512,
-        bos_token_id=507,
-        eos_token_id=508,
-        pad_token_id=509,
-    )
+    width = {"hidden_size": 128, "intermediate_size": 256, "num_heads": 2}
+    tokens = {"vocab_size": 512, "bos_token_id": 507, "eos_token_id": 508, "pad_token_id": 509}
+    vision = VisionConfig(num_layers=4, patch_size=8, **width)
+    decoder = DecoderConfig(num_layers=3, num_kv_heads=1, rope_theta=10_000.0, max_positions=1024, **width, **tokens)
     c.model.update(vision=dataclasses.asdict(vision), decoder=dataclasses.asdict(decoder))
 
     c.data.update(path="data/easy_vqa/train", eval_path="data/easy_vqa/test")
@@ -43,15 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
     # At twice this learning rate, answers to yes-or-no questions remain the majority's for a long time; at this rate
     # they are learned.
     c.optim.update(learning_rate=6e-4, steps=5000, warmup_steps=100, final_lr_ratio=0.02, b2=0.95, weight_decay=0.05)
-    c.update(
-        dtype="float32",
-        remat="none",
-        vision_remat="none",
-        log_every=25,
-        checkpoint_every=500,
-        eval_every=500,
-        eval_examples=1000,
-    )
+    c.update(dtype="float32", remat="none", vision_remat="none")
+    c.update(log_every=25, checkpoint_every=500, eval_every=500, eval_examples=1000)
 
     if variant == "long":
         c.optim.update(steps=24_000)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -69,9 +69,8 @@ def import_(
         from phivision_jax.data.sources.easy_vqa import easy_vqa
         from phivision_jax.data.sources.source import RecordsSource
 
-        questions: dict[Literal["train", "test"], int] = {"train": questions_per_record, "test": 1}
-        for part, n in questions.items():
-            records = easy_vqa(part, questions_per_record=n)
+        train, test = easy_vqa("train", questions_per_record=questions_per_record), easy_vqa("test")
+        for part, records in (("train", train), ("test", test)):
             jobs.append((out / part, RecordsSource(records, name=f"easy_vqa/{part}")))
     else:
         from phivision_jax.data.sources.open_source import open_source
@@ -81,11 +80,10 @@ def import_(
             _print_files(opened)
         jobs.append((out, opened))
     processor = processor_for(checkpoint)
+    settings: dict[str, Any] = {"workers": workers, "decode": decode, "max_bad": max_bad, "restart": restart}
     for directory, what in jobs:
         exists = (directory / MANIFEST).exists()
-        dataset = import_source(
-            what, directory, processor, workers=workers, decode=decode, max_bad=max_bad, restart=restart
-        )
+        dataset = import_source(what, directory, processor, **settings)
         if exists:
             print(f"{directory} exists already")
         else:
@@ -123,30 +121,23 @@ def _summarise(dataset: Dataset, processor: Processor) -> None:
 
     manifest = dataset.manifest
     counts = manifest["counts"]
-    rows = [
-        ("records", f"{len(dataset):,}"),
-        ("images", f"{manifest['images']:,}"),
-        ("text tokens", f"{manifest['text_tokens']:,}"),
-        ("modes", _list(counts["modes"])),
-        ("modes are", _list(counts["mode_from"])),
-        ("tasks", _list(counts["tasks"])),
-    ]
+    rows = {name: f"{manifest[name.replace(' ', '_')]:,}" for name in ("records", "images", "text tokens")}
+    rows |= {"modes": _list(counts["modes"]), "modes are": _list(counts["mode_from"]), "tasks": _list(counts["tasks"])}
     if counts["system_messages"]:
         kept = _keeps_system_messages(processor)
         fate = "the template keeps them" if kept else "the template drops them; --system user keeps their text"
-        rows.append(("system messages", f"{counts['system_messages']:,}: {fate}"))
+        rows["system messages"] = f"{counts['system_messages']:,}: {fate}"
     if bad := counts["quarantined"]:
-        rows.append(("quarantined", f"{_list(bad)}: {dataset.directory / FILE}"))
-    print(f"{dataset.directory}:")
-    for label, value in rows:
-        print(f"  {label:<16} {value}")
+        rows["quarantined"] = f"{_list(bad)}: {dataset.directory / FILE}"
+    _print_rows(dataset.directory, rows)
     if default := counts["mode_from"].get("default", 0):
-        print(
-            f"note: {default:,} of {len(dataset):,} records neither state nor show their mode and got the default. "
-            "Training on direct answers alone may erode the model's own choice to think: mix in reasoning data (see "
-            "phivision data plan)",
-            file=sys.stderr,
-        )
+        note = f"note: {default:,} of {len(dataset):,} records neither state nor show their mode and got the default. "
+        erosion = "Training on direct answers alone may erode the model's own choice to think: mix in reasoning data "
+        print(f"{note}{erosion}(see phivision data plan)", file=sys.stderr)
+
+
+def _print_rows(title: Path, rows: dict[str, str]) -> None:
+    print(f"{title}:", *(f"  {label:<16} {value}" for label, value in rows.items()), sep="\n")
 
 
 def _list(counts: dict[str, int]) -> str:
@@ -201,15 +192,10 @@ def validate(
     report = validate(dataset, decode=not headers_only, workers=workers)
     if out is not None:
         out.write_bytes(b"".join(p.to_json().encode(errors="backslashreplace") + b"\n" for p in report.problems))
-    print(f"{dataset}:")
-    for label, value in (
-        ("files", f"{report.files:,}"),
-        ("records", f"{report.records:,}"),
-        ("images", f"{report.images:,} ({'headers read' if headers_only else 'decoded'})"),
-        ("duplicate ids", f"{report.duplicates:,}" + "".join(f"  {i!r}" for i in report.duplicate_ids)),
-        ("problems", f"{len(report.problems):,}"),
-    ):
-        print(f"  {label:<16} {value}")
+    rows = {"files": f"{report.files:,}", "records": f"{report.records:,}"}
+    rows["images"] = f"{report.images:,} ({'headers read' if headers_only else 'decoded'})"
+    rows["duplicate ids"] = f"{report.duplicates:,}" + "".join(f"  {i!r}" for i in report.duplicate_ids)
+    _print_rows(dataset, rows | {"problems": f"{len(report.problems):,}"})
     for problem in report.problems:
         print(f"{problem.where}: {problem.id!r}: {problem.reason}: {problem.detail}")
     if report.problems:
@@ -278,16 +264,9 @@ def plan(
     check_out(out)
     datasets = [Dataset.open(path) for _, path in mixture.sources]
     processor = processor_for(checkpoint).with_patches(patch_size, min_patches, max_patches)
-    plan = make_plan(
-        datasets,
-        mixture,
-        processor,
-        row_shape(processor.config, length, vision_rows, num_patches),
-        batch_rows=batch_rows,
-        seed=seed,
-        on_overflow=on_overflow,
-        progress=True,
-    )
+    shape = row_shape(processor.config, length, vision_rows, num_patches)
+    options: dict[str, Any] = {"batch_rows": batch_rows, "seed": seed, "on_overflow": on_overflow}
+    plan = make_plan(datasets, mixture, processor, shape, progress=True, **options)
     plan.save(out)
     print(f"{out}: plan {plan.hash[:12]}, {plan.num_steps(batch_rows):,} steps of {batch_rows} rows\n{plan.summary()}")
     for s, i, _ in plan.rejected[:_SHOWN_REJECTED].tolist():

@@ -127,9 +127,8 @@ def _open(paths: tuple[Path, ...], checkpoint: Path | None, check: bool = True) 
 
 
 def _check_range(flag: str, numbers: tuple[int, ...], count: int, where: Path) -> None:
-    for number in numbers:
-        if not 0 <= number < count:
-            raise ValueError(f"{flag} {number}: {where} has {flag.strip('-')} 0 to {count - 1:,}")
+    if wrong := [number for number in numbers if not 0 <= number < count]:
+        raise ValueError(f"{flag} {wrong[0]}: {where} has {flag.strip('-')} 0 to {count - 1:,}")
 
 
 def _find(dataset: Dataset, ids: tuple[str, ...]) -> list[int]:
@@ -143,7 +142,6 @@ def _find(dataset: Dataset, ids: tuple[str, ...]) -> list[int]:
                 break
             found.setdefault(dataset[i].id, i)
             advance(1)
-    for record_id in ids:
-        if record_id not in found:
-            raise ValueError(f"--ids {record_id}: {dataset.directory} has no such record")
+    if missing := [record_id for record_id in ids if record_id not in found]:
+        raise ValueError(f"--ids {missing[0]}: {dataset.directory} has no such record")
     return [found[record_id] for record_id in ids]

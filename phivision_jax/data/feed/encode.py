@@ -69,16 +69,13 @@ def encode_record(record: Record, processor: Processor, max_patches: int | None 
       OSError: when an image's file cannot be read.
     """
     mode = mode_of(record)
-    images = []
-    for i, image in enumerate(record.images):
-        try:
-            images.append(to_rgb(open_image(image, f"image {i}")))
-        except ValueError as error:
-            raise BadRecord("image-broken", str(error)) from error
     try:
-        return processor.encode(
-            record.messages, images, mode=mode, group=group_id(mode, record.task), max_patches=max_patches
-        )
+        images = [to_rgb(open_image(image, f"image {i}")) for i, image in enumerate(record.images)]
+    except ValueError as error:
+        raise BadRecord("image-broken", str(error)) from error
+    try:
+        group = group_id(mode, record.task)
+        return processor.encode(record.messages, images, mode=mode, group=group, max_patches=max_patches)
     except ValueError as error:
         raise BadRecord("fields", str(error)) from error
 

@@ -224,7 +224,8 @@ def _merge(streams: Sequence[_Stream], shares: Sequence[float], amounts: np.ndar
         counts = [min(n, math.ceil(n * share / total) + 1) for share in shares]
         while True:
             taken = [stream(count) for stream, count in zip(streams, counts, strict=True)]
-            due = [_due(amounts[members], share) for members, share in zip(taken, shares, strict=True)]
+            sizes = [amounts[examples] for examples in taken]
+            due = [(np.cumsum(size) - size / 2) / share for size, share in zip(sizes, shares, strict=True)]
             order = np.argsort(np.concatenate(due), kind="stable")[:n]
             last = np.concatenate(due)[order[-1]] if len(order) == n else math.inf
             # A stream that ends before the last example is due has to be longer.
@@ -235,10 +236,6 @@ def _merge(streams: Sequence[_Stream], shares: Sequence[float], amounts: np.ndar
                 counts[k] = min(n, counts[k] + counts[k] // 4 + 16)
 
     return first
-
-
-def _due(amounts: np.ndarray, share: float) -> np.ndarray:
-    return (np.cumsum(amounts) - amounts / 2) / share
 
 
 # ---------------------------------------------------------------------------------------------------------------------

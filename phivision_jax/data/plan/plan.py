@@ -184,9 +184,7 @@ class Plan:
 def check_out(directory: str | os.PathLike[str]) -> None:
     """Raise FileExistsError when the directory exists and is not a plan: only plans are ever replaced."""
     directory = Path(directory)
-    if not directory.name:
-        raise FileExistsError(f"{directory} has no name of its own; choose a directory for the plan")
-    if directory.exists() and not (directory / "plan.json").is_file():
+    if not directory.name or (directory.exists() and not (directory / "plan.json").is_file()):
         raise FileExistsError(f"{directory} exists and is not a plan; choose another name")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,29 +76,26 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
     if not datasets:
         raise ValueError("statistics need at least one dataset")
     names = Mixture.from_directories(*(dataset.directory for dataset in datasets)).names
-    fitted = record_sizes.fit_records(datasets, make_layout(config), shape, "drop")
-    longest = max(shape.length, int(fitted.lengths.tokens.max(initial=1)))
-    side = max(1024, int(np.max(fitted.index.image_sizes, initial=0)))
+    layout, named = make_layout(config), dict(zip(names, datasets, strict=True))
+    together = record_sizes.fit_records(datasets, layout, shape, "drop")
+    longest = max(shape.length, int(together.lengths.tokens.max(initial=1)))
+    side = max(1024, int(np.max(together.index.image_sizes, initial=0)))
     edges = {
         "tokens": np.geomspace(1, longest * 1.5, _BINS + 1).tolist(),
         "side": np.geomspace(16, side * 1.5, _BINS + 1).tolist(),
     }
     groups = []
-    for name, dataset in zip(names, datasets, strict=True) if len(names) > 1 else ():
-        own = record_sizes.fit_records([dataset], make_layout(config), shape, "drop")
-        groups.append({"name": name, **_numbers([name], [dataset], own, shape, edges)})
-    name = "all" if groups else names[0]
-    groups.append({"name": name, **_numbers(names, datasets, fitted, shape, edges)})
+    for name, dataset in named.items() if len(named) > 1 else ():
+        alone = record_sizes.fit_records([dataset], layout, shape, "drop")
+        groups.append(_numbers({name: dataset}, alone, shape, edges))
+    groups.append(_numbers(named, together, shape, edges))
     return Statistics(groups, shape, config.vision.patch_size, (config.min_patches, config.max_patches), edges)
 
 
 def _numbers(
-    names: Sequence[str],
-    datasets: Sequence[Dataset],
-    fitted: record_sizes.FittedRecords,
-    shape: RowShape,
-    edges: dict[str, list[float]],
+    named: Mapping[str, Dataset], fitted: record_sizes.FittedRecords, shape: RowShape, edges: dict[str, list[float]]
 ) -> Numbers:
+    names, datasets = list(named), list(named.values())
     index, lengths = fitted.index, fitted.lengths
     text, num_images, sizes = index.text_tokens.astype(np.int64), index.num_images, index.image_sizes.astype(np.int64)
     measures = {
@@ -117,6 +114,7 @@ def _numbers(
     counts = [dataset.manifest["counts"] for dataset in datasets]
     widths, heights = np.maximum(sizes, edges["side"][0]).T
     return {
+        "name": names[0] if len(names) == 1 else "all",
         "examples": len(text),
         "images": len(sizes),
         "text_tokens": int(text.sum()),
