@@ -22,9 +22,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.model.min_patches = c.model.max_patches = 64
     width = {"hidden_size": 128, "intermediate_size": 256, "num_heads": 2}
     tokens = {"vocab_size": 512, "bos_token_id": 507, "eos_token_id": 508, "pad_token_id": 509}
-    vision = VisionConfig(num_layers=4, patch_size=8, **width)
-    decoder = DecoderConfig(num_layers=3, num_kv_heads=1, rope_theta=10_000.0, max_positions=1024, **width, **tokens)
-    c.model.update(vision=dataclasses.asdict(vision), decoder=dataclasses.asdict(decoder))
+    vision = VisionConfig(num_layers=4, patch_size=8)
+    decoder = DecoderConfig(num_layers=3, num_kv_heads=1, rope_theta=10_000.0, max_positions=1024)
+    c.model.update(vision=dataclasses.asdict(vision) | width, decoder=dataclasses.asdict(decoder) | width | tokens)
 
     c.data.update(path="data/easy_vqa/train", eval_path="data/easy_vqa/test")
     # A row holds two conversations. Rows are short because the CPU, without an attention kernel, also computes every
