@@ -77,9 +77,9 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
         raise ValueError("statistics need at least one dataset")
     names = Mixture.from_directories(*(dataset.directory for dataset in datasets)).names
     layout, named = make_layout(config), dict(zip(names, datasets, strict=True))
-    together = record_sizes.fit_records(datasets, layout, shape, "drop")
-    longest = max(shape.length, int(together.lengths.tokens.max(initial=1)))
-    side = max(1024, int(np.max(together.index.image_sizes, initial=0)))
+    combined = record_sizes.fit_records(datasets, layout, shape, "drop")
+    longest = max(shape.length, int(combined.lengths.tokens.max(initial=1)))
+    side = max(1024, int(np.max(combined.index.image_sizes, initial=0)))
     edges = {
         "tokens": np.geomspace(1, longest * 1.5, _BINS + 1).tolist(),
         "side": np.geomspace(16, side * 1.5, _BINS + 1).tolist(),
@@ -88,7 +88,7 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
     for name, dataset in named.items() if len(named) > 1 else ():
         alone = record_sizes.fit_records([dataset], layout, shape, "drop")
         groups.append(_numbers({name: dataset}, alone, shape, edges))
-    groups.append(_numbers(named, together, shape, edges))
+    groups.append(_numbers(named, combined, shape, edges))
     return Statistics(groups, shape, config.vision.patch_size, (config.min_patches, config.max_patches), edges)
 
 
