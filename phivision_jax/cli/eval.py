@@ -50,13 +50,9 @@ def eval(  # the name of the subcommand
     if directory:
         storage.check(directory)  # before hours of work whose result could not be written
     model, processor = phivision_jax.load(checkpoint)
+    rows, limit = batch or cfg.eval_batch, max_new_tokens or cfg.max_new_tokens
     evaluator = Evaluator(
-        Dataset.open(data),
-        processor,
-        rows=batch or cfg.eval_batch,
-        max_new_tokens=max_new_tokens or cfg.max_new_tokens,
-        num_examples=examples or None,
-        mode=mode,
+        Dataset.open(data), processor, rows=rows, max_new_tokens=limit, num_examples=examples or None, mode=mode
     )
     with progress.bar("evaluate", len(evaluator.records)) as advance:
         result = evaluator(model, advance)

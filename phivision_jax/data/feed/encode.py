@@ -37,22 +37,23 @@ def group_weights(rules: Sequence[tuple[str, float]]) -> np.ndarray:
       ValueError: for a pattern that is not a regular expression or matches no group; for a negative weight; when every
         group would be left out.
     """
-    for pattern, weight in rules:
+    weights = np.ones(len(GROUP_NAMES), np.float32)
+    for pattern, weight in reversed(rules):
         try:
-            matches = any(re.search(pattern, name) for name in GROUP_NAMES)
+            matches = [re.search(pattern, name) is not None for name in GROUP_NAMES]
         except re.error as error:
             raise ValueError(f"data.loss_weights: {pattern!r} is not a regular expression: {error}") from None
-        if not matches:
+        if not any(matches):
             raise ValueError(
                 f"data.loss_weights: {pattern!r} matches no mode and task; modes are {', '.join(MODES)}, tasks are "
                 f"{', '.join(TASKS)}, and names look like {GROUP_NAMES[1]!r}"
             )
         if not 0 <= weight < math.inf:
             raise ValueError(f"data.loss_weights: the weight of {pattern!r} must be 0 or more, not {weight}")
-    weights = [next((w for pattern, w in rules if re.search(pattern, name)), 1.0) for name in GROUP_NAMES]
-    if not any(weights):
+        weights[matches] = weight
+    if not weights.any():
         raise ValueError("data.loss_weights leave nothing to learn: every mode and task has weight 0")
-    return np.array(weights, np.float32)
+    return weights
 
 
 def encode_record(record: Record, processor: Processor, max_patches: int | None = None) -> Example:

@@ -280,17 +280,14 @@ def realized_shares(stage: Stage, names: Sequence[str], pool: Pool, order: np.nd
       pool: the records that were available.
       order: [n] each example's position in the pool.
     """
-    kinds: dict[str, tuple[np.ndarray, Sequence[str]]] = {  # the group of each record, and the groups' names
-        "source": (pool.sources, names),
-        "mode": (pool.modes, MODES),
-        "task": (pool.tasks, TASKS),
-    }
+    # The kind of groups, the group of each record, and the groups' names.
+    kinds = [("source", pool.sources, names), ("mode", pool.modes, MODES), ("task", pool.tasks, TASKS)]
     if stage.splits_modes:
         parts = [f"{name}, {mode}" for name in names for mode in MODES]
-        kinds["part"] = (pool.sources * len(MODES) + pool.modes, parts)
+        kinds.append(("part", pool.sources * len(MODES) + pool.modes, parts))
     requested, tokens = _requested(stage, names), pool.tokens[order]
     shares = []
-    for kind, (groups, labels) in kinds.items():
+    for kind, groups, labels in kinds:
         # Weights of bincount are floats: exact below 2⁵³ tokens.
         examples, amounts = (np.bincount(groups[order], each, len(labels)).astype(int) for each in (None, tokens))
         available = np.bincount(groups, minlength=len(labels)).tolist()

@@ -243,11 +243,9 @@ class Mixture:
         stages = []
         for i, table in enumerate(tables):
             settings = _override({**values, "name": f"stage {i + 1}" if len(tables) > 1 else "all"}, table)
-            if settings.get("sources"):
-                kept = set(settings["sources"])
-                for field in ("weights", "repeat"):
-                    if field not in table:  # the file's, for the sources that this stage has
-                        settings[field] = {n: v for n, v in settings[field].items() if n in kept}
+            if kept := settings.get("sources"):
+                for field in {"weights", "repeat"} - table.keys():  # the file's, for the sources that this stage has
+                    settings[field] = {name: value for name, value in settings[field].items() if name in kept}
             stages.append(dataclass_from_dict(Stage, settings))
         _check_names([stage.name for stage in stages], "stages")
         return cls(sources, tuple(stages))

@@ -45,6 +45,7 @@ FORMAT = 3
 WINDOW = 16_384
 """Examples packed at a time: more fills rows better, but mixes the order less than a window's worth of shuffling."""
 _ARRAYS = {"row_offsets": "<i8", "examples": "<u4", "sources": "u1", "resized": "<i8", "rejected": "<i8"}
+_VALUES = ("inputs", "tokens_used", "patches_used")
 _MAX_SOURCES = 256
 # Purposes of a seed are numbered over all modules of ``data.plan``.
 _ROW_ORDER = 1
@@ -137,14 +138,8 @@ class Plan:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the plan, completely or not at all; an existing plan is replaced."""
         check_out(directory)
-        about = {
-            "format": FORMAT,
-            "hash": self.hash,
-            "inputs": self.inputs,
-            "tokens_used": self.tokens_used,
-            "patches_used": self.patches_used,
-            "shares": [dataclasses.asdict(share) for share in self.shares],
-        }
+        about = {"format": FORMAT, "hash": self.hash, **{name: getattr(self, name) for name in _VALUES}}
+        about["shares"] = [dataclasses.asdict(share) for share in self.shares]
         with atomic.new_directory(Path(directory), replace=True) as partial:
             for name, dtype in _ARRAYS.items():
                 np.save(partial / f"{name}.npy", np.asarray(getattr(self, name), dtype))
@@ -169,13 +164,8 @@ class Plan:
             arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
         except (ValueError, EOFError) as error:
             raise ValueError(f"{directory}: an array is broken ({error}); make the plan again") from None
-        plan = cls(
-            inputs=about["inputs"],
-            **arrays,
-            shares=tuple(RealizedShare(**share) for share in about["shares"]),
-            tokens_used=about["tokens_used"],
-            patches_used=about["patches_used"],
-        )
+        shares = tuple(RealizedShare(**share) for share in about["shares"])
+        plan = cls(**arrays, shares=shares, **{name: about[name] for name in _VALUES})
         if plan.hash != about["hash"]:
             raise ValueError(f"{directory}: the arrays do not have the hash in plan.json; make the plan again")
         return plan
