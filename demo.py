@@ -33,7 +33,7 @@ def phivision(*words: str | Path) -> float:
     line = ["phivision", *map(str, words)]
     console.rule(f"[bold]{shlex.join(line)}", align="left")
     began = time.monotonic()
-    if (code := subprocess.run([str(Path(sys.executable).with_name("phivision")), *line[1:]]).returncode) != 0:
+    if code := subprocess.run([Path(sys.executable).with_name("phivision"), *line[1:]]).returncode:
         sys.exit(code)
     return time.monotonic() - began
 
@@ -45,9 +45,7 @@ def main(variant: Literal["", "long"] = "", steps: int = 0) -> None:
         variant: Variant of configs/tiny.py.
         steps: Train for fewer steps, to see that it works; 0 for all.
     """
-    config, run = (
-        ("configs/tiny.py:long", Path("runs/tiny-long")) if variant else ("configs/tiny.py", Path("runs/tiny"))
-    )
+    config, run = f"configs/tiny.py:{variant}".rstrip(":"), Path(f"runs/tiny-{variant}" if variant else "runs/tiny")
     hf, answer = run / "hf", run / "answer.png"
 
     if not all((DATA / split / "manifest.json").exists() for split in ("train", "test")):
