@@ -101,22 +101,16 @@ def times(cfg: ResolvedConfig, where: Topology, chosen: Mapping[str, Any]) -> di
     rows, mesh = chosen["batch_rows"], chosen["mesh"]
     image = min(cfg.model.max_patches, chosen["prompt"])
 
-    def flops(work: Workload) -> float:
-        return step_flops(cfg.model, work).forward / where.chips
+    def seconds(length: int, images: list[int], **traffic: float) -> float:
+        flops = step_flops(cfg.model, Workload.of_examples(rows, length, images)).forward / where.chips
+        return roofline.step_time(roofline.Work(flops, **traffic), where.generation).seconds
 
     gathered = chosen["weights_bytes_per_chip"] * (mesh["fsdp"] - 1)
     cache = chosen["cache_bytes_per_row"] * chosen["rows_per_device"] / mesh["tensor"] * where.chip.devices
-    prefill = roofline.Work(
-        matmul_flops=flops(Workload.of_examples(rows, chosen["prompt"], [image])), ici_bytes_overlapped=gathered
-    )
-    token = roofline.Work(
-        matmul_flops=flops(Workload.of_examples(rows, 1, [])),
-        hbm_bytes=chosen["weights_bytes_per_chip"] * mesh["fsdp"] + cache,
-        ici_bytes_exposed=gathered,
-    )
-    step = roofline.step_time(token, where.generation).seconds
+    read = chosen["weights_bytes_per_chip"] * mesh["fsdp"] + cache
+    step = seconds(1, [], hbm_bytes=read, ici_bytes_exposed=gathered)
     return {
-        "modelled_prefill_seconds": roofline.step_time(prefill, where.generation).seconds,
+        "modelled_prefill_seconds": seconds(chosen["prompt"], [image], ici_bytes_overlapped=gathered),
         "modelled_decode_step_seconds": step,
         "modelled_decode_tokens_per_second": rows / step,
     }
