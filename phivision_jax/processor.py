@@ -26,7 +26,7 @@ from phivision_jax.images.decode import ImageSource, open_image
 from phivision_jax.images.layout import PatchedImage, make_layout
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location, read_json
-from phivision_jax.rows import Example, expand, one_per_row
+from phivision_jax.rows import Example, expand, one_per_row, prefix_errors
 from phivision_jax.text import chat
 from phivision_jax.text.chat import Message
 from phivision_jax.text.constants import PromptMode
@@ -54,10 +54,8 @@ class Processor:
             if tokenizer.vocab_size > decoder.vocab_size:
                 raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.vocab_size}")
             if tokenizer.eos_id != decoder.eos_token_id:
-                raise ValueError(
-                    f"the tokenizer ends a turn with token {tokenizer.eos_id}, config.decoder.eos_token_id is "
-                    f"{decoder.eos_token_id}: generation would not stop; give the model the tokenizer's"
-                )
+                problem = f"config.decoder.eos_token_id is {decoder.eos_token_id}; give the model the tokenizer's"
+                raise ValueError(f"the tokenizer ends a turn with token {tokenizer.eos_id}, {problem}")
 
     @classmethod
     def from_directory(cls, path: str | Location, config: ModelConfig) -> Processor:
@@ -161,10 +159,8 @@ class Processor:
         """
         if not isinstance(source, Image.Image):
             source = open_image(source, name if isinstance(source, bytes) else None)
-        try:
+        with prefix_errors(name):
             return self.layout.encode(source, max_patches)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
 
     def batch(
         self,
@@ -186,16 +182,12 @@ class Processor:
           ValueError: as ``encode``, naming the conversation.
         """
         images = images if images is not None else [()] * len(conversations)
-        if not conversations:
-            raise ValueError("a batch needs at least one conversation")
         if len(images) != len(conversations):
             raise ValueError(f"{len(conversations)} conversations but {len(images)} lists of images: need one each")
         examples = []
         for i, (messages, row_images) in enumerate(zip(conversations, images, strict=True)):
-            try:
+            with prefix_errors(f"conversation {i}"):
                 examples.append(self.encode(messages, row_images, mode=mode, generation_prompt=generation_prompt))
-            except ValueError as error:
-                raise ValueError(f"conversation {i}: {error}") from None
         return one_per_row(examples, self.config, multiple=multiple)
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -6,8 +6,9 @@ each with its images in the row's vision rows; an image is never split.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL.Image import Image
@@ -39,6 +40,15 @@ class Example:
     def text_tokens(self) -> int:
         """Tokens that are not of an image."""
         return len(self.tokens) - sum(image.size.tokens for image in self.images)
+
+
+@contextlib.contextmanager
+def prefix_errors(what: str) -> Iterator[None]:
+    """Put the name of what is being laid out in front of the message of a ``ValueError``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def expand(
@@ -89,10 +99,8 @@ def fill_rows(rows: Sequence[Sequence[Example]], shape: RowShape, config: ModelC
     if batch.merge_index is not None:
         batch.merge_index[...] = -1
     for b, examples in enumerate(rows):
-        try:
+        with prefix_errors(f"row {b}"):
             _fill_row(Batch(*(array if array is None else array[b] for array in batch)), examples, shape, config)
-        except ValueError as error:
-            raise ValueError(f"row {b}: {error}") from None
     return batch
 
 
@@ -180,6 +188,9 @@ def one_per_row(
       multiple: rounds those defaults up to a multiple of this, so that few shapes are ever compiled.
     """
 
+    if not examples:
+        raise ValueError("a batch needs at least one example")
+
     def rounded(value: int) -> int:
         return -(-value // multiple) * multiple
 
@@ -212,8 +223,6 @@ def batch_from_ids(
     Raises:
       ValueError: when markers and images do not match, or an example does not fit.
     """
-    if len(ids) == 0:
-        raise ValueError("a batch needs at least one row of ids")
     images = images if images is not None else [[] for _ in ids]
     labels = labels if labels is not None else [[IGNORE] * len(row) for row in ids]
     if not len(ids) == len(images) == len(labels):
@@ -221,9 +230,7 @@ def batch_from_ids(
     layout = make_layout(config)
     examples = []
     for i, (row_ids, row_images, row_labels) in enumerate(zip(ids, images, labels, strict=True)):
-        try:
+        with prefix_errors(f"example {i}"):
             patched = [image if isinstance(image, PatchedImage) else layout.encode(image) for image in row_images or ()]
             examples.append(expand(row_ids, patched, row_labels))
-        except ValueError as error:
-            raise ValueError(f"example {i}: {error}") from None
     return one_per_row(examples, config, length=length, num_patches=num_patches)

@@ -109,7 +109,7 @@ def test_errors_name_conversation_and_image(tmp_path: Path) -> None:
         (lambda: PROCESSOR.encode(ask(None)), "1 <image> markers without an image of their own, but 0 images given"),
         (lambda: PROCESSOR.encode(ask(image), [image]), "0 <image> markers without an image of their own, but 1"),
         (lambda: PROCESSOR.batch([ask(image)], [[], []]), "1 conversations but 2 lists of images"),
-        (lambda: PROCESSOR.batch([]), "at least one conversation"),
+        (lambda: PROCESSOR.batch([]), "at least one example"),
         (lambda: PROCESSOR.batch(one_not_many), "^conversation 0: a conversation is a non-empty list"),
         (lambda: batch_from_ids([[1] * 9], config=CONFIG, length=8), "do not fit length 8"),
     ]:

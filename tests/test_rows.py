@@ -84,7 +84,7 @@ def test_patched_image_rejects_wrong_grid():
 
 
 def test_batch_from_ids_rejects_bad_input():
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="at least one example"):
         batch_from_ids([], config=CONFIG)
     with pytest.raises(ValueError, match="example 0: an example needs at least one id"):
         batch_from_ids([[], [1]], config=CONFIG)

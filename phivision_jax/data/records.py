@@ -48,10 +48,8 @@ class Record:
             raise ValueError(f"record {self.id!r} has no messages")
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"record {self.id!r}: mode must be one of {MODES} or None, not {self.mode!r}")
-        try:
-            check_task(self.task)
-        except ValueError as error:
-            raise ValueError(f"record {self.id!r}: {error}") from None
+        if self.task not in TASKS:
+            raise ValueError(f"record {self.id!r}: unknown task {self.task!r}; {did_you_mean(self.task, TASKS)}")
 
     def to_bytes(self) -> bytes:
         """The payload of one ArrayRecord entry (msgpack)."""

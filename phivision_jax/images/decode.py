@@ -110,11 +110,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):
-        # (v + 128) // 257 is the nearest integer to v / 257.
-        wide = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8), "L").convert("RGB")
-    if image.mode in ("I", "F"):
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return Image.fromarray(_in_8_bits(np.asarray(image)), "L").convert("RGB")
     try:
         if image.mode == "La":
@@ -128,7 +124,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _in_8_bits(grey: np.ndarray) -> np.ndarray:
-    if grey.dtype.kind != "f":
+    if grey.dtype.kind != "f":  # (v + 128) // 257 is the nearest integer to v / 257
         return ((np.clip(grey, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
     grey = np.nan_to_num(grey.astype(np.float64))
     if grey.size and grey.min() >= 0 and grey.max() <= 1:

@@ -120,8 +120,7 @@ class ImageLayout(abc.ABC):
     @property
     def fingerprint(self) -> dict[str, Any]:
         """JSON values that tell two layouts apart: equal ones give equal patches and tokens for every image."""
-        names = ("name", "patch_size", "min_patches", "max_patches")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("name", "patch_size", "min_patches", "max_patches")}
 
     def blank(self, size: ImageSize) -> PatchedImage:
         """A black image of the given size, whose merged tokens are zero."""

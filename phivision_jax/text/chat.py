@@ -84,7 +84,8 @@ def encode(
         text, _ = template.render(plain, generation_prompt=True)
         text += _ANSWER_BEGINS[mode]
     else:
-        text, spans = template.render(_in_mode(plain, mode))
+        _apply_mode(plain, mode)
+        text, spans = template.render(plain)
         if not spans and any(message["role"] == "assistant" for message in plain):
             raise UnmarkedTemplateError(
                 "the chat template marks no assistant text, so there is nothing to learn from: in chat_template.jinja "
@@ -160,36 +161,30 @@ def _refuse_control_tokens(messages: Sequence[Message], control_tokens: Sequence
                 raise MessageError("control-token", f"message {i} ({role}) {problem}")
 
 
-def _in_mode(messages: list[dict[str, Any]], mode: PromptMode) -> list[dict[str, Any]]:
-    """The messages with one mode tag at the beginning of each answer."""
+def _apply_mode(messages: list[dict[str, Any]], mode: PromptMode) -> None:
+    """Make each answer begin with one mode tag, in place."""
     if mode == "auto":
-        return messages
-    tagged, thinks = [], False
+        return
+    thinks = False
     for i, message in enumerate(messages):
         content, problem = message["content"], ""
         if message["role"] != "assistant":
-            tagged.append(message)
-        elif content.startswith(THINK):
-            ends = content.count(END_THINK)
+            continue
+        if content.startswith(THINK):
+            thinks, ends = True, content.count(END_THINK)
             if mode == "nothink":
                 problem = f"begins with {THINK}"
             elif ends != 1:
                 problem = f"begins with {THINK} and has {ends} {END_THINK}"
-            tagged.append(message)
-            thinks = True
         else:
             # In the middle of an answer, the model would learn a tag as the control token, against the answer's mode.
             if tag := next((tag for tag in (THINK, END_THINK) if tag in content), None):
-                problem = (
-                    f"contains {tag} without beginning with {THINK}: thoughts come first; reword an answer that only "
-                    "mentions the tag"
-                )
-            tagged.append({**message, "content": NOTHINK + content.removeprefix(NOTHINK)})
+                problem = f"contains {tag} without beginning with {THINK}: reword an answer that only mentions the tag"
+            message["content"] = NOTHINK + content.removeprefix(NOTHINK)
         if problem:
             raise MessageError("mode", f"message {i}: mode is {mode}, but the answer {problem}")
     if mode == "think" and not thinks:
         raise MessageError("mode", f"mode is think, but no answer is {THINK} thoughts {END_THINK} answer")
-    return tagged
 
 
 def _with_loss(spans: list[tuple[int, int]], messages: Sequence[Message]) -> list[tuple[int, int]]:

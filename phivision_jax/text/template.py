@@ -111,10 +111,8 @@ class ChatTemplate:
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"{self._where}: {error}") from None
         if len(spans) != len(marked):
-            raise ValueError(
-                f"{self._where}: a {{% generation %}} block inside a macro, a set block or a filter block hides where "
-                "its text ends up: write it at the top level or inside plain if and for"
-            )
+            problem = "must be at the top level or inside plain if and for, not in a macro, a set or a filter block"
+            raise ValueError(f"{self._where}: {{% generation %}} {problem}")
         return text, spans
 
     @functools.cached_property

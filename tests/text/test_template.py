@@ -80,7 +80,7 @@ def test_render_spans_are_answers(answers: list[str]) -> None:
 
 def test_render_refuses_hidden_generation_block() -> None:
     source = "{% set x %}{% generation %}b{% endgeneration %}{% endset %}{{ x }}"
-    with pytest.raises(ValueError, match="hides where its text ends up"):
+    with pytest.raises(ValueError, match="must be at the top level"):
         ChatTemplate(source).render([user("a")])
 
 

@@ -6,7 +6,6 @@ A dataset can be imported again with other options; its shards are then read in 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -24,13 +23,7 @@ from phivision_jax.data.sources.source import Read
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 
 
-@dataclasses.dataclass(frozen=True)
-class _File:
-    path: Path
-    count: int
-
-
-class ArrayRecordSource(FileSource[_File]):
+class ArrayRecordSource(FileSource[Path]):
     """Payloads of ArrayRecord files."""
 
     format = "array-record"
@@ -38,20 +31,19 @@ class ArrayRecordSource(FileSource[_File]):
     def _find(self, path: Path, split: str) -> Files:
         return Files(_files(path), [])
 
-    def _open(self, file: Path) -> Iterator[_File]:
+    def _open(self, file: Path) -> Iterator[tuple[Path, int]]:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing, but {file.with_name('manifest.json')} names it")
         reader = ArrayRecordReader(str(file), _READER)
         if not reader.ok():
             raise ValueError(f"{file} is not an ArrayRecord file, or is cut short")
-        yield _File(file, reader.num_records())
+        yield file, reader.num_records()
         reader.close()
 
-    def _read_part(self, part: _File, start: int, stop: int) -> Iterator[Read | Quarantined]:
-        file = part.path.name
-        with contextlib.closing(ArrayRecordReader(str(part.path), _READER)) as reader:
+    def _read_part(self, part: Path, start: int, stop: int) -> Iterator[Read | Quarantined]:
+        with contextlib.closing(ArrayRecordReader(str(part), _READER)) as reader:
             for k in range(start, stop):
-                place, where = f"{file}:{k + 1}", f"{file}, payload {k + 1}"
+                place, where = f"{part.name}:{k + 1}", f"{part.name}, payload {k + 1}"
                 try:
                     (payload,) = reader.read([k])
                 except RuntimeError as error:

@@ -75,10 +75,8 @@ def fill_placeholders(
             counts = f"{found.count(kind)} <{kind}> in the messages, but {len(given[kind])} in objects"
             raise BadRecord("coordinates", counts)
     where = _images(_list(objects.get("image_id"), "image_id"), len(boxes) + len(points), images, unit)
-    shares = [
-        normalised(numbers, unit, functools.partial(size_of, image))
-        for numbers, image in zip(boxes + points, where, strict=True)
-    ]
+    sizes = [functools.partial(size_of, image) for image in where]
+    shares = [normalised(numbers, unit, size) for numbers, size in zip(boxes + points, sizes, strict=True)]
     values = {"ref": iter(given["ref"]), "bbox": iter(shares[: len(boxes)]), "point": iter(shares[len(boxes) :])}
     for message in messages:
         message["content"] = _PLACEHOLDER.sub(lambda match: next(values[match[1]]), message["content"])

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -104,15 +104,8 @@ def identify(files: Sequence[Path]) -> list[list[Any]]:
     return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
-class Part(Protocol):
-    """A file or a row group with a known number of items."""
-
-    @property
-    def count(self) -> int: ...
-
-
-class FileSource[P: Part](abc.ABC):
-    """A source whose items are in parts of files."""
+class FileSource[Part](abc.ABC):
+    """A source whose items are in parts (files, row groups) with known numbers of items."""
 
     format: ClassVar[Format]
 
@@ -132,8 +125,9 @@ class FileSource[P: Part](abc.ABC):
         self._options = options
         self._reader = ItemReader(self.name, path if path.is_dir() else path.parent, options)
         self.files = self._find(path, split)
-        self._parts = [part for file in self.files.read for part in self._open(file)]
-        self._begins = np.cumsum([0, *(part.count for part in self._parts)])
+        opened = [part for file in self.files.read for part in self._open(file)]
+        self._parts = [part for part, _ in opened]
+        self._begins = np.cumsum([0, *(count for _, count in opened)])
         self._files_key = identify(self.files.read)
         if not len(self):
             raise ValueError(f"{path} has no items")
@@ -154,9 +148,9 @@ class FileSource[P: Part](abc.ABC):
         return files_of_split(path, self.format, split)
 
     @abc.abstractmethod
-    def _open(self, file: Path) -> Iterable[P]:
-        """The parts of a file."""
+    def _open(self, file: Path) -> Iterable[tuple[Part, int]]:
+        """The parts of a file, each with its number of items."""
 
     @abc.abstractmethod
-    def _read_part(self, part: P, start: int, stop: int) -> Iterator[Read | Quarantined]:
+    def _read_part(self, part: Part, start: int, stop: int) -> Iterator[Read | Quarantined]:
         """Items ``start`` … ``stop − 1`` of a part."""

@@ -35,7 +35,7 @@ from typing import Any, Literal
 from phivision_jax.data.image_check import check_image
 from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.records import MODES, Mode, Record, check_task
-from phivision_jax.data.sources.conversations import conversation_of
+from phivision_jax.data.sources.conversations import Conversation, conversation_of
 from phivision_jax.data.sources.coordinates import fill_placeholders, rewrite_lists
 from phivision_jax.data.sources.fetch import fetch, is_given
 from phivision_jax.data.sources.item_options import ItemOptions
@@ -83,9 +83,7 @@ class ItemReader:
                 item = json.loads(raw.decode())
             except UnicodeDecodeError as error:
                 reason, problem = "encoding", f"not UTF-8: {error.reason} at byte {error.start} of the item"
-            except RecursionError:
-                problem = "too many nested brackets"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problem = f"not JSON: {error}"
             else:
                 return self.read(item, place, where)
@@ -122,7 +120,7 @@ class ItemReader:
         options = self.options
         conversation = conversation_of(item)
         messages = conversation.messages
-        images = self._images(item, conversation.images, messages if conversation.may_prepend else None)
+        images = self._images(item, conversation)
 
         def size_of(k: int) -> tuple[int, int]:
             return check_image(images[k], f"image {k}")
@@ -156,19 +154,11 @@ class ItemReader:
         record = Record(id, source, tuple(images), tuple(messages), mode, task, metadata, tuple(lineage))
         return Read(record, mode_from, system, where)
 
-    def _images(
-        self, item: Mapping[str, Any], wanted: list[Any], prepend_to: Sequence[dict[str, Any]] | None
-    ) -> list[bytes]:
-        """The bytes of the images, in the order of the markers.
-
-        Args:
-          item: may have images.
-          wanted: for each marker an image, or None for the next of the item's images.
-          prepend_to: the messages before which images without a marker come, if they do.
-        """
-        listed = _listed(item)
-        if prepend_to and not wanted:
-            prepend_to[0]["content"] = (IMAGE_MARKER + "\n") * len(listed) + prepend_to[0]["content"]
+    def _images(self, item: Mapping[str, Any], conversation: Conversation) -> list[bytes]:
+        """The bytes of the images, in the order of the markers, which a conversation without any may receive."""
+        listed, wanted, first = _listed(item), conversation.images, conversation.messages[0]
+        if conversation.may_prepend and not wanted:
+            first["content"] = (IMAGE_MARKER + "\n") * len(listed) + first["content"]
             wanted = [None] * len(listed)
         free = sum(image is None for image in wanted)
         if free != len(listed):

@@ -89,8 +89,9 @@ class JsonSource(FileSource[_File]):
 
     format = "json"
 
-    def _open(self, file: Path) -> list[_File]:
-        return [_File(file)]
+    def _open(self, file: Path) -> list[tuple[_File, int]]:
+        opened = _File(file)
+        return [(opened, opened.count)]
 
     def _read_part(self, part: _File, start: int, stop: int) -> Iterator[Read | Quarantined]:
         return part.read(start, stop, self._reader)

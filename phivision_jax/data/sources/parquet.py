@@ -7,6 +7,7 @@ the last range stays open for the next.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,8 +32,6 @@ class _Group:
 
     file: Path
     number: int
-    count: int
-    """Number of its rows."""
     first: int
     """Number of its first row in the file."""
     at_once: int
@@ -61,7 +60,7 @@ class ParquetSource(FileSource[_Group]):
         # Open files stay here: another process opens its own.
         return vars(self) | {"_cursor": None}
 
-    def _open(self, file: Path) -> Iterator[_Group]:
+    def _open(self, file: Path) -> Iterator[tuple[_Group, int]]:
         try:
             metadata = pq.read_metadata(file)
         except (pa.ArrowException, OSError) as error:
@@ -70,7 +69,7 @@ class ParquetSource(FileSource[_Group]):
         first = 0
         for number in range(metadata.num_row_groups):
             rows, size = metadata.row_group(number).num_rows, metadata.row_group(number).total_byte_size
-            yield _Group(file, number, rows, first, at_once=max(1, min(_ROWS, BATCH_BYTES * rows // max(size, 1))))
+            yield _Group(file, number, first, max(1, min(_ROWS, BATCH_BYTES * rows // max(size, 1)))), rows
             first += rows
 
     def _read_part(self, part: _Group, start: int, stop: int) -> Iterator[Read | Quarantined]:
@@ -116,10 +115,8 @@ class ParquetSource(FileSource[_Group]):
         """The fields of a row that may be its id, as far as they can be read."""
         found = {}
         for name in {*IDS, *self._options.renames} & set(row.schema.names):
-            try:
+            with contextlib.suppress(UnicodeDecodeError):
                 found[name] = row.column(name)[0].as_py()
-            except UnicodeDecodeError:
-                continue
         return found
 
 
