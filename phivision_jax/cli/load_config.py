@@ -15,7 +15,7 @@ import runpy
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -81,7 +81,7 @@ def prepare(words: Sequence[str]) -> list[str]:
     return [*rest, "--set", *known.set] if known.set else rest
 
 
-def _print_fields(cfg: RunConfig) -> NoReturn:
+def _print_fields(cfg: RunConfig) -> None:
     import tyro
 
     from phivision_jax.training.run_config import RunConfig
@@ -91,7 +91,6 @@ def _print_fields(cfg: RunConfig) -> NoReturn:
 
     fields.__annotations__["config"] = RunConfig
     tyro.cli(fields, args=["--help"], prog="phivision", use_underscores=True, config=(tyro.conf.AvoidSubcommands,))
-    raise AssertionError("unreachable: --help exits")
 
 
 def _run_file(spec: str) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def spans(example: Example, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS) 
             context: Style = "faint" if control.fullmatch(part) else "plain"
             found.append(Span(line_break + part, "good" if kinds[start] else context))
 
-    for start, stop in itertools.pairwise([0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]):
+    for start, stop in _runs(kinds):
         count = stop - start
         if kinds[start] >= 2:
             found.append(Span(f" image {kinds[start] - 1} {_PLACEHOLDER}×{count:,} ", "accent"))
@@ -110,10 +110,8 @@ def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
         text = [Span(f"cannot be encoded ({error.reason}): {error}", "warning")]
         return Section(record.id, note + "a placeholder takes its place in a row", text=text)
     image_tokens = len(example.tokens) - example.text_tokens
-    note += (
-        f"{example.text_tokens:,} text tokens + {image_tokens:,} image tokens = "
-        f"{len(example.tokens):,}; {example.num_patches:,} patches; the loss sees {(example.labels != IGNORE).sum():,}"
-    )
+    note += f"{example.text_tokens:,} text tokens + {image_tokens:,} image tokens = {len(example.tokens):,}; "
+    note += f"{example.num_patches:,} patches; the loss sees {(example.labels != IGNORE).sum():,}"
     figures = [
         _tile_figure(tile, processor.config.vision.patch_size, size, f"image {k}" + (f", tile {t}" if t > 1 else ""))
         for k, (image, size) in enumerate(zip(example.images, index.sizes_of(i), strict=True), 1)
@@ -266,10 +264,8 @@ def draw(canvas: Canvas, found: RowLayout, shape: RowShape) -> None:
     """Draw the strips of a row: its tokens with the loss below them, and each of its vision rows."""
     ratios = [1.4] + [1.0] * shape.vision_rows
     tokens, *vision_rows = canvas.subplots(len(ratios), height_ratios=ratios)
-    for axes, size, label in (
-        (tokens, shape.length, "tokens\n\nloss"),
-        *((axes, shape.num_patches, f"patches {r}") for r, axes in enumerate(vision_rows, 1)),
-    ):
+    strips = [(axes, shape.num_patches, f"patches {r}") for r, axes in enumerate(vision_rows, 1)]
+    for axes, size, label in [(tokens, shape.length, "tokens\n\nloss"), *strips]:
         axes.set(xlim=(0, max(size, 1)), ylim=(0, 1), yticks=[], xticks=[0, size])
         axes.spines[["top", "right"]].set_visible(True)
         axes.set_ylabel(label, rotation=0, ha="right", va="center")

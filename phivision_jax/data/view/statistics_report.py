@@ -53,7 +53,8 @@ def _table(stats: Statistics, cells: Callable[[Numbers], Cells]) -> Table:
     columns = [cells(numbers) for numbers in stats.groups]
     rows: list[tuple[str, ...]] = []
     for heading, labels in columns[-1].items():
-        rows += [(heading,)] if heading else []
+        if heading:
+            rows.append((heading,))
         rows += [(label, *(column.get(heading, {}).get(label, "–") for column in columns)) for label in labels]
     return Table(("", *(numbers["name"] for numbers in stats.groups)), rows)
 
