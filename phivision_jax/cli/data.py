@@ -64,24 +64,22 @@ def import_(
         raise ValueError(f"--max-bad is a share between 0 and 1, not {max_bad}")
     if workers is not None and workers < 0:
         raise ValueError(f"--workers must be 0 or more, not {workers}")
-    jobs: list[tuple[Path, Source]] = []
+    jobs: dict[Path, Source]
     if source == "easy-vqa":
         from phivision_jax.data.sources.easy_vqa import easy_vqa
         from phivision_jax.data.sources.source import RecordsSource
 
-        train, test = easy_vqa("train", questions_per_record=questions_per_record), easy_vqa("test")
-        for part, records in (("train", train), ("test", test)):
-            jobs.append((out / part, RecordsSource(records, name=f"easy_vqa/{part}")))
+        parts = {"train": easy_vqa("train", questions_per_record=questions_per_record), "test": easy_vqa("test")}
+        jobs = {out / part: RecordsSource(records, name=f"easy_vqa/{part}") for part, records in parts.items()}
     else:
         from phivision_jax.data.sources.open_source import open_source
 
-        opened = open_source(source, format=format, split=split, options=options, name=name)
+        jobs = {out: open_source(source, format=format, split=split, options=options, name=name)}
         if Path(source).is_dir():
-            _print_files(opened)
-        jobs.append((out, opened))
+            _print_files(jobs[out])
     processor = processor_for(checkpoint)
     settings: dict[str, Any] = {"workers": workers, "decode": decode, "max_bad": max_bad, "restart": restart}
-    for directory, what in jobs:
+    for directory, what in jobs.items():
         exists = (directory / MANIFEST).exists()
         dataset = import_source(what, directory, processor, **settings)
         if exists:

@@ -34,18 +34,18 @@ def stats(
         num_patches: P: patches per vision row.
         out: Also write stats.html (figure and tables in one file), stats.png and stats.json to this directory.
     """
-    from phivision_jax.data.view.statistics import compute
-    from phivision_jax.data.view.statistics_report import figure, tables
+    from phivision_jax.data.view import statistics, statistics_report
     from phivision_jax.io import html
     from phivision_jax.rows import row_shape
 
     opened, processor = _open(datasets, checkpoint, check=checkpoint is not None)
-    computed = compute(opened, processor.config, row_shape(processor.config, length, vision_rows, num_patches))
-    report = tables(computed)
+    shape = row_shape(processor.config, length, vision_rows, num_patches)
+    computed = statistics.compute(opened, processor.config, shape)
+    report = statistics_report.tables(computed)
     html.print_sections(report)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        plots = figure(computed)
+        plots = statistics_report.figure(computed)
         title = "Statistics of " + ", ".join(map(str, datasets))
         page = html.page(title, [html.Section("Distributions", figures=[plots]), *report])
         (out / "stats.html").write_text(page, encoding="utf-8")

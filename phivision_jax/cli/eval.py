@@ -37,10 +37,8 @@ def eval(  # the name of the subcommand
     """
     import phivision_jax
     from phivision_jax.data.store.dataset import Dataset
-    from phivision_jax.evaluation.runner import Evaluator
-    from phivision_jax.evaluation.scoring import accuracy_section, write_report
-    from phivision_jax.io import progress, storage
-    from phivision_jax.io.html import print_sections
+    from phivision_jax.evaluation import runner, scoring
+    from phivision_jax.io import html, progress, storage
 
     cfg = load_config.load_config(config, set)
     data = data or cfg.data.eval_path
@@ -51,12 +49,12 @@ def eval(  # the name of the subcommand
         storage.check(directory)  # before hours of work whose result could not be written
     model, processor = phivision_jax.load(checkpoint)
     rows, limit = batch or cfg.eval_batch, max_new_tokens or cfg.max_new_tokens
-    evaluator = Evaluator(
+    evaluator = runner.Evaluator(
         Dataset.open(data), processor, rows=rows, max_new_tokens=limit, num_examples=examples or None, mode=mode
     )
     with progress.bar("evaluate", len(evaluator.records)) as advance:
         result = evaluator(model, advance)
-    print_sections([accuracy_section(f"{checkpoint} on {data}, mode {mode}", result)])
+    html.print_sections([scoring.accuracy_section(f"{checkpoint} on {data}, mode {mode}", result)])
     if directory:
-        write_report(directory, result, checkpoint=checkpoint, data=data, mode=mode)
+        scoring.write_report(directory, result, checkpoint=checkpoint, data=data, mode=mode)
         print(f"written: {out}/report.json, answers.jsonl")

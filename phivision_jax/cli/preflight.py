@@ -54,8 +54,7 @@ def preflight(
     """
     from phivision_jax.checkpoint import loading
     from phivision_jax.hardware.topology import parse_topology
-    from phivision_jax.preflight import step_report
-    from phivision_jax.preflight.compiling import check_machine
+    from phivision_jax.preflight import compiling, step_report
     from phivision_jax.training.device_layout import resolve_for
 
     if generate and search:
@@ -66,7 +65,7 @@ def preflight(
         checkpoint = loading.locate(given.init_from)
         given = given.with_checkpoint(loading.config_of(checkpoint), str(checkpoint))
     cfg = resolve_for(given, where.chip.device_kind, where.devices, where.slices)
-    check_machine()
+    compiling.check_machine()
     print(where)
     if generate:
         found = _generate(cfg, where, prompt, new_tokens)
@@ -86,11 +85,10 @@ def preflight(
 
 
 def _train(cfg: ResolvedConfig, where: Topology, low_effort: bool) -> dict[str, Any]:
-    from phivision_jax.preflight import step_report
-    from phivision_jax.preflight.compiling import run_worker, train_facts
+    from phivision_jax.preflight import compiling, step_report
 
-    effort = "low" if low_effort else "default"
-    facts = run_worker(f"compiling at {effort} effort", train_facts, cfg, where, low_effort)
+    title = f"compiling at {'low' if low_effort else 'default'} effort"
+    facts = compiling.run_worker(title, compiling.train_facts, cfg, where, low_effort)
     return step_report.summary(cfg, where, facts, low_effort)
 
 
@@ -108,14 +106,14 @@ def _search(cfg: ResolvedConfig, where: Topology) -> dict[str, Any]:
 
 
 def _generate(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
-    from phivision_jax.preflight import generation
-    from phivision_jax.preflight.compiling import generate_facts, run_worker
+    from phivision_jax.preflight import compiling, generation
 
     if where.slices > 1:
         raise ValueError("--generate takes one slice: further slices are replicas of it")
 
     def attempt(planned: Mapping[str, Any]) -> dict[str, Any]:
-        return run_worker(f"compiling for {planned['batch_rows']:,} prompts", generate_facts, cfg, where, planned)
+        title = f"compiling for {planned['batch_rows']:,} prompts"
+        return compiling.run_worker(title, compiling.generate_facts, cfg, where, planned)
 
     found = generation.confirm(generation.plan(cfg, where, prompt, new_tokens), where, attempt)
     try:

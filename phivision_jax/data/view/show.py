@@ -129,10 +129,8 @@ def _tile_figure(tile: np.ndarray, patch_size: int, original: tuple[int, int], n
     smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
     shown = np.asarray(resized.resize((width, height), smooth)).copy()
     every = next(n for n in (1, 2, 5, 10, 20, 50, 100, 1000, 100_000) if n * width / columns >= 8)
-    x, y = (
-        np.minimum(np.round(np.arange(0, n + 1, every) * side / n).astype(int), side - 1)
-        for n, side in ((columns, width), (rows, height))
-    )
+    sides = ((columns, width), (rows, height))
+    x, y = (np.minimum(np.round(np.arange(0, n + 1, every) * side / n).astype(int), side - 1) for n, side in sides)
     lines = np.zeros((height, width, 1), bool)
     lines[y], lines[:, x] = True, True
     shown = np.where(lines, shown * 0.5 + _GRID * 0.5, shown).astype(np.uint8)
