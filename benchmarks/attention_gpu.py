@@ -34,7 +34,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from phivision_jax import sharding
 from phivision_jax.config import ModelConfig
 from phivision_jax.models.attention import attend
-from phivision_jax.models.attention.plain import plain
+from phivision_jax.models.attention.blockwise import plain
 
 MIB = 2**20
 TURNS = 7

@@ -25,8 +25,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
-from phivision_jax.models.attention import attend
-from phivision_jax.models.attention import plain as reference
+from phivision_jax.models.attention import attend, blockwise
 from phivision_jax.preflight import memory
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -50,15 +49,7 @@ def dense_mask(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ma
     """The same kernel, given a T×T mask at run time."""
     from phivision_jax.models.attention import splash
 
-    blocks = splash.BLOCKS[sharding.target_device().device_kind]
-    config = splash.kernel.SplashConfig(
-        block_q=blocks.q,
-        block_kv=blocks.kv,
-        block_kv_compute=blocks.kv_compute,
-        block_q_dkv=blocks.q_bwd,
-        block_kv_dkv=blocks.kv_bwd,
-        block_kv_dkv_compute=blocks.kv_bwd_compute,
-    )
+    config = splash.kernel.SplashConfig(**splash.BLOCKS[sharding.target_device().device_kind]._asdict())
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, mask: jax.Array) -> jax.Array:
         kernel = splash.kernel.make_dynamic_splash_mha(mask[0], config=config)
@@ -70,7 +61,7 @@ def dense_mask(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, ma
 
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array, span_end: jax.Array) -> jax.Array:
-    return reference.plain(q, k, v, segments, segments, span_end)
+    return blockwise.plain(q, k, v, segments, segments, span_end)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,7 @@ class VisionConfig:
     """
 
     encoder: str = "siglip2"
-    """Name of the vision side in ``models.vision.VISION_SIDES``."""
+    """Name of the vision side in ``models.phivision.VISION_SIDES``."""
     hidden_size: int = 1152
     """Width of the encoder."""
     intermediate_size: int = 4304
@@ -50,9 +50,7 @@ class VisionConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"vision.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.position_side**2 != self.num_positions:
-            raise ValueError(
-                f"vision.num_positions must be a square (a table of rows x columns), not {self.num_positions}"
-            )
+            raise ValueError(f"vision.num_positions must be a square (rows x columns), not {self.num_positions}")
         if self.num_layers < 2:
             raise ValueError(f"vision.num_layers must be at least 2 (the last block never runs), not {self.num_layers}")
 
@@ -118,9 +116,7 @@ class DecoderConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"decoder.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"decoder.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
-            )
+            raise ValueError(f"decoder.num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
             raise ValueError(f"decoder head_dim must be even for RoPE, not {self.head_dim}")
 

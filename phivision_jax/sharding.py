@@ -93,13 +93,10 @@ def default_sizes(
     Raises:
       ValueError: when slices, tensor and context do not divide the devices.
     """
-    fixed = slices * tensor * context
-    if num_devices % fixed:
-        raise ValueError(
-            f"{num_devices} devices do not divide into slice {slices} x tensor {tensor} x context {context}; "
-            "choose sizes whose product divides them"
-        )
-    rest = num_devices // fixed
+    rest, more = divmod(num_devices, slices * tensor * context)
+    if more:
+        wanted = f"slice {slices} x tensor {tensor} x context {context}"
+        raise ValueError(f"{num_devices} devices do not divide into {wanted}; choose sizes whose product divides them")
     fsdp = next(n for n in range(min(rest, fsdp_group), 0, -1) if rest % n == 0)
     return {"slice": slices, "data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context}
 
@@ -129,15 +126,14 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         raise ValueError(f"mesh {wanted or 'of 1'} needs {np.prod(sizes)} devices, but there are {len(devices)}")
     if slices is not None and slices != sizes[0]:
         raise ValueError(f"mesh axis slice is {sizes[0]}, but the devices are in {slices} slices; set slice={slices}")
-    # JAX's default is Explicit axes, under which an fsdp embedding lookup is an error; the rules here are for Auto.
-    auto = (AxisType.Auto,) * len(MESH_AXES)
     # A group of 32 in a slice of 16x16 is two rows of its torus: an axis must be allowed to split.
     split: dict[str, Any] = {"allow_split_physical_axes": True}
     if slices is None or slices == 1:
         grid = mesh_utils.create_device_mesh(sizes, devices, **split)
     else:
         grid = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (slices, 1, 1, 1, 1), devices, **split)
-    return Mesh(grid, MESH_AXES, axis_types=auto)
+    # JAX's default is Explicit axes, under which an fsdp embedding lookup is an error; the rules here are for Auto.
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int | None:

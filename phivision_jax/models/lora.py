@@ -5,7 +5,7 @@
                                   lora_b [L, rank, F]     initially zero
 
 Adapters are recognised by these parameter names alone: they decide what trains (``training/optim.py``) and what an
-export merges (``convert/adapters.py``). ``alpha`` is not in the tree: it is metadata.
+export merges (``convert/ours.py``). ``alpha`` is not in the tree: it is metadata.
 """
 
 from __future__ import annotations

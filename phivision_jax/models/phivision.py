@@ -9,8 +9,8 @@ logits   = model(batch)                   # [B, T, V]  fp32
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,47 @@ from jaxtyping import Array, Float, Int32
 from phivision_jax.batch import Batch
 from phivision_jax.config import LoraConfig, ModelConfig
 from phivision_jax.models import lora as adapters
+from phivision_jax.models.layers import Linear
 from phivision_jax.models.phi4 import Phi4Decoder
-from phivision_jax.models.projector import Projector
-from phivision_jax.models.vision import make_vision_side
+from phivision_jax.models.siglip2 import Siglip2Encoder
 from phivision_jax.sharding import constrain
 
 Params = dict[str, Any]
 """Parameters as nested plain dicts, the form at every jit boundary."""
+
+
+class VisionSide(Protocol):
+    """The vision side: an ``nnx.Module`` that turns a batch's patches into features.
+
+    Another encoder, or early fusion (no encoder: features made from the pixels themselves), implements this and gets a
+    name in ``VISION_SIDES``; the projector's input width, merging and splicing follow from it.
+
+    It may read ``patches``, ``patch_segments``, ``patch_coords`` and ``patch_grid``. Features of one image must not
+    depend on others; those of padding (segment 0) are finite and never used. P is at least 1.
+    """
+
+    width: int
+    """C, the channels of a feature: the projector's input is ``projector.merge_size`` of them."""
+
+    def __call__(self, batch: Batch) -> Float[Array, "B R P C"]: ...
+
+
+VISION_SIDES: dict[str, Callable[..., VisionSide]] = {"siglip2": Siglip2Encoder}
+"""Implementations by ``VisionConfig.encoder``, constructed with a ``VisionConfig``, random state, the dtype of the
+computation and of the features, and the policy of rematerialisation (``models/remat.py``)."""
+
+
+class Projector(nnx.Module):
+    """From width C of a (merged) vision feature to an embedding of width D: two linear layers, a GELU between them."""
+
+    def __init__(self, C: int, D: int, *, rngs: nnx.Rngs) -> None:
+        self.fc1 = Linear("BMC,CD->BMD", (C, D), ("patch_embed", "projector"), bias=True, rngs=rngs)
+        self.fc2 = Linear("BMC,CD->BMD", (D, D), ("projector", "embed"), bias=True, rngs=rngs)
+
+    @jax.named_scope("projector")
+    def __call__(self, features: Float[Array, "*B M C"]) -> Float[Array, "*B M D"]:
+        # torch.nn.GELU() is the exact form, unlike the encoder's tanh approximation.
+        return self.fc2(jax.nn.gelu(self.fc1(features), approximate=False))
 
 
 class PhiVision(nnx.Module):
@@ -42,7 +76,7 @@ class PhiVision(nnx.Module):
       lora: adapters to add, which change nothing until they are trained; None or rank 0 for none.
 
     Raises:
-      ValueError: for an unknown policy, or ``lora.targets`` that match nothing.
+      ValueError: for an unknown encoder or policy, or ``lora.targets`` that match nothing.
     """
 
     def __init__(
@@ -56,7 +90,10 @@ class PhiVision(nnx.Module):
         lora: LoraConfig | None = None,
     ) -> None:
         self.config = config
-        self.vision = make_vision_side(config.vision, rngs=rngs, dtype=dtype, remat=vision_remat)
+        name = config.vision.encoder
+        if name not in VISION_SIDES:
+            raise ValueError(f"vision.encoder {name!r} does not exist; choose one of {', '.join(VISION_SIDES)}")
+        self.vision = VISION_SIDES[name](config.vision, rngs=rngs, dtype=dtype, remat=vision_remat)
         merged_width = config.projector.merge_size * self.vision.width
         self.projector = Projector(merged_width, config.decoder.hidden_size, rngs=rngs)
         self.decoder = Phi4Decoder(config.decoder, rngs=rngs, dtype=dtype, remat=remat)

@@ -1,8 +1,7 @@
 """The SigLIP-2 NaFlex vision encoder: any grid, many images packed in a row, attention inside each image only.
 
 Source: SigLIP 2 (arXiv 2502.14786, NaFlex) and transformers' ``modeling_siglip2.py``, whose submodule names it keeps.
-The features are ``hidden_states[-2]``: the last block, its post-norm and the pooling head never run; they exist in
-checkpoints only, as ``vision_tail``.
+The features are ``hidden_states[-2]``: the last block, its post-norm and the pooling head never run (``VisionTail``).
 """
 
 from __future__ import annotations
@@ -101,7 +100,7 @@ class EncoderLayer(nnx.Module):
 
 
 class Siglip2Encoder(nnx.Module):
-    """The encoder as a ``models.vision.VisionSide``: attention never leaves a vision row, nor an image within it."""
+    """The encoder as a ``models.phivision.VisionSide``: attention never leaves a vision row, nor an image within it."""
 
     def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, remat: str) -> None:
         self.width, self.dtype, self.remat = cfg.hidden_size, jnp.dtype(dtype), remat
@@ -117,3 +116,31 @@ class Siglip2Encoder(nnx.Module):
         x = constrain(x, "batch", "vision_rows", None, None)
         body = checkpoint(lambda x, layer: (layer(x, batch.patch_segments), None), self.remat)
         return jax.lax.scan(body, x, self.layers)[0]
+
+
+class PoolingAttention(nnx.Module):
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        C = cfg.hidden_size
+        self.in_proj = Linear("BC,CF->BF", (C, 3 * C), ("patch_embed", None), bias=True, rngs=rngs)
+        self.out_proj = Linear("BF,FC->BC", (C, C), (None, "patch_embed"), bias=True, rngs=rngs)
+
+
+class PoolingHead(nnx.Module):
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        C = cfg.hidden_size
+        self.probe = param(rngs, (1, 1, C), (None, None, "patch_embed"), truncated_normal(0.02))
+        self.attention = PoolingAttention(cfg, rngs=rngs)
+        self.layernorm = LayerNorm(C, "patch_embed", cfg.layer_norm_eps, rngs=rngs)
+        self.mlp = MLP(cfg, rngs=rngs)
+
+
+class VisionTail(nnx.Module):
+    """The last block, its post-norm and the pooling head: parameters that checkpoints carry but that never run.
+
+    They exist so that a model trained from random weights can be written in the released layout.
+    """
+
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs) -> None:
+        self.layer = EncoderLayer(cfg, rngs=rngs)
+        self.post_layernorm = LayerNorm(cfg.hidden_size, "patch_embed", cfg.layer_norm_eps, rngs=rngs)
+        self.head = PoolingHead(cfg, rngs=rngs)

@@ -27,7 +27,7 @@ from phivision_jax.distributed.processes import on_process_zero
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.io import atomic, messages, storage
 from phivision_jax.models import lora
-from phivision_jax.models.vision_tail import VisionTail
+from phivision_jax.models.siglip2 import VisionTail
 from phivision_jax.processor import Processor
 from phivision_jax.training import device_layout, optim, train_data
 from phivision_jax.training.run_config import ResolvedConfig, RunConfig
@@ -109,7 +109,7 @@ def with_checkpoint(cfg: RunConfig, checkpoints: RunCheckpoints) -> RunConfig:
                 "model.vision and model.decoder"
             )
         return cfg
-    if checkpoints.latest is not None:
+    if checkpoints.steps():
         return cfg.with_checkpoint(ModelConfig.from_dict(checkpoints.meta()["model"]), "the run's own checkpoint")
     where = loading.locate(cfg.init_from)
     return cfg.with_checkpoint(loading.config_of(where), str(where))
@@ -207,7 +207,7 @@ def start(
       at_most: the newest step to restore; see ``RunCheckpoints.restore``.
     """
     cfg, step = prepared.cfg, prepared.step
-    if checkpoints.has(at_most):
+    if checkpoints.steps(at_most):
         state, tail, meta = checkpoints.restore(
             step.abstract_state,
             prepared.vision_tail,

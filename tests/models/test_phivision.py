@@ -14,8 +14,7 @@ from phivision_jax.config import ModelConfig
 from phivision_jax.models import phivision
 from phivision_jax.models.layers import Linear
 from phivision_jax.models.phivision import merge_features, splice
-from phivision_jax.models.vision import VISION_SIDES
-from phivision_jax.models.vision_tail import VisionTail
+from phivision_jax.models.siglip2 import VisionTail
 from phivision_jax.rows import batch_from_ids
 from phivision_jax.training.loss import batch_loss
 from tests.support.batches import EXAMPLES, QUICK, random_rows
@@ -183,7 +182,7 @@ def test_vision_side_is_exchangeable(tiny, monkeypatch):
     config = dataclasses.replace(tiny.config, vision=dataclasses.replace(tiny.config.vision, encoder="raw"))
     with pytest.raises(ValueError, match=r"vision\.encoder 'raw' does not exist; choose one of siglip2"):
         phivision.abstract(config)
-    monkeypatch.setitem(VISION_SIDES, "raw", RawPatches)
+    monkeypatch.setitem(phivision.VISION_SIDES, "raw", RawPatches)
     graphdef, state = phivision.abstract(config)
     params, tree = tiny.split()[1], nnx.to_pure_dict(state)
     assert set(tree["vision"]) == {"embed"} and tree["decoder"].keys() == params["decoder"].keys()

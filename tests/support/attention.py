@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phivision_jax.models.attention.plain import plain
+from phivision_jax.models.attention.blockwise import plain
 
 
 def arrays(rng, B, T, N, K, H, S=None):

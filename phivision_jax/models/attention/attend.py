@@ -19,7 +19,7 @@ There are four implementations of this definition; the choice is made at trace t
     splash       the TPU kernel (``splash.py``), for self-attention
     flash        the kernels for Hopper and Blackwell GPUs (``flash.py``), for self-attention that they support
     blockwise    blocks of queries x keys (``blockwise.py``), for other long rows: scores need no memory
-    plain        all scores at once (``plain.py``): the reference, used for short rows and for decoding with a cache
+    plain        all scores at once (``blockwise.py``): the reference, used for short rows and for decoding with a cache
 
 Outputs at padding are finite but meaningless: padding sees only itself in the kernels, and is zero in blockwise.
 """
@@ -32,8 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.attention import flash
-from phivision_jax.models.attention.blockwise import blockwise
-from phivision_jax.models.attention.plain import plain
+from phivision_jax.models.attention.blockwise import blockwise, plain
 from phivision_jax.models.remat import ATTENTION
 from phivision_jax.sharding import target_device
 
@@ -69,7 +68,7 @@ def attend(
 
     Raises:
       ValueError: for an unknown backend.
-      ImportError: on TPUs, without the version of tokamax that ``models/attention/tokamax_version.py`` names.
+      ImportError: on TPUs, without the version of tokamax that ``models/attention/flash.py`` names.
     """
     T, S = q.shape[-3], k.shape[-3]
     if kv_segment_ids is None:

@@ -1,8 +1,9 @@
-"""Attention in blocks of queries × keys, in plain JAX: memory grows with T, not with T², forward and backward.
+"""Attention in plain JAX: all scores at once (the reference), and in blocks of queries × keys.
 
-The softmax is computed while walking over the keys ("online", Milakov and Gimelshein 2018), and the backward pass
-recomputes its weights from the normaliser, as FlashAttention does (Dao et al. 2022, algorithms 1 and 4). A block of
-queries walks from the first block of keys that it may see to the last; in this example segment 2 begins at position 8:
+In blocks, memory grows with T, not with T², forward and backward. The softmax is computed while walking over the keys
+("online", Milakov and Gimelshein 2018), and the backward pass recomputes its weights from the normaliser, as
+FlashAttention does (Dao et al. 2022, algorithms 1 and 4). A block of queries walks from the first block of keys that it
+may see to the last; in this example segment 2 begins at position 8:
 
     keys       0-3   4-7   8-11
     queries 0-3  x                   no block beyond the largest ``span_end`` of the queries
@@ -27,9 +28,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.attention.partition import shard_map_attention
-from phivision_jax.models.attention.plain import MASKED
 from phivision_jax.models.remat import ATTENTION
 
+MASKED = -1e30
+"""Score of an invisible key. Large and finite: a difference of infinities would be NaN."""
 BLOCK = 256
 """Most queries, and most keys, of a block: a row is divided into as few equal blocks as that allows. The scores of four
 heads' queries, 1024 × 256, fit a core's cache, and two cores can share a product of that size."""
@@ -38,6 +40,24 @@ heads' queries, 1024 × 256, fit a core's cache, and two cores can share a produ
 _LOWEST = -1e20
 
 _NO_SEGMENT = 2**30
+
+
+def plain(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    segment_ids: Int32[Array, "B T"],
+    kv_segment_ids: Int32[Array, "B S"],
+    span_end: Int32[Array, "B T"],
+) -> Float[Array, "B T N H"]:
+    """Attention as ``models.attention.attend`` defines it, with O(T·S) memory."""
+    visible = segment_ids[:, :, None] == kv_segment_ids[:, None, :]  # [B, T, S]
+    visible &= jnp.arange(k.shape[1]) <= span_end[:, :, None]
+    q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
+    return rearrange(out, "B T K G H -> B T (K G) H")
 
 
 def blockwise(

@@ -13,13 +13,14 @@ The forward pass skips blocks of keys before every ``first`` or after every ``pa
 pass visits all of them (in this version of tokamax). What the kernels do not support (other GPUs, other dtypes) is
 computed as on a CPU.
 
-The kernels are private modules of tokamax, hence the check of its version (``tokamax_version.py``).
+The kernels are private modules of tokamax, without a stable API, hence the check of its version.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -29,12 +30,26 @@ from jax.extend import backend as jax_backend
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.attention.partition import shard_map_attention
-from phivision_jax.models.attention.tokamax_version import require_tokamax
 from phivision_jax.models.remat import ATTENTION
 
+TOKAMAX = "0.0.17"
+"""The one version whose kernels are called, here and in ``splash.py``."""
 HEAD_DIMS = range(64, 129)
 """Supported head dimensions: smaller ones would be mostly padding, not all larger ones have a backward pass on
 Blackwell."""
+
+
+def require_tokamax() -> None:
+    """Raise ImportError unless tokamax is installed in the version that ``splash`` and ``flash`` are written for."""
+    try:
+        found = metadata.version("tokamax")
+    except metadata.PackageNotFoundError:
+        found = "none"
+    if found != TOKAMAX:
+        raise ImportError(
+            f"attention kernels need tokamax {TOKAMAX}, but the installed version is {found}; run "
+            f"`pip install tokamax=={TOKAMAX}`, or disable kernels: models.attention.attend.backend('xla')"
+        )
 
 
 def supported(q: Float[Array, "*B T N H"], k: Float[Array, "*B T K H"], v: Float[Array, "*B T K H"]) -> bool:
@@ -137,7 +152,4 @@ def _kernels(first: jax.Array, past: jax.Array) -> tuple[Any, Any, Any]:
 def _operations() -> tuple[Any, Any]:
     from tokamax._src.ops.attention import pallas_mosaic_gpu, pallas_mosaic_gpu_vjp
 
-    return (
-        pallas_mosaic_gpu.PallasMosaicGpuFlashAttention(),
-        pallas_mosaic_gpu_vjp.PallasMosaicGpuFlashAttentionVjp(),
-    )
+    return pallas_mosaic_gpu.PallasMosaicGpuFlashAttention(), pallas_mosaic_gpu_vjp.PallasMosaicGpuFlashAttentionVjp()

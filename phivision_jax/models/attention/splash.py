@@ -9,7 +9,7 @@ then drops blocks whose segments do not meet:
             4-7  full  part                     full: none is (segments are compared in every block)
             8-11 ·     ·     part               ·:    never visited; in this example segment 2 begins at position 8
 
-The kernel is a private module of tokamax, hence the check of its version (``tokamax_version.py``).
+The kernel is a private module of tokamax, hence the check of its version (``flash.py``).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Int32
 
+from phivision_jax.models.attention.flash import require_tokamax
 from phivision_jax.models.attention.partition import shard_map_attention
-from phivision_jax.models.attention.tokamax_version import require_tokamax
 from phivision_jax.models.remat import ATTENTION
 from phivision_jax.sharding import target_device
 
@@ -40,22 +40,24 @@ LOG2E = math.log2(math.e)
 
 
 class Blocks(NamedTuple):
-    """Sizes of a block: queries, keys brought into VMEM, keys per matrix product; the same three backward."""
+    """Sizes of a block, as the kernel names them: queries, keys brought into VMEM, keys per matrix product; the same
+    three backward (``dkv``).
+    """
 
-    q: int
-    kv: int
-    kv_compute: int
-    q_bwd: int
-    kv_bwd: int
-    kv_bwd_compute: int
+    block_q: int
+    block_kv: int
+    block_kv_compute: int
+    block_q_dkv: int
+    block_kv_dkv: int
+    block_kv_dkv_compute: int
 
 
 # By JAX's device kind. Each compiles within the chip's VMEM; none has been timed on a chip.
 _LARGE = Blocks(1024, 1024, 512, 1024, 1024, 512)
 BLOCKS = {"TPU v5 lite": _LARGE, "TPU v5": _LARGE, "TPU v6 lite": _LARGE}  # v5e, v5p, v6e
-# Without span_end, all of a block in which two images meet is computed: smaller ones waste less on 2,000 patches.
-VISION_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)
-DEFAULT_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)  # fits the smallest scoped VMEM of any chip
+# For other chips: fits the smallest scoped VMEM of any. And without span_end, where all of a block in which two images
+# meet is computed: smaller blocks waste less on 2,000 patches.
+SMALL_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)
 
 
 def splash(
@@ -86,8 +88,8 @@ def splash(
     # Scaled in fp32 and rounded once: in bf16 the factors themselves would be off by up to 0.2 %, always the same way.
     q = (q.astype(jnp.float32) * (H**-0.5 * LOG2E)).astype(q.dtype)
     if blocks is None:
-        table = BLOCKS.get(target_device().device_kind, DEFAULT_BLOCKS)
-        blocks = VISION_BLOCKS if span_end is None else table
+        largest = BLOCKS.get(target_device().device_kind, SMALL_BLOCKS)
+        blocks = SMALL_BLOCKS if span_end is None else largest
 
     lead = q.ndim - 3
 
@@ -105,8 +107,10 @@ def splash(
 def _row(q, k, v, q_ids, span_end, kv_ids, *, blocks: Blocks, interpret: bool) -> Float[Array, "T N H"]:
     """One row: q [T, N, H], k and v [S, K, H], q_ids [T], span_end [T] or None, kv_ids [S]."""
     T, S = q.shape[0], k.shape[0]
-    bq, bkv = _block(T, blocks.q, LANES), _block(S, blocks.kv, blocks.kv_compute)
-    bq_bwd, bkv_bwd = _block(T, blocks.q_bwd, LANES), _block(S, blocks.kv_bwd, blocks.kv_bwd_compute)
+    _, _, compute, _, _, compute_bwd = blocks
+    bq, bkv = _block(T, blocks.block_q, LANES), _block(S, blocks.block_kv, compute)
+    bq_bwd, bkv_bwd = _block(T, blocks.block_q_dkv, LANES), _block(S, blocks.block_kv_dkv, compute_bwd)
+    blocks = Blocks(bq, bkv, min(bkv, compute), bq_bwd, bkv_bwd, min(bkv_bwd, compute_bwd))
     # Fill the last block with queries like the last one, so that each still sees a key, and with keys nobody sees.
     more_q = -T % math.lcm(bq, bq_bwd)
     more_kv = ((0, -S % math.lcm(bkv, bkv_bwd)), (0, 0), (0, 0))
@@ -115,21 +119,11 @@ def _row(q, k, v, q_ids, span_end, kv_ids, *, blocks: Blocks, interpret: bool) -
     kv_ids = jnp.pad(kv_ids, more_kv[0], constant_values=-1)
     if span_end is not None:
         span_end = jnp.pad(span_end, (0, more_q), mode="edge")
-    config = kernel.SplashConfig(
-        block_q=bq,
-        block_kv=bkv,
-        block_kv_compute=min(bkv, blocks.kv_compute),
-        block_q_dkv=bq_bwd,
-        block_kv_dkv=bkv_bwd,
-        block_kv_dkv_compute=min(bkv_bwd, blocks.kv_bwd_compute),
-        q_prescaled_log2e=True,
-        residual_checkpoint_name=ATTENTION,
-        interpret=interpret,
-    )
+    settings = {"q_prescaled_log2e": True, "residual_checkpoint_name": ATTENTION, "interpret": interpret}
     attention = kernel.SplashAttentionKernel(
         _mask_info(span_end, k.shape[0], bq, bkv, False),
         _mask_info(span_end, k.shape[0], bq_bwd, bkv_bwd, True),
-        config=config,
+        config=kernel.SplashConfig(**blocks._asdict(), **settings),
         is_mqa=False,
         save_residuals=False,
         mask_value=base.DEFAULT_MASK_VALUE,
@@ -148,22 +142,16 @@ def _mask_info(span_end: Int32[Array, " T"] | None, S: int, bq: int, bkv: int, b
     Invisible blocks are listed too: the gradient of keys that no query of this device sees (those of the other shards
     of the row, under ``context``) would otherwise never be written, not even with zeros.
     """
+    nothing = MaskInfo(None, None, None, None, None, None, None)
     if span_end is None:  # all of every block is visible, as far as segments allow
-        return MaskInfo(None, None, None, None, None, None, None)
+        return nothing
     by_block = span_end.reshape(-1, bq)
     first, last = jnp.arange(0, S, bkv), jnp.arange(0, S, bkv) + bkv - 1
     some = by_block.max(1)[:, None] >= first
     every = by_block.min(1)[:, None] >= last
     state = some.astype(jnp.int8) + every  # visible: 0 nothing, 1 some of it, 2 all of it
-    return MaskInfo(
-        mask_next=None,
-        active_rows=None,
-        active_cols=None,
-        block_mask=state.T if backward else state,  # backward walks over blocks of keys
-        num_active_blocks=None,
-        partial_mask_blocks=None,
-        q_sequence=span_end,
-    )
+    # Backward, the kernel walks over blocks of keys.
+    return nothing._replace(block_mask=state.T if backward else state, q_sequence=span_end)
 
 
 def _block(length: int, largest: int, multiple: int) -> int:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from phivision_jax.models.attention.attend import attend, backend
-from phivision_jax.models.attention.blockwise import _walks, blockwise
-from phivision_jax.models.attention.plain import plain
+from phivision_jax.models.attention.blockwise import _walks, blockwise, plain
 from phivision_jax.models.remat import checkpoint
 from phivision_jax.sharding import make_mesh, partition_spec
 from tests.support.attention import arrays, assert_alike, by_plain, packing, with_gradients

@@ -178,7 +178,7 @@ def test_supported_warns_without_tokamax(monkeypatch):
 
     with monkeypatch.context() as other:
         chip(other)
-        other.setattr("phivision_jax.models.attention.tokamax_version.TOKAMAX", "9.9")
+        other.setattr("phivision_jax.models.attention.flash.TOKAMAX", "9.9")
         with pytest.warns(match=r"in blocks, without the GPU kernels: .*pip install tokamax==9\.9"):
             assert not supported(*arrays_of())
     chip(monkeypatch)

@@ -236,10 +236,10 @@ def test_stack_matches_compiler_count():
 
 def test_blocks_match_kernel():
     splash = pytest.importorskip("phivision_jax.models.attention.splash", exc_type=ImportError)
-    for blocks in splash.BLOCKS.values():
-        assert {blocks.q, blocks.kv, blocks.q_bwd, blocks.kv_bwd} == {chip_work.BLOCK}
-    vision = splash.VISION_BLOCKS
-    assert {vision.q, vision.kv, vision.q_bwd, vision.kv_bwd} == {chip_work.VISION_BLOCK}
+    for b in splash.BLOCKS.values():
+        assert {b.block_q, b.block_kv, b.block_q_dkv, b.block_kv_dkv} == {chip_work.BLOCK}
+    b = splash.SMALL_BLOCKS
+    assert {b.block_q, b.block_kv, b.block_q_dkv, b.block_kv_dkv} == {chip_work.VISION_BLOCK}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
