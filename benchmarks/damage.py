@@ -42,7 +42,7 @@ from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.cli.main import main as phivision
 from phivision_jax.convert.hf_config import model_config
 from phivision_jax.models.phivision import PhiVision
-from phivision_jax.models.vision_tail import VisionTail
+from phivision_jax.models.siglip2 import VisionTail
 from phivision_jax.processor import Processor
 from phivision_jax.text.tokenizer import Tokenizer
 from tests.support import damage

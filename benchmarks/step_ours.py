@@ -25,10 +25,10 @@ from step_work import MODELS, OPTIMIZER, make_work
 
 from phivision_jax import sharding
 from phivision_jax.batch import Batch
-from phivision_jax.convert.mapping import hf_tensors
 from phivision_jax.data.feed.pipeline import to_device
 from phivision_jax.training.run_config import ResolvedConfig
 from phivision_jax.training.step import TrainStep, init_params, make_train_step
+from tests.support.parameter_trees import hf_tensors
 
 
 class Ours:

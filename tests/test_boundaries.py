@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.feed": {*DATA, "batch", "data.store", "data.plan"},
     "data.view": {*DATA, "batch", "data.store", "data.plan", "data.feed"},
     "checkpoint.checksums": {"checkpoint.layout"},
-    "checkpoint.layout": {"config", "io"},
+    "checkpoint.layout": {"io"},
     "convert": {"config", "io", *CHECKPOINT_FORMAT},
     "checkpoint": {*DEVICE, *CHECKPOINT_FORMAT, "models", "processor", "io", "convert", "distributed"},
     "hardware": {"config", "models.remat"},

@@ -73,9 +73,8 @@ def restore(checkpoint: Location, item: str, target: Any, saved: Mapping[str, Ar
       StorageError: when the bucket does not answer.
     """
     problem = restored = None
-    args = ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
     try:
         # Not through ocp.Checkpointer: it would wait for processes that have failed.
         restored = ocp.PyTreeCheckpointHandler().restore(storage.absolute(checkpoint) / item, args=args)

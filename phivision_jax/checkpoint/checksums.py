@@ -56,11 +56,6 @@ def rows_and_columns(shape: Sequence[int]) -> tuple[int, int]:
     return rows, columns
 
 
-def checksum(array: np.ndarray) -> str:
-    """The checksum of an array with elements of at most 32 bits, as 16 hexadecimal digits."""
-    return _finish(*_sums(array))
-
-
 class StreamedChecksums:
     """Checksums of arrays that pass by in blocks, in any order and from any thread.
 
@@ -71,15 +66,15 @@ class StreamedChecksums:
         self._unfinished: dict[str, tuple[np.ndarray, np.ndarray, int]] = {}
         self._lock = threading.Lock()
 
-    def add(self, path: str, block: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> Array | None:
+    def add(self, path: str, block: np.ndarray, region: Sequence[slice], shape: Sequence[int]) -> Array | None:
         """Add a block; return the array's metadata when this completes it. Each block must be added once.
 
         Args:
-          start: index of the block's first element in the array; axes that are not given start at 0.
+          region: place of the block in the array; axes that are not given are complete.
           shape: of the array.
         """
         block_rows, block_columns = _sums(block)
-        start = (*start, *[0] * (block.ndim - len(start)))
+        start = [axis.start or 0 for axis in region] + [0] * (block.ndim - len(region))
         index = np.zeros(1, np.intp)  # of the block's rows
         for axis, size in enumerate(block.shape[:-1]):
             index = (index[:, None] * shape[axis] + np.arange(start[axis], start[axis] + size)).reshape(-1)

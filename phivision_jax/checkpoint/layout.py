@@ -5,9 +5,17 @@
     DIR/assets/          tokenizer, chat template and the other files of a Hugging Face directory except its weights
     DIR/meta/metadata    JSON, see below
 
-A training run keeps its steps in RUN/checkpoints/<step>/. Orbax writes a step under a temporary name and renames it at
-the end, so a directory with a step's name is complete. In a bucket (``gs://…``), where directories cannot be renamed at
-once, a step is complete when it holds commit_success.txt, which is written last.
+A training run keeps its steps in RUN/checkpoints/:
+
+    1000/             a step
+    damaged-001000/   a step that was found damaged
+    saved.json        {"step": 1000}: the newest step that was saved completely
+
+Orbax writes a step under a temporary name and renames it at the end, so a directory with a step's name is complete. In
+a bucket (``gs://…``), where directories cannot be renamed at once, a step is complete when it holds commit_success.txt,
+which is written last. saved.json is written after the step, and without it the checks are only less strict. It makes
+the loss of all steps an error rather than a new run, and in a bucket it distinguishes a step that has lost its
+commit_success.txt from one that was never finished, which is ignored and which Orbax removes at the next save.
 
 The metadata:
 
@@ -21,11 +29,13 @@ reads is what was saved: arrays by ``checksums.py``, which finds the same number
 by their CRC. Other files (zarr metadata, OCDBT manifests, Orbax's own records) need no checksum: they only say where
 the arrays are, and the arrays themselves are checked.
 
-Nothing here imports JAX or Orbax, because the converter uses it.
+When a bucket does not answer, every function raises ``StorageError``; this is never taken for damage. Nothing here
+imports JAX or Orbax, because the converter uses it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import zlib
@@ -34,14 +44,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import phivision_jax
-from phivision_jax.config import ModelConfig
-from phivision_jax.io import storage
+from phivision_jax.io import atomic, storage
 from phivision_jax.io.storage import Location, wrap_storage_errors
 
 FORMAT = 2
 CHECKPOINTS = "checkpoints"
 PARAMS, OPT_STATE, META, ASSETS = "params", "opt_state", "meta", "assets"
 METADATA = f"{META}/metadata"
+SAVED, DAMAGED = "saved.json", "damaged-"
 ORBAX_MARK = "commit_success.txt"
 """Orbax writes this file into every directory of a step in a bucket, last of all at the step's top."""
 
@@ -77,32 +87,30 @@ def with_crc(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {**meta, "crc32": _crc_of_json(meta)}
 
 
-def read_meta(checkpoint: Location) -> dict[str, Any]:
+def read_meta(checkpoint: Location, *, assets: bool = False) -> dict[str, Any]:
     """The verified content of ``meta/metadata``, without its CRC.
 
+    Args:
+      assets: also verify the files of ``assets/``.
+
     Raises:
-      DamagedError: when the file is missing or is not what was saved.
+      DamagedError: when a file is missing or is not what was saved.
       ValueError: when a later version of this program wrote it.
       StorageError: when the bucket does not answer.
     """
+    content = _read(checkpoint, METADATA)
     try:
-        with wrap_storage_errors(checkpoint):
-            meta = json.loads((checkpoint / META / "metadata").read_bytes())
+        meta = json.loads(content)
         crc = meta.pop("crc32", None)
-    except FileNotFoundError:
-        raise DamagedError(checkpoint, f"its file {METADATA} is missing") from None
     except (ValueError, AttributeError, TypeError):
         crc, meta = None, {}
     if crc != _crc_of_json(meta):
         raise DamagedError(checkpoint, f"its file {METADATA} does not hold what was saved")
     if meta["format"] != FORMAT:
         raise ValueError(f"{checkpoint} has format {meta['format']}; this version reads format {FORMAT}")
+    if assets:
+        check_assets(checkpoint, meta)
     return meta
-
-
-def model_of(meta: Mapping[str, Any]) -> ModelConfig:
-    """The model's configuration."""
-    return ModelConfig.from_dict(meta["model"])
 
 
 def arrays_of(meta: Mapping[str, Any], item: str = PARAMS) -> dict[str, Array]:
@@ -127,13 +135,16 @@ def check_assets(checkpoint: Location, meta: Mapping[str, Any]) -> None:
       StorageError: when the bucket does not answer.
     """
     for name, crc in meta["assets"].items():
-        try:
-            with wrap_storage_errors(checkpoint):
-                content = (checkpoint / ASSETS / name).read_bytes()
-        except FileNotFoundError:
-            raise DamagedError(checkpoint, f"its file {ASSETS}/{name} is missing") from None
-        if _crc(content) != crc:
+        if _crc(_read(checkpoint, f"{ASSETS}/{name}")) != crc:
             raise DamagedError(checkpoint, f"its file {ASSETS}/{name} does not hold what was saved")
+
+
+def _read(checkpoint: Location, name: str) -> bytes:
+    try:
+        with wrap_storage_errors(checkpoint):
+            return (checkpoint / name).read_bytes()
+    except FileNotFoundError:
+        raise DamagedError(checkpoint, f"its file {name} is missing") from None
 
 
 def _crc(content: bytes) -> str:
@@ -149,7 +160,7 @@ def _crc_of_json(values: Mapping[str, Any]) -> str:
 
 
 def is_checkpoint(path: Location) -> bool:
-    return (path / PARAMS).exists() and (path / META / "metadata").exists()
+    return (path / PARAMS).exists() and (path / METADATA).exists()
 
 
 def is_committed(step: Location) -> bool:
@@ -176,6 +187,44 @@ def find(path: str | Location) -> Location:
             if steps := [child for child in children if is_checkpoint(child) and is_committed(child)]:
                 return max(steps, key=lambda child: int(child.name))
     raise ValueError(f"{path} is no checkpoint (it has no {PARAMS}/ and {METADATA}) and holds no steps of a run")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The steps of a run, in its directory ``checkpoints/``.
+
+
+def list_steps(directory: Location) -> list[int]:
+    """The steps that were saved completely; one that lacks a file is listed, because it is damaged, not absent."""
+    children = [child for child in storage.children(directory) if child.name.isdecimal()]
+    if not storage.is_remote(directory):
+        return [int(child.name) for child in children if child.is_dir()]
+    saved = newest_saved(directory) or -1
+    with wrap_storage_errors(directory):
+        return [int(child.name) for child in children if int(child.name) <= saved or is_committed(child)]
+
+
+def newest_saved(directory: Location) -> int | None:
+    """The newest step that was saved, according to saved.json; None when there is no such record."""
+    with wrap_storage_errors(directory), contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+        return int(json.loads((directory / SAVED).read_bytes())["step"])
+    return None
+
+
+def record_saved(directory: Location, step: int) -> None:
+    with wrap_storage_errors(directory):
+        atomic.write(directory / SAVED, json.dumps({"step": step}))
+
+
+def set_aside(directory: Location, step: int) -> str:
+    """Rename a damaged step so that neither Orbax nor ``layout.find`` sees it; returns the new name."""
+    name = f"{DAMAGED}{step:06d}"
+    with wrap_storage_errors(directory):
+        while (directory / name).exists():
+            name += "+"
+        (directory / str(step)).rename(directory / name)
+        if not is_committed(directory / name):  # Orbax would remove it
+            (directory / name / ORBAX_MARK).write_text("this file was missing when the checkpoint was found damaged\n")
+    return name
 
 
 def code_version() -> str:

@@ -10,21 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
 from phivision_jax.checkpoint import arrays, layout
 from phivision_jax.checkpoint.layout import PARAMS, Array
-from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig, dataclass_from_dict
+from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig
+from phivision_jax.convert.hf import HFDirectory, HFSource
 from phivision_jax.convert.hf_config import model_config
+from phivision_jax.convert.jobs import copy_file
+from phivision_jax.convert.mapping import Leaf, model_leaves
+from phivision_jax.convert.ours import Adapters, adapter_paths, block_rows
+from phivision_jax.convert.stream import WORKERS
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location
 from phivision_jax.models import lora, phivision
@@ -118,7 +127,7 @@ def config_of(path: Location) -> ModelConfig:
       ValueError: when it is damaged.
     """
     with storage.wrap_storage_errors(path):
-        return model_config(path) if is_hf(path) else layout.model_of(layout.read_meta(path))
+        return model_config(path) if is_hf(path) else ModelConfig.from_dict(layout.read_meta(path)["model"])
 
 
 def processor_of(path: Location, config: ModelConfig) -> Processor:
@@ -134,7 +143,7 @@ def _verified_assets(path: Location) -> Location:
     """Verify the files beside the weights of a located directory; return their directory."""
     if is_hf(path):
         return path
-    layout.check_assets(path, layout.read_meta(path))
+    layout.read_meta(path, assets=True)
     return path / layout.ASSETS
 
 
@@ -149,27 +158,27 @@ def copy_assets(path: Location, to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     for name in storage.files(source):
         if not any(fnmatch.fnmatch(part, weight) for part in PurePosixPath(name).parts for weight in weights):
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            with storage.wrap_storage_errors(source / name):
-                (to / name).write_bytes((source / name).read_bytes())
+            copy_file(source / name, to / name)
 
 
-def read_params(path: Location, config: ModelConfig, target: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of a located directory, in ``target``'s dtype and shardings.
+def read_params(path: Location, config: ModelConfig, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a located directory, in ``target``'s dtypes and shardings.
 
     The vision tail is read if ``target`` has it; adapters that ``target`` does not have are merged. All processes must
     call this.
 
     Raises:
-      ValueError: as ``restore_params``, or ``load_hf_params``.
+      ValueError: as ``restore_params``, or ``read_hf_params``.
     """
-    if not is_hf(path):
-        return restore_params(path, target)
-    from phivision_jax.checkpoint.load_hf import load_hf_params
+    return read_hf_params(path, config, target) if is_hf(path) else restore_params(path, target)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    dtype = jax.tree.leaves(target)[0].dtype
-    return load_hf_params(path, config, shardings, dtype, vision_tail="vision_tail" in target)
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return nnx.traversals.unflatten_mapping({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a checkpoint of ours.
 
 
 def restore_params(checkpoint: Location, target: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,16 +200,14 @@ def restore_params(checkpoint: Location, target: Mapping[str, Any]) -> dict[str,
             raise ValueError(f"{checkpoint}: the model needs {path}, which the checkpoint does not hold")
         if saved[path].shape != leaf.shape:
             raise ValueError(f"{checkpoint}: {path} is {saved[path].shape}, the model's {leaf.shape}")
-    modules = (path.removesuffix(f"/{lora.A}") for path in saved if path.endswith(f"/{lora.A}") and path not in wanted)
-    adapted = [module for module in modules if f"{module}/kernel" in wanted]
-    # Adapted kernels first and one at a time: merging takes twice a kernel's size in fp32.
-    found = {f"{m}/kernel": _restore_merged(checkpoint, meta, m, wanted[f"{m}/kernel"]) for m in adapted}
-    for batch in _batches({path: leaf for path, leaf in wanted.items() if path not in found}, saved):
+    adapters = Adapters.find(checkpoint, meta, saved)
+    merged = {path for path in adapters.kernels & wanted.keys() if adapter_paths(path)[0] not in wanted}
+    # One at a time, and before the others: merging takes twice a kernel's size in fp32.
+    found = {path: _restore_merged(checkpoint, saved, path, wanted[path], adapters) for path in sorted(merged)}
+    for batch in _batches({path: leaf for path, leaf in wanted.items() if path not in merged}, saved):
         restored = _restore(checkpoint, saved, {path: leaf.sharding for path, leaf in batch.items()})
         for path, leaf in batch.items():
-            cast = jax.jit(lambda x, dtype=leaf.dtype: x.astype(dtype), out_shardings=leaf.sharding)
-            array = restored.pop(path)
-            found[path] = array if array.dtype == leaf.dtype else cast(array)
+            found[path] = restored.pop(path).astype(leaf.dtype)
     return _nested(found)
 
 
@@ -228,27 +235,67 @@ def _restore(checkpoint: Location, saved: Mapping[str, Array], shardings: Mappin
     return arrays.with_paths(arrays.restore(checkpoint, PARAMS, _nested(target), saved))
 
 
-def _restore_merged(checkpoint: Location, meta: Mapping[str, Any], module: str, wanted: Any) -> jax.Array:
-    """The kernel of a module with its adapter merged."""
-    values = meta.get("run", {}).get("lora")
-    if values is None:
-        raise ValueError(
-            f"{checkpoint}: {module}/kernel has an adapter, but {layout.METADATA} lacks the run's lora (rank, alpha)"
-        )
-    cfg = dataclass_from_dict(LoraConfig, values)
-    sharded = wanted.sharding
+def _restore_merged(
+    checkpoint: Location, saved: Mapping[str, Array], path: str, wanted: Any, adapters: Adapters
+) -> jax.Array:
+    """A kernel with its adapter merged."""
+    sharded, paths = wanted.sharding, (path, *adapter_paths(path))
     replicated = NamedSharding(sharded.mesh, PartitionSpec()) if isinstance(sharded, NamedSharding) else sharded
+    restored = _restore(checkpoint, saved, dict(zip(paths, (sharded, replicated, replicated), strict=True)))
 
     def merge(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        leaves = {"kernel": kernel, lora.A: a, lora.B: b}
-        merged = lora.merge({name: leaf.astype(jnp.float32) for name, leaf in leaves.items()}, cfg)
-        return merged["kernel"].astype(wanted.dtype)
+        leaves = {"kernel": kernel.astype(jnp.float32), lora.A: a, lora.B: b}
+        return lora.merge(leaves, LoraConfig(adapters.rank, adapters.alpha))["kernel"].astype(wanted.dtype)
 
-    paths = [f"{module}/{name}" for name in ("kernel", lora.A, lora.B)]
-    shardings = dict(zip(paths, (sharded, replicated, replicated), strict=True))
-    restored = _restore(checkpoint, layout.arrays_of(meta), shardings)
     return jax.jit(merge, out_shardings=sharded)(*(restored[path] for path in paths))
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return nnx.traversals.unflatten_mapping({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
+# ---------------------------------------------------------------------------------------------------------------------
+# From a Hugging Face directory, without a checkpoint of ours in between.
+
+
+def read_hf_params(directory: Location, config: ModelConfig, target: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that ``target`` names, in its dtypes and shardings.
+
+    Besides the arrays on its own devices, the host holds one device's shard of one leaf and a few blocks at a time.
+    Blocks of rows are read several at a time: in a bucket, each is a request that mostly waits.
+
+    Args:
+      directory: holds config.json and safetensors.
+      config: the model that the tensors must fit.
+      target: nested dict of ``jax.ShapeDtypeStruct`` with shardings.
+
+    Raises:
+      ValueError: when the directory does not hold exactly this model, naming the tensors.
+    """
+    wanted, leaves = arrays.with_paths(target), model_leaves(config)
+    source, found = HFSource(HFDirectory(directory), leaves), {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for leaf in leaves:
+            if want := wanted.get(leaf.path):
+                read = functools.partial(_read_region, source, leaf, want.dtype, pool)
+                found[leaf.path] = jax.make_array_from_callback(leaf.shape, want.sharding, read)
+    return _nested(found)
+
+
+def _read_region(
+    source: HFSource, leaf: Leaf, dtype: np.dtype, pool: ThreadPoolExecutor, index: tuple[slice, ...] | None
+) -> np.ndarray:
+    """``leaf[index]``: reads only the rows of Hugging Face tensors in it, and casts block by block."""
+    spans = [range(size)[span] for size, span in zip(leaf.shape, index or (), strict=True)]
+    layers = spans.pop(0) if leaf.stacked else range(1)
+    axis, per = leaf.row_axis, leaf.rows_per_index
+    rows = range(spans[axis].start * per, spans[axis].stop * per)
+    rest = tuple(slice(None) if i == axis else slice(s.start, s.stop) for i, s in enumerate(spans))
+    out = np.empty((len(layers), *(len(span) for span in spans)), dtype)
+
+    def fill(place: tuple[int, int]) -> None:
+        i, start = place
+        piece = range(start, min(start + step, rows.stop))
+        (block,) = source.read(leaf, range(layers[i], layers[i] + 1), piece)
+        along = slice((piece.start - rows.start) // per, (piece.stop - rows.start) // per)
+        out[i][(slice(None),) * axis + (along,)] = leaf.to_ours(block)[rest]
+
+    step = block_rows(leaf, source.dtype(leaf).itemsize)
+    list(pool.map(fill, itertools.product(range(len(layers)), rows[::step])))
+    return out if leaf.stacked else out[0]

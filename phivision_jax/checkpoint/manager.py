@@ -16,8 +16,11 @@ trained.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
-from phivision_jax.checkpoint import arrays, layout, run_steps
-from phivision_jax.checkpoint.files_item import FilesSave
+from phivision_jax.checkpoint import arrays, layout
 from phivision_jax.checkpoint.layout import ASSETS, CHECKPOINTS, META, OPT_STATE, PARAMS, DamagedError
 from phivision_jax.checkpoint.retention import KeepBest
 from phivision_jax.distributed.processes import first_error
@@ -86,26 +88,19 @@ class RunCheckpoints:
         if self._first and isinstance(self._directory, Path):
             self._directory.mkdir(parents=True, exist_ok=True)
 
-    @property
-    def latest(self) -> int | None:
-        """The newest step, intact or not; None when nothing was ever saved.
+    def steps(self, at_most: int | None = None) -> list[int]:
+        """The steps, intact or not, that are not newer than ``at_most``; empty when nothing was ever saved.
 
         Raises:
           CheckpointError: when something was saved and no step is left.
         """
-        steps = run_steps.list_steps(self._directory)
-        if not steps and (saved := run_steps.newest_saved(self._directory)) is not None:
+        steps = layout.list_steps(self._directory)
+        if not steps and (saved := layout.newest_saved(self._directory)) is not None:
             raise CheckpointError(
                 f"{self._directory} held checkpoint {saved} and now holds none; bring it back, or use a new --run to "
                 "start over"
             )
-        return max(steps, default=None)
-
-    def has(self, at_most: int | None = None) -> bool:
-        """True if there is a step, intact or not, that is not newer than ``at_most``; raises as ``latest``."""
-        if self.latest is None:
-            return False
-        return any(at_most is None or step <= at_most for step in run_steps.list_steps(self._directory))
+        return [step for step in steps if at_most is None or step <= at_most]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving.
@@ -141,27 +136,18 @@ class RunCheckpoints:
                     f"{self._directory} has disappeared during training: checkpoint {step} is not saved, and those "
                     "before it are gone; bring the directory or its disk back and start again"
                 )
-            content = {
-                "step": step,
-                **meta,
-                "metrics": metrics,
-                "arrays": arrays.describe({PARAMS: params, OPT_STATE: state["opt_state"]}),
-                "assets": layout.crc_of_files(assets),
-            }
+            described = arrays.describe({PARAMS: params, OPT_STATE: state["opt_state"]})
+            content = {"step": step, **meta, "metrics": metrics, "arrays": described}
+            content["assets"] = layout.crc_of_files(assets)
             self._manager = self._manager or self._make_manager()
             if self._best:
                 self._best.add(step, metrics)
                 self._best.report_missing(step, metrics)
             self._saving = step
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(_chunks, params)),
-                    opt_state=ocp.args.StandardSave(state["opt_state"]),
-                    meta=ocp.args.JsonSave(layout.with_crc(content)),
-                    assets=FilesSave(assets),
-                ),
-            )
+            saved = ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(_chunks, params))
+            items: dict[str, Any] = {PARAMS: saved, OPT_STATE: ocp.args.StandardSave(state["opt_state"])}
+            items |= {META: ocp.args.JsonSave(layout.with_crc(content)), ASSETS: FilesSave(assets)}
+            self._manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:  # of the file system, TensorStore, Orbax: each with its own types
             self._saving = None
             raise self._failure(step, error) from error
@@ -173,7 +159,7 @@ class RunCheckpoints:
             rules.append(policies.EveryNSteps(self._keep_every))
         if self._best:
             rules.append(self._best)
-            for step in run_steps.list_steps(self._directory):
+            for step in layout.list_steps(self._directory):
                 try:
                     meta = self._intact.get(step) or layout.read_meta(self._directory / str(step))
                     self._best.add(step, meta["metrics"])
@@ -202,7 +188,7 @@ class RunCheckpoints:
         try:
             self._manager.wait_until_finished()
             if self._first:
-                run_steps.record_saved(self._directory, step)
+                layout.record_saved(self._directory, step)
         except Exception as error:
             raise self._failure(step, error) from error
 
@@ -214,11 +200,10 @@ class RunCheckpoints:
     def _failure(self, step: int, error: BaseException) -> CheckpointError:
         if isinstance(error, CheckpointError):
             return error
-        local = isinstance(self._directory, Path)
-        gone = " (the directory has disappeared)" if local and not self._directory.exists() else ""
+        where = "disk" if isinstance(self._directory, Path) else "bucket"
         return CheckpointError(
-            f"checkpoint {step} could not be written to {self._directory}{gone}: {first_line(error)}; check the "
-            f"{'disk' if local else 'bucket'} and start again: training continues from the checkpoint before"
+            f"checkpoint {step} could not be written to {self._directory}: {first_line(error)}; check the {where} and "
+            "start again: training continues from the checkpoint before"
         )
 
     def close(self) -> None:
@@ -240,7 +225,7 @@ class RunCheckpoints:
         Raises:
           CheckpointError: when there is no such step.
         """
-        return self._intact[self._newest()]
+        return next(self._intact_steps())[1]
 
     def restore(
         self,
@@ -266,9 +251,7 @@ class RunCheckpoints:
         targets = {PARAMS: {**abstract_state["params"], "vision_tail": vision_tail}}
         targets[OPT_STATE] = abstract_state["opt_state"]
         restored: dict[str, Any] = {}
-        while True:
-            step = self._newest(at_most)
-            meta = self._intact[step]
+        for step, meta in self._intact_steps(at_most):
             check(meta)
             self._check_arrays(step, targets)
             try:
@@ -287,22 +270,21 @@ class RunCheckpoints:
         state = {"params": params, "opt_state": restored[OPT_STATE], "step": jax.device_put(jnp.int32(step), sharding)}
         return state, tail, meta
 
-    def _newest(self, at_most: int | None = None) -> int:
-        """The newest step not known to be damaged, its files verified."""
-        steps = [s for s in run_steps.list_steps(self._directory) if at_most is None or s <= at_most]
-        for step in sorted(set(steps) - self._damaged.keys(), reverse=True):
-            if step in self._intact:
-                return step
-            problem, meta = None, {}
+    def _intact_steps(self, at_most: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Steps whose files are intact, and their metadata, from the newest on; raises when there are no more."""
+        for step in sorted(set(self.steps(at_most)) - self._damaged.keys(), reverse=True):
+            path, problem = self._directory / str(step), None
             try:
-                meta = run_steps.read_intact_meta(self._directory / str(step), check_assets=self._first)
+                with storage.wrap_storage_errors(path):
+                    if not layout.is_committed(path):
+                        raise DamagedError(path, f"its file {layout.ORBAX_MARK} is missing")
+                self._intact[step] = self._intact.get(step) or layout.read_meta(path, assets=self._first)
             except DamagedError as error:
                 problem = error.problem
             if problem := first_error(problem):
                 self._damaged[step] = problem
             else:
-                self._intact[step] = meta
-                return step
+                yield step, self._intact[step]
         if not self._damaged:
             raise CheckpointError(f"{self._directory} holds no checkpoint")
         each = "; ".join(f"in {step}, {problem}" for step, problem in sorted(self._damaged.items(), reverse=True))
@@ -327,13 +309,34 @@ class RunCheckpoints:
         after = "" if restored is None else f"; training continues from {restored}"
         for step, problem in sorted(self._damaged.items()):
             if self._first:
-                name = run_steps.set_aside(self._directory, step)
+                name = layout.set_aside(self._directory, step)
                 self._log(f"checkpoint {step} is damaged: {problem}. It is now {CHECKPOINTS}/{name}{after}")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._damaged.clear()
 
 
 def _chunks(path: tuple, leaf: Any) -> ocp.SaveArgs:
     stacked = any(getattr(part, "key", None) == "layers" for part in path)
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
+
+
+class FilesHandler(ocp.CheckpointHandler):
+    """Copies a directory of plain files into a step, so that it can be loaded and exported without its run."""
+
+    def save(self, directory: Any, args: FilesSave) -> None:
+        target = storage.location(os.fspath(directory))
+        if jax.process_index() == 0 and isinstance(target, Path):
+            shutil.copytree(args.source, target, dirs_exist_ok=True)
+        elif jax.process_index() == 0:
+            storage.upload(args.source, target)
+
+    def restore(self, directory: Any, args: Any = None) -> None:
+        raise NotImplementedError("files are read where they are")
+
+
+@ocp.args.register_with_handler(FilesHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class FilesSave(ocp.args.CheckpointArgs):
+    """Argument of a save: the directory to copy."""
+
+    source: Path

@@ -13,34 +13,22 @@ from typing import Any
 from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
 from phivision_jax.io.storage import Location, location, read_json
 
-_SAME_IN_BOTH = ("hidden_size", "intermediate_size")
-_DECODER_KEYS = {
-    **{key: key for key in ("vocab_size", *_SAME_IN_BOTH, "rope_theta", "rms_norm_eps")},
-    **{key: key for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "max_position_embeddings": "max_positions",
-}
-_VISION_KEYS = {
-    **{key: key for key in (*_SAME_IN_BOTH, "patch_size", "layer_norm_eps")},
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_patches": "num_positions",
-}
+
+def _same(*keys: str) -> dict[str, str]:
+    return {key: key for key in keys}
+
+
+_BOTH = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
+_BOTH |= _same("hidden_size", "intermediate_size")
+_DECODER_KEYS = _BOTH | {"num_key_value_heads": "num_kv_heads", "max_position_embeddings": "max_positions"}
+_DECODER_KEYS |= _same("vocab_size", "rope_theta", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
+_VISION_KEYS = {**_BOTH, **_same("patch_size", "layer_norm_eps"), "num_patches": "num_positions"}
+_MODEL_KEYS = {"min_num_patches": "min_patches", "max_num_patches": "max_patches"}
 # SigLIP-2's class defaults are those of the base model. The other sizes have one default, which is ours too.
 _VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_layers": 12, "num_heads": 12}
-_FIXED_DECODER = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "partial_rotary_factor": 1.0,
-    "rope_scaling": None,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "attention_dropout": 0.0,
-    "embd_pdrop": 0.0,
-    "resid_pdrop": 0.0,
-}
+_FIXED_DECODER: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False}
+_FIXED_DECODER |= {"partial_rotary_factor": 1.0, "rope_scaling": None, "sliding_window": None}
+_FIXED_DECODER |= dict.fromkeys(("attention_dropout", "embd_pdrop", "resid_pdrop"), 0.0)
 _FIXED_MULTIMODAL = {"mm_projector_type": "mlp2x_gelu", "use_s2": False, "use_mm_proj": True}
 _FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "attention_dropout": 0.0}
 _TEMPLATE = Path(__file__).with_name("config_template.json")
@@ -67,17 +55,10 @@ def model_config(source: Mapping[str, Any] | str | Location) -> ModelConfig:
         kind = values.get("model_type", "unknown")
         raise ValueError(f"config.json (model_type {kind!r}) has no vision_config: not a Phi-4-reasoning-vision model")
     _require(values, _FIXED_MULTIMODAL)
-    vision, decoder = vision_config(values["vision_config"]), decoder_config(values)
-    if values.get("mm_hidden_size", vision.hidden_size) != vision.hidden_size:
-        raise ValueError(
-            f"config.json: mm_hidden_size is {values['mm_hidden_size']}, vision_config.hidden_size {vision.hidden_size}"
-        )
-    return ModelConfig(
-        vision=vision,
-        decoder=decoder,
-        min_patches=values.get("min_num_patches", ModelConfig.min_patches),
-        max_patches=values.get("max_num_patches", ModelConfig.max_patches),
-    )
+    vision, decoder = vision_config(values), decoder_config(values)
+    if (width := values.get("mm_hidden_size", vision.hidden_size)) != vision.hidden_size:
+        raise ValueError(f"config.json: mm_hidden_size is {width}, vision_config.hidden_size {vision.hidden_size}")
+    return ModelConfig(vision=vision, decoder=decoder, **_translate(values, _MODEL_KEYS))
 
 
 def decoder_config(values: Mapping[str, Any]) -> DecoderConfig:
@@ -92,9 +73,8 @@ def decoder_config(values: Mapping[str, Any]) -> DecoderConfig:
     rope = values.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"config.json: rope_parameters is {rope!r}; this model computes plain full-width RoPE only")
-    for key in ("hidden_size", "num_layers", "num_heads"):
-        if key not in known:
-            raise ValueError(f"config.json has no decoder {key}: not a Phi-4 configuration")
+    if missing := {"hidden_size", "num_layers", "num_heads"} - known.keys():
+        raise ValueError(f"config.json has no decoder {min(missing)}: not a Phi-4 configuration")
     known.setdefault("num_kv_heads", known["num_heads"])
     known["rope_theta"] = float(rope.get("rope_theta", known.get("rope_theta", 10_000.0)))
     if isinstance(known.get("eos_token_id"), list):
@@ -103,11 +83,12 @@ def decoder_config(values: Mapping[str, Any]) -> DecoderConfig:
 
 
 def vision_config(values: Mapping[str, Any]) -> VisionConfig:
-    """The encoder of a ``vision_config``, of a released ``config.json`` or of a SigLIP-2 checkpoint.
+    """The encoder of a released ``config.json`` or of a SigLIP-2 checkpoint's; it may be the file or its part.
 
     Raises:
       ValueError: naming the key that asks for other arithmetic.
     """
+    values = values.get("vision_config", values)
     _require(values, _FIXED_VISION, "vision_config.")
     return VisionConfig(**{**_VISION_DEFAULTS, **_translate(values, _VISION_KEYS)})
 
@@ -140,7 +121,7 @@ def config_json(model: ModelConfig, base: Mapping[str, Any] | None = None) -> di
             vision[theirs] = _keep_if_equal(vision.get(theirs), value)
     out["vision_config"] = vision
     out["mm_hidden_size"] = model.vision.hidden_size
-    out["min_num_patches"], out["max_num_patches"] = model.min_patches, model.max_patches
+    out |= {theirs: getattr(model, ours) for theirs, ours in _MODEL_KEYS.items()}
     if base is None:
         out["tokenizer_model_max_length"] = out["original_max_position_embeddings"] = model.decoder.max_positions
     return out

@@ -20,8 +20,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from einops import rearrange
@@ -30,10 +29,9 @@ from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 
 type Shape = tuple[int, ...]
 type Sizes = Mapping[str, int]
-type Tree = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Leaf:
     """A row of the table: an array of ours, and the rows of Hugging Face tensors that it consists of."""
 
@@ -155,10 +153,8 @@ _VISION_HEAD: _Rows = (
     ("head.mlp.fc1.*", "head/mlp/fc1/*", "F C -> C F"),
     ("head.mlp.fc2.*", "head/mlp/fc2/*", "C F -> F C"),
 )
-_PROJECTOR: _Rows = (  # the GELU between the layers is mm_projector.1 and has no tensors
-    ("0.*", "fc1/*", "F M -> M F"),
-    ("2.*", "fc2/*", "D F -> F D"),
-)
+# The GELU between the layers is mm_projector.1 and has no tensors.
+_PROJECTOR: _Rows = (("0.*", "fc1/*", "F M -> M F"), ("2.*", "fc2/*", "D F -> F D"))
 
 
 def _leaves(rows: _Rows, sizes: Sizes, theirs: str, ours: str, num_layers: int | None = None) -> list[Leaf]:
@@ -252,49 +248,3 @@ def check(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str)
         listed += [f"{len(names)} {fault}: {', '.join(names[:4])}{more}"] if names else []
     if listed:
         raise ValueError(f"{where}: {'; '.join(listed)}")
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Paths and leaves of a nested dict: ``("decoder/norm/scale", array)`` …"""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def build_tree(make: Callable[[Leaf], Any], config: ModelConfig, vision_tail: bool) -> Tree:
-    """The parameter tree with ``make(leaf)`` as leaves.
-
-    Args:
-      vision_tail: include the part of the encoder that never runs.
-    """
-    tree: Tree = {}
-    for leaf in model_leaves(config):
-        *parents, last = leaf.path.split("/")
-        if vision_tail or parents[0] != "vision_tail":
-            functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[last] = make(leaf)
-    return tree
-
-
-def hf_tensors(params: Mapping[str, Any], config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of the Hugging Face tensors, in table order, of a parameter tree (or of its gradients).
-
-    The tensors of ``vision_tail`` are left out if the tree has none.
-
-    Raises:
-      ValueError: when the tree has other leaves or shapes than the table.
-    """
-    flat = dict(flatten(params))
-    leaves = [leaf for leaf in model_leaves(config) if "vision_tail" in params or "vision_tail" not in leaf.path]
-    check(
-        {path: tuple(array.shape) for path, array in flat.items()},
-        {leaf.path: leaf.shape for leaf in leaves},
-        "hf_tensors",
-    )
-    rows: dict[str, list[np.ndarray]] = {}
-    for leaf in leaves:
-        layers = flat[leaf.path] if leaf.stacked else [flat[leaf.path]]
-        for name, layer in zip(leaf.names, layers, strict=True):
-            rows.setdefault(name, []).append(leaf.to_theirs(np.asarray(layer)))
-    return ((name, np.concatenate(parts)) for name, parts in rows.items())

@@ -29,9 +29,7 @@ import tensorstore as ts
 from phivision_jax.checkpoint import layout
 from phivision_jax.checkpoint.checksums import StreamedChecksums, difference
 from phivision_jax.checkpoint.layout import ASSETS, META, ORBAX_MARK, PARAMS, Array, DamagedError
-from phivision_jax.config import ModelConfig
-from phivision_jax.convert.adapters import Adapters
-from phivision_jax.convert.mapping import Leaf, check
+from phivision_jax.convert.mapping import Leaf, Shape, check
 from phivision_jax.io.messages import first_line
 from phivision_jax.io.storage import REMOTE, Location
 
@@ -58,6 +56,69 @@ def _kvstore(directory: Location) -> dict[str, Any]:
     return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
 
 
+def _zarr(base: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """TensorStore's specification of the array with this path below a directory or an OCDBT store."""
+    return {"driver": "zarr", "kvstore": {**base, "path": f"{base.get('path', '')}{path.replace('/', '.')}/"}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters (LoRA) in a checkpoint of a run are merged into their kernels block by block:
+#
+#     at (layer, rows):   kernel [L, in…, out…]  +  alpha / rank · lora_a [L, in…, rank] · lora_b [L, rank, out…]
+#
+# The arrays of an adapter are small but A · B is as large as the kernel, so it is computed for one run of rows at a
+# time. Sums and products are in fp32, as in training, in whatever dtype the kernel is stored.
+
+_A, _B = "lora_a", "lora_b"  # as in models/lora.py, which imports JAX
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """The adapters of a checkpoint; ``kernels`` is empty if it has none."""
+
+    rank: int
+    alpha: float
+    kernels: frozenset[str]
+    """Paths of the leaves that have an adapter."""
+
+    @classmethod
+    def find(cls, checkpoint: Location, meta: Mapping[str, Any], paths: Iterable[str]) -> Adapters:
+        """The adapters among the arrays of a checkpoint.
+
+        Raises:
+          ValueError: when there are some, and the metadata does not state their rank and alpha.
+        """
+        named = [path.rpartition("/") for path in paths]
+        kernels = frozenset(f"{module}/kernel" for module, _, name in named if name in (_A, _B))
+        lora = (meta.get("run") or {}).get("lora") or {}
+        if kernels and not {"rank", "alpha"} <= lora.keys():
+            raise ValueError(
+                f"{checkpoint}: {min(kernels)} has an adapter, but meta/metadata lacks the run's lora (rank, alpha)"
+            )
+        return cls(lora.get("rank", 0), lora.get("alpha", 0.0), kernels)
+
+    def __str__(self) -> str:
+        return f"adapters of rank {self.rank}, alpha {self.alpha:g}, on {len(self.kernels)} kernels"
+
+    def shapes(self, leaf: Leaf) -> dict[str, Shape]:
+        """Paths and shapes of the arrays of this leaf's adapter; empty if it has none."""
+        if leaf.path not in self.kernels or not leaf.is_linear:
+            return {}
+        layers, inputs = leaf.shape[: leaf.stacked], leaf.layer_shape[: leaf.row_axis]
+        a, b = adapter_paths(leaf.path)
+        return {a: (*layers, *inputs, self.rank), b: (*layers, self.rank, *leaf.layer_shape[leaf.row_axis :])}
+
+
+def adapter_paths(kernel: str) -> tuple[str, str]:
+    """The paths of the arrays A and B of a kernel's adapter."""
+    module = kernel.removesuffix("/kernel")
+    return f"{module}/{_A}", f"{module}/{_B}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading and writing.
+
+
 class OursSource:
     """The leaves of a table, read from a checkpoint of ours, with adapters merged into their kernels.
 
@@ -72,7 +133,7 @@ class OursSource:
     """
 
     def __init__(self, directory: Location, meta: Mapping[str, Any], leaves: Sequence[Leaf]) -> None:
-        self._directory, self._params = directory, directory / PARAMS
+        self.leaves, self._directory, self._params = leaves, directory, directory / PARAMS
         self._saved, self._sums = layout.arrays_of(meta), StreamedChecksums()
         self.adapters = Adapters.find(directory, meta, self._saved)
         expected = {leaf.path: leaf.shape for leaf in leaves}
@@ -82,16 +143,12 @@ class OursSource:
         ocdbt = {"driver": "ocdbt", "base": base} if (self._params / "manifest.ocdbt").exists() else base
         context = _context()
         self._arrays = {path: self._open(path, ocdbt, context) for path in self._saved}
-        for path, shape in adapters.items():  # they are read several times, so they are verified now
-            step = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:])))
-            for start in range(0, shape[0], step):
-                region = (slice(start, min(start + step, shape[0])),)
-                self._verify(path, region, self._read(path, region))
+        for path in adapters:  # they are small and read several times, so they are verified now
+            self._verify(path, (), self._read(path, ()))
 
     def _open(self, path: str, base: Mapping[str, Any], context: ts.Context) -> ts.TensorStore:
-        kvstore = {**base, "path": f"{base.get('path', '')}{path.replace('/', '.')}/"}
         try:
-            array = ts.open({"driver": "zarr", "kvstore": kvstore}, open=True, context=context).result()
+            array = ts.open(_zarr(base, path), open=True, context=context).result()
         except ValueError as error:
             raise self._unreadable(path, error) from None
         found, saved = (array.dtype.name, tuple(array.shape)), self._saved[path]
@@ -105,7 +162,7 @@ class OursSource:
     def _verify(self, path: str, region: Sequence[slice], block: np.ndarray) -> None:
         """Add a block to its array's checksum; with the last block, compare it."""
         saved, name = self._saved[path], f"{PARAMS}/{path}"
-        found = self._sums.add(path, block, _start(region), saved.shape)
+        found = self._sums.add(path, block, region, saved.shape)
         if found is not None and (problem := difference({name: saved}, {name: found})):
             raise DamagedError(self._directory, problem)
 
@@ -124,19 +181,28 @@ class OursSource:
         region = leaf.region(layers, rows)
         block = self._read(leaf.path, region)
         self._verify(leaf.path, region, block)
-        kernels = [leaf.to_theirs(layer) for layer in (block if leaf.stacked else [block])]
-        pairs = zip(layers, kernels, strict=True)
-        return [self.adapters.merge(kernel, leaf, layer, rows, self._read) for layer, kernel in pairs]
+        pairs = zip(layers, block if leaf.stacked else [block], strict=True)
+        return [self._merge_adapter(leaf.to_theirs(kernel), leaf, layer, rows) for layer, kernel in pairs]
+
+    def _merge_adapter(self, kernel: np.ndarray, leaf: Leaf, layer: int, rows: range) -> np.ndarray:
+        """Add the adapter of ``leaf``, if there is one, to rows [n, in] of its kernel."""
+        if leaf.path not in self.adapters.kernels:
+            return kernel
+        (path_a, path_b), rank = adapter_paths(leaf.path), self.adapters.rank
+        at_layer = (layer,) if leaf.stacked else ()
+        at_rows = slice(rows.start // leaf.rows_per_index, rows.stop // leaf.rows_per_index)
+        a = self._read(path_a, at_layer).reshape(-1, rank).astype(np.float32)  # [in, rank]
+        b = self._read(path_b, (*at_layer, slice(None), at_rows)).reshape(rank, -1).astype(np.float32)  # [rank, n]
+        merged = b.T @ a.T
+        merged *= np.float32(self.adapters.alpha / rank)
+        merged += kernel
+        return merged.astype(kernel.dtype, copy=False)
 
     def _read(self, path: str, region: tuple[int | slice, ...]) -> np.ndarray:
         try:
             return self._arrays[path][region].read().result()
         except ValueError as error:
             raise self._unreadable(path, error) from None
-
-
-def _start(region: Sequence[slice]) -> list[int]:
-    return [axis.start or 0 for axis in region]
 
 
 def block_rows(leaf: Leaf, itemsize: int) -> int:
@@ -149,57 +215,56 @@ def block_rows(leaf: Leaf, itemsize: int) -> int:
 
 
 class OursSink:
-    """A new checkpoint of ours; rows are written in any order."""
+    """A new checkpoint of ours; rows are written in any order.
 
-    def __init__(self, directory: Path, dtypes: Mapping[str, np.dtype], leaves: Iterable[Leaf]) -> None:
-        self._params, self._leaves = directory / PARAMS, list(leaves)
+    Args:
+      dtypes: the leaves of its table, and the dtype to store each in.
+      meta: its metadata without ``arrays`` and ``assets``.
+    """
+
+    folder = ASSETS
+
+    def __init__(self, dtypes: Mapping[Leaf, np.dtype], meta: Mapping[str, Any], directory: Path) -> None:
+        self._params, self._meta = directory / PARAMS, meta
         self._sums = StreamedChecksums()
         self._written: dict[str, Array] = {}
         self._params.mkdir()
-        context = _context()
-        self._arrays: dict[str, ts.TensorStore] = {}
-        for leaf in self._leaves:
-            dtype = dtypes[leaf.path]
-            chunk = list(leaf.shape)
-            if leaf.stacked:
-                chunk[0] = 1
+        self._arrays: dict[Leaf, ts.TensorStore] = {}
+        ocdbt, context = {"driver": "ocdbt", "base": _kvstore(self._params)}, _context()
+        for leaf, dtype in dtypes.items():
+            chunk = [1, *leaf.layer_shape] if leaf.stacked else [*leaf.shape]
             chunk[leaf.row_axis + leaf.stacked] = block_rows(leaf, dtype.itemsize) // leaf.rows_per_index
             # Weights hardly compress: zstd would cost more time than the bytes it saves.
             zarr = {"shape": leaf.shape, "chunks": chunk, "compressor": None, "fill_value": None, "order": "C"}
             zarr["dtype"] = "bfloat16" if dtype.name == "bfloat16" else dtype.str
-            name = leaf.path.replace("/", ".")
-            kvstore = {"driver": "ocdbt", "base": _kvstore(self._params), "path": f"{name}/"}
-            spec = {"driver": "zarr", "kvstore": kvstore, "metadata": zarr, "store_data_equal_to_fill_value": True}
-            self._arrays[leaf.path] = ts.open(spec, create=True, context=context).result()
+            spec = {**_zarr(ocdbt, leaf.path), "metadata": zarr, "store_data_equal_to_fill_value": True}
+            self._arrays[leaf] = ts.open(spec, create=True, context=context).result()
 
     def write(self, leaf: Leaf, layer: int, start: int, block: np.ndarray) -> None:
         """Write rows [start, start + n) of ``leaf``."""
         region = leaf.region(range(layer, layer + 1), range(start, start + len(block)))
         ours = np.ascontiguousarray(leaf.to_ours(block))
         ours = ours[None] if leaf.stacked else ours
-        if array := self._sums.add(leaf.path, ours, _start(region), leaf.shape):
+        if array := self._sums.add(leaf.path, ours, region, leaf.shape):
             self._written[f"{PARAMS}/{leaf.path}"] = array
-        self._arrays[leaf.path][region].write(ours).result()
+        self._arrays[leaf][region].write(ours).result()
 
-    def finish(self, config: ModelConfig, meta: Mapping[str, Any]) -> None:
+    def finish(self) -> None:
         """Make it an Orbax checkpoint by writing the metadata of tree, item and checkpoint."""
         tree = {}
-        for leaf in self._leaves:
+        for leaf in self._arrays:
             keys = leaf.path.split("/")
             value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": list(leaf.shape)}
-            tree[str(tuple(keys))] = {
-                "key_metadata": [{"key": key, "key_type": 2} for key in keys],
-                "value_metadata": value,
-            }
+            path = [{"key": key, "key_type": 2} for key in keys]
+            tree[str(tuple(keys))] = {"key_metadata": path, "value_metadata": value}
         metadata = {"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False}
         metadata |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
-        _write_json(self._params / "_METADATA", metadata)
-        _write_json(self._params / "_CHECKPOINT_METADATA", _item(_STANDARD))
         root = self._params.parent
         (root / META).mkdir()
-        content = {"model": dataclasses.asdict(config), **meta, "arrays": self._written}
-        content["assets"] = layout.crc_of_files(root / ASSETS)
-        _write_json(root / META / "metadata", layout.with_crc(content))
+        content = {**self._meta, "arrays": self._written, "assets": layout.crc_of_files(root / ASSETS)}
+        _write_json(self._params / "_METADATA", metadata)
+        _write_json(self._params / "_CHECKPOINT_METADATA", _item(_STANDARD))
+        _write_json(root / layout.METADATA, layout.with_crc(content))
         _write_json(root / "_CHECKPOINT_METADATA", _item({"meta": _JSON, "params": _STANDARD}))
         for folder in (root, self._params, root / META):  # without it, Orbax reads nothing in a bucket
             (folder / ORBAX_MARK).write_text("converted")

@@ -87,10 +87,7 @@ def _upload(source: Path, out: Location, overwrite: bool, claim: Location, log: 
     late = [name for name in new if PurePosixPath(name).name == ORBAX_MARK]
     try:
         claim.write_text(token)
-        # The old checkpoint's mark first: without it the rest is no checkpoint while it is removed.
-        for name in (name for name in old if name in MARKS):
-            (out / name).unlink()
-        storage.remove(out)
+        _remove(out)
         storage.upload(source, out, [name for name in new if name not in (*marks, *late)], "upload")
         storage.upload(source, out, late)
         if not _holds(claim, token) or storage.files(out) != {name: new[name] for name in new if name not in marks}:
@@ -103,15 +100,20 @@ def _upload(source: Path, out: Location, overwrite: bool, claim: Location, log: 
 
 
 def _withdraw(out: Location, claim: Location, token: str, log: Callable[[str], None]) -> None:
-    """Remove what was uploaded, its mark first; nothing if the claim is another conversion's by now."""
+    """Remove what was uploaded; nothing if the claim is another conversion's by now."""
     try:
         if _holds(claim, token):
-            for mark in MARKS:
-                (out / mark).unlink(missing_ok=True)
-            storage.remove(out)
+            _remove(out)
             claim.unlink()
     except Exception:  # the user sees the error that led here
         log(f"what was uploaded to {out} could not be removed; the next conversion to it does that")
+
+
+def _remove(out: Location) -> None:
+    """Remove a checkpoint, its mark first: without it the rest is no checkpoint while it is removed."""
+    for mark in MARKS:
+        (out / mark).unlink(missing_ok=True)
+    storage.remove(out)
 
 
 def _holds(file: Location, content: str) -> bool:
@@ -124,11 +126,7 @@ def _holds(file: Location, content: str) -> bool:
 def require_space(needed: int, out: Location) -> None:
     """Raises ValueError when ``needed`` bytes do not fit where ``out`` is written."""
     where = out.absolute() if isinstance(out, Path) else storage.scratch()
-    free = free_bytes(next(path for path in (where, *where.parents) if path.exists()))
+    free = shutil.disk_usage(next(path for path in (where, *where.parents) if path.exists())).free
     if needed > free:
         hint = "" if isinstance(out, Path) else f" on {where}; set {storage.SCRATCH} to a directory on a larger disk"
         raise ValueError(f"{out}: needs {decimal(needed)}, but only {decimal(free)} are free{hint}")
-
-
-def free_bytes(path: Path) -> int:
-    return shutil.disk_usage(path).free

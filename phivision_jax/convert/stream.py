@@ -11,7 +11,7 @@ Hugging Face, rows first, so none of them knows another.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
@@ -24,6 +24,8 @@ WORKERS = 4
 
 
 class Source(Protocol):
+    leaves: Sequence[Leaf]
+
     def dtype(self, leaf: Leaf) -> np.dtype:
         """The dtype of the stored array."""
 
@@ -35,8 +37,14 @@ class Source(Protocol):
 
 
 class Sink(Protocol):
+    folder: str
+    """Place of the files beside the weights, below the directory that is written."""
+
     def write(self, leaf: Leaf, layer: int, start: int, block: np.ndarray) -> None:
         """Write rows [start, start + n) of ``leaf``."""
+
+    def finish(self) -> None:
+        """Write what needs all leaves and all other files."""
 
 
 class FreshProjector:
@@ -45,8 +53,8 @@ class FreshProjector:
     It is a pure function of seed and leaf: float32 from NumPy's PCG64, rounded to ``dtype``.
     """
 
-    def __init__(self, dtype: np.dtype, seed: int) -> None:
-        self._dtype, self._seed = dtype, seed
+    def __init__(self, leaves: Sequence[Leaf], dtype: np.dtype, seed: int) -> None:
+        self.leaves, self._dtype, self._seed = leaves, dtype, seed
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         return self._dtype
@@ -74,20 +82,18 @@ def blocks(leaf: Leaf, itemsize: int, *grains: tuple[int, int]) -> Iterator[tupl
             yield layers, range(row, min(row + step, leaf.num_rows))
 
 
-def copy(
-    source: Source, sink: Sink, leaves: Iterable[Leaf], dtypes: Mapping[str, np.dtype], advance: Callable[[int], Any]
-) -> None:
-    """Copy every leaf, cast to ``dtypes[path]``; ``advance`` receives the bytes of each block once it is written."""
+def copy(source: Source, sink: Sink, dtypes: Mapping[Leaf, np.dtype], advance: Callable[[int], Any]) -> None:
+    """Copy every leaf, cast to its dtype; ``advance`` receives the bytes of each block once it is written."""
 
     def move(leaf: Leaf, layers: range, rows: range) -> int:
         written = 0
         for layer, block in zip(layers, source.read(leaf, layers, rows), strict=True):
-            cast = block.astype(dtypes[leaf.path], copy=False)
+            cast = block.astype(dtypes[leaf], copy=False)
             sink.write(leaf, layer, rows.start, cast)
             written += cast.nbytes
         return written
 
-    for written in _in_parallel(move, leaves, lambda leaf: (dtypes[leaf.path].itemsize, source.grain(leaf))):
+    for written in _in_parallel(move, source.leaves, lambda leaf: (dtypes[leaf].itemsize, source.grain(leaf))):
         advance(written)
 
 
@@ -95,7 +101,7 @@ IDENTICAL = -1.0
 """The error of a tensor whose bytes are the same in two checkpoints."""
 
 
-def compare(a: Source, b: Source, leaves: Iterable[Leaf], advance: Callable[[int], Any]) -> dict[str, float]:
+def compare(a: Source, b: Source, advance: Callable[[int], Any]) -> dict[str, float]:
     """The largest absolute error of each Hugging Face tensor, or ``IDENTICAL``.
 
     Zero is the error of tensors with equal values in other bytes (another dtype, −0), infinity of a NaN on one side.
@@ -107,7 +113,7 @@ def compare(a: Source, b: Source, leaves: Iterable[Leaf], advance: Callable[[int
         return len(layers) * len(rows) * math.prod(leaf.row_shape) * a.dtype(leaf).itemsize, found
 
     largest: dict[str, float] = {}
-    for size, found in _in_parallel(errors, leaves, lambda leaf: (4, a.grain(leaf), b.grain(leaf))):
+    for size, found in _in_parallel(errors, a.leaves, lambda leaf: (4, a.grain(leaf), b.grain(leaf))):
         for name, error in found.items():
             largest[name] = max(largest.get(name, IDENTICAL), error)
         advance(size)
@@ -127,9 +133,7 @@ def _error(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _in_parallel[R](
-    work: Callable[[Leaf, range, range], R],
-    leaves: Iterable[Leaf],
-    sizes: Callable[[Leaf], tuple[Any, ...]],
+    work: Callable[[Leaf, range, range], R], leaves: Sequence[Leaf], sizes: Callable[[Leaf], tuple[Any, ...]]
 ) -> Iterator[R]:
     """Run ``work`` on every block of every leaf, a few at a time and none queued; the first error ends it.
 

@@ -12,10 +12,10 @@ from typing import Any
 from rich.filesize import decimal
 
 from phivision_jax.config import ModelConfig
-from phivision_jax.convert.hf import INDEX, HFDirectory, HFSource
+from phivision_jax.convert.hf import HFDirectory, HFSource
 from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.jobs import count_bytes, dtypes_of, open_ours, tensors_of
-from phivision_jax.convert.mapping import Leaf, model_leaves
+from phivision_jax.convert.mapping import model_leaves
 from phivision_jax.convert.ours import BLOCK_BYTES
 from phivision_jax.convert.stream import IDENTICAL, Source, compare
 from phivision_jax.io import storage
@@ -32,7 +32,6 @@ class Opened:
     path: Location
     kind: str
     config: ModelConfig
-    leaves: list[Leaf]
     source: Source
     hf: HFDirectory | None = None
 
@@ -48,12 +47,11 @@ def open_checkpoint(path: Location) -> Opened:
     if (path / "config.json").is_file():
         hf = HFDirectory(path)
         config = model_config(path)
-        leaves = model_leaves(config)
-        return Opened(path, "Hugging Face", config, leaves, HFSource(hf, leaves), hf)
+        return Opened(path, "Hugging Face", config, HFSource(hf, model_leaves(config)), hf)
     if any(".safetensors" in child.name for child in path.iterdir()):
         raise ValueError(f"{path} has no config.json: without it the tensors have no meaning")
-    found, config, leaves, source = open_ours(path)
-    return Opened(found, "phivision_jax", config, leaves, source)
+    found, config, source = open_ours(path)
+    return Opened(found, "phivision_jax", config, source)
 
 
 def verify(path_a: Location, path_b: Location) -> bool:
@@ -66,11 +64,11 @@ def verify(path_a: Location, path_b: Location) -> bool:
       ValueError: when they are different architectures, or as ``open_checkpoint``.
     """
     a, b = (open_checkpoint(path) for path in (path_a, path_b))
-    if [(leaf.path, leaf.shape) for leaf in a.leaves] != [(leaf.path, leaf.shape) for leaf in b.leaves]:
+    if [(leaf.path, leaf.shape) for leaf in a.source.leaves] != [(leaf.path, leaf.shape) for leaf in b.source.leaves]:
         raise ValueError(f"{a.path} and {b.path} are different architectures; `inspect` shows each")
-    total = count_bytes(a.leaves, dtypes_of([(a.source, a.leaves)], "keep"))
+    total = count_bytes(dtypes_of([a.source], "keep"))
     with bar("verify", total, in_bytes=True, shown=sys.stderr.isatty()) as advance:
-        errors = compare(a.source, b.source, a.leaves, advance)
+        errors = compare(a.source, b.source, advance)
     differing = {name: error for name, error in errors.items() if error > 0}
     counts = Counter(errors.values())
     print(f"{a} and {b}:")
@@ -90,7 +88,7 @@ def _print_some(lines: list[str]) -> None:
 
 
 def _compare_files(a: HFDirectory, b: HFDirectory, errors: dict[str, float]) -> bool:
-    names = [{*hf.sidecars(), *hf.headers, *({INDEX} & hf.files.keys())} for hf in (a, b)]
+    names = [{*hf.others, *hf.headers} for hf in (a, b)]
     both, alone = sorted(names[0] & names[1]), sorted(names[0] ^ names[1])
     differing = [name for name in both if not _same_file(a, b, name, errors)]
     counts = f"{len(both) - len(differing)} byte-identical, {len(differing)} different, {len(alone)} on one side only"
@@ -114,9 +112,8 @@ def _same_file(a: HFDirectory, b: HFDirectory, name: str, errors: dict[str, floa
 def inspect(path: Location, as_json: bool) -> None:
     """Print the configuration and the tensors of a checkpoint of either kind, without reading weights."""
     opened = open_checkpoint(path)
-    dtypes = dtypes_of([(opened.source, opened.leaves)], "keep")
-    tensors = tensors_of(opened.leaves, dtypes)
-    total = count_bytes(opened.leaves, dtypes)
+    dtypes = dtypes_of([opened.source], "keep")
+    tensors, total = tensors_of(dtypes), count_bytes(dtypes)
     count = sum(math.prod(shape) for _, shape in tensors.values())
     config: dict[str, Any] = dataclasses.asdict(opened.config)
     if as_json:

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from phivision_jax.checkpoint import layout
-from phivision_jax.checkpoint.layout import CHECKPOINTS, ORBAX_MARK
+from phivision_jax.checkpoint.layout import CHECKPOINTS, ORBAX_MARK, SAVED
 from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
-from phivision_jax.checkpoint.run_steps import SAVED
 from phivision_jax.io import storage
 from tests.support import damage
 from tests.support.damage import NEW, OLD, abstract, make_state, make_tail, restore, same
@@ -90,7 +89,7 @@ def test_unfinished_step_is_ignored(run, assets, newest):
         if name != ORBAX_MARK:
             (run / CHECKPOINTS / "30" / name).write_bytes((newest / name).read_bytes())
     checkpoints = RunCheckpoints(run, keep=2)
-    assert checkpoints.latest == NEW and layout.find(run).name == str(NEW)
+    assert max(checkpoints.steps()) == NEW and layout.find(run).name == str(NEW)
     state, log = restore(run)
     assert same(state, make_state(NEW)) and not log and "30" in names(run)
     save(checkpoints, assets, 30)
@@ -104,7 +103,7 @@ def test_saved_step_without_its_mark_is_damaged(run, assets, newest):
     (newest / ORBAX_MARK).unlink()
     log: list[str] = []
     checkpoints = RunCheckpoints(run, keep=2, log=log.append)
-    assert checkpoints.latest == NEW
+    assert max(checkpoints.steps()) == NEW
     state, _, _ = checkpoints.restore(abstract(make_state(0)), abstract(make_tail()))
     assert same(state, make_state(OLD)) and f"its file {ORBAX_MARK} is missing" in log[0]
     save(checkpoints, assets, NEW)
@@ -123,12 +122,12 @@ def test_loss_of_all_steps_is_not_a_new_run(run):
     for step in (OLD, NEW):
         storage.remove(run / CHECKPOINTS / str(step))
     with pytest.raises(CheckpointError, match="held checkpoint 20 and now holds none"):
-        _ = RunCheckpoints(run, keep=2).latest
+        RunCheckpoints(run, keep=2).steps()
 
 
 def test_steps_are_kept_by_rule_in_bucket(bucket, assets):
     run = storage.location(bucket)
-    assert RunCheckpoints(run, keep=1).latest is None
+    assert RunCheckpoints(run, keep=1).steps() == []
     checkpoints = RunCheckpoints(run, keep=1, keep_every=3, keep_best="-loss")
     for step, loss in enumerate((3.0, 1.0, 2.0, 4.0), 1):
         save(checkpoints, assets, step, {"loss": loss})
@@ -160,7 +159,7 @@ def test_nothing_is_saved_when_before_save_fails(run, assets):
 def test_steps_are_found_when_gcsfs_reports_no_directories(run, monkeypatch):
     """As it does when the bucket does not answer; training must not start over for that."""
     monkeypatch.setattr("etils.epath.backend._FileSystemSpecBackend.isdir", lambda *_: False)
-    assert RunCheckpoints(run, keep=2).latest == NEW and layout.find(run).name == str(NEW)
+    assert max(RunCheckpoints(run, keep=2).steps()) == NEW and layout.find(run).name == str(NEW)
 
 
 def test_unreachable_bucket_is_not_damage(run, monkeypatch):

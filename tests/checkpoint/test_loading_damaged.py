@@ -23,7 +23,7 @@ from phivision_jax.checkpoint.layout import CHECKPOINTS, ORBAX_MARK, DamagedErro
 from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.cli.main import main
 from phivision_jax.io import storage
-from phivision_jax.models.vision_tail import VisionTail
+from phivision_jax.models.siglip2 import VisionTail
 from tests.support.batches import TINY
 from tests.support.damage import abstract, flip
 

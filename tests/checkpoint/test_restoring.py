@@ -117,8 +117,8 @@ def test_loss_of_all_steps_is_not_a_new_run(run, empty_run):
     for step in (OLD, NEW):
         shutil.rmtree(run / CHECKPOINTS / str(step))
     with pytest.raises(CheckpointError, match="held checkpoint 20 and now holds none"):
-        _ = RunCheckpoints(run, keep=2).latest
-    assert RunCheckpoints(empty_run, keep=2).latest is None
+        RunCheckpoints(run, keep=2).steps()
+    assert RunCheckpoints(empty_run, keep=2).steps() == []
 
 
 @pytest.mark.parametrize("kernel", [np.zeros((3, 3), np.float32), np.zeros((64, 16), np.float16), None])

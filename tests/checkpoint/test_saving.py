@@ -9,9 +9,8 @@ import threading
 import jax
 import pytest
 
-from phivision_jax.checkpoint.layout import CHECKPOINTS
+from phivision_jax.checkpoint.layout import CHECKPOINTS, SAVED
 from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
-from phivision_jax.checkpoint.run_steps import SAVED
 from tests.support.damage import NEW, OLD, make_state, make_tail, restore, same, save
 
 

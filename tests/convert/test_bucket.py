@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,10 +20,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import phivision_jax
 from phivision_jax.checkpoint import loading
-from phivision_jax.checkpoint.load_hf import load_hf_params
 from phivision_jax.convert import ours, output
 from phivision_jax.convert.hf_config import model_config
-from phivision_jax.convert.mapping import flatten
 from phivision_jax.io import storage
 from phivision_jax.io.storage import location
 from phivision_jax.models import phivision
@@ -30,7 +30,7 @@ from phivision_jax.text.tokenizer import Tokenizer
 from tests.support.batches import EXAMPLES, random_rows
 from tests.support.checkpoints import save_checkpoint
 from tests.support.commands import Run, refused, succeeded
-from tests.support.parameter_trees import abstract_params, tree_from_hf
+from tests.support.parameter_trees import abstract_params, flatten, tree_from_hf
 from tests.support.paths import ROOT
 from tests.support.released_layout import (
     SMALL,
@@ -132,22 +132,22 @@ def test_load_from_bucket_is_same_model(bucket: str, model_hf: Path, tmp_path: P
         assert all((assets / name).read_bytes() == (model_hf / name).read_bytes() for name in storage.files(assets))
 
 
-def test_load_hf_params_shards_from_bucket(bucket: str, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_params_shards_from_bucket(bucket: str, hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours, "BLOCK_BYTES", 300)  # several blocks to a share
     config, tensors = model_config(hf), read_tensors(hf)
     want = dict(flatten(tree_from_hf(tensors.__getitem__, config)))
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
-    def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def sharded(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         free, axes = dict(mesh.shape), []
         for size in leaf.shape:
             axes.append(next((axis for axis, parts in free.items() if size % parts == 0), None))
             free.pop(axes[-1], None)
-        return NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-    shardings = jax.tree.map(sharding, abstract_params(config))
-    for place in (f"{bucket}/hf", hf):
-        for path, leaf in flatten(load_hf_params(place, config, shardings)):
+    target = jax.tree.map(sharded, abstract_params(config, vision_tail=False))
+    for place in (location(f"{bucket}/hf"), hf):
+        for path, leaf in flatten(loading.read_params(place, config, target)):
             np.testing.assert_array_equal(leaf, want[path], err_msg=path)
 
 
@@ -302,7 +302,8 @@ def test_bucket_concurrent_conversions(bucket: str, hf: Path, run: Run, monkeypa
 
 
 def test_bucket_needs_scratch_space(bucket: str, hf: Path, scratch: Path, run: Run, monkeypatch: Any) -> None:
-    monkeypatch.setattr(output, "free_bytes", lambda path: 1000 if path == scratch else 10**12)
+    free = {scratch: 1000}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free.get(path, 10**12)))
     refused(run("to-jax", hf, f"{bucket}/out"), f"{bucket}/out: needs 51.9 kB", str(scratch), storage.SCRATCH)
     assert listed(f"{bucket}/out") == {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -214,8 +216,8 @@ def sparse_ours(directory: Path) -> Path:
     directory.mkdir()
     config = model_config(BIG)
     leaves = model_leaves(config)
-    sink = OursSink(directory, {leaf.path: np.dtype(np.float32) for leaf in leaves}, leaves)
-    sink.finish(config, {"step": 0})
+    meta = {"model": dataclasses.asdict(config), "step": 0}
+    OursSink(dict.fromkeys(leaves, np.dtype(np.float32)), meta, directory).finish()
     edit_meta(directory, arrays={f"params/{leaf.path}": zeros(leaf.shape) for leaf in leaves})
     return directory
 
@@ -227,7 +229,7 @@ def zeros(shape: tuple[int, ...]) -> layout.Array:
     sums = StreamedChecksums()
     for start in range(0, shape[0], step):
         block = np.zeros((min(step, shape[0] - start), *shape[1:]), np.float32)
-        if complete := sums.add("zeros", block, (start,), shape):
+        if complete := sums.add("zeros", block, (slice(start, None),), shape):
             return complete
     raise AssertionError("an array without elements")
 
@@ -314,7 +316,7 @@ def test_full_disk_leaves_nothing(tmp_path: Path, command: str) -> None:
 
 
 def test_to_jax_checks_free_space_first(hf: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phivision_jax.convert.output.free_bytes", lambda path: 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     refused(run("to-jax", hf, tmp_path / "ours"), "needs")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

@@ -20,14 +20,14 @@ from phivision_jax import sharding
 from phivision_jax.checkpoint import loading
 from phivision_jax.config import LoraConfig
 from phivision_jax.convert import ours
-from phivision_jax.convert.mapping import hf_tensors
 from phivision_jax.io import storage
 from phivision_jax.models import lora, phivision
-from phivision_jax.models.vision_tail import VisionTail
+from phivision_jax.models.siglip2 import VisionTail
 from phivision_jax.training import optim
 from tests.support.batches import EXAMPLES, TINY, random_rows
 from tests.support.checkpoints import edit_meta, save_checkpoint
 from tests.support.commands import Run
+from tests.support.parameter_trees import hf_tensors
 from tests.support.released_layout import read_tensors
 from tests.support.train_steps import QUICK
 

@@ -10,15 +10,8 @@ from hypothesis import given
 
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert.hf_config import model_config
-from phivision_jax.convert.mapping import (
-    Leaf,
-    check,
-    flatten,
-    hf_shapes,
-    hf_tensors,
-    model_leaves,
-)
-from tests.support.parameter_trees import abstract_params, tree_from_hf
+from phivision_jax.convert.mapping import Leaf, check, hf_shapes, model_leaves
+from tests.support.parameter_trees import abstract_params, flatten, hf_tensors, tree_from_hf
 from tests.support.released_layout import (
     SMALL,
     any_config,

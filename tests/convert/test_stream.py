@@ -17,16 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from phivision_jax.checkpoint import layout
-from phivision_jax.checkpoint.load_hf import load_hf_params
+from phivision_jax.checkpoint import layout, loading
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert import jobs, ours
 from phivision_jax.convert.hf_config import model_config
-from phivision_jax.convert.mapping import flatten
 from phivision_jax.io import atomic
 from tests.support.checkpoints import edit_meta, save_checkpoint
 from tests.support.commands import Run, refused, succeeded
-from tests.support.parameter_trees import abstract_params, tree_from_hf
+from tests.support.damage import abstract
+from tests.support.parameter_trees import abstract_params, flatten, tree_from_hf
 from tests.support.released_layout import (
     SMALL,
     any_config,
@@ -112,8 +111,7 @@ def test_orbax_restores_conversion_onto_eight_devices(hf: Path, tmp_path: Path, 
     target = jax.tree.map(sharded, abstract_params(config))
     want = dict(flatten(tree_from_hf(tensors.__getitem__, config, vision_tail=True)))
     restored = ocp.StandardCheckpointer().restore(tmp_path / "ours" / "params", target)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, target)
-    loaded = load_hf_params(hf, config, shardings, vision_tail=True)
+    loaded = loading.read_params(hf, config, target)
     for tree in (restored, loaded):
         flat = dict(flatten(tree))
         assert flat.keys() == want.keys()
@@ -127,13 +125,14 @@ def test_orbax_restores_conversion_onto_eight_devices(hf: Path, tmp_path: Path, 
     assert dict(flatten(restored.params)).keys() == want.keys()
 
 
-def test_load_hf_params_casts_without_tail(hf: Path) -> None:
-    params = load_hf_params(hf, model_config(hf), dtype=BF16)
+def test_read_params_casts_without_tail(hf: Path) -> None:
+    target = abstract(abstract_params(model_config(hf), BF16, vision_tail=False))
+    params = loading.read_params(hf, model_config(hf), target)
     assert set(params) == {"vision", "projector", "decoder"}
     want = read_tensors(hf)["model.mm_projector.0.weight"].T.astype(BF16)
     np.testing.assert_array_equal(params["projector"]["fc1"]["kernel"], want)
     with pytest.raises(ValueError, match="mis-shaped"):
-        load_hf_params(hf, model_config({**SMALL, "intermediate_size": 28}))
+        loading.read_params(hf, model_config({**SMALL, "intermediate_size": 28}), target)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from safetensors.numpy import load_file
 
 import phivision_jax
 from phivision_jax.batch import Batch
-from phivision_jax.convert.mapping import hf_tensors
 from phivision_jax.images.layout import PatchedImage
 from phivision_jax.images.naflex import grid_of
 from phivision_jax.inference.generate import generate_ids
@@ -31,6 +30,7 @@ from phivision_jax.models.siglip2 import interpolation_weights
 from phivision_jax.rows import batch_from_ids
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.training.loss import batch_loss
+from tests.support.parameter_trees import hf_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WITH_IMAGES = ("single_image", "two_images", "mixed_batch")

@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from phivision_jax.checkpoint.layout import CHECKPOINTS
+from phivision_jax.checkpoint.layout import CHECKPOINTS, DAMAGED
 from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
-from phivision_jax.checkpoint.run_steps import DAMAGED
 
 OLD, NEW, NEXT = 10, 20, 30
 """Steps of a run: two that are saved, and the one that is saved after restoring."""

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
         shapes, jax.ShapeDtypeStruct((), jnp.float32, sharding=one)
     ).compile()  # fmt: skip
     watchdog.alive("restoring", LONG_S)
-    if checkpoints.latest is None:
+    if not checkpoints.steps():
         state, tail = jax.jit(init, out_shardings=(shardings, jax.tree.map(lambda x: x.sharding, tail)))()
     else:
         state, tail, _ = checkpoints.restore(shapes, tail)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import phivision_jax
-from phivision_jax.checkpoint.run_steps import SAVED
+from phivision_jax.checkpoint.layout import SAVED
 from phivision_jax.training.telemetry.metrics import read_metrics
 from tests.support.launched import under_launcher
 from tests.support.paths import ROOT
