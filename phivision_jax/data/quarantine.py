@@ -86,12 +86,9 @@ class TooManyBadRecords(ValueError):
         """The error for ``count`` bad records, with the number of each reason in ``file`` and an example."""
         rows = jsonl.read(file)
         examples = {row["reason"]: f"{row['id']!r}: {row['detail']}" for row in reversed(rows)}
-        lines = [
-            f"{count:,} of {total:,} records are bad, more than the {max_share:.2%} of max_bad; {file} lists them:"
-        ]
-        for reason, n in collections.Counter(row["reason"] for row in rows).most_common():
-            lines.append(f"  {n:>9,} {reason:<16} e.g. {examples[reason]}")
-        return cls("\n".join(lines))
+        counts = collections.Counter(row["reason"] for row in rows).most_common()
+        head = f"{count:,} of {total:,} records are bad, more than the {max_share:.2%} of max_bad; {file} lists them:"
+        return cls("\n".join([head, *(f"  {n:>9,} {reason:<16} e.g. {examples[reason]}" for reason, n in counts)]))
 
 
 class RunLog:

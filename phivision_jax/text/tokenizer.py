@@ -138,9 +138,8 @@ def _build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
     config = read_tokenizer_config(files.get(TOKENIZER_CONFIG), where)
     added = {int(index): entry for index, entry in config.get("added_tokens_decoder", {}).items()}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    backend.add_tokens(
-        [AddedToken(added[i]["content"], **{f: added[i][f] for f in flags if f in added[i]}) for i in sorted(added)]
-    )
+    entries = [added[i] for i in sorted(added)]
+    backend.add_tokens([AddedToken(e["content"], **{f: e[f] for f in flags if f in e}) for e in entries])
     for index, entry in added.items():
         if (found := backend.token_to_id(entry["content"])) != index:
             problem = f"{TOKENIZER_CONFIG} has {entry['content']} as token {index}, {TOKENIZER} as {found}"

@@ -18,7 +18,7 @@ question.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from phivision_jax.data.quarantine import BadRecord
@@ -27,6 +27,8 @@ from phivision_jax.text import chat
 FORMS = ("conversations", "messages", "texts", "question")
 """The fields by which a form is recognised; of several, the first counts."""
 _ROLES = {"human": "user", "gpt": "assistant"}
+_ROLE, _CONTENT, _IMAGE = ("from", "role"), ("value", "content"), ("image", "bytes", "path", "url")
+"""Keys of a turn, and of a part of type image; of several, the first that is not null counts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +90,7 @@ def _hint(item: Mapping[str, Any]) -> str:
 
 def _message(turn: Mapping[str, Any], i: int) -> dict[str, Any]:
     """A turn of LLaVA or OpenAI as ``text.chat`` takes it."""
-    role = next((turn[name] for name in ("from", "role") if turn.get(name) is not None), None)
-    content = next((turn[name] for name in ("value", "content") if turn.get(name) is not None), None)
+    role, content = _first(turn, _ROLE), _first(turn, _CONTENT)
     if not isinstance(role, str) or content is None:
         raise BadRecord("fields", f"message {i} lacks a role (role, from) or a content (content, value)")
     role = _ROLES.get(role, role)
@@ -99,10 +100,14 @@ def _message(turn: Mapping[str, Any], i: int) -> dict[str, Any]:
     return {"role": role, "content": content} | ({} if weight in (None, 1) else {"weight": weight})
 
 
+def _first(fields: Mapping[str, Any], names: Iterable[str]) -> Any:
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
 def _part(part: Mapping[str, Any]) -> Mapping[str, Any]:
     kind, image = part.get("type"), None
     if kind == "image":
-        image = next((part[name] for name in ("image", "bytes", "path", "url") if part.get(name) is not None), None)
+        image = _first(part, _IMAGE)
         if image is None and isinstance(part.get("index"), int):
             image = _Index(part["index"])
     elif kind == "image_url":

@@ -29,9 +29,7 @@ _DESCRIPTIONS = {
     "state.json", "work.json",
 }  # fmt: skip
 # As a word of its own: "test-0" and "shapes_test", but not "testimony".
-_SPLIT = re.compile(
-    r"(?<![a-z])(train(?:ing)?|validation|valid|val|dev|test(?:ing)?|eval(?:uation)?)(?![a-z])", re.IGNORECASE
-)
+_SPLIT = re.compile(r"(?i)(?<![a-z])(train(ing)?|validation|valid|val|dev|test(ing)?|eval(uation)?)(?![a-z])")
 
 
 class Files(NamedTuple):

@@ -247,9 +247,8 @@ def _metadata(item: Mapping[str, Any], used: Sequence[str | None]) -> dict[str, 
     if own is not None and not isinstance(own, Mapping):
         own = {"metadata": own}
     rest = {name: value for name, value in item.items() if name not in used}
-    return {
-        name: value for name, value in {**(own or {}), **rest}.items() if isinstance(name, str) and _storable(value)
-    }
+    kept = {**(own or {}), **rest}
+    return {name: value for name, value in kept.items() if isinstance(name, str) and _storable(value)}
 
 
 def _storable(value: Any, depth: int = 0) -> bool:

@@ -20,7 +20,6 @@ import numpy as np
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.files import FileSource
-from phivision_jax.data.sources.items import ItemReader
 from phivision_jax.data.sources.source import Read
 from phivision_jax.io.progress import bar
 
@@ -57,29 +56,14 @@ class _File:
         title = f"counting the items of {path.name} (MB)"
         with path.open("rb") as file, bar(title, size // 10**6, shown=size > _SHOW_BAR) as advance:
             self._is_array, offset = _begin(file, path)
-            for piece in self._pieces(file, offset, WINDOW):
+            for piece in self.pieces(file, offset, WINDOW):
                 if self.count % EVERY == 0:
                     advance(piece.offset // 10**6 - (marks[-1][0] if marks else 0) // 10**6)
                     marks.append((piece.offset, piece.line))
                 self.count += 1
-        self._marks = np.array([*marks, (size, 0)], np.int64)  # offset and line
+        self.marks = np.array([*marks, (size, 0)], np.int64)  # offset and line
 
-    def read(self, start: int, stop: int, reader: ItemReader) -> Iterator[Read | Quarantined]:
-        block = start // EVERY
-        (offset, line), number = self._marks[block].tolist(), block * EVERY
-        window = min(WINDOW, int(self._marks[-(-stop // EVERY), 0]) - offset)
-        with self.path.open("rb") as file:
-            for piece in self._pieces(file, offset, window, line):
-                if number >= start:
-                    place = f"{self.path.name}:{number + 1}"
-                    position = f"line {piece.line}" if piece.line else f"item {number + 1}, byte {piece.offset}"
-                    yield reader.read_json(piece.raw, place, f"{self.path.name}, {position}", piece.problem)
-                number += 1
-                if number == stop:
-                    return
-        raise ValueError(f"{self.path} has changed while it was read: item {number + 1} is missing")
-
-    def _pieces(self, file: BinaryIO, offset: int, window: int, line: int = 1) -> Iterator[Piece]:
+    def pieces(self, file: BinaryIO, offset: int, window: int, line: int = 1) -> Iterator[Piece]:
         """The items from ``offset`` on."""
         return elements(file, offset, window) if self._is_array else _lines(file, offset, line)
 
@@ -94,7 +78,19 @@ class JsonSource(FileSource[_File]):
         return [(opened, opened.count)]
 
     def _read_part(self, part: _File, start: int, stop: int) -> Iterator[Read | Quarantined]:
-        return part.read(start, stop, self._reader)
+        block = start // EVERY
+        (offset, line), number = part.marks[block].tolist(), block * EVERY
+        window = min(WINDOW, int(part.marks[-(-stop // EVERY), 0]) - offset)
+        with part.path.open("rb") as file:
+            for piece in part.pieces(file, offset, window, line):
+                if number >= start:
+                    place = f"{part.path.name}:{number + 1}"
+                    position = f"line {piece.line}" if piece.line else f"item {number + 1}, byte {piece.offset}"
+                    yield self._reader.read_json(piece.raw, place, f"{part.path.name}, {position}", piece.problem)
+                number += 1
+                if number == stop:
+                    return
+        raise ValueError(f"{part.path} has changed while it was read: item {number + 1} is missing")
 
 
 def _begin(file: BinaryIO, path: Path) -> tuple[bool, int]:

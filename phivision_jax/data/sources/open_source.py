@@ -15,14 +15,9 @@ from phivision_jax.data.sources.json_files import JsonSource
 from phivision_jax.data.sources.parquet import ParquetSource
 from phivision_jax.data.sources.source import Source
 
-_READERS: dict[str, type[FileSource[Any]]] = {
-    reader.format: reader for reader in (JsonSource, ParquetSource, ArrayRecordSource)
-}
+_READERS: dict[str, type[FileSource[Any]]] = {r.format: r for r in (JsonSource, ParquetSource, ArrayRecordSource)}
 
-_LOOKED_FOR = (
-    "looked for .json, .jsonl or .ndjson, .parquet, .array_record files, and for dataset_info.json (TFDS); "
-    "choose a format with --format"
-)
+_LOOKED_FOR = "looked for .json, .jsonl, .ndjson, .parquet, .array_record, dataset_info.json (TFDS); --format chooses"
 _COMPRESSED = re.compile(r"\.(json|jsonl|ndjson|parquet)\.(gz|zst|bz2|xz|zip|lz4)$", re.IGNORECASE)
 
 

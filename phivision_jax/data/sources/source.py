@@ -56,13 +56,12 @@ class RecordsSource:
         return {"format": "memory", "name": self.name, "records": digest.hexdigest()}
 
     def read(self, start: int, stop: int) -> Iterator[Read | Quarantined]:
+        root, options = Path("/"), ItemOptions()
         for i, record in enumerate(self._records[start:stop], start):
             where = f"record {i + 1} of {self.name}"
             try:
-                images = tuple(
-                    fetch(os.path.abspath(image), Path("/"), ItemOptions()) if isinstance(image, str) else image
-                    for image in record.images
-                )
+                given = (os.path.abspath(image) if isinstance(image, str) else image for image in record.images)
+                images = tuple(fetch(image, root, options) for image in given)
             except BadRecord as bad:
                 yield Quarantined(record.id, record.source, bad.reason, str(bad), where)
                 continue

@@ -244,9 +244,7 @@ def write_index_and_manifest(directory: Path, summaries: Callable[[], Iterator[S
             counts[name].update(counter)
         counts["quarantined"].update(json.loads(line)["reason"] for line in summary["quarantine"])
         system_messages += summary["system_messages"]
-    index: dict[str, np.ndarray] = {
-        name: np.frombuffer(b"".join(column), DTYPES[name]) for name, column in columns.items()
-    }
+    index: dict[str, np.ndarray] = {k: np.frombuffer(b"".join(v), DTYPES[k]) for k, v in columns.items()}
     index["image_sizes"] = index["image_sizes"].reshape(-1, 2)
     index["image_offsets"] = np.concatenate([[0], np.cumsum(index.pop("num_images"), dtype=np.int64)])
     if not len(index["modes"]):
