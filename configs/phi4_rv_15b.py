@@ -36,6 +36,7 @@ def get_config(stage: str = "stage2") -> ConfigDict:
     c.optim.update(b2=0.95, weight_decay=1e-4, clip_norm=1.0)
     c.update(log_every=10, checkpoint_every=500)
     c.model.max_patches = 1024 if stage == "stage1" else 3600
+    rates = (("projector", 1.0), ("vision", 1.0), ("decoder", 0.5))
 
     if stage == "stage1":
         # A step has 1,024 samples of about 700 tokens. A random projector between frozen towers tolerates a large rate:
@@ -47,12 +48,10 @@ def get_config(stage: str = "stage2") -> ConfigDict:
         # trainer that it comes from applies to projector and tower. The decoder has half of it, Phi-4-reasoning's own
         # rate. Warm-up takes 450 steps, as in Phi-4-reasoning's training.
         c.data.update(batch_rows=768, length=8192, vision_rows=1, num_patches=7168)
-        rates = (("projector", 1.0), ("vision", 1.0), ("decoder", 0.5))
         c.optim.update(learning_rate=2e-5, lr_rules=rates, warmup_tokens=2_830_000_000)
     if stage == "stage3":
         # A step has 1,920 samples of about 3,750 tokens, in rows that four chips may share. The rates are half of stage
         # 2's, because stage 2 ends at a rate of zero and has 16 times the tokens. Warm-up is 3 % again.
         c.data.update(batch_rows=448, length=16_384, vision_rows=4, num_patches=3840)
-        rates = (("projector", 1.0), ("vision", 1.0), ("decoder", 0.5))
         c.optim.update(learning_rate=1e-5, lr_rules=rates, warmup_tokens=367_000_000)
     return c

@@ -24,8 +24,6 @@ from phivision_jax.config import Text
 if TYPE_CHECKING:
     from phivision_jax.training.run_config import RunConfig
 
-FLAG = "--config."
-
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration.
@@ -70,7 +68,7 @@ def prepare(words: Sequence[str]) -> list[str]:
     parser.add_argument("--set", nargs="*", action="extend", default=[])
     parser.add_argument("-h", "--help", action="store_true")
     known, rest = parser.parse_known_args(words)
-    for flag in [word for word in rest if word.startswith(FLAG)]:
+    for flag in [word for word in rest if word.startswith("--config.")]:
         if "=" not in flag:
             raise ValueError(f"{flag}: give the value after an equals sign, as in {flag}=VALUE")
         known.set.append(flag.removeprefix("--"))

@@ -103,8 +103,6 @@ def batches(
         record_ids = tuple(tuple(record_id for _, record_id in row) for row in rows)
         return batch, BatchInfo(step, record_ids, tuple(failed))
 
-    if start_step >= end:
-        return iter(())
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=PREFETCH if num_threads else 0)
     return iter(grain.MapDataset.range(start_step, end).map(load).to_iter_dataset(options))
 

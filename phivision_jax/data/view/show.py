@@ -178,10 +178,6 @@ class RowLayout:
     """[T] bool: the loss sees the position's target."""
     num_patches: int
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(stop - start for start, stop in self.segments)
-
 
 def layout(batch: Batch, b: int) -> RowLayout:
     """Read row ``b`` of a batch (NumPy)."""
@@ -229,9 +225,9 @@ def row_section(plan: Plan, datasets: Sequence[Dataset], processor: Processor, r
     examples = plan.rows(row, 1)[0].tolist()
     batch, info = next(batches(datasets, plan, processor, batch_rows=1, start_step=row, num_threads=0))
     found, shape = layout(batch, 0), plan.row_shape
-    total = shape.total_patches
+    num_tokens, total = sum(np.ptp(span) for span in found.segments), shape.total_patches
     note = f"{len(found.segments)} example{'' if len(found.segments) == 1 else 's'}"
-    for count, size, unit in ((found.num_tokens, shape.length, "tokens"), (found.num_patches, total, "patches")):
+    for count, size, unit in ((num_tokens, shape.length, "tokens"), (found.num_patches, total, "patches")):
         note += f" · {count:,} of {size:,} {unit} ({1 - count / max(size, 1):.1%} padding)"
     strips = plot(lambda canvas: draw(canvas, found, shape), CAPTION, 1.1 + 0.55 * shape.vision_rows)
     return Section(f"row {row:,}", note, [strips], _table(examples, datasets, found, info))

@@ -54,7 +54,7 @@ def test_layout_by_hand() -> None:
     )
     # A position has a weight where its target, the next token, is a label.
     assert np.flatnonzero(found.loss).tolist() == [11, 13, 17]
-    assert (found.num_tokens, found.num_patches) == (19, 13)
+    assert found.num_patches == 13
 
 
 def test_layout_separates_adjacent_images_of_two_examples() -> None:
@@ -86,7 +86,7 @@ def test_layout_of_merged_tokens() -> None:
 
 def test_layout_without_examples_or_images() -> None:
     empty = layout(row_of([], 4), 0)
-    assert (empty.segments, empty.images, empty.num_tokens) == ((), (), 0)
+    assert (empty.segments, empty.images) == ((), ())
     assert layout(row_of([expand([1, 2], [])], 4), 0).segments == ((0, 2),)
 
 
