@@ -86,8 +86,7 @@ class StreamedChecksums:
             rows, columns, left = self._unfinished.pop(path)
             rows[index] += block_rows
             columns[first : first + len(block_columns)] += block_columns
-            left -= block.size
-            if left:
+            if left := left - block.size:
                 self._unfinished[path] = rows, columns, left
                 return None
         return Array(block.dtype.name, tuple(shape), _finish(rows, columns))

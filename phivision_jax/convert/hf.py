@@ -127,9 +127,8 @@ class HFDirectory:
                 indexed = [tensor for tensor, file in weight_map.items() if file == name]
                 check(dict.fromkeys(entries, ()), dict.fromkeys(indexed, ()), f"{path} against {INDEX}")
             self.entries |= entries
-        skipped = {".git", ".cache"}
         others = (name for name in self.files if name not in self.headers)
-        self.others = [name for name in others if not skipped & set(PurePosixPath(name).parts)]
+        self.others = [name for name in others if not {".git", ".cache"} & set(PurePosixPath(name).parts)]
 
 
 class HFSource:

@@ -226,8 +226,7 @@ class OursSink:
 
     def __init__(self, dtypes: Mapping[Leaf, np.dtype], meta: Mapping[str, Any], directory: Path) -> None:
         self._params, self._meta = directory / PARAMS, meta
-        self._sums = StreamedChecksums()
-        self._written: dict[str, Array] = {}
+        self._sums, self._written = StreamedChecksums(), dict[str, Array]()
         self._params.mkdir()
         self._arrays: dict[Leaf, ts.TensorStore] = {}
         ocdbt, context = {"driver": "ocdbt", "base": _kvstore(self._params)}, _context()
