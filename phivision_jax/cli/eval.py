@@ -53,8 +53,8 @@ def eval(  # the name of the subcommand
         Dataset.open(data), processor, rows=rows, max_new_tokens=limit, num_examples=examples or None, mode=mode
     )
     with progress.bar("evaluate", len(evaluator.records)) as advance:
-        result = evaluator(model, advance)
-    html.print_sections([scoring.accuracy_section(f"{checkpoint} on {data}, mode {mode}", result)])
+        answers = evaluator(model, advance)
+    html.print_sections([scoring.accuracy_section(f"{checkpoint} on {data}, mode {mode}", answers)])
     if directory:
-        scoring.write_report(directory, result, checkpoint=checkpoint, data=data, mode=mode)
+        scoring.write_report(directory, answers, checkpoint=checkpoint, data=data, mode=mode)
         print(f"written: {out}/report.json, answers.jsonl")

@@ -114,10 +114,8 @@ def refuse_another_start(run: Location, process: int, renewed_s: float) -> None:
         if now is None:
             return
         if now["time"] != beat["time"]:
-            raise ValueError(
-                f"{run} is being trained already: process {now['process']} (pid {now['pid']} on {now['host']}) is at "
-                f"step {now['step']}; end it first, or use another --run"
-            )
+            other = f"process {now['process']} (pid {now['pid']} on {now['host']}) is at step {now['step']}"
+            raise ValueError(f"{run} is being trained already: {other}; end it first, or use another --run")
 
 
 def _running(run: Location, process: int) -> Heartbeat | None:
@@ -211,13 +209,10 @@ class Watchdog:
 
     def _report_hang(self, phase: str, silent: float, limit: float) -> NoReturn:
         raise_it = " (step_timeout_s raises this limit)" if limit == self._default_s else ""
-        print(
-            f"process {self._process} ({self._host}, pid {os.getpid()}) hangs: {phase!r} at step {self._step} has run "
-            f"for {silent:.0f} s, longer than the limit of {limit:.0f} s{raise_it}. The process ends; a restart "
-            "continues from the newest checkpoint. Stacks of all threads:",
-            file=sys.stderr,
-            flush=True,
-        )
+        where = f"process {self._process} ({self._host}, pid {os.getpid()}) hangs: {phase!r} at step {self._step}"
+        print(f"{where} has run for {silent:.0f} s, longer than the limit of {limit:.0f} s{raise_it}.", file=sys.stderr)
+        remedy = "The process ends; a restart continues from the newest checkpoint."
+        print(f"{remedy} Stacks of all threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
         self._beat(f"hung in {phase}")
         os._exit(HUNG)

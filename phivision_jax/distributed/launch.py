@@ -17,7 +17,6 @@ import socket
 import subprocess
 import sys
 import time
-from types import FrameType
 from typing import Annotated
 
 import tyro
@@ -32,67 +31,66 @@ MEANINGS = {PREEMPTED: "asked to stop, and has saved", HUNG: "it hung", LOST: "a
 _POLL_S, _LOOK_S = 0.1, 2.0
 
 
-class Launcher:
-    """Starts, watches and restarts the process of a run.
+def launch(command: list[str], run: str, restarts: int, grace_s: float) -> int:
+    """Start, watch and restart the process of a run, to its end.
 
     Args:
       command: its command line.
       run: directory of the run, for its heartbeats, or ``gs://…``; empty: heartbeats are not watched.
       grace_s: seconds for the process to save after SIGTERM.
+
+    Returns:
+      The exit code.
     """
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: signals.append(number))
+    while (code := _run_once(command, run, grace_s, signals)) and not signals:
+        if code > 0 and code not in MEANINGS:
+            log("giving up: the process ended with an error, which a restart would only repeat")
+            break
+        if not restarts:
+            log("giving up: no restarts are left; --restarts allows more")
+            break
+        restarts -= 1
+        log(f"starting again; {restarts} restarts are left after this one")
+    return exit_code(code)
 
-    def __init__(self, command: list[str], run: str, grace_s: float) -> None:
-        self.command, self.run, self.grace_s = command, run, grace_s
-        self._signals = 0
 
-    def launch(self, restarts: int) -> int:
-        """Run the command to its end; returns the exit code."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-        while (code := self._run_once()) and not self._signals:
-            if code > 0 and code not in MEANINGS:
-                log("giving up: the process ended with an error, which a restart would only repeat")
-                break
-            if not restarts:
-                log("giving up: no restarts are left; --restarts allows more")
-                break
-            restarts -= 1
-            log(f"starting again; {restarts} restarts are left after this one")
-        return exit_code(code)
+def _run_once(command: list[str], run: str, grace_s: float, signals: list[int]) -> int:
+    """Start the process and wait for its end; returns its exit code, or minus the signal that it died of.
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signals += 1
-
-    def _run_once(self) -> int:
-        """Start the process and wait for its end; returns its exit code, or minus the signal that it died of."""
-        environment = os.environ | {LAUNCHER: str(os.getpid())}
-        # In a session of its own: Ctrl-C reaches the launcher only.
-        process = subprocess.Popen(self.command, env=environment, start_new_session=True)
-        log(f"started process (pid {process.pid})")
-        passed_on, deadline, look = 0, float("inf"), 0.0
-        try:
-            while process.poll() is None:
-                if self._signals > passed_on:  # the second time, at once
-                    passed_on = self._signals
-                    wait = self.grace_s if passed_on == 1 else 0.0
-                    log(f"asked to stop: the run has {wait:.0f} s to save")
-                    process.send_signal(signal.SIGTERM)
-                    deadline = min(deadline, time.monotonic() + wait)
-                if time.monotonic() > deadline:
-                    log(f"killing it after {self.grace_s:.0f} s without a save; --grace-s raises this limit")
+    Args:
+      signals: those received so far; grows meanwhile.
+    """
+    environment = os.environ | {LAUNCHER: str(os.getpid())}
+    # In a session of its own: Ctrl-C reaches the launcher only.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    log(f"started process (pid {process.pid})")
+    passed_on, deadline, look = 0, float("inf"), 0.0
+    try:
+        while process.poll() is None:
+            if len(signals) > passed_on:  # the second time, at once
+                passed_on = len(signals)
+                wait = grace_s if passed_on == 1 else 0.0
+                log(f"asked to stop: the run has {wait:.0f} s to save")
+                process.send_signal(signal.SIGTERM)
+                deadline = min(deadline, time.monotonic() + wait)
+            if time.monotonic() > deadline:
+                log(f"killing it after {grace_s:.0f} s without a save; --grace-s raises this limit")
+                process.kill()
+            if time.monotonic() > look:
+                look, beat = time.monotonic() + _LOOK_S, last_beat(run, process.pid)
+                if beat and beat["phase"] != "ended" and time.time() - beat["time"] > SILENT_S:
+                    log(f"killing process (pid {process.pid}): {describe_beat(beat)}")
                     process.kill()
-                if time.monotonic() > look:
-                    look, beat = time.monotonic() + _LOOK_S, last_beat(self.run, process.pid)
-                    if beat and beat["phase"] != "ended" and time.time() - beat["time"] > SILENT_S:
-                        log(f"killing process (pid {process.pid}): {describe_beat(beat)}")
-                        process.kill()
-                time.sleep(_POLL_S)
-        finally:
-            process.kill()
-            code = process.wait()
-        if code:
-            log(f"process (pid {process.pid}) {describe_end(code)}; {describe_beat(last_beat(self.run, process.pid))}")
-        return code
+            time.sleep(_POLL_S)
+    finally:
+        process.kill()
+        code = process.wait()
+    if code:
+        log(f"process (pid {process.pid}) {describe_end(code)}; {describe_beat(last_beat(run, process.pid))}")
+    return code
 
 
 def last_beat(run: str, pid: int) -> Heartbeat | None:
@@ -145,7 +143,7 @@ def main(
     """
     if not command:
         sys.exit("launch: give a command after --")
-    sys.exit(Launcher(list(command), run_of(list(command)), grace_s).launch(restarts))
+    sys.exit(launch(list(command), run_of(list(command)), restarts, grace_s))
 
 
 if __name__ == "__main__":

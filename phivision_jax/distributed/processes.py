@@ -214,10 +214,7 @@ class Preemption:
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, lambda *_: os._exit(128 + signal.SIGINT))
         print("stopping after this step, to save; Ctrl-C again quits at once", file=sys.stderr, flush=True)
-        if self._shared:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self._stop = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """True if training is to save ``step`` and stop. Call it on every process after every step, in order."""

@@ -35,10 +35,9 @@ def answer_image(
       reference: the expected answer; None leaves it out.
       correct: sets the colour of the answer; None for an answer that was not scored.
     """
-    answer_colour = INK if correct is None else CORRECT if correct else INCORRECT
-    blocks = [_fit(image) for image in images]
-    blocks.append(_text(question.replace("<image>", "").strip(), SOFT))
-    blocks.append(_text(answer.strip() or "(no answer)", answer_colour))
+    colour = INK if correct is None else CORRECT if correct else INCORRECT
+    texts = [_text(question.replace("<image>", ""), SOFT), _text(answer.strip() or "(no answer)", colour)]
+    blocks = [*map(_fit, images), *texts]
     if reference is not None:
         blocks.append(_text(f"expected: {reference.strip()}", SOFT))
     canvas = Image.new("RGB", (WIDTH, MARGIN + sum(block.height + MARGIN for block in blocks)), "white")
@@ -72,7 +71,7 @@ def _fit(image: Image.Image) -> Image.Image:
 def _text(text: str, colour: str) -> Image.Image:
     if len(text) > MAX_CHARACTERS:
         text = f"{text[: MAX_CHARACTERS // 2]} … {text[-MAX_CHARACTERS // 2 :]}"
-    lines = [piece for line in text.splitlines() for piece in textwrap.wrap(line, LINE_LENGTH) or [""]]
+    lines = [piece for line in text.strip().splitlines() for piece in textwrap.wrap(line, LINE_LENGTH) or [""]]
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSansMono.ttf")), 15)
     block = Image.new("RGB", (WIDTH - 2 * MARGIN, LINE_HEIGHT * len(lines)), "white")
     for i, line in enumerate(lines):

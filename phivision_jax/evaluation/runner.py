@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from phivision_jax.batch import Batch
 from phivision_jax.data.records import Record, mode_of
 from phivision_jax.data.store.dataset import Dataset, check_processor
-from phivision_jax.evaluation.scoring import Answer, EvalResult, exact_match
+from phivision_jax.evaluation.scoring import Answer, exact_match
 from phivision_jax.inference.generate import answer_text, generate_ids
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
@@ -64,8 +64,8 @@ class Evaluator:
         length, num_patches = (-(-int(n[self.records].max()) // MULTIPLE) * MULTIPLE for n in (tokens, patches))
         self.shape = row_shape(processor.config, length, num_patches=num_patches)
 
-    def __call__(self, model: PhiVision, advance: Callable[[int], None] = lambda _: None) -> EvalResult:
-        """Answer all questions; ``advance`` receives the number of questions of each batch as it finishes."""
+    def __call__(self, model: PhiVision, advance: Callable[[int], None] = lambda _: None) -> list[Answer]:
+        """Answer all questions, in order; ``advance`` receives the number of questions of each batch as it finishes."""
         answers: list[Answer] = []
         sharding = row_sharding(self.mesh) if self.mesh else None
         eos = self.processor.tokenizer.eos_id
@@ -75,7 +75,7 @@ class Evaluator:
             ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos, sharding=sharding)
             answers += [self._score(*scored) for scored in zip(records, examples, ids, strict=False)]
             advance(len(records))
-        return EvalResult(tuple(answers))
+        return answers
 
     def _load(self, start: int) -> tuple[list[Record], list[Example], Batch]:
         """Records, their prompts (``_BLANK`` for one that cannot be encoded), and the batch that holds these."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import string
 from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,24 +27,17 @@ class Answer:
     correct: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalResult:
-    """Scored answers."""
+def accuracy(answers: Sequence[Answer]) -> float:
+    """Share of correct answers."""
+    return float(np.mean([answer.correct for answer in answers]))
 
-    answers: tuple[Answer, ...]
-    """In the order of the dataset."""
 
-    @property
-    def accuracy(self) -> float:
-        return float(np.mean([answer.correct for answer in self.answers]))
-
-    @property
-    def by_task(self) -> dict[str, tuple[float, int]]:
-        """Accuracy and number of questions of each "mode/task", in alphabetical order."""
-        groups: dict[str, list[bool]] = defaultdict(list)
-        for answer in self.answers:
-            groups[f"{answer.mode}/{answer.task}"].append(answer.correct)
-        return {name: (float(np.mean(correct)), len(correct)) for name, correct in sorted(groups.items())}
+def accuracy_by_task(answers: Sequence[Answer]) -> dict[str, tuple[float, int]]:
+    """Accuracy and number of questions of each "mode/task", in alphabetical order."""
+    groups: dict[str, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        groups[f"{answer.mode}/{answer.task}"].append(answer)
+    return {name: (accuracy(group), len(group)) for name, group in sorted(groups.items())}
 
 
 def exact_match(prediction: str, reference: str) -> bool:
@@ -55,17 +49,17 @@ def exact_match(prediction: str, reference: str) -> bool:
     return plain(prediction) == plain(reference)
 
 
-def accuracy_section(title: str, result: EvalResult) -> Section:
+def accuracy_section(title: str, answers: Sequence[Answer]) -> Section:
     """The accuracies as a table."""
-    groups = {**result.by_task, "all": (result.accuracy, len(result.answers))}
-    rows = [(name, f"{accuracy:.1%}", f"{count:,}") for name, (accuracy, count) in groups.items()]
+    groups = {**accuracy_by_task(answers), "all": (accuracy(answers), len(answers))}
+    rows = [(name, f"{share:.1%}", f"{count:,}") for name, (share, count) in groups.items()]
     return Section(title, table=Table(("mode/task", "accuracy", "questions"), rows))
 
 
-def write_report(directory: Location, result: EvalResult, **settings: str) -> None:
+def write_report(directory: Location, answers: Sequence[Answer], **settings: str) -> None:
     """Write ``report.json`` (the numbers and settings of an evaluation) and ``answers.jsonl`` (one answer per line)."""
     directory.mkdir(parents=True, exist_ok=True)
-    answers = [json.dumps(dataclasses.asdict(answer)) + "\n" for answer in result.answers]
-    numbers = {**settings, "accuracy": result.accuracy, "count": len(answers), "by_task": result.by_task}
-    (directory / "answers.jsonl").write_text("".join(answers))
-    (directory / "report.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    numbers = {"accuracy": accuracy(answers), "count": len(answers), "by_task": accuracy_by_task(answers)}
+    lines = [json.dumps(dataclasses.asdict(answer)) + "\n" for answer in answers]
+    (directory / "answers.jsonl").write_text("".join(lines))
+    (directory / "report.json").write_text(json.dumps(settings | numbers, indent=1) + "\n")

@@ -82,10 +82,8 @@ def generate(
     batch = processor.batch(conversations, images_of, mode=mode, multiple=LENGTH_MULTIPLE)
     longest, limit = int((batch.segment_ids > 0).sum(1).max()), processor.config.decoder.max_positions
     if longest + max_new_tokens > limit:
-        raise ValueError(
-            f"the longest prompt has {longest} tokens, images included: with max_new_tokens={max_new_tokens} that "
-            f"exceeds the model's {limit} positions"
-        )
+        total = f"the longest prompt has {longest} tokens, images included: with {max_new_tokens=} that"
+        raise ValueError(f"{total} exceeds the model's {limit} positions")
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     eos_id = processor.tokenizer.eos_id
     ids = generate_ids(model, batch, max_new_tokens=max_new_tokens, eos_id=eos_id, **sampling)
@@ -156,14 +154,8 @@ def generate_tokens(
     cfg, size = model.config.decoder, T + max_new_tokens
     empty = jnp.zeros((cfg.num_layers, B, size, cfg.num_kv_heads, cfg.head_dim), decoder.dtype)
     segments = jnp.pad(batch.segment_ids, ((0, 0), (0, max_new_tokens)))  # [B, S] of the cache; 0 for empty entries
-    hidden, cache = decoder(
-        model.embeds(batch),
-        batch.positions,
-        batch.span_end,
-        batch.segment_ids,
-        cache=(empty, empty),
-        cache_segments=segments,
-    )
+    prompts = model.embeds(batch), batch.positions, batch.span_end, batch.segment_ids
+    hidden, cache = decoder(*prompts, cache=(empty, empty), cache_segments=segments)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
     token = choose(last, 0)
     out = jnp.full((B, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
@@ -175,16 +167,10 @@ def generate_tokens(
         """Feed token i−1, whose cache entry is T+i−1, and choose token i."""
         i, token, done, out, segments, cache = carry
         entry = T + i - 1
-        segments = jax.lax.dynamic_update_slice_in_dim(segments, jnp.ones((B, 1), jnp.int32), entry, axis=1)
-        hidden, cache = decoder(
-            decoder.embed_tokens(token[:, None]),
-            (lengths + i - 1)[:, None],
-            jnp.full((B, 1), entry),
-            jnp.ones((B, 1), jnp.int32),
-            cache=cache,
-            cache_segments=segments,
-            offset=entry,
-        )
+        used = jnp.ones((B, 1), jnp.int32)
+        segments = jax.lax.dynamic_update_slice_in_dim(segments, used, entry, axis=1)
+        last = decoder.embed_tokens(token[:, None]), (lengths + i - 1)[:, None], jnp.full((B, 1), entry), used
+        hidden, cache = decoder(*last, cache=cache, cache_segments=segments, offset=entry)
         token = jnp.where(done, eos_id, choose(hidden, i))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1)
         return i + 1, token, done | (token == eos_id), out, segments, cache

@@ -71,15 +71,10 @@ def guarded(tx: optax.GradientTransformation, cfg: GuardConfig) -> optax.Gradien
         accepted = state.accepted + accept
         rate = 1 / jnp.clip(accepted, 1, WINDOW)
         change = jnp.where(accept, loss - state.mean, 0.0)
-        variance = (1 - rate) * (state.variance + rate * change**2)
-        return updates, GuardState(
-            inner,
-            state.mean + rate * change,
-            jnp.where(accept, variance, state.variance),
-            accepted,
-            jnp.where(accept, 0, state.skipped_in_a_row + 1),
-            state.skipped + ~accept,
-        )
+        mean = state.mean + rate * change
+        variance = jnp.where(accept, (1 - rate) * (state.variance + rate * change**2), state.variance)
+        in_a_row = jnp.where(accept, 0, state.skipped_in_a_row + 1)
+        return updates, GuardState(inner, mean, variance, accepted, in_a_row, state.skipped + ~accept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -14,6 +14,7 @@ import jax
 import optax
 from flax import nnx
 
+from phivision_jax import sharding
 from phivision_jax.models.lora import is_adapter
 from phivision_jax.training.run_config import OptimConfig, RunConfig
 
@@ -72,10 +73,8 @@ def num_steps(cfg: RunConfig, available: int) -> int:
     """
     steps = cfg.optim.steps or available
     if steps > available:
-        raise ValueError(
-            f"optim.steps is {steps:,} (of {cfg.data.batch_rows} rows of {cfg.data.length}), but data.epochs="
-            f"{cfg.data.epochs} gives {available:,}; raise data.epochs (or the mixture's)"
-        )
+        plan = f"data.epochs={cfg.data.epochs} gives {available:,}"
+        raise ValueError(f"optim.steps is {steps:,}, but {plan}; raise data.epochs (or the mixture's)")
     return steps
 
 
@@ -123,10 +122,7 @@ def scale_by_adam(cfg: OptimConfig) -> optax.GradientTransformation:
     if cfg.moment_dtype == "float32":
         return adam
     if cfg.b2 > 0.99:
-        raise ValueError(
-            f"optim.moment_dtype='bfloat16' needs optim.b2 <= 0.99, not {cfg.b2}: smaller changes of the second moment "
-            "are lost in rounding"
-        )
+        raise ValueError(f"optim.moment_dtype='bfloat16' needs optim.b2 <= 0.99, not {cfg.b2}: rounding loses changes")
 
     def cast(state: Any, dtype: str) -> Any:
         moments = {name: jax.tree.map(lambda x: x.astype(dtype), getattr(state, name)) for name in ("mu", "nu")}
@@ -139,15 +135,19 @@ def scale_by_adam(cfg: OptimConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: cast(adam.init(params), cfg.moment_dtype), update)
 
 
-def optimizer_shardings(tx: optax.GradientTransformation, params: dict, shardings: dict, other: Any) -> Any:
-    """Shardings of ``tx``'s state: moments as their parameters, everything else ``other``.
+def abstract_opt_state(tx: optax.GradientTransformation, params: dict, other: jax.sharding.Sharding) -> Any:
+    """Shapes of ``tx``'s state, with moments sharded as their parameters, and everything else as ``other``.
 
     Left to the compiler, moments would be replicated.
+
+    Args:
+      params: ShapeDtypeStructs with shardings.
     """
     state = jax.eval_shape(tx.init, params)
-    return optax.tree_map_params(
-        tx, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: other
+    shardings = optax.tree_map_params(
+        tx, lambda _, param: param.sharding, state, params, transform_non_params=lambda _: other
     )
+    return sharding.abstract(state, shardings)
 
 
 def module_norms(flat: Mapping[tuple, jax.Array], name: str) -> dict[str, jax.Array]:

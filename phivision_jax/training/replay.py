@@ -18,8 +18,7 @@ from phivision_jax.batch import Batch
 from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.io.progress import bar
 from phivision_jax.models import phivision
-from phivision_jax.training import setup
-from phivision_jax.training.loss import cross_entropy
+from phivision_jax.training import loss, setup
 from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.run_directory import RunDirectory
 
@@ -38,7 +37,7 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
     Raises:
       ValueError: when the run has no such step, or was started with other settings.
     """
-    with RunDirectory(run, jax.process_index(), jax.process_count(), log, read_only=True) as directory:
+    with RunDirectory(run, jax.process_index(), jax.process_count(), log, readonly=True) as directory:
         if not (directory.local / "plan").is_dir():
             raise ValueError(f"{directory.url} holds no plan: --replay needs the directory of a run that was started")
         checkpoints = RunCheckpoints(directory.url, cfg.keep_checkpoints, log=log)
@@ -59,7 +58,9 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
                         losses, weights = jax.device_get(row_losses(step.graphdef, state["params"], placed))
                 state, metrics = compiled(state, placed)
                 advance(1)
-    host = {name: float(value) for name, value in jax.device_get(metrics).items() if np.ndim(value) == 0}
+    host = {
+        name: float(value) for name, value in jax.device_get(metrics).items() if name != "work" and np.ndim(value) == 0
+    }
     update = "update skipped" if host["skipped_in_a_row"] else "update accepted"
     log(f"step {number} ({update}): loss {host['loss']:.6g}, gradient norm {host['grad_norm']:.6g}")
     log("  " + ", ".join(f"{name} {host[name]:.4g}" for name in host if name.startswith("grad_norm/")))
@@ -68,8 +69,8 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
         if (values := getattr(batch, name)) is not None and (count := int((~np.isfinite(values)).sum())):
             print(f"  {process}{name} of the batch has {count:,} values that are not finite", flush=True)
     for b, ids in zip(prepared.feed.own_rows, info.record_ids, strict=True):
-        loss = losses[b] / max(weights[b], 1e-9)
-        print(f"  {process}row {b}: loss {loss:.4g} over {weights[b]:g} target tokens; {', '.join(ids)}", flush=True)
+        mean = losses[b] / max(weights[b], 1e-9)
+        print(f"  {process}row {b}: loss {mean:.4g} over {weights[b]:g} target tokens; {', '.join(ids)}", flush=True)
     return host
 
 
@@ -77,5 +78,5 @@ def _row_losses(graphdef: nnx.GraphDef, params: phivision.Params, batch: Batch) 
     """Weighted loss and weight of each row, [B] each."""
     model = phivision.merge(graphdef, params)
     counted = jnp.ones(batch.targets.shape, bool)  # positions without a target too, so that NaNs there show
-    losses, _ = cross_entropy(model.hidden(batch), model.decoder.lm_head.kernel[...], batch.targets, counted)
+    losses, _ = loss.cross_entropy(model.hidden(batch), model.decoder.lm_head.kernel[...], batch.targets, counted)
     return (losses * batch.loss_weights).sum(1), batch.loss_weights.sum(1)

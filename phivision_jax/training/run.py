@@ -24,6 +24,7 @@ from phivision_jax.distributed.heartbeat import LONG_S, PREEMPTED, Watchdog
 from phivision_jax.distributed.processes import Preemption, on_process_zero
 from phivision_jax.evaluation.answer_images import answer_images
 from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.evaluation.scoring import accuracy
 from phivision_jax.io import jsonl, progress
 from phivision_jax.models import phivision
 from phivision_jax.training import guard, optim, setup
@@ -33,9 +34,6 @@ from phivision_jax.training.step import State
 from phivision_jax.training.telemetry import goodput, profiling, throughput
 from phivision_jax.training.telemetry.metrics import MetricsWriter, group_metrics
 from phivision_jax.training.validation import Validator
-
-STEP_LOGS = ("records_*.jsonl", "skipped*.jsonl")
-"""Logs by step, one per process: the records of each row, and skipped updates."""
 
 
 def train(cfg: RunConfig, where: str) -> int:
@@ -155,13 +153,10 @@ class Run:
         if process == 0 or self.directory.mirrored:
             truncate_logs(folder, first)
         on_process_zero("logs are truncated", lambda: None)
-        self._meta: dict[str, Any] = {
-            "model": dataclasses.asdict(cfg.model),
-            "plan": prepared.plan.hash,
-            "run": dataclasses.asdict(cfg),
-            "code": layout.code_version(),
-        }
-        self._metrics = MetricsWriter(folder, first, wandb=cfg.wandb, config=self._meta["run"])
+        values = dataclasses.asdict(cfg)
+        plan, code = prepared.plan.hash, layout.code_version()
+        self._meta: dict[str, Any] = {"model": values["model"], "plan": plan, "run": values, "code": code}
+        self._metrics = MetricsWriter(folder, first, wandb=cfg.wandb, config=values)
         self._began = time.monotonic() - self._metrics.elapsed
         self._records = folder / f"records_{process}.jsonl"
         self._failed = quarantine.RunLog(folder / quarantine.file_of_process(process), cfg.data.max_bad)
@@ -203,7 +198,7 @@ class Run:
         with self.phase("host"):
             placed = self.prepared.feed.place(batch)
         state, metrics = self.goodput.run(compiled, state, placed)
-        self._throughput.add(metrics)
+        self._throughput.add(metrics.pop("work"))
         self._skipped.add(step, metrics, info.record_ids)
         return state, metrics
 
@@ -236,10 +231,10 @@ class Run:
                 row |= self._validator(state["params"])
         if self._evaluator and (is_due(step, cfg.eval_every) or last):
             with self.phase("evaluate", LONG_S), self.prepared.step.in_force():
-                result = self._evaluator(phivision.merge(self.prepared.step.graphdef, state["params"]))
+                answers = self._evaluator(phivision.merge(self.prepared.step.graphdef, state["params"]))
             shown = [self._evaluator.dataset[int(i)] for i in self._evaluator.records[: cfg.samples]]
-            self._metrics.write_images(step, "samples", answer_images(shown, result.answers))
-            row |= {"eval/accuracy": result.accuracy, "eval/examples": len(result.answers)}
+            self._metrics.write_images(step, "samples", answer_images(shown, answers))
+            row |= {"eval/accuracy": accuracy(answers), "eval/examples": len(answers)}
         return row
 
     def save(self, state: State, vision_tail: Any, row: dict[str, float]) -> None:
@@ -294,10 +289,9 @@ def is_due(step: int, every: int) -> bool:
 
 
 def truncate_logs(run: Path, step: int) -> None:
-    """Drop lines of later steps from all processes' logs: a start with fewer processes continues them all."""
-    for pattern in STEP_LOGS:
-        for path in run.glob(pattern):
-            jsonl.truncate(path, step)
+    """Drop lines of later steps from the logs of all processes: a start with fewer processes continues them all."""
+    for path in (*run.glob("records_*.jsonl"), *run.glob("skipped*.jsonl")):
+        jsonl.truncate(path, step)
 
 
 def log(text: str) -> None:

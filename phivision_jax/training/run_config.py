@@ -283,11 +283,8 @@ class RunConfig:
         for part in ("vision", "projector", "decoder"):
             ours, theirs = getattr(self.model, part), getattr(found, part)
             for name, value in (vars(ours) if ours else {}).items():
-                if value != getattr(theirs, name):
-                    raise ValueError(
-                        f"model.{part}.{name} is {value}, but {where} has {getattr(theirs, name)}; omit model.{part}, "
-                        "and the checkpoint's is trained"
-                    )
+                if value != (there := getattr(theirs, name)):
+                    raise ValueError(f"model.{part}.{name} is {value}, but {where} has {there}; omit model.{part}")
         return dataclasses.replace(self, model=self.model_over(found))
 
 

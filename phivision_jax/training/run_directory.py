@@ -31,7 +31,6 @@ from typing import Self
 from phivision_jax.checkpoint.layout import CHECKPOINTS
 from phivision_jax.distributed import heartbeat
 from phivision_jax.io import storage
-from phivision_jax.io.storage import Location
 
 CACHE = "compilation_cache"
 PUSH_S = 30.0
@@ -59,7 +58,7 @@ class RunDirectory:
       process: number of this process.
       processes: number of processes.
       log: receives a line when sending in the background fails.
-      read_only: send nothing, and remove the local copy at the end.
+      readonly: send nothing, and remove the local copy at the end.
 
     Raises:
       ValueError: for another URL scheme; when another start of this run is active in the bucket.
@@ -67,21 +66,15 @@ class RunDirectory:
     """
 
     def __init__(
-        self,
-        run: str | Location,
-        process: int = 0,
-        processes: int = 1,
-        log: Callable[[str], None] = print,
-        *,
-        read_only: bool = False,
+        self, run: str, process: int = 0, processes: int = 1, log: Callable[[str], None] = print, readonly: bool = False
     ) -> None:
         self.url = storage.location(run)
         """The run's place, for code that writes to the bucket directly."""
         self.mirrored = not isinstance(self.url, Path)
         """True if ``local`` is a copy, which belongs to this process only."""
-        self.local = self.url if isinstance(self.url, Path) else _copy_of(str(self.url), process, read_only)
+        self.local = self.url if isinstance(self.url, Path) else _copy_of(str(self.url), process, readonly)
         """The run's small files."""
-        self._process, self._processes, self._log, self._read_only = process, processes, log, read_only
+        self._process, self._processes, self._log, self._readonly = process, processes, log, readonly
         self._sent: dict[str, tuple[int, int]] = {}
         self._sending = threading.Lock()
         self._over = threading.Event()
@@ -90,16 +83,16 @@ class RunDirectory:
     def __enter__(self) -> Self:
         if self.mirrored:
             self._fetch()
-            if not self._read_only:
+            if not self._readonly:
                 self._thread.start()
-        elif not self._read_only:
+        elif not self._readonly:
             self.local.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self.mirrored:
             return
-        if self._read_only:
+        if self._readonly:
             shutil.rmtree(self.local.parent, ignore_errors=True)
             return
         self._over.set()
@@ -117,7 +110,7 @@ class RunDirectory:
           StorageError: when they cannot be sent.
         """
         deadline = time.monotonic() + PATIENCE_S
-        while self.mirrored and not self._read_only:
+        while self.mirrored and not self._readonly:
             try:
                 return self._push()
             except storage.Unreachable:
@@ -132,14 +125,14 @@ class RunDirectory:
                 self._sent |= {file: state for file, state in self._files().items() if file.startswith(f"{name}/")}
 
     def _fetch(self) -> None:
-        if not self._read_only:
+        if not self._readonly:
             storage.check(self.url)
             with storage.wrap_storage_errors(self.url):
                 heartbeat.refuse_another_start(self.url, self._process, RENEWED_S)
         found = storage.files(self.url)  # now: the earlier start may have sent something until it ended
         shutil.rmtree(self.local, ignore_errors=True)  # now: the earlier start may be on this machine
         begun = any(name.startswith(f"{CHECKPOINTS}/") for name in found)
-        unwanted = _NOT_FETCHED if begun or self._read_only else (*_NOT_FETCHED, *_MADE_AT_START)
+        unwanted = _NOT_FETCHED if begun or self._readonly else (*_NOT_FETCHED, *_MADE_AT_START)
         if unwanted != _NOT_FETCHED and self._process == 0:
             for name in _MADE_AT_START:
                 storage.remove(self.url / name)
@@ -182,9 +175,9 @@ class RunDirectory:
                     self._log(f"{error}; training continues, and its logs are sent as soon as that is possible again")
 
 
-def _copy_of(url: str, process: int, read_only: bool) -> Path:
+def _copy_of(url: str, process: int, readonly: bool) -> Path:
     """The local copy's directory: one per run and process, or a temporary one."""
     name = url.rstrip("/").rpartition("/")[2]
-    if read_only:
+    if readonly:
         return Path(tempfile.mkdtemp(prefix="phivision-")) / name
     return heartbeat.mirrors(url) / str(process) / name

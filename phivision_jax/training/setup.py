@@ -26,14 +26,12 @@ from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.distributed.processes import on_process_zero
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.io import atomic, messages, storage
-from phivision_jax.models import lora
-from phivision_jax.models.siglip2 import VisionTail
+from phivision_jax.models import lora, siglip2
 from phivision_jax.processor import Processor
 from phivision_jax.training import device_layout, optim, train_data
 from phivision_jax.training.run_config import ResolvedConfig, RunConfig
 from phivision_jax.training.run_directory import CACHE, RunDirectory
 from phivision_jax.training.step import State, TrainStep, check_divisible, init_params, make_train_step
-from phivision_jax.training.train_data import Feed
 from phivision_jax.training.validation import Validator
 
 
@@ -49,11 +47,13 @@ class Prepared:
     plan: Plan
     steps: int
     step: TrainStep
-    feed: Feed
+    feed: train_data.Feed
 
     def make_vision_tail(self) -> dict[str, Any]:
         """Random parameters of the part of a checkpoint that never runs."""
-        return nnx.to_pure_dict(nnx.state(VisionTail(self.cfg.model.vision, rngs=nnx.Rngs(self.cfg.seed)), nnx.Param))
+        return nnx.to_pure_dict(
+            nnx.state(siglip2.VisionTail(self.cfg.model.vision, rngs=nnx.Rngs(self.cfg.seed)), nnx.Param)
+        )
 
     @property
     def vision_tail(self) -> Any:
@@ -87,12 +87,10 @@ def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints
     on_process_zero("assets", lambda: make_assets(resolved, directory))
     directory.pull("assets")
     processor = Processor.from_directory(assets, resolved.model)
-    mixture = train_data.training_mixture(resolved.data)
-    datasets = [Dataset.open(path) for _, path in mixture.sources]
-    plan = make_or_load_plan(resolved, mixture, datasets, processor, directory)
-    steps = optim.num_steps(resolved, plan.num_steps(resolved.data.batch_rows))
+    datasets, plan = make_or_load_plan(resolved, processor, directory)
+    steps = optim.num_steps(resolved, plan.num_steps(data.batch_rows))
     step = make_train_step(resolved, mesh, steps, len(GROUP_NAMES))
-    feed = Feed(resolved, step, datasets, plan, processor)
+    feed = train_data.Feed(resolved, step, datasets, plan, processor)
     return Prepared(resolved, processor, assets, datasets, plan, steps, step, feed)
 
 
@@ -104,10 +102,7 @@ def with_checkpoint(cfg: RunConfig, checkpoints: RunCheckpoints) -> RunConfig:
     """
     if not cfg.init_from:
         if cfg.model.vision is None or cfg.model.decoder is None:
-            raise ValueError(
-                "init_from is empty: give --config.init_from=CHECKPOINT, or an architecture for random weights in "
-                "model.vision and model.decoder"
-            )
+            raise ValueError("init_from is empty: give --config.init_from=CHECKPOINT, or model.vision and .decoder")
         return cfg
     if checkpoints.steps():
         return cfg.with_checkpoint(ModelConfig.from_dict(checkpoints.meta()["model"]), "the run's own checkpoint")
@@ -134,35 +129,23 @@ def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
         check_divisible("eval_batch", cfg.eval_batch, mesh, cfg.rules)
 
 
-def make_or_load_plan(
-    cfg: ResolvedConfig,
-    mixture: train_data.Mixture,
-    datasets: list[Dataset],
-    processor: Processor,
-    directory: RunDirectory,
-) -> Plan:
-    """The run's plan: made or copied from ``data.plan`` at the first start, the same at every other.
+def make_or_load_plan(cfg: ResolvedConfig, processor: Processor, directory: RunDirectory) -> tuple[list[Dataset], Plan]:
+    """The run's datasets and plan: made or copied from ``data.plan`` at the first start, the same at every other.
 
     Raises:
       ValueError: when the existing plan is for other settings; names the first that differs.
     """
-    data, own = cfg.data, directory.local / "plan"
-    settings: dict[str, Any] = {
-        "shape": data.row_shape(cfg.model),
-        "batch_rows": data.batch_rows,
-        "seed": data.seed,
-        "on_overflow": data.on_overflow,
-    }
+    data, own, mixture = cfg.data, directory.local / "plan", train_data.training_mixture(cfg.data)
+    datasets = [Dataset.open(path) for _, path in mixture.sources]
+    sources = datasets, mixture, processor, data.row_shape(cfg.model)
+    settings: dict[str, Any] = {"batch_rows": data.batch_rows, "seed": data.seed, "on_overflow": data.on_overflow}
     if not own.exists() and not data.plan:
-        plan = make_plan(datasets, mixture, processor, **settings, progress=jax.process_index() == 0)
+        plan = make_plan(*sources, **settings, progress=jax.process_index() == 0)
     else:
         found = own if own.exists() else Path(data.plan)
-        plan, now = Plan.load(found), plan_inputs(datasets, mixture, processor, **settings)
-        if changed := messages.first_difference(now, plan.inputs):
-            raise ValueError(
-                f"{found} is a plan for other settings: {changed}; keep data, tokenizer, patch settings, row sizes and "
-                "seed as they were, or use a new --run directory"
-            )
+        plan = Plan.load(found)
+        if changed := messages.first_difference(plan_inputs(*sources, **settings), plan.inputs):
+            raise ValueError(f"{found} is a plan for other settings: {changed}; keep them, or use another --run")
 
     def save() -> None:
         if not own.exists():
@@ -172,7 +155,7 @@ def make_or_load_plan(
     # All processes look for the plan before one of them saves it.
     on_process_zero("plan is made", lambda: None)
     on_process_zero("plan is saved", save)
-    return plan
+    return datasets, plan
 
 
 def make_evaluator(prepared: Prepared) -> Evaluator | None:
@@ -194,7 +177,7 @@ def make_validator(prepared: Prepared) -> Validator | None:
     found = train_data.validation_plan(cfg.data, processor, prepared.datasets)
     if found is None:
         return None
-    feed, num_batches = Feed(cfg, step, *found, processor), found[1].num_steps(cfg.data.batch_rows)
+    feed, num_batches = train_data.Feed(cfg, step, *found, processor), found[1].num_steps(cfg.data.batch_rows)
     return Validator(step, feed, min(cfg.validate_batches, num_batches))
 
 

@@ -105,7 +105,7 @@ class TrainStep:
         metrics = {
             "loss": loss,
             **aux,
-            **batch_work(batch),
+            "work": batch_work(batch),
             "grad_norm": optax.global_norm(grads),
             "update_norm": optax.global_norm(updates),
             **optim.module_norms(grads, "grad_norm"),
@@ -132,12 +132,10 @@ def check_divisible(
     """
     with sharding.override_rules(rules):
         shards = sharding.num_shards(mesh, "batch")
-    if rows % (shards * microbatches):
+    if rows % (unit := shards * microbatches):
         parts = f" x {microbatches} microbatches" if microbatches > 1 else ""
-        raise ValueError(
-            f"{name} is {rows}, which does not divide over {shards} devices (mesh axes slice, data and fsdp){parts}; "
-            f"use a multiple of {shards * microbatches}, or set mesh.fsdp"
-        )
+        cause = f"does not divide over {shards} devices (mesh axes slice, data and fsdp){parts}"
+        raise ValueError(f"{name} is {rows}, which {cause}; use a multiple of {unit}, or set mesh.fsdp")
 
 
 def sum_over_microbatches[T](
@@ -175,21 +173,16 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1)
     graphdef, state = phivision.abstract(
         cfg.model, dtype=jnp.dtype(cfg.dtype), remat=cfg.remat, vision_remat=cfg.vision_remat, lora=cfg.lora
     )
+    replicated = sharding.replicated(mesh)
     with sharding.override_rules(cfg.rules):
-        params, param_shardings = nnx.to_pure_dict(state), sharding.param_shardings(state, mesh)
+        params = sharding.abstract(nnx.to_pure_dict(state), sharding.param_shardings(state, mesh))
     tx = guard.guarded(optim.make_optimizer(params, cfg.optim, steps), cfg.guard)
-    trainable, _ = optim.partition(params, cfg.optim)
-    flat_shardings = optim.flatten(param_shardings)
-    opt_shardings = optim.optimizer_shardings(
-        tx, trainable, {path: flat_shardings[path] for path in trainable}, sharding.replicated(mesh)
-    )
-    shapes = {
+    abstract_state = {
         "params": params,
-        "opt_state": jax.eval_shape(tx.init, trainable),
-        "step": jax.ShapeDtypeStruct((), np.int32),
+        "opt_state": optim.abstract_opt_state(tx, optim.partition(params, cfg.optim)[0], replicated),
+        "step": jax.ShapeDtypeStruct((), np.int32, sharding=replicated),
     }
-    shardings = {"params": param_shardings, "opt_state": opt_shardings, "step": sharding.replicated(mesh)}
-    abstract_state, rate = sharding.abstract(shapes, shardings), optim.schedule(cfg.optim, steps)
+    rate = optim.schedule(cfg.optim, steps)
     return TrainStep(graphdef, tx, cfg.optim, rate, num_groups, cfg.microbatches, mesh, cfg.rules, abstract_state)
 
 

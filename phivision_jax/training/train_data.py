@@ -13,8 +13,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from phivision_jax.batch import Batch, batch_spec
-from phivision_jax.data.feed import pipeline
-from phivision_jax.data.feed.encode import group_weights
+from phivision_jax.data.feed import encode, pipeline
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import Plan, make_plan
 from phivision_jax.data.store.dataset import Dataset
@@ -36,14 +35,10 @@ def training_mixture(data: DataConfig) -> Mixture:
     mixture = Mixture.read(data.path, epochs=data.epochs)
     if data.stage:
         mixture = mixture.only(data.stage)
-    if bool(data.replay_path) != bool(data.replay_share):
-        raise ValueError(
-            f"data.replay_path={data.replay_path!r} and data.replay_share={data.replay_share:g} belong together: give "
-            "both, or neither"
-        )
-    if data.replay_path:
-        if not 0 < data.replay_share < 1:
-            raise ValueError(f"data.replay_share must be between 0 and 1, not {data.replay_share}")
+    if data.replay_path or data.replay_share:
+        if not data.replay_path or not 0 < data.replay_share < 1:
+            given = f"data.replay_path={data.replay_path!r} and data.replay_share={data.replay_share:g}"
+            raise ValueError(f"{given} belong together: give a path and a share between 0 and 1, or neither")
         mixture = mixture.with_replay(data.replay_path, data.replay_share)
     return dataclasses.replace(mixture, held_out=data.validation_share)
 
@@ -55,10 +50,7 @@ def validation_mixture(data: DataConfig) -> Mixture | None:
       ValueError: when both a path and a share are given.
     """
     if data.validation_path and data.validation_share:
-        raise ValueError(
-            f"data.validation_path={data.validation_path!r} and data.validation_share={data.validation_share:g} are "
-            "two validation sets: give one"
-        )
+        raise ValueError("data.validation_path and data.validation_share are two validation sets: give one")
     if data.validation_path:
         return Mixture.read(data.validation_path)
     return training_mixture(data).validation() if data.validation_share else None
@@ -87,18 +79,11 @@ def validation_plan(
         known = {dataset.hash: dataset.directory for dataset in trained_on}
         for dataset in datasets:
             if dataset.hash in known:
-                raise ValueError(
-                    f"data.validation_path: {dataset.directory} holds the records of {known[dataset.hash]}, which is "
-                    "trained on; use other data, or hold out a share of these with data.validation_share"
-                )
+                same = f"{dataset.directory} holds the records of {known[dataset.hash]}, which is trained on"
+                raise ValueError(f"data.validation_path: {same}; use other data, or hold out data.validation_share")
+    rows, overflow = data.row_shape(processor.config), "drop" if data.on_overflow == "error" else data.on_overflow
     plan = make_plan(
-        datasets,
-        mixture,
-        processor,
-        data.row_shape(processor.config),
-        batch_rows=data.batch_rows,
-        seed=data.seed,
-        on_overflow="drop" if data.on_overflow == "error" else data.on_overflow,
+        datasets, mixture, processor, rows, batch_rows=data.batch_rows, seed=data.seed, on_overflow=overflow
     )
     return datasets, plan
 
@@ -134,7 +119,7 @@ class Feed:
             rows_here=self.own_rows,
             start_step=first,
             end_step=last,
-            loss_weights=group_weights(weights) if weights else None,
+            loss_weights=encode.group_weights(weights) if weights else None,
             num_threads=self._data.num_threads,
         )
 

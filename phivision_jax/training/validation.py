@@ -9,6 +9,7 @@ do not apply, so that runs with different weights can be compared.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,9 +39,20 @@ class Validator:
     """
 
     def __init__(self, step: TrainStep, feed: Feed, num_batches: int) -> None:
-        self._step, self._feed, self.num_batches = step, feed, num_batches
+        self._feed, self.num_batches = feed, num_batches
+
+        def loss_sums(params: phivision.Params, part: Batch) -> Sums:
+            return batch_loss(phivision.merge(step.graphdef, params), part, step.num_groups)[1]
+
+        def sums(params: phivision.Params, batch: Batch) -> Sums:
+            return sum_over_microbatches(functools.partial(loss_sums, params), batch, step.microbatches)
+
+        batch = sharding.abstract(feed.spec, step.batch_shardings(feed.spec))
+        with step.in_force():
+            program = jax.jit(sums, out_shardings=sharding.replicated(step.mesh))
+            lowered = program.lower(step.abstract_state["params"], batch)
         # Now, not at the first call: a program that does not fit must show before hours of training.
-        self._compiled = self.lower().compile(compiler_options(step.mesh))
+        self._compiled = lowered.compile(compiler_options(step.mesh))
 
     def __call__(self, params: phivision.Params) -> dict[str, float]:
         """The loss on the validation data, the same on every host.
@@ -59,22 +71,6 @@ class Validator:
                 for batch, _ in self._feed.batches(0, self.num_batches, weighted=False)
             ]
         )
-
-    def lower(self) -> jax.stages.Lowered:
-        """The program that sums over one batch, before compilation."""
-        step, metrics = self._step, sharding.replicated(self._step.mesh)
-        batch = sharding.abstract(self._feed.spec, step.batch_shardings(self._feed.spec))
-        with step.in_force():
-            return jax.jit(self.sums, out_shardings=metrics).lower(step.abstract_state["params"], batch)
-
-    def sums(self, params: phivision.Params, batch: Batch) -> Sums:
-        """Sums over a batch, in training's microbatches."""
-        step = self._step
-
-        def sums_of(part: Batch) -> Sums:
-            return batch_loss(phivision.merge(step.graphdef, params), part, step.num_groups)[1]
-
-        return sum_over_microbatches(sums_of, batch, step.microbatches)
 
 
 def means(sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:

@@ -136,7 +136,7 @@ def test_launch_kills_silent_process(folder, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     script = "if start: sys.exit(0)\nheartbeat.write(folder, beat); time.sleep(1000)"
     command = [sys.executable, "-c", SCRIPT + script, f"--run={folder}"]
-    assert launch.Launcher(command, str(folder), grace_s=5.0).launch(restarts=1) == 0
+    assert launch.launch(command, str(folder), restarts=1, grace_s=5.0) == 0
     output = capsys.readouterr().err
     assert "killing process (pid" in output and "): its last heartbeat, 1 s ago: step, step 12" in output
     assert starts(folder) == 2

@@ -9,6 +9,7 @@ from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.data.records import Record
 from phivision_jax.evaluation import runner
 from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.evaluation.scoring import accuracy
 from phivision_jax.processor import Processor
 from tests.support.datasets import write_dataset
 
@@ -42,6 +43,6 @@ def test_evaluator_counts_broken_records_as_wrong(tmp_path, monkeypatch):
         return np.array([yes] * len(batch.tokens))
 
     monkeypatch.setattr(runner, "generate_ids", answer)
-    result = Evaluator(dataset, processor, rows=2, max_new_tokens=4)(None)
-    assert [a.correct for a in result.answers] == [True, True, False, True, True]
-    assert result.answers[2].prediction == "" and result.accuracy == 0.8 and len(shapes) == 1
+    answers = Evaluator(dataset, processor, rows=2, max_new_tokens=4)(None)
+    assert [a.correct for a in answers] == [True, True, False, True, True]
+    assert answers[2].prediction == "" and accuracy(answers) == 0.8 and len(shapes) == 1

@@ -2,7 +2,14 @@ import json
 
 import pytest
 
-from phivision_jax.evaluation.scoring import Answer, EvalResult, accuracy_section, exact_match, write_report
+from phivision_jax.evaluation.scoring import (
+    Answer,
+    accuracy,
+    accuracy_by_task,
+    accuracy_section,
+    exact_match,
+    write_report,
+)
 
 
 @pytest.mark.parametrize(
@@ -22,10 +29,9 @@ def test_exact_match(prediction, reference, match):
 
 def test_report_counts_by_mode_and_task(tmp_path):
     answers = [Answer(str(i), "general", "nothink", "q", "a", "a" if i else "b", bool(i)) for i in range(4)]
-    result = EvalResult(tuple(answers))
-    assert result.accuracy == 0.75 and result.by_task == {"nothink/general": (0.75, 4)}
-    assert accuracy_section("c on d", result).table.rows == [("nothink/general", "75.0%", "4"), ("all", "75.0%", "4")]
-    write_report(tmp_path / "out", result, checkpoint="c", data="d", mode="auto")
+    assert accuracy(answers) == 0.75 and accuracy_by_task(answers) == {"nothink/general": (0.75, 4)}
+    assert accuracy_section("c on d", answers).table.rows == [("nothink/general", "75.0%", "4"), ("all", "75.0%", "4")]
+    write_report(tmp_path / "out", answers, checkpoint="c", data="d", mode="auto")
     lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["0", "1", "2", "3"]
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == {

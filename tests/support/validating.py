@@ -45,7 +45,7 @@ def validator(dataset, cfg: RunConfig = RUN, devices: int = 1, **shape: int) -> 
 
 
 def place(measure: Validator, params: Any) -> Any:
-    return jax.device_put(params, measure._step.shardings["params"])
+    return jax.device_put(params, measure._compiled.input_shardings[0][0])
 
 
 def measured_on(dataset, devices: int, **shape: int) -> dict[str, float]:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from phivision_jax.sharding import make_mesh
 from phivision_jax.training import optim
 from phivision_jax.training.run_config import DataConfig, OptimConfig, RunConfig
 
@@ -86,7 +88,7 @@ def test_from_dict_refuses_lengths(fields, message):
 
 
 def test_num_steps_beyond_the_plan():
-    with pytest.raises(ValueError, match=r"200 \(of 4 rows of 256\), but data\.epochs=1 gives 150; raise data\.ep"):
+    with pytest.raises(ValueError, match=r"optim\.steps is 200, but data\.epochs=1 gives 150; raise data\.epochs"):
         optim.num_steps(run_config(steps=200), 150)
 
 
@@ -168,10 +170,16 @@ def test_bfloat16_moments_refuse_b2():
     optim.make_optimizer(PARAMS, OptimConfig(moment_dtype="float32", b2=0.999), 10)
 
 
-def test_optimizer_shardings_of_moments():
+def test_abstract_opt_state_shards_moments_as_their_parameters():
     tx = optim.make_optimizer(PARAMS, OptimConfig(moment_dtype="bfloat16"), 10)
     trainable, _ = optim.partition(PARAMS, OptimConfig())
-    found = optim.optimizer_shardings(tx, trainable, {path: optim.path_name(path) for path in trainable}, "other")
+    mesh = make_mesh({"fsdp": 1}, jax.devices()[:1])
+    shardings = {path: jax.NamedSharding(mesh, P("fsdp" if i % 2 else None)) for i, path in enumerate(trainable)}
+    other = jax.NamedSharding(mesh, P())
+    params = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[path]) for path, x in trainable.items()}
+    found = optim.abstract_opt_state(tx, params, other)
     adam = next(part for part in found if hasattr(part, "mu"))
-    assert adam.mu == adam.nu == {path: optim.path_name(path) for path in trainable}
-    assert adam.count == "other"
+    for moments in (adam.mu, adam.nu):
+        assert {path: leaf.sharding for path, leaf in moments.items()} == shardings
+        assert {leaf.dtype.name for leaf in moments.values()} == {"bfloat16"}
+    assert adam.count.sharding == other

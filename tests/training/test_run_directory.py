@@ -251,12 +251,12 @@ def test_exit_reports_the_first_error(bucket, monkeypatch):
         raise FloatingPointError("too many steps")
 
 
-def test_read_only_changes_nothing(bucket, scratch):
+def test_readonly_changes_nothing(bucket, scratch):
     put(bucket, metrics="1", plan__a="p")
     with RunDirectory(bucket) as training:
         (training.local / "mine").write_text("m")
         put(bucket, plan__a="p")
-        with RunDirectory(bucket, read_only=True) as looking:
+        with RunDirectory(bucket, readonly=True) as looking:
             assert (looking.local / "metrics").read_text() == "1" and looking.local != training.local
             assert (looking.local / "plan" / "a").exists()
             (looking.local / "metrics").write_text("2")

@@ -98,8 +98,11 @@ def test_validation_plan_omits_records_that_are_too_large(bare):
         ({"path": ""}, r"data\.path is empty: give --config\.data\.path=DIRECTORY"),
         ({"replay_path": "base"}, r"data\.replay_share=0 belong together"),
         ({"replay_share": 0.1}, r"data\.replay_path='' and .* belong together"),
-        ({"replay_path": "base", "replay_share": 1.0}, "must be between 0 and 1, not 1"),
-        ({"replay_path": "base", "replay_share": -0.1}, "must be between 0 and 1, not -0.1"),
+        (
+            {"replay_path": "base", "replay_share": 1.0},
+            "share=1 belong together: give a path and a share bet",
+        ),
+        ({"replay_path": "base", "replay_share": -0.1}, r"share=-0\.1 belong together"),
         ({"validation_share": 1.0}, "from 0 to below 1, not 1.0"),
         ({"stage": "two"}, "no stage 'two'"),
     ],

@@ -31,7 +31,6 @@ A thread waits for each step's metrics to see its end, at worst late by the inte
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import os
 import queue
@@ -39,7 +38,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -64,8 +63,7 @@ AHEAD = 2
 """Steps that may be dispatched at a time: one running, one waiting."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """One start of a run, from its lines."""
 
     began: float
@@ -83,19 +81,6 @@ class Start:
             return 0.0
         steps, spent = zip(*((step, seconds["step"]) for step, seconds in self.lines), strict=True)
         return spent[-1] - float(np.interp(kept, steps, spent))
-
-
-@dataclasses.dataclass
-class Account:
-    """Seconds of all starts by name, lost steps subtracted from "step"."""
-
-    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(MEANING, 0.0))
-    stepping: dict[str, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(MEANING, 0.0))
-    """Seconds from each start's first step on, lost steps included in "step", without "down"."""
-
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
 
 
 class Goodput:
@@ -120,7 +105,7 @@ class Goodput:
         self._durations: list[float] = []
         self._row_start = (0, dict(self.seconds))
         self._earlier = read_starts(run) if run else []
-        self._before, self._began = Account(), time.time() - age
+        self._before, self._began = dict.fromkeys(MEANING, 0.0), time.time() - age
         self.write(None)
         self._dispatched: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._watch, name="goodput", daemon=True).start()
@@ -199,8 +184,8 @@ class Goodput:
             finished, then = self._row_start
             now = dict(self.seconds)
             self._row_start = self._finished, now
-        total = self._before.total + sum(now.values())
-        row = {"goodput": (self._before.seconds["step"] + now["step"]) / max(total, 1e-9)}
+        total = sum(self._before.values()) + sum(now.values())
+        row = {"goodput": (self._before["step"] + now["step"]) / max(total, 1e-9)}
         if steps := self._finished - finished:
             device, data, host, other = ((now[n] - then[n]) / steps for n in ("step", "data", "host", "other"))
             row |= {"time/device_s": device, "time/data_s": data, "time/host_s": host}
@@ -267,19 +252,16 @@ def read_starts(run: Location) -> list[Start]:
     return starts
 
 
-def account_of(starts: Sequence[Start]) -> Account:
-    """Add up all starts."""
-    account = Account()
+def account_of(starts: Sequence[Start]) -> dict[str, float]:
+    """Seconds of all starts by name, lost steps subtracted from "step"."""
+    account = dict.fromkeys(MEANING, 0.0)
     for i, start in enumerate(starts):
         later = starts[i + 1 :]
         resumed = [other.lines[0][0] for other in later if other.lines]
         lost = start.lost(min(resumed)) if resumed else 0.0
         down = max(later[0].began - start.ended, 0.0) if later else 0.0
-        for name, seconds in start.seconds.items():
-            account.seconds[name] += seconds
-            account.stepping[name] += seconds - start.lines[0][1][name] if start.lines else 0.0
-        for name, seconds in (("lost", lost), ("step", -lost), ("down", down)):
-            account.seconds[name] += seconds
+        for name, seconds in (*start.seconds.items(), ("lost", lost), ("step", -lost), ("down", down)):
+            account[name] += seconds
     return account
 
 
@@ -292,19 +274,22 @@ def report(run: Location) -> str:
     starts = read_starts(run)
     if not starts:
         raise ValueError(f"{run} holds no {FILE}: it is not a run's directory, or the run has not started")
-    account = account_of(starts)
-    last = starts[-1].lines
+    account, last = account_of(starts), starts[-1].lines
     reached = f"at step {last[-1][0]:,}" if last else "before its first step"
     count = "1 start" if len(starts) == 1 else f"{len(starts)} starts"
-    lines = [f"{run}: {count}, {reached}, {duration(account.total)}"]
-    total = max(account.total, 1e-9)
-    for name, seconds in sorted(account.seconds.items(), key=lambda item: (item[0] != "step", -item[1])):
+    total = sum(account.values())
+    lines = [f"{run}: {count}, {reached}, {duration(total)}"]
+    for name, seconds in sorted(account.items(), key=lambda item: (item[0] != "step", -item[1])):
         if seconds > 0 or name == "step":
-            lines.append(f"  {name:<11}{seconds / total:>7.1%}{duration(seconds):>16}   {MEANING[name]}")
-    lines.append(f"goodput {account.seconds['step'] / total:.1%}")
-    after = {name: seconds for name, seconds in account.stepping.items() if name != "compile"}
-    if (stepping := sum(after.values())) > 0:
-        rest = sorted(((s / stepping, name) for name, s in after.items() if name != "step"), reverse=True)
+            lines.append(f"  {name:<11}{seconds / max(total, 1e-9):>7.1%}{duration(seconds):>16}   {MEANING[name]}")
+    lines.append(f"goodput {account['step'] / max(total, 1e-9):.1%}")
+    # From each start's first step on, with lost steps.
+    stepping = dict.fromkeys(starts[-1].seconds.keys() - {"compile"}, 0.0)
+    for start in (start for start in starts if start.lines):
+        for name in stepping:
+            stepping[name] += start.seconds[name] - start.lines[0][1][name]
+    if (total := sum(stepping.values())) > 0:
+        rest = sorted(((s / total, name) for name, s in stepping.items() if name != "step"), reverse=True)
         parts = ", ".join(f"{name} {share:.1%}" for share, name in rest if share >= 0.0005)
         idle = f"{sum(share for share, _ in rest):.1%}" + (f" ({parts})" if parts else "")
         lines.append(f"not stepping, once compiled and restored: {idle}")

@@ -91,10 +91,8 @@ def _start_wandb(project: str, run: Path, config: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"wandb is {project!r}, but the package is not installed: pip install 'phivision_jax[wandb]', or leave "
-            "--config.wandb empty"
-        ) from error
+        remedy = "pip install 'phivision_jax[wandb]', or leave --config.wandb empty"
+        raise ModuleNotFoundError(f"wandb is {project!r}, but the package is not installed: {remedy}") from error
     id_file = run / WANDB_ID
     if not id_file.exists():
         atomic.write(id_file, secrets.token_hex(4))
@@ -103,10 +101,8 @@ def _start_wandb(project: str, run: Path, config: Mapping[str, Any]) -> Any:
             project=project, id=id_file.read_text(), resume="allow", name=run.name, dir=str(run), config=dict(config)
         )
     except Exception as error:  # no login, no network: the optional package has its own exception types
-        raise ValueError(
-            f"W&B does not start: {error}; run `wandb login`, set WANDB_API_KEY or WANDB_MODE=offline, or leave "
-            "--config.wandb empty"
-        ) from error
+        remedy = "run `wandb login`, set WANDB_API_KEY or WANDB_MODE=offline, or leave --config.wandb empty"
+        raise ValueError(f"W&B does not start: {error}; {remedy}") from error
     # W&B's own step counter refuses to go back, as a restart after a kill does.
     started.define_metric("step")
     started.define_metric("*", step_metric="step")

@@ -26,15 +26,14 @@ PEAK_BF16_FLOPS = {
     **{chip.device_kind: chip.peak_bf16_flops for chip in CHIPS.values()},
 }
 """FLOPs per second of one chip, by JAX's device kind."""
-_WORK = "work/"
 
 
 def batch_work(batch: Batch) -> dict[str, jax.Array]:
     """Count the contents of a batch, without padding; for use inside the jitted step.
 
     Returns:
-      Scalars: ``work/tokens`` and the other fields of ``flops.Workload``, and ``work/images`` (tiles, where images are
-      cut into them). Pairs are fp32, exact to 1e-6; everything else is i32.
+      Scalars: the fields of ``flops.Workload``, and ``images`` (tiles, where images are cut into them). Pairs are fp32,
+      exact to 1e-6; everything else is i32.
     """
     text, patch = batch.segment_ids > 0, batch.patch_segments > 0
     # Positions restart at 0 in each example: index − position is where it begins, span_end where attention ends.
@@ -42,7 +41,7 @@ def batch_work(batch: Batch) -> dict[str, jax.Array]:
     attended = jnp.where(text, batch.span_end - starts + 1, 0)
     # An image's patches fill its grid, and each attends to all of them.
     grid = jnp.where(patch, batch.patch_grid[..., 0] * batch.patch_grid[..., 1], 0)
-    work = {
+    return {
         "tokens": text.sum(dtype=jnp.int32),
         "pairs": attended.astype(jnp.float32).sum(),
         "patches": patch.sum(dtype=jnp.int32),
@@ -50,7 +49,6 @@ def batch_work(batch: Batch) -> dict[str, jax.Array]:
         "vision_tokens": (batch.vision_index >= 0).sum(dtype=jnp.int32),
         "images": batch.patch_segments.max(-1, initial=0).sum(dtype=jnp.int32),
     }
-    return {_WORK + name: count for name, count in work.items()}
 
 
 def peak_flops(devices: Sequence[Any]) -> float | None:
@@ -58,13 +56,9 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
 
     Peaks are per chip. Two devices with the same coordinates are the two cores of one chip (TPU v4 without megacore).
     """
-    chips = {
-        (getattr(device, "slice_index", 0), *device.coords)
-        if hasattr(device, "coords")
-        else device.id: device.device_kind
-        for device in devices
-    }
-    peaks = [PEAK_BF16_FLOPS.get(kind) for kind in chips.values()]
+    places = [(getattr(device, "slice_index", 0), *getattr(device, "coords", (device.id,))) for device in devices]
+    chips = dict(zip(places, devices, strict=True))
+    peaks = [PEAK_BF16_FLOPS.get(device.device_kind) for device in chips.values()]
     return None if None in peaks else float(sum(peak for peak in peaks if peak))
 
 
@@ -95,10 +89,9 @@ class Throughput:
         self._local = [device for device in devices if device.process_index == jax.process_index()]
         self._works: list[dict[str, jax.Array]] = []
 
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Move ``batch_work`` out of a step's metrics, without waiting for the devices."""
-        names = [name for name in metrics if name.startswith(_WORK)]
-        self._works.append({name.removeprefix(_WORK): metrics.pop(name) for name in names})
+    def add(self, work: dict[str, jax.Array]) -> None:
+        """Add the ``batch_work`` of a step, without waiting for the devices."""
+        self._works.append(work)
 
     def row(self, step_s: float) -> dict[str, float]:
         """Metrics of the steps since the last row; there has to be one.

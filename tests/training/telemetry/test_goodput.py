@@ -213,11 +213,11 @@ def test_account_of_three_starts(world, tmp_path):
         world.spend(6)
     second.begin(15)
     account = account_of(read_starts(tmp_path))
-    assert account.seconds["lost"] == pytest.approx(15 * 2.0)
-    assert account.seconds["step"] == pytest.approx(15 * 2.0)
-    assert account.seconds["down"] == pytest.approx(1 + 60 - 9)
+    assert account["lost"] == pytest.approx(15 * 2.0)
+    assert account["step"] == pytest.approx(15 * 2.0)
+    assert account["down"] == pytest.approx(1 + 60 - 9)
     # The process and the file agree.
-    assert second.row()["goodput"] == pytest.approx(30.0 / account.total)
+    assert second.row()["goodput"] == pytest.approx(30.0 / sum(account.values()))
     steps(second, world, 15, 22, 3.0)
     second.write(22)
     # A third goes back behind both.
@@ -232,8 +232,8 @@ def test_account_of_three_starts(world, tmp_path):
     account = account_of(read_starts(tmp_path))
     expected = {"step": 5 * 2 + 35, "lost": 25 * 2 + 7 * 3, "down": 52 + 8}
     expected |= {"compile": 6 + 4, "restore": 4, "evaluate": 6, "other": 1 + 9}
-    assert {name: seconds for name, seconds in account.seconds.items() if seconds} == pytest.approx(expected)
-    assert account.total == pytest.approx(world.time)  # from the first start to the last line, nothing twice
+    assert {name: seconds for name, seconds in account.items() if seconds} == pytest.approx(expected)
+    assert sum(account.values()) == pytest.approx(world.time)  # from the first start to the last line, nothing twice
     text = report(tmp_path)
     assert "3 starts, at step 40, 3 min 26 s" in text
     assert "goodput 21.8%" in text  # 45 / 206
@@ -256,7 +256,7 @@ def test_line_cut_off_by_a_kill(world, tmp_path):
     lines = (tmp_path / FILE).read_text().splitlines()
     assert len(lines) == 3 + 4 and all(line.endswith("}") for line in lines)
     account = account_of(read_starts(tmp_path))
-    assert (account.seconds["step"], account.seconds["lost"], account.seconds["down"]) == (20, 0, 5)
+    assert (account["step"], account["lost"], account["down"]) == (20, 0, 5)
 
 
 def test_start_that_ended_before_restoring(world, tmp_path):
@@ -267,7 +267,7 @@ def test_start_that_ended_before_restoring(world, tmp_path):
     world.spend(3)
     short.close()
     account = account_of(read_starts(tmp_path))
-    assert (account.seconds["step"], account.seconds["other"], account.seconds["down"]) == (10, 3, 5)
+    assert (account["step"], account["other"], account["down"]) == (10, 3, 5)
     assert "2 starts, before its first step" in report(tmp_path)
 
 
@@ -275,7 +275,7 @@ def test_clock_set_back_makes_no_negative_time(tmp_path):
     for start, began in enumerate((1000.0, 900.0)):
         line = {"start": start, "began": began, "time": began + 10, "step": 0, "seconds": {"step": 0.0, "other": 10.0}}
         jsonl.append(tmp_path / FILE, line)
-    assert account_of(read_starts(tmp_path)).seconds["down"] == 0.0
+    assert account_of(read_starts(tmp_path))["down"] == 0.0
 
 
 def test_account_in_memory_writes_nothing(world, tmp_path):

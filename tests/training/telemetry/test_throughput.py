@@ -23,7 +23,7 @@ def make_batch(mode, vision_rows=2):
 
 
 def work_of(batch):
-    return {name.removeprefix("work/"): float(value) for name, value in jax.jit(batch_work)(batch).items()}
+    return {name: float(value) for name, value in jax.jit(batch_work)(batch).items()}
 
 
 @pytest.mark.parametrize("mode", ["causal", "bidirectional"])
@@ -111,8 +111,7 @@ def test_throughput_row_by_hand():
     throughput = Throughput(cfg, devices)
     full, empty = make_batch("causal"), jax.tree.map(np.zeros_like, make_batch("causal"))
     empty.vision_index[...] = -1
-    throughput.add(metrics := {"loss": 1.0, **jax.jit(batch_work)(full)})
-    assert metrics == {"loss": 1.0}
+    throughput.add(jax.jit(batch_work)(full))
     throughput.add(jax.jit(batch_work)(empty))
     row = throughput.row(0.25)  # two steps of a quarter of a second, one of them empty
     tokens, patches = 65 + sum(h * w for h, w in GRIDS), sum(h * w for h, w in GRIDS)
