@@ -186,13 +186,12 @@ class Preemption:
       first: the step that training resumes from.
     """
 
-    _EARLY = 1  # The step JAX agrees on when no process has asked yet: the one after none.
-
     def __init__(self, first: int) -> None:
         self._shared = jax.distributed.is_initialized()
         self._stop = False
         if self._shared:
-            self._stop = multihost_utils.reached_preemption_sync_point(self._EARLY)
+            # The step that JAX agrees on when no process has asked yet is the one after none.
+            self._stop = multihost_utils.reached_preemption_sync_point(1)
             # From here on JAX knows that the next step is first + 1.
             self._stop |= multihost_utils.reached_preemption_sync_point(first)
 

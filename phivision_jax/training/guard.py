@@ -71,8 +71,8 @@ def guarded(tx: optax.GradientTransformation, cfg: GuardConfig) -> optax.Gradien
         accepted = state.accepted + accept
         rate = 1 / jnp.clip(accepted, 1, WINDOW)
         change = jnp.where(accept, loss - state.mean, 0.0)
-        mean = state.mean + rate * change
-        variance = jnp.where(accept, (1 - rate) * (state.variance + rate * change**2), state.variance)
+        variance = (1 - rate) * (state.variance + rate * change**2)
+        mean, variance = state.mean + rate * change, jnp.where(accept, variance, state.variance)
         in_a_row = jnp.where(accept, 0, state.skipped_in_a_row + 1)
         return updates, GuardState(inner, mean, variance, accepted, in_a_row, state.skipped + ~accept)
 

@@ -59,7 +59,7 @@ def batch_loss(
       The scalar loss, and sums to log: ``weight`` (), ``correct`` (), ``group_loss`` and ``group_weight``
       [num_groups] by ``batch.group_ids``.
     """
-    hidden, kernel, counted = model.hidden(batch), model.decoder.lm_head.kernel[...], batch.loss_weights != 0
+    kernel, counted, hidden = model.decoder.lm_head.kernel[...], batch.loss_weights != 0, model.hidden(batch)
     with jax.named_scope("loss"):
         losses, hits = cross_entropy(hidden, kernel, batch.targets, counted)
         token_loss = losses * batch.loss_weights  # [B, T]

@@ -54,11 +54,10 @@ def train(cfg: RunConfig, where: str) -> int:
     with Run(where, cfg) as run:
         # Shapes, then the compiled step, then arrays.
         prepared = setup.prepare(cfg, run.directory, run.checkpoints)
-        compiling = time.monotonic()
         with run.phase("compile", LONG_S):
             evaluator, validator = setup.make_evaluator(prepared), setup.make_validator(prepared)
             compiled = prepared.step.compile(prepared.feed.spec)
-        log(f"{prepared.describe()}; compiled in {time.monotonic() - compiling:.1f} s")
+        log(f"{prepared.describe()}; compiled in {run.goodput.seconds['compile']:.1f} s")
         with run.phase("restore", LONG_S):
             state, vision_tail = setup.start(prepared, run.checkpoints, log)
         first, steps = int(state["step"]), prepared.steps

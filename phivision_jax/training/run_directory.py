@@ -90,16 +90,13 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not self.mirrored:
-            return
-        if self._readonly:
-            shutil.rmtree(self.local.parent, ignore_errors=True)
-            return
         self._over.set()
-        if kind is None:
+        if self.mirrored and self._readonly:
+            shutil.rmtree(self.local.parent, ignore_errors=True)
+        elif self.mirrored and kind is None:
             self._thread.join()
             self.push()
-        else:
+        elif self.mirrored:
             with contextlib.suppress(OSError):  # the first error is reported, not one that follows from it
                 self._push()
 
@@ -132,11 +129,10 @@ class RunDirectory:
         found = storage.files(self.url)  # now: the earlier start may have sent something until it ended
         shutil.rmtree(self.local, ignore_errors=True)  # now: the earlier start may be on this machine
         begun = any(name.startswith(f"{CHECKPOINTS}/") for name in found)
-        unwanted = _NOT_FETCHED if begun or self._readonly else (*_NOT_FETCHED, *_MADE_AT_START)
-        if unwanted != _NOT_FETCHED and self._process == 0:
-            for name in _MADE_AT_START:
-                storage.remove(self.url / name)
-        names = [name for name in found if name.split("/")[0] not in unwanted]
+        made_again = () if begun or self._readonly else _MADE_AT_START
+        for name in made_again if self._process == 0 else ():
+            storage.remove(self.url / name)
+        names = [name for name in found if name.split("/")[0] not in (*_NOT_FETCHED, *made_again)]
         storage.download(self.url, self.local, names)
         self._sent = self._files()
 

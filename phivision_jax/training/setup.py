@@ -51,9 +51,8 @@ class Prepared:
 
     def make_vision_tail(self) -> dict[str, Any]:
         """Random parameters of the part of a checkpoint that never runs."""
-        return nnx.to_pure_dict(
-            nnx.state(siglip2.VisionTail(self.cfg.model.vision, rngs=nnx.Rngs(self.cfg.seed)), nnx.Param)
-        )
+        tail = siglip2.VisionTail(self.cfg.model.vision, rngs=nnx.Rngs(self.cfg.seed))
+        return nnx.to_pure_dict(nnx.state(tail, nnx.Param))
 
     @property
     def vision_tail(self) -> Any:

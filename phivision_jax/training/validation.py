@@ -64,13 +64,9 @@ class Validator:
           ``validation/loss``, ``validation/token_accuracy``, and ``validation/loss/think/math`` and so on for every
           mode and task in the data; means over target tokens, without records that cannot be encoded.
         """
+        batches = (self._feed.place(batch) for batch, _ in self._feed.batches(0, self.num_batches, weighted=False))
         # Fetched, and so waited for, each time: a queue of batches would fill the devices.
-        return means(
-            [
-                jax.device_get(self._compiled(params, self._feed.place(batch)))
-                for batch, _ in self._feed.batches(0, self.num_batches, weighted=False)
-            ]
-        )
+        return means([jax.device_get(self._compiled(params, batch)) for batch in batches])
 
 
 def means(sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
@@ -79,10 +75,8 @@ def means(sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     Raises:
       ValueError: without a target token.
     """
-    loss, weight, correct = (
-        np.sum([np.asarray(batch[name], np.float64) for batch in sums], axis=0)
-        for name in ("group_loss", "group_weight", "correct")
-    )
+    names = ("group_loss", "group_weight", "correct")
+    loss, weight, correct = (np.sum([batch[name] for batch in sums], axis=0, dtype=np.float64) for name in names)
     total = float(weight.sum())
     if not total:
         raise ValueError("the first batches of the validation data have no target tokens: no record could be encoded")
