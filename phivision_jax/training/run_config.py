@@ -283,8 +283,8 @@ class RunConfig:
         for part in ("vision", "projector", "decoder"):
             ours, theirs = getattr(self.model, part), getattr(found, part)
             for name, value in (vars(ours) if ours else {}).items():
-                if value != (there := getattr(theirs, name)):
-                    raise ValueError(f"model.{part}.{name} is {value}, but {where} has {there}; omit model.{part}")
+                if value != (other := getattr(theirs, name)):
+                    raise ValueError(f"model.{part}.{name} is {value}, but {where} has {other}; omit model.{part}")
         return dataclasses.replace(self, model=self.model_over(found))
 
 

@@ -40,7 +40,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from phivision_jax.io import jsonl, storage
@@ -221,6 +220,8 @@ class Goodput:
             self._changed.notify_all()
 
     def _watch(self) -> None:
+        import jax  # not needed for reports, which begin faster without it
+
         while dispatched := self._dispatched.get():
             # A step that fails on the devices has ended too; the error is raised where its metrics are fetched.
             with contextlib.suppress(Exception):
