@@ -101,7 +101,7 @@ def with_checkpoint(cfg: RunConfig, checkpoints: RunCheckpoints) -> RunConfig:
     """
     if not cfg.init_from:
         if cfg.model.vision is None or cfg.model.decoder is None:
-            raise ValueError("init_from is empty: give --config.init_from=CHECKPOINT, or model.vision and .decoder")
+            raise ValueError("init_from is empty: give --config.init_from=CHECKPOINT or model.vision and model.decoder")
         return cfg
     if checkpoints.steps():
         return cfg.with_checkpoint(ModelConfig.from_dict(checkpoints.meta()["model"]), "the run's own checkpoint")
