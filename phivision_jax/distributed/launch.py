@@ -20,6 +20,7 @@ import time
 from typing import Annotated
 
 import tyro
+from tyro.conf import Positional, arg
 
 from phivision_jax.distributed import heartbeat
 from phivision_jax.distributed.heartbeat import HUNG, LAUNCHER, LOST, PREEMPTED, Heartbeat
@@ -29,6 +30,8 @@ SILENT_S = 60.0
 MEANINGS = {PREEMPTED: "asked to stop, and has saved", HUNG: "it hung", LOST: "another process was gone"}
 """Exit code that calls for a restart → its meaning."""
 _POLL_S, _LOOK_S = 0.1, 2.0
+
+Command = Annotated[Positional[tuple[str, ...]], arg(metavar="COMMAND...")]
 
 
 def launch(command: list[str], run: str, restarts: int, grace_s: float) -> int:
@@ -128,12 +131,7 @@ def run_of(command: list[str]) -> str:
     return ""
 
 
-def main(
-    command: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="COMMAND...")],
-    /,
-    restarts: int = 10,
-    grace_s: float = 300.0,
-) -> None:
+def main(command: Command, /, restarts: int = 10, grace_s: float = 300.0) -> None:
     """Start a run, and restart it after a preemption, a hang or a kill.
 
     Args:
