@@ -332,7 +332,8 @@ def test_bucket_names_truncated_checkpoint(bucket: str, hf: Path, run: Run) -> N
     data = [name for name in listed(f"{bucket}/ours") if name.startswith("params/d/")]
     for name in data:
         path = location(f"{bucket}/ours/{name}")
-        path.write_bytes(path.read_bytes()[:-20])
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])  # the last bytes may be a node that a later one has replaced
     code, text = run("to-hf", f"{bucket}/ours", f"{bucket}/out")
     assert code == 2 and "params" in text and "Traceback" not in text, text
     assert listed(f"{bucket}/out") == {}
