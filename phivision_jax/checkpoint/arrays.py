@@ -91,7 +91,9 @@ def restore(checkpoint: Location, item: str, target: Any, saved: Mapping[str, Ar
     if problem := first_error(problem):
         raise DamagedError(checkpoint, problem)
     names = with_paths(target)
-    found = {f"{item}/{path}": array for path, array in describe(restored).items()}
+    # Orbax leaves the target's leaf in place of an array that its files no longer list.
+    read = {path: leaf for path, leaf in with_paths(restored).items() if isinstance(leaf, jax.Array)}
+    found = {f"{item}/{path}": array for path, array in describe(read).items()}
     if problem := first_error(difference({f"{item}/{path}": saved[path] for path in names}, found)):
         raise DamagedError(checkpoint, problem)
     return restored

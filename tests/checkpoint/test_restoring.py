@@ -90,6 +90,14 @@ def test_bit_lost_on_the_way_to_disk_is_detected(empty_run, monkeypatch, name):
     assert log.endswith(f"It is now checkpoints/damaged-0000{NEW}; training continues from {OLD}")
 
 
+def test_array_missing_from_the_list_of_arrays_is_damage(run, newest):
+    metadata = newest / "params" / "_METADATA"
+    metadata.write_text(metadata.read_text().replace("up_proj", "up_prok"))
+    state, log = restore(run)
+    assert same(state, make_state(OLD))
+    assert "its array params/decoder/layers/up_proj/kernel does not hold what was saved" in log
+
+
 def test_step_is_saved_again_after_falling_back(run, newest):
     (newest / "params" / "manifest.ocdbt").write_bytes(b"")
     for _ in range(2):  # damaged again, the first damaged one is not overwritten
