@@ -97,7 +97,7 @@ def measured_table() -> str:
     grain = min(one["text_padding"] for name, one in packers.items() if name.startswith("Grain"))
     decode = [row["ratio"] for row in loader["rows"] if row["decode"] and row["peer"] == "pil"]
     speeds = {row["step"]: row for row in conversion["steps"]}
-    newest = damage["outcomes"]["newest of two"]
+    newest = damage["outcomes"]["run, newest of two"]
     rows = [
         ("Training step, packed batches of the recipe's mix", f"{_mix(step):.2f}× transformers + PyTorch, unpacked"),
         ("Padding of packed text rows", f"{packers['ours']['text_padding']:.2%}; Grain's best packer {grain:.1%}"),
