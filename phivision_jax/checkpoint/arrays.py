@@ -92,7 +92,7 @@ def restore(checkpoint: Location, item: str, target: Any, saved: Mapping[str, Ar
         raise DamagedError(checkpoint, problem)
     names = with_paths(target)
     # Orbax leaves the target's leaf in place of an array that its files no longer list.
-    read = {path: leaf for path, leaf in with_paths(restored).items() if isinstance(leaf, jax.Array)}
+    read = {path: leaf for path, leaf in with_paths(restored).items() if not isinstance(leaf, jax.ShapeDtypeStruct)}
     found = {f"{item}/{path}": array for path, array in describe(read).items()}
     if problem := first_error(difference({f"{item}/{path}": saved[path] for path in names}, found)):
         raise DamagedError(checkpoint, problem)
