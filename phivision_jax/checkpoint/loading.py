@@ -187,7 +187,7 @@ def restore_params(checkpoint: Location, target: Mapping[str, Any]) -> dict[str,
     Adapters that it does not name, of kernels that it names, are merged into these in fp32.
 
     Args:
-      target: nested dict of ``jax.ShapeDtypeStruct`` (with shardings, or all go to one device).
+      target: nested dict of ``jax.ShapeDtypeStruct`` with shardings.
 
     Raises:
       DamagedError: when an array or the metadata are not what was saved.
@@ -272,7 +272,7 @@ def read_hf_params(directory: Location, config: ModelConfig, target: Mapping[str
     source, found = HFSource(HFDirectory(directory), leaves), {}
     with ThreadPoolExecutor(WORKERS) as pool:
         for leaf in leaves:
-            if want := wanted.get(leaf.path):
+            if (want := wanted.get(leaf.path)) is not None:
                 read = functools.partial(_read_region, source, leaf, want.dtype, pool)
                 found[leaf.path] = jax.make_array_from_callback(leaf.shape, want.sharding, read)
     return _nested(found)

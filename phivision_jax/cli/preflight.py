@@ -49,7 +49,7 @@ def preflight(
         prompt: Length of a prompt in tokens, image included, with --generate.
         new_tokens: Length of an answer in tokens, with --generate.
         json: File to which the report is also written, as JSON.
-        plot: File for a figure of memory and step time; default: next to the file of --json, if there is one.
+        plot: PNG file for a figure of memory and step time; default: next to the file of --json, if there is one.
         set: Change fields of the configuration, as in data.batch_rows=512 remat=full.
     """
     from phivision_jax.checkpoint import loading
@@ -59,6 +59,8 @@ def preflight(
 
     if generate and search:
         raise ValueError("--generate and --search exclude each other: the search is for training steps")
+    if plot and plot.suffix != ".png":
+        raise ValueError(f"--plot={plot} must be a PNG file: give a name that ends in .png")
     where = parse_topology(topology, slices)
     given = loader.load_config(config, set)
     if given.init_from:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -64,7 +65,7 @@ def parse_header(path: Location, header: bytes) -> dict[str, Entry]:
             if value["dtype"] not in DTYPES:
                 raise ValueError(f"{path}: {name} is {value['dtype']}; weights are {', '.join(DTYPES)}")
             start = len(header) + value["data_offsets"][0]
-            entries[name] = Entry(path, DTYPES[value["dtype"]], tuple(value["shape"]), start)
+            entries[name] = Entry(path, DTYPES[value["dtype"]], tuple(map(operator.index, value["shape"])), start)
     except (LookupError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: the safetensors header is corrupt ({type(error).__name__}: {error})") from None
     return entries
@@ -112,6 +113,8 @@ class HFDirectory:
         weight_map: Any = read_json(index).get("weight_map") if INDEX in self.files else {}
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ValueError(f"{index} has no weight_map of tensor names to files")
+        if not weight_map and INDEX in self.files:
+            raise ValueError(f"{index} names no tensors: its weight_map is empty")
         if not weight_map and SINGLE not in self.files:
             if pickles := [name for name in self.files if "/" not in name and name.endswith(_PICKLES)]:
                 raise ValueError(f"{directory} holds pickled weights only ({pickles[0]}): loading them would run code")

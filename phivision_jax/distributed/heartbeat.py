@@ -163,7 +163,7 @@ class Watchdog:
         return self._last[:2]
 
     def alive(self, phase: str, limit_s: float | None = None, *, step: int | None = None) -> None:
-        """Enter a phase, such as "saving"; costs nothing.
+        """Enter a phase, such as "checkpoint"; costs nothing.
 
         Args:
           limit_s: seconds that it may take; ``LONG_S`` for slow ones.

@@ -7,11 +7,14 @@ import json
 import string
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phivision_jax.io.html import Section, Table
 from phivision_jax.io.storage import Location
+
+if TYPE_CHECKING:
+    from phivision_jax.io.html import Section
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ def exact_match(prediction: str, reference: str) -> bool:
 
 def accuracy_section(title: str, answers: Sequence[Answer]) -> Section:
     """The accuracies as a table."""
+    from phivision_jax.io.html import Section, Table  # with matplotlib, which training need not load
+
     groups = {**accuracy_by_task(answers), "all": (accuracy(answers), len(answers))}
     rows = [(name, f"{share:.1%}", f"{count:,}") for name, (share, count) in groups.items()]
     return Section(title, table=Table(("mode/task", "accuracy", "questions"), rows))

@@ -36,7 +36,8 @@ class Chip:
     devices: int
     """JAX devices per chip."""
     shapes: tuple[str, ...]
-    """Shapes that have a Cloud name, smallest first; no two have the same number of chips, and none has more."""
+    """Shapes that have a Cloud name, smallest first; no two have the same number of chips, and the last
+    is the largest slice."""
     hbm_bytes: int
     """Memory that a program may use, all devices of the chip together; the rest of the chip's HBM is reserved."""
     peak_bf16_flops: float
@@ -53,13 +54,14 @@ class Chip:
 # dcn_bandwidth: v5p has 50 Gbit/s per chip, a pod of 256 v5e 6.4 Tbit/s, one of v6e 25.6.
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 _SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+# JAX kind, Cloud name, its cores, devices, shapes, HBM bytes, bf16 FLOP/s, and bandwidths of HBM, ICI and DCN.
 CHIPS = {
     "v4": Chip("TPU v4", "v4", 2, 2, _CUBES, int(2 * 15.25 * GIB), 275e12, 1200e9, None, None),
     "v5e": Chip("TPU v5 lite", "v5litepod", 1, 1, _SQUARES, int(15.75 * GIB), 197e12, 819e9, 400e9, 6.4e12 / 8 / 256),
     "v5p": Chip("TPU v5", "v5p", 2, 1, (*_CUBES, "16x16x24"), int(95.74 * GIB), 459e12, 2765e9, 1200e9, 50e9 / 8),
     "v6e": Chip("TPU v6 lite", "v6e", 1, 1, _SQUARES, int(31.25 * GIB), 918e12, 1600e9, 800e9, 25.6e12 / 8 / 256),
 }
-"""By generation; the values of a row are in the order of ``Chip``'s fields."""
+"""By generation."""
 
 
 @dataclasses.dataclass(frozen=True)

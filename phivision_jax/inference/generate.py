@@ -73,7 +73,8 @@ def generate(
     """
     single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
     prompts = [prompt] if single else list(prompt)
-    images_of: Sequence[Sequence[ImageSource]] = [images or ()] if single else images or [()] * len(prompts)
+    none: Sequence[Sequence[ImageSource]] = [()] * len(prompts)
+    images_of = none if images is None else [images] if single else images
     if len(images_of) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(images_of)} lists of images: give one list per prompt")
     conversations = [_conversation(p, len(i)) for p, i in zip(prompts, images_of, strict=True)]

@@ -79,7 +79,10 @@ def num_steps(cfg: RunConfig, available: int) -> int:
 
 
 def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: linear from 0 to the peak, then a cosine to ``final_lr_ratio`` of it."""
+    """Learning rate by step: linear from 0 to the peak, then a cosine to ``final_lr_ratio`` of it.
+
+    ``cfg`` counts in steps, as that of a resolved configuration does.
+    """
     warmup = min(cfg.warmup_steps, max(steps - 1, 0))
     return optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.learning_rate * cfg.final_lr_ratio

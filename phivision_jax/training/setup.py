@@ -144,7 +144,7 @@ def make_or_load_plan(cfg: ResolvedConfig, processor: Processor, directory: RunD
         found = own if own.exists() else Path(data.plan)
         plan = Plan.load(found)
         if changed := messages.first_difference(plan_inputs(*sources, **settings), plan.inputs):
-            raise ValueError(f"{found} is a plan for other settings: {changed}; keep them, or use another --run")
+            raise ValueError(f"{found} is a plan for other settings: {changed}; restore them, or use another --run")
 
     def save() -> None:
         if not own.exists():

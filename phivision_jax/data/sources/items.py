@@ -211,6 +211,8 @@ def _without_system(messages: Sequence[dict[str, Any]], keep: bool) -> list[dict
         if first is None:
             raise BadRecord("role", "a system message, but no user message before which it could be put")
         first["content"] = "\n\n".join([*system, first["content"]])
+    if not rest:
+        raise BadRecord("fields", "it has no messages besides system messages")
     return rest
 
 

@@ -221,7 +221,7 @@ def write_quarantine(directory: Path, summaries: Iterator[Summary]) -> Path:
 
 
 def write_index_and_manifest(directory: Path, summaries: Callable[[], Iterator[Summary]], text: str) -> None:
-    """Complete a dataset whose chunks are committed; the complete index is in memory, some 20 bytes per record.
+    """Complete a dataset whose chunks are committed; the complete index is in memory, some 50 bytes per record.
 
     Args:
       directory: of the shards.

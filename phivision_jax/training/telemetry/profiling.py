@@ -57,12 +57,8 @@ class Profiler:
     ) -> None:
         if slow_step and not slow_step > 1:
             raise ValueError(f"slow_step is {slow_step}; give a multiple of the median step above 1, or 0 for never")
-        self._directory, self._log, self._profile, self._slow_step = (
-            run / DIRECTORY,
-            log,
-            parse_steps(profile),
-            slow_step,
-        )
+        self._directory, self._log = run / DIRECTORY, log
+        self._profile, self._slow_step = parse_steps(profile), slow_step
         self._recent: deque[float] = deque(maxlen=WINDOW)
         self._traced = range(0)
 

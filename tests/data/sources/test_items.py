@@ -254,6 +254,7 @@ def test_reader_system_messages():
     pictured = [{"from": "system", "value": "<image>"}, *talk()]
     assert refused({"conversations": pictured, "image": PNG[0]}, system="drop").reason == "image-count"
     assert refused({"conversations": [turns[0], talk()[1]]}, system="user").reason == "role"
+    assert "besides system messages" in refused({"conversations": turns[:1]}, system="drop").detail
 
 
 def test_reader_metadata_keeps_storable_values():
