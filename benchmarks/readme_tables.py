@@ -44,14 +44,14 @@ class Case:
 
 
 CASES = (
-    Case("Inference", "v5e-4"),
-    Case("Inference", "v5e-8"),
+    Case("Inference", "v5litepod-4"),
+    Case("Inference", "v5litepod-8"),
     Case("Inference", "v6e-4"),
     Case("Inference", "v5p-8"),
-    Case("LoRA, rank 16", "v5e-16", LORA),
+    Case("LoRA, rank 16", "v5litepod-16", LORA),
     Case("LoRA, rank 16", "v6e-8", LORA),
     Case("LoRA, rank 16", "v5p-8", LORA),
-    Case("Full fine-tuning", "v5e-64"),
+    Case("Full fine-tuning", "v5litepod-64", ("data.batch_rows=64",)),
     Case("Full fine-tuning", "v6e-16"),
     Case("Full fine-tuning", "v5p-8", RECOMPUTE),
 )

@@ -148,7 +148,7 @@ def test_missing_bucket_is_a_message(data, bucket, tmp_path):
     began = time.monotonic()
     output = fail(command(data, "gs://nobody-s/run", *SHORT), on(tmp_path))
     assert time.monotonic() - began < 60
-    assert "phivision: gs://nobody-s/run: there is no bucket nobody-s; gcloud storage buckets create" in output
+    assert "phivision: gs://nobody-s/run: there is no bucket nobody-s; create it with gcloud storage" in output
 
 
 @pytest.mark.slow

@@ -19,12 +19,12 @@ from tests.support.paths import ROOT
 from tests.support.released_layout import random_tensors, text_shapes, vision_shapes, write_hf
 from tests.support.runs import environment, finish
 
-VISION = VisionConfig(hidden_size=128, intermediate_size=256, num_layers=4, num_heads=2, patch_size=8)
+VISION = VisionConfig(hidden_size=128, intermediate_size=256, num_layers=4, num_heads=2, patch_size=8, num_positions=36)
 DECODER = DecoderConfig(
     vocab_size=512, hidden_size=128, intermediate_size=256, num_layers=3, num_heads=2, num_kv_heads=1,
     bos_token_id=507, eos_token_id=508, pad_token_id=509, rope_theta=10_000.0, max_positions=1024,
 )  # fmt: skip
-MODEL = ModelConfig(vision=VISION, decoder=DECODER, min_patches=64, max_patches=64)
+MODEL = ModelConfig(vision=VISION, decoder=DECODER, min_patches=36, max_patches=36)
 RATES = {"stage1": 1e-3, "stage2": 2e-5, "stage3": 1e-5}
 RULES = {
     "stage1": '(("projector", 1.0), (".", 0.0))',
