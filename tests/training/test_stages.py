@@ -19,12 +19,12 @@ from tests.support.paths import ROOT
 from tests.support.released_layout import random_tensors, text_shapes, vision_shapes, write_hf
 from tests.support.runs import environment, finish
 
-VISION = VisionConfig(hidden_size=128, intermediate_size=256, num_layers=4, num_heads=2, patch_size=8, num_positions=36)
+VISION = VisionConfig(hidden_size=128, intermediate_size=256, num_layers=4, num_heads=2, patch_size=8)
 DECODER = DecoderConfig(
     vocab_size=512, hidden_size=128, intermediate_size=256, num_layers=3, num_heads=2, num_kv_heads=1,
     bos_token_id=507, eos_token_id=508, pad_token_id=509, rope_theta=10_000.0, max_positions=1024,
 )  # fmt: skip
-MODEL = ModelConfig(vision=VISION, decoder=DECODER, min_patches=36, max_patches=36)
+MODEL = ModelConfig(vision=VISION, decoder=DECODER, min_patches=64, max_patches=64)
 RATES = {"stage1": 1e-3, "stage2": 2e-5, "stage3": 1e-5}
 RULES = {
     "stage1": '(("projector", 1.0), (".", 0.0))',
@@ -96,6 +96,7 @@ def words(stage: str, run: Path, init_from: Path, mixture: Path) -> list[str]:
     return [
         sys.executable, "train.py", "--config=configs/tiny.py", f"--run={run}", f"--config.init_from={init_from}",
         f"--config.data.path={mixture}", f"--config.data.stage={stage}", "--config.data.eval_path=",
+        "--config.model.vision.num_positions=256", "--config.model.min_patches=64", "--config.model.max_patches=64",
         f"--config.data.batch_rows={rows}", f"--config.data.length={length}", f"--config.data.num_patches={patches}",
         f"--config.optim.learning_rate={RATES[stage]}", f"--config.optim.lr_rules={RULES[stage]}",
         f"--config.optim.steps={STEPS[stage]}", "--config.optim.warmup_steps=2", "--config.log_every=1",
