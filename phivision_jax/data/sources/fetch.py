@@ -44,10 +44,10 @@ _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def is_given(value: Any) -> bool:
-    """True if a field has an image: not None, "" or a struct without content."""
+    """True if a field has an image: not null, NaN, "" or a struct without content."""
     if isinstance(value, Mapping):
         return any(is_given(value.get(key)) for key in ("bytes", "path", "url"))
-    return value is not None and not (isinstance(value, str) and not value)
+    return value is not None and value != "" and not (isinstance(value, float) and value != value)
 
 
 def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
