@@ -24,7 +24,8 @@ class ItemOptions:
     rename: tuple[str, ...] = ()
     """Names of fields in the data and the names that import expects: theirs=ours, as in prompt=question."""
     task: str = "general"
-    """Task of records that do not state one."""
+    """Task of records that do not state one; any name, known are general, math, science, gui, ocr, chart, document,
+    caption, text, grounding and safety."""
     default_mode: Literal["nothink", "think", "refuse"] = "nothink"
     """Mode of records that do not state one and whose answers do not show it; refuse: quarantine them."""
     system: Literal["template", "user", "drop"] = "template"
@@ -48,7 +49,7 @@ class ItemOptions:
         """Check the values.
 
         Raises:
-          ValueError: for a name that is not "theirs=ours", or an unknown task.
+          ValueError: for a name that is not "theirs=ours", or a task that is not a name.
           NotADirectoryError: for a folder that does not exist.
         """
         check_task(self.task)
