@@ -174,7 +174,7 @@ _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 _MARKER = re.compile(
     r"(?!<(?-i:image)>)<\|?(?:(?:start_of_|end_of_)?(?:image|img|video|audio|speech)s?(?:[ _]?\d+|_?(?:pad|placeholder|"
     r"soft_token|token|start|end|bos|eos|here))?|vision_(?:start|end))\|?/?>"
-    r"|(?P<box><\|?(?:box|quad|box_start|quad_start|loc_?\d+)\|?>)|data:(?:image|video|audio)/[\w.+-]+;base64,",
+    r"|(?P<box><\|?(?:box|quad|box_start|quad_start|object_ref_start|loc_?\d+)\|?>)|data:(?:image|video|audio)/[\w.+-]+;base64,",
     re.IGNORECASE,
 )
 
