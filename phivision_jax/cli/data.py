@@ -127,7 +127,7 @@ def _summarise(dataset: Dataset, processor: Processor, system: str) -> None:
             kept = _keeps_system_messages(processor)
             fate = "the template keeps them" if kept else "the template drops them; --system user keeps their text"
         rows["system messages"] = f"{counts['system_messages']:,}: {fate}"
-    if unread := sorted(counts.get("unread", {}).items(), key=lambda pair: -pair[1][0]):
+    if unread := sorted(counts.get("unread", {}).items(), key=lambda pair: (-pair[1][0], pair[0])):
         lines = [f"{name} {count:,} (e.g. {example})" for name, (count, example) in unread[:_SHOWN_UNREAD]]
         if len(unread) > _SHOWN_UNREAD:
             lines.append(f"and {len(unread) - _SHOWN_UNREAD:,} more, in {dataset.directory / 'manifest.json'}")
