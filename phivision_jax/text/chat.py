@@ -191,7 +191,7 @@ def _with_thoughts(content: str, thoughts: Sequence[Any], role: str, where: str)
         )
         if not all(isinstance(part, str) for part in parts):
             raise MessageError("fields", f"{where}: its thoughts are {type(given).__name__}: they must be text")
-        texts.append("".join(parts).strip().removeprefix(THINK).removesuffix(END_THINK))
+        texts.append("".join(map(str, parts)).strip().removeprefix(THINK).removesuffix(END_THINK))
     head = content.lstrip()
     if head.startswith(THINK) and END_THINK in head:
         own, _, content = head.removeprefix(THINK).partition(END_THINK)

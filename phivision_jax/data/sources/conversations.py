@@ -88,7 +88,7 @@ def conversation_of(item: Mapping[str, Any], renames: Mapping[str, str] = Mappin
         answer = item.get(used[1])
         if isinstance(answer, list):
             answer = answer[0] if answer else None
-        turns: list[Mapping[str, Any]] = [{"user": _with_options(item, answer), "assistant": answer}]
+        turns: list[Mapping[str, Any]] = [{"user": item["question"], "assistant": answer}]
     else:
         turns = _rows(item[form], f"the field {form}")
     by_role, messages = form in ("question", "texts"), []
@@ -100,19 +100,16 @@ def conversation_of(item: Mapping[str, Any], renames: Mapping[str, str] = Mappin
         unread += keys.unread("turn", turn, f"turn {i}: ")
         given = [role for role in ROLES if role != "system" or not keys.is_blank(turn.get(role))]
         messages += [{"role": role, "content": _text(turn.get(role))} for role in given]
-    special = not keys.SPECIAL.isdisjoint(item)
-    if special:
+    if not keys.SPECIAL.isdisjoint(item):
+        _add_options(messages, item)
         _add_system(messages, item)
+        _add_thoughts(messages, item)
     try:
         plain, images = chat.flatten(messages)
     except chat.MessageError as error:
         raise BadRecord(error.reason, str(error)) from None
-    if special:
-        _add_thoughts(plain, item)
     for i, message in enumerate(plain):
         keys.check_text(message["content"], f"message {i}")
-    if special and form != "question":
-        _check_options(plain, item)
     return Conversation(plain, _checked(images), used, may_prepend=by_role, unread=unread)
 
 
@@ -124,66 +121,49 @@ def _text(value: Any) -> Any:
 
 
 def _add_system(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
-    """Put the record's own system message before the others, unless they begin with the same."""
+    """Put the record's own system message before the others, unless they have the same."""
     given = {name: item[name] for name in keys.SYSTEM if not keys.is_blank(item.get(name))}
-    if not given:
-        return
     inside = [message["content"] for message in messages if message["role"] == "system"]
-    texts = [*given.values(), *inside[:1]]
-    if not isinstance(texts[0], str) or any(text != texts[0] for text in texts):
-        problem = "another system message" if isinstance(texts[0], str) else "no text"
-        raise BadRecord("fields", f"the field {next(iter(given))} is {problem}; {keys.or_keep(next(iter(given)))}")
-    if not inside:
-        messages.insert(0, {"role": "system", "content": texts[0]})
+    for name, text in given.items():
+        if not isinstance(text, str) or any(other != text for other in [*given.values(), *inside[:1]]):
+            problem = "another system message" if isinstance(text, str) else "not a text"
+            raise BadRecord("fields", f"the field {name} is {problem}; {keys.or_keep(name)}")
+    if given and not inside:
+        messages.insert(0, {"role": "system", "content": next(iter(given.values()))})
 
 
 def _add_thoughts(messages: list[dict[str, Any]], item: Mapping[str, Any]) -> None:
-    """Put thoughts that the record has for its only answer before it."""
-    given = {name: item[name] for name in THOUGHT_KEYS if not keys.is_blank(item.get(name))}
-    if not given:
-        return
+    """Give thoughts that are a field of the record to its only answer."""
     answers = [message for message in messages if message["role"] == "assistant"]
-    name = next(iter(given))
-    if len(answers) != 1:
-        problem = f"the field {name} has thoughts, but the record {len(answers)} answers"
-        raise BadRecord("fields", f"{problem}: write them into the messages; {keys.or_keep(name)}")
-    try:
-        ((plain,), _) = chat.flatten([{**answers[0], **given}])
-    except chat.MessageError as error:
-        raise BadRecord(error.reason, f"with the record's {name}, {error}; {keys.or_keep(name)}") from None
-    answers[0]["content"] = plain["content"]
+    for name in THOUGHT_KEYS:
+        if not keys.is_blank(item.get(name)):
+            if len(answers) != 1 or name in answers[0]:
+                problem = f"the field {name} has thoughts, but it is unclear of which of {len(answers)} answers"
+                raise BadRecord("fields", f"{problem}: write them into the messages; {keys.or_keep(name)}")
+            answers[0][name] = item[name]
 
 
-def _options(item: Mapping[str, Any]) -> tuple[str, list[str]]:
-    """The name of the record's field of options, and their texts; none: "" and an empty list."""
-    name = next((name for name in keys.OPTIONS if not keys.is_blank(item.get(name))), "")
-    texts = [_text(option) for option in item[name]] if name and isinstance(item[name], list) else []
-    if name and not (0 < len(texts) <= len(_LETTERS) and all(isinstance(text, str) for text in texts)):
+def _add_options(messages: Sequence[dict[str, Any]], item: Mapping[str, Any]) -> None:
+    """Add a line for each of the record's options to its only question, unless it has them all."""
+    name = next((name for name in keys.OPTIONS if not keys.is_blank(item.get(name))), None)
+    if name is None:
+        return
+    texts = [_text(option) for option in item[name]] if isinstance(item[name], list) else []
+    if not (0 < len(texts) <= len(_LETTERS) and all(isinstance(text, str) for text in texts)):
         raise BadRecord("fields", f"the field {name} must be a list of up to 26 texts; {keys.or_keep(name)}")
-    return name, texts
-
-
-def _with_options(item: Mapping[str, Any], answer: Any) -> Any:
-    """The question with a line for each option, unless it has them all."""
-    question, (name, texts) = _text(item["question"]), _options(item)
-    if not texts or not isinstance(question, str):
-        return question
-    if str(_text(answer)).strip().isdigit() and str(_text(answer)).strip() not in texts:
-        problem = f"the answer {answer!r} is a number, and it is unclear whether the first of the {name} is 0 or 1"
+    asked, answers = ([m["content"] for m in messages if (m["role"] == "assistant") is role] for role in (False, True))
+    number = str(answers[0]).strip() if answers else ""
+    if number.isdigit() and number not in texts:
+        problem = f"the answer {number} is a number, and it is unclear whether the first of the {name} is 0 or 1"
         raise BadRecord("unread", f"{problem}: write its letter or its text as the answer; {keys.or_keep(name)}")
-    if all(text in question for text in texts):
-        return question
-    lettered = all(re.match(rf"\(?{letter}[).:]", text) for letter, text in zip(_LETTERS, texts, strict=False))
-    lines = texts if lettered else [f"{letter}. {text}" for letter, text in zip(_LETTERS, texts, strict=False)]
-    return "\n".join([question, *lines])
-
-
-def _check_options(messages: Sequence[Mapping[str, Any]], item: Mapping[str, Any]) -> None:
-    name, texts = _options(item)
-    asked = "\n".join(message["content"] for message in messages if message["role"] != "assistant")
-    if not all(text in asked for text in texts):
+    if all(any(text in str(question) for question in asked) for text in texts):
+        return
+    if len(messages) != 2 or not isinstance(messages[0]["content"], str):
         problem = f"the field {name} has options that the messages do not: write them into the question"
         raise BadRecord("unread", f"{problem}; {keys.or_keep(name)}")
+    pairs = list(zip(_LETTERS, texts, strict=False))
+    lettered = all(re.match(rf"\(?{letter}[).:]", text) for letter, text in pairs)
+    messages[0]["content"] += "".join(f"\n{text if lettered else f'{letter}. {text}'}" for letter, text in pairs)
 
 
 def _hint(item: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ import functools
 import itertools
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.text.constants import THOUGHT_KEYS
@@ -40,123 +40,58 @@ UNDERSTOOD: Mapping[Level, frozenset[str]] = {
 SPECIAL = frozenset((*SYSTEM, *OPTIONS, *FLAGS, *THOUGHT_KEYS))
 """Fields of a record that change its messages, and that few have."""
 
-_ANYTHING, _TEXT = object, (str, bytes, list, dict)
+_ANY, _TEXT = object, (str, bytes, list, dict)
 _DEEPEST = 3
 _FILE = r"(_?\d+)?(_?(path|file|filename|name|url|uri|link|src|bytes|base64|b64|data|list|content)s?)?"
 _IMAGE = rf"(.*_)?(image|img|picture|pic|photo|photograph|figure|screenshot|thumbnail|jpe?g|png)s?{_FILE}"
-
-
-class _Meaning(NamedTuple):
-    """A kind of key that must not be ignored."""
-
-    levels: str
-    names: str
-    """Regular expression of complete names."""
-    types: Any
-    """Types of the values that have this meaning."""
-    problem: str
-
-
-_MEANINGS = (
-    _Meaning(
-        "record question message turn",
-        "(enable|use|with|no|disable)_(think|thinking|reasoning)|(think|thinking|reasoning)_(mode|effort)"
-        "|chat_template_kwargs",
-        _ANYTHING,
-        "decides whether the model thinks: write think or nothink into the field mode",
-    ),
-    _Meaning(
-        "record question message turn part",
-        "(.*_)?(reasonings?|think|thinking|thoughts?|cot|rationales?|chain_of_thoughts?)"
-        "(_(content|text|traces?|steps|process|chain|blocks?|details|trajector(y|ies)))?",
-        _TEXT,
-        "looks like the thoughts of an answer: --rename {key}=reasoning_content",
-    ),
-    _Meaning(
-        "message turn",
-        r"(.*_)?(loss|train\w*|learn\w*|masks?|masked|masking|weights?|ignored?|skip\w*|(un)?supervised?|labels?|grad)"
-        r"(_.*)?|(.*_)?eval_only",
-        _ANYTHING,
-        "may exclude the message from the loss: --rename {key}=weight if 0 or false in it means no loss",
-    ),
-    _Meaning(
-        "record question",
-        "(.*_)?(loss|trainable|masks?|masked|weights?|ignored?|skip|skipped)(_(weight|scale|mask|factor)s?)?",
-        _ANYTHING,
-        "may change the loss: remove the records that must not be learned",
-    ),
-    _Meaning(
-        "record question message turn",
-        "(sys|system|developer)(_(prompt|message|text|content|instruction)s?)?",
-        _TEXT,
-        "looks like a system message: --rename {key}=system",
-    ),
-    _Meaning(
-        "record question message turn part",
-        "(tool|function|api)s?(_(calls?|choice|call_ids?|use|responses?|results?|outputs?|schemas?|definitions?))?"
-        "|observations?",
-        _TEXT,
-        "belongs to tools, which the model does not support: leave the record out, or write calls and results as text",
-    ),
-    _Meaning(
-        "record question message turn",
-        "(.*_)?(chosen|rejected|(non_|dis)?preferred|winner|loser)(_.*)?",
-        _ANYTHING,
-        "belongs to preference data, but every answer of an import is learned: keep the preferred answers alone",
-    ),
-    _Meaning(
-        "record question message turn",
-        "label|kto_tag|(is_)?(desirable|preferred|accepted)",
-        bool,
-        "rates the answer, as preference data do, but every answer of an import is learned: keep the good ones alone",
-    ),
-    _Meaning(
-        "record question",
-        r"(.*_)?(options?|choices?|candidates|distractors)(_?([a-z]|\d+))?(_texts?)?",
-        _TEXT,
-        "looks like the options of a multiple choice: --rename {key}=options, as a list",
-    ),
-    _Meaning("question", "[a-h]", _TEXT, "looks like an option of a multiple choice: write a list into options"),
-    _Meaning(
-        "record question message turn",
-        r"(.*_)?(bbox(es)?|box(es)?|bounding_box(es)?|polygons?|points?|keypoints?|coord(inate)?s?|segmentations?|quads?)"
-        r"(_?\d+|_(type|format|unit|mode|list)s?)?",
-        _TEXT,
-        "looks like coordinates: write them into objects, with <bbox> or <point> in the text",
-    ),
-    _Meaning(
-        "record question message turn",
-        "(.*_)?(history|histories|previous_(turns|messages))",
-        _TEXT,
-        "looks like earlier turns: write the complete conversation as messages",
-    ),
-    _Meaning(
-        "question",
-        "(.*_)?(context|passage|hint|instruction|input|prompt|query|lecture|paragraph|article)s?",
-        _TEXT,
-        "may belong to the question: put it into the text of the question",
-    ),
-    _Meaning(
-        "record question part",
-        r"(min|max|total)_pixels|resized_(height|width)|n?frames?|fps|max_num_tiles",
-        _ANYTHING,
-        "sets a resolution, which is an option of a run and not of a record",
-    ),
-    _Meaning(
-        "message turn",
-        "channel|recipient|refusal|prefix|partial",
-        _ANYTHING,
-        "has a meaning in other chat formats that is not supported",
-    ),
-    _Meaning(
-        "record question message turn part",
-        rf"(.*_)?(video|clip|movie|audio|speech|sound|voice|wav|mp[34])s?{_FILE}",
-        _TEXT,
-        "looks like video or audio, which the model does not support: leave the record out",
-    ),
-    _Meaning("record question part", _IMAGE, _TEXT, "looks like an image: --rename {key}=image"),
-    _Meaning("message turn", _IMAGE, _TEXT, "looks like an image: put it into the field images of the record"),
-)
+_RECORD, _MESSAGE, _PART = ("record", "question"), ("message", "turn"), ("part",)
+# Levels, the types of values that have the meaning, a regular expression of names, the problem and what to do.
+_MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
+    (_RECORD + _MESSAGE, _ANY,
+     "(enable|use|with|no|disable)_(think|thinking|reasoning)|(think|thinking|reasoning)_(mode|effort)"
+     "|chat_template_kwargs",
+     "decides whether the model thinks: write think or nothink into the field mode"),
+    (_RECORD + _MESSAGE + _PART, _TEXT,
+     "(.*_)?(reasonings?|think|thinking|thoughts?|cot|rationales?|chain_of_thoughts?)"
+     "(_(content|text|traces?|steps|process|chain|blocks?|details|trajector(y|ies)))?",
+     "looks like the thoughts of an answer: --rename {key}=reasoning_content"),
+    (_MESSAGE, _ANY,
+     r"(.*_)?(loss|train\w*|learn\w*|masks?|masked|masking|weights?|ignored?|skip\w*|(un)?supervised?|labels?|grad)"
+     r"(_.*)?|(.*_)?eval_only",
+     "may exclude the message from the loss: --rename {key}=weight if 0 or false in it means no loss"),
+    (_RECORD, _ANY,
+     "(.*_)?(loss|trainable|masks?|masked|weights?|ignored?|skip|skipped)(_(weight|scale|mask|factor)s?)?",
+     "may change the loss: remove the records that must not be learned"),
+    (_RECORD + _MESSAGE, _TEXT, "(sys|system|developer)(_(prompt|message|text|content|instruction)s?)?",
+     "looks like a system message: --rename {key}=system"),
+    (_RECORD + _MESSAGE + _PART, _TEXT,
+     "(tool|function|api)s?(_(calls?|choice|call_ids?|use|responses?|results?|outputs?|schemas?|definitions?))?"
+     "|observations?",
+     "belongs to tools, which the model does not support: leave the record out, or write calls and results as text"),
+    (_RECORD + _MESSAGE, _ANY, "(.*_)?(chosen|rejected|(non_|dis)?preferred|winner|loser)(_.*)?",
+     "belongs to preference data, but every answer of an import is learned: keep the preferred answers alone"),
+    (_RECORD + _MESSAGE, bool, "label|kto_tag|(is_)?(desirable|preferred|accepted)",
+     "rates the answer, as preference data do, but every answer of an import is learned: keep the good ones alone"),
+    (_RECORD, _TEXT, r"(.*_)?(options?|choices?|candidates|distractors)(_?([a-z]|\d+))?(_texts?)?",
+     "looks like the options of a multiple choice: --rename {key}=options, as a list"),
+    (("question",), _TEXT, "[a-h]", "looks like an option of a multiple choice: write a list into options"),
+    (_RECORD + _MESSAGE, _TEXT,
+     r"(.*_)?(bbox(es)?|box(es)?|bounding_box(es)?|polygons?|points?|keypoints?|coord(inate)?s?|segmentations?|quads?)"
+     r"(_?\d+|_(type|format|unit|mode|list)s?)?",
+     "looks like coordinates: write them into objects, with <bbox> or <point> in the text"),
+    (_RECORD + _MESSAGE, _TEXT, "(.*_)?(history|histories|previous_(turns|messages))",
+     "looks like earlier turns: write the complete conversation as messages"),
+    (("question",), _TEXT, "(.*_)?(context|passage|hint|instruction|input|prompt|query|lecture|paragraph|article)s?",
+     "may belong to the question: put it into the text of the question"),
+    (_RECORD + _PART, _ANY, "(min|max|total)_pixels|resized_(height|width)|n?frames?|fps|max_num_tiles",
+     "sets a resolution, which is an option of a run and not of a record"),
+    (_MESSAGE, _ANY, "channel|recipient|refusal|prefix|partial",
+     "has a meaning in other chat formats that is not supported: leave the record out"),
+    (_RECORD + _MESSAGE + _PART, _TEXT, rf"(.*_)?(video|clip|movie|audio|speech|sound|voice|wav|mp[34])s?{_FILE}",
+     "looks like video or audio, which the model does not support: leave the record out"),
+    (_RECORD + _PART, _TEXT, _IMAGE, "looks like an image: --rename {key}=image"),
+    (_MESSAGE, _TEXT, _IMAGE, "looks like an image: put it into the field images of the record"),
+)  # fmt: skip
 _HARMLESS = re.compile(
     r"dataset_.*|(num|n|is|has)_.*|.*_(num|count|width|height|size|index|hash)|(.*_)?(id|ids|uuid|idx|index|source|"
     "dataset|origin|licen[cs]e|split|subset|category|categories|type|language|lang|locale|difficulty|level|grade|score|"
@@ -180,14 +115,14 @@ _MARKER = re.compile(
 
 
 @functools.lru_cache(4096)
-def _classify(level: Level, key: str) -> tuple[str, _Meaning | None, bool]:
-    """A key's name in lower case, its meaning if it has one, and whether it is harmless."""
+def _classify(level: Level, key: str) -> tuple[str, Any, str, bool]:
+    """A key's name in lower case, the types of values with a meaning, its problem, and whether the key is harmless."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+", "_", key).lower()
-    harmless = _HARMLESS.fullmatch(name) is not None
-    if name.startswith("dataset_"):
-        return name, None, True
-    found = (m for m in _MEANINGS if level in m.levels.split() and re.fullmatch(m.names, name))
-    return name, next(found, None), harmless
+    meanings = () if name.startswith("dataset_") else _MEANINGS
+    found = (
+        (types, problem) for levels, types, names, problem in meanings if level in levels and re.fullmatch(names, name)
+    )
+    return name, *next(found, ((), "")), _HARMLESS.fullmatch(name) is not None
 
 
 def unread(
@@ -209,15 +144,18 @@ def unread(
     for key, value in fields.items():
         if key in understood or key in used or is_blank(value):
             continue
-        name, meaning, harmless = _classify(level, str(key))
+        name, types, problem, harmless = _classify(level, str(key))
         kind = None if name.startswith("dataset_") else looks_like_media(value)
         if has_images and isinstance(value, str) and kind in (None, "image") and _FILE_KEY.fullmatch(name):
-            kind = meaning = None
-        if meaning is not None and isinstance(value, meaning.types):
-            raise BadRecord("unread", f"{where}the field {key} {meaning.problem.format(key=key)}; {or_keep(key)}")
+            kind, types = None, ()
+        if isinstance(value, types):
+            raise BadRecord("unread", f"{where}the field {key} {problem.format(key=key)}; {or_keep(key)}")
         if kind is not None:
             can = f": --rename {key}=image" if kind == "image" else ", which the model does not support"
-            raise BadRecord("unread", f"{where}the field {key} looks like {_article(kind)} {kind}{can}; {or_keep(key)}")
+            raise BadRecord(
+                "unread",
+                f"{where}the field {key} looks like {'a' if kind == 'video' else 'an'} {kind}{can}; {or_keep(key)}",
+            )
         if not harmless:
             found.append((f"{key} of {level}s" if level in ("message", "turn", "part") else str(key), value))
     return found
@@ -251,7 +189,8 @@ def looks_like_media(value: Any, depth: int = 0) -> Literal["image", "video", "a
     if isinstance(value, str):
         if "." in value and (found := _MEDIA_FILE.search(value[-200:])) and "\n" not in value:
             return found.lastgroup  # type: ignore[return-value]
-        return (found[1] or "image") if len(value) > 20 and (found := _ENCODED.match(value)) else None
+        encoded = _ENCODED.match(value) if len(value) > 20 else None
+        return (encoded[1] or "image") if encoded else None  # type: ignore[return-value]
     if isinstance(value, dict | list) and depth < _DEEPEST:
         inner = itertools.islice(value.values() if isinstance(value, dict) else value, 8)
         return next((kind for one in inner if (kind := looks_like_media(one, depth + 1))), None)
@@ -286,7 +225,3 @@ def renamed(fields: Mapping[str, Any], renames: Mapping[str, str], level: Level)
 def or_keep(key: str) -> str:
     """Advice for a key that means something else in the data."""
     return f"--rename {key}=dataset_{key} imports the record without it"
-
-
-def _article(kind: str) -> str:
-    return "a" if kind == "video" else "an"

@@ -61,7 +61,7 @@ def test_thoughts():
         assert isinstance(found, Read) and found.record.mode == "think"
         assert found.record.messages[1]["content"] == "<think>Red.</think>that 0"
     two = read({"messages": messages_of("messages", 2), "reasoning": "Red."})
-    assert isinstance(two, Quarantined) and "the record 2 answers" in two.detail
+    assert isinstance(two, Quarantined) and "unclear of which of 2 answers" in two.detail
     message = {"role": "assistant", "content": "<think>Red.</think>yes", "reasoning": "Red.", "thinking": " "}
     item = {"messages": [messages_of("messages", 1)[0], message]}
     assert read(item).record.messages[1]["content"] == "<think>Red.</think>yes"  # type: ignore[union-attr]
@@ -93,10 +93,13 @@ def test_options():
     columns = read({"question": "Which?", "answer": "A", "A": "cat", "B": "box"})
     assert isinstance(columns, Quarantined) and "the field A looks like an option" in columns.detail
     for form in FORMS[:2]:
-        item = {form: messages_of(form, 1), "options": ["what", "?"]}
-        assert isinstance(read(item), Read)
+        for turns in (1, 2):
+            item = {form: messages_of(form, turns), "options": ["what", "?"]}
+            assert read(item).record.messages == read({form: item[form]}).record.messages  # type: ignore[union-attr]
         bad = read(item | {"options": ["cat"]})
         assert isinstance(bad, Quarantined) and "options that the messages do not" in bad.detail
+        one = read({form: messages_of(form, 1), "options": ["cat"]})
+        assert one.record.messages[0]["content"] == "what?\nA. cat"  # type: ignore[union-attr]
 
 
 def test_roles():
