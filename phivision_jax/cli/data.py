@@ -39,7 +39,8 @@ def import_(
 
     Reads LLaVA-style JSON and JSONL (image, conversations), messages in the style of OpenAI or Hugging Face, parquet as
     the Hugging Face hub stores it, TensorFlow Datasets, and ArrayRecord. After an interruption the same command
-    continues. Items that cannot be used are listed with a reason in OUT/quarantine.jsonl.
+    continues. Items that cannot be used are listed with a reason in OUT/quarantine.jsonl. The summary names fields that
+    are not read; docs/data.md lists those that are.
 
     Args:
         source: File, folder, tfds:NAME, or easy-vqa.

@@ -49,11 +49,11 @@ def test_index_names_every_task(datasets):
 
 def test_index_of_a_manifest_without_tasks(datasets, tmp_path, processor):
     records = [make_record(i, task="ocr") for i in range(4)]
-    made = import_source(RecordsSource(records), tmp_path / "set", processor, workers=0, progress=False)
-    manifest = {name: value for name, value in made.manifest.items() if name != "tasks"}
+    first = import_source(RecordsSource(records), tmp_path / "set", processor, workers=0, progress=False)
+    manifest = {name: value for name, value in first.manifest.items() if name != "tasks"}
     (tmp_path / "set" / MANIFEST).write_text(json.dumps(manifest))
     again = Dataset.open(tmp_path / "set")
-    assert again.hash == made.hash and again.index.task_names[again.index.tasks[0]] == "ocr"
+    assert again.hash == first.hash and again.index.task_names[again.index.tasks[0]] == "ocr"
 
 
 def test_import_refuses_too_many_tasks(tmp_path, processor):

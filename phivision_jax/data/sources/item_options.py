@@ -22,7 +22,8 @@ class ItemOptions:
     also_allow: tuple[Path, ...] = ()
     """Further folders into which symbolic links in the image folder may point."""
     rename: tuple[str, ...] = ()
-    """Names of fields in the data and the names that import expects: theirs=ours, as in prompt=question."""
+    """Names of fields, keys of messages and roles in the data, and the names that import expects: theirs=ours, as in
+    prompt=question or Alice=user. KEY=dataset_KEY keeps a field as metadata that would be refused."""
     task: str = "general"
     """Task of records that do not state one; any name, known are general, math, science, gui, ocr, chart, document,
     caption, text, grounding and safety."""

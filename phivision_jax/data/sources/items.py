@@ -3,20 +3,21 @@
     field                          becomes
     id, uid, question_id           ``id`` as a string, the first that is given; none: the item's place, "data.json:18"
     image, images                  ``images``: one or a list, each a path, bytes, a struct of ``bytes`` and ``path``,
-                                   ``{"url": …}``, a data URI or a URL; null and "" are no image
+                                   ``{"url": …}``, a data URI or a URL; null, NaN and "" are no image
     conversations, messages,       ``messages``, see ``conversations``
-    texts, question + answer(s)
+    texts, question + answer(s),
+    system, options, thoughts
     mode                           ``mode``, "think" or "nothink". None: "think" if an answer begins with <think>,
-                                   "nothink" if one begins with the no-think token, else ``default_mode``. White space
-                                   before either is removed. An answer with one </think> and no <think> came after
+                                   "nothink" if one begins with the no-think token or blank thoughts, else
+                                   ``default_mode``. White space before either is removed. An answer with one </think> and no <think> came after
                                    thinking whose <think> was in the prompt (as in R1's data): it is put back
     task                           ``task``; none: ``ItemOptions.task``
     source                         ``source``; none: the name of the source
     objects                        boxes and points for <bbox>, <point> and <ref> in the text, see ``coordinates``
     metadata                       ``metadata``, if it is a dict
     lineage                        ``lineage``, if it is a list of strings
-    anything else                  a key of ``metadata``, if JSON can express it (no bytes, no dates), in 64 bits and at
-                                   most 100 levels; other values are dropped
+    anything else                  a key of ``metadata``, if ``keys`` does not refuse it and JSON can express it (no
+                                   bytes, no dates), in 64 bits and at most 100 levels; other values are dropped
 
 The no-think token itself is removed: encoding puts it back. Images are read here, so that records are complete and a
 missing file is found at import. ``data.store.record_check`` checks strings and images afterwards.

@@ -23,6 +23,7 @@ from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources import keys
 from phivision_jax.data.sources.source import Read
 from tests.support.items import FORMS, item_of, messages_of, read
+from tests.support.paths import ROOT
 from tests.support.records import png
 
 PNG = png(24, 16)
@@ -210,6 +211,13 @@ def test_markers_of_other_models_are_refused(marker):
 def test_html_is_no_marker():
     for text in ("<img src='a'>", "<video controls>", "<imagine>", "a < image > b", "<box-shadow>", "<audiobook>"):
         assert isinstance(read({"question": text, "answer": "that"}), Read)
+
+
+def test_documentation_lists_every_key_that_is_understood():
+    text = (ROOT / "docs" / "data.md").read_text()
+    table = text[text.index("| key | in | meaning |") : text.index("Roles are compared")]
+    for level, names in keys.UNDERSTOOD.items():
+        assert [name for name in sorted(names) if f"`{name}`" not in table] == [], level
 
 
 def test_blank_values_have_no_meaning():
