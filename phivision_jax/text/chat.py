@@ -117,7 +117,7 @@ def encode(
             begin += len(IMAGE_MARKER)
         loss = has_loss[begin : begin + len(chunk)]
         begin += len(chunk)
-        for escape in reversed([*_ESCAPE.finditer(chunk)]):
+        for escape in reversed([*_ESCAPE.finditer(chunk)]) if "<\\" in chunk else ():
             backslash = escape.start(1)
             chunk = chunk[:backslash] + chunk[backslash + 1 :]
             del loss[backslash]

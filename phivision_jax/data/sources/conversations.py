@@ -177,6 +177,9 @@ def _hint(item: Mapping[str, Any]) -> str:
 
 def _message(turn: Mapping[str, Any], i: int, renames: Mapping[str, str], unread: list[Any]) -> dict[str, Any]:
     """A turn of LLaVA or OpenAI as ``text.chat`` takes it."""
+    role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
+    if len(turn) == 2 and not renames and isinstance(content, str) and isinstance(role, str) and role in _ROLES:
+        return {"role": _ROLES[role], "content": content}  # nearly all are such
     turn = keys.renamed(turn, renames, "message") if renames else turn
     if not turn.keys() <= _PLAIN:
         unread += keys.unread("message", turn, f"message {i}: ")

@@ -9,8 +9,9 @@
     system, options, thoughts
     mode                           ``mode``, "think" or "nothink". None: "think" if an answer begins with <think>,
                                    "nothink" if one begins with the no-think token or blank thoughts, else
-                                   ``default_mode``. White space before either is removed. An answer with one </think> and no <think> came after
-                                   thinking whose <think> was in the prompt (as in R1's data): it is put back
+                                   ``default_mode``. White space before a tag is removed. An answer with one </think>
+                                   and no <think> came after thinking whose <think> was in the prompt (as in R1's
+                                   data): it is put back
     task                           ``task``; none: ``ItemOptions.task``
     source                         ``source``; none: the name of the source
     objects                        boxes and points for <bbox>, <point> and <ref> in the text, see ``coordinates``
