@@ -33,7 +33,10 @@ _ESCAPE = re.compile(r"<(\\)\\*(?:image|img|video|audio|box)\b")
 # Tags around thoughts in the data of other models.
 _OTHER_TAGS = {
     THINK: END_THINK,
-    **{f"<{name}>": f"</{name}>" for name in ("thinking", "thought", "thoughts", "reasoning", "reason", "cot")},
+    **{
+        f"<{name}>": f"</{name}>"
+        for name in ("thinking", "thought", "thoughts", "reasoning", "reason", "cot", "scratchpad", "seed:think")
+    },
     **{"[think]": "[/think]", "<|begin_of_thought|>": "<|end_of_thought|>", "◁think▷": "◁/think▷"},
 }
 _ANSWER_BEGINS: dict[PromptMode, str] = {"think": THINK, "nothink": NOTHINK, "auto": ""}

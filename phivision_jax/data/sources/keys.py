@@ -56,7 +56,7 @@ _MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
      "(_(content|text|traces?|steps|process|chain|blocks?|details|trajector(y|ies)))?",
      "looks like the thoughts of an answer: --rename {key}=reasoning_content"),
     (_MESSAGE, _ANY,
-     r"(.*_)?(loss|train\w*|learn\w*|masks?|masked|masking|weights?|ignored?|skip\w*|(un)?supervised?|labels?|grad)"
+     r"(.*_)?(loss|train\w*|learn\w*|masks?|masked|masking|weights?|ignored?|skip\w*|(un)?supervised?|labels?|targets?|grad|backprop)"
      r"(_.*)?|(.*_)?eval_only",
      "may exclude the message from the loss: --rename {key}=weight if 0 or false in it means no loss"),
     (_RECORD, _ANY,
@@ -93,10 +93,12 @@ _MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
     (_MESSAGE, _TEXT, _IMAGE, "looks like an image: put it into the field images of the record"),
 )  # fmt: skip
 _HARMLESS = re.compile(
-    r"dataset_.*|(num|n|is|has)_.*|.*_(num|count|width|height|size|index|hash)|(.*_)?(id|ids|uuid|idx|index|source|"
-    "dataset|origin|licen[cs]e|split|subset|category|categories|type|language|lang|locale|difficulty|level|grade|score|"
-    "scores|rating|quality|confidence|similarity|date|time|timestamp|year|created|updated|version|model|generator|"
-    "annotator|author|topic|subject|domain|tags?|count|length|tokens|width|height|md5|sha1|sha256|checksum|meta)"
+    # The id of an image that is missing must not go unnoticed.
+    "(?!(image|img|picture|photo|video|audio)_ids?$)"
+    "(dataset_.*|(num|n|is|has)_.*|.*_(num|size|hash)|(.*_)?(id|ids|uuid|idx|index|source|dataset|origin|licen[cs]e|"
+    "split|subset|category|categories|type|language|lang|locale|difficulty|level|grade|score|scores|rating|quality|"
+    "confidence|similarity|date|time|timestamp|year|created|updated|version|model|generator|annotator|author|topic|"
+    "subject|domain|tags?|count|length|width|height|md5|sha1|sha256|checksum|meta))"
 )
 _FILE_KEY = re.compile(r"(.*_)?(file|path|filename|filepath|name|url|uri|link|src|id)s?")
 _MEDIA_FILE = re.compile(

@@ -442,11 +442,30 @@ def test_coordinates_of_broken_image():
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-WORDS = ["<image>", "<bbox>", "human", "user", "text", "image", "think", "../x", "http://x", "data:,", "a\0"]
+WORDS = [
+    "<image>",
+    "thinking",
+    "</think>",
+    "<think> </think>",
+    "<img>",
+    "a.png",
+    "gpt",
+    "<bbox>",
+    "human",
+    "user",
+    "text",
+    "image",
+    "think",
+    "../x",
+    "http://x",
+    "data:,",
+    "a\0",
+]
 FIELDS = [
     *("id", "image", "images", "conversations", "messages", "texts", "question", "answer", "answers", "mode", "task"),
     *("source", "metadata", "objects", "from", "value", "role", "content", "type", "text", "user", "assistant", "url"),
-    *("weight", "image_url", "bytes", "path", "index", "bbox", "point", "ref", "image_id"),
+    *("weight", "image_url", "bytes", "path", "index", "bbox", "point", "ref", "image_id", "bbox_type", "system"),
+    *("options", "reasoning", "loss", "label", "img", "tools", "note", "lineage"),
 ]
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8)
 ODD = st.recursive(

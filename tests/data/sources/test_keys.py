@@ -229,7 +229,9 @@ def test_blank_values_have_no_meaning():
 
 
 def test_harmless_keys_are_neither_refused_nor_named():
-    harmless = {"image_id": "000123", "image_width": 3, "num_images": 2, "has_image": True, "split": "train",
-                "reasoning_tokens": 5, "answer_type": "x", "dataset_video": "a.mp4", "is_video": False}  # fmt: skip
+    harmless = {"image_width": 3, "num_images": 2, "has_image": True, "split": "train",
+                "question_type": "why", "answer_type": "x", "dataset_video": "a.mp4", "is_video": False}  # fmt: skip
     result = read({**item_of("messages"), **harmless})
     assert isinstance(result, Read) and result.unread == () and result.record.metadata == harmless
+    result = read({**item_of("messages"), "image_id": "000123", "ocr_tokens": ["a"]})
+    assert isinstance(result, Read) and dict(result.unread) == {"image_id": "000123", "ocr_tokens": ["a"]}
