@@ -44,7 +44,11 @@ _ANY, _TEXT = object, (str, bytes, list, dict)
 _DEEPEST = 3
 _FILE = r"(_?\d+)?(_?(path|file|filename|name|url|uri|link|src|bytes|base64|b64|data|list|content)s?)?"
 _IMAGE = rf"(.*_)?(image|img|picture|pic|photo|photograph|figure|screenshot|thumbnail|jpe?g|png)s?{_FILE}"
+_VIDEO = rf"(.*_)?(video|clip|movie|audio|speech|sound|voice|wav|mp[34])s?{_FILE}"
 _RECORD, _MESSAGE, _PART = ("record", "question"), ("message", "turn"), ("part",)
+_AS_IMAGE = "looks like an image: --rename {key}=image"
+_IN_IMAGES = "looks like an image: put it into the field images of the record"
+_MEDIA = "looks like video or audio, which the model does not support: leave the record out"
 # Levels, the types of values that have the meaning, a regular expression of names, the problem and what to do.
 _MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
     (_RECORD + _MESSAGE, _ANY,
@@ -56,8 +60,8 @@ _MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
      "(_(content|text|traces?|steps|process|chain|blocks?|details|trajector(y|ies)))?",
      "looks like the thoughts of an answer: --rename {key}=reasoning_content"),
     (_MESSAGE, _ANY,
-     r"(.*_)?(loss|train\w*|learn\w*|masks?|masked|masking|weights?|ignored?|skip\w*|(un)?supervised?|labels?|targets?|grad|backprop)"
-     r"(_.*)?|(.*_)?eval_only",
+     r"(.*_)?(loss|train\w*|learn\w*|masks?|masked|masking|weights?|ignored?|skip\w*|(un)?supervised?|labels?|"
+     r"targets?|grad|backprop|eval_only)(_.*)?",
      "may exclude the message from the loss: --rename {key}=weight if 0 or false in it means no loss"),
     (_RECORD, _ANY,
      "(.*_)?(loss|trainable|masks?|masked|weights?|ignored?|skip|skipped)(_(weight|scale|mask|factor)s?)?",
@@ -87,10 +91,9 @@ _MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
      "sets a resolution, which is an option of a run and not of a record"),
     (_MESSAGE, _ANY, "channel|recipient|refusal|prefix|partial",
      "has a meaning in other chat formats that is not supported: leave the record out"),
-    (_RECORD + _MESSAGE + _PART, _TEXT, rf"(.*_)?(video|clip|movie|audio|speech|sound|voice|wav|mp[34])s?{_FILE}",
-     "looks like video or audio, which the model does not support: leave the record out"),
-    (_RECORD + _PART, _TEXT, _IMAGE, "looks like an image: --rename {key}=image"),
-    (_MESSAGE, _TEXT, _IMAGE, "looks like an image: put it into the field images of the record"),
+    (_RECORD + _MESSAGE + _PART, _TEXT, _VIDEO, _MEDIA),
+    (_RECORD + _PART, _TEXT, _IMAGE, _AS_IMAGE),
+    (_MESSAGE, _TEXT, _IMAGE, _IN_IMAGES),
 )  # fmt: skip
 _HARMLESS = re.compile(
     # The id of an image that is missing must not go unnoticed.
@@ -111,7 +114,8 @@ _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 _MARKER = re.compile(
     r"(?!<(?-i:image)>)<\|?(?:(?:start_of_|end_of_)?(?:image|img|video|audio|speech)s?(?:[ _]?\d+|_?(?:pad|placeholder|"
     r"soft_token|token|start|end|bos|eos|here))?|vision_(?:start|end))\|?/?>"
-    r"|(?P<box><\|?(?:box|quad|box_start|quad_start|object_ref_start|loc_?\d+)\|?>)|data:(?:image|video|audio)/[\w.+-]+;base64,",
+    r"|(?P<box><\|?(?:box|quad|box_start|quad_start|object_ref_start|loc_?\d+)\|?>)"
+    r"|data:(?:image|video|audio)/[\w.+-]+;base64,",
     re.IGNORECASE,
 )
 
@@ -150,14 +154,12 @@ def unread(
         kind = None if name.startswith("dataset_") else looks_like_media(value)
         if has_images and isinstance(value, str) and kind in (None, "image") and _FILE_KEY.fullmatch(name):
             kind, types = None, ()
-        if isinstance(value, types):
-            raise BadRecord("unread", f"{where}the field {key} {problem.format(key=key)}; {or_keep(key)}")
-        if kind is not None:
-            can = f": --rename {key}=image" if kind == "image" else ", which the model does not support"
-            raise BadRecord(
-                "unread",
-                f"{where}the field {key} looks like {'a' if kind == 'video' else 'an'} {kind}{can}; {or_keep(key)}",
+        if not isinstance(value, types):
+            problem = (
+                "" if kind is None else _MEDIA if kind != "image" else _IN_IMAGES if level in _MESSAGE else _AS_IMAGE
             )
+        if problem:
+            raise BadRecord("unread", f"{where}the field {key} {problem.format(key=key)}; {or_keep(key)}")
         if not harmless:
             found.append((f"{key} of {level}s" if level in ("message", "turn", "part") else str(key), value))
     return found
@@ -170,9 +172,10 @@ def check_text(text: str, where: str) -> None:
       BadRecord: "unread".
     """
     if ("<" in text or "data:" in text) and (marker := _MARKER.search(text)):
-        wanted = "coordinates as [x1, y1, x2, y2] and --inline-boxes" if marker["box"] else "<image> for each image"
-        escape = rf", or <\{marker[0][1:]} where it is meant as text" if marker[0][1:2].isalpha() else ""
-        raise BadRecord("unread", f"{where} contains {marker[0]}, a marker of other models: write {wanted}{escape}")
+        wanted = "write [x1, y1, x2, y2] and use --inline-boxes" if marker["box"] else "write <image> for each"
+        wanted = "leave the record out" if re.search("video|audio|speech", marker[0], re.IGNORECASE) else wanted
+        escape = rf", or <\{marker[0][1:]} where the text is meant" if marker[0][1:2].isalpha() else ""
+        raise BadRecord("unread", f"{where} contains {marker[0]}, a marker of other models: {wanted}{escape}")
 
 
 def is_blank(value: Any, depth: int = 0) -> bool:
