@@ -154,7 +154,7 @@ def test_validate_lists_damage(phivision, tmp_path):
     [
         (["import", "nowhere.json", "out"], 1, "nowhere.json"),
         (["import", "data.json", "out", "--rename", "question"], 1, "write it as theirs=ours"),
-        (["import", "data.json", "out", "--task", "maths"], 1, "did you mean 'math'?"),
+        (["import", "data.json", "out", "--task", " "], 1, "must be a name of 1 to 64"),
         (["import", "data.json", "out", "--max-bad", "2"], 1, "between 0 and 1"),
         (["import", "data.json", "out", "--images", "nowhere"], 1, "--images nowhere: there is no such folder"),
         (
