@@ -157,7 +157,10 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
             raise MessageError("fields", f"message {i}: its content is neither a string nor a list of parts")
         texts, parts = ([content], ()) if isinstance(content, str) else ([], content)
         images += [None] * sum(text.count(IMAGE_MARKER) for text in texts)
-        thoughts = [message[key] for key in THOUGHT_KEYS if message.get(key)] if len(message) > 2 else []
+        thoughts: list[Any] = []
+        if len(message) > 2:
+            thoughts = [message[key] for key in THOUGHT_KEYS if message.get(key) not in (None, "")]
+            message = {key: value for key, value in message.items() if key not in THOUGHT_KEYS}
         for part in parts:
             kind = part.get("type") if isinstance(part, Mapping) else None
             if kind in THOUGHT_KEYS:
@@ -175,7 +178,6 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
                 )
         content = "".join(texts)
         if thoughts:
-            message = {key: value for key, value in message.items() if key not in THOUGHT_KEYS}
             content = _with_thoughts(content, thoughts, role, f"message {i}")
         plain.append({**message, "content": content})
     return plain, images

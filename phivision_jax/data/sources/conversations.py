@@ -188,8 +188,8 @@ def _message(turn: Mapping[str, Any], i: int, renames: Mapping[str, str], unread
         shown = ", ".join(str(key)[:40] for key, value in turn.items() if value is not None)
         problem = f"message {i} lacks a role (role, from) or a content (content, value), it has only {shown or 'nulls'}"
         raise BadRecord("fields", f"{problem}: --rename theirs=ours")
-    role = renames.get(role, role)
-    known = _ROLES.get(role) or _ROLES.get(role.strip().lower())
+    # A rename to anything else is of a field that has the name of a role.
+    known = _ROLES.get(renames.get(role, "")) or _ROLES.get(role) or _ROLES.get(role.strip().lower())
     if known is None:
         remedy = f"it must be one of {', '.join(ROLES)}: --rename {role}=user or {role}=assistant"
         if role.strip().lower() in _TOOL_ROLES:
@@ -213,7 +213,7 @@ def _one(turn: Mapping[str, Any], first: str, second: str, i: int) -> Any:
     one, other = turn.get(first), turn.get(second)
     if one is None or one != one:
         return None if other != other else other
-    if other is not None and other == other and other != one:
+    if other is not None and other == other and not (isinstance(one, str) and one == other):
         raise BadRecord("fields", f"message {i} has both {first} and {second}, and they differ: keep one of them")
     return one
 
@@ -222,7 +222,7 @@ def _part(part: Mapping[str, Any], i: int, renames: Mapping[str, str], unread: l
     part = keys.renamed(part, renames, "part") if renames else part
     kind, image = part.get("type"), None
     kind = _PARTS.get(kind, kind) if isinstance(kind, str) else kind
-    of_thoughts = (*THOUGHT_KEYS, "content", "summary") if kind in THOUGHT_KEYS else ()
+    of_thoughts = (*THOUGHT_KEYS, "content") if kind in THOUGHT_KEYS else ()
     unread += keys.unread("part", part, f"message {i}: ", of_thoughts)
     if kind == "image":
         image = next((part[name] for name in _IMAGE if not keys.is_blank(part.get(name))), None)
@@ -230,15 +230,14 @@ def _part(part: Mapping[str, Any], i: int, renames: Mapping[str, str], unread: l
             image = _Index(part["index"])
     if image is None and kind in ("image", "image_url"):
         image = part.get("image_url")
-    if kind == "image" or image is not None:
+    shows = kind == "image" or image is not None
+    for name in ("text",) if shows else (*_IMAGE, "image_url"):
+        if not keys.is_blank(part.get(name)):
+            problem = f"a part of type {kind} has the field {name}, which it does not show: write a part for each"
+            raise BadRecord("unread", f"message {i}: {problem}")
+    if shows:
         return {"type": "image", "image": image}
-    if kind != "text":
-        return part
-    if given := next((name for name in (*_IMAGE, "image_url") if not keys.is_blank(part.get(name))), None):
-        raise BadRecord(
-            "unread", f"message {i}: a part of type text has an image under {given}: make it a part of type image"
-        )
-    return {"type": "text", "text": _text(part.get("text"))}
+    return {"type": "text", "text": _text(part.get("text"))} if kind == "text" else part
 
 
 def _checked(images: list[Any]) -> list[Any]:

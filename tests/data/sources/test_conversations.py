@@ -72,6 +72,9 @@ def test_thoughts():
         "content": [{"type": "thinking", "thinking": "Red."}, {"type": "text", "text": "yes"}],
     }
     assert read(item).record.messages[1]["content"] == "<think>Red.</think>yes"  # type: ignore[union-attr]
+    for value in (False, True, 3):
+        flag = read({**item_of("messages"), "thinking": value})
+        assert isinstance(flag, Quarantined) and "they must be text" in flag.detail
     item["messages"][0]["reasoning"] = "Red."
     assert "only answers have them" in read(item).detail  # type: ignore[union-attr]
 
@@ -111,6 +114,7 @@ def test_roles():
     assert roles("Developer", "HUMAN", "Gpt", "prompter", "model") == expected
     assert roles("Alice", "bob", rename=("Alice=user", "bob=assistant")) == ["user", "assistant"]
     assert "--rename Alice=user or Alice=assistant" in roles("Alice")
+    assert roles("user", "assistant", rename=("user=dataset_user", "assistant=id")) == ["user", "assistant"]
     for name in ("tool", "function", "observation", "function_call"):
         assert "tools are not supported: leave the record out" in roles("user", name)
 
@@ -134,6 +138,8 @@ def test_keys_of_messages_and_parts_are_renamed():
         ({"type": "image", "source": {"type": "base64", "data": "iVBORw0KGgo" + "A" * 50}}, "unread"),
         ({"type": "text", "text": "x", "image": "a.png"}, "unread"),
         ({"type": "image", "image": "a.png", "max_pixels": 3}, "unread"),
+        ({"type": "image", "image": "a.png", "text": "a cat"}, "unread"),
+        ({"type": "thinking", "thinking": "x", "image": "a.png"}, "unread"),
     ],
 )
 def test_parts_that_are_refused(part, reason):
