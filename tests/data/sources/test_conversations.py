@@ -160,6 +160,13 @@ def test_null_and_numbers():
     assert isinstance(both, Quarantined) and "it has both conversations and messages" in both.detail
 
 
+def test_struct_that_is_no_image_is_refused():
+    for struct in ({"data": "x"}, {"file_name": "a.png", "width": 3}, {"bytes": None, "src": "a.png"}):
+        for item in (item_of("question") | {"image": struct}, item_of("texts") | {"images": [struct]}):
+            bad = read(item)
+            assert isinstance(bad, Quarantined) and "it needs bytes, path or url" in bad.detail
+
+
 def test_error_names_the_message_of_a_marker():
     bad = read({"conversations": [*messages_of("conversations", 1), {"from": "human", "value": "<image>?"}]})
     assert isinstance(bad, Quarantined) and bad.reason == "image-count"
