@@ -37,7 +37,12 @@ _OTHER_TAGS = {
         f"<{name}>": f"</{name}>"
         for name in ("thinking", "thought", "thoughts", "reasoning", "reason", "cot", "scratchpad", "seed:think")
     },
-    **{"[think]": "[/think]", "<|begin_of_thought|>": "<|end_of_thought|>", "◁think▷": "◁/think▷"},
+    **{
+        "[think]": "[/think]",
+        "<|begin_of_thought|>": "<|end_of_thought|>",
+        "◁think▷": "◁/think▷",
+        "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
+    },
 }
 _ANSWER_BEGINS: dict[PromptMode, str] = {"think": THINK, "nothink": NOTHINK, "auto": ""}
 
@@ -154,7 +159,9 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
         if (weight := message.get("weight")) not in (None, 0, 1):
             raise MessageError("fields", f"message {i}: its weight is {weight!r}: it must be 0 (no loss) or 1")
         if not isinstance(content, str | Sequence):
-            raise MessageError("fields", f"message {i}: its content is neither a string nor a list of parts")
+            raise MessageError(
+                "fields", f"message {i}: its content is {type(content).__name__}, not text or a list of parts"
+            )
         texts, parts = ([content], ()) if isinstance(content, str) else ([], content)
         images += [None] * sum(text.count(IMAGE_MARKER) for text in texts)
         thoughts: list[Any] = []
@@ -227,7 +234,7 @@ def settle_answer(content: str) -> tuple[str, Mode | None]:
         return head.removeprefix(NOTHINK), "nothink"
     if head[:1] not in ("<", "[", "◁"):
         return content, None
-    start = head[:20].lower()
+    start = head[:32].lower()
     tag = next((tag for tag in _OTHER_TAGS if start.startswith(tag)), None)
     if tag is None:
         return content, None

@@ -190,6 +190,10 @@ def test_encode_escaped_marker_is_text() -> None:
         ("<think>cut off", ("<think>cut off", "think")),
         ("<Thought>red</Thought>yes", ("<think>red</think>yes", "think")),
         ("◁think▷red◁/think▷yes", ("<think>red</think>yes", "think")),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
+            ("<think>a</think>b", "think"),
+        ),
         ("<thinker>red", ("<thinker>red", None)),
     ],
 )

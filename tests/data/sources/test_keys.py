@@ -5,7 +5,7 @@ The spellings are those of the documentation of these projects:
     LLaMA-Factory     data/README.md: columns and tags of the alpaca and sharegpt formats
     ms-swift          docs/source_en/Customization/Custom-dataset.md: standard keys, RLHF, grounding, multimodal
     TRL               docs/source/dataset_formats.md: types of datasets, tool calling, Harmony
-    axolotl           docs/dataset-formats/conversation.qmd: train and train_detail of turns
+    axolotl           docs/dataset-formats: train and train_detail of turns, tokenized data
     OpenAI            reference of FineTuneChatRequestInput and its messages
     mistral-finetune  README.md: weights of turns, tools
     LLaVA, Qwen-VL    data of LLaVA and of qwen-vl-finetune, and markers of Qwen-VL
@@ -51,6 +51,9 @@ RECORD = [
     ("TRL", "chat_template_kwargs", {"enable_thinking": False}, "refused"),
     ("TRL", "completion", "yes", "named"),
     ("TRL", "completion_mask", [0, 1], "refused"),
+    ("TRL", "labels", [True, False], "refused"),
+    ("TRL", "documents", [{"title": "a"}], "refused"),
+    ("axolotl", "input_ids", [1, 2], "refused"),
     ("OpenAI", "functions", TOOLS, "refused"),
     ("OpenAI", "parallel_tool_calls", True, "named"),
     ("OpenAI", "non_preferred_output", TURN, "refused"),
