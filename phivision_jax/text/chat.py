@@ -30,20 +30,12 @@ from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK, Tokenizer
 type Message = Mapping[str, Any]
 
 _ESCAPE = re.compile(r"<(\\)\\*(?:image|img|video|audio|box)\b")
-# Tags around thoughts in the data of other models.
-_OTHER_TAGS = {
-    THINK: END_THINK,
-    **{
-        f"<{name}>": f"</{name}>"
-        for name in ("thinking", "thought", "thoughts", "reasoning", "reason", "cot", "scratchpad", "seed:think")
-    },
-    **{
-        "[think]": "[/think]",
-        "<|begin_of_thought|>": "<|end_of_thought|>",
-        "◁think▷": "◁/think▷",
-        "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
-    },
-}
+# Tags around thoughts in the data of other models, in lower case.
+_OTHER_NAMES = ("thinking", "thought", "thoughts", "reasoning", "reason", "cot", "scratchpad", "seed:think")
+_OTHER_TAGS = {THINK: END_THINK} | {f"<{name}>": f"</{name}>" for name in _OTHER_NAMES} | {
+    "[think]": "[/think]", "◁think▷": "◁/think▷", "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
+}  # fmt: skip
 _ANSWER_BEGINS: dict[PromptMode, str] = {"think": THINK, "nothink": NOTHINK, "auto": ""}
 
 
@@ -159,9 +151,7 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
         if (weight := message.get("weight")) not in (None, 0, 1):
             raise MessageError("fields", f"message {i}: its weight is {weight!r}: it must be 0 (no loss) or 1")
         if not isinstance(content, str | Sequence):
-            raise MessageError(
-                "fields", f"message {i}: its content is {type(content).__name__}, not text or a list of parts"
-            )
+            raise MessageError("fields", f"message {i}: its content is {type(content).__name__}, not text or parts")
         texts, parts = ([content], ()) if isinstance(content, str) else ([], content)
         images += [None] * sum(text.count(IMAGE_MARKER) for text in texts)
         thoughts: list[Any] = []
@@ -179,10 +169,8 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
                 texts.append(part["text"])
                 images += [None] * part["text"].count(IMAGE_MARKER)
             else:
-                shown = f" (its type is {kind!r})" if kind not in (None, "text") else ""
-                raise MessageError(
-                    "fields", f"message {i}: a part of its content is neither an image nor a text{shown}"
-                )
+                problem = f"a part of its content is neither an image nor a text, its type is {kind!r}"
+                raise MessageError("fields", f"message {i}: {problem}")
         content = "".join(texts)
         if thoughts:
             content = _with_thoughts(content, thoughts, role, f"message {i}")
@@ -198,11 +186,10 @@ def _with_thoughts(content: str, thoughts: Sequence[Any], role: str, where: str)
     """
     texts = []
     for given in thoughts:
-        parts = (
-            [part.get("text") if isinstance(part, Mapping) else part for part in given] if _is_list(given) else [given]
-        )
+        given = given if isinstance(given, list) else [given]
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in given]
         if not all(isinstance(part, str) for part in parts):
-            raise MessageError("fields", f"{where}: its thoughts are {type(given).__name__}: they must be text")
+            raise MessageError("fields", f"{where}: its thoughts are {given!r:.40}: they must be text")
         texts.append("".join(map(str, parts)).strip().removeprefix(THINK).removesuffix(END_THINK))
     head = content.lstrip()
     if head.startswith(THINK) and END_THINK in head:
@@ -214,10 +201,6 @@ def _with_thoughts(content: str, thoughts: Sequence[Any], role: str, where: str)
     if found and role != "assistant":
         raise MessageError("mode", f"{where} has thoughts, but its role is {role}: only answers have them")
     return f"{THINK}{found[0]}{END_THINK}{content}" if found else content
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def settle_answer(content: str) -> tuple[str, Mode | None]:
@@ -232,19 +215,17 @@ def settle_answer(content: str) -> tuple[str, Mode | None]:
     head = content.lstrip()
     if head.startswith(NOTHINK):
         return head.removeprefix(NOTHINK), "nothink"
-    if head[:1] not in ("<", "[", "◁"):
-        return content, None
-    start = head[:32].lower()
-    tag = next((tag for tag in _OTHER_TAGS if start.startswith(tag)), None)
+    start = head[:32].lower() if head[:1] in ("<", "[", "◁") else ""
+    tag = next((tag for tag in _OTHER_TAGS if start.startswith(tag)), None) if start else None
     if tag is None:
         return content, None
     closed = re.search(re.escape(_OTHER_TAGS[tag]), head, re.IGNORECASE)
     if closed is None and tag != THINK:
         raise MessageError("mode", f"an answer begins with {tag}, but has no {_OTHER_TAGS[tag]}: close it or reword it")
-    if closed is None:
-        return THINK + head[len(THINK) :], "think"
-    thoughts, rest = head[len(tag) : closed.start()], head[closed.end() :]
-    return (f"{THINK}{thoughts}{END_THINK}{rest}", "think") if thoughts.strip() else (rest.lstrip(), "nothink")
+    thoughts, rest = (head[len(tag) : closed.start()], head[closed.end() :]) if closed else (head[len(tag) :], None)
+    if rest is None or thoughts.strip():
+        return THINK + thoughts + ("" if rest is None else END_THINK + rest), "think"
+    return rest.lstrip(), "nothink"
 
 
 def with_modes(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], Mode]:

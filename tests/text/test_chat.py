@@ -209,7 +209,7 @@ def test_flatten_merges_thoughts() -> None:
     assert plain[1] == {"role": "assistant", "content": "<think>red</think>yes", "weight": 0}
     ids, _ = encode(SMALL, TEMPLATE, [user("a"), message, user("b")], generation_prompt=True)
     assert SMALL.think_id in ids
-    with pytest.raises(MessageError, match="message 0: its thoughts are int"):
+    with pytest.raises(MessageError, match=r"message 0: its thoughts are \[3\]"):
         flatten([assistant("yes") | {"thinking": 3}])
 
 
