@@ -130,7 +130,8 @@ def _classify(level: Level, key: str) -> tuple[str, Any, str, bool]:
     found = (
         (types, problem) for levels, types, names, problem in meanings if level in levels and re.fullmatch(names, name)
     )
-    return name, *next(found, ((), "")), _HARMLESS.fullmatch(name) is not None
+    types, problem = next(found, ((), ""))
+    return name, types, problem, _HARMLESS.fullmatch(name) is not None
 
 
 def unread(
