@@ -3,7 +3,7 @@
     data.path ──► stage ──► + replay ──► without held-out records ──► training
                                          held-out records only    ──► validation, or data.validation_path
 
-A record is held out by its number in its dataset and ``data.seed`` (``Mixture.draws``), independently of epochs, row
+A record is held out by its number in its dataset and ``data.seed`` (``Mixture.eligible``), independently of epochs, row
 sizes, the model and the number of hosts. Plan inputs contain the share, so a run cannot continue with another.
 """
 

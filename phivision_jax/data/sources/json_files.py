@@ -159,7 +159,7 @@ def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
                 end = decode(text, start)[1]
                 closing, problem = _END_OF_ELEMENT.match(text, end), "neither a comma nor ] after an element"
             except (ValueError, RecursionError) as error:
-                problem = str(error).partition(": line")[0]
+                problem = str(error).partition(": line")[0].removesuffix(" at")
         if closing is None or end - start > WINDOW:
             # The window may end inside the element.
             more = file.read(window) if len(text) - start <= WINDOW else b""
@@ -167,8 +167,9 @@ def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
                 text, base, start = text[start:] + more.decode("latin-1"), base + start, 0
                 continue
             raise ValueError(
-                f"{file.name} is not a JSON array of items of at most {WINDOW} bytes: {problem} in the element at byte "
-                f"{base + start}; repair it, or write one object per line, of which each bad one is quarantined"
+                f"{file.name} is not a JSON array of items of at most {WINDOW:,} bytes: {problem}, in the element that "
+                f"begins at byte {base + start:,}; repair it, or write one object "
+                "per line, of which each bad one is quarantined"
             )
         if end > start:
             yield Piece(base + start, text[start:end].encode("latin-1"))
