@@ -132,17 +132,22 @@ class Processor:
           messages: as described in ``text.chat``.
           images: for each ``<image>`` without an inline image, in order: a PIL image (used unchanged), or the bytes or
             path of an image file (turned by its EXIF orientation).
-          mode, generation_prompt: as in ``text.chat.encode``.
+          mode, generation_prompt: as in ``text.chat.encode``; for a training example, "auto" infers the mode of each
+            answer as an import does: thoughts, or else the no-think token.
           group: mode × task, for metrics.
           max_patches: limit per image, if lower than the model's.
 
         Raises:
-          ValueError: when images and ``<image>`` markers do not match, or an image or a message is invalid.
+          ValueError: when images and ``<image>`` markers do not match, an image or a message is invalid, or a prompt
+            ends with an answer.
         """
-        ids, labels = chat.encode(
-            self.tokenizer, self.template, messages, mode=mode, generation_prompt=generation_prompt
-        )
-        _, inline = chat.flatten(messages)
+        plain, inline = chat.flatten(messages)
+        if generation_prompt and plain[-1]["role"] == "assistant":
+            remedy = "end with a question, or give generation_prompt=False for a training example"
+            raise ValueError(f"message {len(plain) - 1} is an answer, but the model is to answer next: {remedy}")
+        if mode == "auto" and not generation_prompt:
+            plain, mode = chat.with_modes(plain)
+        ids, labels = chat.encode(self.tokenizer, self.template, plain, mode=mode, generation_prompt=generation_prompt)
         given = list(images or ())
         if (missing := inline.count(None)) != len(given):
             raise ValueError(f"{missing} <image> markers without an image of their own, but {len(given)} images given")
@@ -175,7 +180,7 @@ class Processor:
 
         Args:
           images: per conversation, as in ``encode``.
-          mode, generation_prompt: as in ``text.chat.encode``.
+          mode, generation_prompt: as in ``encode``; False gives training examples with a loss.
           multiple: as in ``rows.one_per_row``.
 
         Raises:

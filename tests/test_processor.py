@@ -68,6 +68,24 @@ def test_encode_training_example_by_hand() -> None:
     assert PROCESSOR.decode(learned) == "circle"
 
 
+def test_batch_for_a_loss_infers_modes() -> None:
+    question = {"role": "user", "content": "what shape?"}
+    plain = [question, {"role": "assistant", "content": "circle"}]
+    thinking = [*plain, question, {"role": "assistant", "content": "<think>red</think>circle"}]
+    blank = [question, {"role": "assistant", "content": "<think>\n</think>\ncircle"}]
+    found = PROCESSOR.batch([plain, thinking, blank], generation_prompt=False)
+    stated = [
+        PROCESSOR.batch([c], generation_prompt=False, mode=m) for c, m in ((plain, "nothink"), (thinking, "think"))
+    ]
+    for row, batch in zip((0, 1, 2), (*stated, stated[0]), strict=True):
+        length = batch.tokens.shape[1]
+        np.testing.assert_array_equal(found.tokens[row, :length], batch.tokens[0])
+        np.testing.assert_array_equal(found.loss_weights[row, :length], batch.loss_weights[0])
+        assert batch.loss_weights.any() and PROCESSOR.tokenizer.nothink_id in batch.tokens
+    with pytest.raises(ValueError, match="conversation 0: message 1 is an answer, but the model is to answer next"):
+        PROCESSOR.batch([plain])
+
+
 def test_batch_of_conversations() -> None:
     image = Image.open(PNG)
     conversations = [ask(image), ask(text="is red a color?"), ask(None, None)]

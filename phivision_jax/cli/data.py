@@ -39,7 +39,8 @@ def import_(
 
     Reads LLaVA-style JSON and JSONL (image, conversations), messages in the style of OpenAI or Hugging Face, parquet as
     the Hugging Face hub stores it, TensorFlow Datasets, and ArrayRecord. After an interruption the same command
-    continues. Items that cannot be used are listed with a reason in OUT/quarantine.jsonl.
+    continues. Items that cannot be used are listed with a reason in OUT/quarantine.jsonl. The summary names fields that
+    are not read; docs/data.md lists those that are.
 
     Args:
         source: File, folder, tfds:NAME, or easy-vqa.
@@ -85,7 +86,7 @@ def import_(
         if exists:
             print(f"{directory} exists already")
         else:
-            _summarise(dataset, processor)
+            _summarise(dataset, processor, options.system)
 
 
 def _print_files(source: Source) -> None:
@@ -113,7 +114,7 @@ def processor_for(checkpoint: Path | None) -> Processor:
     return Processor.small(ModelConfig(decoder=decoder))
 
 
-def _summarise(dataset: Dataset, processor: Processor) -> None:
+def _summarise(dataset: Dataset, processor: Processor, system: str) -> None:
     """Print what was imported; a warning goes to stderr."""
     from phivision_jax.data.quarantine import FILE
 
@@ -122,9 +123,16 @@ def _summarise(dataset: Dataset, processor: Processor) -> None:
     rows = {name: f"{manifest[name.replace(' ', '_')]:,}" for name in ("records", "images", "text tokens")}
     rows |= {"modes": _list(counts["modes"]), "modes are": _list(counts["mode_from"]), "tasks": _list(counts["tasks"])}
     if counts["system_messages"]:
-        kept = _keeps_system_messages(processor)
-        fate = "the template keeps them" if kept else "the template drops them; --system user keeps their text"
+        fate = {"user": "put before the first user message", "drop": "dropped (--system drop)"}.get(system)
+        if fate is None:
+            kept = _keeps_system_messages(processor)
+            fate = "the template keeps them" if kept else "the template drops them; --system user keeps their text"
         rows["system messages"] = f"{counts['system_messages']:,}: {fate}"
+    if unread := sorted(counts.get("unread", {}).items(), key=lambda pair: (-pair[1][0], pair[0])):
+        lines = [f"{name} {count:,} (e.g. {example})" for name, (count, example) in unread[:_SHOWN_UNREAD]]
+        if len(unread) > _SHOWN_UNREAD:
+            lines.append(f"and {len(unread) - _SHOWN_UNREAD:,} more, in {dataset.directory / 'manifest.json'}")
+        rows["not read"] = ("\n" + " " * 19).join(lines)
     if bad := counts["quarantined"]:
         rows["quarantined"] = f"{_list(bad)}: {dataset.directory / FILE}"
     _print_rows(dataset.directory, rows)
@@ -274,6 +282,7 @@ def plan(
 
 
 _SHOWN_REJECTED = 5
+_SHOWN_UNREAD = 12
 
 
 COMMANDS = (import_, export, validate, stats, show, plan)

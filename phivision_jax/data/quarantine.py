@@ -15,6 +15,7 @@ The reasons of reading and importing; any other step that rejects items has reas
     syntax           not JSON, not a row: nothing can be read
     encoding         broken UTF-8, a lone surrogate
     fields           a field is missing or has the wrong type
+    unread           a field, marker or part with a meaning that is not supported, which names it and the remedy
     role             a role other than system, user and assistant
     empty-answer     no assistant message, or one without text
     control-token    content with a control token, which the model would obey

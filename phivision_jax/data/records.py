@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import msgpack
 
-from phivision_jax.io.messages import did_you_mean
 from phivision_jax.text.constants import Mode
 from phivision_jax.text.tokenizer import THINK
 
 MODES: tuple[str, ...] = get_args(Mode)
-# Indices and metrics store positions in this tuple: append, never reorder.
+# Indices store positions in this tuple, and those of other tasks after it: never reorder, never append.
 TASKS: tuple[str, ...] = (
     "general", "math", "science", "gui", "ocr", "chart", "document", "caption", "text",
     "grounding", "safety",
 )  # fmt: skip
+"""The known tasks; a record may have any other."""
+_LONGEST_TASK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Record:
     """One conversation with its images, before any tokenizer or resizing.
 
     Raises:
-      ValueError: for an empty id, no messages, an unknown mode or an unknown task (with the closest known one).
+      ValueError: for an empty id, no messages, an unknown mode, or a task that is not a name.
     """
 
     id: str
@@ -49,7 +50,7 @@ class Record:
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"record {self.id!r}: mode must be one of {MODES} or None, not {self.mode!r}")
         if self.task not in TASKS:
-            raise ValueError(f"record {self.id!r}: unknown task {self.task!r}; {did_you_mean(self.task, TASKS)}")
+            check_task(self.task, f"record {self.id!r}: ")
 
     def to_bytes(self) -> bytes:
         """The payload of one ArrayRecord entry (msgpack)."""
@@ -61,10 +62,15 @@ class Record:
         return cls(**fields | {name: tuple(fields[name]) for name in ("images", "messages", "lineage")})
 
 
-def check_task(task: str) -> None:
-    """Raises ValueError, with the closest known task, if ``task`` is not in ``TASKS``."""
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; {did_you_mean(task, TASKS)}")
+def check_task(task: str, where: str = "") -> None:
+    """Raises ValueError for a task that cannot be shown in tables and metrics."""
+    if not task.strip() or len(task) > _LONGEST_TASK or not task.isprintable():
+        raise ValueError(f"{where}the task {task[:80]!r} must be a name of 1 to {_LONGEST_TASK} printable characters")
+
+
+def join_tasks(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    """The names of several datasets' tasks together: ``TASKS``, and all others in alphabetical order."""
+    return (*TASKS, *sorted({task for some in names for task in some} - {*TASKS}))
 
 
 def mode_of(record: Record) -> Mode:

@@ -11,20 +11,31 @@ code: ``>`` and a line break are one token, so the unsplit string would give oth
 
 A message is a dict with ``role`` (system, user or assistant) and ``content``: a string with a literal ``<image>`` for
 each image, or a list of parts, ``{"type": "text", "text": ...}`` and ``{"type": "image"}``, the latter with or without
-the image under ``"image"``. An assistant message with ``"weight": 0`` is context without loss.
+the image under ``"image"``. An assistant message with ``"weight": 0`` is context without loss. Its thoughts may have a
+field of their own (``THOUGHT_KEYS``) or be a part of that type; they become ``<think>thoughts</think>`` before the
+answer. ``<\\image>`` is the text "<image>" and no image, in the same way for img, video, audio and box; further
+backslashes are text.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from phivision_jax.text.constants import IGNORE, IMAGE_MARKER, IMAGE_TOKEN, ROLES, PromptMode
+from phivision_jax.text.constants import IGNORE, IMAGE_MARKER, IMAGE_TOKEN, ROLES, THOUGHT_KEYS, Mode, PromptMode
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK, Tokenizer
 
 type Message = Mapping[str, Any]
 
+_ESCAPE = re.compile(r"<(\\)\\*(?:image|img|video|audio|box)\b")
+# Tags around thoughts in the data of other models, in lower case.
+_OTHER_NAMES = ("thinking", "thought", "thoughts", "reasoning", "reason", "cot", "scratchpad", "seed:think")
+_OTHER_TAGS = {THINK: END_THINK} | {f"<{name}>": f"</{name}>" for name in _OTHER_NAMES} | {
+    "[think]": "[/think]", "◁think▷": "◁/think▷", "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
+}  # fmt: skip
 _ANSWER_BEGINS: dict[PromptMode, str] = {"think": THINK, "nothink": NOTHINK, "auto": ""}
 
 
@@ -104,10 +115,15 @@ def encode(
             ids.append(IMAGE_TOKEN)
             labels.append(IGNORE)
             begin += len(IMAGE_MARKER)
+        loss = has_loss[begin : begin + len(chunk)]
+        begin += len(chunk)
+        for escape in reversed([*_ESCAPE.finditer(chunk)]) if "<\\" in chunk else ():
+            backslash = escape.start(1)
+            chunk = chunk[:backslash] + chunk[backslash + 1 :]
+            del loss[backslash]
         chunk_ids, offsets = tokenizer.encode_with_offsets(chunk)
         ids += chunk_ids
-        labels += [t if has_loss[begin + start] else IGNORE for t, (start, _) in zip(chunk_ids, offsets, strict=True)]
-        begin += len(chunk)
+        labels += [t if loss[start] else IGNORE for t, (start, _) in zip(chunk_ids, offsets, strict=True)]
     return ids, labels
 
 
@@ -135,20 +151,92 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
         if (weight := message.get("weight")) not in (None, 0, 1):
             raise MessageError("fields", f"message {i}: its weight is {weight!r}: it must be 0 (no loss) or 1")
         if not isinstance(content, str | Sequence):
-            raise MessageError("fields", f"message {i}: its content is neither a string nor a list of parts")
-        texts = []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            raise MessageError("fields", f"message {i}: its content is {type(content).__name__}, not text or parts")
+        texts, parts = ([content], ()) if isinstance(content, str) else ([], content)
+        images += [None] * sum(text.count(IMAGE_MARKER) for text in texts)
+        thoughts: list[Any] = []
+        if len(message) > 2:
+            thoughts = [message[key] for key in THOUGHT_KEYS if message.get(key) not in (None, "")]
+            message = {key: value for key, value in message.items() if key not in THOUGHT_KEYS}
+        for part in parts:
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind == "image":
+            if kind in THOUGHT_KEYS:
+                thoughts.append(next((part[key] for key in (*THOUGHT_KEYS, "text", "content") if part.get(key)), ""))
+            elif kind == "image":
                 texts.append(IMAGE_MARKER + "\n")
                 images.append(part.get("image"))
             elif kind == "text" and isinstance(part.get("text"), str):
                 texts.append(part["text"])
                 images += [None] * part["text"].count(IMAGE_MARKER)
             else:
-                raise MessageError("fields", f"message {i}: a part of its content is neither an image nor a text")
-        plain.append({**message, "content": "".join(texts)})
+                problem = f"a part of its content is neither an image nor a text, its type is {kind!r}"
+                raise MessageError("fields", f"message {i}: {problem}")
+        content = "".join(texts)
+        if thoughts:
+            content = _with_thoughts(content, thoughts, role, f"message {i}")
+        plain.append({**message, "content": content})
     return plain, images
+
+
+def _with_thoughts(content: str, thoughts: Sequence[Any], role: str, where: str) -> str:
+    """A content with thoughts that came apart from it before it; blank ones are none.
+
+    Raises:
+      MessageError: "fields" for anything but text; "mode" for different thoughts, or thoughts of a user.
+    """
+    texts = []
+    for given in thoughts:
+        given = given if isinstance(given, list) else [given]
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in given]
+        if not all(isinstance(part, str) for part in parts):
+            raise MessageError("fields", f"{where}: its thoughts are {given!r:.40}: they must be text")
+        texts.append("".join(map(str, parts)).strip().removeprefix(THINK).removesuffix(END_THINK))
+    head = content.lstrip()
+    if head.startswith(THINK) and END_THINK in head:
+        own, _, content = head.removeprefix(THINK).partition(END_THINK)
+        texts.append(own)
+    found = list({text.strip(): text for text in texts if text.strip()}.values())
+    if len(found) > 1:
+        raise MessageError("mode", f"{where} has two different texts as its thoughts: keep one of them")
+    if found and role != "assistant":
+        raise MessageError("mode", f"{where} has thoughts, but its role is {role}: only answers have them")
+    return f"{THINK}{found[0]}{END_THINK}{content}" if found else content
+
+
+def settle_answer(content: str) -> tuple[str, Mode | None]:
+    """An answer with at most the model's own tag before it, and the mode that it shows, if any.
+
+    Blank thoughts and the no-think token are removed and show "nothink". Thoughts in the tags of other models get the
+    model's own, and white space before a tag is removed.
+
+    Raises:
+      MessageError: "mode" for a tag of another model that is not closed.
+    """
+    head = content.lstrip()
+    if head.startswith(NOTHINK):
+        return head.removeprefix(NOTHINK), "nothink"
+    start = head[:32].lower() if head[:1] in ("<", "[", "◁") else ""
+    tag = next((tag for tag in _OTHER_TAGS if start.startswith(tag)), None) if start else None
+    if tag is None:
+        return content, None
+    closed = re.search(re.escape(_OTHER_TAGS[tag]), head, re.IGNORECASE)
+    if closed is None and tag != THINK:
+        raise MessageError("mode", f"an answer begins with {tag}, but has no {_OTHER_TAGS[tag]}: close it or reword it")
+    thoughts, rest = (head[len(tag) : closed.start()], head[closed.end() :]) if closed else (head[len(tag) :], None)
+    if rest is None or thoughts.strip():
+        return THINK + thoughts + ("" if rest is None else END_THINK + rest), "think"
+    return rest.lstrip(), "nothink"
+
+
+def with_modes(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], Mode]:
+    """A conversation as ``flatten`` gives it, with answers as ``settle_answer`` does, and the mode that they show."""
+    plain, _ = flatten(messages)
+    shown = []
+    for message in plain:
+        if message["role"] == "assistant":
+            message["content"], mode = settle_answer(message["content"])
+            shown.append(mode)
+    return plain, "think" if "think" in shown else "nothink"
 
 
 def _refuse_control_tokens(messages: Sequence[Message], control_tokens: Sequence[str]) -> None:

@@ -13,6 +13,8 @@ PLACEHOLDER = 0
 
 IMAGE_MARKER = "<image>"
 """An image in the text of a message."""
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
+"""Keys of a message, and types of a part of its content, under which other formats have an answer's thoughts."""
 ROLES = ("system", "user", "assistant")
 Mode = Literal["think", "nothink"]
 """The beginning of an answer: ``<think>`` thoughts ``</think>``, or the no-think token."""

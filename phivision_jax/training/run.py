@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -204,7 +204,7 @@ class Run:
     def step_row(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """The metrics of a step and of the interval before it; waits for the devices."""
         timing = self.goodput.row()
-        row = timing | self._throughput.row(timing["time/step_s"]) | loss_metrics(metrics)
+        row = timing | self._throughput.row(timing["time/step_s"]) | loss_metrics(metrics, self.prepared.feed.groups)
         row |= optim.learning_rates(float(self.prepared.step.learning_rate(step - 1)), self._lr_multipliers)
         self.goodput.write(step)
         return row | {"failed_examples": self._failed.failed}
@@ -274,12 +274,12 @@ class Run:
             raise
 
 
-def loss_metrics(metrics: dict[str, jax.Array]) -> dict[str, float]:
+def loss_metrics(metrics: dict[str, jax.Array], groups: Sequence[str]) -> dict[str, float]:
     """A step's metrics, fetched from the devices, without those that are not finite (``skipped.jsonl`` has them)."""
     host: dict[str, Any] = jax.device_get(metrics)
-    groups = group_metrics("loss", host.pop("group_loss"), host.pop("group_weight"))
+    by_group = group_metrics("loss", groups, host.pop("group_loss"), host.pop("group_weight"))
     host["token_accuracy"] = float(host.pop("correct")) / (float(host["weight"]) or 1.0)
-    row = {name: float(value) for name, value in host.items()} | groups
+    row = {name: float(value) for name, value in host.items()} | by_group
     return {name: value for name, value in row.items() if math.isfinite(value)}
 
 

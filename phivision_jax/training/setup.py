@@ -20,7 +20,7 @@ from phivision_jax import sharding
 from phivision_jax.checkpoint import layout, loading, retention
 from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.config import ModelConfig
-from phivision_jax.data.feed.encode import GROUP_NAMES
+from phivision_jax.data.feed import encode
 from phivision_jax.data.plan.plan import Plan, make_plan, plan_inputs
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.distributed.processes import on_process_zero
@@ -88,8 +88,9 @@ def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints
     processor = Processor.from_directory(assets, resolved.model)
     datasets, plan = make_or_load_plan(resolved, processor, directory)
     steps = optim.num_steps(resolved, plan.num_steps(data.batch_rows))
-    step = make_train_step(resolved, mesh, steps, len(GROUP_NAMES))
-    feed = train_data.Feed(resolved, step, datasets, plan, processor)
+    groups = encode.group_names([*datasets, *train_data.validation_datasets(data)])
+    step = make_train_step(resolved, mesh, steps, len(groups))
+    feed = train_data.Feed(resolved, step, datasets, plan, processor, groups)
     return Prepared(resolved, processor, assets, datasets, plan, steps, step, feed)
 
 
@@ -176,7 +177,10 @@ def make_validator(prepared: Prepared) -> Validator | None:
     found = train_data.validation_plan(cfg.data, processor, prepared.datasets)
     if found is None:
         return None
-    feed, num_batches = train_data.Feed(cfg, step, *found, processor), found[1].num_steps(cfg.data.batch_rows)
+    feed, num_batches = (
+        train_data.Feed(cfg, step, *found, processor, prepared.feed.groups),
+        found[1].num_steps(cfg.data.batch_rows),
+    )
     return Validator(step, feed, min(cfg.validate_batches, num_batches))
 
 

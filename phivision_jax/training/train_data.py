@@ -56,6 +56,12 @@ def validation_mixture(data: DataConfig) -> Mixture | None:
     return training_mixture(data).validation() if data.validation_share else None
 
 
+def validation_datasets(data: DataConfig) -> list[Dataset]:
+    """The datasets of ``data.validation_path``."""
+    mixture = validation_mixture(data) if data.validation_path else None
+    return [Dataset.open(path) for _, path in mixture.sources] if mixture else []
+
+
 def validation_plan(
     data: DataConfig, processor: Processor, trained_on: Sequence[Dataset]
 ) -> tuple[list[Dataset], Plan] | None:
@@ -75,7 +81,7 @@ def validation_plan(
     if mixture.held_out:
         datasets = list(trained_on)
     else:
-        datasets = [Dataset.open(path) for _, path in mixture.sources]
+        datasets = validation_datasets(data)
         known = {dataset.hash: dataset.directory for dataset in trained_on}
         for dataset in datasets:
             if dataset.hash in known:
@@ -94,11 +100,19 @@ class Feed:
     Args:
       step: the training step, for its mesh and sharding rules.
       datasets: the datasets of ``plan``.
+      groups: names of the groups that metrics and ``loss_weights`` distinguish; default: those of the datasets.
     """
 
     def __init__(
-        self, cfg: ResolvedConfig, step: TrainStep, datasets: Sequence[Dataset], plan: Plan, processor: Processor
+        self,
+        cfg: ResolvedConfig,
+        step: TrainStep,
+        datasets: Sequence[Dataset],
+        plan: Plan,
+        processor: Processor,
+        groups: Sequence[str] | None = None,
     ) -> None:
+        self.groups = encode.group_names(datasets) if groups is None else groups
         self._data, self._source = cfg.data, (datasets, plan, processor)
         self.spec = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
         """Shapes of a global batch."""
@@ -119,7 +133,8 @@ class Feed:
             rows_here=self.own_rows,
             start_step=first,
             end_step=last,
-            loss_weights=encode.group_weights(weights) if weights else None,
+            loss_weights=encode.group_weights(weights, self.groups) if weights else None,
+            groups=self.groups,
             num_threads=self._data.num_threads,
         )
 

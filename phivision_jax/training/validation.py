@@ -66,11 +66,11 @@ class Validator:
         """
         batches = (self._feed.place(batch) for batch, _ in self._feed.batches(0, self.num_batches, weighted=False))
         # Fetched, and so waited for, each time: a queue of batches would fill the devices.
-        return means([jax.device_get(self._compiled(params, batch)) for batch in batches])
+        return means([jax.device_get(self._compiled(params, batch)) for batch in batches], self._feed.groups)
 
 
-def means(sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Metrics from the sums of all batches, added in float64.
+def means(sums: Sequence[Mapping[str, np.ndarray]], groups: Sequence[str]) -> dict[str, float]:
+    """Metrics from the sums of all batches, added in float64; ``groups`` are the names of the groups.
 
     Raises:
       ValueError: without a target token.
@@ -81,4 +81,4 @@ def means(sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     if not total:
         raise ValueError("the first batches of the validation data have no target tokens: no record could be encoded")
     row = {"validation/loss": float(loss.sum()) / total, "validation/token_accuracy": float(correct) / total}
-    return row | group_metrics("validation/loss", loss, weight)
+    return row | group_metrics("validation/loss", groups, loss, weight)

@@ -154,7 +154,7 @@ def test_validate_lists_damage(phivision, tmp_path):
     [
         (["import", "nowhere.json", "out"], 1, "nowhere.json"),
         (["import", "data.json", "out", "--rename", "question"], 1, "write it as theirs=ours"),
-        (["import", "data.json", "out", "--task", "maths"], 1, "did you mean 'math'?"),
+        (["import", "data.json", "out", "--task", " "], 1, "must be a name of 1 to 64"),
         (["import", "data.json", "out", "--max-bad", "2"], 1, "between 0 and 1"),
         (["import", "data.json", "out", "--images", "nowhere"], 1, "--images nowhere: there is no such folder"),
         (
@@ -214,6 +214,30 @@ def test_import_reports_system_messages(phivision, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "_keeps_system_messages", lambda processor: False)
     done = phivision("import", tmp_path / "data.jsonl", tmp_path / "other", "--workers", "0")
     assert "1: the template drops them; --system user keeps" in done.stdout
+    done = phivision("import", tmp_path / "data.jsonl", tmp_path / "user", "--workers", "0", "--system", "user")
+    assert "system messages  1: put before the first user message" in done.stdout
+    done = phivision("import", tmp_path / "data.jsonl", tmp_path / "drop", "--workers", "0", "--system", "drop")
+    assert "system messages  1: dropped (--system drop)" in done.stdout
+
+
+def test_import_names_fields_that_it_does_not_read(phivision, tmp_path):
+    source = write_llava(tmp_path / "llava", 8)
+    items = json.loads(source.read_text())
+    for i, item in enumerate(items):
+        item |= {"note": f"n{i}", "difficulty": 3} | ({"\x1b[31m": [i]} if i > 5 else {})
+        item["conversations"][0]["emotion"] = "calm"
+    items[1]["rejected"] = "no"
+    source.write_text(json.dumps(items))
+    done = phivision("import", source, tmp_path / "set", "--workers", "0", "--max-bad", "0.5")
+    lines = done.stdout.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("  not read"))
+    assert lines[first : first + 3] == [
+        "  not read         emotion of messages 7 (e.g. 'calm')",
+        "                   note 7 (e.g. 'n0')",
+        "                   ?[31m 2 (e.g. [6])",
+    ]
+    assert "unread 1" in done.stdout
+    assert Dataset.open(tmp_path / "set").manifest["counts"]["unread"]["note"] == [7, "'n0'"]
 
 
 def test_import_easy_vqa(phivision, tmp_path, monkeypatch):

@@ -46,7 +46,9 @@ def test_mode_of(answers, mode):
         ({"id": ""}, "empty id"),
         ({"messages": ()}, "'a' has no messages"),
         ({"mode": "fast"}, "'a': mode must be"),
-        ({"task": "maths"}, "'a': unknown task 'maths'; did you mean 'math'"),
+        ({"task": " "}, "'a': the task ' ' must be a name of 1 to 64 printable characters"),
+        ({"task": "a\nb"}, "must be a name"),
+        ({"task": 65 * "a"}, "must be a name"),
     ],
 )
 def test_record_rejects_bad_fields(fields, message):

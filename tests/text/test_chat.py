@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from phivision_jax.text.chat import MessageError, encode, flatten
+from phivision_jax.text.chat import MessageError, encode, flatten, settle_answer
 from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN, PromptMode
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import Tokenizer
@@ -167,6 +167,50 @@ def test_encode_weight_zero_has_no_loss() -> None:
     with pytest.raises(ValueError, match="marks 1 texts in a conversation of 3 answers"):
         encode(SMALL, only_first, conversation)
     assert learned_text(*encode(SMALL, only_first, conversation[:2])) == "b"
+
+
+def test_encode_escaped_marker_is_text() -> None:
+    ids, labels = encode(
+        SMALL, TEMPLATE, [user("<image>: what is <\\image>?"), assistant("a <\\image> or <\\\\image>")]
+    )
+    text = SMALL.decode([i for i in ids if i != IMAGE_TOKEN], skip_special=False)
+    assert ids.count(IMAGE_TOKEN) == 1 and ": what is <image>?<|im_end|>" in text
+    assert learned_text(ids, labels) == "a <image> or <\\image><|im_end|>"
+    plain = encode(SMALL, TEMPLATE, [user("<img>"), assistant("ab")])
+    assert encode(SMALL, TEMPLATE, [user("<\\img>"), assistant("ab")]) == plain
+
+
+@pytest.mark.parametrize(
+    ("answer", "settled"),
+    [
+        ("yes", ("yes", None)),
+        (" <|dummy_84|>yes", ("yes", "nothink")),
+        ("<think>\n\n</think>\n\nyes", ("yes", "nothink")),
+        (" <think>red</think> yes", ("<think>red</think> yes", "think")),
+        ("<think>cut off", ("<think>cut off", "think")),
+        ("<Thought>red</Thought>yes", ("<think>red</think>yes", "think")),
+        ("◁think▷red◁/think▷yes", ("<think>red</think>yes", "think")),
+        (
+            "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b",
+            ("<think>a</think>b", "think"),
+        ),
+        ("<thinker>red", ("<thinker>red", None)),
+    ],
+)
+def test_settle_answer(answer: str, settled: tuple[str, str | None]) -> None:
+    assert settle_answer(answer) == settled
+    with pytest.raises(MessageError, match="begins with <thinking>, but has no </thinking>"):
+        settle_answer("<thinking>red")
+
+
+def test_flatten_merges_thoughts() -> None:
+    message = {"role": "assistant", "content": "yes", "reasoning_content": "red", "weight": 0}
+    plain, _ = flatten([user("a"), message, user("b")])
+    assert plain[1] == {"role": "assistant", "content": "<think>red</think>yes", "weight": 0}
+    ids, _ = encode(SMALL, TEMPLATE, [user("a"), message, user("b")], generation_prompt=True)
+    assert SMALL.think_id in ids
+    with pytest.raises(MessageError, match=r"message 0: its thoughts are \[3\]"):
+        flatten([assistant("yes") | {"thinking": 3}])
 
 
 def test_encode_prompt_modes() -> None:

@@ -115,7 +115,7 @@ def test_means_by_hand():
         return {"group_loss": loss, "group_weight": weight, "correct": np.float32(correct)}
 
     # 2 tokens of loss 3 and 6 of loss 1 in group 0, 8 of loss 0.5 in group 1.
-    found = means([part((6, 2), correct=1), part((6, 6), (4, 8), correct=3)])
+    found = means([part((6, 2), correct=1), part((6, 6), (4, 8), correct=3)], GROUP_NAMES)
     assert found == {
         "validation/loss": 1.0,
         "validation/token_accuracy": 0.25,
@@ -123,7 +123,7 @@ def test_means_by_hand():
         f"validation/loss/{GROUP_NAMES[1]}": 0.5,
     }
     with pytest.raises(ValueError, match="no target tokens"):
-        means([part((0, 0), correct=0)])
+        means([part((0, 0), correct=0)], GROUP_NAMES)
 
 
 @pytest.mark.slow

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from phivision_jax.data.quarantine import BadRecord
-from phivision_jax.data.records import MODES, TASKS, Mode, Record, mode_of
+from phivision_jax.data.records import MODES, TASKS, Mode, Record, join_tasks, mode_of
+from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.images.decode import open_image, to_rgb
 from phivision_jax.images.layout import ImageLayout, ImageSize
 from phivision_jax.processor import Processor
@@ -21,32 +22,40 @@ GROUP_NAMES: tuple[str, ...] = tuple(f"{mode}/{task}" for mode in MODES for task
 """Name of each group id, for metrics: "think/general", "think/math", …, "nothink/general", …"""
 
 
-def group_id(mode: Mode, task: str) -> int:
-    """The ``Batch.group_ids`` value of an example: its mode and task, as an index into ``GROUP_NAMES``."""
-    return MODES.index(mode) * len(TASKS) + TASKS.index(task)
+def group_names(datasets: Iterable[Dataset]) -> tuple[str, ...]:
+    """``GROUP_NAMES``, and the groups of the other tasks in datasets."""
+    tasks = join_tasks(dataset.index.task_names for dataset in datasets)[len(TASKS) :]
+    return GROUP_NAMES + tuple(f"{mode}/{task}" for mode in MODES for task in tasks)
 
 
-def group_weights(rules: Sequence[tuple[str, float]]) -> np.ndarray:
+def group_id(mode: Mode, task: str, groups: Sequence[str] = GROUP_NAMES) -> int:
+    """The ``Batch.group_ids`` value of an example: its mode and task, as an index into ``groups``."""
+    return groups.index(f"{mode}/{task}")
+
+
+def group_weights(rules: Sequence[tuple[str, float]], groups: Sequence[str] = GROUP_NAMES) -> np.ndarray:
     """[groups] f32: factors for the loss weights of examples, by group.
 
     Args:
       rules: (regular expression, weight) pairs tried in order on a group's name, like "think/math"; the first that
         matches anywhere counts, and 1 where none does. 0 leaves a group out of the loss.
+      groups: all names.
 
     Raises:
       ValueError: for a pattern that is not a regular expression or matches no group; for a negative weight; when every
         group would be left out.
     """
-    weights = np.ones(len(GROUP_NAMES), np.float32)
+    weights = np.ones(len(groups), np.float32)
     for pattern, weight in reversed(rules):
         try:
-            matches = [re.search(pattern, name) is not None for name in GROUP_NAMES]
+            matches = [re.search(pattern, name) is not None for name in groups]
         except re.error as error:
             raise ValueError(f"data.loss_weights: {pattern!r} is not a regular expression: {error}") from None
         if not any(matches):
+            tasks = ", ".join(dict.fromkeys(name.partition("/")[2] for name in groups))
             raise ValueError(
                 f"data.loss_weights: {pattern!r} matches no mode and task; modes are {', '.join(MODES)}, tasks are "
-                f"{', '.join(TASKS)}, and names look like {GROUP_NAMES[1]!r}"
+                f"{tasks}, and names look like {GROUP_NAMES[1]!r}"
             )
         if not 0 <= weight < math.inf:
             raise ValueError(f"data.loss_weights: the weight of {pattern!r} must be 0 or more, not {weight}")
@@ -56,13 +65,16 @@ def group_weights(rules: Sequence[tuple[str, float]]) -> np.ndarray:
     return weights
 
 
-def encode_record(record: Record, processor: Processor, max_patches: int | None = None) -> Example:
+def encode_record(
+    record: Record, processor: Processor, max_patches: int | None = None, groups: Sequence[str] | None = None
+) -> Example:
     """Decode a record's images, lay them out, and encode the conversation.
 
     Args:
       record: with its images as bytes or paths.
       processor: of the model.
       max_patches: limit per image, where a plan allows fewer patches than the processor does.
+      groups: names of the groups, among them the record's; default: ``GROUP_NAMES``, and 0 for any other task.
 
     Raises:
       BadRecord: for a record that cannot be encoded: a broken image, markers and images that do not match, an answer
@@ -75,7 +87,7 @@ def encode_record(record: Record, processor: Processor, max_patches: int | None 
     except ValueError as error:
         raise BadRecord("image-broken", str(error)) from error
     try:
-        group = group_id(mode, record.task)
+        group = group_id(mode, record.task, groups or GROUP_NAMES) if groups or record.task in TASKS else 0
         return processor.encode(record.messages, images, mode=mode, group=group, max_patches=max_patches)
     except ValueError as error:
         raise BadRecord("fields", str(error)) from error

@@ -19,7 +19,7 @@ import grain
 import numpy as np
 
 from phivision_jax.batch import Batch
-from phivision_jax.data.feed.encode import encode_record, placeholder_example
+from phivision_jax.data.feed import encode
 from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.io.retry import retry
@@ -62,6 +62,7 @@ def batches(
     start_step: int = 0,
     end_step: int | None = None,
     loss_weights: np.ndarray | None = None,
+    groups: Sequence[str] | None = None,
     num_threads: int = 2,
 ) -> Iterator[tuple[Batch, BatchInfo]]:
     """The plan's batches from ``start_step`` to ``end_step`` or its end, as NumPy.
@@ -75,6 +76,7 @@ def batches(
       start_step: first step.
       end_step: the step after the last.
       loss_weights: [groups] f32 factors for the loss weights (``encode.group_weights``).
+      groups: names of the groups (``encode.group_names``); default: those of the datasets.
       num_threads: steps that are made at the same time; 0 makes them in the caller's thread.
 
     Raises:
@@ -89,12 +91,16 @@ def batches(
     steps = plan.num_steps(batch_rows)
     if not 0 <= start_step <= steps:
         raise IndexError(f"start_step {start_step} of a plan with {steps} steps of {batch_rows} rows")
+    names = encode.group_names(datasets) if groups is None else groups
     end = steps if end_step is None else min(end_step, steps)
 
     def load(step: int) -> tuple[Batch, BatchInfo]:
         planned, failed = plan.rows(step, batch_rows), list[Quarantined]()
         rows = [
-            [_load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), failed) for s, i in row.tolist()]
+            [
+                _load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), names, failed)
+                for s, i in row.tolist()
+            ]
             for row in (planned if rows_here is None else [planned[j] for j in rows_here])
         ]
         batch = fill_rows([[example for example, _ in row] for row in rows], plan.row_shape, processor.config)
@@ -108,7 +114,12 @@ def batches(
 
 
 def _load_example(
-    dataset: Dataset, i: int, processor: Processor, max_patches: int | None, failed: list[Quarantined]
+    dataset: Dataset,
+    i: int,
+    processor: Processor,
+    max_patches: int | None,
+    groups: Sequence[str],
+    failed: list[Quarantined],
 ) -> tuple[Example, str]:
     """Record ``i`` encoded, or its placeholder (then it is added to ``failed``); and the record's id."""
     planned_text = int(dataset.index.text_tokens[i])
@@ -117,13 +128,13 @@ def _load_example(
     try:
         record = _read(dataset, i)
         record_id, source = record.id, record.source
-        example = encode_record(record, processor, max_patches)
+        example = encode.encode_record(record, processor, max_patches, groups)
         if (found := [image.size for image in example.images]) != planned:
             grids = [[size.grids for size in sizes] for sizes in (found, planned)]
             raise BadRecord("image-broken", f"images decode to grids {grids[0]}, planned were {grids[1]}")
     except BadRecord as error:
         failed.append(Quarantined(record_id, source, error.reason, str(error), f"{dataset.directory}, record {i}"))
-        return placeholder_example(planned_text, planned, processor.layout), record_id
+        return encode.placeholder_example(planned_text, planned, processor.layout), record_id
     if example.text_tokens != planned_text:
         raise ValueError(
             f"record {record_id!r} of {source!r} has {example.text_tokens} text tokens, but {planned_text} in its "

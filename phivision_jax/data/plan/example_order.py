@@ -22,6 +22,7 @@ import numpy as np
 from phivision_jax.data.plan.mixture import Stage, Unit
 from phivision_jax.data.records import MODES, TASKS
 from phivision_jax.data.shuffle import permutation
+from phivision_jax.io.messages import did_you_mean
 
 _FITTING_ROUNDS = 2_000
 # Purposes of a seed are numbered over all modules of ``data.plan``.
@@ -38,7 +39,8 @@ class Pool:
     """Tokens of each, image tokens included."""
     modes: np.ndarray
     tasks: np.ndarray
-    """Indices into ``MODES`` and ``TASKS``."""
+    """Indices into ``MODES`` and ``task_names``."""
+    task_names: tuple[str, ...] = TASKS
 
     def amounts(self, unit: Unit) -> np.ndarray:
         """[n] i64: each record in a unit of shares, its tokens or 1."""
@@ -82,7 +84,7 @@ def order_examples(pool: Pool, names: Sequence[str], stage: Stage, seed: int) ->
     amounts, reasoning_amounts = (
         np.array([int(each[cell.members].sum()) / len(cell.members) for cell in cells]) for each in by_record
     )
-    shares = _cell_shares(cells, names, stage, amounts, reasoning_amounts)
+    shares = _cell_shares(cells, names, stage, amounts, reasoning_amounts, pool.task_names)
     streams, mode_shares = [], []
     for mode in dict.fromkeys(cell.mode for cell in cells):
         chosen = [c for c, cell in enumerate(cells) if cell.mode == mode and shares[c] > 0]
@@ -101,12 +103,16 @@ def order_examples(pool: Pool, names: Sequence[str], stage: Stage, seed: int) ->
 
 def _cells(pool: Pool, names: Sequence[str], stage: Stage) -> list[_Cell]:
     cells = []
-    labels = pool.modes * len(TASKS) * stage.splits_modes + pool.tasks * stage.splits_tasks
+    for task in stage.task_caps:
+        if task not in pool.task_names:
+            known = did_you_mean(task, pool.task_names)
+            raise ValueError(f"stage {stage.name!r}: no record has the task {task!r} of task_caps; {known}")
+    labels = pool.modes * len(pool.task_names) * stage.splits_modes + pool.tasks * stage.splits_tasks
     for s in stage.chosen(names):
         of_source = np.flatnonzero(pool.sources == s)
         for label in np.unique(labels[of_source]).tolist():
             members = of_source[labels[of_source] == label]
-            mode, task = divmod(label, len(TASKS))
+            mode, task = divmod(label, len(pool.task_names))
             cells.append(_Cell(s, mode, task, members, len(members) * stage.repeat.get(names[s], 1)))
     if not stage.splits_modes or not cells:
         return cells
@@ -126,7 +132,12 @@ def _mode_shares(stage: Stage) -> dict[int, float]:
 
 
 def _cell_shares(
-    cells: Sequence[_Cell], names: Sequence[str], stage: Stage, amounts: np.ndarray, reasoning_amounts: np.ndarray
+    cells: Sequence[_Cell],
+    names: Sequence[str],
+    stage: Stage,
+    amounts: np.ndarray,
+    reasoning_amounts: np.ndarray,
+    task_names: Sequence[str],
 ) -> np.ndarray:
     """[cells] f64: each cell's share of the examples; they add up to 1.
 
@@ -148,7 +159,8 @@ def _cell_shares(
     if stage.splits_tasks:
         tasks = [cell.task for cell in cells]
         held = np.bincount(tasks, shares * amounts)
-        constrain(tasks, task_shares({task: float(held[task]) for task in sorted(set(tasks))}, stage), amounts)
+        present = {task: float(held[task]) for task in sorted(set(tasks))}
+        constrain(tasks, task_shares(present, stage, task_names), amounts)
     if stage.splits_modes:
         constrain([cell.mode for cell in cells], _mode_shares(stage), reasoning_amounts)
     for _ in range(_FITTING_ROUNDS if len(constraints) > 1 else 1):
@@ -169,8 +181,8 @@ def _scale(shares: np.ndarray, group: np.ndarray, wanted: np.ndarray, amounts: n
     shares *= factors[group]
 
 
-def task_shares(held: Mapping[int, float], stage: Stage) -> dict[int, float]:
-    """Shares of tasks by position in ``TASKS`` after temperature, then caps.
+def task_shares(held: Mapping[int, float], stage: Stage, task_names: Sequence[str] = TASKS) -> dict[int, float]:
+    """Shares of tasks by position in ``task_names`` after temperature, then caps.
 
     Raises:
       ValueError: when the caps of all tasks present add up to less than 1.
@@ -179,10 +191,11 @@ def task_shares(held: Mapping[int, float], stage: Stage) -> dict[int, float]:
     shares = {task: (amount / total) ** stage.task_temperature for task, amount in held.items()}
     total = math.fsum(shares.values())
     shares = {task: share / total for task, share in shares.items()}
-    caps = {task: stage.task_caps.get(TASKS[task], 1.0) for task in shares}
+    caps = {task: stage.task_caps.get(task_names[task], 1.0) for task in shares}
     if math.fsum(caps.values()) < 1 - 1e-9:
+        present = ", ".join(task_names[task] for task in shares)
         raise ValueError(
-            f"stage {stage.name!r}: the caps of the tasks present ({', '.join(TASKS[t] for t in shares)}) add up to "
+            f"stage {stage.name!r}: the caps of the tasks present ({present}) add up to "
             f"{math.fsum(caps.values()):.2f}, less than 1; leave one of them without a cap"
         )
     capped: set[int] = set()
@@ -281,7 +294,7 @@ def realized_shares(stage: Stage, names: Sequence[str], pool: Pool, order: np.nd
       order: [n] each example's position in the pool.
     """
     # The kind of groups, the group of each record, and the groups' names.
-    kinds = [("source", pool.sources, names), ("mode", pool.modes, MODES), ("task", pool.tasks, TASKS)]
+    kinds = [("source", pool.sources, names), ("mode", pool.modes, MODES), ("task", pool.tasks, pool.task_names)]
     if stage.splits_modes:
         parts = [f"{name}, {mode}" for name in names for mode in MODES]
         kinds.append(("part", pool.sources * len(MODES) + pool.modes, parts))

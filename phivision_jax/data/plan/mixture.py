@@ -39,7 +39,6 @@ from typing import Any, Literal
 import numpy as np
 
 from phivision_jax.config import dataclass_from_dict
-from phivision_jax.data.records import TASKS
 from phivision_jax.data.shuffle import sample
 
 Unit = Literal["examples", "tokens"]
@@ -98,9 +97,6 @@ class Stage:
                 raise ValueError(f"{where}: {name} must be {kind} {least}, not {value!r}")
         if self.replay and self.own_share <= 0:
             raise ValueError(f"{where}: replay takes every example; its shares must add up to less than 1")
-        for task in self.task_caps:
-            if task not in TASKS:
-                raise ValueError(f"{where}: unknown task {task!r} in task_caps; known are {', '.join(TASKS)}")
 
     @property
     def own_share(self) -> float:

@@ -270,7 +270,9 @@ def make_plan(
     eligible = np.concatenate([mixture.eligible(len(dataset), seed) for dataset in datasets])
     usable = np.flatnonzero(fitted.fits & eligible)
     modes, tasks = (array[usable].astype(np.int64) for array in (fitted.index.modes, fitted.index.tasks))
-    pool = Pool(record_sizes.owners(fitted.first, usable)[0], lengths.tokens[usable], modes, tasks)
+    pool = Pool(
+        record_sizes.owners(fitted.first, usable)[0], lengths.tokens[usable], modes, tasks, fitted.index.task_names
+    )
     chosen = [s for stage in mixture.stages for s in stage.chosen(mixture.names)]
     if mixture.held_out and not np.isin(pool.sources, chosen).any():
         raise ValueError(

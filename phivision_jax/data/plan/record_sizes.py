@@ -10,6 +10,7 @@ import numpy as np
 
 from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.packing import Lengths, place
+from phivision_jax.data.records import join_tasks
 from phivision_jax.data.store.dataset import Dataset, Index
 from phivision_jax.images.layout import ImageLayout
 
@@ -26,10 +27,16 @@ def lengths_of(index: Index, layout: ImageLayout) -> Lengths:
 
 def _join(indexes: Sequence[Index]) -> Index:
     """The index of several datasets, one after the other."""
-    fields = ("text_tokens", "image_sizes", "modes", "tasks")
+    fields, names = ("text_tokens", "image_sizes", "modes"), join_tasks(index.task_names for index in indexes)
     arrays = {field: np.concatenate([getattr(index, field) for index in indexes]) for field in fields}
+    tasks = [np.array([names.index(task) for task in index.task_names])[index.tasks] for index in indexes]
     num_images = np.concatenate([index.num_images for index in indexes])
-    return Index(**arrays, image_offsets=np.concatenate([[0], np.cumsum(num_images)]))
+    return Index(
+        **arrays,
+        tasks=np.concatenate(tasks),
+        task_names=names,
+        image_offsets=np.concatenate([[0], np.cumsum(num_images)]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,5 +7,6 @@
     source        records that are in memory already, and the protocol
     easy_vqa      the small real data set of the demo
 
-``open_source`` chooses the reader; ``items`` turns an item of any format into a record.
+``open_source`` chooses the reader; ``items`` turns an item of any format into a record, and ``keys`` knows the keys of
+other trainers.
 """

@@ -4,9 +4,11 @@
     objects  {"ref": ["the cup"], "bbox": [[64, 30, 128, 90]], "point": [[128, 60]]}        on an image of 640 x 300
     record   "the cup is at [0.100, 0.100, 0.200, 0.300], its handle at [0.200, 0.200]."
 
-Placeholders are replaced in order. ``image_id`` gives the image of each box and then of each point; with one image it
-may be missing. Numbers up to 1 % outside are clipped, because annotations are rounded. Anything farther outside is
-rejected, and so is a box whose corners are swapped, which is probably x, y, width, height.
+Placeholders are replaced in order. ``bbox_type`` gives the unit of the record ("real": pixels, "norm1": shares,
+"norm1000": thousandths), in place of the option; any other field with a value is refused. ``image_id`` gives the image
+of each box and then of each point; with one image it may be missing. Numbers up to 1 % outside are clipped, because
+annotations are rounded. Anything farther outside is rejected, and so is a box whose corners are swapped, which is
+probably x, y, width, height.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from typing import Any
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources.item_options import Unit
+from phivision_jax.data.sources.keys import is_blank
 
 TOLERANCE = 0.01
+_UNITS: dict[Any, Unit] = {"real": "pixels", "norm1": "unit", "norm1000": "thousand"}
+_KINDS = ("ref", "bbox", "point")
 
 _PLACEHOLDER = re.compile("<(ref|bbox|point)>")
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
@@ -58,19 +63,25 @@ def fill_placeholders(
       size_of: width and height of one of them.
 
     Raises:
-      BadRecord: "fields" for a field of another form; "coordinates" for more or fewer placeholders than objects, or
-        for one outside its image.
+      BadRecord: "fields" for a field of another form; "unread" for other fields or units; "coordinates" for more or
+        fewer placeholders than objects, or for one outside its image.
     """
     if not isinstance(objects, Mapping):
         raise BadRecord("fields", f"objects is {type(objects).__name__}: it must be a dict of lists")
-    kinds = ("ref", "bbox", "point")
-    given = {kind: _list(objects.get(kind), kind) for kind in kinds}
+    others = (key for key in objects if key not in (*_KINDS, "image_id", "bbox_type") and not is_blank(objects[key]))
+    if (other := next(others, None)) is not None:
+        raise BadRecord("unread", f"objects has the field {other}, which may change its boxes: remove it")
+    if (stated := objects.get("bbox_type")) is not None:
+        if stated not in _UNITS:
+            raise BadRecord("unread", f"objects: bbox_type is {stated!r}: it must be one of {', '.join(_UNITS)}")
+        unit = _UNITS[stated]
+    given = {kind: _list(objects.get(kind), kind) for kind in _KINDS}
     boxes = [_numbers(box, "bbox", 4) for box in given["bbox"]]
     points = [_numbers(point, "point", 2) for point in given["point"]]
     if not all(isinstance(ref, str) for ref in given["ref"]):
         raise BadRecord("fields", "objects: ref must be a list of strings")
     found = [match[1] for message in messages for match in _PLACEHOLDER.finditer(message["content"])]
-    for kind in kinds:
+    for kind in _KINDS:
         if found.count(kind) != len(given[kind]):
             counts = f"{found.count(kind)} <{kind}> in the messages, but {len(given[kind])} in objects"
             raise BadRecord("coordinates", counts)

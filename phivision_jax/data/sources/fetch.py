@@ -26,6 +26,7 @@ from PIL import Image
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.keys import is_blank
 from phivision_jax.images.decode import image_format
 
 MAX_DOWNLOAD = 64 * 2**20
@@ -44,10 +45,8 @@ _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def is_given(value: Any) -> bool:
-    """True if a field has an image: not None, "" or a struct without content."""
-    if isinstance(value, Mapping):
-        return any(is_given(value.get(key)) for key in ("bytes", "path", "url"))
-    return value is not None and not (isinstance(value, str) and not value)
+    """True if a field has an image: not null, NaN, "" or a struct without content."""
+    return not is_blank(value) if isinstance(value, dict) else value != "" and not (value is None or value != value)
 
 
 def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
@@ -64,7 +63,12 @@ def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
       OSError: when a file exists but cannot be read.
     """
     if isinstance(value, Mapping):
-        value = next((value[key] for key in ("bytes", "path", "url") if is_given(value.get(key))), None)
+        given = next((value[key] for key in ("bytes", "path", "url") if is_given(value.get(key))), None)
+        if given is None:
+            raise BadRecord(
+                "fields", f"an image is a struct of {', '.join(map(str, value))}: it needs bytes, path or url"
+            )
+        value = given
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     if not isinstance(value, str):

@@ -22,9 +22,11 @@ class ItemOptions:
     also_allow: tuple[Path, ...] = ()
     """Further folders into which symbolic links in the image folder may point."""
     rename: tuple[str, ...] = ()
-    """Names of fields in the data and the names that import expects: theirs=ours, as in prompt=question."""
+    """Names of fields, keys of messages and roles in the data, and the names that import expects: theirs=ours, as in
+    prompt=question or Alice=user. KEY=dataset_KEY keeps a field as metadata that would be refused."""
     task: str = "general"
-    """Task of records that do not state one."""
+    """Task of records that do not state one; any name, known are general, math, science, gui, ocr, chart, document,
+    caption, text, grounding and safety."""
     default_mode: Literal["nothink", "think", "refuse"] = "nothink"
     """Mode of records that do not state one and whose answers do not show it; refuse: quarantine them."""
     system: Literal["template", "user", "drop"] = "template"
@@ -48,7 +50,7 @@ class ItemOptions:
         """Check the values.
 
         Raises:
-          ValueError: for a name that is not "theirs=ours", or an unknown task.
+          ValueError: for a name that is not "theirs=ours", or a task that is not a name.
           NotADirectoryError: for a folder that does not exist.
         """
         check_task(self.task)

@@ -3,20 +3,22 @@
     field                          becomes
     id, uid, question_id           ``id`` as a string, the first that is given; none: the item's place, "data.json:18"
     image, images                  ``images``: one or a list, each a path, bytes, a struct of ``bytes`` and ``path``,
-                                   ``{"url": …}``, a data URI or a URL; null and "" are no image
+                                   ``{"url": …}``, a data URI or a URL; null, NaN and "" are no image
     conversations, messages,       ``messages``, see ``conversations``
-    texts, question + answer(s)
+    texts, question + answer(s),
+    system, options, thoughts
     mode                           ``mode``, "think" or "nothink". None: "think" if an answer begins with <think>,
-                                   "nothink" if one begins with the no-think token, else ``default_mode``. White space
-                                   before either is removed. An answer with one </think> and no <think> came after
-                                   thinking whose <think> was in the prompt (as in R1's data): it is put back
+                                   "nothink" if one begins with the no-think token or blank thoughts, else
+                                   ``default_mode``. White space before a tag is removed. An answer with one </think>
+                                   and no <think> came after thinking whose <think> was in the prompt (as in R1's
+                                   data): it is put back
     task                           ``task``; none: ``ItemOptions.task``
     source                         ``source``; none: the name of the source
     objects                        boxes and points for <bbox>, <point> and <ref> in the text, see ``coordinates``
     metadata                       ``metadata``, if it is a dict
     lineage                        ``lineage``, if it is a list of strings
-    anything else                  a key of ``metadata``, if JSON can express it (no bytes, no dates), in 64 bits and at
-                                   most 100 levels; other values are dropped
+    anything else                  a key of ``metadata``, if ``keys`` does not refuse it and JSON can express it (no
+                                   bytes, no dates), in 64 bits and at most 100 levels; other values are dropped
 
 The no-think token itself is removed: encoding puts it back. Images are read here, so that records are complete and a
 missing file is found at import. ``data.store.record_check`` checks strings and images afterwards.
@@ -28,19 +30,21 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from phivision_jax.data.image_check import check_image
 from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.records import MODES, Mode, Record, check_task
+from phivision_jax.data.sources import keys
 from phivision_jax.data.sources.conversations import Conversation, conversation_of
 from phivision_jax.data.sources.coordinates import fill_placeholders, rewrite_lists
 from phivision_jax.data.sources.fetch import fetch, is_given
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.source import ModeFrom, Read
-from phivision_jax.text.constants import IMAGE_MARKER
+from phivision_jax.text import chat
+from phivision_jax.text.constants import IMAGE_MARKER, THOUGHT_KEYS
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
 IDS = ("id", "uid", "question_id")
@@ -112,15 +116,31 @@ class ItemReader:
         return None
 
     def _renamed(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """The item with its fields renamed, and NaN, as pandas writes an empty cell, as null."""
         renames = {theirs: ours for theirs, ours in self.options.renames.items() if theirs in item}
-        kept = {name: value for name, value in item.items() if name not in renames}
-        return kept | {ours: item[theirs] for theirs, ours in renames.items()}
+        kept = {k: None if isinstance(v, float) and v != v else v for k, v in item.items() if k not in renames}
+        origin: dict[str, str] = {}
+        for theirs, ours in renames.items():
+            if keys.is_blank(item[theirs]):
+                kept.setdefault(ours, item[theirs])
+                continue
+            if (other := origin.setdefault(ours, theirs)) != theirs:
+                raise BadRecord("fields", f"{other} and {theirs} are both renamed to {ours}, and both have a value")
+            kept[ours] = item[theirs]
+        return kept
 
     def _read(self, item: dict[str, Any], place: str, where: str) -> Read:
         options = self.options
-        conversation = conversation_of(item)
-        messages = conversation.messages
-        images = self._images(item, conversation)
+        conversation = conversation_of(item, options.renames)
+        messages, lineage = conversation.messages, _lineage(item)
+        used = {*conversation.used, "" if lineage is None else "lineage"}
+        level: keys.Level = "question" if "question" in used else "record"
+        listed = _listed(item)
+        has_images = bool(listed) or any(image is not None for image in conversation.images)
+        unread = keys.unread(level, item, used=used, has_images=has_images) + conversation.unread
+        if not keys.SPECIAL.isdisjoint(item) and keys.loss_flag(item, "the record: ") is False:
+            raise BadRecord("empty-answer", "the record is marked as not to be learned")
+        images = self._images(listed, conversation)
 
         def size_of(k: int) -> tuple[int, int]:
             return check_image(images[k], f"image {k}")
@@ -137,34 +157,35 @@ class ItemReader:
         if system and options.system != "template":
             messages = _without_system(messages, keep=options.system == "user")
         task = _optional(item, "task") or options.task
-        name = next((name for name in IDS if item.get(name) not in (None, "")), None)
-        used = [*conversation.used, name, "image", "images", "mode", "task", "source", "objects", "metadata"]
-        lineage = item.get("lineage")
-        if isinstance(lineage, list) and all(isinstance(step, str) for step in lineage):
-            used.append("lineage")
-        else:
-            lineage = []
         try:
             check_task(task)
         except ValueError as error:
-            aside = f"{_aside('task')}, and --task then sets one for all records"
-            raise BadRecord("fields", f"{error} {aside}") from None
-        id, source, metadata = _id(item) or place, _optional(item, "source"), _metadata(item, used)
+            raise BadRecord("fields", f"{error}; {_aside('task')}") from None
+        name = next((name for name in IDS if item.get(name) not in (None, "")), None)
+        used |= {"image", "images", "mode", "task", "source", "objects", "metadata", *keys.SYSTEM, *THOUGHT_KEYS}
+        id, source, metadata = _id(item) or place, _optional(item, "source"), _metadata(item, used | {name})
         source = self.source if source is None else source
-        record = Record(id, source, tuple(images), tuple(messages), mode, task, metadata, tuple(lineage))
-        return Read(record, mode_from, system, where)
+        record = Record(id, source, tuple(images), tuple(messages), mode, task, metadata, lineage or ())
+        return Read(record, mode_from, system, where, tuple(unread))
 
-    def _images(self, item: Mapping[str, Any], conversation: Conversation) -> list[bytes]:
+    def _images(self, listed: Sequence[Any], conversation: Conversation) -> list[bytes]:
         """The bytes of the images, in the order of the markers, which a conversation without any may receive."""
-        listed, wanted, first = _listed(item), conversation.images, conversation.messages[0]
+        wanted = conversation.images
         if conversation.may_prepend and not wanted:
+            first = next(message for message in conversation.messages if message["role"] == "user")
             first["content"] = (IMAGE_MARKER + "\n") * len(listed) + first["content"]
             wanted = [None] * len(listed)
         free = sum(image is None for image in wanted)
         if free != len(listed):
             given = len(wanted) - free
             besides = f" besides the {given} in the messages" if given else ""
-            raise BadRecord("image-count", f"{free} {IMAGE_MARKER} markers, but {len(listed)} images{besides}")
+            counts = [(i, m["content"].count(IMAGE_MARKER)) for i, m in enumerate(conversation.messages)]
+            places = ", ".join(f"message {i}: {count}" for i, count in counts if count)
+            problem = (
+                f"{free} {IMAGE_MARKER} markers{f' ({places})' if places else ''}, but {len(listed)} images{besides}"
+            )
+            escape = rf"; write <\{IMAGE_MARKER[1:]} where the text is meant" if free > len(listed) else ""
+            raise BadRecord("image-count", problem + escape)
         rest, folder = iter(listed), self.options.images or self.folder
         return [fetch(next(rest) if image is None else image, folder, self.options) for image in wanted]
 
@@ -177,20 +198,20 @@ def settle_mode(
     Raises:
       BadRecord: "mode" when no mode is stated or shown and ``default`` is "refuse".
     """
-    answers = [message for message in messages if message["role"] == "assistant"]
-    inferred: Mode | None = None
-    for answer in answers:
-        content = answer["content"]
-        if content.lstrip().startswith((NOTHINK, THINK)):
-            content = content.lstrip()
-        if content.startswith(NOTHINK):
-            content = content.removeprefix(NOTHINK)
-            inferred = inferred or "nothink"
-        elif stated != "nothink" and THINK not in content and content.count(END_THINK) == 1:
+    shown: list[Mode | None] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        content = message["content"]
+        bare = THINK not in content and content.count(END_THINK) == 1 and not content.lstrip().startswith(NOTHINK)
+        if bare and stated != "nothink":
             content = THINK + content
-        if content.startswith(THINK):
-            inferred = "think"
-        answer["content"] = content
+        try:
+            message["content"], mode = chat.settle_answer(content)
+        except chat.MessageError as error:
+            raise BadRecord(error.reason, f"message {i}: {error}") from None
+        shown.append(mode)
+    inferred: Mode | None = "think" if "think" in shown else "nothink" if "nothink" in shown else None
     if stated is not None:
         return stated, "stated"
     if inferred is not None:
@@ -240,11 +261,15 @@ def _optional(item: Mapping[str, Any], name: str) -> str | None:
 
 
 def _aside(name: str) -> str:
-    """Advice for a field that means something else in the data."""
     return f"--rename {name}=dataset_{name} keeps it as metadata"
 
 
-def _metadata(item: Mapping[str, Any], used: Sequence[str | None]) -> dict[str, Any]:
+def _lineage(item: Mapping[str, Any]) -> tuple[str, ...] | None:
+    steps = item.get("lineage")
+    return tuple(steps) if isinstance(steps, list) and all(isinstance(step, str) for step in steps) else None
+
+
+def _metadata(item: Mapping[str, Any], used: Collection[str | None]) -> dict[str, Any]:
     own = item.get("metadata")
     if own is not None and not isinstance(own, Mapping):
         own = {"metadata": own}
@@ -259,7 +284,7 @@ def _storable(value: Any, depth: int = 0) -> bool:
         return False
     if isinstance(value, int):
         return -(2**63) <= value < 2**64
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return all(isinstance(k, str) and _storable(v, depth + 1) for k, v in value.items())
     if isinstance(value, list):
         return all(_storable(v, depth + 1) for v in value)

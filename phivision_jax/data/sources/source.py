@@ -33,6 +33,8 @@ class Read:
     """The conversation came with a system message, kept or not."""
     where: str
     """The item's place for people: file and line, row or number."""
+    unread: tuple[tuple[str, Any], ...] = ()
+    """Names and values of keys that are neither understood nor known to be harmless."""
 
 
 type Source = work.Source[Read | Quarantined]

@@ -6,7 +6,7 @@
     DIR/index/image_offsets.npy   [N + 1] i64: the beginning of each record's images in image_sizes
     DIR/index/image_sizes.npy     [I, 2] i32: width and height in pixels, records in order
     DIR/index/modes.npy           [N] i8: position in MODES
-    DIR/index/tasks.npy           [N] u8: position in TASKS
+    DIR/index/tasks.npy           [N] u8: position in the manifest's tasks, which begin with TASKS
     DIR/quarantine.jsonl          rejected items with their reasons
     DIR/work.json                 source and options of the import
 
@@ -25,7 +25,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,15 @@ from typing import Any
 import numpy as np
 
 from phivision_jax.data.quarantine import BadRecord
-from phivision_jax.data.records import Record
+from phivision_jax.data.records import TASKS, Record
 from phivision_jax.data.store.shard_files import READERS, Shard
 from phivision_jax.io.storage import read_json
 from phivision_jax.processor import Processor
 
 SCHEMA = 4
 MANIFEST = "manifest.json"
+ARRAYS = ("text_tokens", "image_offsets", "image_sizes", "modes", "tasks")
+"""The files of an index."""
 _AT_ONCE = 32  # files checked at a time: on network storage each takes milliseconds
 
 
@@ -56,12 +58,15 @@ class Index:
     modes: np.ndarray
     """[N] i8: position in ``MODES``."""
     tasks: np.ndarray
-    """[N] u8: position in ``TASKS``."""
+    """[N] u8: position in ``task_names``."""
+    task_names: tuple[str, ...] = TASKS
+    """``TASKS``, and the other tasks of the records."""
 
     @classmethod
-    def open(cls, directory: Path) -> Index:
+    def open(cls, directory: Path, tasks: Sequence[str]) -> Index:
         """The index of a dataset; it stays on disk (memory-mapped) until used."""
-        return cls(**{f.name: np.load(directory / "index" / f"{f.name}.npy", "r") for f in dataclasses.fields(cls)})
+        arrays = {name: np.load(directory / "index" / f"{name}.npy", "r") for name in ARRAYS}
+        return cls(**arrays, task_names=tuple(tasks))
 
     def __len__(self) -> int:
         return len(self.text_tokens)
@@ -109,7 +114,7 @@ class Dataset:
         manifest = read_manifest(directory)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(functools.partial(check_size, directory), (*manifest["shards"], *manifest["index"])))
-        return cls(directory, manifest, Index.open(directory))
+        return cls(directory, manifest, Index.open(directory, task_names(manifest)))
 
     def __len__(self) -> int:
         return int(self.manifest["records"])
@@ -150,6 +155,11 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if schema != SCHEMA:
         raise ValueError(f"{path}: schema {schema!r}, this program reads {SCHEMA}; import the data again")
     return manifest
+
+
+def task_names(manifest: Mapping[str, Any]) -> Sequence[str]:
+    """The names of the tasks that an index numbers; manifests of versions without other tasks have none."""
+    return manifest.get("tasks", TASKS)
 
 
 def check_size(directory: Path, file: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import json
 import os
+import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from phivision_jax.data import quarantine
 from phivision_jax.data.quarantine import BadRecord, Quarantined, TooManyBadRecords
-from phivision_jax.data.records import MODES, TASKS, mode_of
+from phivision_jax.data.records import MODES, TASKS, join_tasks, mode_of
 from phivision_jax.data.sources.source import Read, Source
-from phivision_jax.data.store.dataset import MANIFEST, SCHEMA, Dataset, Index, describe_file
+from phivision_jax.data.store.dataset import ARRAYS, MANIFEST, SCHEMA, Dataset, describe_file
 from phivision_jax.data.store.record_check import ImageSizes, check_record, count_text_tokens
 from phivision_jax.io import atomic, work
 from phivision_jax.io.work import Summary, Work
@@ -36,8 +37,11 @@ from phivision_jax.text import chat
 
 SHARD_BYTES = 256 * 2**20
 """A shard is closed once it has this many payload bytes: large enough for few files, small enough to copy."""
-DTYPES = {"text_tokens": "<i4", "num_images": "<i4", "image_sizes": "<i4", "modes": "|i1", "tasks": "|u1"}
-"""Columns of a chunk's summary. They become the index, where ``image_offsets`` replaces ``num_images``."""
+DTYPES = {"text_tokens": "<i4", "num_images": "<i4", "image_sizes": "<i4", "modes": "|i1", "tasks": "<u2"}
+"""Columns of a chunk's summary. They become the index, where ``image_offsets`` replaces ``num_images``, and tasks are
+numbered over all chunks, in one byte each."""
+_MOST_TASKS = 256
+_MOST_UNREAD = 200
 
 
 def import_source(
@@ -141,6 +145,19 @@ class CheckRecord:
         return [Accepted(dataclasses.replace(item, record=record), text_tokens, image_sizes)]
 
 
+type Unread = dict[str, tuple[int, str]]
+"""Names of keys that were not read, each with its number of occurrences and an example of its values."""
+
+
+def count_unread(unread: Unread, name: str, count: int, value: Any = None, example: str | None = None) -> None:
+    """Count a key; the first example stays. Beyond ``_MOST_UNREAD`` names, further ones are counted together."""
+    name = "".join(c if c.isprintable() else "?" for c in name[:60])
+    name = name if name in unread or len(unread) < _MOST_UNREAD else "other fields"
+    if name not in unread:
+        unread[name] = (0, reprlib.repr(value)[:60] if example is None else example)
+    unread[name] = (unread[name][0] + count, unread[name][1])
+
+
 class RecordSink:
     """ArrayRecord files of about ``shard_bytes`` payload bytes each; the last one of a chunk is smaller."""
 
@@ -150,6 +167,8 @@ class RecordSink:
         self._counts = {name: collections.Counter[str]() for name in ("modes", "mode_from", "tasks", "sources")}
         self._quarantine: list[bytes] = []
         self._system_messages = 0
+        self._unread: Unread = {}
+        self._task_numbers = {task: number for number, task in enumerate(TASKS)}
         self._shards: list[dict[str, Any]] = []
         self._writer: ArrayRecordWriter | None = None
         self._name, self._bytes, self._records = "", 0, 0
@@ -165,11 +184,13 @@ class RecordSink:
         self._columns["num_images"].append(len(result.image_sizes))
         self._columns["image_sizes"] += result.image_sizes
         self._columns["modes"].append(MODES.index(record.mode))
-        self._columns["tasks"].append(TASKS.index(record.task))
+        self._columns["tasks"].append(self._task_numbers.setdefault(record.task, len(self._task_numbers)))
         names = (record.mode, result.read.mode_from, record.task, record.source)
         for counter, name in zip(self._counts.values(), names, strict=True):
             counter[name] += 1
         self._system_messages += result.read.system
+        for name, value in result.read.unread:
+            count_unread(self._unread, name, 1, value)
 
     def close(self) -> Summary:
         self._close_shard()
@@ -179,6 +200,8 @@ class RecordSink:
             "quarantine": self._quarantine,
             "counts": self._counts,
             "system_messages": self._system_messages,
+            "unread": self._unread,
+            "tasks": list(self._task_numbers),
         }
 
     def _write(self, payload: bytes) -> None:
@@ -235,16 +258,25 @@ def write_index_and_manifest(directory: Path, summaries: Callable[[], Iterator[S
     shards: list[dict[str, Any]] = []
     columns: dict[str, list[bytes]] = {name: [] for name in DTYPES}
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    system_messages = 0
+    unread: Unread = {}
+    system_messages, tasks = 0, join_tasks(summary["tasks"] for summary in summaries())
+    if len(tasks) > _MOST_TASKS:
+        remedy = "--rename task=dataset_task keeps them as metadata, and --task sets one for all"
+        raise ValueError(f"the records have {len(tasks):,} tasks, an index at most {_MOST_TASKS}: {remedy}")
     for summary in summaries():
         shards += summary["shards"]
         for name, column in columns.items():
             column.append(summary["columns"][name])
+        numbers = np.array([tasks.index(task) for task in summary["tasks"]], "|u1")
+        columns["tasks"][-1] = numbers[np.frombuffer(columns["tasks"][-1], DTYPES["tasks"])].tobytes()
         for name, counter in summary["counts"].items():
             counts[name].update(counter)
         counts["quarantined"].update(json.loads(line)["reason"] for line in summary["quarantine"])
         system_messages += summary["system_messages"]
-    index: dict[str, np.ndarray] = {k: np.frombuffer(b"".join(v), DTYPES[k]) for k, v in columns.items()}
+        for name, (count, example) in summary["unread"].items():
+            count_unread(unread, name, count, example=example)
+    dtypes = DTYPES | {"tasks": "|u1"}
+    index: dict[str, np.ndarray] = {k: np.frombuffer(b"".join(v), dtypes[k]) for k, v in columns.items()}
     index["image_sizes"] = index["image_sizes"].reshape(-1, 2)
     index["image_offsets"] = np.concatenate([[0], np.cumsum(index.pop("num_images"), dtype=np.int64)])
     if not len(index["modes"]):
@@ -260,10 +292,12 @@ def write_index_and_manifest(directory: Path, summaries: Callable[[], Iterator[S
         "text_tokens": int(index["text_tokens"].sum(dtype=np.int64)),
         "text": text,
         "shards": shards,
-        "index": [describe_file(directory, f"index/{f.name}.npy") for f in dataclasses.fields(Index)],
+        "index": [describe_file(directory, f"index/{name}.npy") for name in ARRAYS],
+        "tasks": tasks,
         "counts": {
             **{name: dict(sorted(counter.items())) for name, counter in sorted(counts.items())},
             "system_messages": system_messages,
+            "unread": unread,
         },
     }
     atomic.write(directory / MANIFEST, json.dumps(manifest, indent=2) + "\n")

@@ -13,7 +13,7 @@ import itertools
 import json
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,16 @@ import numpy as np
 
 from phivision_jax.data.image_check import check_image
 from phivision_jax.data.quarantine import BadRecord
-from phivision_jax.data.records import MODES, TASKS, Record, mode_of
-from phivision_jax.data.store.dataset import Dataset, Index, check_size, describe_file, read_manifest
+from phivision_jax.data.records import MODES, Record, mode_of
+from phivision_jax.data.store.dataset import (
+    ARRAYS,
+    Dataset,
+    Index,
+    check_size,
+    describe_file,
+    read_manifest,
+    task_names,
+)
 from phivision_jax.data.store.shard_files import Shard, open_shard, read_record
 from phivision_jax.io import workers as processes
 from phivision_jax.io.progress import bar
@@ -87,7 +95,7 @@ def validate(
     reports: list[_ShardReport] = []
     count = min(os.cpu_count() or 1 if workers is None else workers, len(jobs))
     if not problems:  # a damaged index would contradict every record
-        results = processes.run(_check_shard, (directory, decode), jobs, count)
+        results = processes.run(_check_shard, (directory, task_names(manifest), decode), jobs, count)
         title = f"validate {directory.name}"
         with bar(title, manifest["records"], shown=progress) as advance, contextlib.closing(results):
             for report in results:
@@ -98,7 +106,7 @@ def validate(
     duplicates = _duplicates(hashes)
     duplicate_ids: list[str] = []
     if duplicates:
-        dataset = Dataset(directory, manifest, Index.open(directory))
+        dataset = Dataset(directory, manifest, Index.open(directory, task_names(manifest)))
         duplicate_ids = [dataset[i].id for i in duplicates[:_LISTED_DUPLICATES]]
     return Report(
         files=len(shards) + len(manifest["index"]),
@@ -125,8 +133,8 @@ def _file_problems(directory: Path, file: Mapping[str, Any]) -> list[Problem]:
 def _index_problems(directory: Path, manifest: Mapping[str, Any]) -> list[Problem]:
     problems = [problem for file in manifest["index"] for problem in _file_problems(directory, file)]
     if not problems:
-        index, records, images = Index.open(directory), manifest["records"], manifest["images"]
-        lengths = {f.name: len(getattr(index, f.name)) for f in dataclasses.fields(index)}
+        index, records, images = Index.open(directory, task_names(manifest)), manifest["records"], manifest["images"]
+        lengths = {name: len(getattr(index, name)) for name in ARRAYS}
         expected = dict.fromkeys(lengths, records) | {"image_offsets": records + 1, "image_sizes": images}
         offsets = index.image_offsets
         if lengths != expected or offsets[0] != 0 or offsets[-1] != images or np.any(offsets[1:] < offsets[:-1]):
@@ -143,11 +151,13 @@ def _duplicates(hashes: np.ndarray) -> list[int]:
     return sorted(again.tolist())
 
 
-def _check_shard(directory: Path, decode: bool, job: tuple[Mapping[str, Any], int], stopped: Stopped) -> _ShardReport:
+def _check_shard(
+    directory: Path, tasks: Sequence[str], decode: bool, job: tuple[Mapping[str, Any], int], stopped: Stopped
+) -> _ShardReport:
     file, first = job
     shard = Shard(directory / file["file"], file["records"])
     hashes = np.zeros(shard.records, np.uint64)
-    index = Index.open(directory)  # memory-mapped: no index is sent to the workers
+    index = Index.open(directory, tasks)  # memory-mapped: no index is sent to the workers
     images, problems = 0, _file_problems(directory, file)
     try:
         reader = open_shard(shard)
@@ -184,7 +194,7 @@ def _compare(record: Record, index: Index, i: int, decode: bool) -> None:
     """
     sizes = [check_image(image, f"image {k}", decode=decode) for k, image in enumerate(record.images)]
     found = {"mode": mode_of(record), "task": record.task, "image sizes": sizes}
-    stored = {"mode": MODES[index.modes[i]], "task": TASKS[index.tasks[i]], "image sizes": index.sizes_of(i)}
+    stored = {"mode": MODES[index.modes[i]], "task": index.task_names[index.tasks[i]], "image sizes": index.sizes_of(i)}
     for name, value in found.items():
         if value != stored[name]:
             raise ValueError(f"{name}: {value}, but {stored[name]} in the index")

@@ -29,7 +29,7 @@ from phivision_jax.data.feed.encode import encode_record
 from phivision_jax.data.feed.pipeline import BatchInfo, batches
 from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.quarantine import BadRecord
-from phivision_jax.data.records import MODES, TASKS
+from phivision_jax.data.records import MODES
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.io.html import Figure, Section, Span, Style, Table, image_figure, plot
 from phivision_jax.processor import Processor
@@ -103,7 +103,7 @@ def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
       IndexError: when the dataset has no such record.
     """
     record, index = dataset[i], dataset.index
-    note = f"record {i:,} of {dataset.directory.name} · {MODES[index.modes[i]]} / {TASKS[index.tasks[i]]} · "
+    note = f"record {i:,} of {dataset.directory.name} · {MODES[index.modes[i]]} / {index.task_names[index.tasks[i]]} · "
     try:
         example = encode_record(record, processor)
     except BadRecord as error:
@@ -242,7 +242,7 @@ def _table(examples: list[list[int]], datasets: Sequence[Dataset], found: RowLay
         start, stop = found.segments[segment - 1]
         images = [image for image in found.images if image.segment == segment]
         image_tokens = sum(np.ptp(image.tokens) for image in images)
-        kind = f"{MODES[index.modes[record]]} / {TASKS[index.tasks[record]]}"
+        kind = f"{MODES[index.modes[record]]} / {index.task_names[index.tasks[record]]}"
         names = (f"{segment}", name, datasets[source].directory.name, kind, failed.get(name, ""))
         counts = (stop - start - image_tokens, image_tokens, sum(np.ptp(image.patches) for image in images))
         rows.append((*names, *(f"{count:,}" for count in counts)))

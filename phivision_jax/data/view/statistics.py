@@ -17,7 +17,7 @@ from phivision_jax.batch import RowShape
 from phivision_jax.config import ModelConfig
 from phivision_jax.data.plan import packing, plan, record_sizes
 from phivision_jax.data.plan.mixture import Mixture
-from phivision_jax.data.records import MODES, TASKS
+from phivision_jax.data.records import MODES
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.data.store.dataset import Dataset, Index
 from phivision_jax.images.layout import make_layout
@@ -144,9 +144,11 @@ def _spread(values: np.ndarray) -> dict[str, float] | None:
 
 
 def _by_mode_and_task(index: Index, amounts: np.ndarray | int = 1) -> dict[str, dict[str, int]]:
-    totals = np.zeros((len(MODES), len(TASKS)), np.int64)
+    totals = np.zeros((len(MODES), len(index.task_names)), np.int64)
     np.add.at(totals, (index.modes, index.tasks), amounts)
-    return {mode: dict(zip(TASKS, row, strict=True)) for mode, row in zip(MODES, totals.tolist(), strict=True)}
+    return {
+        mode: dict(zip(index.task_names, row, strict=True)) for mode, row in zip(MODES, totals.tolist(), strict=True)
+    }
 
 
 def _total(counts: Sequence[dict[str, int]]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from phivision_jax.batch import RowShape
 from phivision_jax.data.plan.plan import WINDOW
-from phivision_jax.data.records import MODES, TASKS
+from phivision_jax.data.records import MODES
 from phivision_jax.data.view.statistics import MAX_IMAGES, Numbers, Statistics
 from phivision_jax.io.html import RED, Figure, Section, Table, plot
 
@@ -93,6 +93,10 @@ def _by_mode_and_task(numbers: Numbers, unit: str) -> np.ndarray:
     return counts / max(counts.sum(), 1)
 
 
+def _tasks(numbers: Numbers) -> list[str]:
+    return list(numbers["examples_by"][MODES[0]])
+
+
 def _mix(numbers: Numbers) -> Cells:
     cells: Cells = collections.defaultdict(dict)
     shares = np.stack([_by_mode_and_task(numbers, unit) for unit in ("examples", "tokens")])
@@ -103,7 +107,7 @@ def _mix(numbers: Numbers) -> Cells:
 
     for m, mode in enumerate(MODES):
         add("mode", mode, *shares[:, m].sum(axis=1))
-    for t, task in enumerate(TASKS):
+    for t, task in enumerate(_tasks(numbers)):
         add("task", task, *shares[:, :, t].sum(axis=1))
         add("task", f"  {task}, think", *shares[:, MODES.index("think"), t])
     for origin, count in sorted(numbers["mode_from"].items()):
@@ -228,7 +232,7 @@ def _draw_tasks(axes: Axes, numbers: Numbers) -> None:
         for mode, share, colour in zip(MODES, _by_mode_and_task(numbers, unit), ("#7b3294", "#1b9e77"), strict=True):
             axes.barh(y + shift, share[tasks], 0.38, left=left, color=colour, alpha=alpha, label=f"{mode}, by {unit}")
             left += share[tasks]
-    axes.set(title="tasks and modes", yticks=y, yticklabels=[TASKS[t] for t in tasks])
+    axes.set(title="tasks and modes", yticks=y, yticklabels=[_tasks(numbers)[t] for t in tasks])
     axes.set_ylim(max(len(tasks), 3) - 0.4, -0.6)
     axes.xaxis.set_major_formatter("{x:.0%}")
     axes.grid(axis="x")

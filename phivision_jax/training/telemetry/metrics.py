@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from phivision_jax.data.feed.encode import GROUP_NAMES
 from phivision_jax.io import atomic, jsonl
 
 FILE = "metrics.jsonl"
@@ -114,7 +113,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return jsonl.read(run / FILE)
 
 
-def group_metrics(name: str, loss: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+def group_metrics(name: str, groups: Sequence[str], loss: np.ndarray, weight: np.ndarray) -> dict[str, float]:
     """Mean loss of each mode and task that has targets, from sums: {"loss/nothink/general": …} for name "loss"."""
-    groups = zip(GROUP_NAMES, loss, weight, strict=True)
-    return {f"{name}/{group}": float(total / weights) for group, total, weights in groups if weights > 0}
+    sums = zip(groups, loss, weight, strict=True)
+    return {f"{name}/{group}": float(total / weights) for group, total, weights in sums if weights > 0}

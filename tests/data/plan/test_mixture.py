@@ -216,7 +216,6 @@ def test_names_come_from_folders(tmp_path):
         ("sources = 3", r"needs \[\[sources\]\]"),
         ("[[sources]]\npath = 3", "a path, as text"),
         ("[[sources]]\npath = 'a'\n[[stages]]\nname = 'x'\n[[stages]]\nname = 'x'", "two stages are called 'x'"),
-        ("task_caps = {maths = 0.1}\n[[sources]]\npath = 'a'", "unknown task 'maths'"),
     ],
 )
 def test_read_names_file_in_errors(tmp_path, text, message):

@@ -70,6 +70,7 @@ def test_import_keeps_good_and_lists_bad_items(undisturbed, processor):
         "sources": {"made-up": 55},
         "quarantined": {"empty-answer": 2, "syntax": 3},
         "system_messages": sum(i % 5 == 0 for i in good),
+        "unread": {},
     }
     assert (manifest["records"], manifest["images"]) == (55, len(undisturbed.index.image_sizes))
     assert (
