@@ -25,7 +25,8 @@ from phivision_jax.config import ModelConfig
 from phivision_jax.images.decode import ImageSource, open_image
 from phivision_jax.images.layout import PatchedImage, make_layout
 from phivision_jax.io import storage
-from phivision_jax.io.storage import Location, read_json
+from phivision_jax.io.read_json import read_json
+from phivision_jax.io.storage import Location
 from phivision_jax.rows import Example, expand, one_per_row, prefix_errors
 from phivision_jax.text import chat
 from phivision_jax.text.chat import Message

@@ -21,7 +21,8 @@ import numpy as np
 
 from phivision_jax.convert.mapping import Leaf, Shape, check, hf_shapes
 from phivision_jax.io import atomic, storage
-from phivision_jax.io.storage import Location, read_json
+from phivision_jax.io.read_json import read_json
+from phivision_jax.io.storage import Location
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

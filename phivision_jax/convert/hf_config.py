@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
-from phivision_jax.io.storage import Location, location, read_json
+from phivision_jax.io.read_json import read_json
+from phivision_jax.io.storage import Location, location
 
 
 def _same(*keys: str) -> dict[str, str]:

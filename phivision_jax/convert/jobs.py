@@ -30,7 +30,8 @@ from phivision_jax.convert.output import new_checkpoint, require_space, resolved
 from phivision_jax.convert.stream import FreshProjector, Sink, Source, copy
 from phivision_jax.io import storage
 from phivision_jax.io.progress import bar
-from phivision_jax.io.storage import Location, read_json
+from phivision_jax.io.read_json import read_json
+from phivision_jax.io.storage import Location
 
 type Dtypes = Mapping[Leaf, np.dtype]
 """Leaves, and the dtype to store each in."""

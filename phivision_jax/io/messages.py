@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -34,6 +35,13 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, 
             yield from differences(old.get(key), new.get(key), f"{path}.{key}".removeprefix("."))
     elif old != new:
         yield path, old, new
+
+
+def shorten(value: object, limit: int = 100) -> str:
+    """A value of unknown origin, safe to print: at most ``limit`` characters, control characters escaped."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    text = text if len(text) <= limit else f"{text[: limit - 21]} … {text[-18:]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

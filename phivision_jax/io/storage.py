@@ -15,7 +15,6 @@ import contextlib
 import errno
 import functools
 import importlib.util
-import json
 import logging
 import os
 import tempfile
@@ -201,22 +200,6 @@ def files(path: Location) -> dict[str, int]:
         for name, entry in sorted(listed.items())
         if name.startswith(root) and not name.endswith("/")  # Google's console makes an object for a folder
     }
-
-
-def read_json(path: Location) -> dict[str, Any]:
-    """The contents of a JSON file.
-
-    Raises:
-      ValueError: when it is missing or not JSON, naming the file.
-      StorageError: when the bucket does not answer.
-    """
-    try:
-        with wrap_storage_errors(path):
-            return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def read_range(path: Location, start: int, count: int) -> bytes:

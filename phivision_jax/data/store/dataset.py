@@ -35,7 +35,7 @@ import numpy as np
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import TASKS, Record
 from phivision_jax.data.store.shard_files import READERS, Shard
-from phivision_jax.io.storage import read_json
+from phivision_jax.io.read_json import read_json
 from phivision_jax.processor import Processor
 
 SCHEMA = 4

@@ -1,0 +1,57 @@
+"""Read JSON of unknown origin: every error is a ``ValueError`` of one sentence that names the file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from phivision_jax.io.messages import shorten
+from phivision_jax.io.storage import Location, read_range, wrap_storage_errors
+
+LARGEST_FILE = 128 * 2**20
+"""Bytes: a larger file is refused without reading it. The largest released tokenizer has 17 MB."""
+_KINDS: dict[type, str] = {dict: "an object", list: "an array"}
+_SIGNS = {
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run git lfs pull in its directory",
+    b"<!doctype html": "is an HTML page, as a failed download leaves it: download the file again",
+    b"<html": "is an HTML page, as a failed download leaves it: download the file again",
+}
+
+
+def read_json(path: Location, kind: type = dict) -> Any:
+    """The contents of a JSON file, with or without a byte order mark.
+
+    Args:
+      kind: the type that the top level must have, dict or list.
+
+    Raises:
+      ValueError: when it is missing, not JSON, too large, or of another type, naming the file.
+      StorageError: when the bucket does not answer.
+    """
+    try:
+        with wrap_storage_errors(path):
+            content = read_range(path, 0, LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    return parse_json(content, str(path), kind)
+
+
+def parse_json(content: bytes, name: str, kind: type = dict) -> Any:
+    """As ``read_json``, of bytes that have been read from the file ``name``."""
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"{name} has more than {LARGEST_FILE:,} bytes, too many for a file of this kind")
+    if known := wrong_file(content):
+        raise ValueError(f"{name} {known}")
+    try:
+        value = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is not JSON: {shorten(str(error))}") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must contain {_KINDS[kind]}, not {_KINDS.get(type(value), shorten(value))}")
+    return value
+
+
+def wrong_file(head: bytes) -> str | None:
+    """The end of a sentence for the first bytes of a file that has another in its place; None if they look genuine."""
+    start = head[:64].lstrip().lower()
+    return next((sentence for sign, sentence in _SIGNS.items() if start.startswith(sign)), None)
