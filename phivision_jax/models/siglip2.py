@@ -28,7 +28,8 @@ def interpolation_weights(index: Int32[Array, ...], size: Int32[Array, ...], sid
     """The weights of ``side`` table entries at output ``index`` of an axis resized to ``size``.
 
     Bilinear, antialiased, align_corners=False, as ``torch.nn.functional.interpolate(antialias=True)`` defines it: a
-    triangle of half-width max(side/size, 1) around the output's centre, normalised over the table.
+    triangle of half-width max(side/size, 1) around the output's centre, normalised over the table. For grids one patch
+    wide and more than ``side`` high, PyTorch 2.13 on CPUs departs from this definition, and so does the released code.
     """
     scale = side / size.astype(jnp.float32)
     centre = (index.astype(jnp.float32) + 0.5) * scale
