@@ -10,10 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from phivision_jax.batch import Batch
+from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import Record, mode_of
 from phivision_jax.data.store.dataset import Dataset, check_processor
 from phivision_jax.evaluation.scoring import Answer, exact_match
 from phivision_jax.inference.generate import answer_text, generate_ids
+from phivision_jax.io.messages import shorten
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
 from phivision_jax.rows import Example, expand, fill_rows, row_shape
@@ -23,6 +25,8 @@ from phivision_jax.text.constants import PLACEHOLDER, PromptMode
 _log = logging.getLogger(__name__)
 _BLANK = expand([PLACEHOLDER], [])
 """Fills the rows of the last batch that no question is left for, and those of records that cannot be encoded."""
+MAX_NAMED = 8
+"""Records that a warning names."""
 MULTIPLE = 16
 """T and P are rounded up to a multiple of this."""
 
@@ -32,6 +36,8 @@ class Evaluator:
 
     Every batch has the same shapes, the last one too, so all evaluations of a run compile once.
 
+    Records without a question or without an answer at their end are left out, with a warning that names them.
+
     Args:
       dataset: records whose last message is the assistant's.
       processor: of the model.
@@ -40,6 +46,9 @@ class Evaluator:
       num_examples: evaluate an evenly spaced sample of this many records; None for all.
       mode: of the answers, see ``generate``.
       mesh: to shard the batches over.
+
+    Raises:
+      ValueError: when no record can be scored.
     """
 
     def __init__(
@@ -57,12 +66,30 @@ class Evaluator:
         self.dataset, self.processor, self.mode, self.mesh = dataset, processor, mode, mesh
         self.rows, self.max_new_tokens = rows, max_new_tokens
         count = len(dataset) if num_examples is None else min(num_examples, len(dataset))
-        self.records = np.linspace(0, len(dataset), count, endpoint=False).astype(int)
+        self.records = self._scorable(np.linspace(0, len(dataset), count, endpoint=False).astype(int))
         # The index counts the answer too, so a prompt is never longer than its record.
         patches, tokens = map(dataset.index.sum_images, processor.layout.measure_all(dataset.index.image_sizes))
         tokens = tokens + dataset.index.text_tokens
         length, num_patches = (-(-int(n[self.records].max()) // MULTIPLE) * MULTIPLE for n in (tokens, patches))
         self.shape = row_shape(processor.config, length, num_patches=num_patches)
+
+    def _scorable(self, chosen: np.ndarray) -> np.ndarray:
+        """The records that have a question and an answer, and can be read."""
+        left_out: dict[int, str] = {}
+        for i in map(int, chosen):
+            try:
+                record = self.dataset[i]
+                if not _has_question_and_answer(record):
+                    left_out[i] = shorten(record.id)
+            except BadRecord as error:
+                left_out[i] = f"record {i} ({shorten(str(error), 200)})"
+        if left_out:
+            named = ", ".join(list(left_out.values())[:MAX_NAMED]) + ", …" * (len(left_out) > MAX_NAMED)
+            what = f"{len(left_out):,} of {len(chosen):,} records have no question with an answer to score: {named}"
+            if len(left_out) == len(chosen):
+                raise ValueError(f"{self.dataset.directory}: {what}; give data with questions, or no data.eval_path")
+            _log.warning("%s: %s; they are left out", self.dataset.directory, what)
+        return chosen[[int(i) not in left_out for i in chosen]]
 
     def __call__(self, model: PhiVision, advance: Callable[[int], None] = lambda _: None) -> list[Answer]:
         """Answer all questions, in order; ``advance`` receives the number of questions of each batch as it finishes."""
@@ -89,7 +116,9 @@ class Evaluator:
         try:
             return self.processor.encode(record.messages[:-1], record.images, mode=self.mode, generation_prompt=True)
         except ValueError as error:
-            _log.warning("record %r of %r cannot be encoded and counts as wrong: %s", record.id, record.source, error)
+            _log.warning(
+                "record %r of %r cannot be encoded and counts as wrong: %s", shorten(record.id), record.source, error
+            )
             return _BLANK
 
     def _score(self, record: Record, example: Example, ids: np.ndarray) -> Answer:
@@ -99,3 +128,9 @@ class Evaluator:
         question = record.messages[-2]["content"].replace("<image>", "").strip()
         correct = example is not _BLANK and exact_match(prediction, reference)
         return Answer(record.id, record.task, mode_of(record), question, reference, prediction, correct)
+
+
+def _has_question_and_answer(record: Record) -> bool:
+    roles = [message["role"] for message in record.messages[-2:]]
+    contents = [message["content"].rsplit("</think>", 1)[-1].strip() for message in record.messages[-2:]]
+    return roles == ["user", "assistant"] and all(contents)

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
@@ -19,6 +20,34 @@ CONFIG = ModelConfig(
     min_patches=4,
     max_patches=4,
 )
+
+
+def turns(*contents: str) -> tuple[dict[str, str], ...]:
+    """Messages of user and assistant, which has the last one."""
+    roles = ["user", "assistant"] * len(contents)
+    return tuple({"role": r, "content": c} for r, c in zip(roles[-len(contents) :], contents, strict=True))
+
+
+def test_records_without_a_question_or_an_answer_are_named_and_left_out(tmp_path, caplog):
+    processor = Processor.small(CONFIG)
+    system = {"role": "system", "content": "be brief"}
+    cases = {
+        "caption": turns("a caption"),
+        "only a system message": (system, *turns("a caption")),
+        "asked": turns("is it?", "yes"),
+        "asked second": (system, *turns("is it?", "yes", "and this?", "no")),
+        "no question": turns(" ", "yes"),
+    }
+    records = [Record(name, "made", (), messages, mode="nothink") for name, messages in cases.items()]
+    dataset = write_dataset(tmp_path / "set", records, processor)
+    with caplog.at_level("WARNING"):
+        evaluator = Evaluator(dataset, processor, rows=2, max_new_tokens=4)
+    assert [dataset[int(i)].id for i in evaluator.records] == ["asked", "asked second"]
+    (message,) = caplog.messages
+    assert "3 of 5 records have no question with an answer to score: caption, only a system message, no q" in message
+    dataset = write_dataset(tmp_path / "captions", records[:2], processor)
+    with pytest.raises(ValueError, match=r"captions: 2 of 2 records have no question .*; give data with questions"):
+        Evaluator(dataset, processor, rows=2, max_new_tokens=4)
 
 
 def record(i: int, missing_bytes: int = 0) -> Record:
