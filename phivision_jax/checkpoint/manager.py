@@ -57,6 +57,7 @@ class RunCheckpoints:
         front ("-loss") the lowest; empty: none.
       log: receives messages about damaged checkpoints, on the first process.
       before_save: called before a step is written, to store first what a checkpoint must not exist without.
+      create: False to write nothing, not even an empty directory, before the first save.
 
     Raises:
       ValueError: when ``keep`` is not positive.
@@ -71,6 +72,7 @@ class RunCheckpoints:
         keep_best: str = "",
         log: Callable[[str], None] = print,
         before_save: Callable[[], None] = lambda: None,
+        create: bool = True,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep_checkpoints is {keep}; at least 1 is needed, 2 to survive a damaged one")
@@ -85,7 +87,7 @@ class RunCheckpoints:
         """Metadata of the steps whose files were verified."""
         self._saving: int | None = None
         self._manager: ocp.CheckpointManager | None = None
-        if self._first and isinstance(self._directory, Path):
+        if create and self._first and isinstance(self._directory, Path):
             self._directory.mkdir(parents=True, exist_ok=True)
 
     def steps(self, at_most: int | None = None) -> list[int]:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from ml_collections import ConfigDict
 
 from phivision_jax.config import Text
+from phivision_jax.io import storage
+from phivision_jax.io.read_json import read_json
 
 if TYPE_CHECKING:
     from phivision_jax.training.run_config import RunConfig
@@ -29,7 +31,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration.
 
     Args:
-      spec: ``FILE`` or ``FILE:VARIANT``; empty for the defaults of ``RunConfig``.
+      spec: ``FILE`` or ``FILE:VARIANT``, or the config.json of a run; empty for the defaults of ``RunConfig``.
       overrides: ``FIELD=VALUE``, as ``--set`` takes them; a leading ``config.`` marks one that was given as a flag.
 
     Raises:
@@ -37,7 +39,9 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     from phivision_jax.training.run_config import RunConfig
 
-    values = _run_file(spec) if spec else {}
+    values: dict[str, Any] = {}
+    if spec:
+        values = read_json(storage.location(spec)) if spec.endswith(".json") else _run_file(spec)
     for override in overrides:
         flag = f"--{override}" if override.startswith("config.") else f"--set {override}"
         name, equals, text = override.removeprefix("config.").partition("=")

@@ -14,6 +14,7 @@ from rich.text import Text
 
 _FORMATS = {
     "loss": "loss {:.4g}",
+    "validation/loss": "validation loss {:.4g}",
     "tokens_per_s": "{:,.0f} tokens/s",
     "mfu": "MFU {:.1%}",
     "goodput": "goodput {:.1%}",

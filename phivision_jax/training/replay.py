@@ -40,8 +40,8 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
     with RunDirectory(run, jax.process_index(), jax.process_count(), log, readonly=True) as directory:
         if not (directory.local / "plan").is_dir():
             raise ValueError(f"{directory.url} holds no plan: --replay needs the directory of a run that was started")
-        checkpoints = RunCheckpoints(directory.url, cfg.keep_checkpoints, log=log)
-        prepared = setup.prepare(cfg, directory, checkpoints)
+        prepared = setup.prepare(setup.check(cfg, run), directory)
+        checkpoints = RunCheckpoints(directory.url, cfg.keep_checkpoints, log=log, create=False)
         step = prepared.step
         if not 1 <= number <= prepared.steps:
             raise ValueError(f"--replay={number}: the run's steps are 1 to {prepared.steps}")

@@ -1,13 +1,16 @@
 """Train a model: one start of a run, from its directory to its last checkpoint.
 
-configuration → run directory → data, plan, compiled step → state → loop → checkpoints and metrics
+configuration → checks → run directory → plan, compiled step → state → loop → checkpoints and metrics
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
+import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,14 +28,14 @@ from phivision_jax.distributed.processes import Preemption, on_process_zero
 from phivision_jax.evaluation.answer_images import answer_images
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.evaluation.scoring import accuracy
-from phivision_jax.io import jsonl, progress
+from phivision_jax.io import atomic, jsonl, progress
 from phivision_jax.models import phivision
 from phivision_jax.training import guard, optim, setup
 from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.run_directory import RunDirectory
 from phivision_jax.training.step import State
 from phivision_jax.training.telemetry import goodput, profiling, throughput
-from phivision_jax.training.telemetry.metrics import MetricsWriter, group_metrics
+from phivision_jax.training.telemetry.metrics import COMMAND, CONFIG, MetricsWriter, group_metrics
 from phivision_jax.training.validation import Validator
 
 
@@ -51,13 +54,18 @@ def train(cfg: RunConfig, where: str) -> int:
       StorageError: when the bucket cannot be read at the start, or written at the end.
       FloatingPointError: after too many skipped updates in a row.
     """
+    checked = setup.check(cfg, where)
     with Run(where, cfg) as run:
+        if jax.process_index() == 0:
+            record_start(run.directory.local, cfg)
         # Shapes, then the compiled step, then arrays.
-        prepared = setup.prepare(cfg, run.directory, run.checkpoints)
+        prepared = setup.prepare(checked, run.directory)
+        log(prepared.describe())
         with run.phase("compile", LONG_S):
             evaluator, validator = setup.make_evaluator(prepared), setup.make_validator(prepared)
+            log("compiling the step …")
             compiled = prepared.step.compile(prepared.feed.spec)
-        log(f"{prepared.describe()}; compiled in {run.goodput.seconds['compile']:.1f} s")
+        log(f"compiled in {run.goodput.seconds['compile']:.1f} s")
         with run.phase("restore", LONG_S):
             state, vision_tail = setup.start(prepared, run.checkpoints, log)
         first, steps = int(state["step"]), prepared.steps
@@ -71,14 +79,16 @@ def train(cfg: RunConfig, where: str) -> int:
                 state, metrics = run.step(compiled, state, batch, info)
                 step = info.step + 1
                 stop, last = preemption.reached(step), step == steps
+                save = is_due(step, cfg.checkpoint_every) or stop or last
                 row = {}
                 if is_due(step, cfg.log_every) or last:
                     row = run.step_row(step, metrics)
                 if not stop or last:
-                    row |= run.measure(state, step)
+                    with run.save_on_error(state, vision_tail, step, row) if save else contextlib.nullcontext():
+                        row |= run.measure(state, step)
                 run.write(step, row)
                 # Last: whatever a restart skips has been measured and written.
-                if is_due(step, cfg.checkpoint_every) or stop or last:
+                if save:
                     run.save(state, vision_tail, row)
                 if stop:
                     break
@@ -251,6 +261,22 @@ class Run:
             self.goodput.drain()
             self.checkpoints.save(state, vision_tail, self._meta, self.prepared.assets, row)
 
+    @contextlib.contextmanager
+    def save_on_error(self, state: State, vision_tail: Any, step: int, row: dict[str, float]) -> Iterator[None]:
+        """On an exception of an evaluation, save this step first: training cannot be repeated as cheaply.
+
+        With several processes not on an ``OSError``: a file may be missing on one host, and the others would not save.
+        """
+        try:
+            yield
+        except Exception as error:
+            if jax.process_count() == 1 or not isinstance(error, OSError):
+                with contextlib.suppress(CheckpointError):
+                    self.write(step, row)
+                    self.save(state, vision_tail, row)
+                    self.checkpoints.wait()
+            raise
+
     def close(self) -> None:
         """Wait for the last checkpoint and close the logs. Errors as ``save``."""
         self._skipped.drain()
@@ -281,6 +307,12 @@ def loss_metrics(metrics: dict[str, jax.Array], groups: Sequence[str]) -> dict[s
     host["token_accuracy"] = float(host.pop("correct")) / (float(host["weight"]) or 1.0)
     row = {name: float(value) for name, value in host.items()} | by_group
     return {name: value for name, value in row.items() if math.isfinite(value)}
+
+
+def record_start(run: Path, cfg: RunConfig) -> None:
+    """Write the configuration of this start, with automatic values open, and the command that began it."""
+    atomic.write(run / CONFIG, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    atomic.write(run / COMMAND, shlex.join(sys.argv) + "\n")
 
 
 def is_due(step: int, every: int) -> bool:

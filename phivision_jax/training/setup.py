@@ -1,6 +1,7 @@
 """Prepare a start of a run: model, processor, plan, compiled shapes, and the state that training begins with.
 
-Every start of a run prepares the same. Errors here come before any training.
+``check`` finds the mistakes that neither a plan nor a compiler is needed for, before the run has a file. Every start of
+a run prepares the same. Errors here come before any training.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,33 @@ from phivision_jax.checkpoint import layout, loading, retention
 from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.config import ModelConfig
 from phivision_jax.data.feed import encode
+from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import Plan, make_plan, plan_inputs
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.distributed.processes import on_process_zero
 from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.io import atomic, messages, storage
-from phivision_jax.models import lora, siglip2
+from phivision_jax.models import lora, remat, siglip2
 from phivision_jax.processor import Processor
 from phivision_jax.training import device_layout, optim, train_data
 from phivision_jax.training.run_config import ResolvedConfig, RunConfig
 from phivision_jax.training.run_directory import CACHE, RunDirectory
 from phivision_jax.training.step import State, TrainStep, check_divisible, init_params, make_train_step
+from phivision_jax.training.telemetry import metrics, profiling
 from phivision_jax.training.validation import Validator
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A configuration that fits the devices, the data and the run's checkpoints."""
+
+    given: RunConfig
+    """The configuration as it was given, with automatic values."""
+    cfg: ResolvedConfig
+    mesh: jax.sharding.Mesh
+    mixture: Mixture
+    datasets: list[Dataset]
+    groups: Sequence[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,37 +76,66 @@ class Prepared:
         return sharding.abstract(jax.eval_shape(self.make_vision_tail), sharding.replicated(self.step.mesh))
 
     def describe(self) -> str:
-        count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.step.abstract_state["params"]))
+        trained, frozen = optim.partition(self.step.abstract_state["params"], self.cfg.optim)
+        sizes = [sum(int(np.prod(leaf.shape)) for leaf in leaves.values()) for leaves in (trained, frozen)]
         axes = " x ".join(f"{axis} {size}" for axis, size in self.step.mesh.shape.items() if size > 1)
-        return f"{count:,} parameters on {axes or 'one device'}; plan {self.plan.hash[:12]}: {self.plan.summary()}"
+        line = f"{sizes[0]:,} of {sum(sizes):,} parameters train on {axes or 'one device'}"
+        if self.cfg.data.validation_share:
+            mixture, seed = train_data.training_mixture(self.cfg.data), self.cfg.data.seed
+            held_out = sum(int((~mixture.eligible(len(dataset), seed)).sum()) for dataset in self.datasets)
+            line += f"; {held_out:,} of {sum(map(len, self.datasets)):,} records are held out for validation"
+        return f"{line}\nplan {self.plan.hash[:12]}: {self.plan.summary()}"
 
 
-def prepare(cfg: RunConfig, directory: RunDirectory, checkpoints: RunCheckpoints) -> Prepared:
-    """Prepare everything that needs no parameter; the first start writes processor files and plan into the run.
+def check(cfg: RunConfig, run: str) -> Checked:
+    """Check what needs neither the plan nor a compiled program. Writes nothing.
 
     Args:
-      checkpoints: of this run; the newest complete one determines the model.
+      run: the run's directory, or ``gs://…``; its newest complete checkpoint determines the model.
+
+    Raises:
+      ValueError: when the configuration, the data and earlier starts of this run do not fit together.
+      FileNotFoundError: when a dataset is missing.
+    """
+    checkpoints = RunCheckpoints(storage.location(run), cfg.keep_checkpoints, create=False)
+    resolved = device_layout.resolve(with_checkpoint(cfg, checkpoints), jax.devices())
+    if checkpoints.steps():
+        check_settings(resolved, checkpoints.meta())
+    mesh, data = sharding.make_mesh(dataclasses.asdict(resolved.mesh)), resolved.data
+    check_rows(resolved, mesh)
+    validates = bool(data.validation_path or data.validation_share)
+    retention.check_keep_best(resolved.keep_best, validates=validates, evaluates=bool(data.eval_path))
+    for policy in (resolved.remat, resolved.vision_remat):
+        remat.check(policy)
+    profiling.Profiler(Path(), resolved.profile, resolved.slow_step)
+    metrics.check_wandb(resolved.wandb)
+    mixture = train_data.training_mixture(data)
+    datasets = [Dataset.open(path) for _, path in mixture.sources]
+    groups = encode.group_names([*datasets, *train_data.validation_datasets(data)])
+    encode.group_weights(data.loss_weights, groups)
+    if data.eval_path:
+        Dataset.open(data.eval_path)
+    make_train_step(resolved, mesh, 1)  # for the errors of its optimizer, guard and adapters
+    return Checked(cfg, resolved, mesh, mixture, datasets, groups)
+
+
+def prepare(checked: Checked, directory: RunDirectory) -> Prepared:
+    """Prepare everything that needs no parameter; the first start writes processor files and plan into the run.
 
     Raises:
       ValueError: when the configuration, the data and earlier starts of this run do not fit together.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(storage.absolute(directory.url) / CACHE))
-    resolved = device_layout.resolve(with_checkpoint(cfg, checkpoints), jax.devices())
-    mesh = sharding.make_mesh(dataclasses.asdict(resolved.mesh))
-    check_rows(resolved, mesh)
-    data = resolved.data
-    validates = bool(data.validation_path or data.validation_share)
-    retention.check_keep_best(resolved.keep_best, validates=validates, evaluates=bool(data.eval_path))
+    resolved, data, datasets = checked.cfg, checked.cfg.data, checked.datasets
     assets = directory.local / "assets"
     on_process_zero("assets", lambda: make_assets(resolved, directory))
     directory.pull("assets")
     processor = Processor.from_directory(assets, resolved.model)
-    datasets, plan = make_or_load_plan(resolved, processor, directory)
+    plan = make_or_load_plan(checked, processor, directory)
     steps = optim.num_steps(resolved, plan.num_steps(data.batch_rows))
-    groups = encode.group_names([*datasets, *train_data.validation_datasets(data)])
-    step = make_train_step(resolved, mesh, steps, len(groups))
-    feed = train_data.Feed(resolved, step, datasets, plan, processor, groups)
+    step = make_train_step(resolved, checked.mesh, steps, len(checked.groups))
+    feed = train_data.Feed(resolved, step, datasets, plan, processor, checked.groups)
     return Prepared(resolved, processor, assets, datasets, plan, steps, step, feed)
 
 
@@ -124,20 +169,19 @@ def make_assets(cfg: ResolvedConfig, directory: RunDirectory) -> None:
 
 def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """``check_divisible`` of the rows in training and, if there is one, in evaluation."""
-    check_divisible("data.batch_rows", cfg.data.batch_rows, mesh, cfg.rules)
+    check_divisible("data.batch_rows", cfg.data.batch_rows, mesh, cfg.rules, max(cfg.microbatches, 1))
     if cfg.data.eval_path:
         check_divisible("eval_batch", cfg.eval_batch, mesh, cfg.rules)
 
 
-def make_or_load_plan(cfg: ResolvedConfig, processor: Processor, directory: RunDirectory) -> tuple[list[Dataset], Plan]:
-    """The run's datasets and plan: made or copied from ``data.plan`` at the first start, the same at every other.
+def make_or_load_plan(checked: Checked, processor: Processor, directory: RunDirectory) -> Plan:
+    """The run's plan: made or copied from ``data.plan`` at the first start, the same at every other.
 
     Raises:
       ValueError: when the existing plan is for other settings; names the first that differs.
     """
-    data, own, mixture = cfg.data, directory.local / "plan", train_data.training_mixture(cfg.data)
-    datasets = [Dataset.open(path) for _, path in mixture.sources]
-    sources = datasets, mixture, processor, data.row_shape(cfg.model)
+    data, own = checked.cfg.data, directory.local / "plan"
+    sources = checked.datasets, checked.mixture, processor, data.row_shape(checked.cfg.model)
     settings: dict[str, Any] = {"batch_rows": data.batch_rows, "seed": data.seed, "on_overflow": data.on_overflow}
     if not own.exists() and not data.plan:
         plan = make_plan(*sources, **settings, progress=jax.process_index() == 0)
@@ -155,7 +199,7 @@ def make_or_load_plan(cfg: ResolvedConfig, processor: Processor, directory: RunD
     # All processes look for the plan before one of them saves it.
     on_process_zero("plan is made", lambda: None)
     on_process_zero("plan is saved", save)
-    return datasets, plan
+    return plan
 
 
 def make_evaluator(prepared: Prepared) -> Evaluator | None:
@@ -211,8 +255,8 @@ def start(
     return step.init(init_params(cfg, step)), make_tail()
 
 
-def check_unchanged(prepared: Prepared, meta: Mapping[str, Any], log: Callable[[str], None]) -> None:
-    """Check that everything that determines a run's numbers is as it was; log a changed guard or code version.
+def check_settings(cfg: ResolvedConfig, meta: Mapping[str, Any]) -> None:
+    """Check that all settings that determine a run's numbers are as they were.
 
     Args:
       meta: of the checkpoint that training continues from.
@@ -225,14 +269,23 @@ def check_unchanged(prepared: Prepared, meta: Mapping[str, Any], log: Callable[[
         values = {name: cfg.get(name) for name in ("model", "optim", "lora", "dtype", "seed")}
         return values | {"data": {"loss_weights": cfg.get("data", {}).get("loss_weights")}}
 
-    now, before = json.loads(json.dumps(dataclasses.asdict(prepared.cfg))), meta["run"]
-    if changed := messages.first_difference(determining(now), determining(before)):
+    now = json.loads(json.dumps(dataclasses.asdict(cfg)))
+    if changed := messages.first_difference(determining(now), determining(meta["run"])):
         raise ValueError(f"{changed}: this run was started otherwise; keep it as it was, or use a new --run")
+
+
+def check_unchanged(prepared: Prepared, meta: Mapping[str, Any], log: Callable[[str], None]) -> None:
+    """``check_settings`` and the same for the plan; log a changed guard or code version.
+
+    Raises:
+      ValueError: naming the first field that differs.
+    """
+    check_settings(prepared.cfg, meta)
     if meta["plan"] != prepared.plan.hash:
         raise ValueError(
             f"checkpoint {meta['step']} of this run was trained with plan {meta['plan'][:12]}, and its plan/ is now "
             f"{prepared.plan.hash[:12]}: restore the former, or use a new --run"
         )
-    for name, here in (("guard", now["guard"]), ("code", layout.code_version())):
-        if name in {**before, **meta} and (then := {**before, **meta}[name]) != here:
+    for name, here in (("guard", dataclasses.asdict(prepared.cfg.guard)), ("code", layout.code_version())):
+        if name in (before := {**meta["run"], **meta}) and (then := before[name]) != here:
             log(f"{name} is {here}, and was {then} when checkpoint {meta['step']} was written")

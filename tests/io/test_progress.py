@@ -20,11 +20,12 @@ def test_training_bar_shows_newest_metrics_and_time_left(monkeypatch):
         time = 50.0
         show(200, **ROW)
         time = 75.0
-        show(250, **{"eval/accuracy": 0.5})
+        show(250, **{"eval/accuracy": 0.5, "validation/loss": 2.5})
     assert out.getvalue().splitlines() == [
         "step 100/1,200  loss 3",
         "step 200/1,200  loss 2.346 · 0:08:20 left · 52,346 tokens/s · MFU 41.2% · goodput 97.5%",
-        "step 250/1,200  loss 2.346 · 0:07:55 left · 52,346 tokens/s · MFU 41.2% · goodput 97.5% · accuracy 50.0%",
+        "step 250/1,200  loss 2.346 · 0:07:55 left · validation loss 2.5 · 52,346 tokens/s · MFU 41.2% · goodput 97.5%"
+        " · accuracy 50.0%",
     ]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -12,9 +13,10 @@ from phivision_jax import sharding
 from phivision_jax.checkpoint import layout
 from phivision_jax.checkpoint.layout import CHECKPOINTS
 from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
+from phivision_jax.config import LoraConfig
 from phivision_jax.training import setup
 from phivision_jax.training.device_layout import resolve_for
-from phivision_jax.training.run_config import DataConfig, GuardConfig, ModelSettings, RunConfig
+from phivision_jax.training.run_config import DataConfig, GuardConfig, ModelSettings, OptimConfig, RunConfig
 from tests.support.batches import TINY
 from tests.support.damage import NEW, OLD, flip, make_state, make_tail
 from tests.support.recipe import PODS, STAGES, recipe
@@ -90,6 +92,57 @@ def test_check_rows_refuses():
     ):
         with pytest.raises(ValueError, match=r"(data\.batch_rows is 15|^eval_batch is 10), .* 6 devices"):
             setup.check_rows(bad, mesh)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes that need neither a plan nor a compiler.
+
+
+def checked(folder, run, **settings):
+    values = {"batch_rows": 8, "path": f"{folder}/train"} | settings.pop("data", {})
+    cfg = dataclasses.replace(CFG, data=DataConfig(**values), **settings)
+    return setup.check(cfg, str(run))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"data": {"loss_weights": (("thnik", 2.0),)}}, "data.loss_weights: 'thnik' matches no mode and task"),
+        ({"data": {"eval_path": "nowhere"}}, "no dataset in nowhere"),
+        ({"data": {"validation_path": "nowhere"}}, "nowhere"),
+        ({"optim": OptimConfig(lr_rules=(("porjector", 1.0),))}, "optim.lr_rules: 'porjector' matches no parameter"),
+        ({"optim": OptimConfig(lr_rules=((".", 0.0),))}, "optim.lr_rules freeze every parameter"),
+        ({"optim": OptimConfig(moment_dtype="bfloat16", b2=0.999)}, "needs optim.b2 <= 0.99"),
+        ({"guard": GuardConfig(patience=0)}, "guard: spike must not be negative"),
+        ({"lora": LoraConfig(rank=2, targets="q_porj")}, "q_porj"),
+        ({"remat": "half"}, "half"),
+        ({"microbatches": 3}, "data.batch_rows is 8, which does not divide over"),
+        ({"profile": "3"}, "profile is '3'"),
+        ({"keep_best": "eval/accuracy"}, "data.eval_path is empty"),
+        ({"wandb": "mine"}, "wandb is 'mine', but the package is not installed"),
+    ],
+)
+def test_mistake_is_found_before_the_run_has_a_file(data, tmp_path, monkeypatch, settings, sentence):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(setup, "make_plan", None)
+    run = tmp_path / "run"
+    with pytest.raises((ValueError, OSError, ModuleNotFoundError)) as caught:
+        checked(data, run, **settings)
+    assert sentence in str(caught.value) and not run.exists()
+
+
+def test_check_of_a_sound_configuration_writes_nothing(data, tmp_path):
+    assert len(checked(data, tmp_path / "run").datasets) == 1 and not (tmp_path / "run").exists()
+
+
+def test_changed_setting_of_a_continued_run_is_found_before_the_plan(data, run):
+    meta = {"model": dataclasses.asdict(TINY), "run": dataclasses.asdict(CFG)}
+    checkpoints = RunCheckpoints(run, keep=5)
+    checkpoints.save(make_state(NEW + 1), make_tail(), json.loads(json.dumps(meta)), run / "assets")
+    checkpoints.close()
+    checked(data, run)
+    with pytest.raises(ValueError, match=r"optim\.learning_rate is 2e-05 there, 1\.0 here: this run was started"):
+        checked(data, run, optim=OptimConfig(learning_rate=1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_sigterm_while_compiling_validating_and_saving(data, tmp_path):
 
     optimizing = environment() | {"XLA_FLAGS": ""}  # compiles for seconds
     output = terminate_when(words, log, lambda: compilations(log.read_text(), "step"), optimizing)
-    assert "asked to stop, with nothing to save" in output and "; compiled in" not in output
+    assert "asked to stop, with nothing to save" in output and "compiled in" not in output
 
     output = fail(faulty(words), environment() | {"TROUBLE": "term:6", "SLOW": "1"}, code=75)
     assert "asked to stop: step 6 of 12 is saved" in output and "nothing to save" not in output

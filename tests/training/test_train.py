@@ -3,8 +3,10 @@
 import json
 import random
 import re
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,15 +15,16 @@ import numpy as np
 import pytest
 
 from phivision_jax.checkpoint.layout import CHECKPOINTS
+from phivision_jax.cli.load_config import load_config
 from phivision_jax.cli.main import main
 from phivision_jax.distributed import processes
+from phivision_jax.training import setup
 from phivision_jax.training.telemetry.metrics import read_metrics
 from tests.support.batches import QUICK
 from tests.support.paths import ROOT
 from tests.support.runs import (
     CHECKPOINT_EVERY,
     ROWS,
-    SHORT,
     arguments,
     command,
     compilations,
@@ -174,7 +177,7 @@ def test_train_takes_a_plan_made_beforehand(data, tmp_path, phivision):
     ("words", "message"),
     [
         (["--config.data.path=nowhere"], "nowhere"),
-        (["--config.optim.steps=100000"], "raise data.epochs"),
+        (["--config.optim.steps=100000"], "optim.steps is 0 there, 100000 here"),
         (["--config.data.length=8"], "length is 128 there, 8 here"),
         (["--config.mesh.fsdp=3"], "mesh fsdp 3 needs 3 devices, but there are 1"),
         (["--config.data.seed=1"], "a plan for other settings"),
@@ -204,6 +207,11 @@ def test_train_unknown_flag(data, tmp_path, phivision):
     assert code == 2 and "--rnu" in output
 
 
+def test_train_longer_than_the_plan_is_one_sentence(data, tmp_path, phivision):
+    code, output = phivision("train", *arguments(data, tmp_path / "run", "--config.optim.steps=100000"))
+    assert code == 1 and "optim.steps is 100,000, but data.epochs=1 gives 15; raise data.epochs" in output
+
+
 def test_train_help_explains_the_configuration(phivision):
     code, output = phivision("train", "--config=configs/finetune.py", "--set", "seed=7", "--help")
     assert code == 0 and re.search(r"--config\.seed INT[^-]*\(default: 7\)", output)
@@ -213,10 +221,36 @@ def test_train_help_explains_the_configuration(phivision):
 def test_train_replays_a_step(data, short_run, phivision):
     """A step repeated has the numbers of the run; one that does not exist is refused; the run stays as it is."""
     files = {path: path.stat().st_mtime_ns for path in short_run.rglob("*") if CHECKPOINTS in path.parts}
-    words = arguments(data, short_run, *SHORT)
+    words = [f"--run={short_run}"]
     code, output = phivision("train", *words, "--replay=7")
     assert code == 0 and f"step 7 (update accepted): loss {losses(short_run)[7]:.6g}," in output, output
     for step in (0, 13):
         code, output = phivision("train", *words, f"--replay={step}")
         assert code == 1 and "steps are 1 to 12" in output
     assert files == {path: path.stat().st_mtime_ns for path in short_run.rglob("*") if CHECKPOINTS in path.parts}
+
+
+def test_train_saves_the_due_checkpoint_before_an_evaluation_that_fails(data, tmp_path, phivision, monkeypatch):
+    """What the run has printed and its directory also explain how it was started."""
+
+    def fail(*_):
+        raise ValueError("this question has no answer")
+
+    monkeypatch.setattr(setup, "make_validator", lambda prepared: fail)
+    run = tmp_path / "run"
+    words = arguments(data, run, "--config.optim.steps=2", "--config.checkpoint_every=0", "--config.data.eval_path=")
+    words += ["--config.data.validation_share=0.1", "--config.optim.lr_rules=(('projector', 1.0), ('.', 0.0))"]
+    code, output = phivision("train", *words)
+    assert code == 1 and output.splitlines()[-1] == "phivision: this question has no answer"
+    assert (run / CHECKPOINTS / "2").is_dir() and losses(run).keys() == {1, 2}
+
+    pattern = r"(\S+) of (\S+) parameters train on one device; (\d+) of 500 records are held out for validation"
+    trained, total, held_out = (int(n.replace(",", "")) for n in re.search(f"^{pattern}$", output, re.M).groups())
+    assert trained == 16 * 16 + 16 + 16 * 16 + 16 and trained < total and 20 < held_out < 90
+    assert re.search(r"^compiling the step …\ncompiled in \S+ s$", output, re.M)
+
+    kept = json.loads((run / "config.json").read_text())
+    assert kept["optim"]["lr_rules"] == [["projector", 1.0], [".", 0.0]] and kept["remat"] == "none"
+    assert (run / "command.txt").read_text() == shlex.join(sys.argv) + "\n"
+    flags = [word.removeprefix("--") for word in words if word.startswith("--config.")]
+    assert load_config(f"{run}/config.json") == load_config("configs/tiny.py", flags)

@@ -6,8 +6,10 @@ them. Weights & Biases keeps everything it received, so repeated steps appear tw
 
 from __future__ import annotations
 
+import importlib
 import math
 import secrets
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from tensorboardX import SummaryWriter
 from phivision_jax.io import atomic, jsonl
 
 FILE = "metrics.jsonl"
+CONFIG, COMMAND = "config.json", "command.txt"
+"""Files of a run with the configuration and the command of its newest start; TensorBoard shows them as text."""
 WANDB_ID = "wandb_id"
 """File that holds the run's id at Weights & Biases."""
 
@@ -54,6 +58,9 @@ class MetricsWriter:
             self._wandb = _start_wandb(wandb, run, config or {}) if wandb else None
             jsonl.truncate(self._path, from_step)
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1, write_to_disk=True)
+            for file in (run / CONFIG, run / COMMAND):
+                if file.exists():
+                    self._board.add_text(file.stem, textwrap.indent(file.read_text(), "    "), from_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write one line, at once. Floats read back equal; values that are not finite are omitted (JSON has none)."""
@@ -85,13 +92,21 @@ class MetricsWriter:
                 self._wandb.finish()
 
 
-def _start_wandb(project: str, run: Path, config: Mapping[str, Any]) -> Any:
-    """Start or continue this directory's run at Weights & Biases."""
+def check_wandb(project: str) -> None:
+    """Raise ModuleNotFoundError when ``project`` is not empty and the package ``wandb`` is not installed."""
     try:
-        import wandb
+        if project:
+            importlib.import_module("wandb")
     except ModuleNotFoundError as error:
         remedy = "pip install 'phivision_jax[wandb]', or leave --config.wandb empty"
         raise ModuleNotFoundError(f"wandb is {project!r}, but the package is not installed: {remedy}") from error
+
+
+def _start_wandb(project: str, run: Path, config: Mapping[str, Any]) -> Any:
+    """Start or continue this directory's run at Weights & Biases."""
+    check_wandb(project)
+    import wandb
+
     id_file = run / WANDB_ID
     if not id_file.exists():
         atomic.write(id_file, secrets.token_hex(4))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tensorboardX.event_file_writer import EventFileWriter
 
-from phivision_jax.training.telemetry.metrics import MetricsWriter, read_metrics
+from phivision_jax.training.telemetry.metrics import COMMAND, CONFIG, MetricsWriter, read_metrics
 
 
 def test_writer_drops_steps_beyond_the_checkpoint(tmp_path):
@@ -59,6 +59,17 @@ def test_write_images_to_tensorboard(tmp_path, monkeypatch):
     assert (shown.height, shown.width, shown.colorspace) == (2, 3, 3)
     (tmp_path / "shown.png").write_bytes(shown.encoded_image_string)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "shown.png")), np.asarray(image))
+
+
+def test_configuration_and_command_are_text_in_tensorboard(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(EventFileWriter, "add_event", lambda self, event: events.append(event))
+    (tmp_path / CONFIG).write_text('{\n  "seed": 3\n}\n')
+    (tmp_path / COMMAND).write_text("phivision train --run=r\n")
+    MetricsWriter(tmp_path).close()
+    texts = {v.tag: v.tensor.string_val[0].decode() for event in events for v in event.summary.value}
+    assert texts["config/text_summary"] == '    {\n      "seed": 3\n    }\n'  # indented: code in Markdown
+    assert texts["command/text_summary"] == "    phivision train --run=r\n"
 
 
 @pytest.fixture
