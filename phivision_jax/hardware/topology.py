@@ -1,17 +1,18 @@
 """TPU slices by name: their XLA and Cloud names, sizes, and the memory and rates of their chips.
 
-XLA names a slice by its shape in chips (``v5p:4x4x8``). Cloud names the same slice by a count: of TensorCores for v4
-and v5p, which have two per chip (``v5p-256``), of chips for v5e and v6e (``v5litepod-256``, ``v6e-256``).
+XLA names a slice by its shape in chips (``v5p:4x4x8``). Cloud names the same slice by a count: of TensorCores for v4,
+v5p and TPU7x, which have two per chip (``v5p-256``), of chips for v5e and v6e (``v5litepod-256``, ``v6e-256``).
 
     name             shape     chips   devices   hosts
     v5p-256          4x4x8     128     128       32 of 4 chips
-    v4-256           4x4x8     128     256       32 of 4 chips       one JAX device per TensorCore, not per chip
+    v4-256           4x4x8     128     128       32 of 4 chips
+    tpu7x-256        4x4x8     128     256       32 of 4 chips       one JAX device per TensorCore, not per chip
     v5litepod-256    16x16     256     256       64 of 4 chips
     v6e-8            2x4       8       8         1 of 8 chips
 
-A host is a virtual machine with one JAX process, which reads data. It has 4 chips on v4 and v5p. On v5e and v6e a slice
-of up to 8 chips is one host, and larger slices have hosts of 4: two of those share a physical machine of 8, and Cloud's
-tables count both kinds.
+A host is a virtual machine with one JAX process, which reads data. It has 4 chips on v4, v5p and TPU7x. On v5e and v6e
+a slice of up to 8 chips is one host, and larger slices have hosts of 4: two of those share a physical machine of 8, and
+Cloud's tables count both kinds.
 """
 
 from __future__ import annotations
@@ -46,22 +47,28 @@ class Chip:
     """Bandwidth within a slice: all links of a chip, both directions; None where Google publishes none."""
     dcn_bandwidth: float | None
     """Bandwidth between slices, one direction; None where Google publishes none."""
+    host_bytes: float
+    """The chip's share of its host's memory."""
 
 
-# Rates and shapes: "Key specifications" of docs.cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e}, read in 2026.
-# hbm_bytes: the limit in the TPU compiler's message when a program does not fit ("of 15.75G hbm"), which is per device.
+# Rates, shapes, RAM: docs.cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}, read in 2026.
+# hbm_bytes: the limit in the TPU compiler's message when a program does not fit ("of 15.75G hbm"), times devices.
 # hbm_bandwidth of v6e: an earlier version of the page has 1640 GB/s.
-# dcn_bandwidth: v5p has 50 Gbit/s per chip, a pod of 256 v5e 6.4 Tbit/s, one of v6e 25.6.
-_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
-_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-# JAX kind, Cloud name, its cores, devices, shapes, HBM bytes, bf16 FLOP/s, and bandwidths of HBM, ICI and DCN.
+# dcn_bandwidth: v5p has 50 Gbit/s per chip, tpu7x 100; a pod of 256 v5e has 6.4 Tbit/s, one of v6e 25.6.
+# host_bytes: a host of 4 chips has 407 GB (v4), 192 (v5e), 448 (v5p), 720 (v6e), 960 (tpu7x).
+_3D = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
+_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+# JAX kind, Cloud name, its cores, devices, shapes, HBM bytes, bf16 FLOP/s, bandwidths of HBM, ICI and DCN, RAM.
 CHIPS = {
-    "v4": Chip("TPU v4", "v4", 2, 2, _CUBES, int(2 * 15.25 * GIB), 275e12, 1200e9, None, None),
-    "v5e": Chip("TPU v5 lite", "v5litepod", 1, 1, _SQUARES, int(15.75 * GIB), 197e12, 819e9, 400e9, 6.4e12 / 8 / 256),
-    "v5p": Chip("TPU v5", "v5p", 2, 1, (*_CUBES, "16x16x24"), int(95.74 * GIB), 459e12, 2765e9, 1200e9, 50e9 / 8),
-    "v6e": Chip("TPU v6 lite", "v6e", 1, 1, _SQUARES, int(31.25 * GIB), 918e12, 1600e9, 800e9, 25.6e12 / 8 / 256),
+    "v4": Chip("TPU v4", "v4", 2, 1, _3D, int(30.75 * GIB), 275e12, 1200e9, None, None, 101.75e9),
+    "v5e": Chip("TPU v5 lite", "v5litepod", 1, 1, _2D, int(15.75 * GIB), 197e12, 819e9, 400e9, 3.125e9, 48e9),
+    "v5p": Chip("TPU v5", "v5p", 2, 1, (*_3D, "16x16x24"), int(95.74 * GIB), 459e12, 2765e9, 1200e9, 6.25e9, 112e9),
+    "v6e": Chip("TPU v6 lite", "v6e", 1, 1, _2D, int(31.25 * GIB), 918e12, 1600e9, 800e9, 12.5e9, 180e9),
+    "tpu7x": Chip("TPU7x", "tpu7x", 2, 2, (*_3D, "16x24x24"), int(189.5 * GIB), 2307e12, 7380e9, 1200e9, 12.5e9, 240e9),
 }
 """By generation."""
+ALIASES = {"v5litepod": "v5e", "v5lite": "v5e", "trillium": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
+_GPU = re.compile(r"gpu|cuda|nvidia|rtx|^(\d+x)?(g?[abhlt]\d{1,3}|gh200|v100|mi\d{3})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,25 +121,27 @@ class Topology:
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """Parse an XLA name (``v5p:4x4x8``) or a Cloud name (``v5p-256``) of a slice.
+    """Parse the name of a slice: XLA's (``v5p:4x4x8``), Cloud's (``v5p-256``), or as users write them (``v5e-8``).
 
     Raises:
       ValueError: for a generation, shape or count that does not exist, with the nearest that does; for ``slices`` < 1.
     """
     if slices < 1:
         raise ValueError(f"slices must be at least 1, not {slices}")
-    match = re.fullmatch(r"(\w+)(?::(\d{1,6}(?:x\d{1,6}){1,3})|-(\d{1,9}))", name)
+    written = name.strip().lower().removeprefix("tpu-")
+    if _GPU.search(written):
+        raise ValueError(f"topology {name!r} names a GPU; preflight compiles for TPU slices only, such as v6e-8")
+    match = re.fullmatch(r"(\w+)(?:[:-](\d{1,6}(?:x\d{1,6}){1,3})|-(\d{1,9}))", written)
     if match is None:
         raise ValueError(f"topology {name!r} is not a name like v5p:4x4x8 or v5p-256{_similar(name)}")
     family, shape, count = match.groups()
-    generations = {generation if shape else chip.cloud_prefix: generation for generation, chip in CHIPS.items()}
-    generation = generations.get(family, family)  # "v5e-256" is understood, though not Cloud's name
+    generation = ALIASES.get(family, family)
     if generation not in CHIPS:
-        raise ValueError(f"topology {name!r}: {family!r} is none of {', '.join(generations)}{_similar(name)}")
+        raise ValueError(f"topology {name!r}: {family!r} is none of {', '.join(CHIPS)}{_similar(name)}")
     chip = CHIPS[generation]
     if shape is None:
         nearest = _nearest(chip, int(count) / chip.cores_in_cloud_name)
-        if name == _cloud_name(chip, nearest):
+        if int(count) == math.prod(_sides(nearest)) * chip.cores_in_cloud_name:
             return Topology(generation, nearest, slices)
         counted = "TensorCores, two per chip" if chip.cores_in_cloud_name == 2 else "chips"
         raise ValueError(

@@ -30,6 +30,7 @@ from phivision_jax.batch import batch_spec
 from phivision_jax.hardware.compiler_options import LOW_EFFORT, compiler_options
 from phivision_jax.hardware.topology import Topology
 from phivision_jax.inference.generate import generate_tokens
+from phivision_jax.io.messages import shorten
 from phivision_jax.io.progress import bar
 from phivision_jax.models import phivision
 from phivision_jax.preflight import hlo, memory
@@ -111,7 +112,7 @@ def _failure(code: int, log: str) -> str:
     lines = [line for line in log.splitlines() if line.strip()]
     checks = [line for line in lines if "Check failed" in line or line.startswith("jax.errors.")]
     ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with code {code}"
-    return f"the compiler {ended}: " + ((checks or lines or ["no output"])[-1]).strip()
+    return f"the compiler {ended}: " + shorten((checks or lines or ["no output"])[-1].strip(), 160)
 
 
 def train_facts(advance: Advance, cfg: ResolvedConfig, where: Topology, low_effort: bool) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def train_facts(advance: Advance, cfg: ResolvedConfig, where: Topology, low_effo
       program that does not fit those that it needs, or None where the compiler does not report them. Of a program
       that fits also ``matmul_flops`` per device, and ``collectives``.
     """
-    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), _devices(where))
+    mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices_of(where))
     step = make_train_step(cfg, mesh, steps=1_000)
     batch = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
     arguments = {
@@ -155,7 +156,7 @@ def generate_facts(
       ``fits``, ``compile_seconds``, ``memory``, ``buffers`` and ``peak_bytes``, as in ``train_facts``. Products and
       collectives are not counted: the number of new tokens, and so of trips, depends on the data.
     """
-    mesh = sharding.make_mesh(planned["mesh"], _devices(where))
+    mesh = sharding.make_mesh(planned["mesh"], devices_of(where))
     graphdef, state = phivision.abstract(cfg.model, dtype=jnp.bfloat16)
     shape = row_shape(cfg.model, planned["prompt"], num_patches=min(cfg.model.max_patches, planned["prompt"]))
     batch = batch_spec(planned["batch_rows"], shape, cfg.model.vision.patch_dim)
@@ -168,8 +169,11 @@ def generate_facts(
     return facts
 
 
-def _devices(where: Topology) -> Sequence[Any]:
-    return topologies.get_topology_desc(platform="tpu", topology_name=where.xla_name, num_slices=where.slices).devices
+def devices_of(where: Topology) -> Sequence[Any]:
+    """Descriptions of the devices of absent slices, as JAX shows them on the slices themselves."""
+    # v4: the two cores of a chip are one device on a slice ("megacore"), but two by default here.
+    config = {"chip_config_name": "megacore"} if where.generation == "v4" else {}
+    return topologies.get_topology_desc(where.xla_name, "tpu", num_slices=where.slices, **config).devices
 
 
 def _bytes(tree: Any, per_device: bool = False) -> int:

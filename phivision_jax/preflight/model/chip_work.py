@@ -18,7 +18,7 @@ from phivision_jax.preflight.model.roofline import Work
 from phivision_jax.training import optim
 from phivision_jax.training.run_config import MeshConfig, OptimConfig, ResolvedConfig
 
-MATRIX_UNIT = {"v4": 128, "v5e": 128, "v5p": 128, "v6e": 256}
+MATRIX_UNIT = {"v4": 128, "v5e": 128, "v5p": 128, "v6e": 256, "tpu7x": 256}
 """Width of the systolic array: heads that are narrower leave part of it idle."""
 
 BLOCK = 1024
