@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, NoReturn
 
 COMMANDS = {
@@ -25,6 +26,15 @@ functions; tyro turns their parameters into flags. It may have ``prepare``, whic
 ``FAILURE``, the exit code of an error (default 1)."""
 EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 """Exceptions whose message is for the user; others are faults of the program and show their traceback."""
+USAGE = """usage: phivision COMMAND …
+
+Train, fine-tune, convert and run Phi-4-reasoning-vision-15B in JAX.
+
+{}
+
+Run phivision COMMAND --help for the options of a command, phivision --version for the version.
+
+exit codes: 0 done, 1 error or difference, 2 usage (convert: any error), 3 too large, 75–77 restart, 130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,10 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if name in ("--help", "-h"):
             listing = "\n".join(f"  {command:<11}{description}" for command, description in COMMANDS.items())
-            usage = (
-                f"usage: phivision COMMAND …\n\n{listing}\n\nRun phivision COMMAND --help for the options of a command."
-            )
-            print(usage, flush=True)
+            print(USAGE.format(listing), flush=True)
+            return
+        if name == "--version":
+            print(", ".join(f"{package} {version(package)}" for package in ("phivision_jax", "jax")))
             return
         if name not in COMMANDS:
             from phivision_jax.io.messages import did_you_mean
