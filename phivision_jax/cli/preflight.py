@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json as json_library
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,24 +42,28 @@ def preflight(
     Args:
         config: Configuration file, with a variant after a colon: configs/phi4_rv_15b.py:stage2.
             The model is that of init_from; without init_from, the one that the file describes, or the released one.
-        topology: TPU slice, by its XLA name (v5p:4x4x8, v5e:16x16, v6e:16x16) or Cloud name (v5p-256, v5litepod-256).
+        topology: TPU slice, by its XLA name (v5p:4x4x8, v5e:16x16, v6e:16x16) or Cloud name (v5p-256, v5e-8, v6e-8;
+            v4, v5p and tpu7x count TensorCores, two per chip).
         slices: Number of such slices.
-        generate: Compile generation instead of training; report weights, KV cache, largest batch and time per token.
-        search: Try several meshes, remat policies and microbatches, and report the fastest that fits.
-        low_effort: Compile quickly; the program needs a little more memory and overlaps no communication.
+        generate: Compile generation instead of training; report weights, KV cache, a batch that fits, time per token.
+        search: Try several meshes, remat policies and microbatches, and report the fastest that fits. With --json, the
+            file has what was tried and the best so far at any time.
+        low_effort: Compile quickly; the program overlaps less communication or none, and may need a tenth more or less
+            memory.
         prompt: Length of a prompt in tokens, image included, with --generate.
         new_tokens: Length of an answer in tokens, with --generate.
-        json: File to which the report is also written, as JSON.
+        json: File to which the report is also written, as JSON, with configuration, changes and versions.
         plot: PNG file for a figure of memory and step time; default: next to the file of --json, if there is one.
         set: Change fields of the configuration, as in data.batch_rows=512 remat=full.
     """
     from phivision_jax.checkpoint import loading
     from phivision_jax.hardware.topology import parse_topology
+    from phivision_jax.io import atomic
     from phivision_jax.preflight import compiling, step_report
     from phivision_jax.training.device_layout import resolve_for
 
-    if generate and search:
-        raise ValueError("--generate and --search exclude each other: the search is for training steps")
+    if generate and (search or plot):
+        raise ValueError("--generate excludes --search and --plot, which are for training steps")
     if plot and plot.suffix != ".png":
         raise ValueError(f"--plot={plot} must be a PNG file: give a name that ends in .png")
     where = parse_topology(topology, slices)
@@ -69,19 +74,25 @@ def preflight(
     cfg = resolve_for(given, where.chip.device_kind, where.devices, where.slices)
     compiling.check_machine()
     print(where)
+    versions = {package: version(package) for package in ("phivision_jax", "jax", "libtpu")}
+    figure = None if generate else plot or (json and json.with_suffix(".png"))
+    for path in filter(None, (json, figure)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    given_as = {"config": config, "stage": given.data.stage, "set": list(set), "versions": versions}
+
+    def record(found: dict[str, Any]) -> None:
+        if json is not None:
+            atomic.write(json, json_library.dumps(given_as | found, indent=1) + "\n", durable=False)
+
     if generate:
         found = _generate(cfg, where, prompt, new_tokens)
     else:
-        found = _search(cfg, where) if search else _train(cfg, where, low_effort)
+        found = _search(cfg, where, record) if search else _train(cfg, where, low_effort)
         print(step_report.text(found))
-    if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        json.write_text(json_library.dumps(found, indent=1) + "\n")
-        print(f"\nwrote {json}")
-    figure = plot or (json and json.with_suffix(".png"))
-    if figure and not generate:
-        step_report.plot(found, figure)
-        print(f"wrote {figure}")
+    record(found)
+    if figure:
+        step_report.plot(given_as | found, figure)
+    print("", *(f"wrote {path}" for path in (json, figure) if path), sep="\n")
     if not found["fits"]:
         raise SystemExit(3)
 
@@ -94,17 +105,36 @@ def _train(cfg: ResolvedConfig, where: Topology, low_effort: bool) -> dict[str, 
     return step_report.summary(cfg, where, facts, low_effort)
 
 
-def _search(cfg: ResolvedConfig, where: Topology) -> dict[str, Any]:
-    from phivision_jax.preflight.model.layout_search import search
+def _search(cfg: ResolvedConfig, where: Topology, record: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    from phivision_jax.preflight.model.layout_search import candidates, search
     from phivision_jax.preflight.step_report import MARGIN
 
-    found = search(cfg, where, lambda tried, low: _train(tried, where, low), print, MARGIN)
+    most = 2 * sum(map(len, candidates(cfg, where)))  # each at low and at default effort
+    tried, fitting = list[str](), list[dict[str, Any]]()
+
+    def attempt(one: ResolvedConfig, low_effort: bool) -> dict[str, Any]:
+        report = _train(one, where, low_effort)
+        if report["fits"] and report["free_share"] >= MARGIN:
+            fitting.append(report)
+        return report
+
+    def log(line: str) -> None:
+        tried.append(line)
+        best = min(fitting, key=lambda report: report["modelled_step_seconds"], default={})
+        print(f"{len(tried)} of at most {most}: {line}" + (f"; best so far: {_flags(best)}" if best else ""))
+        record({"fits": False} | best | {"tried": tried})
+
+    found = search(cfg, where, attempt, log, MARGIN)
     if found is None:
         raise ValueError(f"no layout that was tried fits {where}; use more chips or shorter rows")
-    best = {f"mesh.{axis}": found["mesh"][axis] for axis in ("fsdp", "data", "context")}
-    best |= {name: found[name] for name in ("remat", "vision_remat", "microbatches")}
-    print("best: " + " ".join(f"--config.{name}={value}" for name, value in best.items()) + "\n")
-    return found
+    print(f"best: {_flags(found)}\n")
+    return found | {"tried": tried}
+
+
+def _flags(report: Mapping[str, Any]) -> str:
+    best = {f"mesh.{axis}": report["mesh"][axis] for axis in ("fsdp", "data", "context")}
+    best |= {name: report[name] for name in ("remat", "vision_remat", "microbatches")}
+    return " ".join(f"--config.{name}={value}" for name, value in best.items())
 
 
 def _generate(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:

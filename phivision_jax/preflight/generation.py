@@ -1,8 +1,8 @@
-"""Generation on a slice: memory of weights and KV cache, the largest batch, modelled times of prefill and decoding.
+"""Generation on a slice: memory of weights and KV cache, a batch that fits, modelled times of prefill and decoding.
 
 Weights are bf16, sharded over ``tensor`` (2: there are ten KV heads) and over as few ``fsdp`` devices as leave room for
-the cache; the rest of the slice are replicas with prompts of their own. The largest batch is computed, and confirmed
-by compiling prefill and decoding as one program.
+the cache; the rest of the slice are replicas with prompts of their own. The batch is computed, and made smaller until
+prefill and decoding, compiled as one program, fit; a larger one may fit too.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def plan(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> 
 def confirm(
     chosen: dict[str, Any], where: Topology, attempt: Callable[[Mapping[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
-    """The plan with the largest batch that the compiler accepts, and its memory.
+    """The plan with the first batch that the compiler accepts, and its memory.
 
     Args:
       attempt: compiles generation as planned and returns the worker's facts.
@@ -125,7 +125,7 @@ def text(found: Mapping[str, Any]) -> str:
         f"  weights in bf16   {found['weights_bytes_per_chip'] / GIB:.2f} GiB a chip ({mesh})",
         f"  KV cache          {found['cache_bytes_per_row'] / GIB:.2f} GiB per prompt of {found['prompt']:,} tokens "
         f"and {found['new_tokens']:,} new ones",
-        f"  largest batch     {found['batch_rows']:,} prompts ({found['rows_per_device']} a device)",
+        f"  batch             {found['batch_rows']:,} prompts ({found['rows_per_device']} a device); more may fit",
         f"  {'fits' if found['fits'] else 'DOES NOT FIT'}: peak {held} of {hbm / GIB:.2f} GiB a chip",
     ]
     if "not_modelled" in found:

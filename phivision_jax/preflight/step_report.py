@@ -9,11 +9,14 @@ from typing import Any
 
 from phivision_jax.hardware.topology import GIB, Topology
 from phivision_jax.io import html
+from phivision_jax.io.messages import shorten
 from phivision_jax.preflight.model import modelled_step
 from phivision_jax.training.run_config import ResolvedConfig
 
 MARGIN = 0.1
 """Share of the HBM that should stay free for the runtime and for programs beside the step."""
+STAGE_TOKENS = {"stage1": 1.4e9, "stage2": 188.5e9, "stage3": 12e9}
+"""Tokens of the recipe's stages, for configurations that train to the end of their data."""
 
 
 def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_effort: bool) -> dict[str, Any]:
@@ -39,13 +42,16 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
         return out
     out["free_share"] = 1 - out["peak_bytes_per_chip"] / where.chip.hbm_bytes
     memory["activations"] = max(out["peak_bytes_per_chip"] - sum(memory.values()), 0)
-    out["host_bytes_per_chip"] = facts["host_bytes"] * per_chip
+    out |= {"host_bytes_per_chip": facts["host_bytes"] * per_chip, "host_limit_per_chip": where.chip.host_bytes}
+    out["fits"] = out["host_bytes_per_chip"] < where.chip.host_bytes
     out["collectives"] = by_kind_and_axes(facts["collectives"])
     out["largest_collective"] = max(facts["collectives"], key=lambda one: one["result_bytes"], default=None)
     out["matmul_flops_compiled"] = facts["matmul_flops"] * where.devices
     try:
-        return out | modelled_step.speed(cfg, where, modelled_step.Mix.of_recipe(cfg), facts)
-    except ValueError as error:  # v4: no published runs to fit, and no published bandwidths
+        out |= modelled_step.speed(cfg, where, modelled_step.Mix.of_recipe(cfg), facts)
+        out["tokens"] = cfg.optim.steps * out["tokens_per_step"] or STAGE_TOKENS.get(cfg.data.stage, 1e9)
+        return out | {"modelled_chip_hours": out["tokens"] / out["modelled_tokens_per_second_per_chip"] / 3600}
+    except ValueError as error:  # v4, tpu7x: no published runs to fit
         return out | {"modelled_step_seconds": None, "modelled_mfu": None, "not_modelled": str(error)}
 
 
@@ -78,12 +84,12 @@ def text(report: Mapping[str, Any]) -> str:
     ]
     lines += [f"    {name:<14}{_gib(size)}" for name, size in r["memory_bytes_per_chip"].items()]
     if r.get("host_bytes_per_chip"):
-        lines.append(f"    {'on the host':<14}{_gib(r['host_bytes_per_chip'])}")
+        lines.append(f"    {'on the host':<14}{_gib(r['host_bytes_per_chip'])} of {_gib(r['host_limit_per_chip'])}")
     if r["largest_buffers"]:
         lines.append("  largest buffers at the peak: instruction, type, and the scopes that made them")
         lines += [f"    {_gib(one['bytes'])}  {one['what']}" for one in r["largest_buffers"][:6]]
     lines.append(f"  checkpoint      {_gib(r['checkpoint_bytes'])} (parameters and optimizer, all chips)")
-    if not r["fits"]:
+    if "collectives" not in r:
         return "\n".join(lines)
     lines += ["", "collectives, per chip and step    times      on the wire       waited for   largest result"]
     lines += [
@@ -91,6 +97,8 @@ def text(report: Mapping[str, Any]) -> str:
         f"{_gib(one['wire_bytes']):>17}{_gib(one['waited_wire_bytes']):>17}{_gib(one['largest_result_bytes']):>17}"
         for one in r["collectives"]
     ]
+    sent, waited = (sum(one[key] for one in r["collectives"]) for key in ("wire_bytes", "waited_wire_bytes"))
+    lines += [f"  nothing is overlapped at {r['effort']} effort: the chips wait for all of it"] * (0 < sent == waited)
     return "\n".join([*lines, "", *_speed(r)])
 
 
@@ -108,8 +116,8 @@ def _speed(r: Mapping[str, Any]) -> list[str]:
         f"{compiled / r['matmul_flops_implied']:.3f} of what padding and remat imply",
         f"  tokens/s        {r['modelled_tokens_per_second']:,.0f} "
         f"({r['modelled_tokens_per_second_per_chip']:,.0f} per chip)",
-        f"  200B tokens     {r['modelled_chip_hours_of_recipe']:,.0f} chip-hours, "
-        f"{r['modelled_chip_hours_of_recipe'] / r['chips'] / 24:.1f} days",
+        f"  {f'{r["tokens"] / 1e9:.4g}B tokens':<16}{r['modelled_chip_hours']:,.1f} chip-hours, "
+        f"{r['modelled_chip_hours'] / r['chips'] / 24:.1f} days",
         f"  images/s        {r['modelled_images_per_second_per_host']:.1f} for each of {r['hosts']} hosts to feed",
     ]
 
@@ -118,6 +126,8 @@ def _verdict(r: Mapping[str, Any]) -> str:
     peak, hbm = r["peak_bytes_per_chip"], r["hbm_bytes_per_chip"]
     if peak is None:
         return f"DOES NOT FIT in {_gib(hbm)} a chip (the compiler does not report by how much)"
+    if r.get("host_bytes_per_chip", 0) >= r.get("host_limit_per_chip", 1):
+        return "DOES NOT FIT: offloads more than the chip's share of its host's memory; choose a remat without offload"
     if not r["fits"]:
         over = f"needs {_gib(peak)} of {_gib(hbm)} a chip, {_gib(max(peak - hbm, 0))} too much"
         return f"DOES NOT FIT: {over}; use more chips, microbatches or recompute, or try --search"
@@ -152,4 +162,6 @@ def _draw(report: Mapping[str, Any], figure: html.Canvas) -> None:
         step.set(title=f"modelled step: {seconds:.2f} s, MFU {mfu:.1%}", xlabel="s")
         step.invert_yaxis()
         step.margins(x=0.15)
-    figure.suptitle(f"{report['slices']} x {report['topology']}, T = {report['length']:,}")
+    words = [report.get("config", ""), *report.get("set", ()), *map(" ".join, report.get("versions", {}).items())]
+    title = f"{report['slices']} x {report['topology']}, T = {report['length']:,}\n{shorten(' '.join(words), 140)}"
+    figure.suptitle(title, fontsize="medium", parse_math=False)

@@ -68,7 +68,7 @@ def test_confirm_shrinks_batch():
     found = generation.confirm(chosen, WHERE, attempt)
     assert tried == [(12, 48), (9, 36), (6, 24)] and found["fits"] and found["batch_rows"] == 24
     found |= generation.times(CFG, WHERE, found)
-    assert "largest batch     24 prompts (6 a device)" in generation.text(found)
+    assert "batch             24 prompts (6 a device); more may fit" in generation.text(found)
     large = generation.confirm(
         chosen, WHERE, lambda planned: attempt(planned) | {"fits": False, "peak_bytes": 50 * GIB}
     )

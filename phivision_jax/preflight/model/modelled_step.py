@@ -24,9 +24,6 @@ FILLED = 0.99
 IMAGE_SHARE = 0.71
 """Share of an example's tokens that are image tokens: 1,830 beside 745 text tokens in the recipe's mix."""
 
-RECIPE_TOKENS = 200e9
-"""Tokens of the released model's training, all stages."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Mix:
@@ -90,7 +87,6 @@ def speed(cfg: ResolvedConfig, where: Topology, mix: Mix, facts: Mapping[str, An
         "modelled_mfu": mfu(useful.total, time.seconds, where.chips, where.chip.peak_bf16_flops),
         "modelled_tokens_per_second": tokens,
         "modelled_tokens_per_second_per_chip": tokens / where.chips,
-        "modelled_chip_hours_of_recipe": RECIPE_TOKENS / tokens * where.chips / 3600,
         "modelled_images_per_second_per_host": images / time.seconds / where.hosts,
         "flops_per_step": useful.total,
         "flops_per_step_by_part": {name: cost.total for name, cost in useful.parts.items()},
