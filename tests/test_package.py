@@ -6,8 +6,8 @@ import re
 import tomllib
 
 import pytest
-from hatch_build import index_page
 
+from hatch_build import index_page
 from tests.support.paths import ROOT
 
 
