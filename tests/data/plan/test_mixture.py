@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
+import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from phivision_jax.data.plan.example_order import Pool, order_examples, task_shares
 from phivision_jax.data.plan.mixture import Mixture, Stage
 from phivision_jax.data.records import MODES, TASKS
+from tests.support.paths import ROOT
 from tests.support.records import join_pools
 
 THINK, NOTHINK = MODES.index("think"), MODES.index("nothink")
@@ -239,3 +243,13 @@ def test_stage_rejects_bad_names_and_weights():
         examples_of([pool(3)], Stage(weights={"s0": 0}))
     with pytest.raises(ValueError, match="weights of 's0' must be a number of 0 or more, not -1"):
         Stage(weights={"s0": -1})
+
+
+def test_page_explains_every_setting_of_a_stage():
+    page = (ROOT / "docs" / "data.md").read_text()
+    table = page.partition("<!-- stage -->\n")[2].partition("<!-- end of stage -->")[0].splitlines()[2:]
+    examples = dict(re.findall(r"`([^`]+)`", row)[:2] for row in table)
+    assert list(examples) == [field.name for field in dataclasses.fields(Stage)]
+    for name, example in examples.items():  # each is a valid value, and not the default
+        stage = Stage(**tomllib.loads(f"{name} = {example}"))
+        assert getattr(stage, name) != getattr(Stage(), name), name
