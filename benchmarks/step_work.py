@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,8 @@ from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN
 from phivision_jax.training.run_config import OptimConfig
 
 
-def _model(vision: VisionConfig, **decoder: int) -> ModelConfig:
-    ids = {"vocab_size": 8192, "bos_token_id": 8189, "eos_token_id": 8190, "pad_token_id": 8191}
+def _model(vision: VisionConfig, **decoder: Any) -> ModelConfig:
+    ids: dict[str, Any] = {"vocab_size": 8192, "bos_token_id": 8189, "eos_token_id": 8190, "pad_token_id": 8191}
     return ModelConfig(
         vision=vision, decoder=DecoderConfig(num_layers=4, **ids, **decoder), min_patches=16, max_patches=448
     )

@@ -13,11 +13,26 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
+import math
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from phivision_jax.io.messages import shorten
+
 ImageAttention = Literal["causal", "bidirectional"]
+MOST_LAYERS, LARGEST_SIZE = 10_000, 2**24
+"""Limits of the number of layers and of any other size: larger numbers are mistakes, and must not be built from."""
+
+
+def _check_sizes(config: Any, where: str = "") -> None:
+    for name, value in vars(config).items():
+        most = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+        if type(value) is int and not name.endswith("token_id") and not 1 <= value <= most:
+            raise ValueError(f"{where}{name} must be from 1 to {most:,}, not {shorten(value)}")
+        if type(value) is float and not 0 < value < math.inf:
+            raise ValueError(f"{where}{name} must be a positive number, not {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +62,7 @@ class VisionConfig:
     """Epsilon of the layer norms."""
 
     def __post_init__(self) -> None:
+        _check_sizes(self, "vision.")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"vision.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.position_side**2 != self.num_positions:
@@ -82,6 +98,9 @@ class ProjectorConfig:
     merge_size: int = 1
     """Vision features concatenated into one vision token."""
 
+    def __post_init__(self) -> None:
+        _check_sizes(self, "projector.")
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -105,14 +124,17 @@ class DecoderConfig:
     """Epsilon of the RMS norms."""
     max_positions: int = 32_768
     """Longest sequence."""
-    bos_token_id: int = 100_257
-    """Token that begins a text."""
+    bos_token_id: int | None = 100_257
+    """Token that begins a text, if there is one."""
     eos_token_id: int = 100_265
     """Token that ends an answer."""
-    pad_token_id: int = 100_349
-    """Token in positions that hold nothing."""
+    pad_token_id: int | None = 100_349
+    """Token in positions that hold nothing; None: 0 is in these positions."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Further tokens that end an answer."""
 
     def __post_init__(self) -> None:
+        _check_sizes(self, "decoder.")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"decoder.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
@@ -123,6 +145,11 @@ class DecoderConfig:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+        return self.eos_token_id, *self.stop_token_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +173,7 @@ class ModelConfig:
     max_patches: int = 3600
 
     def __post_init__(self) -> None:
+        _check_sizes(self)
         if self.image_attention not in get_args(ImageAttention):
             raise ValueError(f"image_attention must be one of {get_args(ImageAttention)}, not {self.image_attention!r}")
         if not 0 < self.min_patches <= self.max_patches:
@@ -197,14 +225,19 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str =
     Raises:
       ValueError: for an unknown field (naming the nearest) or a value of another type (naming what is wanted).
     """
-    types = field_types(cls)
+    types = field_types(cls)  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in types]:
         near = difflib.get_close_matches(unknown[0], types, n=1)
         hint = f"did you mean {where + near[0]!r}?" if near else f"{cls.__name__} has {', '.join(types)}"
-        raise ValueError(f"there is no field {where + unknown[0]!r}; {hint}")
-    return cls(**{name: _checked(value, types[name], where + name) for name, value in values.items()})
+        raise ValueError(f"there is no field {shorten(where + unknown[0])!r}; {hint}")
+    missing = (dataclasses.MISSING, dataclasses.MISSING)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name not in values and (field.default, field.default_factory) == missing:
+            raise ValueError(f"{where + field.name} is missing")
+    return cls(**{name: typed(value, types[name], where + name) for name, value in values.items()})
 
 
+@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Field name → type of a dataclass."""
     hints = get_type_hints(cls)
@@ -216,27 +249,32 @@ def without_none(hint: Any) -> Any:
     return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
 
 
-def _checked(value: Any, hint: Any, name: str) -> Any:
-    """``value`` as a field of this type holds it: lists become tuples, integers floats, dicts dataclasses."""
+def typed(value: Any, hint: Any, name: str) -> Any:
+    """``value`` as a field of this type holds it: lists become tuples, integers floats, dicts dataclasses.
+
+    Raises:
+      ValueError: for a value of another type, beginning with ``name``.
+    """
     given, optional, hint = value, type(None) in get_args(hint), without_none(hint)
     value = given.read(hint) if isinstance(given, Text) else given
     origin, args = get_origin(hint), get_args(hint)
-    if optional and value is None:
-        return None
+    if hint is Any or (optional and value is None):
+        return value
     if isinstance(value, Mapping) and dataclasses.is_dataclass(hint):
         return dataclass_from_dict(hint, value, f"{name}.")  # type: ignore[arg-type]
     if isinstance(value, Mapping) and origin is Mapping:
-        return {key: _checked(item, args[1], f"{name}[{key!r}]") for key, item in value.items()}
+        return {key: typed(item, args[1], f"{name}[{shorten(key)!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple) and origin is tuple:
         each = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(value) == len(each):
-            return tuple(_checked(item, each[i], f"{name}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return tuple(typed(item, each[i], f"{name}[{i}]") for i, item in enumerate(value))
+    if hint is float and (isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)):
         return float(value)
     if value in args and type(value) is type(args[0]) if origin is Literal else type(value) is hint:
         return value
     prefix = f"{given.flag}: " if isinstance(given, Text) else ""
-    raise ValueError(f"{prefix}{name} must be {_wanted(hint)}{' or None' * optional}, not {value!r}")
+    shown = shorten(repr(value) if isinstance(value, str) else value)
+    raise ValueError(f"{prefix}{name} must be {_wanted(hint)}{' or None' * optional}, not {shown}")
 
 
 def _wanted(hint: Any) -> str:

@@ -25,16 +25,17 @@ from phivision_jax.config import ModelConfig
 from phivision_jax.images.decode import ImageSource, open_image
 from phivision_jax.images.layout import PatchedImage, make_layout
 from phivision_jax.io import storage
+from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.io.read_json import read_json
 from phivision_jax.io.storage import Location
-from phivision_jax.rows import Example, expand, one_per_row, prefix_errors
+from phivision_jax.rows import Example, expand, one_per_row
 from phivision_jax.text import chat
 from phivision_jax.text.chat import Message
 from phivision_jax.text.constants import PromptMode
-from phivision_jax.text.template import ChatTemplate
-from phivision_jax.text.tokenizer import Tokenizer
+from phivision_jax.text.template import TEMPLATE_FILE, TEMPLATE_JSON, ChatTemplate
+from phivision_jax.text.tokenizer import TOKENIZER, TOKENIZER_CONFIG, Tokenizer
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
+_FILES = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE_FILE, TEMPLATE_JSON, "preprocessor_config.json")
 
 
 class Processor:
@@ -54,7 +55,7 @@ class Processor:
             decoder = config.decoder
             if tokenizer.vocab_size > decoder.vocab_size:
                 raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.vocab_size}")
-            if tokenizer.eos_id != decoder.eos_token_id:
+            if tokenizer.eos_id not in decoder.stop_ids:
                 problem = f"config.decoder.eos_token_id is {decoder.eos_token_id}; give the model the tokenizer's"
                 raise ValueError(f"the tokenizer ends a turn with token {tokenizer.eos_id}, {problem}")
 
@@ -234,4 +235,4 @@ def _check_pixels(file: Path, config: ModelConfig) -> None:
     }
     for key, value in ours.items():
         if values.get(key, value) != value:
-            raise ValueError(f"{file}: {key} is {values[key]!r}, the model's configuration computes {value!r}")
+            raise ValueError(f"{file}: {key} is {shorten(values[key])}, the model's configuration computes {value!r}")

@@ -6,9 +6,8 @@ each with its images in the row's vision rows; an image is never split.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL.Image import Image
@@ -16,6 +15,7 @@ from PIL.Image import Image
 from phivision_jax.batch import Batch, RowShape
 from phivision_jax.config import ModelConfig
 from phivision_jax.images.layout import PatchedImage, make_layout
+from phivision_jax.io.messages import prefix_errors
 from phivision_jax.text.constants import IGNORE, IMAGE_TOKEN, PLACEHOLDER
 
 
@@ -40,15 +40,6 @@ class Example:
     def text_tokens(self) -> int:
         """Tokens that are not of an image."""
         return len(self.tokens) - sum(image.size.tokens for image in self.images)
-
-
-@contextlib.contextmanager
-def prefix_errors(what: str) -> Iterator[None]:
-    """Put the name of what is being laid out in front of the message of a ``ValueError``."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
 
 
 def expand(
@@ -92,7 +83,7 @@ def fill_rows(rows: Sequence[Sequence[Example]], shape: RowShape, config: ModelC
     """
     arrays = shape.arrays(len(rows), config.vision.patch_dim)
     batch = Batch(**{name: np.zeros(*leaf) for name, leaf in arrays.items()})
-    batch.tokens[...] = config.decoder.pad_token_id
+    batch.tokens[...] = config.decoder.pad_token_id or 0
     batch.span_end[...] = np.arange(shape.length, dtype=np.int32)
     batch.vision_index[...] = -1
     batch.patch_grid[...] = 1

@@ -23,11 +23,11 @@ CHECKPOINT_FORMAT = {"checkpoint.layout", "checkpoint.checksums"}
 
 # Room → rooms that it may import, at module level or inside a function. A room may always import itself.
 MAY_IMPORT: dict[str, set[str]] = {
-    "config": set(),
+    "config": {"io"},
     "io": set(),
-    "text": {"images"},
+    "text": {"config", "images", "io"},
     "images": {"config"},
-    "rows": {"images", "text", "config", "batch"},
+    "rows": {*HOST, "batch"},
     "batch": {"config"},
     "processor": {*HOST, "rows", "batch"},
     "sharding": {"config", "batch"},
@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.feed": {*DATA, "batch", "data.store", "data.plan"},
     "data.view": {*DATA, "batch", "data.store", "data.plan", "data.feed"},
     "checkpoint.checksums": {"checkpoint.layout"},
-    "checkpoint.layout": {"io"},
+    "checkpoint.layout": {"config", "io"},
     "convert": {"config", "io", *CHECKPOINT_FORMAT},
     "checkpoint": {*DEVICE, *CHECKPOINT_FORMAT, "models", "processor", "io", "convert", "distributed"},
     "hardware": {"config", "models.remat"},

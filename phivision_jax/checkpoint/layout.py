@@ -41,10 +41,13 @@ import subprocess
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import phivision_jax
+from phivision_jax.config import ModelConfig, typed
 from phivision_jax.io import atomic, storage
+from phivision_jax.io.messages import prefix_errors, shorten
+from phivision_jax.io.read_json import parse_json
 from phivision_jax.io.storage import Location, wrap_storage_errors
 
 FORMAT = 2
@@ -54,6 +57,18 @@ METADATA = f"{META}/metadata"
 SAVED, DAMAGED = "saved.json", "damaged-"
 ORBAX_MARK = "commit_success.txt"
 """Orbax writes this file into every directory of a step in a bucket, last of all at the step's top."""
+
+
+_Dtype = Literal["float32", "bfloat16", "float16", "float64", "int8", "uint8", "int32", "uint32", "int64", "bool"]
+_KEYS: dict[str, Any] = {
+    "model": Mapping[str, Any],
+    "step": int,
+    "run": Mapping[str, Any] | None,
+    "metrics": Mapping[str, Any] | None,
+    "arrays": Mapping[str, tuple[_Dtype, tuple[int, ...], str]],
+    "assets": Mapping[str, str],
+}
+"""Types of the metadata that are read here; a configuration has its own."""
 
 
 class DamagedError(ValueError):
@@ -98,19 +113,24 @@ def read_meta(checkpoint: Location, *, assets: bool = False) -> dict[str, Any]:
       ValueError: when a later version of this program wrote it.
       StorageError: when the bucket does not answer.
     """
-    content = _read(checkpoint, METADATA)
-    try:
-        meta = json.loads(content)
-        crc = meta.pop("crc32", None)
-    except (ValueError, AttributeError, TypeError):
-        crc, meta = None, {}
-    if crc != _crc_of_json(meta):
+    content, meta = _read(checkpoint, METADATA), dict[str, Any]()
+    with contextlib.suppress(ValueError):
+        meta = parse_json(content, METADATA)
+    if meta.pop("crc32", None) != _crc_of_json(meta):
         raise DamagedError(checkpoint, f"its file {METADATA} does not hold what was saved")
-    if meta["format"] != FORMAT:
-        raise ValueError(f"{checkpoint} has format {meta['format']}; this version reads format {FORMAT}")
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{checkpoint} has format {shorten(meta.get('format'))}; this version reads format {FORMAT}")
+    for key, hint in _KEYS.items():
+        typed(meta.get(key), hint, f"{checkpoint / METADATA}: {key}")
     if assets:
         check_assets(checkpoint, meta)
     return meta
+
+
+def model_of(checkpoint: Location, meta: Mapping[str, Any]) -> ModelConfig:
+    """The model's configuration in the metadata of a checkpoint; raises ValueError for one that is none."""
+    with prefix_errors(str(checkpoint / METADATA)):
+        return ModelConfig.from_dict(meta["model"])
 
 
 def arrays_of(meta: Mapping[str, Any], item: str = PARAMS) -> dict[str, Array]:

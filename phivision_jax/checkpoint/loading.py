@@ -9,13 +9,12 @@ Everything that is read is verified (``layout.py``); the optimizer state is neit
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from phivision_jax import sharding
 from phivision_jax.checkpoint import arrays, layout
 from phivision_jax.checkpoint.layout import PARAMS, Array
 from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig
-from phivision_jax.convert.hf import HFDirectory, HFSource
+from phivision_jax.convert.hf import HFDirectory, HFSource, find_ours, is_asset
 from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.jobs import copy_file
 from phivision_jax.convert.mapping import Leaf, model_leaves
@@ -94,7 +93,7 @@ def locate(path_or_hub_id: str | Location) -> Location:
     storage.check(path)
     if path.is_dir():
         with storage.wrap_storage_errors(path):
-            return path if is_hf(path) else layout.find(path)
+            return path if is_hf(path) else find_ours(path)
     name = str(path_or_hub_id)
     if storage.is_remote(path):
         raise ValueError(f"{name} is not a directory: nothing in the bucket begins with {name.rstrip('/')}/")
@@ -127,7 +126,7 @@ def config_of(path: Location) -> ModelConfig:
       ValueError: when it is damaged.
     """
     with storage.wrap_storage_errors(path):
-        return model_config(path) if is_hf(path) else ModelConfig.from_dict(layout.read_meta(path)["model"])
+        return model_config(path) if is_hf(path) else layout.model_of(path, layout.read_meta(path))
 
 
 def processor_of(path: Location, config: ModelConfig) -> Processor:
@@ -153,11 +152,10 @@ def copy_assets(path: Location, to: Path) -> None:
     Raises:
       ValueError: when one of these files is damaged; nothing is copied then.
     """
-    weights = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", ".git", ".cache", layout.ORBAX_MARK)
     source = _verified_assets(path)
     to.mkdir(parents=True, exist_ok=True)
     for name in storage.files(source):
-        if not any(fnmatch.fnmatch(part, weight) for part in PurePosixPath(name).parts for weight in weights):
+        if is_asset(name):
             copy_file(source / name, to / name)
 
 

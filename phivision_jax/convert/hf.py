@@ -10,26 +10,51 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import operator
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from phivision_jax.checkpoint import layout
+from phivision_jax.checkpoint.layout import ORBAX_MARK
+from phivision_jax.config import typed
 from phivision_jax.convert.mapping import Leaf, Shape, check, hf_shapes
 from phivision_jax.io import atomic, storage
-from phivision_jax.io.read_json import read_json
+from phivision_jax.io.messages import shorten
+from phivision_jax.io.read_json import parse_json, read_json, wrong_file
 from phivision_jax.io.storage import Location
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_HEADER_LIMIT = 100_000_000  # of the format
+_HEADER_LIMIT = 8 * 2**20
+"""Bytes of a header: the released model's shards have 25 kB at most, and the format allows 100 MB."""
+# Buffers without content of their own, which other versions of transformers save; they are checked and ignored.
+_BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
+_BUFFER_DTYPES = DTYPES | {"I64": np.dtype(np.int64)}
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DataParallel",
+    "base_model.model.": "PEFT",
+    "base_layer.": "PEFT",
+    "language_model.": "another version of transformers",
+}
+"""Parts of names that show who saved a wrapped model."""
+_FOREIGN = {
+    r"snapshots/[^/]*/config\.json": "is the root of a hub cache: give its snapshot, {parent}",
+    r"adapter_(config\.json|model\..*)": "holds a PEFT adapter ({}) without its model: merge it into the model with "
+    "PEFT's merge_and_unload, and save that",
+    r"[^/]*\.gguf": "holds GGUF weights only ({}): give the safetensors that they were made from",
+    r"[^/]*-of-\d+\.safetensors": f"holds shards ({{}}) without their index: copy {INDEX} as well",
+    r"[^/]*\.safetensors": f"holds weights ({{}}), but lacks config.json, {SINGLE} or {INDEX}",
+    r"[^/]*\.(bin|pt|pth|ckpt)": "holds pickled weights only ({}): loading them would run code",
+}
+"""Names of files → the end of a sentence about a directory that has no weights of the two readable kinds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,23 +77,35 @@ class Entry:
         return self.offset + start * row_bytes, count * row_bytes
 
 
+@dataclasses.dataclass(frozen=True)
+class _Described:
+    """A tensor as a header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
 def parse_header(path: Location, header: bytes) -> dict[str, Entry]:
     """The tensors of a file that begins with ``header`` (length, JSON, padding).
 
     Raises:
       ValueError: when it is corrupt, or contains a dtype that weights do not have.
     """
-    entries = {}
-    try:
-        for name, value in json.loads(header[8:]).items():
-            if name == "__metadata__":
-                continue
-            if value["dtype"] not in DTYPES:
-                raise ValueError(f"{path}: {name} is {value['dtype']}; weights are {', '.join(DTYPES)}")
-            start = len(header) + value["data_offsets"][0]
-            entries[name] = Entry(path, DTYPES[value["dtype"]], tuple(map(operator.index, value["shape"])), start)
-    except (LookupError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: the safetensors header is corrupt ({type(error).__name__}: {error})") from None
+    corrupt = f"{path}: the safetensors header is corrupt"
+    entries: dict[str, Entry] = {}
+    for name, value in parse_json(header[8:], corrupt).items():
+        if name == "__metadata__":
+            continue
+        tensor = typed(value, _Described, f"{corrupt}: {shorten(name)}")
+        dtypes = _BUFFER_DTYPES if _BUFFER.search(name) else DTYPES
+        if tensor.dtype not in dtypes:
+            problem = f"is {shorten(tensor.dtype)}; weights are {', '.join(DTYPES)}"
+            raise ValueError(f"{path}: {shorten(name)} {problem}")
+        begin, end = tensor.data_offsets
+        entry = entries[name] = Entry(path, dtypes[tensor.dtype], tensor.shape, len(header) + begin)
+        if min((begin, *tensor.shape)) < 0 or len(tensor.shape) > 8 or entry.nbytes != end - begin:
+            raise ValueError(f"{corrupt}: {shorten(name)} has shape {shorten(tensor.shape)} in {end - begin} bytes")
     return entries
 
 
@@ -78,19 +115,51 @@ def read_header(path: Location, size: int) -> tuple[bytes, dict[str, Entry]]:
     Raises:
       ValueError: when the file is truncated, too long or not safetensors, or as ``parse_header``.
     """
-    length = int.from_bytes(storage.read_range(path, 0, min(size, 8)), "little")
-    if size < 8 or not 2 <= length <= min(size - 8, _HEADER_LIMIT):
+    head = storage.read_range(path, 0, min(size, 64))
+    length = int.from_bytes(head[:8], "little")
+    if known := wrong_file(head):
+        raise ValueError(f"{path} {known}")
+    if _HEADER_LIMIT < length <= size - 8:
+        raise ValueError(f"{path}: its header has {length:,} bytes, more than the limit of {_HEADER_LIMIT:,}")
+    if size < 8 or not 2 <= length <= size - 8:
         raise ValueError(f"{path}: not safetensors, or truncated: {size} bytes with a header length of {length}")
     header = storage.read_range(path, 0, 8 + length)
     entries = parse_header(path, header)
     end = len(header)
     for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
         if entry.offset != end:
-            raise ValueError(f"{path}: {name} starts at byte {entry.offset}, not {end}: the header is corrupt")
+            problem = f"starts at byte {shorten(entry.offset)}, not {end}: the header is corrupt"
+            raise ValueError(f"{path}: {shorten(name)} {problem}")
         end += entry.nbytes
     if end != size:
-        raise ValueError(f"{path}: {size} bytes, but its header describes {end}: truncated or damaged")
+        raise ValueError(f"{path}: {size} bytes, but its header describes {shorten(end)}: truncated or damaged")
     return header, entries
+
+
+def foreign(directory: Location, names: Iterable[str]) -> str | None:
+    """The end of a sentence about a directory with these files whose weights are of a known but unreadable kind."""
+    names = sorted(names)
+    for pattern, sentence in _FOREIGN.items():
+        if found := next((name for name in names if re.fullmatch(pattern, name)), None):
+            return sentence.format(shorten(found), parent=directory / PurePosixPath(found).parent)
+    return None
+
+
+def find_ours(path: Location) -> Location:
+    """As ``layout.find``, with a sentence for directories of another known kind."""
+    try:
+        return layout.find(path)
+    except ValueError:
+        if problem := foreign(path, storage.files(path)):
+            raise ValueError(f"{path} {problem}") from None
+        raise
+
+
+def is_asset(name: str) -> bool:
+    """True for a file that belongs with the weights but holds none, and is kept when they are converted."""
+    if {".git", ".cache"} & set(PurePosixPath(name).parts) or name.endswith((ORBAX_MARK, ".safetensors", INDEX)):
+        return False
+    return "/" in name or not re.fullmatch(r".*\.(bin|pt|pth|ckpt|gguf|h5|msgpack)", name)
 
 
 class HFDirectory:
@@ -100,6 +169,7 @@ class HFDirectory:
       files: size in bytes of every file below the directory, by relative name.
       headers: the header of each shard, by file name.
       entries: the place of each tensor, by tensor name.
+      buffers: names of tensors without content of their own, which are not among the entries.
       others: the files beside the weights, by relative name: index, config, tokenizer, remote code …
 
     Raises:
@@ -111,26 +181,29 @@ class HFDirectory:
         if not self.files and not directory.is_dir():
             raise ValueError(f"{directory} is not a directory")
         index = directory / INDEX
-        weight_map: Any = read_json(index).get("weight_map") if INDEX in self.files else {}
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{index} has no weight_map of tensor names to files")
+        weight_map = read_json(index).get("weight_map") if INDEX in self.files else {}
+        weight_map = typed(weight_map, Mapping[str, str], f"{index}: weight_map")
         if not weight_map and INDEX in self.files:
             raise ValueError(f"{index} names no tensors: its weight_map is empty")
         if not weight_map and SINGLE not in self.files:
-            if pickles := [name for name in self.files if "/" not in name and name.endswith(_PICKLES)]:
-                raise ValueError(f"{directory} holds pickled weights only ({pickles[0]}): loading them would run code")
-            raise ValueError(f"{directory} has neither {INDEX} nor {SINGLE}")
+            problem = foreign(directory, self.files) or f"has neither {INDEX} nor {SINGLE}"
+            raise ValueError(f"{directory} {problem}")
+        if weight_map and SINGLE in self.files and SINGLE not in weight_map.values():
+            problem = f"holds {INDEX} and also {SINGLE}, which the index does not name"
+            raise ValueError(f"{directory} {problem}: remove the one that is out of date")
         self.headers: dict[str, bytes] = {}
-        self.entries: dict[str, Entry] = {}
+        entries: dict[str, Entry] = {}
         for name in sorted(set(weight_map.values())) or [SINGLE]:
             path = directory / name
             if "/" in name or name not in self.files:
-                raise ValueError(f"{index} names {name}, which is not a file in {directory}")
-            self.headers[name], entries = read_header(path, self.files[name])
+                raise ValueError(f"{index} names {shorten(name)}, which is not a file in {directory}")
+            self.headers[name], here = read_header(path, self.files[name])
             if weight_map:
                 indexed = [tensor for tensor, file in weight_map.items() if file == name]
-                check(dict.fromkeys(entries, ()), dict.fromkeys(indexed, ()), f"{path} against {INDEX}")
-            self.entries |= entries
+                check(dict.fromkeys(here, ()), dict.fromkeys(indexed, ()), f"{path} against {INDEX}")
+            entries |= here
+        self.buffers = [name for name in entries if _BUFFER.search(name)]
+        self.entries = {name: entry for name, entry in entries.items() if name not in self.buffers}
         others = (name for name in self.files if name not in self.headers)
         self.others = [name for name in others if not {".git", ".cache"} & set(PurePosixPath(name).parts)]
 
@@ -148,7 +221,12 @@ class HFSource:
     def __init__(self, hf: HFDirectory, leaves: Sequence[Leaf], unused: tuple[str, ...] = ()) -> None:
         self.leaves = leaves
         self._entries = {name: entry for name, entry in hf.entries.items() if not name.startswith(unused)}
-        check({name: entry.shape for name, entry in self._entries.items()}, hf_shapes(leaves), str(hf.directory))
+        expected = hf_shapes(leaves)
+        for name in sorted(self._entries.keys() - expected.keys()) if expected.keys() - self._entries.keys() else ():
+            if part := next((part for part in _WRAPPERS if f".{part}" in f".{name}"), None):
+                problem = f"holds tensors as {_WRAPPERS[part]} names them ({shorten(name)})"
+                raise ValueError(f"{hf.directory} {problem}: save the model itself, without {part!r} in the names")
+        check({name: entry.shape for name, entry in self._entries.items()}, expected, str(hf.directory))
 
     def dtype(self, leaf: Leaf) -> np.dtype:
         dtypes = {self._entries[name].dtype for name in leaf.names}

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig
+from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, field_types, typed
+from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.io.read_json import read_json
 from phivision_jax.io.storage import Location, location
 
@@ -22,7 +23,7 @@ def _same(*keys: str) -> dict[str, str]:
 _BOTH = {"num_hidden_layers": "num_layers", "num_attention_heads": "num_heads"}
 _BOTH |= _same("hidden_size", "intermediate_size")
 _DECODER_KEYS = _BOTH | {"num_key_value_heads": "num_kv_heads", "max_position_embeddings": "max_positions"}
-_DECODER_KEYS |= _same("vocab_size", "rope_theta", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
+_DECODER_KEYS |= _same("vocab_size", "rope_theta", "rms_norm_eps", "bos_token_id", "pad_token_id")
 _VISION_KEYS = {**_BOTH, **_same("patch_size", "layer_norm_eps"), "num_patches": "num_positions"}
 _MODEL_KEYS = {"min_num_patches": "min_patches", "max_num_patches": "max_patches"}
 # SigLIP-2's class defaults are those of the base model. The other sizes have one default, which is ours too.
@@ -32,6 +33,7 @@ _FIXED_DECODER |= {"partial_rotary_factor": 1.0, "rope_scaling": None, "sliding_
 _FIXED_DECODER |= dict.fromkeys(("attention_dropout", "embd_pdrop", "resid_pdrop"), 0.0)
 _FIXED_MULTIMODAL = {"mm_projector_type": "mlp2x_gelu", "use_s2": False, "use_mm_proj": True}
 _FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "attention_dropout": 0.0}
+GENERATION = "generation_config.json"
 _TEMPLATE = Path(__file__).with_name("config_template.json")
 """The other keys that the released model's remote code needs, for a ``config.json`` without a base."""
 EXPRESSIBLE: dict[str, Any] = {"image_attention": "causal", "image_layout": "naflex", "projector": ProjectorConfig()}
@@ -43,55 +45,101 @@ def model_config(source: Mapping[str, Any] | str | Location) -> ModelConfig:
 
     Args:
       source: the contents of a ``config.json``, its path, or the directory that holds it (all may be ``gs://…``).
+        Tokens that end an answer are also read from the ``generation_config.json`` beside it.
 
     Raises:
       ValueError: when the file asks for something that this model does not compute, naming the key.
     """
-    if isinstance(source, Mapping):
-        values = source
-    else:
-        path = location(source)
-        values = read_json(path / "config.json" if path.is_dir() else path)
+    name, values = _read(source)
     if "vision_config" not in values:
         kind = values.get("model_type", "unknown")
-        raise ValueError(f"config.json (model_type {kind!r}) has no vision_config: not a Phi-4-reasoning-vision model")
-    _require(values, _FIXED_MULTIMODAL)
-    vision, decoder = vision_config(values), decoder_config(values)
+        raise ValueError(
+            f"{name} (model_type {shorten(kind)!r}) has no vision_config: not a Phi-4-reasoning-vision model"
+        )
+    _require(values, _FIXED_MULTIMODAL, name)
+    vision, decoder = _vision(name, values), _decoder(name, values)
     if (width := values.get("mm_hidden_size", vision.hidden_size)) != vision.hidden_size:
-        raise ValueError(f"config.json: mm_hidden_size is {width}, vision_config.hidden_size {vision.hidden_size}")
-    return ModelConfig(vision=vision, decoder=decoder, **_translate(values, _MODEL_KEYS))
+        problem = f"mm_hidden_size is {shorten(width)}, vision_config.hidden_size {vision.hidden_size}"
+        raise ValueError(f"{name}: {problem}")
+    with prefix_errors(name):
+        return ModelConfig(vision=vision, decoder=decoder, **_translate(name, values, ModelConfig, _MODEL_KEYS))
 
 
-def decoder_config(values: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder of a released ``config.json``, or of a text-only Phi-4's.
+def decoder_config(directory: Location) -> DecoderConfig:
+    """The decoder of a text-only Phi-4's directory.
 
     Raises:
       ValueError: naming the key that is missing or asks for other arithmetic.
     """
-    _require(values, _FIXED_DECODER)
-    known = _translate(values, _DECODER_KEYS)
-    # transformers 5 writes the RoPE settings as one dict.
-    rope = values.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"config.json: rope_parameters is {rope!r}; this model computes plain full-width RoPE only")
-    if missing := {"hidden_size", "num_layers", "num_heads"} - known.keys():
-        raise ValueError(f"config.json has no decoder {min(missing)}: not a Phi-4 configuration")
-    known.setdefault("num_kv_heads", known["num_heads"])
-    known["rope_theta"] = float(rope.get("rope_theta", known.get("rope_theta", 10_000.0)))
-    if isinstance(known.get("eos_token_id"), list):
-        known["eos_token_id"] = known["eos_token_id"][0]
-    return DecoderConfig(**known)
+    return _decoder(*_read(directory))
 
 
-def vision_config(values: Mapping[str, Any]) -> VisionConfig:
-    """The encoder of a released ``config.json`` or of a SigLIP-2 checkpoint's; it may be the file or its part.
+def vision_config(directory: Location) -> VisionConfig:
+    """The encoder of a SigLIP-2 checkpoint's directory.
 
     Raises:
       ValueError: naming the key that asks for other arithmetic.
     """
-    values = values.get("vision_config", values)
-    _require(values, _FIXED_VISION, "vision_config.")
-    return VisionConfig(**{**_VISION_DEFAULTS, **_translate(values, _VISION_KEYS)})
+    return _vision(*_read(directory))
+
+
+def _read(source: Mapping[str, Any] | str | Location) -> tuple[str, Mapping[str, Any]]:
+    """A file's name and contents; ``eos_token_id`` is a list that includes those of ``generation_config.json``."""
+    if isinstance(source, Mapping):
+        name, values, more = "config.json", source, {}
+    else:
+        path = location(source)
+        path = path / "config.json" if path.is_dir() else path
+        name, values, generation = str(path), read_json(path), path.with_name(GENERATION)
+        more = _stop_ids(str(generation), read_json(generation), values) if generation.is_file() else {}
+    return name, {**values, "eos_token_id": [*(_stop_ids(name, values, values) | more)]}
+
+
+def _stop_ids(name: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> dict[int, None]:
+    """The ids of ``eos_token_id``, which may be a list, a number or null."""
+    ids = values.get("eos_token_id")
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    found = typed(ids, tuple[int, ...], f"{name}: eos_token_id")
+    _check_ids(name, dict.fromkeys(found, "eos_token_id"), config.get("vocab_size", DecoderConfig.vocab_size))
+    return dict.fromkeys(found)
+
+
+def _check_ids(name: str, ids: Mapping[int, str], vocab_size: Any) -> None:
+    for i, key in ids.items():
+        if isinstance(vocab_size, int) and not 0 <= i < vocab_size:
+            problem = f"{shorten(i)}, but the vocabulary has the ids 0 to {shorten(vocab_size - 1)}"
+            raise ValueError(f"{name}: {key} is {problem}; give one of these, or null for none")
+
+
+def _decoder(name: str, values: Mapping[str, Any]) -> DecoderConfig:
+    _require(values, _FIXED_DECODER, name)
+    known = _translate(name, values, DecoderConfig, _DECODER_KEYS)
+    rope = typed(values.get("rope_parameters") or {}, Mapping[str, Any], f"{name}: rope_parameters")
+    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        problem = f"rope_parameters is {shorten(rope)}; this model computes plain full-width RoPE only"
+        raise ValueError(f"{name}: {problem}")
+    if missing := {"hidden_size", "num_layers", "num_heads"} - known.keys():
+        raise ValueError(f"{name} has no decoder {min(missing)}: not a Phi-4 configuration")
+    known.setdefault("num_kv_heads", known["num_heads"])
+    theta = rope.get("rope_theta", known.get("rope_theta", 10_000.0))
+    known["rope_theta"] = typed(theta, float, f"{name}: rope_theta")
+    if not (stops := values["eos_token_id"]):
+        raise ValueError(f"{name} has no eos_token_id, the token that ends an answer")
+    known |= {"eos_token_id": stops[0], "stop_token_ids": tuple(stops[1:])}
+    for key in ("bos_token_id", "pad_token_id"):  # null and missing mean none
+        known.setdefault(key, None)
+        if known[key] is not None:
+            _check_ids(name, {known[key]: key}, known.get("vocab_size", DecoderConfig.vocab_size))
+    with prefix_errors(name):
+        return DecoderConfig(**known)
+
+
+def _vision(name: str, values: Mapping[str, Any]) -> VisionConfig:
+    """From the values of a released file, or of a SigLIP-2 checkpoint's, or of its part for the encoder."""
+    values = typed(values.get("vision_config", values), Mapping[str, Any], f"{name}: vision_config")
+    _require(values, _FIXED_VISION, f"{name}: vision_config")
+    with prefix_errors(name):
+        return VisionConfig(**{**_VISION_DEFAULTS, **_translate(name, values, VisionConfig, _VISION_KEYS)})
 
 
 def config_json(model: ModelConfig, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -112,8 +160,12 @@ def config_json(model: ModelConfig, base: Mapping[str, Any] | None = None) -> di
         value = getattr(model.decoder, ours)
         if theirs == "rope_theta" and isinstance(rope, Mapping):
             out["rope_parameters"] = {**rope, "rope_theta": value}
-        else:
+        elif value is not None or theirs in out:
             out[theirs] = _keep_if_equal(out.get(theirs), value)
+    stops = [*model.decoder.stop_ids]
+    old = out.get("eos_token_id")  # it may name fewer: the others are in generation_config.json
+    if not (old and {*(old if isinstance(old, list) else [old])} <= {*stops}):
+        out["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     vision = dict(out.get("vision_config") or {})
     for theirs, ours in _VISION_KEYS.items():
         value = getattr(model.vision, ours)
@@ -128,14 +180,22 @@ def config_json(model: ModelConfig, base: Mapping[str, Any] | None = None) -> di
     return out
 
 
-def _require(values: Mapping[str, Any], fixed: Mapping[str, Any], where: str = "") -> None:
+def generation_json(model: ModelConfig) -> dict[str, Any]:
+    """The contents of a ``generation_config.json``."""
+    decoder = model.decoder
+    ids = {"bos_token_id": decoder.bos_token_id, "pad_token_id": decoder.pad_token_id}
+    return {"_from_model_config": True, **ids, "eos_token_id": [*decoder.stop_ids]}
+
+
+def _require(values: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:
     for key, only in fixed.items():
         if values.get(key, only) != only:
-            raise ValueError(f"config.json: {where}{key} is {values[key]!r}; this model computes {only!r} only")
+            raise ValueError(f"{where}: {key} is {shorten(values[key])}; this model computes {only!r} only")
 
 
-def _translate(values: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
-    return {ours: values[theirs] for theirs, ours in keys.items() if values.get(theirs) is not None}
+def _translate(name: str, values: Mapping[str, Any], cls: type, keys: Mapping[str, str]) -> dict[str, Any]:
+    types, given = field_types(cls), ((theirs, ours, values.get(theirs)) for theirs, ours in keys.items())
+    return {ours: typed(v, types[ours], f"{name}: {theirs}") for theirs, ours, v in given if v is not None}
 
 
 def _keep_if_equal(old: Any, new: Any) -> Any:

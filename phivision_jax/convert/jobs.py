@@ -23,14 +23,15 @@ from rich.filesize import decimal
 from phivision_jax.checkpoint import layout
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert import mapping, ours
-from phivision_jax.convert.hf import INDEX, HFDirectory, HFSink, HFSource, plan_shards
+from phivision_jax.convert.hf import INDEX, HFDirectory, HFSink, HFSource, find_ours, is_asset, plan_shards
 from phivision_jax.convert.hf_config import EXPRESSIBLE, config_json, decoder_config, model_config, vision_config
 from phivision_jax.convert.mapping import SIGLIP2_PREFIX, SIGLIP2_UNUSED, Leaf, Shape
 from phivision_jax.convert.output import new_checkpoint, require_space, resolved
 from phivision_jax.convert.stream import FreshProjector, Sink, Source, copy
 from phivision_jax.io import storage
+from phivision_jax.io.messages import shorten
 from phivision_jax.io.progress import bar
-from phivision_jax.io.read_json import read_json
+from phivision_jax.io.read_json import LARGEST_FILE, read_json
 from phivision_jax.io.storage import Location
 
 type Dtypes = Mapping[Leaf, np.dtype]
@@ -121,6 +122,8 @@ def to_jax(hf_dir: Location, out: Location, dtype: str, overwrite: bool) -> None
     hf, config = HFDirectory(hf_dir), model_config(hf_dir)
     sources = [HFSource(hf, mapping.model_leaves(config))]
     dtypes = dtypes_of(sources, dtype)
+    if hf.buffers:
+        log(f"ignoring {len(hf.buffers)} buffers of {hf_dir} that are computed here ({shorten(hf.buffers[0])}, …)")
     meta = _meta(config, {"kind": "huggingface", "directory": resolved(hf_dir).name})
     open_sink = functools.partial(ours.OursSink, dtypes, meta)
     _convert("to-jax", sources, dtypes, [hf_dir], out, overwrite, _assets(hf), open_sink)
@@ -129,8 +132,7 @@ def to_jax(hf_dir: Location, out: Location, dtype: str, overwrite: bool) -> None
 def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: str, overwrite: bool, seed: int) -> None:
     """Compose a checkpoint to train from: a text-only Phi-4, a SigLIP-2, and a fresh projector."""
     text, siglip = HFDirectory(decoder_dir), HFDirectory(vision_dir)
-    phi4, siglip2 = (read_json(directory / "config.json") for directory in (decoder_dir, vision_dir))
-    config = ModelConfig(decoder=decoder_config(phi4), vision=vision_config(siglip2))
+    config = ModelConfig(decoder=decoder_config(decoder_dir), vision=vision_config(vision_dir))
     decoder = HFSource(text, mapping.decoder_leaves(config.decoder))
     vision = HFSource(siglip, mapping.vision_leaves(config.vision, SIGLIP2_PREFIX), SIGLIP2_UNUSED)
     projector_dtype = CASTS.get(dtype) or decoder.dtype(decoder.leaves[0])
@@ -157,7 +159,7 @@ def _with_think_tokens(assets: Files) -> Files:
     renamed: Files = {}
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         content = assets.get(name, b"")
-        text = content if isinstance(content, bytes) else content.read_bytes()
+        text = content if isinstance(content, bytes) else storage.read_range(content, 0, LARGEST_FILE)
         if b"<think>" not in text and b"<|dummy_87|>" in text:
             renamed[name] = text.replace(b"<|dummy_86|>", b"<think>").replace(b"<|dummy_87|>", b"</think>")
     if renamed:
@@ -167,7 +169,7 @@ def _with_think_tokens(assets: Files) -> Files:
 
 def _assets(hf: HFDirectory) -> Files:
     """The files of a Hugging Face directory beside its tensors, except weights that no index names."""
-    return {name: hf.directory / name for name in hf.others if name != INDEX and not name.endswith(".safetensors")}
+    return {name: hf.directory / name for name in hf.others if is_asset(name)}
 
 
 def _meta(config: ModelConfig, origin: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,11 +197,11 @@ def open_ours(path: Location, *, assets: bool = False) -> tuple[Location, ModelC
       DamagedError: when the metadata, or one of these files, is not what was saved.
       ValueError: when there is no checkpoint of ours.
     """
-    found = layout.find(path)
+    found = find_ours(path)
     if found != path:
         log(f"{path} is a training run; taking the newest step, {found.name}")
     meta = layout.read_meta(found, assets=assets)
-    config = ModelConfig.from_dict(meta["model"])
+    config = layout.model_of(found, meta)
     source = ours.OursSource(found, meta, mapping.model_leaves(config))
     if source.adapters.kernels:
         log(f"{found} has {source.adapters}; they are merged as they are read")
@@ -248,6 +250,9 @@ def _new_layout(config: ModelConfig, tensors: Tensors, assets: Location, max_byt
 def _layout_like(hf: HFDirectory, config: ModelConfig, tensors: Tensors) -> tuple[Headers, Files]:
     """The headers, the index and the other files of ``hf``."""
     where = f"--like {hf.directory}"
+    if hf.buffers:
+        problem = f"holds buffers that a checkpoint lacks ({shorten(hf.buffers[0])}, …)"
+        raise ValueError(f"{where} {problem}; convert without --like")
     shapes = {name: entry.shape for name, entry in hf.entries.items()}
     mapping.check(shapes, {name: shape for name, (_, shape) in tensors.items()}, where)
     for name, entry in hf.entries.items():

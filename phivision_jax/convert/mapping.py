@@ -26,6 +26,7 @@ import numpy as np
 from einops import rearrange
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.io.messages import shorten
 
 type Shape = tuple[int, ...]
 type Sizes = Mapping[str, int]
@@ -245,6 +246,6 @@ def check(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str)
     listed = []
     for fault, names in faults.items():
         more = f" … and {len(names) - 4} more" if len(names) > 4 else ""
-        listed += [f"{len(names)} {fault}: {', '.join(names[:4])}{more}"] if names else []
+        listed += [f"{len(names)} {fault}: {', '.join(map(shorten, names[:4]))}{more}"] if names else []
     if listed:
         raise ValueError(f"{where}: {'; '.join(listed)}")

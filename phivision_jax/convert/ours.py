@@ -29,8 +29,9 @@ import tensorstore as ts
 from phivision_jax.checkpoint import layout
 from phivision_jax.checkpoint.checksums import StreamedChecksums, difference
 from phivision_jax.checkpoint.layout import ASSETS, META, ORBAX_MARK, PARAMS, Array, DamagedError
+from phivision_jax.config import typed
 from phivision_jax.convert.mapping import Leaf, Shape, check
-from phivision_jax.io.messages import first_line
+from phivision_jax.io.messages import first_line, shorten
 from phivision_jax.io.storage import REMOTE, Location
 
 BLOCK_BYTES = 32_000_000
@@ -90,12 +91,16 @@ class Adapters:
         """
         named = [path.rpartition("/") for path in paths]
         kernels = frozenset(f"{module}/kernel" for module, _, name in named if name in (_A, _B))
-        lora = (meta.get("run") or {}).get("lora") or {}
+        where = f"{checkpoint / layout.METADATA}: run.lora"
+        lora = typed((meta.get("run") or {}).get("lora") or {}, Mapping[str, Any], where)
         if kernels and not {"rank", "alpha"} <= lora.keys():
             raise ValueError(
                 f"{checkpoint}: {min(kernels)} has an adapter, but meta/metadata lacks the run's lora (rank, alpha)"
             )
-        return cls(lora.get("rank", 0), lora.get("alpha", 0.0), kernels)
+        rank, alpha = typed(lora.get("rank", 0), int, where), typed(lora.get("alpha", 0.0), float, where)
+        if kernels and rank < 1:
+            raise ValueError(f"{where} has the rank {shorten(rank)}, but {min(kernels)} has an adapter")
+        return cls(rank, alpha, kernels)
 
     def __str__(self) -> str:
         return f"adapters of rank {self.rank}, alpha {self.alpha:g}, on {len(self.kernels)} kernels"

@@ -95,7 +95,7 @@ class Evaluator:
         """Answer all questions, in order; ``advance`` receives the number of questions of each batch as it finishes."""
         answers: list[Answer] = []
         sharding = row_sharding(self.mesh) if self.mesh else None
-        eos = self.processor.tokenizer.eos_id
+        eos = self.processor.config.decoder.stop_ids
         starts = grain.MapDataset.source(range(0, len(self.records), self.rows))
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         for records, examples, batch in starts.map(self._load).to_iter_dataset(options):

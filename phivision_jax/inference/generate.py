@@ -84,8 +84,8 @@ def generate(
         total = f"the longest prompt has {longest} tokens, images included: with {max_new_tokens=} that"
         raise ValueError(f"{total} exceeds the model's {limit} positions")
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    eos_id = processor.tokenizer.eos_id
-    ids = generate_ids(model, batch, max_new_tokens=max_new_tokens, eos_id=eos_id, **sampling)
+    stop_ids = processor.config.decoder.stop_ids
+    ids = generate_ids(model, batch, max_new_tokens=max_new_tokens, eos_id=stop_ids, **sampling)
     answers = [answer_text(processor, row, mode) for row in ids]
     return answers[0] if single else answers
 
@@ -95,7 +95,7 @@ def generate_ids(
     batch: Batch,
     *,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: int | tuple[int, ...] | None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -105,11 +105,11 @@ def generate_ids(
 
     Args:
       batch: one example per row, from position 0.
-      eos_id: the token that ends an answer; None to always generate ``max_new_tokens``.
+      eos_id: the token or tokens that end an answer; None to always generate ``max_new_tokens``.
       sharding: of the rows; requires a NumPy batch that is the same on every process.
 
     Returns:
-      [B, max_new_tokens] i32; a row that has ended is filled up with ``eos_id``.
+      [B, max_new_tokens] i32; a row that has ended is filled up with the first ``eos_id``.
 
     Raises:
       ValueError: for a packed batch, an empty row, or a setting out of range.
@@ -123,7 +123,8 @@ def generate_ids(
         raise ValueError("generation takes one example per row: this batch is packed or has an empty row")
     if sharding is not None:
         batch = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
-    limits = max_new_tokens, -1 if eos_id is None else eos_id
+    stop_ids = eos_id if isinstance(eos_id, tuple) else (-1 if eos_id is None else eos_id,)
+    limits = max_new_tokens, stop_ids
     ids = generate_tokens(*model.split(), batch, jax.random.key(seed), *limits, temperature, top_p)
     return np.asarray(ids if ids.is_fully_addressable else multihost_utils.process_allgather(ids, tiled=True))
 
@@ -135,7 +136,7 @@ def generate_tokens(
     batch: Batch,
     key: jax.Array,
     max_new_tokens: int,
-    eos_id: int,
+    stop_ids: tuple[int, ...],
     temperature: float,
     top_p: float,
 ) -> jax.Array:
@@ -157,7 +158,8 @@ def generate_tokens(
     hidden, cache = decoder(*prompts, cache=(empty, empty), cache_segments=segments)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)  # [B, 1, D]
     token = choose(last, 0)
-    out = jnp.full((B, max_new_tokens), eos_id, jnp.int32).at[:, 0].set(token)
+    stops = jnp.array(stop_ids, jnp.int32)
+    out = jnp.full((B, max_new_tokens), stops[0], jnp.int32).at[:, 0].set(token)
 
     def unfinished(carry: tuple) -> jax.Array:
         return (carry[0] < max_new_tokens) & ~carry[2].all()
@@ -170,11 +172,11 @@ def generate_tokens(
         segments = jax.lax.dynamic_update_slice_in_dim(segments, used, entry, axis=1)
         last = decoder.embed_tokens(token[:, None]), (lengths + i - 1)[:, None], jnp.full((B, 1), entry), used
         hidden, cache = decoder(*last, cache=cache, cache_segments=segments, offset=entry)
-        token = jnp.where(done, eos_id, choose(hidden, i))
+        token = jnp.where(done, stops[0], choose(hidden, i))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, axis=1)
-        return i + 1, token, done | (token == eos_id), out, segments, cache
+        return i + 1, token, done | jnp.isin(token, stops), out, segments, cache
 
-    carry = (jnp.int32(1), token, token == eos_id, out, segments, cache)
+    carry = (jnp.int32(1), token, jnp.isin(token, stops), out, segments, cache)
     return jax.lax.while_loop(unfinished, decode, carry)[3]
 
 
@@ -196,8 +198,8 @@ def sample(
 
 
 def answer_text(processor: Processor, ids: np.ndarray, mode: PromptMode = "auto") -> str:
-    """The text of generated ids up to the end token; thoughts keep their tags."""
-    eos = np.flatnonzero(ids == processor.tokenizer.eos_id)
+    """The text of generated ids up to the first token that ends an answer; thoughts keep their tags."""
+    eos = np.flatnonzero(np.isin(ids, processor.config.decoder.stop_ids))
     ids = ids[: eos[0]] if len(eos) else ids
     # A vocabulary padded beyond its tokenizer can yield ids without a text.
     text = processor.decode(ids[ids < processor.tokenizer.vocab_size])

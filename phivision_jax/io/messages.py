@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import reprlib
@@ -42,6 +43,15 @@ def shorten(value: object, limit: int = 100) -> str:
     text = value if isinstance(value, str) else reprlib.repr(value)
     text = text if len(text) <= limit else f"{text[: limit - 21]} … {text[-18:]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+@contextlib.contextmanager
+def prefix_errors(what: str) -> Iterator[None]:
+    """Put the name of what is being read or laid out in front of the message of a ``ValueError``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
 
 
 def first_line(error: BaseException) -> str:

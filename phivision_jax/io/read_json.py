@@ -28,18 +28,23 @@ def read_json(path: Location, kind: type = dict) -> Any:
       ValueError: when it is missing, not JSON, too large, or of another type, naming the file.
       StorageError: when the bucket does not answer.
     """
+    return parse_json(read_limited(path), str(path), kind)
+
+
+def read_limited(path: Location) -> bytes:
+    """The contents of a file of at most ``LARGEST_FILE`` bytes; errors as ``read_json``."""
     try:
         with wrap_storage_errors(path):
             content = read_range(path, 0, LARGEST_FILE + 1)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    return parse_json(content, str(path), kind)
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"{path} has more than {LARGEST_FILE:,} bytes, too many for a file of this kind")
+    return content
 
 
 def parse_json(content: bytes, name: str, kind: type = dict) -> Any:
     """As ``read_json``, of bytes that have been read from the file ``name``."""
-    if len(content) > LARGEST_FILE:
-        raise ValueError(f"{name} has more than {LARGEST_FILE:,} bytes, too many for a file of this kind")
     if known := wrong_file(content):
         raise ValueError(f"{name} {known}")
     try:

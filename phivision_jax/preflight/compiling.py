@@ -164,7 +164,7 @@ def generate_facts(
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh), sharding.override_rules(cfg.rules):
         params = sharding.abstract(nnx.to_pure_dict(state), sharding.param_shardings(state, mesh), jnp.bfloat16)
-        lowered = generate_tokens.lower(graphdef, params, batch, key, planned["new_tokens"], -1, 0.0, 1.0)
+        lowered = generate_tokens.lower(graphdef, params, batch, key, planned["new_tokens"], (-1,), 0.0, 1.0)
     facts, _ = _compile(advance, lowered, {"parameters": params, "batch": batch}, LOW_EFFORT)
     return facts
 

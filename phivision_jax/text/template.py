@@ -17,9 +17,12 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from phivision_jax.text.tokenizer import TOKENIZER_CONFIG, read_tokenizer_config
+from phivision_jax.config import typed
+from phivision_jax.io.messages import prefix_errors
+from phivision_jax.io.read_json import read_json, read_limited
+from phivision_jax.text.tokenizer import TOKENIZER_CONFIG
 
-TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
 _SMALL = Path(__file__).parent / "small"
 _MARKED = "_marked"  # in the context: every generated piece, to notice those that render does not see
 
@@ -56,28 +59,33 @@ class ChatTemplate:
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ChatTemplate:
-        """Read ``chat_template.jinja``, or else the ``chat_template`` in ``tokenizer_config.json``.
+        """Read ``chat_template.jinja``, ``chat_template.json``, or the template in ``tokenizer_config.json``.
 
         Raises:
           FileNotFoundError: when there is neither.
           ValueError: when the template does not compile.
         """
         path = Path(path)
-        file, config_file = path / TEMPLATE_FILE, path / TOKENIZER_CONFIG
-        config = read_tokenizer_config(config_file.read_bytes() if config_file.is_file() else None, str(path))
+        file, json_file, config_file = path / TEMPLATE_FILE, path / TEMPLATE_JSON, path / TOKENIZER_CONFIG
+        config = read_json(config_file) if config_file.is_file() else {}
         special_tokens = {
-            key: value["content"] if isinstance(value, Mapping) else value
+            key: typed(value.get("content") if isinstance(value, Mapping) else value, str, f"{config_file}: {key}")
             for key, value in config.items()
             if key.endswith("_token") and isinstance(value, str | Mapping)
         }
         if file.is_file():
-            return cls(file.read_bytes().decode(), special_tokens, str(file))
-        source = config.get("chat_template")
+            with prefix_errors(str(file)):
+                text = read_limited(file).decode("utf-8-sig")
+            return cls(text, special_tokens, str(file))
+        if json_file.is_file():
+            config_file, config = json_file, read_json(json_file)
+        name, source = f"chat_template in {config_file}", config.get("chat_template")
         if isinstance(source, list):  # several templates, by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            entries = typed(source, tuple[Mapping[str, str], ...], name)
+            source = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
         if source is None:
             raise FileNotFoundError(f"{path} holds no {TEMPLATE_FILE}, nor a default one in {TOKENIZER_CONFIG}")
-        return cls(source, special_tokens, f"chat_template in {config_file}")
+        return cls(typed(source, str, name), special_tokens, name)
 
     @classmethod
     def small(cls) -> ChatTemplate:

@@ -6,14 +6,20 @@ Control tokens in a text become their ids, because the chat template writes them
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken
+
+from phivision_jax.config import typed
+from phivision_jax.io.messages import prefix_errors, shorten
+from phivision_jax.io.read_json import parse_json, read_limited, wrong_file
 
 EOS = "<|im_end|>"
 """Ends a turn, and an answer."""
@@ -67,7 +73,7 @@ class Tokenizer:
         if not (path / TOKENIZER).is_file():
             raise FileNotFoundError(f"{path} holds no {TOKENIZER}")
         names = (TOKENIZER, TOKENIZER_CONFIG)
-        return cls({name: (path / name).read_bytes() for name in names if (path / name).is_file()}, str(path))
+        return cls({name: read_limited(path / name) for name in names if (path / name).is_file()}, str(path))
 
     @classmethod
     def small(cls) -> Tokenizer:
@@ -128,28 +134,27 @@ def _build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
 
     transformers does the same: where the files disagree about white space beside a token, the config wins.
     """
-    try:
-        backend = tokenizers.Tokenizer.from_buffer(files[TOKENIZER])
-    except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{where}/{TOKENIZER} cannot be read: {error}") from None
-    # A saved tokenizer may truncate or pad; here the data plan decides lengths.
-    backend.no_truncation()
-    backend.no_padding()
-    config = read_tokenizer_config(files.get(TOKENIZER_CONFIG), where)
-    added = {int(index): entry for index, entry in config.get("added_tokens_decoder", {}).items()}
+    config_name = f"{where}/{TOKENIZER_CONFIG}"
+    config = parse_json(files.get(TOKENIZER_CONFIG, b"{}"), config_name)
+    added_tokens = config.get("added_tokens_decoder") or {}
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    entries = [added[i] for i in sorted(added)]
-    backend.add_tokens([AddedToken(e["content"], **{f: e[f] for f in flags if f in e}) for e in entries])
-    for index, entry in added.items():
-        if (found := backend.token_to_id(entry["content"])) != index:
-            problem = f"{TOKENIZER_CONFIG} has {entry['content']} as token {index}, {TOKENIZER} as {found}"
+    added: dict[int, AddedToken] = {}
+    with prefix_errors(f"{config_name}: added_tokens_decoder"):
+        for index, entry in typed(added_tokens, Mapping[str, Mapping[str, Any]], "it").items():
+            content = typed(entry.get("content"), str, "content")
+            added[int(index)] = AddedToken(content, **{f: typed(entry[f], bool, f) for f in flags if f in entry})
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(files[TOKENIZER].removeprefix(codecs.BOM_UTF8))
+        # A saved tokenizer may truncate or pad; here the data plan decides lengths.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.add_tokens([added[i] for i in sorted(added)])
+        backend.encode("A trial.")
+    except Exception as error:  # the library raises plain Exception
+        known = wrong_file(files[TOKENIZER]) or f"cannot be read: {shorten(str(error))}"
+        raise ValueError(f"{where}/{TOKENIZER} {known}") from None
+    for index, token in added.items():
+        if (found := backend.token_to_id(token.content)) != index:
+            problem = f"{TOKENIZER_CONFIG} has {shorten(token.content)} as token {index}, {TOKENIZER} as {found}"
             raise ValueError(f"{where}: {problem}")
     return backend
-
-
-def read_tokenizer_config(content: bytes | None, where: str) -> dict:
-    """``tokenizer_config.json`` as a dict, empty for a missing file."""
-    try:
-        return json.loads(content or b"{}")
-    except ValueError as error:
-        raise ValueError(f"{where}/{TOKENIZER_CONFIG} is not JSON: {error}") from None

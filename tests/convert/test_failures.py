@@ -102,7 +102,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index omits": (lambda hf: edit_index(hf, O_PROJ, None), f"1 extra: {O_PROJ}"),
     "index corrupt": (lambda hf: (hf / INDEX).write_text("{"), f"{INDEX} is not JSON"),
-    "index empty": (lambda hf: (hf / INDEX).write_text("{}"), f"{INDEX} has no weight_map"),
+    "index empty": (lambda hf: (hf / INDEX).write_text("{}"), f"{INDEX}: weight_map must be a group of fields"),
     "index without tensors": (lambda hf: (hf / INDEX).write_text('{"weight_map": {}}'), "its weight_map is empty"),
     "header corrupt": (lambda hf: edit_header(hf, b'"dtype"', b'"dtybe"'), "the safetensors header is corrupt"),
     "header not JSON": (lambda hf: edit_header(hf, b'{"__meta', b"((__meta"), "the safetensors header is corrupt"),

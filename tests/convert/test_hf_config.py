@@ -5,7 +5,7 @@ import json
 import pytest
 
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
-from phivision_jax.convert.hf_config import config_json, model_config
+from phivision_jax.convert.hf_config import config_json, generation_json, model_config
 
 # The decisive keys of the released config.json (microsoft/Phi-4-reasoning-vision-15B), which omits every default.
 RELEASED = {
@@ -38,6 +38,8 @@ RELEASED = {
     },
 }
 
+IDS = {"bos_token_id": 507, "eos_token_id": 508, "pad_token_id": None}
+
 
 def test_released_config_is_the_default():
     assert model_config(RELEASED) == ModelConfig()
@@ -52,7 +54,9 @@ def test_to_hf_keeps_what_it_does_not_know_and_how_numbers_are_spelt():
 def test_to_hf_from_nothing_reads_back():
     model = ModelConfig(
         vision=VisionConfig(hidden_size=48, num_heads=4, num_layers=3, patch_size=8, intermediate_size=96),
-        decoder=DecoderConfig(hidden_size=64, num_heads=8, num_kv_heads=2, vocab_size=512, num_layers=2),
+        decoder=DecoderConfig(
+            hidden_size=64, num_heads=8, num_kv_heads=2, vocab_size=512, num_layers=2, **IDS, stop_token_ids=(507,)
+        ),
         min_patches=4,
         max_patches=64,
     )
@@ -86,3 +90,38 @@ def test_from_hf_refuses_a_text_only_model():
 def test_config_json_cannot_say_bidirectional():
     with pytest.raises(ValueError, match="bidirectional"):
         config_json(ModelConfig(image_attention="bidirectional"))
+
+
+def test_stop_ids_of_both_files_are_kept(tmp_path):
+    base = RELEASED | {"eos_token_id": [100265, 100257]}
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [100257, 100349]}))
+    model = model_config(tmp_path)
+    assert model.decoder.stop_ids == (100265, 100257, 100349)
+    assert config_json(model, base) == base
+    assert config_json(model)["eos_token_id"] == [100265, 100257, 100349]
+    assert generation_json(model)["eos_token_id"] == [100265, 100257, 100349]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 100352}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is 100352, but the vocabulary has"):
+        model_config(tmp_path)
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_null_ids_stay_null(missing):
+    base = RELEASED | {"pad_token_id": None, "bos_token_id": None}
+    given = {key: value for key, value in base.items() if not missing or value is not None}
+    decoder = model_config(given).decoder
+    assert (decoder.pad_token_id, decoder.bos_token_id) == (None, None)
+    assert config_json(model_config(given), given) == given
+
+
+@pytest.mark.parametrize("key", ["pad_token_id", "bos_token_id", "eos_token_id"])
+@pytest.mark.parametrize("value", [100352, -1])
+def test_id_beyond_vocabulary_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"{key} is {value}, but the vocabulary has the ids 0 to 100351"):
+        model_config(RELEASED | {key: value})
+
+
+def test_config_without_end_token_is_refused():
+    with pytest.raises(ValueError, match="has no eos_token_id"):
+        model_config(RELEASED | {"eos_token_id": None})

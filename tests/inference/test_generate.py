@@ -57,12 +57,12 @@ def test_generate_ids_ends_rows_at_eos(tiny):
     ids, images = prompts(np.random.default_rng(4))
     batch = batch_from_ids(ids, images, config=tiny.config)
     free = generate_ids(tiny, batch, max_new_tokens=NEW, eos_id=None)
-    eos = int(free[1, 2])
-    got = generate_ids(tiny, batch, max_new_tokens=NEW, eos_id=eos)
+    eos, other = int(free[1, 2]), int(free[0, 3])
+    got = generate_ids(tiny, batch, max_new_tokens=NEW, eos_id=(eos, other))
     for row, ended in zip(free.tolist(), got.tolist(), strict=True):
-        length = row.index(eos) if eos in row else NEW
-        assert ended == row[:length] + [eos] * (NEW - length)
-    assert (got[1, 2:] == eos).all()
+        length = next((i for i, token in enumerate(row) if token in (eos, other)), NEW)
+        assert ended == (row[: length + 1] + [eos] * NEW)[:NEW]
+    assert (got[1, 3:] == eos).all() and (got[0, 4:] == eos).all()
 
 
 @pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.5}])
@@ -132,6 +132,15 @@ def test_generate_one_prompt_or_list(asked):
     conversation = [{"role": "user", "content": "one"}]
     assert generate(None, processor, conversation) == "a circle"
     assert generate(None, processor, [conversation, "two"]) == ["a circle"] * 2
+
+
+def test_generate_ends_at_any_stop_token(asked):
+    processor, answer = asked
+    stop = answer.ids[2]
+    decoder = dataclasses.replace(processor.config.decoder, eos_token_id=stop, stop_token_ids=(508,))
+    processor = Processor.small(dataclasses.replace(processor.config, decoder=decoder))
+    assert generate(None, processor, "what?") == processor.decode(answer.ids[1:2]).strip() != "a circle"
+    assert answer.settings["eos_id"] == (stop, 508)
 
 
 @pytest.mark.parametrize(("mode", "token"), [("think", "think_id"), ("nothink", "nothink_id")])

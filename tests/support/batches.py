@@ -23,6 +23,8 @@ TINY = ModelConfig(
         num_heads=4,
         num_kv_heads=2,
         rope_theta=10_000.0,
+        bos_token_id=61,
+        eos_token_id=62,
         pad_token_id=63,
     ),
     min_patches=1,
