@@ -1,4 +1,4 @@
-"""Skip updates with a non-finite loss or gradient, and loss spikes.
+"""Skip updates with a non-finite loss or gradient, loss spikes, and steps without a target token.
 
 The decision is made on the devices, inside the step, from values that all of them share, and rests on optimizer state:
 every host skips the same updates, and a restarted run skips those that the undisturbed one did. A skipped update leaves
@@ -7,6 +7,9 @@ parameters and moments as they were, bit for bit.
     spike    loss > mean + k · deviation     over the losses of accepted updates, averaged over about the last 100:
                                              mean += r · d,  variance = (1 − r) · (variance + r · d²),  d = loss − mean,
                                              r = 1 / min(accepted + 1, 100)     (West 1979; Finch 2009)
+
+A step has no target token when no record of it can be decoded, or all weights are 0. Weight decay and momentum would
+move the parameters without any data. Such a step says nothing about the weights: it does not count as skipped in a row.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from phivision_jax.io import jsonl
+from phivision_jax.io.messages import shorten
 from phivision_jax.training.run_config import GuardConfig
 
 WINDOW = 100
@@ -43,7 +47,7 @@ class GuardState(NamedTuple):
 def guarded(tx: optax.GradientTransformation, cfg: GuardConfig) -> optax.GradientTransformationExtraArgs:
     """``tx``, with zero updates and unchanged state where an update is to be skipped.
 
-    ``update`` takes the step's ``loss`` in addition, and whatever ``tx`` takes.
+    ``update`` takes the step's ``loss`` and total ``weight`` of its targets in addition, and whatever ``tx`` takes.
 
     Raises:
       ValueError: for settings out of range.
@@ -57,12 +61,18 @@ def guarded(tx: optax.GradientTransformation, cfg: GuardConfig) -> optax.Gradien
         return GuardState(tx.init(params), zero, zero, none, none, none)
 
     def update(
-        grads: optax.Updates, state: GuardState, params: optax.Params | None = None, *, loss: jax.Array, **more: Any
+        grads: optax.Updates,
+        state: GuardState,
+        params: optax.Params | None = None,
+        *,
+        loss: jax.Array,
+        weight: jax.Array,
+        **more: Any,
     ) -> tuple[optax.Updates, GuardState]:
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
         limit = state.mean + cfg.spike * jnp.sqrt(state.variance)
         ready = (state.accepted >= cfg.warmup) & (cfg.spike > 0)
-        accept = finite & ~(ready & (loss > limit))
+        accept = finite & ~(ready & (loss > limit)) & (weight != 0)
 
         updates, inner = tx.update(grads, state.inner, params, **more)
         updates = jax.tree.map(lambda new: jnp.where(accept, new, jnp.zeros_like(new)), updates)
@@ -73,7 +83,7 @@ def guarded(tx: optax.GradientTransformation, cfg: GuardConfig) -> optax.Gradien
         change = jnp.where(accept, loss - state.mean, 0.0)
         variance = (1 - rate) * (state.variance + rate * change**2)
         mean, variance = state.mean + rate * change, jnp.where(accept, variance, state.variance)
-        in_a_row = jnp.where(accept, 0, state.skipped_in_a_row + 1)
+        in_a_row = jnp.where(accept, 0, state.skipped_in_a_row + (weight != 0))
         return updates, GuardState(inner, mean, variance, accepted, in_a_row, state.skipped + ~accept)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -105,7 +115,7 @@ class SkippedUpdates:
         Raises:
           FloatingPointError: after ``patience`` skipped updates in a row.
         """
-        examined = {name: metrics[name] for name in ("loss", "grad_norm", "skipped_in_a_row")}
+        examined = {name: metrics[name] for name in ("loss", "weight", "grad_norm", "skipped_in_a_row")}
         self._waiting.append((step, examined, record_ids))
         self.drain(self._late)
 
@@ -114,17 +124,21 @@ class SkippedUpdates:
         while len(self._waiting) > keep:
             step, metrics, record_ids = self._waiting.popleft()
             host = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if host["skipped_in_a_row"]:
-                self._report(step, host["loss"], host["grad_norm"], int(host["skipped_in_a_row"]), record_ids)
+            if host["skipped_in_a_row"] or not host["weight"]:
+                self._report(step, host, record_ids)
 
-    def _report(self, step: int, loss: float, norm: float, in_a_row: int, record_ids: Sequence[Sequence[str]]) -> None:
+    def _report(self, step: int, host: Mapping[str, float], record_ids: Sequence[Sequence[str]]) -> None:
+        loss, norm, in_a_row = host["loss"], host["grad_norm"], int(host["skipped_in_a_row"])
         reason = "spike" if math.isfinite(loss) and math.isfinite(norm) else "not finite"
+        reason = reason if host["weight"] else "no target token"
         row = {"step": step, "reason": reason, "loss": str(loss), "grad_norm": str(norm), "rows": list(record_ids)}
         jsonl.append(self.path, row)
         ids = [record_id for row_ids in record_ids for record_id in row_ids]
-        named = ", ".join(ids[:MAX_NAMED]) + (f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else "")
+        named = ", ".join(map(shorten, ids[:MAX_NAMED])) + (
+            f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
+        )
         what = f"the update of step {step} was skipped ({reason}): loss {loss:.4g}, gradient norm {norm:.4g}; {named}"
-        if in_a_row >= self._patience:
+        if in_a_row >= self._patience and host["weight"]:
             raise FloatingPointError(
                 f"training stops after {in_a_row} skipped updates in a row; {what}. All records are in {self.path}. If "
                 f"they are sound, the weights are not: inspect with --replay={step}, go back to an earlier checkpoint, "

@@ -60,7 +60,7 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
                 advance(1)
     metrics = {name: value for name, value in metrics.items() if name != "work"}
     host = {name: float(value) for name, value in jax.device_get(metrics).items() if np.ndim(value) == 0}
-    update = "update skipped" if host["skipped_in_a_row"] else "update accepted"
+    update = "update skipped" if host["skipped_in_a_row"] or not host["weight"] else "update accepted"
     log(f"step {number} ({update}): loss {host['loss']:.6g}, gradient norm {host['grad_norm']:.6g}")
     log("  " + ", ".join(f"{name} {host[name]:.4g}" for name in host if name.startswith("grad_norm/")))
     process = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""

@@ -301,10 +301,14 @@ class Run:
 
 
 def loss_metrics(metrics: dict[str, jax.Array], groups: Sequence[str]) -> dict[str, float]:
-    """A step's metrics, fetched from the devices, without those that are not finite (``skipped.jsonl`` has them)."""
+    """A step's metrics, fetched from the devices, without those that are not finite (``skipped.jsonl`` has them).
+
+    A step without a target token has no loss.
+    """
     host: dict[str, Any] = jax.device_get(metrics)
     by_group = group_metrics("loss", groups, host.pop("group_loss"), host.pop("group_weight"))
-    host["token_accuracy"] = float(host.pop("correct")) / (float(host["weight"]) or 1.0)
+    host["token_accuracy"] = host.pop("correct") / (host["weight"] or math.nan)
+    host["loss"] = host["loss"] if host["weight"] else math.nan
     row = {name: float(value) for name, value in host.items()} | by_group
     return {name: value for name, value in row.items() if math.isfinite(value)}
 

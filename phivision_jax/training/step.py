@@ -100,7 +100,8 @@ class TrainStep:
             lambda part: grad(trainable, part), batch, self.microbatches, pin=self.pin
         )
         with jax.named_scope("optimizer"):
-            updates, opt_state = self.tx.update(grads, state["opt_state"], trainable, loss=loss, step=state["step"])
+            facts = {"loss": loss, "weight": total_weight, "step": state["step"]}
+            updates, opt_state = self.tx.update(grads, state["opt_state"], trainable, **facts)
             params = optim.unflatten({**optax.apply_updates(trainable, updates), **frozen})
         metrics = {
             "loss": loss,

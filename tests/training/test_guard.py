@@ -23,15 +23,16 @@ GRADS = {"w": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array(0.5)}
 @functools.cache
 def compiled(cfg):
     tx = guarded(optax.adam(0.1), cfg)
-    return tx.init(PARAMS), jax.jit(lambda grads, state, loss: tx.update(grads, state, PARAMS, loss=loss))
+    return tx.init(PARAMS), jax.jit(lambda grads, state, **more: tx.update(grads, state, PARAMS, **more))
 
 
-def walk(losses, cfg=CFG, grads=None):
-    """(updates, state) after each loss."""
+def walk(losses, cfg=CFG, grads=None, empty=()):
+    """(updates, state) after each loss; those of the steps in ``empty`` are of no target token."""
     state, update = compiled(cfg)
     states = []
     for i, loss in enumerate(losses):
-        updates, state = update((grads or {}).get(i, GRADS), state, jnp.float32(loss))
+        weight = jnp.float32(0 if i in empty else 0.5)
+        updates, state = update((grads or {}).get(i, GRADS), state, loss=jnp.float32(loss), weight=weight)
         states.append((updates, state))
     return states
 
@@ -47,6 +48,29 @@ def test_guarded_not_finite_changes_nothing(loss, bad):
         assert (np.asarray(old) == np.asarray(new)).all()
     assert (after[1].skipped_in_a_row, after[1].skipped, after[1].accepted) == (1, 1, 1)
     assert (after[1].mean, after[1].variance) == (before[1].mean, before[1].variance)
+
+
+def test_step_without_a_target_token_changes_nothing_and_is_not_in_a_row():
+    """Momentum would move the parameters although the gradient is zero."""
+    losses, zero = [1.0, math.nan, 0.0, 0.0, math.nan], jax.tree.map(jnp.zeros_like, GRADS)
+    steps = walk(losses, grads={2: zero, 3: zero}, empty=(2, 3))
+    for updates, state in steps[2:4]:
+        assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(updates))
+        for old, new in zip(jax.tree.leaves(steps[1][1].inner), jax.tree.leaves(state.inner), strict=True):
+            assert (np.asarray(old) == np.asarray(new)).all()
+        assert (state.mean, state.accepted) == (1.0, 1)
+    assert [int(state.skipped_in_a_row) for _, state in steps] == [0, 1, 1, 1, 2]
+    assert [int(state.skipped) for _, state in steps] == [0, 1, 2, 3, 4]
+
+
+def test_step_without_a_target_token_is_logged_and_ends_no_training(tmp_path):
+    messages = []
+    seen = SkippedUpdates(tmp_path, patience=1, log=messages.append)
+    for step in (4, 5):
+        seen.add(step, {"loss": 0.0, "weight": 0.0, "grad_norm": 0.0, "skipped_in_a_row": 7}, [["x" * 5000, "set:2"]])
+    (line, _) = [json.loads(line) for line in seen.path.read_text().splitlines()]
+    assert (line["reason"], line["rows"][0][1], len(messages)) == ("no target token", "set:2", 2)
+    assert "the update of step 4 was skipped (no target token)" in messages[0] and len(messages[0]) < 300
 
 
 def test_guarded_accepted_update_is_the_optimizers():
@@ -96,7 +120,7 @@ def test_skipped_updates_log_and_patience(tmp_path):
     rows = [[f"set:{i}" for i in range(10)], ["other:1"]]
 
     def metrics(in_a_row, loss=math.nan):
-        return {"loss": loss, "grad_norm": 2.0, "skipped_in_a_row": in_a_row}
+        return {"loss": loss, "weight": 9.0, "grad_norm": 2.0, "skipped_in_a_row": in_a_row}
 
     seen.add(6, metrics(0, 1.0), rows)
     seen.add(7, metrics(1), rows)

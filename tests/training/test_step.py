@@ -34,6 +34,11 @@ def test_step_keeps_frozen_parameters(params):
     assert np.abs(params["projector"]["fc1"]["kernel"] - after["projector"]["fc1"]["kernel"]).max() > 1e-4
     trained = sum(x.size for x in jax.tree.leaves(after["projector"]))
     assert sum(x.size for x in jax.tree.leaves(state["opt_state"])) <= 2 * trained + 9  # and counters
+    empty = rows_across(0, "causal")
+    empty = empty._replace(loss_weights=np.zeros_like(empty.loss_weights))
+    _, _, kept = run(step, compiled, params, [rows_across(0, "causal")] * 4 + [empty])
+    jax.tree.map(np.testing.assert_array_equal, after, kept["params"])  # neither weight decay nor momentum moves them
+    assert int(kept["opt_state"].skipped) == 1 and int(kept["step"]) == 5
     other = jax.tree.map(lambda x: x[:, : T // 2] if x.shape[1] == T else x, rows_across(0, "causal"))
     with pytest.raises(TypeError):  # compiled for one shape
         compiled(state, other)
