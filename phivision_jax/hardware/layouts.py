@@ -25,6 +25,7 @@ class Layout:
 
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "TPU v4": (Layout(32, 8192, "full", "full"),),
     "TPU v5 lite": (Layout(64, 8192, "offload_attention", "offload_attention"),),  # v5e
     "TPU v5": (Layout(32, 8192, "dots", "attention"), Layout(32, 32_768, "full", "full")),  # v5p
     # v6e: the SparseCores gather over one ring of the torus, 16 chips, while products run; over 32 they do not.
