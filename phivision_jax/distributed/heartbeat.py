@@ -23,7 +23,6 @@ from typing import NoReturn, TypedDict
 from urllib.parse import quote
 
 from phivision_jax.io import atomic, storage
-from phivision_jax.io.storage import Location
 
 FAILED = 1
 """Exit code of an error, which a restart would repeat; a message explains it."""
@@ -36,8 +35,6 @@ LOST = 77
 
 HEARTBEAT_S = 10.0
 """Seconds between two heartbeats."""
-RENEWED_S = 15.0
-"""Seconds after which a heartbeat that was not renewed counts as a dead process."""
 UNWRITTEN_S = 35.0
 """Seconds after which a launched process that cannot write its heartbeat exits with a message, before the launcher
 takes it for hung."""
@@ -74,7 +71,7 @@ def write(run: Path, beat: Heartbeat) -> None:
     atomic.write(path, json.dumps(beat), durable=False)
 
 
-def read(run: Location) -> list[Heartbeat]:
+def read(run: Path) -> list[Heartbeat]:
     """The newest readable heartbeat of each process."""
     beats: list[Heartbeat] = []
     for path in sorted((run / _DIRECTORY).glob("process_*.json")):
@@ -84,7 +81,7 @@ def read(run: Location) -> list[Heartbeat]:
 
 
 def mirrors(url: str) -> Path:
-    """This machine's directory for the local copies of a run in a bucket, one per process: PROCESS/NAME."""
+    """This machine's directory for the local copies of a run in a bucket, one per process: PROCESS-RANDOM/NAME."""
     return storage.scratch() / quote(url.removeprefix(storage.REMOTE).rstrip("/"), safe="")
 
 
@@ -93,37 +90,6 @@ def local_directories(run: str) -> list[Path]:
     if not run.startswith(storage.REMOTE):
         return [Path(run)] if run else []
     return sorted(mirrors(run).glob("*/*"))
-
-
-def refuse_another_start(run: Location, process: int, renewed_s: float) -> None:
-    """Make sure that this process number is not running already: two would remove each other's files.
-
-    Args:
-      renewed_s: seconds after which a heartbeat that was not renewed counts as a dead process.
-
-    Raises:
-      ValueError: when it renews its heartbeat.
-    """
-    beat = _running(run, process)
-    if beat is None or time.time() - beat["time"] > renewed_s:
-        return
-    deadline = time.monotonic() + renewed_s
-    while time.monotonic() < deadline:
-        time.sleep(_TICK_S)
-        now = _running(run, process)
-        if now is None:
-            return
-        if now["time"] != beat["time"]:
-            other = f"process {now['process']} (pid {now['pid']} on {now['host']}) is at step {now['step']}"
-            raise ValueError(f"{run} is being trained already: {other}; end it first, or use another --run")
-
-
-def _running(run: Location, process: int) -> Heartbeat | None:
-    """The heartbeat of a process number, unless that process is known to have ended."""
-    beat = next((beat for beat in read(run) if beat["process"] == process), None)
-    if beat is None or beat["phase"] == "ended" or beat["phase"].startswith("hung"):
-        return None
-    return None if beat["host"] == socket.gethostname() and not exists(beat["pid"]) else beat
 
 
 def exists(pid: int) -> bool:
@@ -142,15 +108,11 @@ class Watchdog:
       run: the run's directory.
       limit_s: seconds that a phase may take (``step_timeout_s``), unless ``alive`` gives another limit.
       process: number of this process.
-
-    Raises:
-      ValueError: when another start of this run is still running.
     """
 
     def __init__(self, run: Path, limit_s: float, process: int = 0) -> None:
         self._run, self._default_s, self._process = run, limit_s, process
         self._launcher, self._host = int(os.environ.get(LAUNCHER, 0)), socket.gethostname()
-        refuse_another_start(run, process, RENEWED_S)
         self._step, self._last = 0, ("starting", LONG_S, time.monotonic())
         self._written = time.monotonic()
         self._over = threading.Event()

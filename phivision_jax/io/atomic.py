@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -92,11 +92,7 @@ def temporary_directory(path: Path, log: Callable[[str], None] = print) -> Itera
     Those that killed processes have left are removed first: their locks are free.
     """
     prefix = f".{path.name}.partial-"
-    for left in path.parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):  # in use, or just removed by another process
-            os.close(lock(left))
-            log(f"removing {left}, left by an interrupted process")
-            shutil.rmtree(left)
+    remove_abandoned(path.parent.glob(f"{prefix}*"), log)
     partial, locked = path.with_name(f"{prefix}{secrets.token_hex(4)}"), None
     try:
         partial.mkdir()
@@ -106,6 +102,15 @@ def temporary_directory(path: Path, log: Callable[[str], None] = print) -> Itera
         _remove(partial)
         if locked is not None:
             os.close(locked)
+
+
+def remove_abandoned(directories: Iterable[Path], log: Callable[[str], None] = lambda line: None) -> None:
+    """Remove those of these directories that no process has locked: the ones that used them have ended."""
+    for left in directories:
+        with contextlib.suppress(OSError):  # in use, or just removed by another process
+            os.close(lock(left))
+            log(f"removing {left}, left by an interrupted process")
+            shutil.rmtree(left)
 
 
 def lock(path: Path) -> int:

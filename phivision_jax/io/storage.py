@@ -252,6 +252,26 @@ def upload(source: Path, target: Location, names: Iterable[str] | None = None, d
         _fs().put(local, remote, callback=callback, batch_size=_CONCURRENT, chunksize=_PIECE)
 
 
+def create(path: Location, content: bytes) -> bool:
+    """Create a file unless there is one: of several processes, on any hosts, exactly one gets True.
+
+    A reader of a local file may find it empty at first.
+
+    Raises:
+      StorageError: when the bucket does not answer.
+    """
+    with wrap_storage_errors(path):
+        try:
+            if is_remote(path):
+                _fs().pipe_file(os.fspath(path), content, mode="create")
+            else:
+                with Path(path).open("xb") as file:
+                    file.write(content)
+        except FileExistsError:
+            return False
+    return True
+
+
 def remove(path: Location) -> None:
     """Remove a directory in a bucket and everything below it, if it exists."""
     with wrap_storage_errors(path), contextlib.suppress(FileNotFoundError):

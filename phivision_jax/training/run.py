@@ -49,8 +49,8 @@ def train(cfg: RunConfig, where: str) -> int:
       Exit code: 0 at the end, ``PREEMPTED`` when asked to stop, with everything saved.
 
     Raises:
-      ValueError: when the configuration, the data and earlier starts of this run do not fit together, before any
-        training; when a checkpoint cannot be written.
+      ValueError: when another process trains this run; when the configuration, the data and earlier starts of this run
+        do not fit together, before any training; when a checkpoint cannot be written.
       StorageError: when the bucket cannot be read at the start, or written at the end.
       FloatingPointError: after too many skipped updates in a row.
     """
@@ -126,6 +126,7 @@ class Run:
     def __enter__(self) -> Self:
         cfg, folder, process = self.cfg, self.directory.local, jax.process_index()
         with contextlib.ExitStack() as stack:
+            on_process_zero("the run is locked", lambda: stack.enter_context(self.directory.lock))
             stack.enter_context(self.directory)
             watchdog = Watchdog(folder, cfg.step_timeout_s, process)
             self._watchdog = stack.enter_context(contextlib.closing(watchdog))
@@ -255,9 +256,11 @@ class Run:
         Raises:
           FloatingPointError: after too many skipped updates in a row.
           CheckpointError: when it, or the one before, cannot be written.
+          LostError: when another start has taken the run over.
         """
         self._skipped.drain()
         with self.phase("checkpoint", LONG_S):
+            self.directory.lock.check()
             self.goodput.drain()
             self.checkpoints.save(state, vision_tail, self._meta, self.prepared.assets, row)
 

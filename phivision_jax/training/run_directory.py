@@ -4,9 +4,10 @@
     gs://bucket/runs/mine  checkpoints/, compilation_cache/    written to the bucket directly
                            everything else                     copied from the bucket at the start, and back on change
 
-The bucket is authoritative: a start clears its copy and fetches it again, so it may be on any machine. Changed files
-are sent every ``PUSH_S`` seconds, before each checkpoint and at the end. Before, not after: a checkpoint in the bucket
-never lacks the log of its steps; log lines beyond it are dropped by the start that resumes there.
+One process trains (``lock``); replays only read. The bucket is authoritative: a start fetches a copy of its own, so it
+may be on any machine, and removes those of processes that have ended. Changed files are sent every ``PUSH_S`` seconds,
+before each checkpoint and at the end. Before, not after: a checkpoint in the bucket never lacks the log of its steps;
+log lines beyond it are dropped by the start that resumes there.
 
 Before the first checkpoint, a kill may leave a part of ``assets/`` or ``plan/`` in the bucket. So both are made again
 by a start that finds no checkpoint.
@@ -19,7 +20,9 @@ one. Imports no JAX.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import secrets
 import shutil
 import tempfile
 import threading
@@ -29,18 +32,16 @@ from pathlib import Path
 from typing import Self
 
 from phivision_jax.checkpoint.layout import CHECKPOINTS
-from phivision_jax.distributed import heartbeat
-from phivision_jax.io import storage
+from phivision_jax.distributed import heartbeat, run_lock
+from phivision_jax.io import atomic, storage
 
 CACHE = "compilation_cache"
 PUSH_S = 30.0
 """Seconds between two looks for changed files."""
-RENEWED_S = PUSH_S + heartbeat.RENEWED_S
-"""Seconds after which a heartbeat in the bucket that was not renewed counts as a dead process."""
 PATIENCE_S = 300.0
 """Seconds for which an unresponsive bucket is tried again, before a checkpoint and at the end."""
 
-_NOT_FETCHED = (CHECKPOINTS, CACHE, "heartbeat", "profile", "tensorboard", "wandb")
+_NOT_FETCHED = (CHECKPOINTS, CACHE, run_lock.DIRECTORY, "heartbeat", "profile", "tensorboard", "wandb")
 """Folders that a start does not read, or not from its copy."""
 _MADE_AT_START = ("assets", "plan")
 _NUMBERED = re.compile(r"(?:^|/)(?:records_|skipped_|quarantine-|process_)(\d+)\.")
@@ -49,7 +50,8 @@ _NUMBERED = re.compile(r"(?:^|/)(?:records_|skipped_|quarantine-|process_)(\d+)\
 class RunDirectory:
     """The files of a run, for one process.
 
-        with RunDirectory("gs://bucket/runs/mine", process) as directory:
+        directory = RunDirectory("gs://bucket/runs/mine", process)
+        with directory.lock, directory:    the first process; others follow once it has the lock
             …                        read and write below ``directory.local``
             directory.push()         before a checkpoint
 
@@ -61,7 +63,7 @@ class RunDirectory:
       readonly: send nothing, and remove the local copy at the end.
 
     Raises:
-      ValueError: for another URL scheme; when another start of this run is active in the bucket.
+      ValueError: for another URL scheme.
       StorageError: when the bucket cannot be read.
     """
 
@@ -74,7 +76,9 @@ class RunDirectory:
         """True if ``local`` is a copy, which belongs to this process only."""
         self.local = self.url if isinstance(self.url, Path) else _copy_of(str(self.url), process, readonly)
         """The run's small files."""
+        self.lock = run_lock.RunLock(self.url, log)
         self._process, self._processes, self._log, self._readonly = process, processes, log, readonly
+        self._locked: int | None = None
         self._sent: dict[str, tuple[int, int]] = {}
         self._sending = threading.Lock()
         self._over = threading.Event()
@@ -97,14 +101,18 @@ class RunDirectory:
             self._thread.join()
             self.push()
         elif self.mirrored:
-            with contextlib.suppress(OSError):  # the first error is reported, not one that follows from it
+            # The first error is reported, not one that follows from it.
+            with contextlib.suppress(OSError, run_lock.LostError):
                 self._push()
+        if self._locked is not None:
+            os.close(self._locked)  # the copy stays for the launcher, and the next start removes it
 
     def push(self) -> None:
         """Send changed files; when this returns, they are in the bucket. Tries an unresponsive one for ``PATIENCE_S``.
 
         Raises:
           StorageError: when they cannot be sent.
+          LostError: when another start has taken the run over.
         """
         deadline = time.monotonic() + PATIENCE_S
         while self.mirrored and not self._readonly:
@@ -122,12 +130,12 @@ class RunDirectory:
                 self._sent |= {file: state for file, state in self._files().items() if file.startswith(f"{name}/")}
 
     def _fetch(self) -> None:
+        found = storage.files(self.url)
         if not self._readonly:
-            storage.check(self.url)
-            with storage.wrap_storage_errors(self.url):
-                heartbeat.refuse_another_start(self.url, self._process, RENEWED_S)
-        found = storage.files(self.url)  # now: the earlier start may have sent something until it ended
-        shutil.rmtree(self.local, ignore_errors=True)  # now: the earlier start may be on this machine
+            copies = heartbeat.mirrors(str(self.url))
+            atomic.remove_abandoned(copies.glob(f"{self._process}-*"))
+            self.local.parent.mkdir(parents=True)
+            self._locked = atomic.lock(self.local.parent)
         begun = any(name.startswith(f"{CHECKPOINTS}/") for name in found)
         made_again = () if begun or self._readonly else _MADE_AT_START
         for name in made_again if self._process == 0 else ():
@@ -149,6 +157,7 @@ class RunDirectory:
         return found
 
     def _push(self) -> None:
+        self.lock.check()
         with self._sending:
             now = self._files()
             changed = [name for name, state in now.items() if self._sent.get(name) != state and self._is_own(name)]
@@ -172,8 +181,8 @@ class RunDirectory:
 
 
 def _copy_of(url: str, process: int, readonly: bool) -> Path:
-    """The local copy's directory: one per run and process, or a temporary one."""
+    """The local copy's directory: no other process ever has the same."""
     name = url.rstrip("/").rpartition("/")[2]
     if readonly:
         return Path(tempfile.mkdtemp(prefix="phivision-")) / name
-    return heartbeat.mirrors(url) / str(process) / name
+    return heartbeat.mirrors(url) / f"{process}-{secrets.token_hex(4)}" / name

@@ -45,7 +45,7 @@ def on(machine: Path) -> dict[str, str]:
 
 
 def reached(machine: Path) -> int:
-    return max((step for copy in machine.glob("*/0/*") for step in losses(copy)), default=0)
+    return max((step for copy in machine.glob("*/0-*/*") for step in losses(copy)), default=0)
 
 
 def run_until(words: list[str], env: dict[str, str], condition, log: Path) -> subprocess.Popen:
@@ -134,7 +134,7 @@ def test_two_processes(data, bucket, tmp_path):
     machine, log = tmp_path / "machine", tmp_path / "log"
     words = under_launcher(command(data, bucket, *SHORT), 2, restarts=1)
     process = run_until(words, on(machine), lambda: reached(machine) >= 7, log)
-    (beat,) = (beat for copy in machine.glob("*/1/*") for beat in heartbeat.read(copy))
+    (beat,) = (beat for copy in machine.glob("*/1-*/*") for beat in heartbeat.read(copy))
     os.kill(beat["pid"], 9)
     assert process.wait(300) == 0, log.read_text()[-3000:]
     output = log.read_text()

@@ -1,13 +1,11 @@
 """The local copy of a run in a bucket: what is fetched and sent, and in which order."""
 
-import json
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from phivision_jax.distributed import heartbeat
+from phivision_jax.distributed import heartbeat, run_lock
 from phivision_jax.io import storage
 from phivision_jax.training import run_directory
 from phivision_jax.training.run_directory import RunDirectory
@@ -46,54 +44,6 @@ def test_local_run_needs_no_copy(tmp_path):
     assert heartbeat.local_directories("runs/a") == [Path("runs/a")] and heartbeat.local_directories("") == []
 
 
-@pytest.mark.parametrize("alive", [True, False])
-def test_second_start_is_refused_while_the_first_lives(bucket, scratch, monkeypatch, alive):
-    monkeypatch.setattr(run_directory, "RENEWED_S", 10.0 if alive else 2.0)
-    over = threading.Event()
-
-    def beat():
-        while True:
-            line = {"process": 0, "phase": "step", "step": 7, "time": time.time(), "pid": 1, "host": "elsewhere"}
-            put(bucket, **{"heartbeat__process_0.json": json.dumps(line)})
-            if over.wait(0.5):
-                return
-
-    first = threading.Thread(target=beat)
-    first.start()
-    until(lambda: heartbeat.read(storage.location(bucket)))
-    if not alive:
-        over.set()
-        first.join()
-    try:
-        if alive:
-            message = r"is being trained already: process 0 .* at step 7"
-            with pytest.raises(ValueError, match=message), RunDirectory(bucket):
-                pass
-        else:
-            with RunDirectory(bucket) as directory:
-                assert directory.mirrored
-    finally:
-        over.set()
-        first.join()
-
-
-def test_fetch_waits_for_the_end_of_the_first_start(bucket, scratch):
-    def beat(phase):
-        line = {"process": 0, "phase": phase, "step": 7, "time": time.time(), "pid": 1, "host": "elsewhere"}
-        put(bucket, **{"heartbeat__process_0.json": json.dumps(line)})
-
-    def end():
-        put(bucket, metrics="to the end", checkpoints__7__x="large")
-        beat("ended")
-
-    put(bucket, plan__half="of a plan")
-    beat("saving")
-    threading.Timer(1.0, end).start()
-    with RunDirectory(bucket) as directory:
-        assert (directory.local / "metrics").read_text() == "to the end"
-        assert (directory.local / "plan" / "half").exists()  # with a checkpoint, the plan is complete
-
-
 def test_fetch_and_push(bucket):
     put(bucket, metrics="1", checkpoints__3__x="large", profile__p="old", heartbeat__process_0="old", plan__a="p")
     with RunDirectory(bucket) as directory:
@@ -111,10 +61,37 @@ def test_fetch_and_push(bucket):
         (directory.local / "last").write_text("l")
     assert get(bucket)["last"] == "l"
     put(bucket, metrics="other")  # by a start on another machine
-    (directory.local / "stray").touch()
-    with RunDirectory(bucket) as directory:
-        assert (directory.local / "metrics").read_text() == "other" and not (directory.local / "stray").exists()
+    with RunDirectory(bucket) as second:
+        assert (second.local / "metrics").read_text() == "other" and not directory.local.exists()
     assert get(bucket)["metrics"] == "other"
+
+
+def test_copy_belongs_to_one_process(bucket):
+    """Even two that both took themselves for the owner would not share one; what ended processes left is removed."""
+    with RunDirectory(bucket) as first:
+        (first.local / "log").write_text("1")
+        with RunDirectory(bucket) as second:
+            assert (first.local / "log").read_text() == "1" and second.local != first.local
+        with RunDirectory(bucket):
+            assert not second.local.exists()
+        first.push()
+    assert get(bucket)["log"] == "1" and first.local.exists()
+
+
+def test_start_that_has_lost_the_run_sends_nothing(bucket, monkeypatch):
+    monkeypatch.setattr(run_lock, "RENEW_S", 1000.0)
+    directory = RunDirectory(bucket)
+    with pytest.raises(run_lock.LostError, match="another owner: nobody"), directory.lock, directory:
+        (directory.local / "log").write_text("1")
+        storage.remove(directory.url / "owner")
+        directory.push()
+    assert get(bucket) == {}
+
+
+def test_fetch_leaves_the_owner_where_it_is(bucket):
+    directory = RunDirectory(bucket)
+    with directory.lock, directory:
+        assert get(bucket).keys() == {"owner/1.json"} and not (directory.local / "owner").exists()
 
 
 def test_push_sends_changed_files_only(bucket, monkeypatch):

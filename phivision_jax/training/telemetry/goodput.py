@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from phivision_jax.distributed import run_lock
 from phivision_jax.io import jsonl, storage
 from phivision_jax.io.storage import Location
 
@@ -231,11 +232,9 @@ class Goodput:
 
 def process_age() -> float:
     """Seconds since this process started; 0 where the system does not report it (no /proc)."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # field 22, starttime: proc(5)
-        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
-    except (OSError, AttributeError):
+    if not (ticks := run_lock.start_of(os.getpid())):
         return 0.0
+    return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
 
 
 def read_starts(run: Location) -> list[Start]:
