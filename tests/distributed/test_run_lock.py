@@ -154,9 +154,9 @@ def test_unreadable_owner_counts_as_alive_until_it_is_silent(run, monkeypatch, c
 
 def test_owner_that_was_just_writing_its_file_is_respected(run):
     leave(run)
-    whole = (run / "owner" / "1.json").read_bytes()
+    content = (run / "owner" / "1.json").read_bytes()
     (run / "owner" / "1.json").write_bytes(b"")
-    threading.Timer(0.2, (run / "owner" / "1.json").write_bytes, (whole,)).start()
+    threading.Timer(0.2, (run / "owner" / "1.json").write_bytes, (content,)).start()
     refused(run)
 
 
@@ -166,12 +166,12 @@ def test_of_starts_at_one_moment_one_wins(run, monkeypatch, left, far):
     """All have found the owner gone before any of them creates the next file."""
     if left:
         leave(run, pid=2**22 + 1)
-    together = threading.Barrier(4)
+    barrier = threading.Barrier(4)
     real, places, waited = storage.create, threading.local(), threading.local()
 
     def create(path, content):
         if not hasattr(waited, "once"):
-            waited.once = together.wait()
+            waited.once = barrier.wait()
         return real(path, content)
 
     own = run_lock.machine()

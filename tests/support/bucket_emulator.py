@@ -75,7 +75,7 @@ def serve(port: int) -> None:
 class WholeParts(BytesParser):
     """gcsfs ends a part with a bare LF; where its content ends with CR, the two would be taken for one line's end."""
 
-    def parsebytes(self, text: bytes, headersonly: bool = False) -> Any:
+    def parsebytes(self, text: bytes | bytearray, headersonly: bool = False) -> Any:
         return super().parsebytes(text.replace(b"\n--==0==", b"\r\n--==0=="), headersonly)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from phivision_jax.data.records import Record
 from phivision_jax.data.sources.source import RecordsSource
@@ -21,5 +22,5 @@ def write_dataset(
 ) -> Dataset:
     """Import records in this process, as one chunk; none may be bad."""
     source = RecordsSource(list(records))
-    options = {"workers": 0, "chunk": max(1, len(source)), "max_bad": 0.0, "progress": False}
+    options: dict[str, Any] = {"workers": 0, "chunk": max(1, len(source)), "max_bad": 0.0, "progress": False}
     return import_source(source, directory, processor, shard_bytes=shard_bytes, **options)
