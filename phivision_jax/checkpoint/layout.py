@@ -52,6 +52,9 @@ from phivision_jax.io.storage import Location, wrap_storage_errors
 
 FORMAT = 2
 CHECKPOINTS = "checkpoints"
+CONFIG, COMMAND = "config.json", "command.txt"
+"""Files of a run with the configuration and the command of its newest start; the second distinguishes its config.json
+from one of Hugging Face."""
 PARAMS, OPT_STATE, META, ASSETS = "params", "opt_state", "meta", "assets"
 METADATA = f"{META}/metadata"
 SAVED, DAMAGED = "saved.json", "damaged-"

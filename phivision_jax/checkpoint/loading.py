@@ -28,7 +28,7 @@ from phivision_jax.checkpoint import arrays, layout
 from phivision_jax.checkpoint.layout import PARAMS, Array
 from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig
 from phivision_jax.convert.hf import HFDirectory, HFSource, find_ours, is_asset
-from phivision_jax.convert.hf_config import model_config
+from phivision_jax.convert.hf_config import is_hf, model_config
 from phivision_jax.convert.jobs import copy_file
 from phivision_jax.convert.mapping import Leaf, model_leaves
 from phivision_jax.convert.ours import Adapters, adapter_paths, block_rows
@@ -113,10 +113,6 @@ def locate(path_or_hub_id: str | Location) -> Location:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # many types: no network, no such repository, no permission
         raise ValueError(f"{name} could not be downloaded from the Hugging Face hub: {error}") from error
-
-
-def is_hf(path: Location) -> bool:
-    return (path / "config.json").is_file()
 
 
 def config_of(path: Location) -> ModelConfig:

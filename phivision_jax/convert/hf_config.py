@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from phivision_jax.checkpoint.layout import COMMAND
 from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, field_types, typed
 from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.io.read_json import read_json
@@ -38,6 +39,11 @@ _TEMPLATE = Path(__file__).with_name("config_template.json")
 """The other keys that the released model's remote code needs, for a ``config.json`` without a base."""
 EXPRESSIBLE: dict[str, Any] = {"image_attention": "causal", "image_layout": "naflex", "projector": ProjectorConfig()}
 """Fields of ``ModelConfig`` that ``config.json`` lacks, and the values that Hugging Face code computes."""
+
+
+def is_hf(path: Location) -> bool:
+    """True for a directory with Hugging Face's config.json; a training run has a config.json of its own."""
+    return (path / "config.json").is_file() and not (path / COMMAND).is_file()
 
 
 def model_config(source: Mapping[str, Any] | str | Location) -> ModelConfig:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from rich.filesize import decimal
 
-from phivision_jax.checkpoint.layout import ORBAX_MARK
+from phivision_jax.checkpoint.layout import COMMAND, ORBAX_MARK
 from phivision_jax.io import atomic, storage
 from phivision_jax.io.storage import Location
 
@@ -44,7 +44,7 @@ def new_checkpoint(
     """
     if isinstance(out, Path):
         if os.path.lexists(out):
-            _check_replaceable(out, [mark for mark in MARKS if (out / mark).is_file()], overwrite, sources)
+            _check_replaceable(out, [mark for mark in (*MARKS, COMMAND) if (out / mark).is_file()], overwrite, sources)
         with atomic.new_directory(out, replace=overwrite, log=log) as directory:
             yield directory
         return
@@ -67,7 +67,7 @@ def _check_replaceable(out: Location, present: Collection[str], overwrite: bool,
     """Raises ValueError unless ``out``, which holds these files, is a checkpoint to overwrite and holds no source."""
     if not overwrite:
         raise ValueError(f"{out} exists already; choose another destination or pass --overwrite")
-    if not set(MARKS) & set(present):
+    if not set(MARKS) & set(present) or COMMAND in present:
         raise ValueError(f"{out} exists and is not a checkpoint; --overwrite does not replace it")
     for source in sources:
         if resolved(source).is_relative_to(resolved(out)):

@@ -13,7 +13,7 @@ from rich.filesize import decimal
 
 from phivision_jax.config import ModelConfig
 from phivision_jax.convert.hf import HFDirectory, HFSource
-from phivision_jax.convert.hf_config import model_config
+from phivision_jax.convert.hf_config import is_hf, model_config
 from phivision_jax.convert.jobs import count_bytes, dtypes_of, open_ours, tensors_of
 from phivision_jax.convert.mapping import model_leaves
 from phivision_jax.convert.ours import BLOCK_BYTES
@@ -44,7 +44,7 @@ def open_checkpoint(path: Location) -> Opened:
     storage.check(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
-    if (path / "config.json").is_file():
+    if is_hf(path):
         hf = HFDirectory(path)
         config = model_config(path)
         return Opened(path, "Hugging Face", config, HFSource(hf, model_leaves(config)), hf)

@@ -35,7 +35,7 @@ from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.run_directory import RunDirectory
 from phivision_jax.training.step import State
 from phivision_jax.training.telemetry import goodput, profiling, throughput
-from phivision_jax.training.telemetry.metrics import COMMAND, CONFIG, MetricsWriter, group_metrics
+from phivision_jax.training.telemetry.metrics import MetricsWriter, group_metrics
 from phivision_jax.training.validation import Validator
 
 
@@ -318,8 +318,8 @@ def loss_metrics(metrics: dict[str, jax.Array], groups: Sequence[str]) -> dict[s
 
 def record_start(run: Path, cfg: RunConfig) -> None:
     """Write the configuration of this start, with automatic values open, and the command that began it."""
-    atomic.write(run / CONFIG, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-    atomic.write(run / COMMAND, shlex.join(sys.argv) + "\n")
+    atomic.write(run / layout.CONFIG, json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    atomic.write(run / layout.COMMAND, shlex.join(sys.argv) + "\n")
 
 
 def is_due(step: int, every: int) -> bool:

@@ -19,7 +19,7 @@ from flax import nnx
 
 import phivision_jax
 from phivision_jax.checkpoint import loading
-from phivision_jax.checkpoint.layout import CHECKPOINTS, ORBAX_MARK, DamagedError
+from phivision_jax.checkpoint.layout import CHECKPOINTS, COMMAND, CONFIG, ORBAX_MARK, DamagedError
 from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.cli.main import main
 from phivision_jax.io import storage
@@ -114,6 +114,15 @@ def test_files_beside_weights_are_verified_by_their_readers(step, tmp_path):
                 read(step)
         (step / name).write_bytes(content)
     assert not (tmp_path / "copy").exists()
+
+
+def test_loading_a_run_with_its_configuration_warns_of_nothing(step, tiny, caplog):
+    """The run's config.json is not taken for one of Hugging Face."""
+    for name in (CONFIG, COMMAND):
+        (step.parents[1] / name).write_text("{}")
+    with caplog.at_level("WARNING"):
+        model, _ = phivision_jax.load(step.parents[1])
+    assert same(model.split()[1], tiny) and caplog.messages == []
 
 
 def test_damaged_optimizer_state_is_ignored(step, tiny, tmp_path):

@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 
 from phivision_jax.checkpoint import layout
 from phivision_jax.checkpoint.checksums import StreamedChecksums
+from phivision_jax.checkpoint.layout import COMMAND, CONFIG
 from phivision_jax.convert.hf_config import model_config
 from phivision_jax.convert.mapping import model_leaves
 from phivision_jax.convert.ours import OursSink
@@ -336,6 +337,15 @@ def test_overwrite_keeps_old_checkpoint_when_stopped(tmp_path: Path, run: Run, m
     assert old.name.startswith("ours.old-") and run("verify", hf, old)[0] == 0
     assert run("to-jax", hf, out)[0] == 0
     assert same_directories(old / "assets", out / "assets") and old.exists()
+
+
+def test_overwrite_does_not_replace_a_training_run(tmp_path: Path, run: Run) -> None:
+    hf, out = write_small(tmp_path / "hf"), tmp_path / "run"
+    out.mkdir()
+    for name in (CONFIG, COMMAND):
+        (out / name).write_text("{}")
+    refused(run("to-jax", hf, out, "--overwrite"), "exists and is not a checkpoint")
+    refused(run("inspect", out), "is no checkpoint")
 
 
 def test_to_jax_omits_weights_beside_index(tmp_path: Path, run: Run) -> None:

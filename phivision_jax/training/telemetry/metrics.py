@@ -19,11 +19,10 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
+from phivision_jax.checkpoint.layout import COMMAND, CONFIG
 from phivision_jax.io import atomic, jsonl
 
 FILE = "metrics.jsonl"
-CONFIG, COMMAND = "config.json", "command.txt"
-"""Files of a run with the configuration and the command of its newest start; TensorBoard shows them as text."""
 WANDB_ID = "wandb_id"
 """File that holds the run's id at Weights & Biases."""
 

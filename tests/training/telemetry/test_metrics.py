@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from tensorboardX.event_file_writer import EventFileWriter
 
-from phivision_jax.training.telemetry.metrics import COMMAND, CONFIG, MetricsWriter, read_metrics
+from phivision_jax.checkpoint.layout import COMMAND, CONFIG
+from phivision_jax.training.telemetry.metrics import MetricsWriter, read_metrics
 
 
 def test_writer_drops_steps_beyond_the_checkpoint(tmp_path):
