@@ -19,7 +19,7 @@ import resource
 run = Path(sys.argv[1])
 writer, goodput = MetricsWriter(run), Goodput(run)
 skipped = SkippedUpdates(run, 8)
-metrics = {"loss": float("nan"), "grad_norm": 1.0, "skipped_in_a_row": 1}
+metrics = {"loss": float("nan"), "weight": 1.0, "grad_norm": 1.0, "skipped_in_a_row": 1}
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 for write in (
     lambda: writer.write(1, {"loss": 1.0}),
