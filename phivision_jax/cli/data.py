@@ -84,7 +84,7 @@ def import_(
         exists = (directory / MANIFEST).exists()
         dataset = import_source(what, directory, processor, **settings)
         if exists:
-            print(f"{directory} exists already")
+            say(f"{directory} exists already")
         else:
             _summarise(dataset, processor, options.system)
 
@@ -97,7 +97,7 @@ def _print_files(source: Source) -> None:
     if files is not None:
         count = f"{len(files.read):,} file{'s' * (len(files.read) > 1)}"
         left_out = f"; left out: {len(files.left_out):,} ({shorten(files.left_out)})" if files.left_out else ""
-        print(f"reading {count} of the folder ({shorten(files.read)}){left_out}")
+        say(f"reading {count} of the folder ({shorten(files.read)}){left_out}")
 
 
 def processor_for(checkpoint: Path | None) -> Processor:
@@ -143,7 +143,14 @@ def _summarise(dataset: Dataset, processor: Processor, system: str) -> None:
 
 
 def _print_rows(title: Path, rows: dict[str, str]) -> None:
-    print(f"{title}:", *(f"  {label:<16} {value}" for label, value in rows.items()), sep="\n")
+    say("\n".join([f"{title}:", *(f"  {label:<16} {value}" for label, value in rows.items())]))
+
+
+def say(text: str) -> None:
+    """Print text that may have names from the data in it."""
+    from phivision_jax.io.messages import printable
+
+    print(printable(text))
 
 
 def _list(counts: dict[str, int]) -> str:
@@ -173,7 +180,7 @@ def export(
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.data.store.exporting import export
 
-    print(f"{out}: {export(Dataset.open(dataset), out, format):,} records")
+    say(f"{out}: {export(Dataset.open(dataset), out, format):,} records")
 
 
 def validate(
@@ -194,16 +201,17 @@ def validate(
         out: File to which the problems are also written, one JSON object per line.
     """
     from phivision_jax.data.store.integrity import validate
+    from phivision_jax.io.messages import shorten
 
     report = validate(dataset, decode=not headers_only, workers=workers)
     if out is not None:
         out.write_bytes(b"".join(p.to_json().encode(errors="backslashreplace") + b"\n" for p in report.problems))
     rows = {"files": f"{report.files:,}", "records": f"{report.records:,}"}
     rows["images"] = f"{report.images:,} ({'headers read' if headers_only else 'decoded'})"
-    rows["duplicate ids"] = f"{report.duplicates:,}" + "".join(f"  {i!r}" for i in report.duplicate_ids)
+    rows["duplicate ids"] = f"{report.duplicates:,}" + "".join(f"  {shorten(i)}" for i in report.duplicate_ids)
     _print_rows(dataset, rows | {"problems": f"{len(report.problems):,}"})
     for problem in report.problems:
-        print(f"{problem.where}: {problem.id!r}: {problem.reason}: {problem.detail}")
+        say(f"{problem.where}: {shorten(problem.id)}: {problem.reason}: {problem.detail}")
     if report.problems:
         sys.exit(1)
 
@@ -255,6 +263,7 @@ def plan(
     from phivision_jax.data.plan.mixture import Mixture
     from phivision_jax.data.plan.plan import check_out, make_plan
     from phivision_jax.data.store.dataset import Dataset
+    from phivision_jax.io.messages import shorten
     from phivision_jax.rows import row_shape
 
     given = {"epochs": epochs, "examples": examples, "reasoning_share": reasoning_share}
@@ -274,11 +283,11 @@ def plan(
     options: dict[str, Any] = {"batch_rows": batch_rows, "seed": seed, "on_overflow": on_overflow}
     plan = make_plan(datasets, mixture, processor, shape, progress=True, **options)
     plan.save(out)
-    print(f"{out}: plan {plan.hash[:12]}, {plan.num_steps(batch_rows):,} steps of {batch_rows} rows\n{plan.summary()}")
+    say(f"{out}: plan {plan.hash[:12]}, {plan.num_steps(batch_rows):,} steps of {batch_rows} rows\n{plan.summary()}")
     for s, i, _ in plan.rejected[:_SHOWN_REJECTED].tolist():
-        print(f"  does not fit: {datasets[s][i].id!r}, record {i} of {mixture.names[s]}")
+        say(f"  does not fit: {shorten(datasets[s][i].id)}, record {i} of {mixture.names[s]}")
     if (more := len(plan.rejected) - _SHOWN_REJECTED) > 0:
-        print(f"  and {more:,} more, in {out / 'rejected.npy'}")
+        say(f"  and {more:,} more, in {out / 'rejected.npy'}")
 
 
 _SHOWN_REJECTED = 5

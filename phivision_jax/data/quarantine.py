@@ -41,10 +41,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from phivision_jax.io import jsonl
+from phivision_jax.io.messages import shorten
 
 MAX_SHARE = 0.01
 """Default share of bad records that stops an import or a training run."""
 FILE = "quarantine.jsonl"
+LONGEST = 1_000
+"""Characters of a detail; a value in it has about 100."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +56,7 @@ class BadRecord(ValueError):
     """A record that cannot be used; ``reason`` is in the table above or "step/reason", the message is the detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
+        super().__init__(shorten(detail, LONGEST))
         self.reason = reason
 
 
@@ -69,9 +72,19 @@ class Quarantined:
     where: str
     """The item's place for people: file and line, row or number."""
 
+    def __post_init__(self) -> None:
+        for name, limit in (("id", 100), ("source", 100), ("detail", LONGEST), ("where", 400)):
+            object.__setattr__(self, name, shorten(getattr(self, name), limit))
+
     def to_line(self) -> bytes:
-        """JSON and a line break. A lone surrogate becomes its JSON escape."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        """JSON and a line break."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode() + b"\n"
+
+
+def read_quarantine(file: Path) -> list[dict[str, str]]:
+    """The complete lines of a file."""
+    names = [field.name for field in dataclasses.fields(Quarantined)]
+    return [row for row in jsonl.read(file) if all(isinstance(row.get(name), str) for name in names)]
 
 
 def file_of_process(number: int) -> str:
@@ -85,7 +98,7 @@ class TooManyBadRecords(ValueError):
     @classmethod
     def summarise(cls, count: int, total: int, max_share: float, file: Path) -> TooManyBadRecords:
         """The error for ``count`` bad records, with the number of each reason in ``file`` and an example."""
-        rows = jsonl.read(file)
+        rows = read_quarantine(file)
         examples = {row["reason"]: f"{row['id']!r}: {row['detail']}" for row in reversed(rows)}
         counts = collections.Counter(row["reason"] for row in rows).most_common()
         head = f"{count:,} of {total:,} records are bad, more than the {max_share:.2%} of max_bad; {file} lists them:"
@@ -108,7 +121,7 @@ class RunLog:
         self.failed = 0
         """Failed examples since this process started, repeated ones included."""
         self._seen = 0
-        self._listed = {(row["id"], row["where"]) for row in jsonl.read(file)}
+        self._listed = {(row["id"], row["where"]) for row in read_quarantine(file)}
 
     def add(self, failed: Iterable[Quarantined], examples: int) -> None:
         """Count ``examples`` more examples, of which these failed.

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 import msgpack
 
-from phivision_jax.text.constants import Mode
+from phivision_jax.io.read_json import check_form
+from phivision_jax.text.constants import ROLES, Mode
 from phivision_jax.text.tokenizer import THINK
 
 MODES: tuple[str, ...] = get_args(Mode)
@@ -19,6 +20,10 @@ TASKS: tuple[str, ...] = (
 )  # fmt: skip
 """The known tasks; a record may have any other."""
 _LONGEST_TASK = 64
+_FORM = {
+    "id": str, "source": str, "images": [bytes], "messages": [{"role": ROLES, "content": str}],
+    "task": str, "metadata": {str: object}, "lineage": [str],
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +63,13 @@ class Record:
 
     @classmethod
     def from_bytes(cls, payload: bytes) -> Record:
+        """The record in a payload, whose images must be bytes: paths in a dataset would be read wherever they lead.
+
+        Raises:
+          Exception: for anything else; msgpack has errors of its own.
+        """
         fields = msgpack.unpackb(payload)
+        check_form(fields, _FORM, "the record")
         return cls(**fields | {name: tuple(fields[name]) for name in ("images", "messages", "lineage")})
 
 

@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from phivision_jax.io.messages import printable
+
 type Style = Literal["plain", "strong", "soft", "faint", "accent", "good", "warning"]
 
 _HERE = Path(__file__).parent
@@ -109,12 +111,15 @@ def print_sections(sections: Sequence[Section], console: Console | None = None) 
             continue
         shown = RichTable()
         for i, name in enumerate(section.table.header):
-            shown.add_column(Text(name), justify="left" if i < section.table.names else "right", overflow="fold")
+            shown.add_column(
+                Text(printable(name)), justify="left" if i < section.table.names else "right", overflow="fold"
+            )
         for row in section.table.rows:
             if len(row) == 1:
                 shown.add_section()
-            shown.add_row(*(Text(cell, "bold" if len(row) == 1 else "") for cell in row))
-        console.print(Text(section.title, "bold"), shown, Text(section.note, "dim"), sep="\n")
+            shown.add_row(*(Text(printable(cell), "bold" if len(row) == 1 else "") for cell in row))
+        title, note = printable(section.title), printable(section.note)
+        console.print(Text(title, "bold"), shown, Text(note, "dim"), sep="\n")
 
 
 def page(title: str, sections: Sequence[Section]) -> str:

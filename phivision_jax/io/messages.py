@@ -42,7 +42,12 @@ def shorten(value: object, limit: int = 100) -> str:
     """A value of unknown origin, safe to print: at most ``limit`` characters, control characters escaped."""
     text = value if isinstance(value, str) else reprlib.repr(value)
     text = text if len(text) <= limit else f"{text[: limit - 21]} … {text[-18:]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return printable(text).replace("\n", "\\n")
+
+
+def printable(text: str) -> str:
+    """The text with its control characters, which a terminal would obey, as escapes; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 @contextlib.contextmanager

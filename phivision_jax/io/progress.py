@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from phivision_jax.io.messages import printable
+
 _FORMATS = {
     "loss": "loss {:.4g}",
     "validation/loss": "validation loss {:.4g}",
@@ -29,10 +31,10 @@ def bar(description: str, total: int, *, in_bytes: bool = False, shown: bool = T
     counts = (
         [progress.DownloadColumn(), progress.TransferSpeedColumn()] if in_bytes else [progress.MofNCompleteColumn()]
     )
-    columns = [progress.TextColumn("{task.description}"), progress.BarColumn(), *counts]
+    columns = [progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), *counts]
     times = [progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn()]
     with progress.Progress(*columns, *times, disable=not shown) as display:
-        task = display.add_task(description, total=total)
+        task = display.add_task(printable(description), total=total)
         yield lambda n: display.advance(task, n)
 
 

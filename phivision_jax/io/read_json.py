@@ -10,7 +10,9 @@ from phivision_jax.io.storage import Location, read_range, wrap_storage_errors
 
 LARGEST_FILE = 128 * 2**20
 """Bytes: a larger file is refused without reading it. The largest released tokenizer has 17 MB."""
-_KINDS: dict[type, str] = {dict: "an object", list: "an array"}
+_KINDS: dict[type, str] = {
+    dict: "an object", list: "an array", str: "text", int: "a count", bytes: "the bytes of a file"
+}  # fmt: skip
 _SIGNS = {
     b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run git lfs pull in its directory",
     b"<!doctype html": "is an HTML page, as a failed download leaves it: download the file again",
@@ -54,6 +56,36 @@ def parse_json(content: bytes, name: str, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{name} must contain {_KINDS[kind]}, not {_KINDS.get(type(value), shorten(value))}")
     return value
+
+
+def check_form(value: Any, form: Any, name: str) -> None:
+    """Compare the types in a structure of unknown origin with those of a form.
+
+    Args:
+      form: a type, where int means a number of 0 or more; a tuple of values that are allowed; [form of all elements];
+        {key: form}, besides which there may be other keys; or {str: form of all values}.
+      name: of the value in errors.
+
+    Raises:
+      ValueError: naming the first value that does not fit.
+    """
+    if isinstance(form, tuple):
+        if value not in form:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, form))}, not {shorten(value)}")
+        return
+    kind: Any = form if isinstance(form, type) else type(form)
+    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+        raise ValueError(
+            f"{name} must be {_KINDS.get(kind, kind.__name__)}, not {_KINDS.get(type(value), shorten(value))}"
+        )
+    if isinstance(form, list):
+        for i, element in enumerate(value):
+            check_form(element, form[0], f"{name}[{i}]")
+    elif isinstance(form, dict):
+        for key, inner in dict.fromkeys(value, form[str]).items() if str in form else form.items():
+            if key not in value:
+                raise ValueError(f"{name} has no {key}")
+            check_form(value[key], inner, f"{name}.{shorten(key)}")
 
 
 def wrong_file(head: bytes) -> str | None:

@@ -40,6 +40,7 @@ import msgpack
 from phivision_jax.io import atomic, workers
 from phivision_jax.io.messages import differences
 from phivision_jax.io.progress import bar
+from phivision_jax.io.read_json import read_json
 from phivision_jax.io.retry import Backoff
 from phivision_jax.io.workers import Stop, Stopped
 
@@ -181,9 +182,9 @@ def _made_before(out: Path, key: dict[str, Any]) -> bool:
     if not out.exists():
         return False
     try:
-        made_by = json.loads((out / KEY).read_bytes())
-    except (OSError, ValueError):
-        raise FileExistsError(f"{out} exists and has no {KEY}; remove it or choose another name") from None
+        made_by = read_json(out / KEY)
+    except ValueError as error:
+        raise FileExistsError(f"{out} exists, but {error}; remove it or choose another name") from None
     if made_by != key:
         raise FileExistsError(
             f"{out} exists and was made from other data or with other options; remove it or choose another name:"
@@ -216,8 +217,8 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
 def _prepare(partial: Path, key: dict[str, Any], restart: bool) -> None:
     """Keep the committed chunks of the same key; remove others only if ``restart`` asks for it."""
     try:
-        before = json.loads((partial / KEY).read_bytes())
-    except (FileNotFoundError, ValueError):
+        before = read_json(partial / KEY)
+    except ValueError:
         before = None
     if before != key or restart:
         if before is not None and not restart and any((partial / CHUNKS).glob("*")):
@@ -307,7 +308,7 @@ def _load(directory: Path, name: str) -> dict[str, Any] | None:
     try:
         chunk = msgpack.unpackb((directory / CHUNKS / f"{name}.msgpack").read_bytes())
         complete = all((directory / file).stat().st_size == size for file, size in chunk["files"].items())
-    except (FileNotFoundError, ValueError, TypeError, KeyError, msgpack.UnpackException):
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException):
         return None
     return chunk if complete else None
 

@@ -6,7 +6,6 @@ A dataset can be imported again with other options; its shards are then read in 
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,8 @@ from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.files import Files, FileSource, files_of_format
 from phivision_jax.data.sources.items import ItemReader
 from phivision_jax.data.sources.source import Read
+from phivision_jax.io.locate import locate
+from phivision_jax.io.read_json import check_form, read_json
 
 # No buffers for reading ahead: their threads would outnumber the cores.
 _READER = "readahead_buffer_size:0,max_parallelism:0"
@@ -57,10 +58,9 @@ def _files(path: Path) -> list[Path]:
         return [path]
     manifest = path / "manifest.json"
     if manifest.is_file():
-        try:
-            return [path / shard["file"] for shard in json.loads(manifest.read_text())["shards"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{manifest} does not name the shards of a dataset ({error!r})") from None
+        shards = read_json(manifest)
+        check_form(shards, {"shards": [{"file": str}]}, str(manifest))
+        return [locate(path, shard["file"]) for shard in shards["shards"]]
     if not (files := files_of_format(path, "array-record")):
         raise ValueError(f"{path} holds no .array_record file")
     return files

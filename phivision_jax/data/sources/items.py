@@ -99,10 +99,7 @@ class ItemReader:
             own = _id(self._renamed(item)) if isinstance(item, Mapping) else None
         except BadRecord:
             own = None
-        parts = (own or place, self.source, detail, where)
-        # The quarantine's file must be writable, whatever the strings contain.
-        id, source, detail, where = (part.encode("utf-8", "backslashreplace").decode() for part in parts)
-        return Quarantined(id, source, reason, detail, where)
+        return Quarantined(own or place, self.source, reason, detail, where)
 
     def _guess(self, raw: bytes) -> Any:
         """An item with the id that broken JSON still shows."""

@@ -12,8 +12,9 @@
 
 A plan needs the lengths of millions of records and must not decode an image for them, so import writes the lengths. The
 index is memory-mapped: the processes of a machine share one copy, and load only the parts that they use. A directory is
-self-contained, since it has the bytes of its images. ``importing`` writes it under another name and renames it at the
-end, so a directory that exists is complete.
+self-contained: it has the bytes of its images, and a record, file name or link that leads out of it is refused, so
+datasets of strangers can be opened. ``importing`` writes it under another name and renames it at the end, so a
+directory that exists is complete.
 """
 
 from __future__ import annotations
@@ -25,23 +26,36 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from phivision_jax.data.image_check import MAX_SIDE
 from phivision_jax.data.quarantine import BadRecord
-from phivision_jax.data.records import TASKS, Record
+from phivision_jax.data.records import MODES, TASKS, Record
 from phivision_jax.data.store.shard_files import READERS, Shard
-from phivision_jax.io.read_json import read_json
+from phivision_jax.io.locate import locate
+from phivision_jax.io.messages import shorten
+from phivision_jax.io.read_array import read_array
+from phivision_jax.io.read_json import check_form, read_json
 from phivision_jax.processor import Processor
 
 SCHEMA = 4
 MANIFEST = "manifest.json"
-ARRAYS = ("text_tokens", "image_offsets", "image_sizes", "modes", "tasks")
-"""The files of an index."""
+ARRAYS = {"text_tokens": "<i4", "image_offsets": "<i8", "image_sizes": "<i4", "modes": "|i1", "tasks": "|u1"}
+"""The files of an index, and their types."""
+_FILE = {"file": str, "bytes": int, "sha256": str}
+_FORM = {
+    **dict.fromkeys(("records", "images", "text_tokens"), int),
+    "text": str,
+    "shards": [_FILE | {"records": int}],
+    "index": [_FILE],
+    "tasks": [str],
+    "counts": {"quarantined": {str: int}, "mode_from": {str: int}, "system_messages": int},
+}
 _AT_ONCE = 32  # files checked at a time: on network storage each takes milliseconds
 
 
@@ -63,10 +77,38 @@ class Index:
     """``TASKS``, and the other tasks of the records."""
 
     @classmethod
-    def open(cls, directory: Path, tasks: Sequence[str]) -> Index:
-        """The index of a dataset; it stays on disk (memory-mapped) until used."""
-        arrays = {name: np.load(directory / "index" / f"{name}.npy", "r") for name in ARRAYS}
-        return cls(**arrays, task_names=tuple(tasks))
+    def open(cls, directory: Path, manifest: Mapping[str, Any]) -> Index:
+        """The index of a dataset; it stays on disk (memory-mapped) until used.
+
+        Raises:
+          ValueError: for arrays of other types or lengths than the manifest's.
+        """
+        paths = {name: locate(directory, f"index/{name}.npy") for name in ARRAYS}
+        arrays = {k: read_array(paths[k], ARRAYS[k], 2 if k == "image_sizes" else None) for k in ARRAYS}
+        lengths = dict.fromkeys(ARRAYS, manifest["records"])
+        lengths |= {"image_offsets": manifest["records"] + 1, "image_sizes": manifest["images"]}
+        for name, length in lengths.items():
+            if len(arrays[name]) != length:
+                raise ValueError(f"{paths[name]} has {len(arrays[name]):,} entries, not the manifest's {length:,}")
+        return cls(**arrays, task_names=tuple(manifest["tasks"]))
+
+    def check(self, directory: Path) -> None:
+        """Check every value.
+
+        Raises:
+          ValueError: for values that no import has written, naming the dataset.
+        """
+        ends, images = self.image_offsets[[0, -1]].tolist(), len(self.image_sizes)
+        ranges = {"text_tokens": (0, 2**31), "modes": (0, len(MODES) - 1), "tasks": (0, len(self.task_names) - 1)}
+        ranges |= {"image_sizes": (1, MAX_SIDE), "num_images": (0, images)}
+        wrong = [
+            name
+            for name, (low, high) in ranges.items()
+            if len(values := getattr(self, name)) and not low <= values.min() <= values.max() <= high
+        ]
+        if wrong or ends != [0, images]:
+            problem = f"its {wrong[0] if wrong else 'image_offsets'} are out of range"
+            raise ValueError(f"the index of {directory} is damaged: {problem}; copy or import it again")
 
     def __len__(self) -> int:
         return len(self.text_tokens)
@@ -95,7 +137,7 @@ class Dataset:
         self.index = index
         self.hash = content_hash(manifest)
         """Datasets with the same hash have the same records with the same token counts."""
-        self._shards = [Shard(directory / s["file"], s["records"]) for s in manifest["shards"]]
+        self._shards = [Shard(locate(directory, s["file"]), s["records"]) for s in manifest["shards"]]
         # Number of each shard's first record.
         self._firsts = list(itertools.accumulate((s.records for s in self._shards), initial=0))[:-1]
 
@@ -108,13 +150,13 @@ class Dataset:
 
         Raises:
           FileNotFoundError: when the directory, its manifest or one of its files is missing.
-          ValueError: for another schema version, or a file of another size than in the manifest.
+          ValueError: for another schema version, or a file that is not what the manifest describes.
         """
         directory = Path(directory)
         manifest = read_manifest(directory)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(functools.partial(check_size, directory), (*manifest["shards"], *manifest["index"])))
-        return cls(directory, manifest, Index.open(directory, task_names(manifest)))
+        return cls(directory, manifest, Index.open(directory, manifest))
 
     def __len__(self) -> int:
         return int(self.manifest["records"])
@@ -136,7 +178,8 @@ class Dataset:
         except (OSError, MemoryError):
             raise
         except Exception as error:  # bytes that are not what was written can raise anything
-            problem = f"record {position} of {shard.path} cannot be read: {error}; phivision data validate lists all"
+            problem = f"record {position} of {shard.path} cannot be read: {shorten(str(error))}"
+            problem += "; phivision data validate lists all"
             raise BadRecord("unreadable", problem) from None
 
 
@@ -151,15 +194,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no dataset in {directory} (no {MANIFEST}); make one with phivision data import")
     manifest = read_json(path)
-    schema = manifest.get("schema") if isinstance(manifest, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path}: schema {schema!r}, this program reads {SCHEMA}; import the data again")
+    if (schema := manifest.get("schema")) != SCHEMA:
+        raise ValueError(f"{path}: schema {shorten(schema)}, this program reads {SCHEMA}; import the data again")
+    manifest.setdefault("tasks", [*TASKS])  # versions without other tasks name none
+    check_form(manifest, _FORM, str(path))
+    if sum(shard["records"] for shard in manifest["shards"]) != manifest["records"]:
+        raise ValueError(f"{path}: its shards do not add up to its records; copy or import the dataset again")
     return manifest
-
-
-def task_names(manifest: Mapping[str, Any]) -> Sequence[str]:
-    """The names of the tasks that an index numbers; manifests of versions without other tasks have none."""
-    return manifest.get("tasks", TASKS)
 
 
 def check_size(directory: Path, file: Mapping[str, Any]) -> None:
@@ -169,7 +210,7 @@ def check_size(directory: Path, file: Mapping[str, Any]) -> None:
       FileNotFoundError: when it is missing.
       ValueError: when they differ.
     """
-    path = directory / file["file"]
+    path = locate(directory, file["file"])
     try:
         size = path.stat().st_size
     except FileNotFoundError:

@@ -85,9 +85,9 @@ def _weight(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"weight": 0} if message.get("weight") == 0 else {}
 
 
-def _save(image: bytes | str, folder: Path) -> str:
+def _save(content: bytes | str, folder: Path) -> str:
     """Write an image unless it exists; return its path in the folder."""
-    content = image if isinstance(image, bytes) else Path(image).read_bytes()
+    assert isinstance(content, bytes)  # as in every dataset
     digest = hashlib.sha256(content).hexdigest()
     path = f"images/{digest[:2]}/{digest}.{_EXTENSIONS.get(image_format(content) or '', 'bin')}"
     if not (folder / path).exists():

@@ -13,7 +13,7 @@ import itertools
 import json
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from phivision_jax.data.image_check import check_image
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, Record, mode_of
 from phivision_jax.data.store.dataset import (
-    ARRAYS,
     Dataset,
     Index,
     check_size,
     describe_file,
     read_manifest,
-    task_names,
 )
 from phivision_jax.data.store.shard_files import Shard, open_shard, read_record
 from phivision_jax.io import workers as processes
+from phivision_jax.io.locate import locate
+from phivision_jax.io.messages import shorten
 from phivision_jax.io.progress import bar
 from phivision_jax.io.workers import Stop, Stopped
 
@@ -95,7 +95,7 @@ def validate(
     reports: list[_ShardReport] = []
     count = min(os.cpu_count() or 1 if workers is None else workers, len(jobs))
     if not problems:  # a damaged index would contradict every record
-        results = processes.run(_check_shard, (directory, task_names(manifest), decode), jobs, count)
+        results = processes.run(_check_shard, (directory, manifest, decode), jobs, count)
         title = f"validate {directory.name}"
         with bar(title, manifest["records"], shown=progress) as advance, contextlib.closing(results):
             for report in results:
@@ -106,7 +106,7 @@ def validate(
     duplicates = _duplicates(hashes)
     duplicate_ids: list[str] = []
     if duplicates:
-        dataset = Dataset(directory, manifest, Index.open(directory, task_names(manifest)))
+        dataset = Dataset(directory, manifest, Index.open(directory, manifest))
         duplicate_ids = [dataset[i].id for i in duplicates[:_LISTED_DUPLICATES]]
     return Report(
         files=len(shards) + len(manifest["index"]),
@@ -133,14 +133,10 @@ def _file_problems(directory: Path, file: Mapping[str, Any]) -> list[Problem]:
 def _index_problems(directory: Path, manifest: Mapping[str, Any]) -> list[Problem]:
     problems = [problem for file in manifest["index"] for problem in _file_problems(directory, file)]
     if not problems:
-        index, records, images = Index.open(directory, task_names(manifest)), manifest["records"], manifest["images"]
-        lengths = {name: len(getattr(index, name)) for name in ARRAYS}
-        expected = dict.fromkeys(lengths, records) | {"image_offsets": records + 1, "image_sizes": images}
-        offsets = index.image_offsets
-        if lengths != expected or offsets[0] != 0 or offsets[-1] != images or np.any(offsets[1:] < offsets[:-1]):
-            problems.append(Problem("index", "", "index", "its columns do not fit each other or the manifest"))
-    if sum(shard["records"] for shard in manifest["shards"]) != manifest["records"]:
-        problems.append(Problem("manifest.json", "", "file", "its shards do not add up to its records"))
+        try:
+            Index.open(directory, manifest).check(directory)
+        except (OSError, ValueError) as error:
+            problems.append(Problem("index", "", "index", str(error)))
     return problems
 
 
@@ -152,14 +148,14 @@ def _duplicates(hashes: np.ndarray) -> list[int]:
 
 
 def _check_shard(
-    directory: Path, tasks: Sequence[str], decode: bool, job: tuple[Mapping[str, Any], int], stopped: Stopped
+    directory: Path, manifest: Mapping[str, Any], decode: bool, job: tuple[Mapping[str, Any], int], stopped: Stopped
 ) -> _ShardReport:
     file, first = job
-    shard = Shard(directory / file["file"], file["records"])
-    hashes = np.zeros(shard.records, np.uint64)
-    index = Index.open(directory, tasks)  # memory-mapped: no index is sent to the workers
+    hashes = np.zeros(file["records"], np.uint64)
+    index = Index.open(directory, manifest)  # memory-mapped: no index is sent to the workers
     images, problems = 0, _file_problems(directory, file)
     try:
+        shard = Shard(locate(directory, file["file"]), file["records"])
         reader = open_shard(shard)
     except (OSError, ValueError) as error:
         unreadable = Problem(file["file"], "", "file", f"it cannot be read: {error}")
@@ -178,7 +174,7 @@ def _check_shard(
         except BadRecord as bad:
             reason, detail = bad.reason, str(bad)
         except Exception as error:  # bytes that are not what was written can raise anything
-            detail = f"{error}" or type(error).__name__
+            detail = shorten(str(error)) or type(error).__name__
         else:
             continue
         problems.append(Problem(f"{file['file']}, record {first + i} of the dataset", record_id, reason, detail))

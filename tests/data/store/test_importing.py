@@ -61,7 +61,7 @@ def test_import_keeps_good_and_lists_bad_items(undisturbed, processor):
         ("r040", "empty-answer", "set, line 41"),
         ("set:60", "syntax", "set, line 60"),
     ]
-    assert bad[0]["detail"] == "not JSON: \udc80"
+    assert bad[0]["detail"] == r"not JSON: \udc80"
     manifest = undisturbed.manifest
     assert manifest["counts"] == {
         "modes": {"nothink": 55},
@@ -252,7 +252,7 @@ class TestResume:
             import_source(MadeUpSource(9), tmp_path / "set", processor, workers=0, decode=True, **SMALL)
         assert content(first.directory) == before
         (tmp_path / "mine").mkdir()
-        with pytest.raises(FileExistsError, match=r"has no work\.json; remove it"):
+        with pytest.raises(FileExistsError, match=r"work\.json does not exist; remove it"):
             import_source(MadeUpSource(9), tmp_path / "mine", processor, workers=0, **SMALL)
         assert not (tmp_path / ".mine.partial").exists()
 

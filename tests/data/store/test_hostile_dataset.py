@@ -1,0 +1,261 @@
+"""Datasets and plans of strangers: nothing outside the directory is read, and every error names the file."""
+
+from __future__ import annotations
+
+import collections
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from phivision_jax.batch import RowShape
+from phivision_jax.data.feed.pipeline import batches
+from phivision_jax.data.plan.mixture import Mixture
+from phivision_jax.data.plan.plan import Plan, make_plan
+from phivision_jax.data.quarantine import BadRecord, Quarantined
+from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.open_source import open_source
+from phivision_jax.data.store.dataset import ARRAYS, MANIFEST, Dataset, Index, describe_file
+from phivision_jax.data.store.exporting import export
+from phivision_jax.data.store.integrity import validate
+from phivision_jax.data.view.show import record_section
+from phivision_jax.io import work
+from tests.support.datasets import write_dataset
+from tests.support.records import make_record, mixed_records
+
+SHAPE = RowShape(length=512, vision_rows=1, num_patches=128)
+MUTATIONS = 2_000
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory, processor) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("sound") / "set", mixed_records(6), processor).directory
+
+
+@pytest.fixture
+def copy(sound, tmp_path) -> Path:
+    return Path(shutil.copytree(sound, tmp_path / "set"))
+
+
+def edit_manifest(directory: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((directory / MANIFEST).read_text())
+    edit(manifest)
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
+def forge_first_record(directory: Path, **fields: Any) -> None:
+    """Write other fields into the first record, with a manifest that fits."""
+    dataset = Dataset.open(directory)
+    names = ("id", "source", "images", "messages", "mode", "task", "metadata", "lineage")
+    records = [{name: getattr(dataset[i], name) for name in names} for i in range(len(dataset))]
+    (shard,) = dataset.manifest["shards"]
+    writer = ArrayRecordWriter(str(directory / shard["file"]), "group_size:1")
+    for record in [records[0] | fields, *records[1:]]:
+        writer.write(msgpack.packb(record))
+    writer.close()
+    described = describe_file(directory, shard["file"]) | {"records": shard["records"]}
+    edit_manifest(directory, lambda manifest: manifest.update(shards=[described]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"images": ["/etc/passwd"]}, r"images\[0\] must be the bytes of a file, not text"),
+        ({"images": ["secret.png"]}, r"images\[0\] must be the bytes of a file, not text"),
+        ({"images": ["http://localhost/a.png"]}, r"images\[0\] must be the bytes of a file"),
+        ({"images": [{"path": "secret.png"}]}, r"images\[0\] must be the bytes of a file, not an object"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, r"messages\[0\]\.role must be one of system"),
+        ({"messages": [{"role": "user", "content": [1]}]}, r"messages\[0\]\.content must be text"),
+        ({"id": 3}, "the record.id must be text"),
+        ({"lineage": "abc"}, "the record.lineage must be an array"),
+    ],
+)
+def test_forged_record_is_refused_by_every_reader(copy, processor, tmp_path, fields, what, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret.png").write_bytes(make_record(0).images[0])
+    forge_first_record(copy, **fields)
+    dataset = Dataset.open(copy)
+    with pytest.raises(BadRecord, match=what):
+        dataset[0]
+    with pytest.raises(BadRecord, match=r"records-00000-000\.array_record cannot be read: the record"):
+        export(dataset, tmp_path / "out", "messages", progress=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BadRecord, match=what):
+        record_section(dataset, processor, 0)
+    (problem,) = validate(copy, workers=0, progress=False).problems
+    assert problem.reason == "unreadable" and problem.detail.startswith("the record.")
+    plan = make_plan([dataset], Mixture.from_directories(copy), processor, SHAPE)
+    failed = [
+        bad for _, info in batches([dataset], plan, processor, batch_rows=1, num_threads=0) for bad in info.failed
+    ]
+    assert failed and {bad.reason for bad in failed} == {"unreadable"}
+
+
+@pytest.mark.parametrize("name", ["../other/shard", "/etc/passwd", "./records-00000-000.array_record", "a\0b", "link"])
+@pytest.mark.parametrize("entry", ["shards", "index"])
+def test_files_outside_the_dataset_are_refused(copy, tmp_path, entry, name):
+    shard = copy / Dataset.open(copy).manifest["shards"][0]["file"]
+    (tmp_path / "other").mkdir()
+    shutil.copy(shard, tmp_path / "other" / "shard")
+    (copy / "link").symlink_to(tmp_path / "other" / "shard")
+    edit_manifest(copy, lambda manifest: manifest[entry][0].update(file=name))
+    for reader in (Dataset.open, lambda path: open_source(path, options=ItemOptions())):
+        if entry == "shards" or reader is Dataset.open:
+            with pytest.raises(ValueError, match="is no file of this directory, or is a link") as error:
+                reader(copy)
+            assert str(copy) in str(error.value)
+    problems = validate(copy, workers=0, progress=False).problems
+    assert problems and all(problem.reason == "file" for problem in problems)
+
+
+def test_linked_index_is_refused(copy, tmp_path):
+    shutil.move(copy / "index", tmp_path / "index")
+    (copy / "index").symlink_to(tmp_path / "index")
+    with pytest.raises(ValueError, match=r"index/text_tokens\.npy is no file of this directory"):
+        Dataset.open(copy)
+    shutil.move(copy, tmp_path / "moved")
+    (tmp_path / "alias").symlink_to(tmp_path / "moved")  # a link to the dataset itself is not in it
+    (tmp_path / "moved" / "index").unlink()
+    shutil.move(tmp_path / "index", tmp_path / "moved" / "index")
+    assert Dataset.open(tmp_path / "alias")[1].images
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("modes", lambda a: np.full_like(a, 2)),
+        ("modes", lambda a: np.full_like(a, -1)),
+        ("tasks", lambda a: np.full_like(a, 200)),
+        ("text_tokens", lambda a: -a),
+        ("image_sizes", lambda a: a * 0),
+        ("image_sizes", lambda a: a * 10**6),
+        ("image_offsets", lambda a: a[::-1]),
+        ("image_offsets", lambda a: a + 1),
+    ],
+)
+def test_index_out_of_range_is_refused(copy, processor, name, change):
+    path = copy / "index" / f"{name}.npy"
+    np.save(path, change(np.load(path)))
+    edit_manifest(copy, lambda m: m.update(index=[describe_file(copy, f["file"]) for f in m["index"]]))
+    dataset = Dataset.open(copy)
+    with pytest.raises(ValueError, match=f"the index of {copy} is damaged"):
+        make_plan([dataset], Mixture.from_directories(copy), processor, SHAPE)
+    (problem,) = validate(copy, workers=0, progress=False).problems
+    assert (problem.where, problem.reason) == ("index", "index")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"schema": 4', "\0\0\0\0", '{"schema": 4}', "<!doctype html>"])
+def test_manifest_and_key_of_another_kind_are_named(copy, content):
+    (copy / MANIFEST).write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json "):
+        Dataset.open(copy)
+    (copy / work.KEY).write_text(content)
+    job: Any = collections.namedtuple("Job", "key")(lambda: {"a": 1})
+    with pytest.raises(FileExistsError, match=r"work\.json|was made from other data"):
+        work.run(job, copy, finish=lambda *_: None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mutations of files.
+
+VALUES = [None, True, -1, 0, 1, 10**30, 1.5, "", "..", "/etc/passwd", "x" * 1000, "\x1b[2J", [], [[]], {}, {"a": 1}]
+
+
+def mutate_bytes(random: random.Random, content: bytes) -> bytes:
+    """Flip, insert, remove or repeat some bytes, zero a range, or cut the end."""
+    changed = bytearray(content)
+    for _ in range(random.choice([1, 1, 2, 8])):
+        i = random.randrange(len(changed) + 1)
+        j = min(len(changed), i + random.choice([1, 2, 8, 100]))
+        changed[i:j] = random.choice(
+            [random.randbytes(j - i), b"", bytes(j - i), changed[i:j] * 3, b"\xff" * (j - i), changed[i:j][::-1]]
+        )
+        if random.random() < 0.1:
+            del changed[i:]
+    return bytes(changed)
+
+
+def mutate_value(random: random.Random, value: Any) -> Any:
+    """Replace, remove or double one value at any depth of a JSON structure."""
+    if isinstance(value, dict | list) and value and random.random() < 0.9:
+        changed = value.copy()
+        key = random.choice([*value] if isinstance(value, dict) else range(len(value)))
+        if random.random() < 0.15:
+            del changed[key]
+        elif random.random() < 0.1 and isinstance(changed, list):
+            changed.append(value[key])
+        else:
+            changed[key] = mutate_value(random, value[key])
+        return changed
+    return random.choice(VALUES)
+
+
+def fuzz(directory: Path, files: list[str], use: Callable[[], Any], seed: int) -> int:
+    """Use a directory with one mutated file, ``MUTATIONS`` times; return how often it was refused."""
+    numbers, refused = random.Random(seed), 0
+    originals = {name: (directory / name).read_bytes() for name in files}
+    for _ in range(MUTATIONS):
+        name = numbers.choice(files)
+        content = originals[name]
+        if name.endswith(".json") and numbers.random() < 0.7:
+            changed = json.dumps(mutate_value(numbers, json.loads(content))).encode()
+        else:
+            changed = mutate_bytes(numbers, content)
+        (directory / name).write_bytes(changed)
+        try:
+            use()
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert str(directory) in str(error), f"{name}: {error!r} does not name the file"
+            assert len(str(error)) < 700 and "\x1b" not in str(error)
+        (directory / name).write_bytes(originals[name])
+    use()
+    return refused
+
+
+def use_dataset(directory: Path) -> None:
+    dataset = Dataset.open(directory)
+    dataset.index.check(directory)
+    assert dataset[0].messages and [dataset.index.sizes_of(i) for i in range(len(dataset))]
+
+
+def test_mutated_manifests_are_read_or_refused(copy):
+    assert fuzz(copy, [MANIFEST], lambda: use_dataset(copy), 1) > 500
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of NumPy, which parses headers as Python
+def test_mutated_indexes_are_read_or_refused(copy):
+    manifest = Dataset.open(copy).manifest
+
+    def use() -> None:
+        index = Index.open(copy, manifest)
+        index.check(copy)
+        assert [index.sizes_of(i) for i in range(len(index))]
+
+    assert fuzz(copy, [f"index/{name}.npy" for name in ARRAYS], use, 2) > 500
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_mutated_plans_are_read_or_refused(copy, processor, tmp_path):
+    plan = make_plan([Dataset.open(copy)], Mixture.from_directories(copy), processor, SHAPE)
+    plan.save(tmp_path / "plan")
+
+    def use() -> None:
+        loaded = Plan.load(tmp_path / "plan")
+        loaded.summary()
+        assert loaded.rows(0, 2) and loaded.patch_limits is not None
+
+    names = sorted(path.name for path in (tmp_path / "plan").iterdir())
+    assert fuzz(tmp_path / "plan", names, use, 3) > 500
+
+
+def test_quarantined_items_keep_their_lines_short():
+    bad = Quarantined("i" * 10**6, "s" * 10**6, "unread", "d" * 10**6, "w" * 10**6)
+    assert len(bad.to_line()) < 2_000
