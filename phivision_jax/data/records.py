@@ -49,13 +49,13 @@ class Record:
 
     def __post_init__(self) -> None:
         if not self.id:
-            raise ValueError(f"a record of source {self.source!r} has an empty id; give each record a unique one")
+            raise ValueError(f"a record of source {self.source!r:.100} has an empty id; give each record a unique one")
         if not self.messages:
-            raise ValueError(f"record {self.id!r} has no messages")
+            raise ValueError(f"record {self.id!r:.100} has no messages")
         if self.mode is not None and self.mode not in MODES:
-            raise ValueError(f"record {self.id!r}: mode must be one of {MODES} or None, not {self.mode!r}")
+            raise ValueError(f"record {self.id!r:.100}: mode must be one of {MODES} or None, not {self.mode!r:.100}")
         if self.task not in TASKS:
-            check_task(self.task, f"record {self.id!r}: ")
+            check_task(self.task, f"record {self.id!r:.100}: ")
 
     def to_bytes(self) -> bytes:
         """The payload of one ArrayRecord entry (msgpack)."""
@@ -76,7 +76,7 @@ class Record:
 def check_task(task: str, where: str = "") -> None:
     """Raises ValueError for a task that cannot be shown in tables and metrics."""
     if not task.strip() or len(task) > _LONGEST_TASK or not task.isprintable():
-        raise ValueError(f"{where}the task {task[:80]!r} must be a name of 1 to {_LONGEST_TASK} printable characters")
+        raise ValueError(f"{where}the task {task!r:.100} must be a name of 1 to {_LONGEST_TASK} printable characters")
 
 
 def join_tasks(names: Iterable[Sequence[str]]) -> tuple[str, ...]:

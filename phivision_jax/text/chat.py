@@ -147,9 +147,9 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
             raise MessageError("fields", f"message {i} is not a dict with role and content")
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise MessageError("role", f"message {i} has role {role!r}: it must be one of {', '.join(ROLES)}")
+            raise MessageError("role", f"message {i} has role {role!r:.100}: it must be one of {', '.join(ROLES)}")
         if (weight := message.get("weight")) not in (None, 0, 1):
-            raise MessageError("fields", f"message {i}: its weight is {weight!r}: it must be 0 (no loss) or 1")
+            raise MessageError("fields", f"message {i}: its weight is {weight!r:.100}: it must be 0 (no loss) or 1")
         if not isinstance(content, str | Sequence):
             raise MessageError("fields", f"message {i}: its content is {type(content).__name__}, not text or parts")
         texts, parts = ([content], ()) if isinstance(content, str) else ([], content)
@@ -169,7 +169,7 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
                 texts.append(part["text"])
                 images += [None] * part["text"].count(IMAGE_MARKER)
             else:
-                problem = f"a part of its content is neither an image nor a text, its type is {kind!r}"
+                problem = f"a part of its content is neither an image nor a text, its type is {kind!r:.100}"
                 raise MessageError("fields", f"message {i}: {problem}")
         content = "".join(texts)
         if thoughts:
@@ -189,7 +189,7 @@ def _with_thoughts(content: str, thoughts: Sequence[Any], role: str, where: str)
         given = given if isinstance(given, list) else [given]
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in given]
         if not all(isinstance(part, str) for part in parts):
-            raise MessageError("fields", f"{where}: its thoughts are {given!r:.40}: they must be text")
+            raise MessageError("fields", f"{where}: its thoughts are {given!r:.100}: they must be text")
         texts.append("".join(map(str, parts)).strip().removeprefix(THINK).removesuffix(END_THINK))
     head = content.lstrip()
     if head.startswith(THINK) and END_THINK in head:

@@ -137,8 +137,8 @@ def _load_example(
         return encode.placeholder_example(planned_text, planned, processor.layout), record_id
     if example.text_tokens != planned_text:
         raise ValueError(
-            f"record {record_id!r} of {source!r} has {example.text_tokens} text tokens, but {planned_text} in its "
-            "index: another version of this program wrote it; import the dataset again"
+            f"record {record_id!r:.100} of {source!r:.99} has {example.text_tokens} text tokens, but {planned_text} in "
+            "its index: another version of this program wrote it; import the dataset again"
         )
     return example, record_id
 

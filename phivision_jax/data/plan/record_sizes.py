@@ -91,7 +91,7 @@ def fit_records(
         dataset, i, size = datasets[sources[0]], int(records[0]), (lengths.tokens[out[0]], patches[out[0]])
         raise ValueError(
             f"{dataset.directory}: {(sources == sources[0]).sum():,} records do not fit a row of {shape.length} tokens "
-            f"and {shape.vision_rows} x {shape.num_patches} patches, the first is {dataset[i].id!r} "
+            f"and {shape.vision_rows} x {shape.num_patches} patches, the first is {dataset[i].id!r:.100} "
             f"({size[0]} tokens, {size[1]} patches): take longer rows, or on_overflow drop or resize"
         )
     rejected = np.stack([sources, records, ~too_long[out]], axis=1)

@@ -26,6 +26,7 @@ from typing import Any
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources import keys
+from phivision_jax.io.messages import shorten
 from phivision_jax.text import chat
 from phivision_jax.text.constants import ROLES, THOUGHT_KEYS
 
@@ -154,7 +155,7 @@ def _add_options(messages: Sequence[dict[str, Any]], item: Mapping[str, Any]) ->
     asked, answers = ([m["content"] for m in messages if (m["role"] == "assistant") is role] for role in (False, True))
     number = str(answers[0]).strip() if answers else ""
     if number.isdigit() and number not in texts:
-        problem = f"the answer {number} is a number, and it is unclear whether the first of the {name} is 0 or 1"
+        problem = f"the answer {number:.100} is a number, and it is unclear whether the first of the {name} is 0 or 1"
         raise BadRecord("unread", f"{problem}: write its letter or its text as the answer; {keys.or_keep(name)}")
     if all(any(text in str(question) for question in asked) for text in texts):
         return
@@ -170,7 +171,7 @@ def _hint(item: Mapping[str, Any]) -> str:
     """The parts of an item that may be meant as a conversation: a list of the real items, or fields to rename."""
     for name, value in item.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping) and value[0].keys() & {*FORMS}:
-            return f"; if the {len(value):,} objects under {name!r} are the items, make a file of that list alone"
+            return f"; if the {len(value):,} objects under {name!r:.100} are the items, make a file of that list alone"
     names = [str(name)[:40] for name, value in item.items() if value is not None]
     return f", only {', '.join(names[:8])}{' …' if len(names) > 8 else ''} (--rename theirs=ours)" if names else ""
 
@@ -185,16 +186,16 @@ def _message(turn: Mapping[str, Any], i: int, renames: Mapping[str, str], unread
         unread += keys.unread("message", turn, f"message {i}: ")
     role, content = _one(turn, "from", "role", i), _text(_one(turn, "value", "content", i))
     if not isinstance(role, str) or content is None:
-        shown = ", ".join(str(key)[:40] for key, value in turn.items() if value is not None)
+        shown = shorten(", ".join(str(key)[:40] for key, value in turn.items() if value is not None))
         problem = f"message {i} lacks a role (role, from) or a content (content, value), it has only {shown or 'nulls'}"
         raise BadRecord("fields", f"{problem}: --rename theirs=ours")
     # A rename to anything else is of a field that has the name of a role.
     known = _ROLES.get(renames.get(role, "")) or _ROLES.get(role) or _ROLES.get(role.strip().lower())
     if known is None:
-        remedy = f"it must be one of {', '.join(ROLES)}: --rename {role}=user or {role}=assistant"
+        remedy = f"it must be one of {', '.join(ROLES)}: --rename {role:.100}=user or {role:.100}=assistant"
         if role.strip().lower() in _TOOL_ROLES:
             remedy = "tools are not supported: leave the record out, or write calls and results into the other messages"
-        raise BadRecord("role", f"message {i} has role {role!r}: {remedy}")
+        raise BadRecord("role", f"message {i} has role {role!r:.100}: {remedy}")
     if not isinstance(content, str):
         content = [_part(part, i, renames, unread) for part in _rows(content, f"the content of message {i}")]
     message = {"role": known, "content": content}
@@ -233,7 +234,7 @@ def _part(part: Mapping[str, Any], i: int, renames: Mapping[str, str], unread: l
     shows = kind == "image" or image is not None
     for name in ("text",) if shows else (*_IMAGE, "image_url"):
         if not keys.is_blank(part.get(name)):
-            problem = f"a part of type {kind} has the field {name}, which it does not show: write a part for each"
+            problem = f"a part of type {kind!r:.60} has the field {name}, which it does not show: write a part for each"
             raise BadRecord("unread", f"message {i}: {problem}")
     if shows:
         return {"type": "image", "image": image}

@@ -70,10 +70,10 @@ def fill_placeholders(
         raise BadRecord("fields", f"objects is {type(objects).__name__}: it must be a dict of lists")
     others = (key for key in objects if key not in (*_KINDS, "image_id", "bbox_type") and not is_blank(objects[key]))
     if (other := next(others, None)) is not None:
-        raise BadRecord("unread", f"objects has the field {other}, which may change its boxes: remove it")
+        raise BadRecord("unread", f"objects has the field {other!s:.100}, which may change its boxes: remove it")
     if (stated := objects.get("bbox_type")) is not None:
         if stated not in _UNITS:
-            raise BadRecord("unread", f"objects: bbox_type is {stated!r}: it must be one of {', '.join(_UNITS)}")
+            raise BadRecord("unread", f"objects: bbox_type is {stated!r:.100}: it must be one of {', '.join(_UNITS)}")
         unit = _UNITS[stated]
     given = {kind: _list(objects.get(kind), kind) for kind in _KINDS}
     boxes = [_numbers(box, "bbox", 4) for box in given["bbox"]]

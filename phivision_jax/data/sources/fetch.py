@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import errno
 import ipaddress
 import os
 import re
 import socket
 import stat
+import unicodedata
 import urllib.parse
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +30,7 @@ from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.keys import is_blank
 from phivision_jax.images.decode import image_format
+from phivision_jax.io.messages import shorten
 
 MAX_DOWNLOAD = 64 * 2**20
 """Bytes."""
@@ -42,6 +45,7 @@ PAUSE = 1.0
 # These mean that there is no such file; any other error is a problem of the disk, not of the record.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EISDIR, errno.ELOOP)
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+_FILE_URL = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
 
 
 def is_given(value: Any) -> bool:
@@ -66,7 +70,7 @@ def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
         given = next((value[key] for key in ("bytes", "path", "url") if is_given(value.get(key))), None)
         if given is None:
             raise BadRecord(
-                "fields", f"an image is a struct of {', '.join(map(str, value))}: it needs bytes, path or url"
+                "fields", f"an image is a struct of {shorten(', '.join(map(str, value)))}: it needs bytes, path or url"
             )
         value = given
     if isinstance(value, bytes | bytearray | memoryview):
@@ -75,7 +79,9 @@ def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
         raise BadRecord("fields", f"an image is given as {type(value).__name__}, not as a path, bytes or a URL")
     if value[:5].lower() == "data:":
         return _from_data_uri(value)
-    if _SCHEME.match(value):
+    if file := _FILE_URL.match(value):
+        value = urllib.parse.unquote(value[file.end() :])
+    elif _SCHEME.match(value):
         return _from_url(value, options.allow_urls)
     content = _from_path(value, [folder, *options.also_allow])
     if not options.any_extension:
@@ -84,26 +90,44 @@ def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
 
 
 def _from_path(path: str, folders: list[Path]) -> bytes:
-    root, *also_allowed = map(os.path.realpath, folders)
+    """The content of a file, which may be stored under the same name in another spelling.
+
+    Paths come with backslashes from Windows, percent-encoded from web pages, and in other Unicode forms from macOS.
+    """
+    try:
+        return _read(path, folders)
+    except BadRecord as missing:
+        if missing.reason == "image-missing":
+            slashes = path.replace("\\", "/")
+            spellings = [path, slashes, urllib.parse.unquote(path), urllib.parse.unquote(slashes)]
+            forms = [unicodedata.normalize(form, text) for text in spellings for form in ("NFC", "NFD")]
+            for other in dict.fromkeys([*spellings[1:], *forms]):
+                with contextlib.suppress(BadRecord):
+                    return _read(other, folders)
+        raise
+
+
+def _read(path: str, folders: list[Path]) -> bytes:
+    name, (root, *also_allowed) = shorten(path), map(os.path.realpath, folders)
     try:
         real = os.path.realpath(os.path.join(root, path))
         if not any(_is_in(real, allowed) for allowed in (root, *also_allowed)):
             by_link = _is_in(os.path.normpath(os.path.join(root, path)), root)
-            hint = f" to {real}, by a symbolic link: --also-allow names folders for such targets" if by_link else ""
-            raise BadRecord("image-path", f"{path} leads out of the image folder {root}{hint}")
+            hint = f" to {shorten(real)}, by a symbolic link: --also-allow names folders for such targets"
+            raise BadRecord("image-path", f"{name} leads out of the image folder {root}{hint if by_link else ''}")
         # Opening a pipe would block forever.
         if not stat.S_ISREG(os.stat(real).st_mode):
-            raise BadRecord("image-missing", f"{path} is not a file")
+            raise BadRecord("image-missing", f"{name} is not a file")
         with open(real, "rb") as file:
             return file.read()
     except OSError as error:
         if error.errno in _MISSING:
-            raise BadRecord("image-missing", f"there is no file {path} in {root}") from None
+            raise BadRecord("image-missing", f"there is no file {name} in {root}") from None
         raise
     except BadRecord:
         raise
     except ValueError:  # a null byte, or characters that no file name can have
-        raise BadRecord("image-missing", f"{path!r} cannot be a file name on this system") from None
+        raise BadRecord("image-missing", f"{name} cannot be a file name on this system") from None
 
 
 def _is_in(path: str, folder: str) -> bool:
@@ -114,7 +138,7 @@ def _check_extension(path: str, content: bytes) -> None:
     expected = Image.registered_extensions().get(os.path.splitext(path)[1].lower(), "").replace("MPO", "JPEG")
     # What cannot be opened at all is left to the check of records, which reports why.
     if expected and (found := image_format(content)) not in (None, expected):
-        raise BadRecord("image-extension", f"{path} is named {expected}, but its content is {found}")
+        raise BadRecord("image-extension", f"{shorten(path)} is named {expected}, but its content is {found}")
 
 
 def _from_data_uri(uri: str) -> bytes:
@@ -130,19 +154,20 @@ def _from_data_uri(uri: str) -> bytes:
 
 
 def _from_url(url: str, allowed: bool) -> bytes:
-    if not allowed:
-        raise BadRecord("image-url", f"{url} is not fetched: URLs need --allow-urls")
     _check_scheme(url)
+    if not allowed:
+        raise BadRecord("image-url", f"{shorten(url)} is not fetched: URLs need --allow-urls")
     try:
         with ThreadPoolExecutor(1) as pool:  # this thread may have an event loop of its own, as in a notebook
             return pool.submit(asyncio.run, _download(url)).result()
     except TimeoutError:
-        raise BadRecord("image-url", f"{url} cannot be fetched: not complete within {DEADLINE:g} seconds") from None
+        problem = f"cannot be fetched: not complete within {DEADLINE:g} seconds"
+        raise BadRecord("image-url", f"{shorten(url)} {problem}") from None
 
 
 def _check_scheme(url: str) -> None:
     if not url.lower().startswith(("http://", "https://")):
-        raise BadRecord("image-url", f"{url} is not fetched: only http and https are")
+        raise BadRecord("image-url", f"{shorten(url)} is not fetched: only http(s) is supported; copy the file here")
 
 
 async def _download(url: str) -> bytes:
@@ -153,7 +178,8 @@ async def _download(url: str) -> bytes:
         target = urllib.parse.urljoin(str(answer.url), answer.response.headers.get("Location", ""))
         _check_scheme(target)
         if _is_inside(target) and not _is_inside(url):
-            raise BadRecord("image-url", f"{url} is not fetched: it leads to {target}, inside this network")
+            problem = f"is not fetched: it leads to {shorten(target)}, inside this network"
+            raise BadRecord("image-url", f"{shorten(url)} {problem}")
 
     trace = aiohttp.TraceConfig()
     trace.on_request_redirect.append(check_redirect)
@@ -170,7 +196,7 @@ async def _download(url: str) -> bytes:
                     async for piece in answer.content.iter_any():
                         content += piece
                         if len(content) > MAX_DOWNLOAD:
-                            raise BadRecord("image-url", f"{url} is larger than {MAX_DOWNLOAD // 2**20} MiB")
+                            raise BadRecord("image-url", f"{shorten(url)} is larger than {MAX_DOWNLOAD // 2**20} MiB")
                     return content
             except BadRecord:
                 raise
@@ -183,7 +209,7 @@ async def _download(url: str) -> bytes:
                     break
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 problem = str(error)
-    raise BadRecord("image-url", f"{url} cannot be fetched: {problem}")
+    raise BadRecord("image-url", f"{shorten(url)} cannot be fetched: {shorten(problem)}")
 
 
 def _is_inside(url: str) -> bool:

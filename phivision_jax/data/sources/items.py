@@ -148,7 +148,9 @@ class ItemReader:
             fill_placeholders(messages, item["objects"], options.boxes, len(images), size_of)
         stated = _optional(item, "mode")
         if stated is not None and stated not in MODES:
-            raise BadRecord("fields", f"the mode is {stated!r}: it must be one of {', '.join(MODES)}; {_aside('mode')}")
+            raise BadRecord(
+                "fields", f"the mode is {stated!r:.100}: it must be one of {', '.join(MODES)}; {_aside('mode')}"
+            )
         mode, mode_from = settle_mode(messages, stated, options.default_mode)  # type: ignore[arg-type]
         system = any(message["role"] == "system" for message in messages)
         if system and options.system != "template":

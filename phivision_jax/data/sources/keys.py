@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from phivision_jax.data.quarantine import BadRecord
+from phivision_jax.io.messages import shorten
 from phivision_jax.text.constants import THOUGHT_KEYS
 
 Level = Literal["record", "question", "message", "turn", "part"]
@@ -162,7 +163,8 @@ def unread(
                 "" if kind is None else _MEDIA if kind != "image" else _IN_IMAGES if level in _MESSAGE else _AS_IMAGE
             )
         if problem:
-            raise BadRecord("unread", f"{where}the field {key} {problem.format(key=key)}; {or_keep(key)}")
+            shown = shorten(key)
+            raise BadRecord("unread", f"{where}the field {shown} {problem.format(key=shown)}; {or_keep(shown)}")
         if not harmless:
             found.append((f"{key} of {level}s" if level in ("message", "turn", "part") else str(key), value))
     return found
@@ -177,8 +179,8 @@ def check_text(text: str, where: str) -> None:
     if ("<" in text or "data:" in text) and (marker := _MARKER.search(text)):
         wanted = "write [x1, y1, x2, y2] and use --inline-boxes" if marker["box"] else "write <image> for each"
         wanted = "leave the record out" if re.search("video|audio|speech", marker[0], re.IGNORECASE) else wanted
-        escape = rf", or <\{marker[0][1:]} where the text is meant" if marker[0][1:2].isalpha() else ""
-        raise BadRecord("unread", f"{where} contains {marker[0]}, a marker of other models: {wanted}{escape}")
+        escape = rf", or <\{shorten(marker[0][1:])} where the text is meant" if marker[0][1:2].isalpha() else ""
+        raise BadRecord("unread", f"{where} contains {shorten(marker[0])}, a marker of other models: {wanted}{escape}")
 
 
 def is_blank(value: Any, depth: int = 0) -> bool:
@@ -214,7 +216,7 @@ def loss_flag(fields: Mapping[str, Any], where: str = "") -> bool | None:
     given = {name: fields[name] for name in FLAGS if not is_blank(fields.get(name))}
     for name, value in given.items():
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise BadRecord("fields", f"{where}its {name} is {value!r}: it must be 0 (no loss) or 1")
+            raise BadRecord("fields", f"{where}its {name} is {shorten(value)}: it must be 0 (no loss) or 1")
     if len(set(given.values())) > 1:
         raise BadRecord("fields", f"{where}{' and '.join(given)} contradict each other: keep one of them")
     return bool(next(iter(given.values()))) if given else None

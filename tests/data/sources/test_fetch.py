@@ -7,6 +7,7 @@ import io
 import os
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -261,10 +262,72 @@ def test_is_inside(host, inside):
 
 @pytest.mark.parametrize(
     "url",
-    ["file:///etc/passwd", "ftp://127.0.0.1/x", "http://", "http://127.0.0.1:1/x", "s3://bucket/x", "http://[::1/x"],
+    ["gs://bucket/x", "ftp://127.0.0.1/x", "http://", "http://127.0.0.1:1/x", "s3://bucket/x", "http://[::1/x"],
 )
 def test_fetch_rejects_bad_urls(folder, monkeypatch, url):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(fetching, "PAUSE", 0.0)
     assert reason(url, folder, allow_urls=True) == "image-url"
     assert reason(url, folder) == "image-url"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "sub\\new photo é.png",
+        ".\\sub\\new photo é.png",
+        "sub/new%20photo%20%C3%A9.png",
+        "sub%2Fnew%20photo%20e%CC%81.png",
+        "sub\\new%20photo%20%C3%A9.png",
+        unicodedata.normalize("NFD", "sub/new photo é.png"),
+        "file:sub/new%20photo%20%C3%A9.png",
+        "file://FOLDER/sub/new%20photo%20%C3%A9.png",
+        "FILE://localhost/FOLDER/sub/new photo é.png",
+        "file:FOLDER/sub/new%20photo%20e%CC%81.png",
+    ],
+)
+def test_fetch_takes_other_spellings_of_a_path(folder, given):
+    (folder / "sub").mkdir(exist_ok=True)
+    (folder / "sub" / "new photo é.png").write_bytes(PNG)
+    given = given.replace("localhost/FOLDER", f"localhost{folder}").replace("FOLDER", str(folder))
+    assert fetch(given, folder) == PNG
+    assert fetch({"path": given}, folder) == PNG
+
+
+def test_fetch_prefers_the_spelling_as_it_is(folder):
+    (folder / "a%20b.png").write_bytes(PNG)
+    (folder / "a b.png").write_bytes(b"other")
+    assert fetch("a%20b.png", folder) == PNG
+
+
+@pytest.mark.parametrize(
+    "given", ["file:///etc/passwd", "file:/etc/passwd", "file://localhost/etc/passwd", "file:%2e%2e/secret.png"]
+)
+def test_file_urls_stay_inside_the_folder(folder, given):
+    (folder.parent / "secret.png").write_bytes(PNG)
+    with pytest.raises(BadRecord, match="leads out of the image folder") as error:
+        fetch(given, folder)
+    assert error.value.reason == "image-path"
+
+
+@pytest.mark.parametrize("given", ["..\\secret.png", "%2e%2e/secret.png", "sub\\..\\..\\secret.png"])
+def test_other_spellings_stay_inside_the_folder(folder, given):
+    (folder.parent / "secret.png").write_bytes(PNG)
+    with pytest.raises(BadRecord, match="there is no file"):
+        fetch(given, folder)
+
+
+@pytest.mark.parametrize("url", ["gs://b/a.png", "s3://b/a.png", "hf://datasets/a.png", "zip://a.png::b.zip"])
+@pytest.mark.parametrize("allowed", [False, True])
+def test_fetch_of_other_schemes_names_the_supported_ones(folder, url, allowed):
+    with pytest.raises(BadRecord, match=r"only http\(s\) is supported; copy the file here"):
+        fetch(url, folder, allow_urls=allowed)
+
+
+@pytest.mark.parametrize(
+    "given", ["x" * 200_000, "../" + "x/" * 100_000, "http://a/" + "x" * 200_000, "s3://" + "x" * 200_000]
+)
+def test_fetch_shortens_values_in_errors(folder, given):
+    with pytest.raises(BadRecord) as error:
+        fetch(given, folder)
+    assert len(str(error.value)) < 300 + len(str(folder))
