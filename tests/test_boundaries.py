@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"io"},
     "io": set(),
     "text": {"config", "images", "io"},
-    "images": {"config"},
+    "images": {"config", "io"},
     "rows": {*HOST, "batch"},
     "batch": {"config"},
     "processor": {*HOST, "rows", "batch"},

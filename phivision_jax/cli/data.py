@@ -201,18 +201,20 @@ def validate(
         out: File to which the problems are also written, one JSON object per line.
     """
     from phivision_jax.data.store.integrity import validate
-    from phivision_jax.io.messages import shorten
 
     report = validate(dataset, decode=not headers_only, workers=workers)
     if out is not None:
         out.write_bytes(b"".join(p.to_json().encode(errors="backslashreplace") + b"\n" for p in report.problems))
     rows = {"files": f"{report.files:,}", "records": f"{report.records:,}"}
     rows["images"] = f"{report.images:,} ({'headers read' if headers_only else 'decoded'})"
-    rows["duplicate ids"] = f"{report.duplicates:,}" + "".join(f"  {shorten(i)}" for i in report.duplicate_ids)
+    rows["duplicate ids"] = f"{report.duplicates:,}" + "".join(f"  {i!r:.100}" for i in report.duplicate_ids)
     _print_rows(dataset, rows | {"problems": f"{len(report.problems):,}"})
     for problem in report.problems:
-        say(f"{problem.where}: {shorten(problem.id)}: {problem.reason}: {problem.detail}")
+        say(f"{problem.where}: {problem.id!r:.100}: {problem.reason}: {problem.detail}")
     if report.problems:
+        decoded = all(problem.reason.startswith("image-") for problem in report.problems)
+        remedy = "import the data again with --decode, which leaves out records with broken images"
+        say(f"to repair it, {remedy if decoded else f'copy the dataset again; if that does not help, {remedy}'}")
         sys.exit(1)
 
 
@@ -263,7 +265,6 @@ def plan(
     from phivision_jax.data.plan.mixture import Mixture
     from phivision_jax.data.plan.plan import check_out, make_plan
     from phivision_jax.data.store.dataset import Dataset
-    from phivision_jax.io.messages import shorten
     from phivision_jax.rows import row_shape
 
     given = {"epochs": epochs, "examples": examples, "reasoning_share": reasoning_share}
@@ -285,7 +286,7 @@ def plan(
     plan.save(out)
     say(f"{out}: plan {plan.hash[:12]}, {plan.num_steps(batch_rows):,} steps of {batch_rows} rows\n{plan.summary()}")
     for s, i, _ in plan.rejected[:_SHOWN_REJECTED].tolist():
-        say(f"  does not fit: {shorten(datasets[s][i].id)}, record {i} of {mixture.names[s]}")
+        say(f"  does not fit: {datasets[s][i].id!r:.100}, record {i} of {mixture.names[s]}")
     if (more := len(plan.rejected) - _SHOWN_REJECTED) > 0:
         say(f"  and {more:,} more, in {out / 'rejected.npy'}")
 

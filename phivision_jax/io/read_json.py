@@ -62,8 +62,8 @@ def check_form(value: Any, form: Any, name: str) -> None:
     """Compare the types in a structure of unknown origin with those of a form.
 
     Args:
-      form: a type, where int means a number of 0 or more; a tuple of values that are allowed; [form of all elements];
-        {key: form}, besides which there may be other keys; or {str: form of all values}.
+      form: a type, where int means a number from 0 to 2**63 − 1; a tuple of values that are allowed; [form of all
+        elements]; {key: form}, besides which there may be other keys; or {str: form of all values}.
       name: of the value in errors.
 
     Raises:
@@ -74,7 +74,7 @@ def check_form(value: Any, form: Any, name: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(str, form))}, not {shorten(value)}")
         return
     kind: Any = form if isinstance(form, type) else type(form)
-    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 0)):
+    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or not 0 <= value < 2**63)):
         raise ValueError(
             f"{name} must be {_KINDS.get(kind, kind.__name__)}, not {_KINDS.get(type(value), shorten(value))}"
         )

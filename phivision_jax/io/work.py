@@ -29,6 +29,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,7 +39,7 @@ from typing import Any, Protocol
 import msgpack
 
 from phivision_jax.io import atomic, workers
-from phivision_jax.io.messages import differences
+from phivision_jax.io.messages import differences, shorten
 from phivision_jax.io.progress import bar
 from phivision_jax.io.read_json import read_json
 from phivision_jax.io.retry import Backoff
@@ -51,7 +52,8 @@ IO_ATTEMPTS = 4
 IO_FIRST_WAIT_S = 0.5
 """Seconds before the second attempt to read an item; doubled each time."""
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # waiting does not help
-_SHOWN_DIFFERENCES, _SHOWN_CHARACTERS = 10, 200
+_SHOWN_DIFFERENCES = 10
+_FILE = re.compile(r"source\.files\.(.+?)(?:\.(bytes|mtime_ns))?")
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +74,8 @@ class Source[Item](Protocol):
     def key(self) -> Any:
         """JSON value that changes with the content or the reading options; work resumes only if it is the same.
 
-        Names, sizes and modification times of files are enough: no content needs to be hashed.
+        Names, sizes and modification times of files are enough, as "files": {path: {"bytes": …, "mtime_ns": …}}; no
+        content needs to be hashed.
         """
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
@@ -223,9 +226,9 @@ def _prepare(partial: Path, key: dict[str, Any], restart: bool) -> None:
     if before != key or restart:
         if before is not None and not restart and any((partial / CHUNKS).glob("*")):
             raise FileExistsError(
-                f"{partial} has the chunks of an interrupted run with other data, options or program version; to "
-                "continue it, repeat its options; to start over, remove the directory or give --restart "
-                f"(restart=True):{_changes(before, key)}"
+                f"{partial} has the chunks of an interrupted run with other data, options or program version; to start "
+                "over, give --restart (restart=True) or remove the directory; to continue it, restore these:"
+                f"{_changes(before, key)}"
             )
         _remove_all_but({LOCK}, partial)
         atomic.write(partial / KEY, json.dumps(key, indent=2))
@@ -238,8 +241,17 @@ def _changes(before: Any, now: Any) -> str:
     """A line for each difference between two keys, or for the first few."""
     lines = []
     for path, *values in differences(before, now):
-        old, new = (json.dumps(value, ensure_ascii=False)[:_SHOWN_CHARACTERS] for value in values)
-        lines.append(f"{path}: {old}, now {new}")
+        old, new = (shorten(json.dumps(value, ensure_ascii=False)) for value in values)
+        if file := _FILE.fullmatch(path):
+            name = shorten(file[1].rpartition("/")[2])
+            if file[2] == "bytes":
+                lines.append(f"{name} has changed ({int(old):,} → {int(new):,} bytes)")
+            elif file[2] is None:
+                lines.append(f"{name} {'was not read then' if old == 'null' else 'is no longer read'}")
+            elif not lines or not lines[-1].startswith(f"{name} has changed"):
+                lines.append(f"{name} has been written again, with as many bytes as before")
+        else:
+            lines.append(f"{path}: {old}, now {new}")
     more = [f"and {len(lines) - _SHOWN_DIFFERENCES:,} more"] if len(lines) > _SHOWN_DIFFERENCES else []
     return "".join(f"\n  {line}" for line in [*lines[:_SHOWN_DIFFERENCES], *more])
 

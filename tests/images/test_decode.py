@@ -142,7 +142,7 @@ def test_open_image_errors_name_file(tmp_path: Path) -> None:
     bomb = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
     for content, reason in [
         (b"", r"is empty \(0 bytes\)"),
-        (b"<html>not found</html>", "is not an image"),
+        (b"<html>not found</html>", "is an HTML page"),
         (data[: len(data) // 2], "cannot be decoded: .*truncated"),
         (bomb, "is too large to decode"),
     ]:
@@ -180,3 +180,23 @@ def test_open_image_takes_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert rgb_at_origin(open_image(data)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
+        (b"<!doctype HTML><html></html>", "an HTML page.*download the file again"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing.*convert it to PNG or JPEG"),
+        (b"<?xml version='1.0'?>\n<!-- made by -->\n<!DOCTYPE svg>\n<svg/>", "an SVG drawing"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC or AVIF image, which is not read: convert it to PNG or JPEG"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "a HEIC or AVIF image"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0isomiso2", "a video or a sound"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"no image at all", "not an image of a known format, or is broken"),
+    ],
+)
+def test_other_kinds_of_files_are_named(content, what):
+    for read in (open_image, image_size):
+        with pytest.raises(ValueError, match=f"photo is {what}"):
+            read(content, "photo")

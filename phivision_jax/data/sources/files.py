@@ -16,6 +16,7 @@ from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.item_options import Format, ItemOptions
 from phivision_jax.data.sources.items import ItemReader
 from phivision_jax.data.sources.source import Read
+from phivision_jax.io.read_json import wrong_file
 
 PATTERNS: dict[Format, re.Pattern[str]] = {
     "json": re.compile(r"\.(json|jsonl|ndjson)$", re.IGNORECASE),
@@ -96,10 +97,10 @@ def shorten(files: Sequence[Path]) -> str:
     return ", ".join(file.name for file in files[:5]) + (" …" if len(files) > 5 else "")
 
 
-def identify(files: Sequence[Path]) -> list[list[Any]]:
+def identify(files: Sequence[Path]) -> dict[str, dict[str, int]]:
     """Path, size and modification time of each file, for ``Source.key``."""
-    stats = [(file, file.stat()) for file in files]
-    return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    stats = {str(file.resolve()): file.stat() for file in files}
+    return {path: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for path, stat in stats.items()}
 
 
 class FileSource[Part](abc.ABC):
@@ -123,6 +124,10 @@ class FileSource[Part](abc.ABC):
         self._options = options
         self._reader = ItemReader(self.name, path if path.is_dir() else path.parent, options)
         self.files = self._find(path, split)
+        for file in filter(Path.is_file, self.files.read):
+            with file.open("rb") as opened:
+                if known := wrong_file(opened.read(512)):
+                    raise ValueError(f"{file} {known}")
         opened = [part for file in self.files.read for part in self._open(file)]
         self._parts = [part for part, _ in opened]
         self._begins = np.cumsum([0, *(count for _, count in opened)])

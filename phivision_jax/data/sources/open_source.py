@@ -18,7 +18,16 @@ from phivision_jax.data.sources.source import Source
 _READERS: dict[str, type[FileSource[Any]]] = {r.format: r for r in (JsonSource, ParquetSource, ArrayRecordSource)}
 
 _LOOKED_FOR = "looked for .json, .jsonl, .ndjson, .parquet, .array_record, dataset_info.json (TFDS); --format chooses"
-_COMPRESSED = re.compile(r"\.(json|jsonl|ndjson|parquet)\.(gz|zst|bz2|xz|zip|lz4)$", re.IGNORECASE)
+_OTHERS = {
+    r"\.(gz|zst|bz2|xz|lz4)$": "is compressed: unpack it first (gunzip, unzstd, ...)",
+    r"\.(zip|tar|tgz|7z|rar)$": "is an archive: unpack it first, and import the files with --images FOLDER",
+    r"\.(csv|tsv|xlsx?|ods)$": "is a table of text: write it as JSON lines with pandas, "
+    'read_csv(FILE).to_json("data.jsonl", orient="records", lines=True)',
+    r"\.(arrow|feather)$|^dataset_dict\.json$": "was written by save_to_disk of datasets: write it as parquet, "
+    'load_from_disk(FOLDER).to_parquet("data.parquet"), each split by itself',
+    r"\.tfrecords?(-\d+-of-\d+)?$": "is a file of TensorFlow: import its TFDS data set, by its folder",
+}
+"""Regular expressions of names, and the end of a sentence about such a file."""
 
 
 def open_source(
@@ -68,7 +77,7 @@ def _format_of(path: Path) -> Format:
         for format, pattern in PATTERNS.items():
             if pattern.search(path.name):
                 return format
-        _refuse_compressed([path.name], path)
+        _refuse_others([path.name], path)
         raise ValueError(f"the format of {path} is not clear from its name: {_LOOKED_FOR}")
     # Our own datasets and those of TFDS have files of other formats too.
     if (path / "manifest.json").is_file() and any(path.glob("*.array_record")):
@@ -81,11 +90,13 @@ def _format_of(path: Path) -> Format:
         return found[0]
     if found:
         raise ValueError(f"{path} has files of more than one format ({', '.join(found)}): choose one with --format")
-    _refuse_compressed(sorted(os.listdir(path)), path)
+    _refuse_others(sorted(os.listdir(path)), path)
     raise ValueError(f"{path} has nothing that can be read: {_LOOKED_FOR}")
 
 
-def _refuse_compressed(names: Iterable[str], path: Path) -> None:
-    if name := next((name for name in names if _COMPRESSED.search(name)), None):
-        file = path if path.is_file() else path / name
-        raise ValueError(f"{file} is compressed: unpack it first (gunzip, unzstd, ...)")
+def _refuse_others(names: Iterable[str], path: Path) -> None:
+    """Raise ValueError for the first name of a known format that is not read."""
+    for name in names:
+        for pattern, known in _OTHERS.items():
+            if re.search(pattern, name, re.IGNORECASE):
+                raise ValueError(f"{path if path.is_file() else path / name} {known}")

@@ -136,3 +136,44 @@ def test_records_source(tmp_path):
 def test_records_source_of_easy_vqa():
     records = easy_vqa("test", max_images=3)
     assert [r.record for r in RecordsSource(records).read(0, len(records))] == records  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("files", "what", "remedy"),
+    [
+        (["a.csv"], r"a\.csv is a table of text", "to_json"),
+        (["a.XLSX"], r"a\.XLSX is a table of text", "to_json"),
+        (["data-00000-of-00001.arrow", "dataset_info.json", "state.json"], "save_to_disk of datasets", "to_parquet"),
+        (
+            ["dataset_dict.json", "train/data.arrow", "train/dataset_info.json"],
+            "save_to_disk of datasets",
+            "to_parquet",
+        ),
+        (["shard-000.tar"], r"shard-000\.tar is an archive", "unpack it"),
+        (["a.tar.gz"], r"a\.tar\.gz is compressed", "unpack it"),
+        (["x.tfrecord-00000-of-00001"], "is a file of TensorFlow", "TFDS"),
+    ],
+)
+def test_open_source_recognises_other_formats(tmp_path, files, what, remedy):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"{}")
+    for path in (tmp_path, tmp_path / files[0]) if len(files) == 1 else (tmp_path,):
+        with pytest.raises(ValueError, match=what) as error:
+            open_source(path, options=ItemOptions())
+        assert remedy in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.array_record"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", r"Git LFS.*run git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html><body>404</body></html>", "HTML page.*download the file again"),
+    ],
+)
+def test_open_source_recognises_files_that_another_has_replaced(tmp_path, name, content, what):
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=f"{name} is .*{what}"):
+            open_source(path, options=ItemOptions())

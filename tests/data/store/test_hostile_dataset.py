@@ -6,7 +6,7 @@ import collections
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from phivision_jax.batch import RowShape
 from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import Plan, make_plan
-from phivision_jax.data.quarantine import BadRecord, Quarantined
+from phivision_jax.data.quarantine import BadRecord, Quarantined, RunLog, read_quarantine
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.open_source import open_source
-from phivision_jax.data.store.dataset import ARRAYS, MANIFEST, Dataset, Index, describe_file
+from phivision_jax.data.store.dataset import MANIFEST, Dataset, Index, describe_file
 from phivision_jax.data.store.exporting import export
 from phivision_jax.data.store.integrity import validate
 from phivision_jax.data.view.show import record_section
 from phivision_jax.io import work
 from tests.support.datasets import write_dataset
+from tests.support.mutations import survivors
 from tests.support.records import make_record, mixed_records
 
 SHAPE = RowShape(length=512, vision_rows=1, num_patches=128)
@@ -165,69 +166,45 @@ def test_manifest_and_key_of_another_kind_are_named(copy, content):
 # ---------------------------------------------------------------------------------------------------------------------
 # Mutations of files.
 
-VALUES = [None, True, -1, 0, 1, 10**30, 1.5, "", "..", "/etc/passwd", "x" * 1000, "\x1b[2J", [], [[]], {}, {"a": 1}]
 
-
-def mutate_bytes(random: random.Random, content: bytes) -> bytes:
-    """Flip, insert, remove or repeat some bytes, zero a range, or cut the end."""
-    changed = bytearray(content)
-    for _ in range(random.choice([1, 1, 2, 8])):
-        i = random.randrange(len(changed) + 1)
-        j = min(len(changed), i + random.choice([1, 2, 8, 100]))
-        changed[i:j] = random.choice(
-            [random.randbytes(j - i), b"", bytes(j - i), changed[i:j] * 3, b"\xff" * (j - i), changed[i:j][::-1]]
+def flips(content: bytes, count: int) -> Iterator[bytes]:
+    """Flip, insert, remove, zero or repeat some bytes, most of them near the beginning, or cut the end."""
+    numbers = random.Random(0)
+    for _ in range(count):
+        changed = bytearray(content)
+        i = min(int(numbers.expovariate(1 / 60)), len(changed) - 1)
+        j = min(len(changed), i + numbers.choice([1, 1, 2, 8, 100]))
+        changed[i:j] = numbers.choice(
+            [numbers.randbytes(j - i), b"", bytes(j - i), changed[i:j] * 3, b"\xff" * (j - i)]
         )
-        if random.random() < 0.1:
-            del changed[i:]
-    return bytes(changed)
+        yield bytes(changed[: i if numbers.random() < 0.1 else None])
 
 
-def mutate_value(random: random.Random, value: Any) -> Any:
-    """Replace, remove or double one value at any depth of a JSON structure."""
-    if isinstance(value, dict | list) and value and random.random() < 0.9:
-        changed = value.copy()
-        key = random.choice([*value] if isinstance(value, dict) else range(len(value)))
-        if random.random() < 0.15:
-            del changed[key]
-        elif random.random() < 0.1 and isinstance(changed, list):
-            changed.append(value[key])
-        else:
-            changed[key] = mutate_value(random, value[key])
-        return changed
-    return random.choice(VALUES)
-
-
-def fuzz(directory: Path, files: list[str], use: Callable[[], Any], seed: int) -> int:
-    """Use a directory with one mutated file, ``MUTATIONS`` times; return how often it was refused."""
-    numbers, refused = random.Random(seed), 0
-    originals = {name: (directory / name).read_bytes() for name in files}
-    for _ in range(MUTATIONS):
-        name = numbers.choice(files)
-        content = originals[name]
-        if name.endswith(".json") and numbers.random() < 0.7:
-            changed = json.dumps(mutate_value(numbers, json.loads(content))).encode()
-        else:
-            changed = mutate_bytes(numbers, content)
-        (directory / name).write_bytes(changed)
-        try:
-            use()
-        except (ValueError, OSError) as error:
-            refused += 1
-            assert str(directory) in str(error), f"{name}: {error!r} does not name the file"
-            assert len(str(error)) < 700 and "\x1b" not in str(error)
-        (directory / name).write_bytes(originals[name])
+def check_arrays(folder: Path, use: Callable[[], Any]) -> int:
+    """Use a folder of arrays with one of them damaged; return how often it was refused."""
+    refused, names = 0, sorted(folder.glob("*.npy"))
+    for path in names:
+        content = path.read_bytes()
+        for changed in flips(content, MUTATIONS // len(names)):
+            path.write_bytes(changed)
+            try:
+                use()
+            except (ValueError, OSError) as error:
+                refused += 1
+                assert str(folder.parent) in str(error) and len(str(error)) < 600 and str(error).isprintable(), error
+        path.write_bytes(content)
     use()
     return refused
 
 
-def use_dataset(directory: Path) -> None:
-    dataset = Dataset.open(directory)
-    dataset.index.check(directory)
-    assert dataset[0].messages and [dataset.index.sizes_of(i) for i in range(len(dataset))]
-
-
 def test_mutated_manifests_are_read_or_refused(copy):
-    assert fuzz(copy, [MANIFEST], lambda: use_dataset(copy), 1) > 500
+    def read(mutated: bytes) -> None:
+        (copy / MANIFEST).write_bytes(mutated)
+        dataset = Dataset.open(copy)
+        dataset.index.check(copy)
+        assert dataset[0].messages
+
+    assert survivors((copy / MANIFEST).read_bytes(), read, str(copy), count=MUTATIONS) < MUTATIONS * 0.8
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of NumPy, which parses headers as Python
@@ -239,23 +216,40 @@ def test_mutated_indexes_are_read_or_refused(copy):
         index.check(copy)
         assert [index.sizes_of(i) for i in range(len(index))]
 
-    assert fuzz(copy, [f"index/{name}.npy" for name in ARRAYS], use, 2) > 500
+    assert check_arrays(copy / "index", use) > MUTATIONS * 0.2
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 def test_mutated_plans_are_read_or_refused(copy, processor, tmp_path):
-    plan = make_plan([Dataset.open(copy)], Mixture.from_directories(copy), processor, SHAPE)
-    plan.save(tmp_path / "plan")
+    place = tmp_path / "plan"
+    make_plan([Dataset.open(copy)], Mixture.from_directories(copy), processor, SHAPE).save(place)
+    content = (place / "plan.json").read_bytes()
 
     def use() -> None:
-        loaded = Plan.load(tmp_path / "plan")
-        loaded.summary()
-        assert loaded.rows(0, 2) and loaded.patch_limits is not None
+        loaded = Plan.load(place)
+        assert loaded.rows(0, 2) and loaded.summary() and loaded.patch_limits is not None
 
-    names = sorted(path.name for path in (tmp_path / "plan").iterdir())
-    assert fuzz(tmp_path / "plan", names, use, 3) > 500
+    def read(mutated: bytes) -> None:
+        (place / "plan.json").write_bytes(mutated)
+        use()
+
+    assert survivors(content, read, str(place), count=MUTATIONS // 2) < MUTATIONS * 0.4
+    (place / "plan.json").write_bytes(content)
+    assert check_arrays(place, use) > MUTATIONS * 0.3
 
 
 def test_quarantined_items_keep_their_lines_short():
     bad = Quarantined("i" * 10**6, "s" * 10**6, "unread", "d" * 10**6, "w" * 10**6)
     assert len(bad.to_line()) < 2_000
+    assert b"\\x1b[2J" in Quarantined("\x1b[2J", "s", "unread", "d", "w").to_line()
+
+
+@pytest.mark.parametrize("line", [b"\0" * 50, b"[]", b"3", b'{"id": [1], "where": {}}', b'{"reason": 3}', b"{" * 9999])
+def test_quarantine_of_a_run_ignores_lines_of_another_kind(tmp_path, line):
+    file = tmp_path / "quarantine.jsonl"
+    file.write_bytes(line + b"\n")
+    log = RunLog(file, max_share=0.5)
+    bad = Quarantined("a", "s", "unreadable", "d", "w")
+    log.add([bad], 1)
+    RunLog(file, max_share=0.5).add([bad], 1)
+    assert [row["id"] for row in read_quarantine(file)] == ["a"]

@@ -118,6 +118,16 @@ def test_changes_lists_first_differences():
     then, now = ({"files": [[f"{k}.jsonl", k, time] for k in range(20)]} for time in (1, 2))
     lines = work._changes(then, now).split("\n  ")
     assert lines[1] == "files.0.2: 1, now 2" and lines[-1] == "and 10 more" and len(lines) == 12
+    files = {"set/a.json": {"bytes": 130160, "mtime_ns": 1}, "b": {"bytes": 3, "mtime_ns": 1}, "c": {"bytes": 3}}
+    later = {"set/a.json": {"bytes": 111608, "mtime_ns": 2}, "b": {"bytes": 3, "mtime_ns": 2}, "d": {"bytes": 3}}
+    before, after = ({"source": {"files": one}} for one in (files, later))
+    assert work._changes(before, after).split("\n  ")[1:] == [
+        "a.json has changed (130,160 → 111,608 bytes)",
+        "b has been written again, with as many bytes as before",
+        "c is no longer read",
+        "d was not read then",
+    ]
+    assert len(work._changes({"a": "x" * 10**6}, {"a": "y"})) < 150
     assert work._changes({"a": {"b": None}}, {"a": {"b": ["x"]}}) == '\n  a.b: null, now ["x"]'
     assert work._changes({"a": [1]}, {"a": [1, 2], "b": 3}) == "\n  a: [1], now [1, 2]\n  b: null, now 3"
 
@@ -181,8 +191,8 @@ class TestResume:
         first, *lines = str(raised.value).splitlines()
         assert (
             str(partial) in first
-            and "repeat its options" in first
-            and "remove the directory or give --restart" in first
+            and "give --restart (restart=True) or remove the directory" in first
+            and first.endswith("to continue it, restore these:")
         )
         assert lines == ["  source.n: 60, now 59", "  items: 60, now 59", "  decode: false, now true"]
         assert content(partial) == before and not hasattr(raised.value, "__notes__")
