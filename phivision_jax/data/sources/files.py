@@ -125,8 +125,8 @@ class FileSource[Part](abc.ABC):
         self._reader = ItemReader(self.name, path if path.is_dir() else path.parent, options)
         self.files = self._find(path, split)
         for file in filter(Path.is_file, self.files.read):
-            with file.open("rb") as opened:
-                if known := wrong_file(opened.read(512)):
+            with file.open("rb") as content:
+                if known := wrong_file(content.read(512)):
                     raise ValueError(f"{file} {known}")
         opened = [part for file in self.files.read for part in self._open(file)]
         self._parts = [part for part, _ in opened]
