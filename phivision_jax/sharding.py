@@ -13,6 +13,7 @@ A row's images are on the same devices as its text: nothing of a row crosses ``s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -56,6 +57,11 @@ FSDP_GROUP = 32
 """Most devices that share one replica of the parameters when a mesh does not specify it. In larger groups the TPU
 compiler turned reduce-scatters into all-reduces of entire layers (v5p: 128, v5e, v6e: 256), or padded widths (64: 80
 to 96)."""
+
+GENERATION_TENSOR = 2
+"""Shards of the heads where weights are only read: there are ten KV heads."""
+WEIGHTS_SHARE = 0.55
+"""Largest share of a device's memory for the weights of a model that generates; a larger cache takes more prompts."""
 
 _overrides = jax.make_user_context(())  # (logical axis, mesh axes) pairs; part of jit's cache key
 
@@ -101,6 +107,38 @@ def default_sizes(
     return {"slice": slices, "data": rest // fsdp, "fsdp": fsdp, "tensor": tensor, "context": context}
 
 
+def generation_sizes(params: nnx.State, itemsize: int, num_devices: int, device_bytes: float | None) -> dict[str, int]:
+    """Sizes of the mesh axes for generation: as few shards of the weights as leave room for the cache.
+
+    Every axis divides what it shards. Further devices hold replicas with prompts of their own, or nothing where fewer
+    devices can hold the weights and more cannot.
+
+    Args:
+      params: abstract parameters with their logical axes, as for ``param_shardings``.
+      itemsize: bytes of a value.
+      device_bytes: memory of a device; None, for unknown: as many shards as possible.
+    """
+    common = {"fsdp": 0, "tensor": 0}
+    weights = 0
+    for _, variable in nnx.to_flat_state(params):
+        weights += variable.get_value().size * itemsize
+        for axis, dim in zip(variable.get_metadata()["out_sharding"], variable.get_value().shape, strict=True):
+            for name in names_of(rule(axis)) if axis else ():
+                common[name] = math.gcd(common.get(name, 0), dim)
+    options = []
+    for count in range(num_devices, 0, -1):
+        tensor = math.gcd(GENERATION_TENSOR, common["tensor"], count)
+        for fsdp in range(1, FSDP_GROUP + 1):
+            if count % (tensor * fsdp) or common["fsdp"] % fsdp:
+                continue
+            options.append({"data": count // (tensor * fsdp), "fsdp": fsdp, "tensor": tensor})
+            if device_bytes and weights / (tensor * fsdp) <= WEIGHTS_SHARE * device_bytes:
+                return options[-1]
+        if device_bytes is None:
+            break
+    return max(options, key=lambda sizes: sizes["fsdp"] * sizes["tensor"])
+
+
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the five axes.
 
@@ -121,6 +159,8 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
     if unknown := set(shape) - set(MESH_AXES):
         raise ValueError(f"mesh axis {min(unknown)!r} does not exist; the axes are {', '.join(MESH_AXES)}")
     sizes = tuple(shape.get(axis, 1) for axis in MESH_AXES)
+    if min(sizes) < 1:
+        raise ValueError(f"mesh axis {MESH_AXES[sizes.index(min(sizes))]} is {min(sizes)}; sizes are at least 1")
     if np.prod(sizes) != len(devices):
         wanted = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1)
         raise ValueError(f"mesh {wanted or 'of 1'} needs {np.prod(sizes)} devices, but there are {len(devices)}")
@@ -134,6 +174,12 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
         grid = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (slices, 1, 1, 1, 1), devices, **split)
     # JAX's default is Explicit axes, under which an fsdp embedding lookup is an error; the rules here are for Auto.
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh of several devices that these arrays are on; None on one device."""
+    mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int | None:

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from phivision_jax import sharding
 from phivision_jax.batch import RowShape, batch_spec
-from phivision_jax.config import ModelConfig
+from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.models import phivision
 
 _, STATE = phivision.abstract(ModelConfig())
@@ -38,6 +38,32 @@ def test_default_sizes(devices, slices, tensor, context, expected):
 def test_default_sizes_rejects_sizes_that_do_not_divide():
     with pytest.raises(ValueError, match="8 devices do not divide into slice 1 x tensor 3 x context 1"):
         sharding.default_sizes(8, tensor=3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "gib", "expected"),
+    [
+        (8, 31.25, (4, 1, 2)),  # v6e-8: 14 GiB of 28 on each
+        (8, 15.75, (2, 2, 2)),  # v5litepod-8
+        (1, 80, (1, 1, 1)),
+        (3, 24, (1, 1, 2)),  # three devices share nothing of 5120 and 1152, two do
+        (8, None, (1, 4, 2)),  # unknown: as many shards as possible
+        (8, 1, (1, 4, 2)),  # too little: as many shards as possible
+    ],
+)
+def test_generation_sizes_of_released_model(devices, gib, expected):
+    found = sharding.generation_sizes(STATE, 2, devices, gib and gib * 2**30)
+    assert tuple(found.values()) == expected
+
+
+def test_generation_sizes_divide_odd_heads_and_widths():
+    """Three vision heads of 14 and widths of 48 and 42: nothing for tensor, six for fsdp."""
+    vision = VisionConfig(hidden_size=42, num_heads=3)
+    decoder = DecoderConfig(hidden_size=48, num_heads=6, num_kv_heads=2, num_layers=1)
+    _, state = phivision.abstract(ModelConfig(vision=vision, decoder=decoder))
+    sizes = sharding.generation_sizes(state, 4, 8, None)
+    assert sizes == {"data": 4, "fsdp": 2, "tensor": 1}
+    sharding.param_shardings(state, sharding.make_mesh(sizes))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def load(
     *,
     dtype: Any = None,
     param_dtype: Any = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | Mapping[str, int] | None = None,
     remat: str = "none",
     image_attention: ImageAttention | None = None,
 ) -> tuple[PhiVision, Processor]:
@@ -59,7 +59,10 @@ def load(
         or in a bucket (``gs://…``), or, with the ``[hub]`` extra, a Hugging Face id.
       dtype: of the computation; default: float32 on CPU, bfloat16 elsewhere.
       param_dtype: of the parameters in memory; default: ``dtype``.
-      mesh: to shard the parameters over (``sharding.make_mesh``); default: one device.
+      mesh: to shard the parameters over, or the sizes of its axes, as {"fsdp": 4, "tensor": 2}, on the first devices of
+        this process; default: all of these, with as few shards of the weights as leave room for a cache
+        (``sharding.generation_sizes``). ``generate`` uses the mesh that the parameters are on; other calls of a model
+        on several devices need ``with jax.set_mesh(sharding.mesh_of(params)):``.
       remat: as in ``PhiVision``, for both towers.
       image_attention: "causal" or "bidirectional"; default: as in the checkpoint (a Hugging Face one is causal).
 
@@ -77,7 +80,13 @@ def load(
     if image_attention is not None:
         config = dataclasses.replace(config, image_attention=image_attention)
     graphdef, state = phivision.abstract(config, dtype=dtype, remat=remat, vision_remat=remat)
-    shardings = sharding.param_shardings(state, mesh or sharding.make_mesh(devices=jax.devices()[:1]))
+    if not isinstance(mesh, Mesh):
+        devices = jax.local_devices()
+        memory = devices[0].memory_stats() or {}  # None on CPUs
+        default = (state, param_dtype.itemsize, len(devices), memory.get("bytes_limit"))
+        sizes = dict(mesh or sharding.generation_sizes(*default))
+        mesh = sharding.make_mesh(sizes, devices[: max(math.prod(sizes.values()), 0)])
+    shardings = sharding.param_shardings(state, mesh)
     target = sharding.abstract(nnx.to_pure_dict(state), shardings, param_dtype)
     processor = processor_of(path, config)  # first: a damaged tokenizer is found before the weights are read
     return phivision.merge(graphdef, read_params(path, config, target)), processor

@@ -18,6 +18,7 @@ def chat(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    mesh: Annotated[dict[str, int], arg(metavar="AXIS SIZE ...")] = {},  # noqa: B006
     save_image: Annotated[Path | None, arg(metavar="FILE")] = None,
 ) -> None:
     """Ask a checkpoint one question, with or without images, and print the answer.
@@ -31,6 +32,7 @@ def chat(
         temperature: Sampling temperature; 0 always takes the most likely token.
         top_p: Sample from the most likely tokens whose probabilities add up to this (with a temperature above 0).
         seed: Seed for sampling.
+        mesh: Sizes of the mesh axes to shard over, as fsdp 4 tensor 2; default: all devices of this machine.
         save_image: Also save the images with question and answer as this PNG file.
     """
     import phivision_jax
@@ -40,7 +42,7 @@ def chat(
     images = [open_image(path) for path in image]
     if save_image and not images:
         raise ValueError("--save-image needs an image: give one with --image")
-    model, processor = phivision_jax.load(checkpoint)
+    model, processor = phivision_jax.load(checkpoint, mesh=mesh)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     answer = phivision_jax.generate(
         model, processor, prompt, images, mode=mode, max_new_tokens=max_new_tokens, **sampling

@@ -19,6 +19,7 @@ def eval(  # the name of the subcommand
     examples: int = 0,
     batch: int = 0,
     max_new_tokens: int = 0,
+    mesh: Annotated[dict[str, int], arg(metavar="AXIS SIZE ...")] = {},  # noqa: B006
     config: Annotated[str, arg(metavar="FILE[:VARIANT]")] = "",
     set: Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE")] = (),
 ) -> None:
@@ -32,6 +33,7 @@ def eval(  # the name of the subcommand
         examples: Number of examples to score, sampled evenly; 0 for all.
         batch: Number of questions answered at a time; 0: eval_batch of the configuration (64 without one).
         max_new_tokens: Maximum length of an answer in tokens; 0: max_new_tokens of the configuration (8 without one).
+        mesh: Sizes of the mesh axes to shard over, as fsdp 4 tensor 2; default: all devices of this machine.
         config: Configuration file with the evaluation settings.
         set: Change fields of the configuration, as in max_new_tokens=64.
     """
@@ -47,7 +49,7 @@ def eval(  # the name of the subcommand
     directory = storage.location(out) if out else None
     if directory:
         storage.check(directory)  # before hours of work whose result could not be written
-    model, processor = phivision_jax.load(checkpoint)
+    model, processor = phivision_jax.load(checkpoint, mesh=mesh)
     rows, limit = batch or cfg.eval_batch, max_new_tokens or cfg.max_new_tokens
     evaluator = runner.Evaluator(
         Dataset.open(data), processor, rows=rows, max_new_tokens=limit, num_examples=examples or None, mode=mode

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import grain
 import numpy as np
-from jax.sharding import Mesh
 
 from phivision_jax.batch import Batch
 from phivision_jax.data.quarantine import BadRecord
@@ -19,7 +18,6 @@ from phivision_jax.io.messages import shorten
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
 from phivision_jax.rows import Example, expand, fill_rows, row_shape
-from phivision_jax.sharding import row_sharding
 from phivision_jax.text.constants import PLACEHOLDER, PromptMode
 
 _log = logging.getLogger(__name__)
@@ -45,7 +43,6 @@ class Evaluator:
       max_new_tokens: per answer.
       num_examples: evaluate an evenly spaced sample of this many records; None for all.
       mode: of the answers, see ``generate``.
-      mesh: to shard the batches over.
 
     Raises:
       ValueError: when no record can be scored.
@@ -60,10 +57,9 @@ class Evaluator:
         max_new_tokens: int,
         num_examples: int | None = None,
         mode: PromptMode = "auto",
-        mesh: Mesh | None = None,
     ) -> None:
         check_processor(dataset, processor)
-        self.dataset, self.processor, self.mode, self.mesh = dataset, processor, mode, mesh
+        self.dataset, self.processor, self.mode = dataset, processor, mode
         self.rows, self.max_new_tokens = rows, max_new_tokens
         count = len(dataset) if num_examples is None else min(num_examples, len(dataset))
         self.records = self._scorable(np.linspace(0, len(dataset), count, endpoint=False).astype(int))
@@ -94,12 +90,11 @@ class Evaluator:
     def __call__(self, model: PhiVision, advance: Callable[[int], None] = lambda _: None) -> list[Answer]:
         """Answer all questions, in order; ``advance`` receives the number of questions of each batch as it finishes."""
         answers: list[Answer] = []
-        sharding = row_sharding(self.mesh) if self.mesh else None
         eos = self.processor.config.decoder.stop_ids
         starts = grain.MapDataset.source(range(0, len(self.records), self.rows))
         options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
         for records, examples, batch in starts.map(self._load).to_iter_dataset(options):
-            ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos, sharding=sharding)
+            ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos)
             answers += [self._score(*scored) for scored in zip(records, examples, ids, strict=False)]
             advance(len(records))
         return answers

@@ -15,6 +15,7 @@ prompt and its answer is never seen, and RoPE positions continue from the prompt
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int32
 
+from phivision_jax import sharding
 from phivision_jax.batch import Batch
 from phivision_jax.images.decode import ImageSource
 from phivision_jax.models import phivision
@@ -99,14 +100,12 @@ def generate_ids(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    sharding: NamedSharding | None = None,
 ) -> np.ndarray:
-    """Continue each row of a batch of prompts.
+    """Continue each row of a batch of prompts, on the devices that the model's parameters are on.
 
     Args:
-      batch: one example per row, from position 0.
+      batch: one example per row, from position 0; the same on every process.
       eos_id: the token or tokens that end an answer; None to always generate ``max_new_tokens``.
-      sharding: of the rows; requires a NumPy batch that is the same on every process.
 
     Returns:
       [B, max_new_tokens] i32; a row that has ended is filled up with the first ``eos_id``.
@@ -121,12 +120,19 @@ def generate_ids(
     segments = np.asarray(batch.segment_ids)
     if segments.max(initial=0) > 1 or not (segments[:, 0] == 1).all():
         raise ValueError("generation takes one example per row: this batch is packed or has an empty row")
-    if sharding is not None:
-        batch = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), batch)
-    stop_ids = eos_id if isinstance(eos_id, tuple) else (-1 if eos_id is None else eos_id,)
-    limits = max_new_tokens, stop_ids
-    ids = generate_tokens(*model.split(), batch, jax.random.key(seed), *limits, temperature, top_p)
-    return np.asarray(ids if ids.is_fully_addressable else multihost_utils.process_allgather(ids, tiled=True))
+    graphdef, params = model.split()
+    in_force: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if mesh := sharding.mesh_of(params):
+        in_force, rows = jax.set_mesh(mesh), sharding.row_sharding(mesh)
+        # Rows must divide over the mesh: the first ones are repeated, and their further answers left out.
+        order = np.arange(-len(segments) % sharding.num_shards(mesh, "batch") + len(segments)) % len(segments)
+        arrays = jax.tree.map(lambda x: np.asarray(x)[order], batch)
+        batch = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, x.__getitem__), arrays)
+    limits = max_new_tokens, eos_id if isinstance(eos_id, tuple) else (-1 if eos_id is None else eos_id,)
+    with in_force:
+        ids = generate_tokens(graphdef, params, batch, jax.random.key(seed), *limits, temperature, top_p)
+        ids = ids if ids.is_fully_addressable else multihost_utils.process_allgather(ids, tiled=True)
+    return np.asarray(ids)[: len(segments)]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7))

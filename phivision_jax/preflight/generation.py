@@ -1,8 +1,7 @@
 """Generation on a slice: memory of weights and KV cache, a batch that fits, modelled times of prefill and decoding.
 
-Weights are bf16, sharded over ``tensor`` (2: there are ten KV heads) and over as few ``fsdp`` devices as leave room for
-the cache; the rest of the slice are replicas with prompts of their own. The batch is computed, and made smaller until
-prefill and decoding, compiled as one program, fit; a larger one may fit too.
+Weights are bf16, on the mesh that ``load`` chooses for such devices (``sharding.generation_sizes``). The batch is
+computed, and made smaller until prefill and decoding, compiled as one program, fit; a larger one may fit too.
 """
 
 from __future__ import annotations
@@ -17,16 +16,8 @@ from phivision_jax.hardware.topology import GIB, Topology
 from phivision_jax.models import phivision
 from phivision_jax.preflight.model import roofline
 from phivision_jax.preflight.step_report import MARGIN
+from phivision_jax.sharding import generation_sizes
 from phivision_jax.training.run_config import ResolvedConfig
-
-TENSOR = 2
-WEIGHTS_SHARE = 0.55
-"""Largest share of the HBM for weights: a larger cache takes more prompts at a time."""
-
-
-def parameters(cfg: ResolvedConfig) -> int:
-    """Number of parameters of the model."""
-    return sum(leaf.size for leaf in jax.tree.leaves(phivision.abstract(cfg.model)[1]))
 
 
 def plan(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
@@ -38,12 +29,11 @@ def plan(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> 
     Raises:
       ValueError: when the weights leave no room for a single prompt.
     """
-    decoder, weights = cfg.model.decoder, 2 * parameters(cfg)
+    decoder, state = cfg.model.decoder, phivision.abstract(cfg.model)[1]
+    weights = 2 * sum(leaf.size for leaf in jax.tree.leaves(state))
     hbm = where.chip.hbm_bytes // where.chip.devices
-    tensor = TENSOR if where.devices % TENSOR == 0 and decoder.num_kv_heads % TENSOR == 0 else 1
-    groups = [n for n in (1, 2, 4, 8, 16, 32) if where.devices % (tensor * n) == 0]
-    fsdp = next((n for n in groups if weights / (tensor * n) <= WEIGHTS_SHARE * hbm), groups[-1])
-    replicas = where.devices // (tensor * fsdp)
+    mesh = generation_sizes(state, 2, where.devices, hbm)
+    replicas, fsdp, tensor = mesh.values()
     row = 2 * 2 * decoder.num_layers * (prompt + new_tokens) * decoder.num_kv_heads * decoder.head_dim  # keys, values
     # Prefill needs the activations and the widest product of one row at a time.
     working = prompt * (decoder.hidden_size * 4 + 2 * decoder.intermediate_size / tensor) * 2
@@ -57,7 +47,7 @@ def plan(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> 
         )
     return {
         "topology": where.xla_name,
-        "mesh": {"data": replicas, "fsdp": fsdp, "tensor": tensor},
+        "mesh": mesh,
         "weights_bytes_per_chip": weights / (tensor * fsdp) * where.chip.devices,
         "cache_bytes_per_row": row,
         "rows_per_device": per_device,

@@ -212,7 +212,6 @@ def make_evaluator(prepared: Prepared) -> Evaluator | None:
         rows=cfg.eval_batch,
         max_new_tokens=cfg.max_new_tokens,
         num_examples=cfg.eval_examples or None,
-        mesh=prepared.step.mesh,
     )
 
 
