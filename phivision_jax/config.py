@@ -12,14 +12,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Mapping
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from phivision_jax.io.messages import shorten
+from phivision_jax.io.messages import did_you_mean, shorten
 
 ImageAttention = Literal["causal", "bidirectional"]
 MOST_LAYERS, LARGEST_SIZE = 10_000, 2**24
@@ -135,6 +134,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "decoder.")
+        for i in (self.bos_token_id, self.pad_token_id, *self.stop_ids):
+            if i is not None and not 0 <= i < self.vocab_size:
+                raise ValueError(f"token id {shorten(i)} is not in the vocabulary of {self.vocab_size} (bos, eos, pad)")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"decoder.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
@@ -227,13 +229,11 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str =
     """
     types = field_types(cls)  # type: ignore[arg-type]
     if unknown := [name for name in values if name not in types]:
-        near = difflib.get_close_matches(unknown[0], types, n=1)
-        hint = f"did you mean {where + near[0]!r}?" if near else f"{cls.__name__} has {', '.join(types)}"
+        hint = did_you_mean(where + unknown[0], [where + name for name in types])
         raise ValueError(f"there is no field {shorten(where + unknown[0])!r}; {hint}")
-    missing = (dataclasses.MISSING, dataclasses.MISSING)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name not in values and (field.default, field.default_factory) == missing:
-            raise ValueError(f"{where + field.name} is missing")
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]  # type: ignore[arg-type]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{where + missing[0]} is missing")
     return cls(**{name: typed(value, types[name], where + name) for name, value in values.items()})
 
 

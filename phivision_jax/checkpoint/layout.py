@@ -63,14 +63,9 @@ ORBAX_MARK = "commit_success.txt"
 
 
 _Dtype = Literal["float32", "bfloat16", "float16", "float64", "int8", "uint8", "int32", "uint32", "int64", "bool"]
-_KEYS: dict[str, Any] = {
-    "model": Mapping[str, Any],
-    "step": int,
-    "run": Mapping[str, Any] | None,
-    "metrics": Mapping[str, Any] | None,
-    "arrays": Mapping[str, tuple[_Dtype, tuple[int, ...], str]],
-    "assets": Mapping[str, str],
-}
+_KEYS: dict[str, Any] = {"model": Mapping[str, Any], "step": int, "assets": Mapping[str, str]}
+_KEYS |= dict.fromkeys(("run", "metrics"), Mapping[str, Any] | None)
+_KEYS["arrays"] = Mapping[str, tuple[_Dtype, tuple[int, ...], str]]
 """Types of the metadata that are read here; a configuration has its own."""
 
 

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 ``verify`` found a difference, 2 refused or failed (with t
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated, Literal
 
@@ -48,6 +49,9 @@ def to_jax(
     if len(paths) != (2 if decoder is None else 1):
         raise ValueError("give HF_DIR and OUT, or OUT alone with --decoder and --vision")
     *source, out = map(location, paths)
+    if source and not source[0].is_dir() and re.fullmatch(r"[\w-]+/[\w.-]+", paths[0]):
+        remedy = f"for the weights of that name, hf download {paths[0]} --local-dir {source[0].name}"
+        raise ValueError(f"{paths[0]} is not a directory; {remedy}, and give that directory")
     if decoder is None or vision is None:
         jobs.to_jax(source[0], out, dtype, overwrite)
     else:
@@ -62,6 +66,7 @@ def to_hf(
     max_shard_size: float = 5.0,
     overwrite: bool = False,
     force: bool = False,
+    adapters_only: bool = False,
 ) -> None:
     """Convert a checkpoint of this project to a Hugging Face directory.
 
@@ -71,17 +76,23 @@ def to_hf(
     Args:
         checkpoint: Checkpoint of this project, or a run, whose newest checkpoint is converted.
         out: Hugging Face directory to write.
-        like: Hugging Face directory whose shards, headers, index and other files are reproduced. An unchanged model
-            then has the same files, byte for byte.
+        like: Hugging Face directory whose shards, headers, index and other files are reproduced, remote code included.
+            An unchanged model then has the same files, byte for byte.
         dtype: Dtype in which weights are stored; keep: each tensor's own, bit for bit.
         max_shard_size: Largest size of a shard in GB (not used with --like).
         overwrite: Replace OUT if it exists, once the new directory is complete.
         force: Write the model even if config.json cannot express it; Hugging Face code then computes something else.
+        adapters_only: Write the LoRA adapters of a run alone, in PEFT's format and in float32, instead of the model
+            with the adapters merged.
     """
     from phivision_jax.convert import jobs
 
     if max_shard_size <= 0:
         raise ValueError(f"--max-shard-size must be positive, not {max_shard_size}")
+    if adapters_only and (like is not None or dtype != "keep"):
+        raise ValueError("--adapters-only does not go with --like and --dtype")
+    if adapters_only:
+        return jobs.to_peft(location(checkpoint), location(out), overwrite)
     original = None if like is None else location(like)
     jobs.to_hf(location(checkpoint), location(out), original, dtype, int(max_shard_size * 1e9), overwrite, force)
 

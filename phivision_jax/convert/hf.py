@@ -37,18 +37,12 @@ _HEADER_LIMIT = 8 * 2**20
 # Buffers without content of their own, which other versions of transformers save; they are checked and ignored.
 _BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
 _BUFFER_DTYPES = DTYPES | {"I64": np.dtype(np.int64)}
-_WRAPPERS = {
-    "_orig_mod.": "torch.compile",
-    "module.": "DataParallel",
-    "base_model.model.": "PEFT",
-    "base_layer.": "PEFT",
-    "language_model.": "another version of transformers",
-}
+_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel", "language_model.": "another transformers"}
+_WRAPPERS |= {"base_model.model.": "PEFT", "base_layer.": "PEFT"}
 """Parts of names that show who saved a wrapped model."""
 _FOREIGN = {
     r"snapshots/[^/]*/config\.json": "is the root of a hub cache: give its snapshot, {parent}",
-    r"adapter_(config\.json|model\..*)": "holds a PEFT adapter ({}) without its model: merge it into the model with "
-    "PEFT's merge_and_unload, and save that",
+    r"adapter_(config\.json|model\..*)": "holds a PEFT adapter ({}) without its model: merge it, and save the model",
     r"[^/]*\.gguf": "holds GGUF weights only ({}): give the safetensors that they were made from",
     r"[^/]*-of-\d+\.safetensors": f"holds shards ({{}}) without their index: copy {INDEX} as well",
     r"[^/]*\.safetensors": f"holds weights ({{}}), but lacks config.json, {SINGLE} or {INDEX}",
@@ -136,13 +130,12 @@ def read_header(path: Location, size: int) -> tuple[bytes, dict[str, Entry]]:
     return header, entries
 
 
-def foreign(directory: Location, names: Iterable[str]) -> str | None:
-    """The end of a sentence about a directory with these files whose weights are of a known but unreadable kind."""
-    names = sorted(names)
+def refuse_foreign(directory: Location, names: Iterable[str]) -> None:
+    """Raises ValueError for a directory with these files whose weights are of a known but unreadable kind."""
     for pattern, sentence in _FOREIGN.items():
-        if found := next((name for name in names if re.fullmatch(pattern, name)), None):
-            return sentence.format(shorten(found), parent=directory / PurePosixPath(found).parent)
-    return None
+        if found := min((name for name in names if re.fullmatch(pattern, name)), default=None):
+            problem = sentence.format(shorten(found), parent=directory / PurePosixPath(found).parent)
+            raise ValueError(f"{directory} {problem}")
 
 
 def find_ours(path: Location) -> Location:
@@ -150,8 +143,7 @@ def find_ours(path: Location) -> Location:
     try:
         return layout.find(path)
     except ValueError:
-        if problem := foreign(path, storage.files(path)):
-            raise ValueError(f"{path} {problem}") from None
+        refuse_foreign(path, storage.files(path))
         raise
 
 
@@ -186,8 +178,8 @@ class HFDirectory:
         if not weight_map and INDEX in self.files:
             raise ValueError(f"{index} names no tensors: its weight_map is empty")
         if not weight_map and SINGLE not in self.files:
-            problem = foreign(directory, self.files) or f"has neither {INDEX} nor {SINGLE}"
-            raise ValueError(f"{directory} {problem}")
+            refuse_foreign(directory, self.files)
+            raise ValueError(f"{directory} has neither {INDEX} nor {SINGLE}")
         if weight_map and SINGLE in self.files and SINGLE not in weight_map.values():
             problem = f"holds {INDEX} and also {SINGLE}, which the index does not name"
             raise ValueError(f"{directory} {problem}: remove the one that is out of date")
@@ -266,18 +258,19 @@ def plan_shards(tensors: Mapping[str, tuple[np.dtype, Shape]], max_bytes: int) -
             groups.append([])
         groups[-1].append(name)
     if len(groups) == 1:
-        return {SINGLE: _header(tensors)}, None
+        return {SINGLE: header_of(tensors)}, None
     headers, weight_map = dict[str, bytes](), dict[str, str]()
     for i, names in enumerate(groups, 1):
         file = f"model-{i:05}-of-{len(groups):05}.safetensors"
-        headers[file] = _header({name: tensors[name] for name in names})
+        headers[file] = header_of({name: tensors[name] for name in names})
         weight_map |= dict.fromkeys(names, file)
     count = sum(math.prod(shape) for _, shape in tensors.values())
     index = {"metadata": {"total_parameters": count, "total_size": sum(sizes.values())}, "weight_map": weight_map}
     return headers, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _header(tensors: Mapping[str, tuple[np.dtype, Shape]]) -> bytes:
+def header_of(tensors: Mapping[str, tuple[np.dtype, Shape]]) -> bytes:
+    """The header of a new file: length, JSON and padding."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     # Wider numbers first, so that every tensor is aligned; then by name, as the safetensors library writes.

@@ -92,29 +92,22 @@ def vision_config(directory: Location) -> VisionConfig:
 def _read(source: Mapping[str, Any] | str | Location) -> tuple[str, Mapping[str, Any]]:
     """A file's name and contents; ``eos_token_id`` is a list that includes those of ``generation_config.json``."""
     if isinstance(source, Mapping):
-        name, values, more = "config.json", source, {}
-    else:
-        path = location(source)
-        path = path / "config.json" if path.is_dir() else path
-        name, values, generation = str(path), read_json(path), path.with_name(GENERATION)
-        more = _stop_ids(str(generation), read_json(generation), values) if generation.is_file() else {}
-    return name, {**values, "eos_token_id": [*(_stop_ids(name, values, values) | more)]}
+        return "config.json", {**source, "eos_token_id": _stop_ids("config.json", source)}
+    path = location(source)
+    path = path / "config.json" if path.is_dir() else path
+    name, values, generation = str(path), read_json(path), path.with_name(GENERATION)
+    stops = _stop_ids(name, values)
+    if generation.is_file():
+        stops += _stop_ids(str(generation), read_json(generation))
+        name += f" with {GENERATION}"
+    return name, {**values, "eos_token_id": [*dict.fromkeys(stops)]}
 
 
-def _stop_ids(name: str, values: Mapping[str, Any], config: Mapping[str, Any]) -> dict[int, None]:
+def _stop_ids(name: str, values: Mapping[str, Any]) -> list[int]:
     """The ids of ``eos_token_id``, which may be a list, a number or null."""
     ids = values.get("eos_token_id")
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    found = typed(ids, tuple[int, ...], f"{name}: eos_token_id")
-    _check_ids(name, dict.fromkeys(found, "eos_token_id"), config.get("vocab_size", DecoderConfig.vocab_size))
-    return dict.fromkeys(found)
-
-
-def _check_ids(name: str, ids: Mapping[int, str], vocab_size: Any) -> None:
-    for i, key in ids.items():
-        if isinstance(vocab_size, int) and not 0 <= i < vocab_size:
-            problem = f"{shorten(i)}, but the vocabulary has the ids 0 to {shorten(vocab_size - 1)}"
-            raise ValueError(f"{name}: {key} is {problem}; give one of these, or null for none")
+    return [*typed(ids, tuple[int, ...], f"{name}: eos_token_id")]
 
 
 def _decoder(name: str, values: Mapping[str, Any]) -> DecoderConfig:
@@ -131,11 +124,9 @@ def _decoder(name: str, values: Mapping[str, Any]) -> DecoderConfig:
     known["rope_theta"] = typed(theta, float, f"{name}: rope_theta")
     if not (stops := values["eos_token_id"]):
         raise ValueError(f"{name} has no eos_token_id, the token that ends an answer")
+    # For bos and pad, null and missing mean none.
+    known = {"bos_token_id": None, "pad_token_id": None, **known}
     known |= {"eos_token_id": stops[0], "stop_token_ids": tuple(stops[1:])}
-    for key in ("bos_token_id", "pad_token_id"):  # null and missing mean none
-        known.setdefault(key, None)
-        if known[key] is not None:
-            _check_ids(name, {known[key]: key}, known.get("vocab_size", DecoderConfig.vocab_size))
     with prefix_errors(name):
         return DecoderConfig(**known)
 

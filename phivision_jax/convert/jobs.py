@@ -22,9 +22,9 @@ from rich.filesize import decimal
 
 from phivision_jax.checkpoint import layout
 from phivision_jax.config import ModelConfig
-from phivision_jax.convert import mapping, ours
+from phivision_jax.convert import hf_config, mapping, ours
+from phivision_jax.convert.adapters import model_card, peft_files
 from phivision_jax.convert.hf import INDEX, HFDirectory, HFSink, HFSource, find_ours, is_asset, plan_shards
-from phivision_jax.convert.hf_config import EXPRESSIBLE, config_json, decoder_config, model_config, vision_config
 from phivision_jax.convert.mapping import SIGLIP2_PREFIX, SIGLIP2_UNUSED, Leaf, Shape
 from phivision_jax.convert.output import new_checkpoint, require_space, resolved
 from phivision_jax.convert.stream import FreshProjector, Sink, Source, copy
@@ -119,7 +119,7 @@ def copy_file(content: Location | bytes, target: Path) -> None:
 
 def to_jax(hf_dir: Location, out: Location, dtype: str, overwrite: bool) -> None:
     """Convert a Hugging Face directory to a checkpoint of ours."""
-    hf, config = HFDirectory(hf_dir), model_config(hf_dir)
+    hf, config = HFDirectory(hf_dir), hf_config.model_config(hf_dir)
     sources = [HFSource(hf, mapping.model_leaves(config))]
     dtypes = dtypes_of(sources, dtype)
     if hf.buffers:
@@ -132,7 +132,7 @@ def to_jax(hf_dir: Location, out: Location, dtype: str, overwrite: bool) -> None
 def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: str, overwrite: bool, seed: int) -> None:
     """Compose a checkpoint to train from: a text-only Phi-4, a SigLIP-2, and a fresh projector."""
     text, siglip = HFDirectory(decoder_dir), HFDirectory(vision_dir)
-    config = ModelConfig(decoder=decoder_config(decoder_dir), vision=vision_config(vision_dir))
+    config = ModelConfig(decoder=hf_config.decoder_config(decoder_dir), vision=hf_config.vision_config(vision_dir))
     decoder = HFSource(text, mapping.decoder_leaves(config.decoder))
     vision = HFSource(siglip, mapping.vision_leaves(config.vision, SIGLIP2_PREFIX), SIGLIP2_UNUSED)
     projector_dtype = CASTS.get(dtype) or decoder.dtype(decoder.leaves[0])
@@ -140,7 +140,7 @@ def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: s
     sources.append(FreshProjector(mapping.projector_leaves(config), projector_dtype, seed))
     dtypes = dtypes_of(sources, dtype)
     # The decoder's own config.json describes another model.
-    assets = _assets(text) | {"config.json": json_bytes(config_json(config))}
+    assets = _assets(text) | {"config.json": json_bytes(hf_config.config_json(config))}
     assets |= _with_think_tokens(assets)
     if unused := [name for name in siglip.entries if name.startswith(SIGLIP2_UNUSED)]:
         log(f"ignoring {len(unused)} tensors of {vision_dir} that this model lacks ({', '.join(SIGLIP2_UNUSED)})")
@@ -219,16 +219,34 @@ def to_hf(
     """
     found, config, source = open_ours(checkpoint, assets=like is None)
     if force:
-        config = dataclasses.replace(config, **EXPRESSIBLE)
-    config_json(config)  # raises for what it cannot express
+        config = dataclasses.replace(config, **hf_config.EXPRESSIBLE)
+    hf_config.config_json(config)  # raises for what it cannot express
     dtypes = dtypes_of([source], dtype)
     tensors = tensors_of(dtypes)
     if like is None:
         headers, files = _new_layout(config, tensors, found / layout.ASSETS, max_bytes)
+        if run := source.meta.get("run"):
+            files["README.md"] = model_card(resolved(out).name, source.meta, run)
+        if not any(name.endswith(".py") for name in files):
+            log("transformers cannot load it without remote code: --like RELEASED_DIR adds the released model's")
     else:
-        headers, files = _layout_like(HFDirectory(like), config, tensors)
+        headers, files = _layout_like(HFDirectory(like), config, tensors, dtype in CASTS)
     inputs = [found] if like is None else [found, like]
     _convert("to-hf", [source], dtypes, inputs, out, overwrite, files, functools.partial(HFSink, headers))
+
+
+def to_peft(checkpoint: Location, out: Location, overwrite: bool) -> None:
+    """Write the adapters of a run's checkpoint, as PEFT reads them."""
+    found = find_ours(checkpoint)
+    meta = layout.read_meta(found)
+    source = ours.OursSource(found, meta, mapping.model_leaves(layout.model_of(found, meta)))
+    if not source.adapters.kernels:
+        raise ValueError(f"{found} has no adapters: it was not trained with lora.rank")
+    files = peft_files(source, meta["run"]) | {"README.md": model_card(resolved(out).name, meta, meta["run"])}
+    with new_checkpoint(out, overwrite, [found], log) as directory:
+        for name, content in files.items():
+            copy_file(content, directory / name)
+    log(f"wrote {source.adapters} to {out}")
 
 
 def _new_layout(config: ModelConfig, tensors: Tensors, assets: Location, max_bytes: int) -> tuple[Headers, Files]:
@@ -238,16 +256,18 @@ def _new_layout(config: ModelConfig, tensors: Tensors, assets: Location, max_byt
     if index is not None:
         files[INDEX] = index
     base = read_json(assets / "config.json") if "config.json" in files else None
-    values = config_json(config, base)
+    values = hf_config.config_json(config, base)
     kinds = {dtype.name for dtype, _ in tensors.values()}
     if len(kinds) == 1:  # mixed dtypes are stated by the tensors alone
         values["torch_dtype" if "torch_dtype" in values else "dtype"] = kinds.pop()
     if values != base:
         files["config.json"] = json_bytes(values)
+    if base is None or not {*config.decoder.stop_ids} <= {*hf_config.model_config(assets).decoder.stop_ids}:
+        files[hf_config.GENERATION] = json_bytes(hf_config.generation_json(config))
     return headers, files
 
 
-def _layout_like(hf: HFDirectory, config: ModelConfig, tensors: Tensors) -> tuple[Headers, Files]:
+def _layout_like(hf: HFDirectory, config: ModelConfig, tensors: Tensors, cast: bool) -> tuple[Headers, Files]:
     """The headers, the index and the other files of ``hf``."""
     where = f"--like {hf.directory}"
     if hf.buffers:
@@ -257,7 +277,10 @@ def _layout_like(hf: HFDirectory, config: ModelConfig, tensors: Tensors) -> tupl
     mapping.check(shapes, {name: shape for name, (_, shape) in tensors.items()}, where)
     for name, entry in hf.entries.items():
         if entry.dtype != (dtype := tensors[name][0]):
-            raise ValueError(f"{where} has {name} as {entry.dtype}, this checkpoint as {dtype}; pass --dtype")
-    if model_config(hf.directory) != config:
+            problem = (
+                f"--dtype {dtype} contradicts it" if cast else f"this checkpoint as {dtype}; pass --dtype {entry.dtype}"
+            )
+            raise ValueError(f"{where} has {name} as {entry.dtype}, {problem}")
+    if hf_config.model_config(hf.directory) != config:
         raise ValueError(f"{where}: its config.json describes another model than this checkpoint's")
     return hf.headers, {name: hf.directory / name for name in hf.others}

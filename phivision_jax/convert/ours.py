@@ -138,7 +138,7 @@ class OursSource:
     """
 
     def __init__(self, directory: Location, meta: Mapping[str, Any], leaves: Sequence[Leaf]) -> None:
-        self.leaves, self._directory, self._params = leaves, directory, directory / PARAMS
+        self.leaves, self.meta, self._directory, self._params = leaves, meta, directory, directory / PARAMS
         self._saved, self._sums = layout.arrays_of(meta), StreamedChecksums()
         self.adapters = Adapters.find(directory, meta, self._saved)
         expected = {leaf.path: leaf.shape for leaf in leaves}
@@ -193,15 +193,20 @@ class OursSource:
         """Add the adapter of ``leaf``, if there is one, to rows [n, in] of its kernel."""
         if leaf.path not in self.adapters.kernels:
             return kernel
+        a, b = self.adapter(leaf, layer, rows)
+        merged = b @ a
+        merged *= np.float32(self.adapters.alpha / self.adapters.rank)
+        merged += kernel
+        return merged.astype(kernel.dtype, copy=False)
+
+    def adapter(self, leaf: Leaf, layer: int, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """A [rank, in] and B [n, rank] of these rows of a kernel, in fp32."""
         (path_a, path_b), rank = adapter_paths(leaf.path), self.adapters.rank
         at_layer = (layer,) if leaf.stacked else ()
         at_rows = slice(rows.start // leaf.rows_per_index, rows.stop // leaf.rows_per_index)
-        a = self._read(path_a, at_layer).reshape(-1, rank).astype(np.float32)  # [in, rank]
-        b = self._read(path_b, (*at_layer, slice(None), at_rows)).reshape(rank, -1).astype(np.float32)  # [rank, n]
-        merged = b.T @ a.T
-        merged *= np.float32(self.adapters.alpha / rank)
-        merged += kernel
-        return merged.astype(kernel.dtype, copy=False)
+        a = self._read(path_a, at_layer).reshape(-1, rank).astype(np.float32)
+        b = self._read(path_b, (*at_layer, slice(None), at_rows)).reshape(rank, -1).astype(np.float32)
+        return a.T, b.T
 
     def _read(self, path: str, region: tuple[int | slice, ...]) -> np.ndarray:
         try:

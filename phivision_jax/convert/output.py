@@ -21,8 +21,8 @@ from phivision_jax.checkpoint.layout import COMMAND, ORBAX_MARK
 from phivision_jax.io import atomic, storage
 from phivision_jax.io.storage import Location
 
-MARKS = ("config.json", "meta/metadata")
-"""The files without which a directory is not a checkpoint: of a Hugging Face one, and of ours."""
+MARKS = ("config.json", "meta/metadata", "adapter_config.json")
+"""The files without which a directory is not a checkpoint: of a Hugging Face one, of ours, and of PEFT."""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -97,39 +97,55 @@ def copy(source: Source, sink: Sink, dtypes: Mapping[Leaf, np.dtype], advance: C
         advance(written)
 
 
-IDENTICAL = -1.0
-"""The error of a tensor whose bytes are the same in two checkpoints."""
+class Difference(NamedTuple):
+    """How the values of a tensor differ in two checkpoints; errors are 0 where they are equal in other bytes."""
+
+    absolute: float = 0.0
+    """The largest error; infinity for a NaN on one side."""
+    relative: float = 0.0
+    """The largest error as a share of the larger of the two values."""
+    values: int = 0
+    """The number of values that differ."""
+    first: tuple[int, ...] = ()
+    """The index of the first of them."""
+
+    def __add__(self, other: Difference) -> Difference:  # type: ignore[override]
+        first = min(filter(None, (self.first, other.first)), default=())
+        return Difference(max(self[0], other[0]), max(self[1], other[1]), self.values + other.values, first)
 
 
-def compare(a: Source, b: Source, advance: Callable[[int], Any]) -> dict[str, float]:
-    """The largest absolute error of each Hugging Face tensor, or ``IDENTICAL``.
+def compare(a: Source, b: Source, advance: Callable[[int], Any]) -> dict[str, Difference | None]:
+    """The difference of each Hugging Face tensor; None for those with the same bytes."""
 
-    Zero is the error of tensors with equal values in other bytes (another dtype, −0), infinity of a NaN on one side.
-    """
-
-    def errors(leaf: Leaf, layers: range, rows: range) -> tuple[int, dict[str, float]]:
+    def errors(leaf: Leaf, layers: range, rows: range) -> tuple[int, dict[str, Difference | None]]:
         pairs = zip(layers, a.read(leaf, layers, rows), b.read(leaf, layers, rows), strict=True)
-        found = {leaf.names[layer]: _error(x, y) for layer, x, y in pairs}
+        found = {leaf.names[layer]: _difference(x, y, leaf.start + rows.start) for layer, x, y in pairs}
         return len(layers) * len(rows) * math.prod(leaf.row_shape) * a.dtype(leaf).itemsize, found
 
-    largest: dict[str, float] = {}
+    merged: dict[str, Difference | None] = {}
     for size, found in _in_parallel(errors, a.leaves, lambda leaf: (4, a.grain(leaf), b.grain(leaf))):
-        for name, error in found.items():
-            largest[name] = max(largest.get(name, IDENTICAL), error)
+        for name, difference in found.items():
+            both = [one for one in (merged.get(name), difference) if one is not None]
+            merged[name] = sum(both, Difference()) if both else None
         advance(size)
-    return largest
+    return merged
 
 
-def _error(x: np.ndarray, y: np.ndarray) -> float:
-    if x.dtype == y.dtype:
-        bits = np.dtype(f"u{x.dtype.itemsize}")
-        if np.array_equal(x.view(bits), y.view(bits)):
-            return IDENTICAL
+def _difference(x: np.ndarray, y: np.ndarray, start: int) -> Difference | None:
+    """``start`` is the index of the first of these rows."""
+    bits = f"u{x.dtype.itemsize}"
+    if x.dtype == y.dtype and np.array_equal(x.view(bits), y.view(bits)):
+        return None
     x, y = x.astype(np.float32), y.astype(np.float32)
-    with np.errstate(invalid="ignore"):
-        error = np.abs(x - y)
-    error[(x == y) | (np.isnan(x) & np.isnan(y))] = 0  # infinities and NaNs that agree
-    return math.inf if np.isnan(error).any() else float(error.max())
+    differ = ~((x == y) | (np.isnan(x) & np.isnan(y)))  # infinities and NaNs that agree do not
+    if not differ.any():
+        return Difference()
+    with np.errstate(all="ignore"):
+        error = np.abs(x - y)[differ]
+        relative = error / np.maximum(np.abs(x), np.abs(y))[differ]
+    first = np.unravel_index(differ.argmax(), differ.shape)
+    most, share = (float(np.nan_to_num(e, nan=math.inf, posinf=math.inf).max()) for e in (error, relative))
+    return Difference(most, share, int(differ.sum()), (start + int(first[0]), *map(int, first[1:])))
 
 
 def _in_parallel[R](

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
-from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from rich.filesize import decimal
@@ -15,10 +16,11 @@ from phivision_jax.config import ModelConfig
 from phivision_jax.convert.hf import HFDirectory, HFSource
 from phivision_jax.convert.hf_config import is_hf, model_config
 from phivision_jax.convert.jobs import count_bytes, dtypes_of, open_ours, tensors_of
-from phivision_jax.convert.mapping import model_leaves
+from phivision_jax.convert.mapping import hf_shapes, model_leaves
 from phivision_jax.convert.ours import BLOCK_BYTES
-from phivision_jax.convert.stream import IDENTICAL, Source, compare
+from phivision_jax.convert.stream import Difference, Source, compare
 from phivision_jax.io import storage
+from phivision_jax.io.messages import differences
 from phivision_jax.io.progress import bar
 from phivision_jax.io.storage import Location
 
@@ -62,19 +64,25 @@ def verify(path_a: Location, path_b: Location) -> bool:
       ValueError: when they are different architectures, or as ``open_checkpoint``.
     """
     a, b = (open_checkpoint(path) for path in (path_a, path_b))
+    pairs = differences(dataclasses.asdict(a.config), dataclasses.asdict(b.config))
+    fields = [f"{path} is {one} and {other}" for path, one, other in pairs]
     if [(leaf.path, leaf.shape) for leaf in a.source.leaves] != [(leaf.path, leaf.shape) for leaf in b.source.leaves]:
-        raise ValueError(f"{a.path} and {b.path} are different architectures; `inspect` shows each")
+        raise ValueError(f"{a.path} and {b.path} are different architectures: {'; '.join(fields[:6])}")
     total = count_bytes(dtypes_of([a.source], "keep"))
     with bar("verify", total, in_bytes=True, shown=sys.stderr.isatty()) as advance:
         errors = compare(a.source, b.source, advance)
-    differing = {name: error for name, error in errors.items() if error > 0}
-    counts = Counter(errors.values())
+    differing = {name: error for name, error in errors.items() if error is not None and error.values}
+    identical = sum(error is None for error in errors.values())
     print(f"{a} and {b}:")
-    print(f"  {counts[IDENTICAL]} tensors with identical bytes, {counts[0]} with equal values in other bytes,")
-    print(f"  {len(differing)} different")
-    _print_some([f"different: {name}, max abs error {error:.3g}" for name, error in differing.items()])
-    if a.config != b.config:
-        print("configurations differ (inspect shows each)")
+    print(f"  {identical} tensors with identical bytes,", end=" ")
+    print(f"{len(errors) - identical - len(differing)} with equal values in other bytes,\n  {len(differing)} different")
+    sizes = {name: math.prod(shape) for name, shape in hf_shapes(a.source.leaves).items()}
+    _print_some([
+        f"different: {name}, {found.values:,} of {sizes[name]:,} values, the first at {[*found.first]}, "
+        f"largest error {found.absolute:.3g}, relative {found.relative:.3g}"
+        for name, found in differing.items()
+    ])  # fmt: skip
+    _print_some([f"configuration: {field}" for field in fields])
     same_files = a.hf is None or b.hf is None or _compare_files(a.hf, b.hf, errors)
     same = not differing and a.config == b.config and same_files
     print("same" if same else "NOT the same")
@@ -82,10 +90,11 @@ def verify(path_a: Location, path_b: Location) -> bool:
 
 
 def _print_some(lines: list[str]) -> None:
-    print(*lines[:_LISTED], *([f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []), sep="\n")
+    for line in [*lines[:_LISTED], *([f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])]:
+        print(line)
 
 
-def _compare_files(a: HFDirectory, b: HFDirectory, errors: dict[str, float]) -> bool:
+def _compare_files(a: HFDirectory, b: HFDirectory, errors: Mapping[str, Difference | None]) -> bool:
     names = [{*hf.others, *hf.headers} for hf in (a, b)]
     both, alone = sorted(names[0] & names[1]), sorted(names[0] ^ names[1])
     differing = [name for name in both if not _same_file(a, b, name, errors)]
@@ -95,10 +104,10 @@ def _compare_files(a: HFDirectory, b: HFDirectory, errors: dict[str, float]) -> 
     return not differing and not alone
 
 
-def _same_file(a: HFDirectory, b: HFDirectory, name: str, errors: dict[str, float]) -> bool:
+def _same_file(a: HFDirectory, b: HFDirectory, name: str, errors: Mapping[str, Difference | None]) -> bool:
     if name in a.headers and name in b.headers:  # the bytes after a header are tensors, which were compared
         tensors = (tensor for tensor, entry in a.entries.items() if entry.file.name == name)
-        return a.headers[name] == b.headers[name] and all(errors[tensor] == IDENTICAL for tensor in tensors)
+        return a.headers[name] == b.headers[name] and all(errors[tensor] is None for tensor in tensors)
     size = a.files[name]
     return size == b.files[name] and all(
         storage.read_range(a.directory / name, start, BLOCK_BYTES)
@@ -119,7 +128,20 @@ def inspect(path: Location, as_json: bool) -> None:
         head = {"path": str(opened.path), "kind": opened.kind, "config": config}
         print(json.dumps({**head, "tensors": listed, "num_tensors": len(tensors), "parameters": count, "bytes": total}))
         return
-    width = max(map(len, tensors))
-    print(*(f"{name:{width}}  {dtype.name:8}  {list(shape)}" for name, (dtype, shape) in tensors.items()), sep="\n")
+    lines = {name: f"{dtype.name:8}  {[*shape]}" for name, (dtype, shape) in tensors.items()}
+    lines = _group_layers(lines) if sys.stdout.isatty() else lines
+    print(*(f"{name:{max(map(len, lines))}}  {line}" for name, line in lines.items()), sep="\n")
     print(json.dumps(config, indent=2))
     print(f"{opened}: {len(tensors)} tensors, {count:,} parameters, {decimal(total)}")
+
+
+def _group_layers(lines: Mapping[str, str]) -> dict[str, str]:
+    """One line for the tensors of several layers that differ in the number alone, as "layers.{0..39}.mlp"."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, line in lines.items():
+        pattern, number = re.sub(r"\.layers\.\d+\.", ".layers.{}.", name), re.search(r"\.layers\.(\d+)\.", name)
+        groups.setdefault((pattern, line), []).append(number[1] if number else "")
+    return {
+        pattern.replace("{}", numbers[0] if len(numbers) == 1 else f"{{{numbers[0]}..{numbers[-1]}}}"): line
+        for (pattern, line), numbers in groups.items()
+    }

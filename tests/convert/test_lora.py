@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 import phivision_jax
 from phivision_jax import sharding
@@ -26,7 +27,7 @@ from phivision_jax.models.siglip2 import VisionTail
 from phivision_jax.training import optim
 from tests.support.batches import EXAMPLES, TINY, random_rows
 from tests.support.checkpoints import edit_meta, save_checkpoint
-from tests.support.commands import Run
+from tests.support.commands import Run, refused, succeeded
 from tests.support.parameter_trees import hf_tensors
 from tests.support.released_layout import read_tensors
 from tests.support.train_steps import QUICK
@@ -97,6 +98,46 @@ def test_to_hf_and_load_merge_adapters(step: Path, model: Any, tmp_path: Path, r
     found = json.loads(text.splitlines()[0])
     assert code == 0 and not any("lora" in name for name in found["tensors"])
     assert found["num_tensors"] == len(read_tensors(tmp_path / "hf"))
+
+
+def test_adapters_only_merge_by_hand_into_base(step: Path, params_of_step: Any, tmp_path: Path, run: Run) -> None:
+    """W + alpha / r · B · A with PEFT's names, ranks and scales is the weight of the merged export."""
+    succeeded(run("to-hf", step.parents[1], tmp_path / "merged"))
+    succeeded(run("to-hf", step.parents[1], tmp_path / "peft", "--adapters-only"))
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors"
+    ]  # fmt: skip
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["bias"]) == ("LORA", 3, 6.0, "none")
+    adapters, weights = load_file(tmp_path / "peft" / "adapter_model.safetensors"), read_tensors(tmp_path / "merged")
+    for name, base in hf_tensors(lora.without(params_of_step), TINY):
+        module = name.removesuffix(".weight")
+        if module in config["target_modules"]:
+            a, b = (adapters.pop(f"base_model.model.{module}.lora_{x}.weight") for x in "AB")
+            rank = config["rank_pattern"].get(module, config["r"])
+            assert a.shape == (rank, base.shape[1]) and b.shape == (base.shape[0], rank)
+            base = base + config["alpha_pattern"].get(module, config["lora_alpha"]) / rank * b @ a
+            assert rank == {"qkv_proj": 9, "gate_up_proj": 6}.get(module.rpartition(".")[2], 3)
+        np.testing.assert_allclose(weights[name], base, rtol=1e-6, atol=1e-6, err_msg=name)
+    assert not adapters and len(config["target_modules"]) == 2 * 4 + 2 * 6 + 2
+    refused(run("to-hf", step, tmp_path / "x", "--adapters-only", "--like", tmp_path / "merged"), "does not go with")
+    refused(run("inspect", tmp_path / "peft"), "holds a PEFT adapter")
+    refused(run("to-hf", save(tmp_path / "plain", lora.without(params_of_step)), tmp_path / "x", "--adapters-only"),
+            "has no adapters")  # fmt: skip
+
+
+def test_export_of_run_has_model_card(step: Path, checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    trained = {"init_from": "org/base|x", "data": {"path": "data/mine"}, "lora": dataclasses.asdict(LORA)}
+    (checkpoint / "assets").mkdir(exist_ok=True)
+    edit_meta(
+        checkpoint, run=trained, metrics={"loss": 1.5, "validation/loss": 1.25, "time/step_s": 3.0}, code="0.1.0 abc"
+    )
+    succeeded(run("to-hf", checkpoint, tmp_path / "mine-hf"))
+    card = (tmp_path / "mine-hf" / "README.md").read_text()
+    assert card.startswith('---\nbase_model: "org/base|x"\nlibrary_name: transformers\n')
+    rows = ["base model | org/base/x", "data | data/mine", "steps | 7", "loss | 1.5", "validation/loss | 1.25"]
+    assert "# mine-hf\n" in card and all(f"| {row} |\n" in card for row in [*rows, "program | 0.1.0 abc"])
+    assert "LoRA, rank 3" in card and "step_s" not in card
 
 
 def test_bucket_merges_adapters(step: Path, params_of_step: Any, bucket: str, run: Run) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from tests.support.checkpoints import edit_meta, save_checkpoint
 from tests.support.commands import Run, refused, succeeded
 from tests.support.damage import abstract
 from tests.support.parameter_trees import abstract_params, flatten, tree_from_hf
+from tests.support.paths import ROOT
 from tests.support.released_layout import (
     SMALL,
     any_config,
@@ -175,11 +178,13 @@ def test_convert_casts_dtype(hf: Path, tmp_path: Path, run: Run) -> None:
         np.testing.assert_array_equal(tensor, want[name].astype(BF16))
     assert json.loads((tmp_path / "new" / "config.json").read_text()) == {**SMALL, "dtype": "bfloat16"}
     code, text = run("verify", hf, tmp_path / "ours")
-    assert code == 1 and "max abs error" in text
+    assert code == 1 and "largest error" in text
     succeeded(run("to-hf", tmp_path / "ours", tmp_path / "wide", "--dtype", "float32"))
     text = succeeded(run("verify", tmp_path / "wide", tmp_path / "ours"))
     assert "0 tensors with identical bytes, 89 with equal values in other bytes" in text
-    refused(run("to-hf", tmp_path / "ours", tmp_path / "x", "--like", hf), "pass --dtype")
+    refused(run("to-hf", tmp_path / "ours", tmp_path / "x", "--like", hf), "pass --dtype float32")
+    contradiction = ("--like", hf, "--dtype", "bfloat16")
+    refused(run("to-hf", tmp_path / "ours", tmp_path / "x", *contradiction), "--dtype bfloat16 contradicts it")
 
 
 def test_to_jax_composes_phi4_and_siglip2(tmp_path: Path, run: Run) -> None:
@@ -232,14 +237,21 @@ def test_to_hf_needs_force_for_bidirectional(hf: Path, tmp_path: Path, run: Run)
 
 def test_verify_and_inspect_name_tensors(hf: Path, tmp_path: Path, run: Run) -> None:
     tensors = read_tensors(hf)
-    tensors["model.layers.1.mlp.gate_up_proj.weight"][30, 3] += 0.5
+    changed = tensors["model.layers.1.mlp.gate_up_proj.weight"]
+    changed[30, 3], changed[40, 5] = 2.0, np.nan
+    before = read_tensors(hf)["model.layers.1.mlp.gate_up_proj.weight"][30, 3]
     other = write_hf(tmp_path / "other", SMALL, tensors)
     (other / "tokenizer.json").write_text("{}")
     code, text = run("verify", hf, other)
     assert code == 1
     assert text.count("different: ") == 1
-    assert "different: model.layers.1.mlp.gate_up_proj.weight, max abs error 0.5" in text
+    where = "2 of 768 values, the first at [30, 3], largest error inf, relative inf"
+    assert f"different: model.layers.1.mlp.gate_up_proj.weight, {where}" in text
     assert "2 different" in text and "tokenizer.json" in text  # a shard, and this
+    changed[40, 5] = read_tensors(hf)["model.layers.1.mlp.gate_up_proj.weight"][40, 5]
+    text = run("verify", hf, write_hf(tmp_path / "third", SMALL, tensors))[1]
+    error = abs(2.0 - before)
+    assert f"1 of 768 values, the first at [30, 3], largest error {error:.3g}, relative {error / 2:.3g}" in text
     succeeded(run("to-jax", hf, tmp_path / "ours"))
     for path in (hf, tmp_path / "ours"):
         code, text = run("inspect", path, "--json")
@@ -262,3 +274,61 @@ def test_verify_compares_headers_and_files(tmp_path: Path, run: Run) -> None:
     code, text = run("verify", hf, other)
     assert code == 1 and "6 byte-identical, 2 different, 0 on one side only" in text
     assert "89 tensors with identical bytes" in text
+
+
+def test_verify_names_fields(hf: Path, tmp_path: Path, run: Run) -> None:
+    tensors = read_tensors(hf)
+    other = write_hf(tmp_path / "other", {**SMALL, "rope_theta": 1e4, "max_num_patches": 25}, tensors)
+    code, text = run("verify", hf, other)
+    assert code == 1 and "89 tensors with identical bytes" in text
+    assert "configuration: decoder.rope_theta is 500000.0 and 10000.0\n" in text
+    assert "configuration: max_patches is 16 and 25\n" in text
+    longer = SMALL | {"num_hidden_layers": 4}
+    write_hf(tmp_path / "longer", longer, random_tensors(shapes_of(longer), np.float32))
+    refused(run("verify", hf, tmp_path / "longer"), "are different architectures: decoder.num_layers is 3 and 4")
+
+
+def test_inspect_prints_full_names(hf: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tensor has a line of its own where the output is read by a program; a terminal shows layers together."""
+    monkeypatch.setenv("COLUMNS", "40")
+    lines = [line.split()[0] for line in succeeded(run("inspect", hf)).splitlines() if "  [" in line]
+    assert set(shapes_of(SMALL)) == set(lines)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    text = succeeded(run("inspect", hf))
+    assert "model.layers.{0..2}.mlp.down_proj.weight" in text and "model.mm_projector.0.weight" in text
+    assert ".encoder.layers.{0..2}.mlp.fc1.bias" in text and ".layers.1." not in text
+
+
+def test_to_jax_of_hub_id_prints_download_command(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(
+        run("to-jax", "microsoft/Phi-4-reasoning-vision-15B", tmp_path / "ours"),
+        "hf download microsoft/Phi-4-reasoning-vision-15B --local-dir Phi-4-reasoning-vision-15B",
+    )
+
+
+def test_convert_py_of_user_does_not_run(hf: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "convert.py").write_text("raise SystemExit('the wrong module')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "convert", raising=False)
+    succeeded(run("inspect", hf))
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert packages == {"packages": ["phivision_jax"]}  # no top-level package convert
+
+
+def test_export_writes_generation_config(hf: Path, tmp_path: Path, run: Run) -> None:
+    generation = {"eos_token_id": [46, 44], "temperature": 0.8}
+    (hf / "generation_config.json").write_text(json.dumps(generation))
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
+    (hf / "generation_config.json").unlink()
+    succeeded(run("to-jax", hf, tmp_path / "without"))
+    succeeded(run("to-hf", tmp_path / "ours", tmp_path / "kept"))
+    assert json.loads((tmp_path / "kept" / "generation_config.json").read_text()) == generation
+    assert json.loads((tmp_path / "kept" / "config.json").read_text())["eos_token_id"] == 46
+    model = layout.read_meta(tmp_path / "without")["model"]
+    model["decoder"]["stop_token_ids"] = [44]
+    edit_meta(tmp_path / "without", model=model)
+    succeeded(run("to-hf", tmp_path / "without", tmp_path / "made"))
+    written = json.loads((tmp_path / "made" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [46, 44] and written["pad_token_id"] == 47
