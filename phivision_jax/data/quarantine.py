@@ -83,8 +83,7 @@ class Quarantined:
 
 def read_quarantine(file: Path) -> list[dict[str, str]]:
     """The complete lines of a file."""
-    names = [field.name for field in dataclasses.fields(Quarantined)]
-    return [row for row in jsonl.read(file) if all(isinstance(row.get(name), str) for name in names)]
+    return jsonl.read(file, **{field.name: str for field in dataclasses.fields(Quarantined)})
 
 
 def file_of_process(number: int) -> str:

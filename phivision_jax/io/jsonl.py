@@ -1,6 +1,7 @@
 """Logs with one JSON object per line: append a line, drop the lines after a step, read what is complete.
 
-A kill may leave a last line that is cut short. Readers ignore it, and the next ``append`` removes it.
+A kill may leave a last line that is cut short, and a power cut NULs. Readers ignore both, and the next ``append``
+removes them.
 """
 
 from __future__ import annotations
@@ -28,31 +29,38 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         file.write(line)
 
 
-def read(path: Location) -> list[dict[str, Any]]:
+def read(path: Location, **kinds: type) -> list[dict[str, Any]]:
     """The rows of a log; none when there is no such file. Lines that are no JSON objects, as a crash leaves them, are
-    ignored.
+    ignored, and so are rows without a value of each of these kinds: ``step=int, time=float``.
     """
-    return [row for _, row in _lines(path)]
+    return [row for _, row in _lines(path, **kinds)]
 
 
 def truncate(path: Path, step: int) -> list[dict[str, Any]]:
     """Drop the lines whose "step" is greater than ``step``, and incomplete ones; return the rows that remain."""
     if not path.exists():
         return []
-    kept = [(line, row) for line, row in _lines(path) if row["step"] <= step]
+    kept = [(line, row) for line, row in _lines(path, step=int) if row["step"] <= step]
     atomic.write(path, b"".join(line for line, _ in kept))
     return [row for _, row in kept]
 
 
-def _lines(path: Location) -> list[tuple[bytes, dict[str, Any]]]:
+def is_a(value: Any, kind: type) -> bool:
+    """True for a value of this kind: ``int`` is a number of something, ``float`` any number that one can count with."""
+    if kind in (int, float):
+        return type(value) in (int, kind) and (0 <= value < 2**53 if kind is int else abs(value) < 1e100)
+    return isinstance(value, kind)
+
+
+def _lines(path: Location, **kinds: type) -> list[tuple[bytes, dict[str, Any]]]:
     with wrap_storage_errors(path):
         content = path.read_bytes() if path.exists() else b""
     found = []
-    for line in content.splitlines(keepends=True):
+    for line in content.replace(b"\0", b"").splitlines(keepends=True):
         try:
             row = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and all(is_a(row.get(name), kind) for name, kind in kinds.items()):
             found.append((line, row))
     return found

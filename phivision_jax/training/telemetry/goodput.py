@@ -238,14 +238,19 @@ def process_age() -> float:
 
 
 def read_starts(run: Location) -> list[Start]:
-    """Starts of a run, in order.
+    """Starts of a run, in order, without damaged lines.
 
     Raises:
       StorageError: when the bucket cannot be read.
     """
     storage.check(run)
-    starts = []
-    for _, group in itertools.groupby(jsonl.read(run / FILE), key=lambda row: row["start"]):
+    starts, names = [], [name for name in MEANING if name not in ("lost", "down")]
+    rows = jsonl.read(run / FILE, start=int, began=float, time=float, seconds=dict)
+    for row in rows:
+        row["seconds"] = {name: s for name in names if jsonl.is_a(s := row["seconds"].get(name), float)}
+        row["step"] = row["step"] if jsonl.is_a(row.get("step"), int) else None
+    sound = [row for row in rows if len(row["seconds"]) == len(names)]
+    for _, group in itertools.groupby(sound, key=lambda row: row["start"]):
         *_, last = rows = list(group)
         lines = [(row["step"], row["seconds"]) for row in rows if row["step"] is not None]
         starts.append(Start(last["began"], last["time"], lines, last["seconds"]))

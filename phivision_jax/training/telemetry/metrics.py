@@ -123,8 +123,9 @@ def _start_wandb(project: str, run: Path, config: Mapping[str, Any]) -> Any:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read a run's metrics, one dict per line."""
-    return jsonl.read(run / FILE)
+    """Read a run's metrics, one dict per line; a damaged line is ignored."""
+    rows = jsonl.read(run / FILE, step=int)
+    return [row for row in rows if all(jsonl.is_a(value, float) for value in row.values())]
 
 
 def group_metrics(name: str, groups: Sequence[str], loss: np.ndarray, weight: np.ndarray) -> dict[str, float]:
