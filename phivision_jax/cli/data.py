@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 
 from phivision_jax.cli.data_view import show, stats
 from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.io.messages import printable
 
 if TYPE_CHECKING:
     from phivision_jax.data.sources.source import Source
@@ -148,8 +149,6 @@ def _print_rows(title: Path, rows: dict[str, str]) -> None:
 
 def say(text: str) -> None:
     """Print text that may have names from the data in it."""
-    from phivision_jax.io.messages import printable
-
     print(printable(text))
 
 
@@ -212,9 +211,7 @@ def validate(
     for problem in report.problems:
         say(f"{problem.where}: {problem.id!r:.100}: {problem.reason}: {problem.detail}")
     if report.problems:
-        decoded = all(problem.reason.startswith("image-") for problem in report.problems)
-        remedy = "import the data again with --decode, which leaves out records with broken images"
-        say(f"to repair it, {remedy if decoded else f'copy the dataset again; if that does not help, {remedy}'}")
+        print("copy the dataset again, or import its data again with --decode, which leaves out broken images")
         sys.exit(1)
 
 

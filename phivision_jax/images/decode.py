@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,13 +45,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _SIDES_SWAP = (5, 6, 7, 8)
-_OTHER_KINDS = {
-    rb".{4}ftyp(hei|hev|mif|msf|avi)": "a HEIC or AVIF image, which is not read",
-    rb".{4}ftyp|\x1aE\xdf\xa3|RIFF....(AVI|WAVE)": "a video or a sound",
-    rb"\s*(<\?xml.*?\?>\s*)?(<!.*?>\s*)*<svg": "an SVG drawing, which has no pixels",
-    rb"%PDF": "a PDF document",
-}
-"""Regular expressions of the beginnings of files that are no images for the model, and what they are."""
 
 
 def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Image:
@@ -162,7 +154,8 @@ def _opened(source: bytes | str | Path, name: str | None) -> Iterator[Image.Imag
                 yield image
         except Image.UnidentifiedImageError:
             file.seek(0)
-            raise ValueError(f"{name} {_other_kind(file.read(512))}") from None
+            known = wrong_file(file.read(512)) or "is not an image of a known format, or its header is broken"
+            raise ValueError(f"{name} {known}") from None
         except Image.DecompressionBombError as error:
             raise ImageTooLargeError(f"{name} is too large to decode: {error}") from None
         except MemoryError:
@@ -172,14 +165,6 @@ def _opened(source: bytes | str | Path, name: str | None) -> Iterator[Image.Imag
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise ValueError(f"{name} cannot be decoded: {error}") from error
-
-
-def _other_kind(head: bytes) -> str:
-    """The end of a sentence for the first bytes of a file that no decoder recognises."""
-    if known := wrong_file(head):
-        return known
-    kind = next((kind for sign, kind in _OTHER_KINDS.items() if re.match(sign, head, re.DOTALL | re.IGNORECASE)), None)
-    return f"is {kind}: convert it to PNG or JPEG" if kind else "is not an image of a known format, or is broken"
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,12 +9,12 @@ import numpy as np
 from phivision_jax.io.messages import shorten
 
 
-def read_array(path: Path, dtype: str, columns: int | None = None) -> np.ndarray:
+def read_array(path: Path, dtype: str, *shape: int | None) -> np.ndarray:
     """The array in a file; it stays on disk (memory-mapped) until used.
 
     Args:
       dtype: that it must have.
-      columns: None for [n], else [n, columns].
+      shape: that it must have; None for any length.
 
     Raises:
       ValueError: for a file with anything else.
@@ -22,11 +22,11 @@ def read_array(path: Path, dtype: str, columns: int | None = None) -> np.ndarray
     """
     try:
         array = np.load(path, "r")
+        found, wanted = array.shape, tuple(n if k is None else k for n, k in zip(array.shape, shape, strict=True))
+        if array.dtype != dtype or found != wanted:
+            raise ValueError(f"it has {array.dtype} {list(found)}, not {np.dtype(dtype)} {list(wanted)}")
     except OSError:
         raise
     except Exception as error:  # parsing a damaged header can raise anything
-        raise ValueError(f"{path} is not an array: {shorten(str(error))}; copy its directory again") from None
-    found = (str(array.dtype), array.shape) if isinstance(array, np.ndarray) else ("several arrays", ())
-    if (found[0], len(found[1]), found[1][1:]) != (str(np.dtype(dtype)), 1 + bool(columns), (columns,) * bool(columns)):
-        raise ValueError(f"{path} has {found[0]} {list(found[1])}, not the {np.dtype(dtype)} array that belongs there")
+        raise ValueError(f"{path} is damaged: {shorten(str(error))}; make or copy its directory again") from None
     return array

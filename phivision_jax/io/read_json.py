@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from phivision_jax.io.messages import shorten
@@ -10,14 +11,16 @@ from phivision_jax.io.storage import Location, read_range, wrap_storage_errors
 
 LARGEST_FILE = 128 * 2**20
 """Bytes: a larger file is refused without reading it. The largest released tokenizer has 17 MB."""
-_KINDS: dict[type, str] = {
-    dict: "an object", list: "an array", str: "text", int: "a count", bytes: "the bytes of a file"
-}  # fmt: skip
+_KINDS: dict[type, str] = {dict: "an object", list: "an array"}
 _SIGNS = {
-    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run git lfs pull in its directory",
-    b"<!doctype html": "is an HTML page, as a failed download leaves it: download the file again",
-    b"<html": "is an HTML page, as a failed download leaves it: download the file again",
+    rb"version https://git-lfs": "is a pointer of Git LFS, not the file itself: run git lfs pull in its directory",
+    rb"\s*(<!doctype html|<html)": "is an HTML page, as a failed download leaves it: download the file again",
+    rb"\s*(<[?!][^>]*>\s*)*<svg": "is an SVG drawing, which has no pixels: convert it to PNG",
+    rb".{4}ftyp(hei|hev|mif|msf|avi)": "is a HEIC or AVIF image, which is not read: convert it to PNG or JPEG",
+    rb".{4}ftyp|\x1aE\xdf\xa3|RIFF....(AVI|WAVE)": "is a video or a sound, not an image: leave it out",
+    rb"%PDF": "is a PDF document: convert its pages to PNG",
 }
+"""Regular expressions of the beginnings of files that are often in the place of others, and what to do."""
 
 
 def read_json(path: Location, kind: type = dict) -> Any:
@@ -69,26 +72,18 @@ def check_form(value: Any, form: Any, name: str) -> None:
     Raises:
       ValueError: naming the first value that does not fit.
     """
-    if isinstance(form, tuple):
-        if value not in form:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, form))}, not {shorten(value)}")
-        return
     kind: Any = form if isinstance(form, type) else type(form)
-    if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or not 0 <= value < 2**63)):
-        raise ValueError(
-            f"{name} must be {_KINDS.get(kind, kind.__name__)}, not {_KINDS.get(type(value), shorten(value))}"
-        )
-    if isinstance(form, list):
-        for i, element in enumerate(value):
-            check_form(element, form[0], f"{name}[{i}]")
-    elif isinstance(form, dict):
-        for key, inner in dict.fromkeys(value, form[str]).items() if str in form else form.items():
-            if key not in value:
-                raise ValueError(f"{name} has no {key}")
-            check_form(value[key], inner, f"{name}.{shorten(key)}")
+    sound = value in form if kind is tuple else isinstance(value, kind)
+    if not sound or (kind is int and not (type(value) is int and 0 <= value < 2**63)):
+        wanted = " or ".join(map(str, form)) if kind is tuple else _KINDS.get(kind, kind.__name__)
+        raise ValueError(f"{name} must be {wanted}, not {_KINDS.get(type(value), shorten(value))}")
+    inner = dict.fromkeys(range(len(value)), form[0]) if kind is list else form if isinstance(form, dict) else {}
+    for key, one in (dict.fromkeys(value, inner[str]) if str in inner else inner).items():
+        if kind is dict and key not in value:
+            raise ValueError(f"{name} has no {key}")
+        check_form(value[key], one, f"{name}[{shorten(repr(key))}]")
 
 
 def wrong_file(head: bytes) -> str | None:
     """The end of a sentence for the first bytes of a file that has another in its place; None if they look genuine."""
-    start = head[:64].lstrip().lower()
-    return next((sentence for sign, sentence in _SIGNS.items() if start.startswith(sign)), None)
+    return next((known for sign, known in _SIGNS.items() if re.match(sign, head[:512], re.DOTALL | re.I)), None)

@@ -29,7 +29,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,7 +52,6 @@ IO_FIRST_WAIT_S = 0.5
 """Seconds before the second attempt to read an item; doubled each time."""
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)  # waiting does not help
 _SHOWN_DIFFERENCES = 10
-_FILE = re.compile(r"source\.files\.(.+?)(?:\.(bytes|mtime_ns))?")
 
 _log = logging.getLogger(__name__)
 
@@ -74,8 +72,8 @@ class Source[Item](Protocol):
     def key(self) -> Any:
         """JSON value that changes with the content or the reading options; work resumes only if it is the same.
 
-        Names, sizes and modification times of files are enough, as "files": {path: {"bytes": …, "mtime_ns": …}}; no
-        content needs to be hashed.
+        Names, sizes and modification times of files are enough, as "files": {path: "size; time"}; no content needs to
+        be hashed.
         """
 
     def read(self, start: int, stop: int) -> Iterator[Item]:
@@ -242,16 +240,10 @@ def _changes(before: Any, now: Any) -> str:
     lines = []
     for path, *values in differences(before, now):
         old, new = (shorten(json.dumps(value, ensure_ascii=False)) for value in values)
-        if file := _FILE.fullmatch(path):
-            name = shorten(file[1].rpartition("/")[2])
-            if file[2] == "bytes":
-                lines.append(f"{name} has changed ({int(old):,} → {int(new):,} bytes)")
-            elif file[2] is None:
-                lines.append(f"{name} {'was not read then' if old == 'null' else 'is no longer read'}")
-            elif not lines or not lines[-1].startswith(f"{name} has changed"):
-                lines.append(f"{name} has been written again, with as many bytes as before")
-        else:
-            lines.append(f"{path}: {old}, now {new}")
+        lines.append(f"{path}: {old}, now {new}")
+        if path.startswith("source.files."):
+            old, new = (str(value or "absent").partition(";")[0] for value in values)
+            lines[-1] = f"{shorten(path.rpartition('/')[2])} has changed ({shorten(old)} → {shorten(new)})"
     more = [f"and {len(lines) - _SHOWN_DIFFERENCES:,} more"] if len(lines) > _SHOWN_DIFFERENCES else []
     return "".join(f"\n  {line}" for line in [*lines[:_SHOWN_DIFFERENCES], *more])
 

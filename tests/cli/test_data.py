@@ -143,7 +143,6 @@ def test_validate_lists_damage(phivision, tmp_path):
         "validate", tmp_path / "set", "--headers-only", "--workers", "0", "--out", tmp_path / "wrong.jsonl", code=1
     )
     assert "index/modes.npy: '': file: its sha256 is not the manifest's" in done.stdout
-    assert "to repair it, copy the dataset again; if that does not help, import the data again" in done.stdout
     assert json.loads((tmp_path / "wrong.jsonl").read_text())["reason"] == "file"
     index.write_bytes(index.read_bytes()[:-1])
     done = phivision("validate", tmp_path / "set", "--headers-only", "--workers", "0", code=1)
@@ -157,8 +156,7 @@ def test_validate_of_broken_images_names_the_remedy(phivision, tmp_path):
     phivision("import", tmp_path / "llava" / "data.json", tmp_path / "set", "--workers", "0")
     done = phivision("validate", tmp_path / "set", "--workers", "0", code=1)
     assert "image-broken" in done.stdout
-    assert done.stdout.endswith("import the data again with --decode, which leaves out records with broken images\n")
-    assert "copy the dataset" not in done.stdout
+    assert done.stdout.endswith("import its data again with --decode, which leaves out broken images\n")
 
 
 @pytest.mark.parametrize(

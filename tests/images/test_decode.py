@@ -187,13 +187,13 @@ def test_open_image_takes_first_frame() -> None:
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS.*git lfs pull"),
         (b"<!doctype HTML><html></html>", "an HTML page.*download the file again"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing.*convert it to PNG or JPEG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "an SVG drawing.*convert it to PNG"),
         (b"<?xml version='1.0'?>\n<!-- made by -->\n<!DOCTYPE svg>\n<svg/>", "an SVG drawing"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC or AVIF image, which is not read: convert it to PNG or JPEG"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "a HEIC or AVIF image"),
         (b"\0\0\0\x18ftypisom\0\0\0\0isomiso2", "a video or a sound"),
         (b"%PDF-1.7\n", "a PDF document"),
-        (b"no image at all", "not an image of a known format, or is broken"),
+        (b"no image at all", "not an image of a known format, or its header is broken"),
     ],
 )
 def test_other_kinds_of_files_are_named(content, what):

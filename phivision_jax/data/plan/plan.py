@@ -166,9 +166,10 @@ class Plan:
         if (format := about.get("format")) != FORMAT:
             raise ValueError(f"{path}: format {shorten(format)}, this program reads {FORMAT}; make the plan again")
         check_form(about, _FORM, str(path))
-        columns = {"resized": 3, "rejected": 3}
+        columns: dict[str, tuple[int, ...]] = {"resized": (3,), "rejected": (3,)}
         arrays: dict[str, Any] = {
-            k: read_array(directory / f"{k}.npy", dtype, columns.get(k)) for k, dtype in _ARRAYS.items()
+            name: read_array(directory / f"{name}.npy", dtype, None, *columns.get(name, ()))
+            for name, dtype in _ARRAYS.items()
         }
         try:
             shares = tuple(dataclass_from_dict(RealizedShare, share) for share in about["shares"])

@@ -97,13 +97,12 @@ def _from_path(path: str, folders: list[Path]) -> bytes:
     try:
         return _read(path, folders)
     except BadRecord as missing:
-        if missing.reason == "image-missing":
-            slashes = path.replace("\\", "/")
-            spellings = [path, slashes, urllib.parse.unquote(path), urllib.parse.unquote(slashes)]
-            forms = [unicodedata.normalize(form, text) for text in spellings for form in ("NFC", "NFD")]
-            for other in dict.fromkeys([*spellings[1:], *forms]):
-                with contextlib.suppress(BadRecord):
-                    return _read(other, folders)
+        slashes = path.replace("\\", "/")
+        spellings = [path, slashes, urllib.parse.unquote(path), urllib.parse.unquote(slashes)]
+        spellings += [unicodedata.normalize(form, text) for text in spellings for form in ("NFC", "NFD")]
+        for other in spellings[1:] if missing.reason == "image-missing" else ():
+            with contextlib.suppress(BadRecord):
+                return _read(other, folders)
         raise
 
 

@@ -97,10 +97,10 @@ def shorten(files: Sequence[Path]) -> str:
     return ", ".join(file.name for file in files[:5]) + (" …" if len(files) > 5 else "")
 
 
-def identify(files: Sequence[Path]) -> dict[str, dict[str, int]]:
+def identify(files: Sequence[Path]) -> dict[str, str]:
     """Path, size and modification time of each file, for ``Source.key``."""
-    stats = {str(file.resolve()): file.stat() for file in files}
-    return {path: {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns} for path, stat in stats.items()}
+    stats = [(file, file.stat()) for file in files]
+    return {str(file.resolve()): f"{stat.st_size:,} bytes; {stat.st_mtime_ns}" for file, stat in stats}
 
 
 class FileSource[Part](abc.ABC):

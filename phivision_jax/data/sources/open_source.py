@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable
@@ -96,7 +97,6 @@ def _format_of(path: Path) -> Format:
 
 def _refuse_others(names: Iterable[str], path: Path) -> None:
     """Raise ValueError for the first name of a known format that is not read."""
-    for name in names:
-        for pattern, known in _OTHERS.items():
-            if re.search(pattern, name, re.IGNORECASE):
-                raise ValueError(f"{path if path.is_file() else path / name} {known}")
+    for name, (pattern, known) in itertools.product(names, _OTHERS.items()):
+        if re.search(pattern, name, re.IGNORECASE):
+            raise ValueError(f"{path if path.is_file() else path / name} {known}")

@@ -83,13 +83,12 @@ class Index:
         Raises:
           ValueError: for arrays of other types or lengths than the manifest's.
         """
-        paths = {name: locate(directory, f"index/{name}.npy") for name in ARRAYS}
-        arrays = {k: read_array(paths[k], ARRAYS[k], 2 if k == "image_sizes" else None) for k in ARRAYS}
-        lengths = dict.fromkeys(ARRAYS, manifest["records"])
-        lengths |= {"image_offsets": manifest["records"] + 1, "image_sizes": manifest["images"]}
-        for name, length in lengths.items():
-            if len(arrays[name]) != length:
-                raise ValueError(f"{paths[name]} has {len(arrays[name]):,} entries, not the manifest's {length:,}")
+        records, images = manifest["records"], manifest["images"]
+        shapes = {"image_offsets": (records + 1,), "image_sizes": (images, 2)}
+        arrays = {
+            name: read_array(locate(directory, f"index/{name}.npy"), dtype, *shapes.get(name, (records,)))
+            for name, dtype in ARRAYS.items()
+        }
         return cls(**arrays, task_names=tuple(manifest["tasks"]))
 
     def check(self, directory: Path) -> None:
@@ -98,17 +97,13 @@ class Index:
         Raises:
           ValueError: for values that no import has written, naming the dataset.
         """
-        ends, images = self.image_offsets[[0, -1]].tolist(), len(self.image_sizes)
-        ranges = {"text_tokens": (0, 2**31), "modes": (0, len(MODES) - 1), "tasks": (0, len(self.task_names) - 1)}
-        ranges |= {"image_sizes": (1, MAX_SIDE), "num_images": (0, images)}
-        wrong = [
-            name
-            for name, (low, high) in ranges.items()
-            if len(values := getattr(self, name)) and not low <= values.min() <= values.max() <= high
-        ]
-        if wrong or ends != [0, images]:
-            problem = f"its {wrong[0] if wrong else 'image_offsets'} are out of range"
-            raise ValueError(f"the index of {directory} is damaged: {problem}; copy or import it again")
+        limits = {"text_tokens": 2**31, "modes": len(MODES), "tasks": len(self.task_names), "num_images": 2**31}
+        ranges = {"image_sizes": (1, MAX_SIDE + 1)} | {name: (0, end) for name, end in limits.items()}
+        for name, (first, end) in ranges.items():
+            if not np.all((first <= (values := getattr(self, name))) & (values < end)):
+                raise ValueError(f"the index of {directory} is damaged: {name} out of range; copy or import it again")
+        if self.image_offsets[[0, -1]].tolist() != [0, len(self.image_sizes)]:
+            raise ValueError(f"the index of {directory} is damaged: image_offsets; copy or import it again")
 
     def __len__(self) -> int:
         return len(self.text_tokens)

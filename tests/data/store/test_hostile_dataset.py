@@ -68,14 +68,17 @@ def forge_first_record(directory: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"images": ["/etc/passwd"]}, r"images\[0\] must be the bytes of a file, not text"),
-        ({"images": ["secret.png"]}, r"images\[0\] must be the bytes of a file, not text"),
-        ({"images": ["http://localhost/a.png"]}, r"images\[0\] must be the bytes of a file"),
-        ({"images": [{"path": "secret.png"}]}, r"images\[0\] must be the bytes of a file, not an object"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, r"messages\[0\]\.role must be one of system"),
-        ({"messages": [{"role": "user", "content": [1]}]}, r"messages\[0\]\.content must be text"),
-        ({"id": 3}, "the record.id must be text"),
-        ({"lineage": "abc"}, "the record.lineage must be an array"),
+        ({"images": ["/etc/passwd"]}, r"\[0\] must be bytes, not /etc/passwd"),
+        ({"images": ["secret.png"]}, r"\[0\] must be bytes, not secret\.png"),
+        ({"images": ["http://localhost/a.png"]}, r"\[0\] must be bytes, not http"),
+        ({"images": [{"path": "secret.png"}]}, r"\[0\] must be bytes, not an object"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            r"\['messages'\]\[0\]\['role'\] must be system or user",
+        ),
+        ({"messages": [{"role": "user", "content": [1]}]}, r"\['content'\] must be str, not an array"),
+        ({"id": 3}, r"the record\['id'\] must be str, not 3"),
+        ({"lineage": "abc"}, r"the record\['lineage'\] must be an array, not abc"),
     ],
 )
 def test_forged_record_is_refused_by_every_reader(copy, processor, tmp_path, fields, what, monkeypatch):
@@ -91,7 +94,7 @@ def test_forged_record_is_refused_by_every_reader(copy, processor, tmp_path, fie
     with pytest.raises(BadRecord, match=what):
         record_section(dataset, processor, 0)
     (problem,) = validate(copy, workers=0, progress=False).problems
-    assert problem.reason == "unreadable" and problem.detail.startswith("the record.")
+    assert problem.reason == "unreadable" and problem.detail.startswith("the record[")
     plan = make_plan([dataset], Mixture.from_directories(copy), processor, SHAPE)
     failed = [
         bad for _, info in batches([dataset], plan, processor, batch_rows=1, num_threads=0) for bad in info.failed

@@ -118,14 +118,14 @@ def test_changes_lists_first_differences():
     then, now = ({"files": [[f"{k}.jsonl", k, time] for k in range(20)]} for time in (1, 2))
     lines = work._changes(then, now).split("\n  ")
     assert lines[1] == "files.0.2: 1, now 2" and lines[-1] == "and 10 more" and len(lines) == 12
-    files = {"set/a.json": {"bytes": 130160, "mtime_ns": 1}, "b": {"bytes": 3, "mtime_ns": 1}, "c": {"bytes": 3}}
-    later = {"set/a.json": {"bytes": 111608, "mtime_ns": 2}, "b": {"bytes": 3, "mtime_ns": 2}, "d": {"bytes": 3}}
+    files = {"/set/a.b.json": "130,160 bytes; 1", "/b": "3 bytes; 1", "/c": "3 bytes; 1"}
+    later = {"/set/a.b.json": "111,608 bytes; 2", "/b": "3 bytes; 2", "/d": "3 bytes; 1"}
     before, after = ({"source": {"files": one}} for one in (files, later))
     assert work._changes(before, after).split("\n  ")[1:] == [
-        "a.json has changed (130,160 → 111,608 bytes)",
-        "b has been written again, with as many bytes as before",
-        "c is no longer read",
-        "d was not read then",
+        "a.b.json has changed (130,160 bytes → 111,608 bytes)",
+        "b has changed (3 bytes → 3 bytes)",
+        "c has changed (3 bytes → absent)",
+        "d has changed (absent → 3 bytes)",
     ]
     assert len(work._changes({"a": "x" * 10**6}, {"a": "y"})) < 150
     assert work._changes({"a": {"b": None}}, {"a": {"b": ["x"]}}) == '\n  a.b: null, now ["x"]'
