@@ -213,7 +213,7 @@ class Text(str):
         """The value; text that is not of this type is returned unchanged."""
         if hint is str:
             return None if self == "None" else str(self)
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             return float(self) if hint is float and self != "None" else ast.literal_eval(self)
         return str(self)
 
@@ -228,7 +228,7 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str =
       ValueError: for an unknown field (naming the nearest) or a value of another type (naming what is wanted).
     """
     types = field_types(cls)  # type: ignore[arg-type]
-    if unknown := [name for name in values if name not in types]:
+    if unknown := [str(name) for name in values if name not in types]:
         hint = did_you_mean(where + unknown[0], [where + name for name in types])
         raise ValueError(f"there is no field {shorten(where + unknown[0])!r}; {hint}")
     needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]  # type: ignore[arg-type]

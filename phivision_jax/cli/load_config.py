@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from phivision_jax.config import Text
 from phivision_jax.io import storage
+from phivision_jax.io.messages import shorten
 from phivision_jax.io.read_json import read_json
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> RunConfig:
     if spec:
         values = read_json(storage.location(spec)) if spec.endswith(".json") else _run_file(spec)
     for override in overrides:
-        flag = f"--{override}" if override.startswith("config.") else f"--set {override}"
+        flag = shorten(f"--{override}" if override.startswith("config.") else f"--set {override}")
         name, equals, text = override.removeprefix("config.").partition("=")
         if not equals:
             raise ValueError(f"{flag}: give a field and its value, as in data.batch_rows=512")

@@ -13,8 +13,13 @@ from typing import Any, Literal, Self
 from phivision_jax import config
 from phivision_jax.batch import RowShape
 from phivision_jax.config import LoraConfig, ModelConfig
+from phivision_jax.io.messages import shorten
 from phivision_jax.rows import row_shape
 from phivision_jax.sharding import FSDP_GROUP, MeshAxes, default_sizes
+
+POSITIVE = {"batch_rows", "length", "vision_rows", "num_patches", "epochs", "eval_batch", "max_new_tokens"}
+POSITIVE |= {"validate_batches", "keep_checkpoints"}
+"""Settings that cannot be 0; none can be negative, but those of the mesh."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,12 +257,14 @@ class RunConfig:
         """Turn ``optim.tokens`` and ``optim.warmup_tokens`` into steps of B · T tokens, rounded.
 
         Raises:
-          ValueError: when both steps and tokens are given, or a negative number.
+          ValueError: when both steps and tokens are given, or a number out of range.
         """
+        for where in ("", "data.", "optim.", "lora.", "guard."):
+            for name, value in vars(getattr(self, where[:-1], self)).items():
+                least = 1 if name in POSITIVE else 0
+                if type(value) in (int, float) and not least <= value < 2**53:
+                    raise ValueError(f"{where}{name} is {shorten(value)}; give a number of at least {least}")
         optim, step_tokens = self.optim, self.data.batch_rows * self.data.length
-        for name in ("steps", "tokens", "warmup_steps", "warmup_tokens"):
-            if (value := getattr(optim, name)) < 0:
-                raise ValueError(f"optim.{name} is {value}; it cannot be negative")
         if optim.steps and optim.tokens:
             raise ValueError(f"optim.steps={optim.steps} excludes optim.tokens={optim.tokens}; set one of them to 0")
         steps = max(1, round(optim.tokens / step_tokens)) if optim.tokens else optim.steps

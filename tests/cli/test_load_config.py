@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import random
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,11 @@ from typing import Any
 import pytest
 
 from phivision_jax.cli.load_config import load_config, prepare
+from phivision_jax.cli.main import main
 from phivision_jax.config import field_types, without_none
 from phivision_jax.training.run_config import RunConfig
+from tests.support.mutate import mutate
+from tests.support.paths import ROOT
 
 TINY, RECIPE = "configs/tiny.py", "configs/phi4_rv_15b.py"
 
@@ -109,8 +116,8 @@ def test_file_that_cannot_be_read(tmp_path):
     assert "does not exist" in refused(str(tmp_path))
     (tmp_path / "mine.md").write_text("# A page\n\nNot a program.")
     assert "mine.md: SyntaxError: invalid syntax" in refused(str(tmp_path / "mine.md"))
-    (tmp_path / "mine.json").write_text("{}")
-    assert "mine.json: it has no function get_config" in refused(str(tmp_path / "mine.json"))
+    (tmp_path / "mine.txt").write_text("{}")
+    assert "mine.txt: it has no function get_config" in refused(str(tmp_path / "mine.txt"))
     (tmp_path / "mine.bin").write_bytes(b"\0\1")
     assert "null bytes" in refused(str(tmp_path / "mine.bin"))
 
@@ -151,3 +158,91 @@ def test_prepare_prints_every_field_of_a_configuration(capsys):
     undocumented = re.findall(r"(--config\.\S+) [^\n]*\n[│ ]*\(default", page)
     assert not undocumented
     assert "Seed for example order and the validation split." in page
+
+
+def test_numbers_out_of_range_and_long_values_are_refused_in_short(tmp_path):
+    numbers = ["data.batch_rows=0", "data.length=-1", "microbatches=-1", "optim.learning_rate=nan", "eval_batch=0"]
+    for override in [*numbers, "data.epochs=0", "guard.spike=inf", f"optim.steps={'9' * 4000}"]:
+        name = override.partition("=")[0]
+        assert re.fullmatch(
+            rf"--config={TINY}: {name} is .{{1,101}}; give a number of at least \d", refused(TINY, override)
+        )
+    assert len(refused(TINY, f"dtype={'x' * 200_000}")) < 400
+    assert "no field '1'" in refused(write(tmp_path, "def get_config(): return {1: 2}"))
+
+
+@pytest.mark.parametrize("name", ["train", "preflight", "eval"])
+def test_value_of_the_wrong_kind_is_the_same_sentence_in_every_command(name, capsys):
+    words = {"train": ["--run=nowhere"], "preflight": ["--topology=v5e:2x2"], "eval": ["--checkpoint=nowhere"]}[name]
+    with pytest.raises(SystemExit) as ended:
+        main([name, f"--config={TINY}", *words, "--set", "data.batch_rows=abc"])
+    sentence = "phivision: --set data.batch_rows=abc: data.batch_rows must be an integer, not 'abc'\n"
+    assert capsys.readouterr().err == sentence and ended.value.code == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_help_of_a_script_ends_well_and_loads_no_jax(script):
+    code = (
+        f"import runpy, sys\nsys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}', run_name='__main__')\n"
+    )
+    code += "finally: print('jax' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "False\n" and done.stdout.startswith("usage: phivision ")
+
+
+def sentence_of(spec: str, *overrides: str) -> str:
+    """The error of a configuration; empty for one that can be used."""
+    try:
+        load_config(spec, overrides)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_mutated_configuration_is_one_sentence_that_names_the_file(tmp_path):
+    """Python and JSON, 2,000 mutations in all; the seeds are fixed, so that no mutation runs forever."""
+    python = Path(TINY).read_bytes().partition(b"def get_config")
+    python = (python[0], b"".join(python[1:]))
+    text = json.dumps(dataclasses.asdict(load_config(TINY)), indent=1).encode()
+    refusals = 0
+    for i in range(1_000):
+        path = Path(write(tmp_path, ""))
+        path.write_bytes(python[0] + mutate(python[1], random.Random(i)))
+        (tmp_path / "config.json").write_bytes(mutate(text, random.Random(i)))
+        for spec in (str(path), f"{tmp_path}/config.json"):
+            if sentence := sentence_of(spec):
+                refusals += 1
+                assert sentence.startswith((f"--config={spec}", spec)), (i, sentence)
+                assert "\n" not in sentence and len(sentence) < 1000, (i, sentence)
+    assert refusals > 1_000
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_mutated_override_is_one_sentence_that_names_the_flag(tmp_path):
+    spec = f"{tmp_path}/config.json"
+    Path(spec).write_text(json.dumps(dataclasses.asdict(load_config(TINY))))
+    sound = [
+        "optim.steps=500",
+        "data.batch_rows=16",
+        "optim.learning_rate=1e-4",
+        "mesh.fsdp=2",
+        "data.path=x",
+        "remat=full",
+    ]
+    sound += [
+        'optim.lr_rules=(("vision", 0.0), (".", 1.0))',
+        "model.vision.num_heads=2",
+        "guard.spike=3.5",
+        "wandb=None",
+    ]
+    sound += ["optim.tokens=1000000", "data.length=128", "model.decoder.num_kv_heads=1", "lora.rank=8", "seed=3"]
+    refusals = 0
+    for i in range(2_000):
+        override = mutate(sound[i % len(sound)].encode(), random.Random(i)).decode(errors="replace")
+        if sentence := sentence_of(spec, override):
+            refusals += 1
+            assert (
+                sentence.startswith(("--set ", f"--config={spec}: ")) and "\n" not in sentence and len(sentence) < 1000
+            ), (i, sentence)
+    assert refusals > 1_000
