@@ -9,7 +9,7 @@ parameters and moments as they were, bit for bit.
                                              r = 1 / min(accepted + 1, 100)     (West 1979; Finch 2009)
 
 A step has no target token when no record of it can be decoded, or all weights are 0. Weight decay and momentum would
-move the parameters without any data. Such a step says nothing about the weights: it does not count as skipped in a row.
+move the parameters without any data. Such a step is no sign of damaged weights: it does not count as skipped in a row.
 """
 
 from __future__ import annotations

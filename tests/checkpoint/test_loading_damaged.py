@@ -117,7 +117,7 @@ def test_files_beside_weights_are_verified_by_their_readers(step, tmp_path):
 
 
 def test_loading_a_run_with_its_configuration_warns_of_nothing(step, tiny, caplog):
-    """The run's config.json is not taken for one of Hugging Face."""
+    """A config.json of Hugging Face is distinguished from the run's."""
     for name in (CONFIG, COMMAND):
         (step.parents[1] / name).write_text("{}")
     with caplog.at_level("WARNING"):
