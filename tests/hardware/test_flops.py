@@ -184,6 +184,8 @@ WIDE = ModelConfig(
         num_layers=1,
         num_heads=4,
         num_kv_heads=2,
+        bos_token_id=253,
+        eos_token_id=254,
         pad_token_id=255,
     ),
 )

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 
 from flax import nnx
 
-from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.config import DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 from phivision_jax.hardware.flops import Workload, step_flops
 from phivision_jax.models import phivision
 from phivision_jax.preflight.model.roofline import Work
@@ -175,11 +175,13 @@ def executed_work(cfg: ResolvedConfig, generation: str, examples: Sequence[int],
     vision_tokens = rows * shape.merge[0] if shape.merge else patches
     # Complete rows, since padding costs time too. Attention is counted by blocks; here one pair represents any number.
     useful = Workload(tokens, 1, patches, min(patches, 1), vision_tokens)
-    parts = step_flops(cfg.model, useful, cfg.optim.lr_rules).parts
-    weights, all_weights = _weights(cfg.model, cfg.optim.lr_rules)
+    parts = step_flops(cfg.model, useful, cfg.optim.lr_rules, cfg.lora).parts
+    kernels = step_flops(cfg.model, useful).parts
+    weights, all_weights = _weights(cfg.model, cfg.optim.lr_rules, cfg.lora)
 
     def backward(part: str) -> float:
-        return parts[part].backward / parts[part].forward
+        """Everything but the forward products of the kernels: with LoRA also those of the adapters."""
+        return parts[part].total / kernels[part].forward - 1
 
     def trained(prefix: str) -> float:
         return weights[prefix] / all_weights[prefix]
@@ -214,9 +216,12 @@ def executed_work(cfg: ResolvedConfig, generation: str, examples: Sequence[int],
 
 
 @functools.cache
-def _weights(config: ModelConfig, lr_rules: tuple[tuple[str, float], ...]) -> tuple[Counter[str], Counter[str]]:
+def _weights(
+    config: ModelConfig, lr_rules: tuple[tuple[str, float], ...], lora: LoraConfig
+) -> tuple[Counter[str], Counter[str]]:
     """Trained and all parameters by the first two parts of their paths."""
-    trainable, frozen = optim.partition(nnx.to_pure_dict(phivision.abstract(config)[1]), OptimConfig(lr_rules=lr_rules))
+    params = nnx.to_pure_dict(phivision.abstract(config, lora=lora)[1])
+    trainable, frozen = optim.partition(params, OptimConfig(lr_rules=lr_rules))
     trained, total = Counter[str](), Counter[str]()
     for path, leaf in (trainable | frozen).items():
         prefix = "/".join(optim.path_name(path).split("/")[:2])

@@ -78,7 +78,7 @@ def speed(cfg: ResolvedConfig, where: Topology, mix: Mix, facts: Mapping[str, An
     work = counted if facts is None else compiled_work(counted, facts)
     time = roofline.step_time(work, where.generation)
     per_step = workload(cfg, mix)
-    useful = step_flops(cfg.model, per_step, cfg.optim.lr_rules)
+    useful = step_flops(cfg.model, per_step, cfg.optim.lr_rules, cfg.lora)
     images = per_step.patches / mix.patches if mix.patches else 0.0
     tokens = per_step.tokens / time.seconds
     return {

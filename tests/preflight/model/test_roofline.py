@@ -6,13 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from phivision_jax.config import ModelConfig
+from phivision_jax.cli.load_config import load_config
+from phivision_jax.config import LoraConfig, ModelConfig
 from phivision_jax.hardware.flops import Workload, step_flops
-from phivision_jax.hardware.topology import CHIPS
+from phivision_jax.hardware.topology import CHIPS, parse_topology
 from phivision_jax.models import remat
-from phivision_jax.preflight.model import chip_work, roofline
+from phivision_jax.preflight.model import chip_work, modelled_step, roofline
 from phivision_jax.preflight.model.chip_work import RECOMPUTE, Stack, executed_work, head, optimizer, visited_pairs
 from phivision_jax.preflight.model.roofline import StepTime, Work, step_time
+from phivision_jax.training.device_layout import resolve_for
 from phivision_jax.training.run_config import DataConfig, OptimConfig, ResolvedConfig
 from tests.support import published_runs
 from tests.support.batches import TINY
@@ -199,6 +201,39 @@ def test_executed_work_without_recompute_is_model_flops():
     assert split.matmul_flops == pytest.approx(work.matmul_flops / 8)
 
 
+@pytest.mark.parametrize("targets", ["decoder/layers/.*_proj", "."])
+def test_executed_work_of_adapters_is_model_flops(targets):
+    """Frozen kernels have no gradient of their own: close to two thirds of a full training's products."""
+    lora = LoraConfig(rank=2, targets=targets)
+    work = executed(lora=lora, remat="none", vision_remat="none")
+    parts = step_flops(TINY, Workload(8 * 256, 0, 8 * 128, 0, 8 * 128), lora=lora).parts
+    products = sum(cost.total for cost in parts.values()) + parts["head"].forward
+    assert work.matmul_flops == pytest.approx(products, rel=0.01)
+    full = executed(remat="none", vision_remat="none")
+    assert work.matmul_flops < 0.9 * full.matmul_flops and work.hbm_bytes < full.hbm_bytes
+
+
+@pytest.mark.parametrize("name", ["v5litepod-16", "v5p-8", "v6e-8"])
+def test_products_of_the_compiled_program_with_adapters_are_those_implied(name):
+    compiled = json.loads((RESULTS / f"hardware/lora_{name}.json").read_text())["matmul_flops_compiled"]
+    where = parse_topology(name)
+    cfg = load_config("configs/finetune.py", ["lora.rank=16"])
+    cfg = resolve_for(cfg, where.chip.device_kind, where.devices, where.slices)
+    found = modelled_step.speed(cfg, where, modelled_step.Mix.of_recipe(cfg), None)
+    assert compiled / found["matmul_flops_implied"] == pytest.approx(1, abs=0.005)
+
+
+def test_modelled_mfu_of_adapters_counts_no_gradient_of_kernels():
+    cfg = ResolvedConfig(ModelConfig(), DataConfig(), mesh=mesh_of(fsdp=8), remat="full", vision_remat="full")
+    where = parse_topology("v6e-8")
+    mix = modelled_step.Mix.of_recipe(cfg)
+    full = modelled_step.speed(cfg, where, mix, None)
+    adapters = modelled_step.speed(dataclasses.replace(cfg, lora=LoraConfig(rank=16)), where, mix, None)
+    assert 0.6 < adapters["flops_per_step"] / full["flops_per_step"] < 0.7
+    assert adapters["flops_per_step_by_part"]["vision"] < 0.4 * full["flops_per_step_by_part"]["vision"]
+    assert 0.7 < adapters["matmul_flops_implied"] / full["matmul_flops_implied"] < 0.75
+
+
 def test_executed_work_counts_padding():
     assert executed(examples=[100]).matmul_flops == executed().matmul_flops
 
@@ -221,7 +256,7 @@ def test_executed_work_frozen_parts():
     # The optimizer moves 28 bytes per trained parameter, 20 with moments in bf16.
     C, D = 24, 32
     weights = C * D + D + D * D + D
-    assert chip_work._weights(TINY, rules)[0].total() == weights
+    assert chip_work._weights(TINY, rules, LoraConfig())[0].total() == weights
     smaller = executed(optim=OptimConfig(lr_rules=rules, moment_dtype="bfloat16"))
     assert projector.hbm_bytes - smaller.hbm_bytes == pytest.approx(8 * weights)
 
