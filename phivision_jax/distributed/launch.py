@@ -12,6 +12,7 @@ saves and ends; then the launcher ends too.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -139,8 +140,8 @@ def main(command: Command, /, restarts: int = 10, grace_s: float = 300.0) -> Non
         restarts: Maximum number of restarts.
         grace_s: Seconds that the process has to save after SIGTERM; then it is killed.
     """
-    if not command:
-        sys.exit("launch: give a command after --")
+    if not command or shutil.which(command[0]) is None:
+        sys.exit(f"launch: give a command after --, as in -- phivision train …, not {' '.join(command) or 'nothing'}")
     sys.exit(launch(list(command), run_of(list(command)), restarts, grace_s))
 
 

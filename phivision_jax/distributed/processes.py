@@ -60,7 +60,7 @@ def initialize() -> None:
                 raise
         return
     if missing := [name for name in names if not os.environ.get(name)]:
-        raise ValueError(f"of {', '.join(names)}, {' and '.join(missing)} is not set; set all three or none")
+        raise ValueError(f"set all of {', '.join(names)} or none; missing: {', '.join(missing)}")
     jax.distributed.initialize(
         address, int(count), int(number), cluster_detection_method="deactivate", heartbeat_timeout_seconds=DEAD_S
     )

@@ -155,3 +155,9 @@ def test_launch_ignores_heartbeats_of_other_hosts(folder):
     )
     launched = begin(folder, script, processes=1)
     assert launched.finish() == 1 and "ended with code 1; it gave no heartbeat" in launched.output
+
+
+@pytest.mark.parametrize("command", [(), ("phivison-misspelt", "train")])
+def test_launch_names_a_command_that_does_not_exist(command):
+    with pytest.raises(SystemExit, match=f"not {' '.join(command) or 'nothing'}$"):
+        launch.main(command)

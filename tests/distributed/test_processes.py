@@ -51,8 +51,8 @@ def test_initialize_refuses_half_an_environment(monkeypatch, name):
     for other in NAMES:
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, "2")
-    missing = " and ".join(other for other in NAMES if other != name)
-    with pytest.raises(ValueError, match=f"{missing} is not set"):
+    missing = ", ".join(other for other in NAMES if other != name)
+    with pytest.raises(ValueError, match=f"or none; missing: {missing}"):
         processes.initialize()
 
 
