@@ -134,9 +134,10 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "decoder.")
-        for i in (self.bos_token_id, self.pad_token_id, *self.stop_ids):
+        ids = [("bos", self.bos_token_id), ("pad", self.pad_token_id), *(("eos", i) for i in self.stop_ids)]
+        for name, i in ids:
             if i is not None and not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {shorten(i)} is not in the vocabulary of {self.vocab_size} (bos, eos, pad)")
+                raise ValueError(f"{name}_token_id {shorten(i)} is not in the vocabulary, 0 to {self.vocab_size - 1}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"decoder.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.num_kv_heads:
@@ -230,7 +231,7 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str =
     types = field_types(cls)  # type: ignore[arg-type]
     if unknown := [str(name) for name in values if name not in types]:
         hint = did_you_mean(where + unknown[0], [where + name for name in types])
-        raise ValueError(f"there is no field {shorten(where + unknown[0])!r}; {hint}")
+        raise ValueError(f"there is no field {where + shorten(unknown[0])!r}; {hint}")
     needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]  # type: ignore[arg-type]
     if missing := [name for name in needed if name not in values]:
         raise ValueError(f"{where + missing[0]} is missing")

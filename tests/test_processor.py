@@ -202,8 +202,8 @@ def test_from_directory_rejects_other_pixels(key: str, value: Any, tmp_path: Pat
 
 
 def test_processor_rejects_other_tokenizer() -> None:
-    small = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=500))
-    with pytest.raises(ValueError, match="512 tokens, the model 500"):
+    small = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, vocab_size=510))
+    with pytest.raises(ValueError, match="512 tokens, the model 510"):
         Processor.small(small)
     other_end = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, eos_token_id=7))
     with pytest.raises(ValueError, match="eos_token_id is 7"):

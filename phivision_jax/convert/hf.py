@@ -24,7 +24,7 @@ from phivision_jax.checkpoint.layout import ORBAX_MARK
 from phivision_jax.config import typed
 from phivision_jax.convert.mapping import Leaf, Shape, check, hf_shapes
 from phivision_jax.io import atomic, storage
-from phivision_jax.io.messages import shorten
+from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.io.read_json import parse_json, read_json, wrong_file
 from phivision_jax.io.storage import Location
 
@@ -91,7 +91,8 @@ def parse_header(path: Location, header: bytes) -> dict[str, Entry]:
     for name, value in parse_json(header[8:], corrupt).items():
         if name == "__metadata__":
             continue
-        tensor = typed(value, _Described, f"{corrupt}: {shorten(name)}")
+        with prefix_errors(f"{corrupt}: {shorten(name)}"):
+            tensor = typed(value, _Described, "it")
         dtypes = _BUFFER_DTYPES if _BUFFER.search(name) else DTYPES
         if tensor.dtype not in dtypes:
             problem = f"is {shorten(tensor.dtype)}; weights are {', '.join(DTYPES)}"

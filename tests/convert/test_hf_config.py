@@ -102,7 +102,7 @@ def test_stop_ids_of_both_files_are_kept(tmp_path):
     assert config_json(model)["eos_token_id"] == [100265, 100257, 100349]
     assert generation_json(model)["eos_token_id"] == [100265, 100257, 100349]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 100352}))
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is 100352, but the vocabulary has"):
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id 100352 is not in the vocabulary"):
         model_config(tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_null_ids_stay_null(missing):
 @pytest.mark.parametrize("key", ["pad_token_id", "bos_token_id", "eos_token_id"])
 @pytest.mark.parametrize("value", [100352, -1])
 def test_id_beyond_vocabulary_is_refused(key, value):
-    with pytest.raises(ValueError, match=f"{key} is {value}, but the vocabulary has the ids 0 to 100351"):
+    with pytest.raises(ValueError, match=f"config.json: {key} {value} is not in the vocabulary, 0 to 100351"):
         model_config(RELEASED | {key: value})
 
 

@@ -28,6 +28,9 @@ CONFIG = DecoderConfig(
     num_kv_heads=golden.KV_HEADS,
     rope_theta=golden.THETA,
     rms_norm_eps=golden.EPS,
+    bos_token_id=None,
+    eos_token_id=0,
+    pad_token_id=None,
 )
 
 

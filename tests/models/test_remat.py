@@ -17,7 +17,15 @@ from phivision_jax.models.siglip2 import EncoderLayer
 
 T, D, F, N, K, H = 512, 384, 512, 3, 1, 128
 CFG = DecoderConfig(
-    vocab_size=64, hidden_size=D, intermediate_size=F, num_layers=1, num_heads=N, num_kv_heads=K, pad_token_id=0
+    vocab_size=64,
+    hidden_size=D,
+    intermediate_size=F,
+    num_layers=1,
+    num_heads=N,
+    num_kv_heads=K,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=0,
 )
 INPUT, ATTENTION = D, (N + 2 * K) * H + N * H + N  # queries, keys, values; the result and a normaliser per head
 KEPT = {
