@@ -34,8 +34,20 @@ _ESCAPE = re.compile(r"<(\\)\\*(?:image|img|video|audio|box)\b")
 _OTHER_NAMES = ("thinking", "thought", "thoughts", "reasoning", "reason", "cot", "scratchpad", "seed:think")
 _OTHER_TAGS = {THINK: END_THINK} | {f"<{name}>": f"</{name}>" for name in _OTHER_NAMES} | {
     "[think]": "[/think]", "◁think▷": "◁/think▷", "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|start_thinking|>": "<|end_thinking|>", "<|think|>": "<|/think|>",
     "<|channel|>analysis<|message|>": "<|end|><|start|>assistant<|channel|>final<|message|>",
 }  # fmt: skip
+# Tags of other models around the answer itself, which are removed.
+_AROUND = re.compile(
+    r"^\s*<\|(?:begin_of_solution|start_response|channel\|>final<\|message|start\|>assistant(?=<\|channel))\|?>?\s*"
+    r"|\s*<\|(?:end_of_solution|end_response|return|end)\|>\s*$", re.IGNORECASE
+)  # fmt: skip
+# A tag that begins an answer and is named like thoughts, or the end of thoughts without a beginning.
+_UNKNOWN = re.compile(
+    r"^\s*(?:<think>)?(?:<\|?\s*(?!think>)(?:[\w-]*[_:-])?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflect(?:ion)?|rationale|"
+    r"monologue|analysis|ponder|unused94)(?:[_:-][\w:-]*)?(?:\s[^<>]*)?\|?>|\[reasoning\]|<details type=.reasoning.>)"
+    r"|</(?:\w*thinking|thoughts?|reasoning|seed:think)>|\[/think\]|◁/think▷|<\|end_of_thought\|>", re.IGNORECASE
+)  # fmt: skip
 _ANSWER_BEGINS: dict[PromptMode, str] = {"think": THINK, "nothink": NOTHINK, "auto": ""}
 
 
@@ -212,6 +224,13 @@ def settle_answer(content: str) -> tuple[str, Mode | None]:
     Raises:
       MessageError: "mode" for a tag of another model that is not closed.
     """
+    content, mode = _settle(_AROUND.sub("", content) if "<|" in content else content)
+    if unknown := _UNKNOWN.search(content):
+        raise MessageError("mode", f"an answer has {unknown[0]!r:.80}: write {THINK}thoughts{END_THINK} or reword it")
+    return content, mode
+
+
+def _settle(content: str) -> tuple[str, Mode | None]:
     head = content.lstrip()
     if head.startswith(NOTHINK):
         return head.removeprefix(NOTHINK), "nothink"
@@ -223,6 +242,7 @@ def settle_answer(content: str) -> tuple[str, Mode | None]:
     if closed is None and tag != THINK:
         raise MessageError("mode", f"an answer begins with {tag}, but has no {_OTHER_TAGS[tag]}: close it or reword it")
     thoughts, rest = (head[len(tag) : closed.start()], head[closed.end() :]) if closed else (head[len(tag) :], None)
+    rest = rest and _AROUND.sub("", rest)
     if rest is None or thoughts.strip():
         return THINK + thoughts + ("" if rest is None else END_THINK + rest), "think"
     return rest.lstrip(), "nothink"

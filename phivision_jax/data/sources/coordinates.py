@@ -42,6 +42,8 @@ def normalised(numbers: Sequence[float], unit: Unit, size: Callable[[], tuple[in
     width, height = size() if unit == "pixels" else (1000, 1000) if unit == "thousand" else (1, 1)
     shares = [number / side for number, side in zip(numbers, (width, height) * 2, strict=False)]
     shown = f"[{', '.join(f'{number:g}' for number in numbers)}]"
+    if unit != "unit" and max(numbers) <= 1 and (len(numbers) == 4 or any(number % 1 for number in numbers)):
+        raise BadRecord("coordinates", f"{shown} is in shares of the sides, not in {unit}: see --boxes, --inline-boxes")
     if not all(math.isfinite(share) and -TOLERANCE <= share <= 1 + TOLERANCE for share in shares):
         what = f"its image of {width}x{height} pixels" if unit == "pixels" else f"its image, in units of {unit}"
         raise BadRecord("coordinates", f"{shown} is outside {what}")
@@ -105,6 +107,14 @@ def rewrite_lists(messages: Sequence[dict[str, Any]], unit: Unit, size: Callable
 
     for message in messages:
         message["content"] = _LIST.sub(share, message["content"])
+
+
+def find_box(messages: Sequence[Mapping[str, Any]]) -> str | None:
+    """A placeholder in the messages of a record, or a list of four numbers that are not shares, as boxes often are."""
+    if any("<bbox>" in message["content"] for message in messages):
+        return "<bbox>"
+    found = (match for message in messages for match in _LIST.finditer(message["content"]) if match[4])
+    return next((match[0] for match in found if max(map(float, match.groups())) > 1), None)
 
 
 def _list(value: Any, kind: str) -> list[Any]:

@@ -39,7 +39,7 @@ from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.records import MODES, Mode, Record, check_task
 from phivision_jax.data.sources import keys
 from phivision_jax.data.sources.conversations import Conversation, conversation_of
-from phivision_jax.data.sources.coordinates import fill_placeholders, rewrite_lists
+from phivision_jax.data.sources.coordinates import fill_placeholders, find_box, rewrite_lists
 from phivision_jax.data.sources.fetch import fetch, is_given
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.source import ModeFrom, Read
@@ -144,6 +144,8 @@ class ItemReader:
 
         if options.inline_boxes and len(images) == 1:
             rewrite_lists(messages, options.inline_boxes, lambda: size_of(0))
+        elif images and item.get("objects") is None and (box := find_box(messages)):
+            unread.append(("boxes in texts", box))
         if item.get("objects") is not None:
             fill_placeholders(messages, item["objects"], options.boxes, len(images), size_of)
         stated = _optional(item, "mode")

@@ -56,7 +56,7 @@ _MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
      "(enable|use|with|no|disable)_(think|thinking|reasoning)|(think|thinking|reasoning)_(mode|effort)"
      "|chat_template_kwargs",
      "decides whether the model thinks: write think or nothink into the field mode"),
-    (_RECORD + _MESSAGE + _PART, _TEXT,
+    (_RECORD + _MESSAGE + _PART, (*_TEXT, bool),
      "(.*_)?(reasonings?|think|thinking|thoughts?|cot|rationales?|chain_of_thoughts?)"
      "(_(content|text|traces?|steps|process|chain|blocks?|details|trajector(y|ies)))?",
      "looks like the thoughts of an answer: --rename {key}=reasoning_content"),
@@ -82,9 +82,9 @@ _MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
     (_RECORD, _TEXT, r"(.*_)?(options?|choices?|candidates|distractors)(_?([a-z]|\d+))?(_texts?)?",
      "looks like the options of a multiple choice: --rename {key}=options, as a list"),
     (("question",), _TEXT, "[a-h]", "looks like an option of a multiple choice: write a list into options"),
-    (_RECORD + _MESSAGE, _TEXT,
-     r"(.*_)?(bbox(es)?|box(es)?|bounding_box(es)?|polygons?|points?|keypoints?|coord(inate)?s?|segmentations?|quads?)"
-     r"(_?\d+|_(type|format|unit|mode|list)s?)?",
+    (_RECORD + _MESSAGE, (*_TEXT, bool),
+     r"(.*_)?(b?box(es)?|polygons?|(key)?points?|coord(inate)?s?|segmentations?|quads?|rois?|rects?|xywh|xyxy)"
+     r"(_?\d.*|_(type|format|unit|mode|list|xy|norm|rel|abs|scale).*)?|(is_)?normali[sz]ed",
      "looks like coordinates: write them into objects, with <bbox> or <point> in the text"),
     (_RECORD + _MESSAGE, _TEXT, "(.*_)?(history|histories|previous_(turns|messages))|documents",
      "may belong to the conversation: write it into the messages"),
@@ -92,7 +92,7 @@ _MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
      "may belong to the question: put it into the text of the question"),
     (_RECORD + _PART, _ANY, "(min|max|total)_pixels|resized_(height|width)|n?frames?|fps|max_num_tiles",
      "sets a resolution, which is an option of a run and not of a record"),
-    (_MESSAGE, _ANY, "channel|recipient|refusal|prefix|partial",
+    (_MESSAGE + _PART, _ANY, "channel|recipient|refusal|prefix|partial",
      "has a meaning in other chat formats that is not supported: leave the record out"),
     (_RECORD + _MESSAGE + _PART, _TEXT, _VIDEO, _MEDIA),
     (_RECORD + _PART, _TEXT, _IMAGE, _AS_IMAGE),
@@ -101,7 +101,7 @@ _MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
 _HARMLESS = re.compile(
     # The id of an image that is missing must not go unnoticed.
     "(?!(image|img|picture|photo|video|audio)_ids?$)"
-    "(dataset_.*|(num|n|is|has)_.*|.*_(num|size|hash)|(.*_)?(id|ids|uuid|idx|index|source|dataset|origin|licen[cs]e|"
+    "(dataset_.*|(num|n)_.*|(is|has)_(image|video|audio)s?|.*_(num|size|hash)|(.*_)?(id|ids|uuid|idx|index|source|dataset|origin|licen[cs]e|"
     "split|subset|category|categories|type|language|lang|locale|difficulty|level|grade|score|scores|rating|quality|"
     "confidence|similarity|date|time|timestamp|year|created|updated|version|model|generator|annotator|author|topic|"
     "subject|domain|tags?|count|length|width|height|md5|sha1|sha256|checksum|meta))"
@@ -117,7 +117,9 @@ _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 _MARKER = re.compile(
     r"(?!<(?-i:image)>)<\|?(?:(?:start_of_|end_of_)?(?:image|img|video|audio|speech)s?(?:[ _]?\d+|_?(?:pad|placeholder|"
     r"soft_token|token|start|end|bos|eos|here))?|vision_(?:start|end))\|?/?>"
-    r"|(?P<box><\|?(?:box|quad|box_start|quad_start|object_ref_start|loc_?\d+)\|?>)"
+    r"|(?P<box><\|?(?:box|quad|box_start|quad_start|object_ref_start|det|click|coordinate|(?:loc|seg|pos|bin)_?\d+)\|?>"
+    r"|<points?\s[^<>]*\bx\d*=|</bbox>|\"(?:bbox|point)_2d\"\s*:)"
+    r"|(?P<switch>(?<!\S)/(?:no_?)?think(?!\S))"
     r"|data:(?:image|video|audio)/[\w.+-]+;base64,",
     re.IGNORECASE,
 )
@@ -176,8 +178,9 @@ def check_text(text: str, where: str) -> None:
     Raises:
       BadRecord: "unread".
     """
-    if ("<" in text or "data:" in text) and (marker := _MARKER.search(text)):
+    if ("<" in text or "data:" in text or "_2d" in text or "think" in text) and (marker := _MARKER.search(text)):
         wanted = "write [x1, y1, x2, y2] and use --inline-boxes" if marker["box"] else "write <image> for each"
+        wanted = "remove it, and write the mode into the field mode" if marker["switch"] else wanted
         wanted = "leave the record out" if re.search("video|audio|speech", marker[0], re.IGNORECASE) else wanted
         escape = rf", or <\{shorten(marker[0][1:])} where the text is meant" if marker[0][1:2].isalpha() else ""
         raise BadRecord("unread", f"{where} contains {shorten(marker[0])}, a marker of other models: {wanted}{escape}")

@@ -205,7 +205,7 @@ def test_load_rejects_damaged_plan(tmp_path):
     with pytest.raises(ValueError, match="do not have the hash"):
         Plan.load(tmp_path / "plan")
     examples.write_bytes(content[:-4])
-    with pytest.raises(ValueError, match="examples.npy is damaged"):
+    with pytest.raises(ValueError, match=r"examples\.npy is damaged"):
         Plan.load(tmp_path / "plan")
     about = tmp_path / "plan" / "plan.json"
     about.write_text(json.dumps({**json.loads(about.read_text()), "format": 9}))
