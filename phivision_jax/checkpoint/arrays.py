@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,18 @@ from phivision_jax.distributed.processes import first_error
 from phivision_jax.io import storage
 from phivision_jax.io.messages import first_line
 from phivision_jax.io.storage import Location
+
+
+@functools.cache
+def silence_libraries() -> None:
+    """Keep Orbax, asyncio and TensorStore from printing a page for each array that failed: the first error is raised.
+
+    TensorStore's threads report that the event loop of the others has been closed.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda about: None if str(about.exc_value) == "Event loop is closed" else report(about)
 
 
 def describe(tree: Any) -> dict[str, Array]:
@@ -72,6 +86,7 @@ def restore(checkpoint: Location, item: str, target: Any, saved: Mapping[str, Ar
       DamagedError: in all processes, when one of them cannot read an array or finds another checksum.
       StorageError: when the bucket does not answer.
     """
+    silence_libraries()
     problem = restored = None
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
@@ -82,8 +97,6 @@ def restore(checkpoint: Location, item: str, target: Any, saved: Mapping[str, Ar
         raise
     except Exception as error:  # Orbax and TensorStore raise many types
         storage.check(checkpoint)
-        # The futures of the other arrays are left behind; asyncio would print a page for each that failed too.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         cause = error.__cause__ or error
         text = f"{error} {cause}".replace("'", '"')
         name = next((f"array {item}/{path}" for path in saved if f'"{path.replace("/", ".")}/' in text), f"{item}/")

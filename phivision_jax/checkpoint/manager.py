@@ -156,6 +156,7 @@ class RunCheckpoints:
 
     def _make_manager(self) -> ocp.CheckpointManager:
         """Made at the first save, when damaged steps have been set aside."""
+        arrays.silence_libraries()
         rules: list[Any] = [policies.LatestN(self._keep)]
         if self._keep_every:
             rules.append(policies.EveryNSteps(self._keep_every))
@@ -280,6 +281,9 @@ class RunCheckpoints:
                 with storage.wrap_storage_errors(path):
                     if not layout.is_committed(path):
                         raise DamagedError(path, f"its file {layout.ORBAX_MARK} is missing")
+                    for item in (PARAMS, OPT_STATE):
+                        if not (path / item).exists():
+                            raise DamagedError(path, f"its {item}/ cannot be found")
                 self._intact[step] = self._intact.get(step) or layout.read_meta(path, assets=self._first)
             except DamagedError as error:
                 problem = error.problem

@@ -184,3 +184,12 @@ def test_two_processes_agree_on_damage(empty_run):
     assert "checkpoint 30 is damaged: its params/ cannot be read: unreadable in one process" in first
     assert "checkpoint 20 is damaged: its array params/" in first and "It is now" not in second
     assert steps(empty_run) == [10, 40] and same(restore(empty_run)[0], make_state(40))
+
+
+@pytest.mark.parametrize("item", ["params", "opt_state", "meta", "assets"])
+def test_step_that_lacks_an_item_falls_back(run, item):
+    """As two runs in one directory could leave it."""
+    shutil.rmtree(run / CHECKPOINTS / str(NEW) / item)
+    assert RunCheckpoints(run, keep=2).meta()["step"] == OLD or item == "assets"
+    state, log = restore(run)
+    assert same(state, make_state(OLD)) and f"checkpoint {NEW} is damaged: its " in log and item in log

@@ -4,6 +4,8 @@ import json
 import queue
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 
 import jax
@@ -12,6 +14,8 @@ import pytest
 from phivision_jax.checkpoint.layout import CHECKPOINTS, SAVED
 from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
 from tests.support.damage import NEW, OLD, make_state, make_tail, restore, same, save
+from tests.support.launched import ENVIRONMENT
+from tests.support.paths import ROOT
 
 
 def steps(run):
@@ -134,3 +138,31 @@ def test_unfinished_step_of_a_killed_process_is_removed(run):
 def test_keep_must_be_positive(empty_run):
     with pytest.raises(ValueError, match="keep_checkpoints is 0"):
         RunCheckpoints(empty_run, keep=0)
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import tests.conftest
+from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
+from tests.support.damage import NEW, OLD, make_run, save
+
+run = Path(sys.argv[1])
+make_run(run, (OLD,))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+checkpoints = RunCheckpoints(run, keep=2)
+try:
+    save(checkpoints, run, NEW)
+    checkpoints.wait()
+except CheckpointError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+def test_full_disk_prints_one_sentence(tmp_path):
+    """A limit on the size of files takes the place of a full disk: no library prints anything beside the sentence."""
+    words = [sys.executable, "-c", FULL, str(tmp_path / "run")]
+    done = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr.startswith(f"checkpoint {NEW} could not be written to "), done.stderr
+    assert "File too large" in done.stderr and done.stderr.count("\n") == 1
