@@ -15,11 +15,11 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from phivision_jax.config import typed
-from phivision_jax.io.messages import prefix_errors
+from phivision_jax.io.messages import first_line, prefix_errors, shorten
 from phivision_jax.io.read_json import read_json, read_limited
+from phivision_jax.text import sandbox
 from phivision_jax.text.tokenizer import TOKENIZER_CONFIG
 
 TEMPLATE_FILE, TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
@@ -28,7 +28,7 @@ _MARKED = "_marked"  # in the context: every generated piece, to notice those th
 
 
 class ChatTemplate:
-    """A jinja template in an immutable sandbox; see ``from_directory`` and ``small``.
+    """A jinja template in a sandbox (``sandbox.py``); see ``from_directory`` and ``small``.
 
     The settings are those of transformers: ``trim_blocks`` and ``lstrip_blocks`` on, ``break`` and ``continue``,
     ``raise_exception``, ``strftime_now``, a ``tojson`` that keeps non-ASCII text, and the special tokens of
@@ -46,16 +46,19 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = dict(special_tokens or {})
         self._where = where
-        environment = ImmutableSandboxedEnvironment(
+        environment = sandbox.Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
         environment.globals["raise_exception"] = _raise_exception
+        if len(source) > sandbox.SOURCE:
+            raise ValueError(f"{where} has {len(source):,} characters, over the limit of {sandbox.SOURCE:,}")
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"{where}, line {error.lineno}: {error.message}") from None
+            raise ValueError(f"{where}, line {error.lineno}: {shorten(error.message or '', 300)}") from None
+        except Exception as error:  # RecursionError, or Python's own limits on the program that jinja writes
+            raise ValueError(f"{where} cannot be compiled: {shorten(first_line(error), 300)}") from None
 
     @classmethod
     def from_directory(cls, path: str | Path) -> ChatTemplate:
@@ -112,12 +115,14 @@ class ChatTemplate:
         context = self._template.new_context({**variables, "tools": None, "documents": None, _MARKED: marked})
         text, spans = "", []
         try:
-            for piece in self._template.root_render_func(context):
-                if isinstance(piece, _Generated):
-                    spans.append((len(text), len(text) + len(piece)))
-                text += piece
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"{self._where}: {error}") from None
+            with sandbox.budget(sum(len(message["content"]) for message in messages)):
+                for piece in self._template.root_render_func(context):
+                    sandbox.spend(len(piece))
+                    if isinstance(piece, _Generated):
+                        spans.append((len(text), len(text) + len(piece)))
+                    text += piece
+        except Exception as error:  # a template is a program, which can raise anything
+            raise ValueError(f"{self._where}: {shorten(first_line(error), 300)}") from None
         if len(spans) != len(marked):
             problem = "must be at the top level or inside plain if and for, not in a macro, a set or a filter block"
             raise ValueError(f"{self._where}: {{% generation %}} {problem}")
