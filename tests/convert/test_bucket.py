@@ -43,7 +43,7 @@ from tests.support.released_layout import (
 )
 from tests.support.train_steps import QUICK
 
-TEXT = ("tokenizer.json", "chat_template.jinja")
+TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 SHARD = "model-00002-of-00003.safetensors"
 
 
