@@ -50,12 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every file
     failure = 1
     try:
-        if name in ("--help", "-h"):
+        if name in ("--help", "-h", "--version"):
             listing = "\n".join(f"  {command:<11}{description}" for command, description in COMMANDS.items())
-            print(USAGE.format(listing), flush=True)
-            return
-        if name == "--version":
-            print(", ".join(f"{package} {version(package)}" for package in ("phivision_jax", "jax")))
+            versions = ", ".join(f"{package} {version(package)}" for package in ("phivision_jax", "jax"))
+            print(versions if name == "--version" else USAGE.format(listing), flush=True)
             return
         if name not in COMMANDS:
             from phivision_jax.io.messages import did_you_mean

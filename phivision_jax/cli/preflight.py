@@ -110,16 +110,15 @@ def _search(cfg: ResolvedConfig, where: Topology, record: Callable[[dict[str, An
     from phivision_jax.preflight.step_report import MARGIN
 
     most = 2 * sum(map(len, candidates(cfg, where)))  # each at low and at default effort
-    tried, fitting = list[str](), list[dict[str, Any]]()
+    tried, reports = list[str](), list[dict[str, Any]]()
 
     def attempt(one: ResolvedConfig, low_effort: bool) -> dict[str, Any]:
-        report = _train(one, where, low_effort)
-        if report["fits"] and report["free_share"] >= MARGIN:
-            fitting.append(report)
-        return report
+        reports.append(_train(one, where, low_effort))
+        return reports[-1]
 
     def log(line: str) -> None:
         tried.append(line)
+        fitting = (report for report in reports if report.get("free_share", 0) >= MARGIN)
         best = min(fitting, key=lambda report: report["modelled_step_seconds"], default={})
         print(f"{len(tried)} of at most {most}: {line}" + (f"; best so far: {_flags(best)}" if best else ""))
         record({"fits": False} | best | {"tried": tried})

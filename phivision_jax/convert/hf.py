@@ -41,6 +41,7 @@ _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel", "language
 _WRAPPERS |= {"base_model.model.": "PEFT", "base_layer.": "PEFT"}
 """Parts of names that show who saved a wrapped model."""
 _FOREIGN = {
+    r"model\.safetensors(\.index\.json)?": "is a Hugging Face directory ({}): phivision convert to-jax converts it",
     r"snapshots/[^/]*/config\.json": "is the root of a hub cache: give its snapshot, {parent}",
     r"adapter_(config\.json|model\..*)": "holds a PEFT adapter ({}) without its model: merge it, and save the model",
     r"[^/]*\.gguf": "holds GGUF weights only ({}): give the safetensors that they were made from",
@@ -180,7 +181,7 @@ class HFDirectory:
             raise ValueError(f"{index} names no tensors: its weight_map is empty")
         if not weight_map and SINGLE not in self.files:
             refuse_foreign(directory, self.files)
-            raise ValueError(f"{directory} has neither {INDEX} nor {SINGLE}")
+            raise ValueError(f"{directory} is no Hugging Face directory: it has neither {INDEX} nor {SINGLE}")
         if weight_map and SINGLE in self.files and SINGLE not in weight_map.values():
             problem = f"holds {INDEX} and also {SINGLE}, which the index does not name"
             raise ValueError(f"{directory} {problem}: remove the one that is out of date")

@@ -40,10 +40,10 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
     }
     if not facts["fits"]:
         return out
-    out["free_share"] = 1 - out["peak_bytes_per_chip"] / where.chip.hbm_bytes
+    host, limit = facts["host_bytes"] * per_chip, where.chip.host_bytes
+    out["free_share"] = 1 - max(out["peak_bytes_per_chip"] / where.chip.hbm_bytes, host / limit)
     memory["activations"] = max(out["peak_bytes_per_chip"] - sum(memory.values()), 0)
-    out |= {"host_bytes_per_chip": facts["host_bytes"] * per_chip, "host_limit_per_chip": where.chip.host_bytes}
-    out["fits"] = out["host_bytes_per_chip"] < where.chip.host_bytes
+    out |= {"host_bytes_per_chip": host, "host_limit_per_chip": limit, "fits": host < limit}
     out["collectives"] = by_kind_and_axes(facts["collectives"])
     out["largest_collective"] = max(facts["collectives"], key=lambda one: one["result_bytes"], default=None)
     out["matmul_flops_compiled"] = facts["matmul_flops"] * where.devices

@@ -134,3 +134,9 @@ def test_template_in_json_file_is_read(tmp_path: Path) -> None:
     assert ChatTemplate.from_directory(tmp_path).render([])[0] == "new END"
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": [{"name": "default", "template": "x"}]}))
     assert ChatTemplate.from_directory(tmp_path).render([])[0] == "x"
+
+
+def test_wrong_direction_is_named(hf: Path, tmp_path: Path, run: Run) -> None:
+    succeeded(run("to-jax", hf, tmp_path / "ours"))
+    refused(run("to-hf", hf, tmp_path / "x"), f"{hf} is a Hugging Face directory ({INDEX}): phivision convert to-jax")
+    refused(run("to-jax", tmp_path / "ours", tmp_path / "x"), f"{tmp_path / 'ours'} is no Hugging Face directory")
