@@ -9,19 +9,22 @@ The page follows the reader's light or dark theme, and so does a figure of ``plo
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
+import functools
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import jinja2
-from matplotlib import style
+from matplotlib import font_manager, style
 from matplotlib.figure import Figure as Canvas
+from matplotlib.text import Text
 from PIL import Image
 from rich.console import Console
 from rich.table import Table as RichTable
-from rich.text import Text
+from rich.text import Text as RichText
 
 from phivision_jax.io.messages import printable
 
@@ -91,9 +94,27 @@ def plot(draw: Callable[[Canvas], None], caption: str, height: float) -> Figure:
         with style.context([_HERE / f"{name}.mplstyle" for name in styles]):
             canvas, file = Canvas(figsize=(13.6, height), layout="constrained"), io.BytesIO()
             draw(canvas)
+            texts = canvas.findobj(Text)
+            families = _families(frozenset("".join(text.get_text() for text in texts)))
+            for text in texts:
+                text.set_fontfamily([*text.get_fontfamily(), *families])
             canvas.savefig(file)
             pngs.append(file.getvalue())
     return Figure(pngs[0], caption, pngs[1])
+
+
+@functools.cache
+def _families(characters: frozenset[str]) -> list[str]:
+    """Names of installed fonts that together have as many of the characters as possible."""
+    missing, found = {*map(ord, characters)}, []
+    for font in font_manager.fontManager.ttflist:
+        with contextlib.suppress(RuntimeError, OSError):  # of fonts that cannot be scaled, as of coloured emoji
+            loaded = font_manager.get_font(font.fname)
+            loaded.set_size(10, 72)
+            if new := missing & loaded.get_charmap().keys():
+                missing -= new
+                found.append(font.name)
+    return found
 
 
 def image_figure(image: Image.Image, caption: str) -> Figure:
@@ -112,14 +133,14 @@ def print_sections(sections: Sequence[Section], console: Console | None = None) 
         shown = RichTable()
         for i, name in enumerate(section.table.header):
             shown.add_column(
-                Text(printable(name)), justify="left" if i < section.table.names else "right", overflow="fold"
+                RichText(printable(name)), justify="left" if i < section.table.names else "right", overflow="fold"
             )
         for row in section.table.rows:
             if len(row) == 1:
                 shown.add_section()
-            shown.add_row(*(Text(printable(cell), "bold" if len(row) == 1 else "") for cell in row))
+            shown.add_row(*(RichText(printable(cell), "bold" if len(row) == 1 else "") for cell in row))
         title, note = printable(section.title), printable(section.note)
-        console.print(Text(title, "bold"), shown, Text(note, "dim"), sep="\n")
+        console.print(RichText(title, "bold"), shown, RichText(note, "dim"), sep="\n")
 
 
 def page(title: str, sections: Sequence[Section]) -> str:

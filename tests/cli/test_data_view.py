@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from phivision_jax.cli import main
 from phivision_jax.processor import Processor
 from tests.support.datasets import write_dataset
-from tests.support.records import CONFIG, mixed_records
+from tests.support.records import CONFIG, make_record, mixed_records
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +111,27 @@ def test_show_needs_the_tokenizer_of_the_import(run, dataset, processor, tmp_pat
     assert code == 1 and "another tokenizer or chat template" in text and "or name the checkpoint" in text
     assert run("stats", other.directory)[0] == 0  # numbers need no tokenizer
     assert run("show", dataset.directory, other.directory, "--out", tmp_path / "x.html")[0] == 1
+
+
+def test_ids_and_directories_are_text_everywhere(run, processor, tmp_path: Path) -> None:
+    """Markup of rich, formulas of matplotlib, HTML, and escape sequences of terminals."""
+    odd = ["[/b]", "[red]x", "\x1b]0;title\x07", "\x1b[2J", "<script>x</script>", "$\\frac{$", "a\u202eb"]
+    records = [make_record(i, id=f"{text}{i}", task=f"[b]{i % 2}$_{{$", source=text) for i, text in enumerate(odd)]
+    directory = write_dataset(tmp_path / "a$\\frac{$b [red]", records, processor).directory
+    other = write_dataset(tmp_path / "plain", records, processor).directory
+    (directory / "records-00000-000.array_record").write_bytes(b"")
+    commands = [
+        ("show", other, "--out", tmp_path / "show.html", "--ids", *(record.id for record in records)),
+        ("validate", directory, "--workers", 0),
+        ("plan", other, "--out", tmp_path / "plan$\\frac{$", "--length", 30),
+    ]
+    copy = Path(shutil.copytree(other, tmp_path / "c$\\frac{$b [red]"))
+    commands.append(("stats", copy, "--length", 8, "--out", tmp_path / "more"))
+    for command in commands:
+        code, text = run(*command)
+        assert code == (command[0] == "validate"), text
+        assert not {"\x1b", "\x07", "\u202e"} & {*text} and "Traceback" not in text
+    for page in ("show.html", "more/stats.html"):
+        assert "<script>" not in (tmp_path / page).read_text()
+    _, text = run("stats", other, "--length", 8)
+    assert "[/b]0" in text and "[red]x1" in text and "$\\frac{$5" in text and r"\x1b[2J3" in text

@@ -5,12 +5,18 @@ from __future__ import annotations
 import base64
 import io
 import re
+import warnings
 from html.parser import HTMLParser
 
 import numpy as np
+import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 from rich.console import Console
 
+from phivision_jax.io import html
 from phivision_jax.io.html import Figure, Section, Span, Table, image_figure, page, plot, print_sections
 
 VOID = {"meta", "img", "source", "br"}
@@ -86,3 +92,49 @@ def test_print_sections_prints_headings_and_brackets() -> None:
     lines = [re.sub(r"\s+", " ", line.strip("│┃ ")) for line in text.splitlines()]
     assert "[i]Title" in lines and "a note" in lines and "heading" in lines and "[b]x" in text
     assert "[red]name │ 1" in lines and "no table" not in text
+
+
+def test_printed_text_has_no_control_characters() -> None:
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    odd = "a\x1b]0;title\x07 \x1b[2J[/b]"
+    print_sections([Section(odd, odd, table=Table((odd, "n"), [(odd, "1"), (odd,)]))], console)
+    text = console.file.getvalue()
+    assert "\x1b" not in text and "\x07" not in text
+    assert text.count(r"a\x1b]0;title\x07 \x1b[2J[/b]") == 5
+
+
+@pytest.mark.parametrize("name", [r"a$\frac{$b", "$", "$$x$", r"\alpha_{", "a$b$c", "{}", "_^"])
+def test_names_in_figures_are_no_formulas(name) -> None:
+    def draw(canvas) -> None:
+        axes = canvas.subplots()
+        axes.plot([0, 1], label=name)
+        axes.set(title=name, xlabel=name, yticks=[0, 1], yticklabels=[name, name])
+        axes.legend()
+
+    assert plot(draw, name, 2.0).png.startswith(b"\x89PNG")
+
+
+def test_figures_use_any_font_that_has_the_characters(tmp_path, monkeypatch) -> None:
+    """A font of one square glyph, for a character that no installed font has."""
+    builder, pen = FontBuilder(1000, isTTF=True), TTGlyphPen(None)
+    for k, point in enumerate([(0, 0), (0, 800), (800, 800), (800, 0)]):
+        (pen.lineTo if k else pen.moveTo)(point)
+    pen.closePath()
+    glyph = pen.glyph()
+    builder.setupGlyphOrder([".notdef", "wide"])
+    builder.setupCharacterMap({ord("漢"): "wide"})
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "wide": glyph})
+    builder.setupHorizontalMetrics({".notdef": (500, 0), "wide": (900, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Made Up", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(tmp_path / "made-up.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [*font_manager.fontManager.ttflist])
+    font_manager.fontManager.addfont(tmp_path / "made-up.ttf")
+    html._families.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a missing glyph is a warning
+        shown = plot(lambda canvas: canvas.text(0.5, 0.5, "text 漢"), "", 1.0)
+    assert shown.png
+    html._families.cache_clear()

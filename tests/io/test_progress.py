@@ -54,3 +54,11 @@ def test_other_processes_print_nothing(capsys):
     with training_bar(10, 0, shown=False) as show:
         show(5, **ROW)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("title", ["[/b] [red]x", "\x1b]0;title\x07 [2J", "import [/]"])
+def test_titles_of_bars_are_text(capsys, title):
+    with progress.bar(title, 3) as advance:
+        advance(3)
+    shown = capsys.readouterr().out
+    assert title.replace("\x1b", r"\x1b").replace("\x07", r"\x07") in " ".join(shown.split()) and "\x07" not in shown

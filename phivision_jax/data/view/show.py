@@ -22,20 +22,20 @@ import numpy as np
 from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from phivision_jax.batch import Batch, RowShape
 from phivision_jax.data.feed.encode import encode_record
 from phivision_jax.data.feed.pipeline import BatchInfo, batches
 from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.quarantine import BadRecord
-from phivision_jax.data.records import MODES
+from phivision_jax.data.records import MODES, Record
 from phivision_jax.data.store.dataset import Dataset
-from phivision_jax.io.html import Figure, Section, Span, Style, Table, image_figure, plot
+from phivision_jax.io.html import RED, Figure, Section, Span, Style, Table, image_figure, plot
 from phivision_jax.processor import Processor
 from phivision_jax.rows import Example
 from phivision_jax.text.constants import IGNORE
-from phivision_jax.text.tokenizer import Tokenizer
+from phivision_jax.text.tokenizer import NOTHINK, Tokenizer
 
 MAX_TOKENS = 400
 """Longer stretches of text lose their middle."""
@@ -44,12 +44,13 @@ _MAX_WIDTH, _MAX_HEIGHT = 520, 460
 _GRID = np.array([0, 114, 178])
 """Colour of the lines between patches: it shows on photos and on white pages."""
 _PLACEHOLDER = "▢"
+_MARK = re.compile(r"\[({0},{0}(?:,{0},{0})?)\]".format(r"\s*\d?\.?\d+\s*"))
 LEGEND = Section(
     "Legend",
     text=(
         Span("the loss sees this", "good"),
         Span("   the model reads this, the loss does not"),
-        Span("   <|control token|>", "faint"),
+        Span(f"   <|control token|>   {NOTHINK} begins an answer without thoughts", "faint"),
         Span(f"   image k {_PLACEHOLDER}×n", "accent"),
         Span(" the n tokens of an image", "soft"),
         Span("   … left out here …", "warning"),
@@ -112,16 +113,28 @@ def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
     image_tokens = len(example.tokens) - example.text_tokens
     note += f"{example.text_tokens:,} text tokens + {image_tokens:,} image tokens = {len(example.tokens):,}; "
     note += f"{example.num_patches:,} patches; the loss sees {(example.labels != IGNORE).sum():,}"
+    marks = _marks(record) if len(example.images) == 1 and len(example.images[0].tiles) == 1 else []
     figures = [
-        _tile_figure(tile, processor.config.vision.patch_size, size, f"image {k}" + (f", tile {t}" if t > 1 else ""))
+        _tile_figure(
+            tile, processor.config.vision.patch_size, size, f"image {k}" + (f", tile {t}" if t > 1 else ""), marks
+        )
         for k, (image, size) in enumerate(zip(example.images, index.sizes_of(i), strict=True), 1)
         for t, tile in enumerate(image.tiles, 1)
     ]
     return Section(record.id, note, figures, text=spans(example, processor.tokenizer))
 
 
-def _tile_figure(tile: np.ndarray, patch_size: int, original: tuple[int, int], name: str) -> Figure:
-    """One tile of an image scaled for the page, the grid of its patches over it and its sizes below."""
+def _marks(record: Record) -> list[np.ndarray]:
+    """The boxes [2, 2] and points [1, 2] in a record's messages, in shares of its image."""
+    lists = [found for message in record.messages for found in _MARK.findall(message["content"])]
+    marks = [np.array(found.split(","), float).reshape(-1, 2) for found in lists]
+    return [mark for mark in marks if mark.max() <= 1 and np.all(mark[0] <= mark[-1])]
+
+
+def _tile_figure(
+    tile: np.ndarray, patch_size: int, original: tuple[int, int], name: str, marks: Sequence[np.ndarray]
+) -> Figure:
+    """One tile of an image scaled for the page, the grid of its patches and marks over it, and its sizes below."""
     resized = Image.fromarray(pixels(tile, patch_size))
     rows, columns = tile.shape[:2]
     scale = min(_MAX_WIDTH / resized.width, _MAX_HEIGHT / resized.height)
@@ -137,7 +150,11 @@ def _tile_figure(tile: np.ndarray, patch_size: int, original: tuple[int, int], n
     change = "" if original == resized.size else f" → {resized.width}×{resized.height}"
     caption = f"{name}: {original[0]}×{original[1]}{change} pixels\n"
     caption += f"{columns} × {rows} = {rows * columns:,} patches" + (f", lines: 1 in {every}" if every > 1 else "")
-    return image_figure(Image.fromarray(shown), caption)
+    figure = Image.fromarray(shown)
+    for mark in marks:  # a point becomes a small square
+        corners = mark * (width - 1, height - 1) + (0 if len(mark) == 2 else np.array([[-3, -3], [3, 3]]))
+        ImageDraw.Draw(figure).rectangle(corners.ravel().tolist(), outline=RED, width=2)
+    return image_figure(figure, caption + ("\nred: boxes and points in the text" if marks else ""))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -97,3 +97,25 @@ def test_page_of_records(dataset, processor) -> None:
     html = page("Records", [LEGEND, record_section(dataset, processor, 4)])
     assert html.count("data:image/png;base64,") == 2
     assert '<span class="good">yes</span>' in html and "&lt;|im_end|&gt;" in html and "<|" not in html
+
+
+def test_boxes_and_points_in_the_text_are_drawn(tmp_path, processor) -> None:
+    """On a white image of 64x64 pixels, shown 460 pixels high."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(file, "PNG")
+    texts = "at [0.250, 0.500, 0.750, 1.000], its handle [0.100,0.100]; [1, 2, 3], [3, 4], [0.9, 0.1, 0.2, 0.3]"
+    messages = ({"role": "user", "content": "<image>where?"}, {"role": "assistant", "content": texts})
+    dataset = write_dataset(tmp_path / "set", [make_record(0, images=(file.getvalue(),), messages=messages)], processor)
+    (figure,) = record_section(dataset, processor, 0).figures
+    assert figure.caption.endswith("red: boxes and points in the text")
+    pixels = np.asarray(Image.open(io.BytesIO(figure.png)).convert("RGB")).astype(int)
+    red = (np.abs(pixels - (0xE0, 0x32, 0x2F)) < 8).all(-1)
+    rows, columns = (np.flatnonzero(red.any(axis)) for axis in (1, 0))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (42, 459, 42, 344)
+    box = red[100:]
+    assert (np.flatnonzero(box.any(1)).min() + 100, np.flatnonzero(box.any(0)).min()) == (229, 114)
+    assert red[230:, 115:346].sum() < 231 * 230 / 10  # outlines only
+
+
+def test_legend_names_the_token_of_answers_without_thoughts() -> None:
+    assert any("<|dummy_84|> begins an answer without thoughts" in span.text for span in LEGEND.text)
