@@ -9,7 +9,6 @@ import grain
 import numpy as np
 
 from phivision_jax.batch import Batch
-from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import Record, mode_of
 from phivision_jax.data.store.dataset import Dataset, check_processor
 from phivision_jax.evaluation.scoring import Answer, exact_match
@@ -70,22 +69,15 @@ class Evaluator:
         self.shape = row_shape(processor.config, length, num_patches=num_patches)
 
     def _scorable(self, chosen: np.ndarray) -> np.ndarray:
-        """The records that have a question and an answer, and can be read."""
-        left_out: dict[int, str] = {}
-        for i in map(int, chosen):
-            try:
-                record = self.dataset[i]
-                if not _has_question_and_answer(record):
-                    left_out[i] = shorten(record.id)
-            except BadRecord as error:
-                left_out[i] = f"record {i} ({shorten(str(error), 200)})"
-        if left_out:
-            named = ", ".join(list(left_out.values())[:MAX_NAMED]) + ", …" * (len(left_out) > MAX_NAMED)
-            what = f"{len(left_out):,} of {len(chosen):,} records have no question with an answer to score: {named}"
+        """The records that have a question and an answer."""
+        names = ["" if _is_scorable(record := self.dataset[int(i)]) else shorten(record.id) for i in chosen]
+        if left_out := list(filter(None, names)):
+            what = f"{len(left_out):,} of {len(chosen):,} records have no question with an answer to score, for example"
+            what = f"{self.dataset.directory}: {what} {', '.join(left_out[:MAX_NAMED])}"
             if len(left_out) == len(chosen):
-                raise ValueError(f"{self.dataset.directory}: {what}; give data with questions, or no data.eval_path")
-            _log.warning("%s: %s; they are left out", self.dataset.directory, what)
-        return chosen[[int(i) not in left_out for i in chosen]]
+                raise ValueError(f"{what}; give data with questions, or no data.eval_path")
+            _log.warning("%s; they are left out", what)
+        return chosen[[not name for name in names]]
 
     def __call__(self, model: PhiVision, advance: Callable[[int], None] = lambda _: None) -> list[Answer]:
         """Answer all questions, in order; ``advance`` receives the number of questions of each batch as it finishes."""
@@ -125,7 +117,7 @@ class Evaluator:
         return Answer(record.id, record.task, mode_of(record), question, reference, prediction, correct)
 
 
-def _has_question_and_answer(record: Record) -> bool:
+def _is_scorable(record: Record) -> bool:
     roles = [message["role"] for message in record.messages[-2:]]
     contents = [message["content"].rsplit("</think>", 1)[-1].strip() for message in record.messages[-2:]]
     return roles == ["user", "assistant"] and all(contents)

@@ -61,14 +61,8 @@ def guarded(tx: optax.GradientTransformation, cfg: GuardConfig) -> optax.Gradien
         return GuardState(tx.init(params), zero, zero, none, none, none)
 
     def update(
-        grads: optax.Updates,
-        state: GuardState,
-        params: optax.Params | None = None,
-        *,
-        loss: jax.Array,
-        weight: jax.Array,
-        **more: Any,
-    ) -> tuple[optax.Updates, GuardState]:
+        grads: Any, state: GuardState, params: Any = None, *, loss: jax.Array, weight: jax.Array, **more: Any
+    ) -> tuple[Any, GuardState]:
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
         limit = state.mean + cfg.spike * jnp.sqrt(state.variance)
         ready = (state.accepted >= cfg.warmup) & (cfg.spike > 0)

@@ -83,9 +83,9 @@ def train(cfg: RunConfig, where: str) -> int:
                 row = {}
                 if is_due(step, cfg.log_every) or last:
                     row = run.step_row(step, metrics)
+                run.due = (step, state, vision_tail, row) if save else None
                 if not stop or last:
-                    with run.save_on_error(state, vision_tail, step, row) if save else contextlib.nullcontext():
-                        row |= run.measure(state, step)
+                    row |= run.measure(state, step)
                 run.write(step, row)
                 # Last: whatever a restart skips has been measured and written.
                 if save:
@@ -122,6 +122,8 @@ class Run:
     def __init__(self, where: str, cfg: RunConfig) -> None:
         self.cfg = cfg
         self.directory = RunDirectory(where, jax.process_index(), jax.process_count(), log)
+        self.due: tuple[int, State, Any, dict[str, float]] | None = None
+        """A step that is to be saved once it is evaluated, with its state, vision tail and metrics."""
 
     def __enter__(self) -> Self:
         cfg, folder, process = self.cfg, self.directory.local, jax.process_index()
@@ -258,27 +260,12 @@ class Run:
           CheckpointError: when it, or the one before, cannot be written.
           LostError: when another start has taken the run over.
         """
+        self.due = None
         self._skipped.drain()
         with self.phase("checkpoint", LONG_S):
             self.directory.lock.check()
             self.goodput.drain()
             self.checkpoints.save(state, vision_tail, self._meta, self.prepared.assets, row)
-
-    @contextlib.contextmanager
-    def save_on_error(self, state: State, vision_tail: Any, step: int, row: dict[str, float]) -> Iterator[None]:
-        """On an exception of an evaluation, save this step first: training cannot be repeated as cheaply.
-
-        With several processes not on an ``OSError``: a file may be missing on one host, and the others would not save.
-        """
-        try:
-            yield
-        except Exception as error:
-            if jax.process_count() == 1 or not isinstance(error, OSError):
-                with contextlib.suppress(CheckpointError):
-                    self.write(step, row)
-                    self.save(state, vision_tail, row)
-                    self.checkpoints.wait()
-            raise
 
     def close(self) -> None:
         """Wait for the last checkpoint and close the logs. Errors as ``save``."""
@@ -290,15 +277,23 @@ class Run:
 
     @contextlib.contextmanager
     def finish_save_on_error(self) -> Iterator[None]:
-        """On an exception, wait for the checkpoint in flight to commit: it may be the only one to go back to.
+        """On an exception, wait for the checkpoint in flight to commit: it may be the only one to go back to. If an
+        evaluation raised it, save the step that is due first.
 
-        With several processes only for an exception that all of them raise: others would not write their part.
+        With several processes only for an exception that all of them raise: others would not write their part. An
+        evaluation is the same on all of them, but a file may be missing on one.
         """
         try:
             yield
         except Exception as error:
-            if jax.process_count() == 1 or isinstance(error, FloatingPointError):
+            due, self.due = self.due, None
+            everywhere = isinstance(error, FloatingPointError) or (due and not isinstance(error, OSError))
+            if jax.process_count() == 1 or everywhere:
                 with contextlib.suppress(CheckpointError), self.phase("checkpoint", LONG_S):
+                    if due:
+                        step, state, vision_tail, row = due
+                        self.write(step, row)
+                        self.save(state, vision_tail, row)
                     self.checkpoints.wait()
             raise
 

@@ -22,7 +22,6 @@ from phivision_jax.checkpoint import layout, loading, retention
 from phivision_jax.checkpoint.manager import RunCheckpoints
 from phivision_jax.config import ModelConfig
 from phivision_jax.data.feed import encode
-from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import Plan, make_plan, plan_inputs
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.distributed.processes import on_process_zero
@@ -37,18 +36,8 @@ from phivision_jax.training.step import State, TrainStep, check_divisible, init_
 from phivision_jax.training.telemetry import metrics, profiling
 from phivision_jax.training.validation import Validator
 
-
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """A configuration that fits the devices, the data and the run's checkpoints."""
-
-    given: RunConfig
-    """The configuration as it was given, with automatic values."""
-    cfg: ResolvedConfig
-    mesh: jax.sharding.Mesh
-    mixture: Mixture
-    datasets: list[Dataset]
-    groups: Sequence[str]
+Checked = tuple[ResolvedConfig, jax.sharding.Mesh, list[Dataset], Sequence[str]]
+"""What fits together: also the datasets of the training data, and the groups that losses are measured by."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +97,15 @@ def check(cfg: RunConfig, run: str) -> Checked:
     for policy in (resolved.remat, resolved.vision_remat):
         remat.check(policy)
     profiling.Profiler(Path(), resolved.profile, resolved.slow_step)
-    metrics.check_wandb(resolved.wandb)
-    mixture = train_data.training_mixture(data)
-    datasets = [Dataset.open(path) for _, path in mixture.sources]
+    if resolved.wandb:
+        metrics.import_wandb(resolved.wandb)
+    datasets = [Dataset.open(path) for _, path in train_data.training_mixture(data).sources]
     groups = encode.group_names([*datasets, *train_data.validation_datasets(data)])
     encode.group_weights(data.loss_weights, groups)
     if data.eval_path:
         Dataset.open(data.eval_path)
     make_train_step(resolved, mesh, 1)  # for the errors of its optimizer, guard and adapters
-    return Checked(cfg, resolved, mesh, mixture, datasets, groups)
+    return resolved, mesh, datasets, groups
 
 
 def prepare(checked: Checked, directory: RunDirectory) -> Prepared:
@@ -127,15 +116,15 @@ def prepare(checked: Checked, directory: RunDirectory) -> Prepared:
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(storage.absolute(directory.url) / CACHE))
-    resolved, data, datasets = checked.cfg, checked.cfg.data, checked.datasets
+    resolved, mesh, datasets, groups = checked
     assets = directory.local / "assets"
     on_process_zero("assets", lambda: make_assets(resolved, directory))
     directory.pull("assets")
     processor = Processor.from_directory(assets, resolved.model)
     plan = make_or_load_plan(checked, processor, directory)
-    steps = optim.num_steps(resolved, plan.num_steps(data.batch_rows))
-    step = make_train_step(resolved, checked.mesh, steps, len(checked.groups))
-    feed = train_data.Feed(resolved, step, datasets, plan, processor, checked.groups)
+    steps = optim.num_steps(resolved, plan.num_steps(resolved.data.batch_rows))
+    step = make_train_step(resolved, mesh, steps, len(groups))
+    feed = train_data.Feed(resolved, step, datasets, plan, processor, groups)
     return Prepared(resolved, processor, assets, datasets, plan, steps, step, feed)
 
 
@@ -180,8 +169,9 @@ def make_or_load_plan(checked: Checked, processor: Processor, directory: RunDire
     Raises:
       ValueError: when the existing plan is for other settings; names the first that differs.
     """
-    data, own = checked.cfg.data, directory.local / "plan"
-    sources = checked.datasets, checked.mixture, processor, data.row_shape(checked.cfg.model)
+    cfg, _, datasets, _ = checked
+    data, own = cfg.data, directory.local / "plan"
+    sources = datasets, train_data.training_mixture(data), processor, data.row_shape(cfg.model)
     settings: dict[str, Any] = {"batch_rows": data.batch_rows, "seed": data.seed, "on_overflow": data.on_overflow}
     if not own.exists() and not data.plan:
         plan = make_plan(*sources, **settings, progress=jax.process_index() == 0)
@@ -206,13 +196,9 @@ def make_evaluator(prepared: Prepared) -> Evaluator | None:
     cfg = prepared.cfg
     if not cfg.data.eval_path:
         return None
-    return Evaluator(
-        Dataset.open(cfg.data.eval_path),
-        prepared.processor,
-        rows=cfg.eval_batch,
-        max_new_tokens=cfg.max_new_tokens,
-        num_examples=cfg.eval_examples or None,
-    )
+    settings: dict[str, Any] = {"rows": cfg.eval_batch, "num_examples": cfg.eval_examples or None}
+    settings |= {"max_new_tokens": cfg.max_new_tokens, "mesh": prepared.step.mesh}
+    return Evaluator(Dataset.open(cfg.data.eval_path), prepared.processor, **settings)
 
 
 def make_validator(prepared: Prepared) -> Validator | None:
@@ -220,11 +206,8 @@ def make_validator(prepared: Prepared) -> Validator | None:
     found = train_data.validation_plan(cfg.data, processor, prepared.datasets)
     if found is None:
         return None
-    feed, num_batches = (
-        train_data.Feed(cfg, step, *found, processor, prepared.feed.groups),
-        found[1].num_steps(cfg.data.batch_rows),
-    )
-    return Validator(step, feed, min(cfg.validate_batches, num_batches))
+    feed = train_data.Feed(cfg, step, *found, processor, prepared.feed.groups)
+    return Validator(step, feed, min(cfg.validate_batches, found[1].num_steps(cfg.data.batch_rows)))
 
 
 def start(

@@ -132,7 +132,7 @@ def test_mistake_is_found_before_the_run_has_a_file(data, tmp_path, monkeypatch,
 
 
 def test_check_of_a_sound_configuration_writes_nothing(data, tmp_path):
-    assert len(checked(data, tmp_path / "run").datasets) == 1 and not (tmp_path / "run").exists()
+    assert len(checked(data, tmp_path / "run")[2]) == 1 and not (tmp_path / "run").exists()
 
 
 def test_changed_setting_of_a_continued_run_is_found_before_the_plan(data, run):

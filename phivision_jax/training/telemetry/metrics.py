@@ -91,11 +91,10 @@ class MetricsWriter:
                 self._wandb.finish()
 
 
-def check_wandb(project: str) -> None:
-    """Raise ModuleNotFoundError when ``project`` is not empty and the package ``wandb`` is not installed."""
+def import_wandb(project: str) -> Any:
+    """The package, or ModuleNotFoundError when it is not installed."""
     try:
-        if project:
-            importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ModuleNotFoundError as error:
         remedy = "pip install 'phivision_jax[wandb]', or leave --config.wandb empty"
         raise ModuleNotFoundError(f"wandb is {project!r}, but the package is not installed: {remedy}") from error
@@ -103,10 +102,7 @@ def check_wandb(project: str) -> None:
 
 def _start_wandb(project: str, run: Path, config: Mapping[str, Any]) -> Any:
     """Start or continue this directory's run at Weights & Biases."""
-    check_wandb(project)
-    import wandb
-
-    id_file = run / WANDB_ID
+    wandb, id_file = import_wandb(project), run / WANDB_ID
     if not id_file.exists():
         atomic.write(id_file, secrets.token_hex(4))
     try:
