@@ -97,9 +97,6 @@ class ProjectorConfig:
     merge_size: int = 1
     """Vision features concatenated into one vision token."""
 
-    def __post_init__(self) -> None:
-        _check_sizes(self, "projector.")
-
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -177,6 +174,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        _check_sizes(self.projector, "projector.")
         if self.image_attention not in get_args(ImageAttention):
             raise ValueError(f"image_attention must be one of {get_args(ImageAttention)}, not {self.image_attention!r}")
         if not 0 < self.min_patches <= self.max_patches:

@@ -26,16 +26,15 @@ def peft_files(source: OursSource, run: Mapping[str, Any]) -> dict[str, bytes]:
     for leaf in source.leaves:
         for layer, name in enumerate(leaf.names if leaf.path in source.adapters.kernels else ()):
             parts.setdefault(name, []).append((leaf, layer))
-    tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
+    tensors, ranks = dict[str, np.ndarray](), dict[str, int]()
     for name, fused in parts.items():
         module = name.removesuffix(".weight")
+        ranks[module], where = rank * len(fused), f"base_model.model.{module}.lora_"
+        b = np.zeros((shapes[name][0], ranks[module]), np.float32)
         pairs = [source.adapter(leaf, layer, range(leaf.num_rows)) for leaf, layer in fused]
-        ranks[module] = rank * len(fused)
-        fused_b = tensors[f"base_model.model.{module}.lora_B.weight"] = np.zeros((shapes[name][0], ranks[module]), "f4")
-        for i, ((leaf, _), (_, b)) in enumerate(zip(fused, pairs, strict=True)):
-            fused_b[leaf.start : leaf.start + leaf.num_rows, i * rank : (i + 1) * rank] = b
-        tensors[f"base_model.model.{module}.lora_A.weight"] = np.concatenate([a for a, _ in pairs])
+        for i, ((leaf, _), (_, part)) in enumerate(zip(fused, pairs, strict=True)):
+            b[leaf.start : leaf.start + leaf.num_rows, i * rank : (i + 1) * rank] = part
+        tensors |= {f"{where}A.weight": np.concatenate([a for a, _ in pairs]), f"{where}B.weight": b}
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": run.get("init_from")}
     config |= {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": [*ranks]}
     config["rank_pattern"] = {module: r for module, r in ranks.items() if r != rank}

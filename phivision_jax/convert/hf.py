@@ -20,7 +20,6 @@ import ml_dtypes
 import numpy as np
 
 from phivision_jax.checkpoint import layout
-from phivision_jax.checkpoint.layout import ORBAX_MARK
 from phivision_jax.config import typed
 from phivision_jax.convert.mapping import Leaf, Shape, check, hf_shapes
 from phivision_jax.io import atomic, storage
@@ -96,8 +95,7 @@ def parse_header(path: Location, header: bytes) -> dict[str, Entry]:
             tensor = typed(value, _Described, "it")
         dtypes = _BUFFER_DTYPES if _BUFFER.search(name) else DTYPES
         if tensor.dtype not in dtypes:
-            problem = f"is {shorten(tensor.dtype)}; weights are {', '.join(DTYPES)}"
-            raise ValueError(f"{path}: {shorten(name)} {problem}")
+            raise ValueError(f"{path}: {shorten(name)} is {shorten(tensor.dtype)}; weights are {', '.join(DTYPES)}")
         begin, end = tensor.data_offsets
         entry = entries[name] = Entry(path, dtypes[tensor.dtype], tensor.shape, len(header) + begin)
         if min((begin, *tensor.shape)) < 0 or len(tensor.shape) > 8 or entry.nbytes != end - begin:
@@ -124,8 +122,7 @@ def read_header(path: Location, size: int) -> tuple[bytes, dict[str, Entry]]:
     end = len(header)
     for name, entry in sorted(entries.items(), key=lambda item: item[1].offset):
         if entry.offset != end:
-            problem = f"starts at byte {shorten(entry.offset)}, not {end}: the header is corrupt"
-            raise ValueError(f"{path}: {shorten(name)} {problem}")
+            raise ValueError(f"{path}: the header is corrupt: {shorten(name)} is at {shorten(entry.offset)}, not {end}")
         end += entry.nbytes
     if end != size:
         raise ValueError(f"{path}: {size} bytes, but its header describes {shorten(end)}: truncated or damaged")
@@ -151,7 +148,7 @@ def find_ours(path: Location) -> Location:
 
 def is_asset(name: str) -> bool:
     """True for a file that belongs with the weights but holds none, and is kept when they are converted."""
-    if {".git", ".cache"} & set(PurePosixPath(name).parts) or name.endswith((ORBAX_MARK, ".safetensors", INDEX)):
+    if {".git", ".cache"} & set(PurePosixPath(name).parts) or name.endswith((layout.ORBAX_MARK, ".safetensors", INDEX)):
         return False
     return "/" in name or not re.fullmatch(r".*\.(bin|pt|pth|ckpt|gguf|h5|msgpack)", name)
 
@@ -183,8 +180,7 @@ class HFDirectory:
             refuse_foreign(directory, self.files)
             raise ValueError(f"{directory} is no Hugging Face directory: it has neither {INDEX} nor {SINGLE}")
         if weight_map and SINGLE in self.files and SINGLE not in weight_map.values():
-            problem = f"holds {INDEX} and also {SINGLE}, which the index does not name"
-            raise ValueError(f"{directory} {problem}: remove the one that is out of date")
+            raise ValueError(f"{directory} holds {INDEX} and a {SINGLE} that it does not name: remove the old one")
         self.headers: dict[str, bytes] = {}
         entries: dict[str, Entry] = {}
         for name in sorted(set(weight_map.values())) or [SINGLE]:

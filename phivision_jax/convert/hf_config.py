@@ -58,15 +58,11 @@ def model_config(source: Mapping[str, Any] | str | Location) -> ModelConfig:
     """
     name, values = _read(source)
     if "vision_config" not in values:
-        kind = values.get("model_type", "unknown")
-        raise ValueError(
-            f"{name} (model_type {shorten(kind)!r}) has no vision_config: not a Phi-4-reasoning-vision model"
-        )
+        kind = shorten(values.get("model_type", "unknown"))
+        raise ValueError(f"{name} (model_type {kind!r}) has no vision_config: not a Phi-4-reasoning-vision model")
     _require(values, _FIXED_MULTIMODAL, name)
     vision, decoder = _vision(name, values), _decoder(name, values)
-    if (width := values.get("mm_hidden_size", vision.hidden_size)) != vision.hidden_size:
-        problem = f"mm_hidden_size is {shorten(width)}, vision_config.hidden_size {vision.hidden_size}"
-        raise ValueError(f"{name}: {problem}")
+    _require(values, {"mm_hidden_size": vision.hidden_size}, name)
     with prefix_errors(name):
         return ModelConfig(vision=vision, decoder=decoder, **_translate(name, values, ModelConfig, _MODEL_KEYS))
 
@@ -93,8 +89,7 @@ def _read(source: Mapping[str, Any] | str | Location) -> tuple[str, Mapping[str,
     """A file's name and contents; ``eos_token_id`` is a list that includes those of ``generation_config.json``."""
     if isinstance(source, Mapping):
         return "config.json", {**source, "eos_token_id": _stop_ids("config.json", source)}
-    path = location(source)
-    path = path / "config.json" if path.is_dir() else path
+    path = location(source) / "config.json" if location(source).is_dir() else location(source)
     name, values, generation = str(path), read_json(path), path.with_name(GENERATION)
     stops = _stop_ids(name, values)
     if generation.is_file():
@@ -106,27 +101,24 @@ def _read(source: Mapping[str, Any] | str | Location) -> tuple[str, Mapping[str,
 def _stop_ids(name: str, values: Mapping[str, Any]) -> list[int]:
     """The ids of ``eos_token_id``, which may be a list, a number or null."""
     ids = values.get("eos_token_id")
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return [*typed(ids, tuple[int, ...], f"{name}: eos_token_id")]
+    return [
+        *typed([] if ids is None else ids if isinstance(ids, list) else [ids], tuple[int, ...], f"{name}: eos_token_id")
+    ]
 
 
 def _decoder(name: str, values: Mapping[str, Any]) -> DecoderConfig:
     _require(values, _FIXED_DECODER, name)
     known = _translate(name, values, DecoderConfig, _DECODER_KEYS)
     rope = typed(values.get("rope_parameters") or {}, Mapping[str, Any], f"{name}: rope_parameters")
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problem = f"rope_parameters is {shorten(rope)}; this model computes plain full-width RoPE only"
-        raise ValueError(f"{name}: {problem}")
+    _require(rope, {"rope_type": "default", "partial_rotary_factor": 1.0}, f"{name}: rope_parameters")
     if missing := {"hidden_size", "num_layers", "num_heads"} - known.keys():
         raise ValueError(f"{name} has no decoder {min(missing)}: not a Phi-4 configuration")
-    known.setdefault("num_kv_heads", known["num_heads"])
-    theta = rope.get("rope_theta", known.get("rope_theta", 10_000.0))
-    known["rope_theta"] = typed(theta, float, f"{name}: rope_theta")
     if not (stops := values["eos_token_id"]):
         raise ValueError(f"{name} has no eos_token_id, the token that ends an answer")
     # For bos and pad, null and missing mean none.
-    known = {"bos_token_id": None, "pad_token_id": None, **known}
-    known |= {"eos_token_id": stops[0], "stop_token_ids": tuple(stops[1:])}
+    defaults = {"num_kv_heads": known["num_heads"], "rope_theta": 1e4, "bos_token_id": None, "pad_token_id": None}
+    known = {**defaults, **known, "eos_token_id": stops[0], "stop_token_ids": tuple(stops[1:])}
+    known |= _translate(name, rope, DecoderConfig, _same("rope_theta"))
     with prefix_errors(name):
         return DecoderConfig(**known)
 
@@ -179,9 +171,8 @@ def config_json(model: ModelConfig, base: Mapping[str, Any] | None = None) -> di
 
 def generation_json(model: ModelConfig) -> dict[str, Any]:
     """The contents of a ``generation_config.json``."""
-    decoder = model.decoder
-    ids = {"bos_token_id": decoder.bos_token_id, "pad_token_id": decoder.pad_token_id}
-    return {"_from_model_config": True, **ids, "eos_token_id": [*decoder.stop_ids]}
+    ids = {"bos_token_id": model.decoder.bos_token_id, "pad_token_id": model.decoder.pad_token_id}
+    return {"_from_model_config": True, **ids, "eos_token_id": [*model.decoder.stop_ids]}
 
 
 def _require(values: Mapping[str, Any], fixed: Mapping[str, Any], where: str) -> None:

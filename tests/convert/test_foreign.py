@@ -49,7 +49,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "two models": (
         lambda hf: save_file(read_tensors(hf), hf / "model.safetensors"),
-        f"holds {INDEX} and also model.safetensors, which the index does not name",
+        f"holds {INDEX} and a model.safetensors that it does not name: remove the old one",
     ),
     "compiled": (lambda hf: renamed(hf, "_orig_mod.{}".format), "holds tensors as torch.compile names them"),
     "parallel": (lambda hf: renamed(hf, "module.{}".format), "holds tensors as DataParallel names them"),
