@@ -196,9 +196,9 @@ def make_evaluator(prepared: Prepared) -> Evaluator | None:
     cfg = prepared.cfg
     if not cfg.data.eval_path:
         return None
-    settings: dict[str, Any] = {"rows": cfg.eval_batch, "num_examples": cfg.eval_examples or None}
-    settings |= {"max_new_tokens": cfg.max_new_tokens, "mesh": prepared.step.mesh}
-    return Evaluator(Dataset.open(cfg.data.eval_path), prepared.processor, **settings)
+    dataset, rows, limit = Dataset.open(cfg.data.eval_path), cfg.eval_batch, cfg.max_new_tokens
+    examples = cfg.eval_examples or None
+    return Evaluator(dataset, prepared.processor, rows=rows, max_new_tokens=limit, num_examples=examples)
 
 
 def make_validator(prepared: Prepared) -> Validator | None:
