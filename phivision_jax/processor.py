@@ -69,10 +69,11 @@ class Processor:
           config: the model's configuration; ``preprocessor_config.json`` must agree with its patch settings.
 
         Raises:
-          ValueError: for a broken file, or one that contradicts ``config``.
+          ValueError: for a broken file, or one that contradicts ``config``; for links that leave the directory.
           StorageError: for a bucket that does not answer.
         """
         path = storage.location(path)
+        storage.check_links(path)
         if not isinstance(path, Path):
             with tempfile.TemporaryDirectory() as folder:
                 storage.download(path, Path(folder), [name for name in storage.files(path) if name in _FILES])

@@ -92,7 +92,7 @@ def restore(checkpoint: Location, item: str, target: Any, saved: Mapping[str, Ar
     args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=True)
     try:
         # Not through ocp.Checkpointer: it would wait for processes that have failed.
-        restored = ocp.PyTreeCheckpointHandler().restore(storage.absolute(checkpoint) / item, args=args)
+        restored = ocp.PyTreeCheckpointHandler().restore(storage.location(checkpoint) / item, args=args)
     except jax.errors.JaxRuntimeError:  # out of device memory
         raise
     except Exception as error:  # Orbax and TensorStore raise many types

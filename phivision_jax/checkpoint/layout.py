@@ -108,9 +108,10 @@ def read_meta(checkpoint: Location, *, assets: bool = False) -> dict[str, Any]:
 
     Raises:
       DamagedError: when a file is missing or is not what was saved.
-      ValueError: when a later version of this program wrote it.
+      ValueError: when a later version of this program wrote it; for links that leave the checkpoint.
       StorageError: when the bucket does not answer.
     """
+    storage.check_links(checkpoint)
     content, meta = _read(checkpoint, METADATA), dict[str, Any]()
     with contextlib.suppress(ValueError):
         meta = parse_json(content, METADATA)
@@ -152,6 +153,7 @@ def check_assets(checkpoint: Location, meta: Mapping[str, Any]) -> None:
       DamagedError: naming the file.
       StorageError: when the bucket does not answer.
     """
+    storage.check_names(meta["assets"], checkpoint / ASSETS)
     for name, crc in meta["assets"].items():
         if _crc(_read(checkpoint, f"{ASSETS}/{name}")) != crc:
             raise DamagedError(checkpoint, f"its file {ASSETS}/{name} does not hold what was saved")

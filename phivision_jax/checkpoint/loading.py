@@ -155,11 +155,12 @@ def copy_assets(path: Location, to: Path) -> None:
     """Copy the files beside the weights of a located directory, so that what starts from it can be exported again.
 
     Raises:
-      ValueError: when one of these files is damaged; nothing is copied then.
+      ValueError: when one of these files is damaged or leads out of the directory; nothing is copied then.
     """
     source = _verified_assets(path)
+    names = storage.files(source)
     to.mkdir(parents=True, exist_ok=True)
-    for name in storage.files(source):
+    for name in names:
         if is_asset(name):
             copy_file(source / name, to / name)
 

@@ -78,7 +78,7 @@ class RunCheckpoints:
             raise ValueError(f"keep_checkpoints is {keep}; at least 1 is needed, 2 to survive a damaged one")
         self._first = jax.process_index() == 0
         self._log = log if self._first else lambda line: None
-        self._directory = storage.absolute(run) / CHECKPOINTS
+        self._directory = storage.location(run) / CHECKPOINTS
         self._keep, self._keep_every = keep, keep_every
         self._best = KeepBest(keep_best, self._log) if keep_best else None
         self._before_save = before_save

@@ -14,7 +14,7 @@ from phivision_jax.checkpoint.layout import COMMAND
 from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, field_types, typed
 from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.io.read_json import read_json
-from phivision_jax.io.storage import Location, location
+from phivision_jax.io.storage import Location, check_links, location
 
 
 def _same(*keys: str) -> dict[str, str]:
@@ -89,7 +89,10 @@ def _read(source: Mapping[str, Any] | str | Location) -> tuple[str, Mapping[str,
     """A file's name and contents; ``eos_token_id`` is a list that includes those of ``generation_config.json``."""
     if isinstance(source, Mapping):
         return "config.json", {**source, "eos_token_id": _stop_ids("config.json", source)}
-    path = location(source) / "config.json" if location(source).is_dir() else location(source)
+    path = location(source)
+    if path.is_dir():
+        check_links(path)
+        path = path / "config.json"
     name, values, generation = str(path), read_json(path), path.with_name(GENERATION)
     stops = _stop_ids(name, values)
     if generation.is_file():

@@ -22,6 +22,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phivision_jax.io.messages import shorten
+
 if TYPE_CHECKING:
     from etils import epath
 
@@ -49,20 +51,22 @@ class Unreachable(StorageError):
 
 
 def location(place: str | Location) -> Location:
-    """Parse a place: ``gs://…`` is in a bucket, everything else on disk.
+    """Parse a place: ``gs://…`` is in a bucket, everything else on disk. The result is absolute, without "..".
 
     Raises:
       ValueError: for another scheme; without a bucket's name; when the package for buckets is not installed.
     """
-    if isinstance(place, Path) or (not isinstance(place, str) and is_remote(place)):
-        return place
     text = os.fspath(place)
     if not text.startswith(REMOTE):
         if "://" in text:
             raise ValueError(f"{text}: give a local directory or gs://bucket/folder; other schemes are not supported")
-        return Path(text)
-    if not text.removeprefix(REMOTE).split("/")[0]:
+        path = Path(text).absolute()
+        return path.resolve() if ".." in path.parts else path  # TensorStore does not accept ".."
+    bucket, _, key = text.removeprefix(REMOTE).partition("/")
+    if not bucket:
         raise ValueError(f"{text} names no bucket; give gs://bucket/folder")
+    if key.strip("/"):
+        check_names([key.strip("/")], REMOTE + bucket)
     _prepare()
     from etils import epath
 
@@ -82,9 +86,45 @@ def scratch() -> Path:
     return Path(os.environ.get(SCRATCH) or f"{tempfile.gettempdir()}/phivision-{os.getuid()}")
 
 
-def absolute(path: Location) -> Location:
-    """An absolute path; places in buckets are absolute already."""
-    return path.absolute() if isinstance(path, Path) else path
+def check_names(names: Iterable[str], where: Location | str) -> None:
+    """Refuse names of objects in a bucket that would not be files below a directory: objects may have any name.
+
+    Args:
+      names: relative to ``where``.
+
+    Raises:
+      ValueError: naming the first.
+    """
+    names = set(names)
+    for name in sorted(names):
+        parts = name.split("/")
+        if {"", ".", ".."} & set(parts) or "\\" in name or "\0" in name:
+            problem = "which is no path below a directory"
+        elif any("/".join(parts[:n]) in names for n in range(1, len(parts))):
+            problem = "below another object, which cannot be a file and a directory"
+        else:
+            continue
+        raise ValueError(f"{where} has an object {shorten(name)!r}, {problem}; remove it, or use another folder")
+
+
+def check_links(directory: Location) -> None:
+    """Refuse symbolic links out of a directory of unknown origin: what they point to would be read, copied, exported.
+
+    In a snapshot of a Hugging Face cache they may point to the cache's blobs.
+
+    Raises:
+      ValueError: naming the first.
+    """
+    if not isinstance(directory, Path):
+        return
+    root = directory.resolve()
+    inside = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    for path in sorted(directory.rglob("*")):
+        if path.is_symlink():
+            target = Path(os.path.realpath(path))
+            if not any(target.is_relative_to(place) for place in inside):
+                problem = f"a link to {shorten(str(target))}, outside of its directory"
+                raise ValueError(f"{path} is {problem}; if it can be trusted, copy the directory with cp -rL")
 
 
 @functools.cache
@@ -174,18 +214,23 @@ def children(path: Location) -> list[Location]:
     Raises:
       StorageError: when the bucket cannot be listed.
     """
+    found: list[Location] = []
     with wrap_storage_errors(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        return list(path.iterdir())
-    return []
+        found += path.iterdir()
+    if is_remote(path):
+        check_names([child.name for child in found], path)
+    return found
 
 
 def files(path: Location) -> dict[str, int]:
     """Sizes in bytes of all files below a directory, by relative name with slashes; none without such a directory.
 
     Raises:
+      ValueError: as ``check_names`` and ``check_links``.
       StorageError: when the bucket cannot be listed.
     """
     if not is_remote(path):
+        check_links(path)
         found = sorted(p for p in Path(path).rglob("*") if p.is_file())
         return {p.relative_to(path).as_posix(): p.stat().st_size for p in found}
     root = os.fspath(path).removeprefix(REMOTE).rstrip("/") + "/"
@@ -195,11 +240,13 @@ def files(path: Location) -> dict[str, int]:
         except FileNotFoundError:
             check(path)
             return {}
-    return {
+    sizes = {
         name.removeprefix(root): int(entry["size"])
         for name, entry in sorted(listed.items())
         if name.startswith(root) and not name.endswith("/")  # Google's console makes an object for a folder
     }
+    check_names(sizes, path)
+    return sizes
 
 
 def read_range(path: Location, start: int, count: int) -> bytes:
@@ -231,9 +278,11 @@ def download(source: Location, target: Path, names: Iterable[str] | None = None,
 
     Raises:
       FileNotFoundError: when one does not exist.
+      ValueError: as ``check_names``; nothing is written then.
       StorageError: when the bucket does not answer.
     """
     names = list(files(source) if names is None else names)
+    check_names(names, source)
     target.mkdir(parents=True, exist_ok=True)
     remote, local = ([os.fspath(folder / name) for name in names] for folder in (source, target))
     with wrap_storage_errors(source), _progress(description, len(names)) as callback:

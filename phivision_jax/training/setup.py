@@ -115,7 +115,7 @@ def prepare(checked: Checked, directory: RunDirectory) -> Prepared:
       ValueError: when the configuration, the data and earlier starts of this run do not fit together.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(storage.absolute(directory.url) / CACHE))
+        jax.config.update("jax_compilation_cache_dir", str(directory.url / CACHE))
     resolved, mesh, datasets, groups = checked
     assets = directory.local / "assets"
     on_process_zero("assets", lambda: make_assets(resolved, directory))

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from phivision_jax.config import ModelConfig
+from phivision_jax.convert.hf import HFDirectory
 from phivision_jax.io import storage
 from phivision_jax.io.storage import wrap_storage_errors
+from phivision_jax.processor import Processor
+from phivision_jax.training.run_directory import RunDirectory
 from tests.support.paths import ROOT
 
 CONTENT = {"a.txt": b"hello", "empty": b"", "deep/er/b.bin": bytes(range(256)) * 40}
@@ -30,14 +34,32 @@ def place(bucket, folder):
 
 
 def test_location_parses_places():
-    assert storage.location("runs/a") == Path("runs/a") and type(storage.location("runs/a")) is type(Path())
+    assert storage.location("runs/a") == Path.cwd() / "runs/a" and type(storage.location("runs/a")) is type(Path())
     assert not storage.is_remote(storage.location("runs/a"))
     place = storage.location("gs://bucket/a")
-    assert storage.is_remote(place) and str(place / "b") == "gs://bucket/a/b" and storage.location(place) is place
+    assert storage.is_remote(place) and str(place / "b") == "gs://bucket/a/b" and storage.location(place) == place
     wrong = {"s3://a/b": "other schemes are not supported", "gs://": "no bucket", "gs:///a": "no bucket"}
     for text, message in wrong.items():
         with pytest.raises(ValueError, match=message):
             storage.location(text)
+
+
+def test_location_is_absolute_and_does_not_climb(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "a" / "b")
+    monkeypatch.chdir(tmp_path / "a")
+    for text, path in {
+        "../run": "run", "./run": "a/run", "b/../../x": "x", "..": "", "../linked/../run": "a/run", "../linked": "a/b",
+    }.items():  # fmt: skip
+        assert storage.location(text) == storage.location(Path(text)) == (tmp_path / path if path else tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert storage.location("linked") == tmp_path / "linked"  # as the user calls it
+
+
+@pytest.mark.parametrize("key", ["a/../b", "..", "a//b", "./a", "a\\b", "a/./b/"])
+def test_location_in_a_bucket_does_not_climb(key):
+    with pytest.raises(ValueError, match="which is no path below a directory"):
+        storage.location(f"gs://bucket/{key}")
 
 
 def test_local_place_imports_nothing():
@@ -133,3 +155,92 @@ def test_wrap_storage_errors_passes_other_errors():
         assert raised.value is error
     with pytest.raises(TimeoutError), wrap_storage_errors("/local/x"):
         raise TimeoutError
+
+
+HOSTILE = ["../x", "a/../../x", "a/..", "./x", "a//x", "/etc/x", "a\\..\\x", "..", "nul\0x", "a/../../../tmp/x"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_that_are_no_paths_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=r"^here has an object '.*', which is no path below a directory; remove it"):
+        storage.check_names(["a", name], "here")
+    with pytest.raises(ValueError, match="no path below a directory"):
+        storage.download(storage.location("gs://bucket/a"), tmp_path / "to", ["b", name])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_of_a_file_and_a_directory_are_refused():
+    storage.check_names(["a", "ab/c", "b/a", "b/c", "b.", "...", "..a"], "here")
+    for names in (["a/b", "a"], ["a", "x", "a/b/c"]):
+        with pytest.raises(ValueError, match=r"'a/.*below another object, which cannot be a file and a directory"):
+            storage.check_names(names, "here")
+
+
+@pytest.mark.parametrize("name", [*HOSTILE[:7], "a.txt/x"], ids=range(8))
+def test_bucket_with_hostile_names_is_not_read(bucket, tmp_path, monkeypatch, name):
+    """A listing as Cloud Storage gives it; the emulator has no objects with such names."""
+
+    class FileSystem:
+        def find(self, root, detail):
+            return {f"{root}{each}": {"size": 1} for each in ("a.txt", name)}
+
+        def get(self, *_, **__):
+            pytest.fail("something was fetched")
+
+    monkeypatch.setattr(storage, "_fs", FileSystem)
+    place = storage.location(bucket)
+    readers = {
+        "listing": storage.files,
+        "download": lambda place: storage.download(place, tmp_path / "to" / "deep" / "er"),
+        "conversion": HFDirectory,
+        "processor": lambda place: Processor.from_directory(place, ModelConfig()),
+        "run": lambda place: RunDirectory(str(place)).__enter__(),
+        "replay": lambda place: RunDirectory(str(place), readonly=True).__enter__(),
+    }
+    for read in readers.values():
+        with pytest.raises(ValueError, match=r"has an object '.*', (which is no path below|below another object)"):
+            read(place)
+    assert not (tmp_path / "to").exists() and not (tmp_path / "x").exists()
+
+
+def link(folder, name, target) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to(target)
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "../secret", "deep/../../secret", "../", "/nowhere", "out"])
+def test_link_out_of_a_directory_is_refused(folder, target):
+    """To a file, a directory, nothing, or another link."""
+    (folder.parent / "secret").write_text("private")
+    link(folder, "out", "../secret")
+    link(folder, "deep/x.json", target if target[0] != "o" else "../out")
+    for look in (storage.check_links, storage.files):
+        with pytest.raises(ValueError, match=r"(x.json|out) is a link to /.*, outside of its directory; if it can be"):
+            look(folder)
+
+
+def test_links_within_a_directory_and_to_a_cache_s_blobs_are_read(folder, tmp_path):
+    link(folder, "b.txt", "a.txt")
+    link(folder, "deep/c.txt", "../a.txt")
+    assert storage.files(folder)["deep/c.txt"] == 5
+    (tmp_path / "named").symlink_to(folder)
+    assert storage.files(tmp_path / "named")["b.txt"] == 5
+    cache = tmp_path / "models--a--b"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "blobs" / "1f").write_text("{}")
+    link(cache, "snapshots/abc/config.json", "../../blobs/1f")
+    assert storage.files(cache / "snapshots" / "abc") == {"config.json": 2}
+    (cache / "refs").write_text("private")
+    link(cache, "snapshots/abc/x", "../../refs")
+    with pytest.raises(ValueError, match=r"abc/x is a link to .*refs, outside"):
+        storage.files(cache / "snapshots" / "abc")
+
+
+def test_blobs_that_are_a_link_themselves_are_refused(tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("k")
+    (tmp_path / "m").mkdir()
+    link(tmp_path / "m", "blobs", "../private")
+    link(tmp_path / "m", "snapshots/abc/config.json", "../../blobs/key")
+    with pytest.raises(ValueError, match=r"config.json is a link to .*private/key"):
+        storage.files(tmp_path / "m" / "snapshots" / "abc")

@@ -44,6 +44,13 @@ def test_local_run_needs_no_copy(tmp_path):
     assert heartbeat.local_directories("runs/a") == [Path("runs/a")] and heartbeat.local_directories("") == []
 
 
+def test_run_in_a_directory_above(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with RunDirectory("../run") as directory:
+        assert directory.local == directory.url == tmp_path / "run" and directory.local.is_dir()
+
+
 def test_fetch_and_push(bucket):
     put(bucket, metrics="1", checkpoints__3__x="large", profile__p="old", heartbeat__process_0="old", plan__a="p")
     with RunDirectory(bucket) as directory:
