@@ -105,7 +105,7 @@ def _run_file(spec: str) -> dict[str, Any]:
         if get_config is None:
             raise ValueError("it has no function get_config; configs/finetune.py is an example")
         if variant and not inspect.signature(get_config).parameters:
-            raise ValueError(f"it has no variants; leave out {':' + variant!r}")
+            raise ValueError(f"it has no variants; leave out {shorten(repr(':' + variant))}")
         config = get_config(variant) if variant else get_config()
         if not isinstance(config, ConfigDict | dict):
             raise ValueError(f"get_config must return a ConfigDict or a dict, not {type(config).__name__}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from phivision_jax.io.messages import printable
+from phivision_jax.io.messages import printable, shorten
 
 COMMANDS = {
     "data": "Import, check, plan, view and export datasets.",
@@ -87,5 +87,6 @@ def _run(module: Any, name: str, words: list[str]) -> None:
 def _fail(what: str, code: int, error: BaseException | None = None) -> NoReturn:
     """Print one sentence, and the notes that libraries have added to the exception; exit."""
     what = re.split(r"\s*\[(?:source locations|tensorstore_spec)", what)[0]  # TensorStore appends its own source code
+    what = re.sub(r"\S{300,}", lambda value: shorten(value[0]), what)
     print(printable("\n".join([f"phivision: {what}", *getattr(error, "__notes__", ())])), file=sys.stderr)
     sys.exit(code)

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from phivision_jax import sharding
+from phivision_jax.io.messages import shorten
 from phivision_jax.models.lora import is_adapter
 from phivision_jax.training.run_config import OptimConfig, RunConfig
 
@@ -37,10 +38,12 @@ def multipliers(params: dict[str, Any], cfg: OptimConfig) -> dict[tuple, float]:
         try:
             matches = any(re.search(pattern, name) for name in names.values())
         except re.error as error:
-            raise ValueError(f"optim.lr_rules: {pattern!r} is not a regular expression: {error}") from None
+            raise ValueError(f"optim.lr_rules: {shorten(repr(pattern))} is not a regular expression: {error}") from None
         if not matches:
             example = next(iter(names.values()))
-            raise ValueError(f"optim.lr_rules: {pattern!r} matches no parameter (they look like {example!r})")
+            raise ValueError(
+                f"optim.lr_rules: {shorten(repr(pattern))} matches no parameter (they look like {example!r})"
+            )
     only_adapters = any(map(is_adapter, names))
 
     def multiplier(path: tuple, name: str) -> float:

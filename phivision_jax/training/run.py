@@ -62,8 +62,8 @@ def train(cfg: RunConfig, where: str) -> int:
         prepared = setup.prepare(checked, run.directory)
         log(prepared.describe())
         with run.phase("compile", LONG_S):
-            evaluator, validator = setup.make_evaluator(prepared), setup.make_validator(prepared)
             log("compiling the step …")
+            evaluator, validator = setup.make_evaluator(prepared), setup.make_validator(prepared)
             compiled = prepared.step.compile(prepared.feed.spec)
         log(f"compiled in {run.goodput.seconds['compile']:.1f} s")
         with run.phase("restore", LONG_S):

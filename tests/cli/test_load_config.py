@@ -180,6 +180,13 @@ def test_value_of_the_wrong_kind_is_the_same_sentence_in_every_command(name, cap
     assert capsys.readouterr().err == sentence and ended.value.code == 1
 
 
+def test_very_long_value_is_printed_in_part(capsys):
+    for word in (f"--config={'x' * 5000}.py", f"--config={TINY}:{'x' * 5000}", f"--set=wandb.{'x' * 5000}=1"):
+        with pytest.raises(SystemExit):
+            main(["train", "--run=nowhere", f"--config={TINY}", word])
+        assert len(capsys.readouterr().err) < 600
+
+
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])
 def test_help_of_a_script_ends_well_and_loads_no_jax(script):
     code = (

@@ -108,9 +108,11 @@ def checked(folder, run, **settings):
     ("settings", "sentence"),
     [
         ({"data": {"loss_weights": (("thnik", 2.0),)}}, "data.loss_weights: 'thnik' matches no mode and task"),
+        ({"data": {"loss_weights": (("x y" * 9000, 2.0),)}}, "yx y' matches no mode and task"),
         ({"data": {"eval_path": "nowhere"}}, "no dataset in nowhere"),
         ({"data": {"validation_path": "nowhere"}}, "nowhere"),
         ({"optim": OptimConfig(lr_rules=(("porjector", 1.0),))}, "optim.lr_rules: 'porjector' matches no parameter"),
+        ({"optim": OptimConfig(lr_rules=(("x y" * 9000, 1.0),))}, "yx y' matches no parameter"),
         ({"optim": OptimConfig(lr_rules=((".", 0.0),))}, "optim.lr_rules freeze every parameter"),
         ({"optim": OptimConfig(moment_dtype="bfloat16", b2=0.999)}, "needs optim.b2 <= 0.99"),
         ({"guard": GuardConfig(patience=0)}, "guard: spike must not be negative"),

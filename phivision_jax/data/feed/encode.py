@@ -14,6 +14,7 @@ from phivision_jax.data.records import MODES, TASKS, Mode, Record, join_tasks, m
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.images.decode import open_image, to_rgb
 from phivision_jax.images.layout import ImageLayout, ImageSize
+from phivision_jax.io.messages import shorten
 from phivision_jax.processor import Processor
 from phivision_jax.rows import Example
 from phivision_jax.text.constants import IGNORE, PLACEHOLDER
@@ -50,15 +51,19 @@ def group_weights(rules: Sequence[tuple[str, float]], groups: Sequence[str] = GR
         try:
             matches = [re.search(pattern, name) is not None for name in groups]
         except re.error as error:
-            raise ValueError(f"data.loss_weights: {pattern!r} is not a regular expression: {error}") from None
+            raise ValueError(
+                f"data.loss_weights: {shorten(repr(pattern))} is not a regular expression: {error}"
+            ) from None
         if not any(matches):
             tasks = ", ".join(dict.fromkeys(name.partition("/")[2] for name in groups))
             raise ValueError(
-                f"data.loss_weights: {pattern!r} matches no mode and task; modes are {', '.join(MODES)}, tasks are "
-                f"{tasks}, and names look like {GROUP_NAMES[1]!r}"
+                f"data.loss_weights: {shorten(repr(pattern))} matches no mode and task; modes are {', '.join(MODES)}, "
+                f"tasks are {tasks}, and names look like {GROUP_NAMES[1]!r}"
             )
         if not 0 <= weight < math.inf:
-            raise ValueError(f"data.loss_weights: the weight of {pattern!r} must be 0 or more, not {weight}")
+            raise ValueError(
+                f"data.loss_weights: the weight of {shorten(repr(pattern))} must be 0 or more, not {weight}"
+            )
         weights[matches] = weight
     if not weights.any():
         raise ValueError("data.loss_weights leave nothing to learn: every mode and task has weight 0")
