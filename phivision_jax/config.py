@@ -237,7 +237,7 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str =
 
 
 @functools.cache
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: type) -> Mapping[str, Any]:
     """Field name → type of a dataclass."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -246,6 +246,12 @@ def field_types(cls: type) -> dict[str, Any]:
 def without_none(hint: Any) -> Any:
     """``T`` of ``T | None`` (the first of several types); any other type unchanged."""
     return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
+
+
+def check_types(values: Mapping[str, Any], types: Mapping[str, Any], name: object) -> None:
+    """Raises ValueError, beginning with ``name``, if a value is missing or has another type than in ``types``."""
+    for key, hint in types.items():
+        typed(values.get(key), hint, f"{name}: {key}")
 
 
 def typed(value: Any, hint: Any, name: str) -> Any:
@@ -285,5 +291,5 @@ def _wanted(hint: Any) -> str:
         return f"a list, each item {_wanted(args[0])}"
     if origin is tuple:
         return f"a pair ({', '.join(map(_wanted, args))})"
-    words = {int: "an integer", float: "a number", str: "a string", bool: "True or False"}
+    words = {int: "an integer", float: "a number", str: "a string", bool: "True or False", bytes: "bytes"}
     return words.get(hint, "a group of fields")

@@ -38,6 +38,7 @@ def chat(
     import phivision_jax
     from phivision_jax.evaluation.answer_images import answer_image
     from phivision_jax.images.decode import open_image
+    from phivision_jax.io.messages import printable
 
     images = [open_image(path) for path in image]
     if save_image and not images:
@@ -48,7 +49,7 @@ def chat(
         model, processor, prompt, images, mode=mode, max_new_tokens=max_new_tokens, **sampling
     )
     assert isinstance(answer, str)  # one prompt, one answer
-    print(answer)
+    print(printable(answer))
     if save_image:
         save_image.parent.mkdir(parents=True, exist_ok=True)
         answer_image(images, prompt, answer).save(save_image)

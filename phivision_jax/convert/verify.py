@@ -20,7 +20,7 @@ from phivision_jax.convert.mapping import hf_shapes, model_leaves
 from phivision_jax.convert.ours import BLOCK_BYTES
 from phivision_jax.convert.stream import Difference, Source, compare
 from phivision_jax.io import storage
-from phivision_jax.io.messages import differences
+from phivision_jax.io.messages import differences, printable
 from phivision_jax.io.progress import bar
 from phivision_jax.io.storage import Location
 
@@ -91,7 +91,7 @@ def verify(path_a: Location, path_b: Location) -> bool:
 
 def _print_some(lines: list[str]) -> None:
     for line in [*lines[:_LISTED], *([f"… and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else [])]:
-        print(line)
+        print(printable(line))
 
 
 def _compare_files(a: HFDirectory, b: HFDirectory, errors: Mapping[str, Difference | None]) -> bool:

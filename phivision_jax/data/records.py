@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import msgpack
 
-from phivision_jax.io.read_json import check_form
+from phivision_jax.config import dataclass_from_dict
 from phivision_jax.text.constants import ROLES, Mode
 from phivision_jax.text.tokenizer import THINK
 
@@ -20,10 +20,6 @@ TASKS: tuple[str, ...] = (
 )  # fmt: skip
 """The known tasks; a record may have any other."""
 _LONGEST_TASK = 64
-_FORM = {
-    "id": str, "source": str, "images": [bytes], "messages": [{"role": ROLES, "content": str}],
-    "task": str, "metadata": {str: object}, "lineage": [str],
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +64,10 @@ class Record:
         Raises:
           Exception: for anything else; msgpack has errors of its own.
         """
-        fields = msgpack.unpackb(payload)
-        check_form(fields, _FORM, "the record")
-        return cls(**fields | {name: tuple(fields[name]) for name in ("images", "messages", "lineage")})
+        record = dataclass_from_dict(cls, msgpack.unpackb(payload))  # of two types, it takes the first
+        if not all(m.get("role") in ROLES and isinstance(m.get("content"), str) for m in record.messages):
+            raise ValueError("a message has no known role, or its content is no text")
+        return record
 
 
 def check_task(task: str, where: str = "") -> None:

@@ -28,6 +28,7 @@ from jax._src.distributed import global_state  # the key-value store that Orbax 
 from jax.experimental import multihost_utils
 
 from phivision_jax.distributed.heartbeat import FAILED, LOST, PREEMPTED
+from phivision_jax.io.messages import printable
 
 DEAD_S = 20
 """Seconds without a heartbeat after which JAX considers a process dead and ends the others; a native thread sends them,
@@ -109,7 +110,7 @@ def propagate_failure(program: str, expected: tuple[type[Exception], ...]) -> It
         over.set()
         listener.join()
         if isinstance(error, expected):
-            print(f"{program}: {error}", file=sys.stderr)
+            print(printable(f"{program}: {error}"), file=sys.stderr)
         else:
             traceback.print_exc()
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -127,7 +128,7 @@ def _listen(client: Any, over: threading.Event) -> None:
             message = client.key_value_try_get(_FAILURE)
         except jax.errors.JaxRuntimeError:  # no failure; if the store itself is gone, JAX ends this process
             continue
-        print(f"{message}; process {global_state.process_id} ends with it", file=sys.stderr)
+        print(printable(message) + f"; process {global_state.process_id} ends with it", file=sys.stderr)
         _exit_together(client)
 
 

@@ -61,29 +61,6 @@ def parse_json(content: bytes, name: str, kind: type = dict) -> Any:
     return value
 
 
-def check_form(value: Any, form: Any, name: str) -> None:
-    """Compare the types in a structure of unknown origin with those of a form.
-
-    Args:
-      form: a type, where int means a number from 0 to 2**63 − 1; a tuple of values that are allowed; [form of all
-        elements]; {key: form}, besides which there may be other keys; or {str: form of all values}.
-      name: of the value in errors.
-
-    Raises:
-      ValueError: naming the first value that does not fit.
-    """
-    kind: Any = form if isinstance(form, type) else type(form)
-    sound = value in form if kind is tuple else isinstance(value, kind)
-    if not sound or (kind is int and not (type(value) is int and 0 <= value < 2**63)):
-        wanted = " or ".join(map(str, form)) if kind is tuple else _KINDS.get(kind, kind.__name__)
-        raise ValueError(f"{name} must be {wanted}, not {_KINDS.get(type(value), shorten(value))}")
-    inner = dict.fromkeys(range(len(value)), form[0]) if kind is list else form if isinstance(form, dict) else {}
-    for key, one in (dict.fromkeys(value, inner[str]) if str in inner else inner).items():
-        if kind is dict and key not in value:
-            raise ValueError(f"{name} has no {key}")
-        check_form(value[key], one, f"{name}[{shorten(repr(key))}]")
-
-
 def wrong_file(head: bytes) -> str | None:
     """The end of a sentence for the first bytes of a file that has another in its place; None if they look genuine."""
     return next((known for sign, known in _SIGNS.items() if re.match(sign, head[:512], re.DOTALL | re.I)), None)

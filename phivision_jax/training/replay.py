@@ -16,6 +16,7 @@ from flax import nnx
 from phivision_jax import sharding
 from phivision_jax.batch import Batch
 from phivision_jax.checkpoint.manager import RunCheckpoints
+from phivision_jax.io.messages import shorten
 from phivision_jax.io.progress import bar
 from phivision_jax.models import phivision
 from phivision_jax.training import loss, setup
@@ -69,7 +70,10 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
             print(f"  {process}{name} of the batch has {count:,} values that are not finite", flush=True)
     for b, ids in zip(prepared.feed.own_rows, info.record_ids, strict=True):
         mean = losses[b] / max(weights[b], 1e-9)
-        print(f"  {process}row {b}: loss {mean:.4g} over {weights[b]:g} target tokens; {', '.join(ids)}", flush=True)
+        print(
+            f"  {process}row {b}: loss {mean:.4g} over {weights[b]:g} target tokens; {shorten(', '.join(ids), 400)}",
+            flush=True,
+        )
     return host
 
 

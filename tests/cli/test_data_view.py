@@ -123,7 +123,7 @@ def test_ids_and_directories_are_text_everywhere(run, processor, tmp_path: Path)
     commands = [
         ("show", other, "--out", tmp_path / "show.html", "--ids", *(record.id for record in records)),
         ("validate", directory, "--workers", 0),
-        ("plan", other, "--out", tmp_path / "plan$\\frac{$", "--length", 30),
+        ("plan", other, "--out", tmp_path / "plan$\\frac{$", "--length", 264),
     ]
     copy = Path(shutil.copytree(other, tmp_path / "c$\\frac{$b [red]"))
     commands.append(("stats", copy, "--length", 8, "--out", tmp_path / "more"))
@@ -134,4 +134,4 @@ def test_ids_and_directories_are_text_everywhere(run, processor, tmp_path: Path)
     for page in ("show.html", "more/stats.html"):
         assert "<script>" not in (tmp_path / page).read_text()
     _, text = run("stats", other, "--length", 8)
-    assert "[/b]0" in text and "[red]x1" in text and "$\\frac{$5" in text and r"\x1b[2J3" in text
+    assert all(shown in text for shown in (r"\x1b[2J3", "<script>x</script>4", "$\\frac{$5", r"a\u202eb6", "[b]1$_{$"))

@@ -32,17 +32,17 @@ from typing import Any
 import numpy as np
 
 from phivision_jax.batch import RowShape
-from phivision_jax.config import dataclass_from_dict
+from phivision_jax.config import check_types, typed
 from phivision_jax.data.plan import packing, record_sizes
 from phivision_jax.data.plan.example_order import Pool, RealizedShare, order_examples, realized_shares
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.shuffle import permutation
 from phivision_jax.data.store.dataset import Dataset, check_processor
 from phivision_jax.io import atomic
-from phivision_jax.io.messages import shorten
+from phivision_jax.io.files import read_array
+from phivision_jax.io.messages import prefix_errors
 from phivision_jax.io.progress import bar
-from phivision_jax.io.read_array import read_array
-from phivision_jax.io.read_json import check_form, read_json
+from phivision_jax.io.read_json import read_json
 from phivision_jax.processor import Processor
 
 FORMAT = 3
@@ -50,7 +50,7 @@ WINDOW = 16_384
 """Examples packed at a time: more fills rows better, but mixes the order less than a window's worth of shuffling."""
 _ARRAYS = {"row_offsets": "<i8", "examples": "<u4", "sources": "u1", "resized": "<i8", "rejected": "<i8"}
 _VALUES = ("inputs", "tokens_used", "patches_used")
-_FORM = {"inputs": dict, "tokens_used": int, "patches_used": int, "shares": [dict], "hash": str}
+_TYPES = {"inputs": Mapping[str, Any], "tokens_used": int, "patches_used": int, "hash": str}
 _MAX_SOURCES = 256
 # Purposes of a seed are numbered over all modules of ``data.plan``.
 _ROW_ORDER = 1
@@ -164,17 +164,15 @@ class Plan:
             raise FileNotFoundError(f"no plan at {directory} (plan.json is missing); make one first")
         about = read_json(path)
         if (format := about.get("format")) != FORMAT:
-            raise ValueError(f"{path}: format {shorten(format)}, this program reads {FORMAT}; make the plan again")
-        check_form(about, _FORM, str(path))
+            raise ValueError(f"{path}: format {format!r:.100}, this program reads {FORMAT}; make the plan again")
+        check_types(about, _TYPES, path)
         columns: dict[str, tuple[int, ...]] = {"resized": (3,), "rejected": (3,)}
         arrays: dict[str, Any] = {
             name: read_array(directory / f"{name}.npy", dtype, None, *columns.get(name, ()))
             for name, dtype in _ARRAYS.items()
         }
-        try:
-            shares = tuple(dataclass_from_dict(RealizedShare, share) for share in about["shares"])
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: shares are damaged: {shorten(str(error))}; make the plan again") from None
+        with prefix_errors(str(path)):
+            shares = typed(about.get("shares"), tuple[RealizedShare, ...], "shares")
         plan = cls(**arrays, shares=shares, **{name: about[name] for name in _VALUES})
         if plan.hash != about["hash"]:
             raise ValueError(f"{directory}: the arrays do not have the hash in plan.json; make the plan again")

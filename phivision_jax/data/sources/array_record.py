@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgpack
 from array_record.python.array_record_module import ArrayRecordReader
 
+from phivision_jax.config import typed
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.files import Files, FileSource, files_of_format
 from phivision_jax.data.sources.items import ItemReader
 from phivision_jax.data.sources.source import Read
-from phivision_jax.io.locate import locate
-from phivision_jax.io.read_json import check_form, read_json
+from phivision_jax.io.files import locate
+from phivision_jax.io.read_json import read_json
 
 # No buffers for reading ahead: their threads would outnumber the cores.
 _READER = "readahead_buffer_size:0,max_parallelism:0"
@@ -58,9 +60,8 @@ def _files(path: Path) -> list[Path]:
         return [path]
     manifest = path / "manifest.json"
     if manifest.is_file():
-        shards = read_json(manifest)
-        check_form(shards, {"shards": [{"file": str}]}, str(manifest))
-        return [locate(path, shard["file"]) for shard in shards["shards"]]
+        shards = typed(read_json(manifest).get("shards"), tuple[Mapping[str, Any], ...], f"{manifest}: shards")
+        return [locate(path, typed(shard.get("file"), str, f"{manifest}: file")) for shard in shards]
     if not (files := files_of_format(path, "array-record")):
         raise ValueError(f"{path} holds no .array_record file")
     return files

@@ -26,7 +26,6 @@ from typing import Any
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources import keys
-from phivision_jax.io.messages import shorten
 from phivision_jax.text import chat
 from phivision_jax.text.constants import ROLES, THOUGHT_KEYS
 
@@ -186,7 +185,7 @@ def _message(turn: Mapping[str, Any], i: int, renames: Mapping[str, str], unread
         unread += keys.unread("message", turn, f"message {i}: ")
     role, content = _one(turn, "from", "role", i), _text(_one(turn, "value", "content", i))
     if not isinstance(role, str) or content is None:
-        shown = shorten(", ".join(str(key)[:40] for key, value in turn.items() if value is not None))
+        shown = ", ".join(str(key)[:40] for key, value in turn.items() if value is not None)[:100]
         problem = f"message {i} lacks a role (role, from) or a content (content, value), it has only {shown or 'nulls'}"
         raise BadRecord("fields", f"{problem}: --rename theirs=ours")
     # A rename to anything else is of a field that has the name of a role.

@@ -33,29 +33,25 @@ from typing import Any
 
 import numpy as np
 
+from phivision_jax.config import check_types
 from phivision_jax.data.image_check import MAX_SIDE
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS, Record
 from phivision_jax.data.store.shard_files import READERS, Shard
-from phivision_jax.io.locate import locate
-from phivision_jax.io.messages import shorten
-from phivision_jax.io.read_array import read_array
-from phivision_jax.io.read_json import check_form, read_json
+from phivision_jax.io.files import locate, read_array
+from phivision_jax.io.read_json import read_json
 from phivision_jax.processor import Processor
 
 SCHEMA = 4
 MANIFEST = "manifest.json"
 ARRAYS = {"text_tokens": "<i4", "image_offsets": "<i8", "image_sizes": "<i4", "modes": "|i1", "tasks": "|u1"}
 """The files of an index, and their types."""
-_FILE = {"file": str, "bytes": int, "sha256": str}
-_FORM = {
-    **dict.fromkeys(("records", "images", "text_tokens"), int),
-    "text": str,
-    "shards": [_FILE | {"records": int}],
-    "index": [_FILE],
-    "tasks": [str],
-    "counts": {"quarantined": {str: int}, "mode_from": {str: int}, "system_messages": int},
-}
+_ENTRIES = tuple[Mapping[str, Any], ...]
+_TYPES = dict.fromkeys(("records", "images", "text_tokens"), int) | {
+    "text": str, "shards": _ENTRIES, "index": _ENTRIES, "tasks": tuple[str, ...], "counts": Mapping[str, Any]
+}  # fmt: skip
+_FILE_TYPES = {"file": str, "bytes": int, "sha256": str}
+_COUNT_TYPES = {"quarantined": Mapping[str, int], "mode_from": Mapping[str, int], "system_messages": int}
 _AT_ONCE = 32  # files checked at a time: on network storage each takes milliseconds
 
 
@@ -173,8 +169,7 @@ class Dataset:
         except (OSError, MemoryError):
             raise
         except Exception as error:  # bytes that are not what was written can raise anything
-            problem = f"record {position} of {shard.path} cannot be read: {shorten(str(error))}"
-            problem += "; phivision data validate lists all"
+            problem = f"record {position} of {shard.path} cannot be read: {error!s:.300}; see phivision data validate"
             raise BadRecord("unreadable", problem) from None
 
 
@@ -190,10 +185,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no dataset in {directory} (no {MANIFEST}); make one with phivision data import")
     manifest = read_json(path)
     if (schema := manifest.get("schema")) != SCHEMA:
-        raise ValueError(f"{path}: schema {shorten(schema)}, this program reads {SCHEMA}; import the data again")
+        raise ValueError(f"{path}: schema {schema!r:.100}, this program reads {SCHEMA}; import the data again")
     manifest.setdefault("tasks", [*TASKS])  # versions without other tasks name none
-    check_form(manifest, _FORM, str(path))
-    if sum(shard["records"] for shard in manifest["shards"]) != manifest["records"]:
+    check_types(manifest, _TYPES, path)
+    check_types(manifest["counts"], _COUNT_TYPES, path)
+    for entry in (*manifest["shards"], *manifest["index"]):
+        check_types({"records": 0} | entry, _FILE_TYPES | {"records": int}, path)
+    counts = [shard.get("records", 0) for shard in manifest["shards"]]
+    if min(counts, default=1) < 1 or sum(counts) != manifest["records"]:
         raise ValueError(f"{path}: its shards do not add up to its records; copy or import the dataset again")
     return manifest
 

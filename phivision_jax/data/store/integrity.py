@@ -31,8 +31,7 @@ from phivision_jax.data.store.dataset import (
 )
 from phivision_jax.data.store.shard_files import Shard, open_shard, read_record
 from phivision_jax.io import workers as processes
-from phivision_jax.io.locate import locate
-from phivision_jax.io.messages import shorten
+from phivision_jax.io.files import locate
 from phivision_jax.io.progress import bar
 from phivision_jax.io.workers import Stop, Stopped
 
@@ -174,7 +173,7 @@ def _check_shard(
         except BadRecord as bad:
             reason, detail = bad.reason, str(bad)
         except Exception as error:  # bytes that are not what was written can raise anything
-            detail = shorten(str(error)) or type(error).__name__
+            detail = f"{error!s:.300}" or type(error).__name__
         else:
             continue
         problems.append(Problem(f"{file['file']}, record {first + i} of the dataset", record_id, reason, detail))

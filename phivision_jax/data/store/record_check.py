@@ -16,7 +16,6 @@ import msgpack
 from phivision_jax.data.image_check import check_image
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import Record, mode_of
-from phivision_jax.io.messages import shorten
 from phivision_jax.processor import Processor
 from phivision_jax.text import chat
 from phivision_jax.text.constants import IMAGE_MARKER, IMAGE_TOKEN
@@ -68,7 +67,7 @@ def count_text_tokens(record: Record, processor: Processor) -> int:
     except chat.UnmarkedTemplateError:
         raise
     except ValueError as error:
-        raise BadRecord("fields", f"the chat template cannot render the messages: {shorten(str(error))}") from None
+        raise BadRecord("fields", f"the chat template cannot render the messages: {error!s:.100}") from None
     markers = ids.count(IMAGE_TOKEN)
     if markers != len(record.images):
         raise BadRecord("image-count", "the chat template drops a message that has an image")
@@ -88,7 +87,7 @@ def _check_storable(record: Record) -> None:
         raise BadRecord("encoding", f"the metadata is not Unicode text: {error}") from None
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         # Keys that are not strings, dates, numbers beyond 64 bits, hundreds of levels.
-        raise BadRecord("fields", f"the metadata cannot be stored: {shorten(str(error))}") from None
+        raise BadRecord("fields", f"the metadata cannot be stored: {error!s:.100}") from None
 
 
 def _check_messages(record: Record) -> None:

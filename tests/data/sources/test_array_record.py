@@ -79,7 +79,7 @@ def test_array_record_follows_manifest(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"b\.array_record"):
         open_source(tmp_path, options=OPTIONS)
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"manifest\.json does not name"):
+    with pytest.raises(ValueError, match=r"manifest\.json: shards must be a list"):
         open_source(tmp_path, options=OPTIONS)
 
 

@@ -145,7 +145,7 @@ class TestUnreadable:
                 assert dataset[i] == mixed_records(12)[i]
             except BadRecord as error:
                 assert error.reason == "unreadable"
-                assert "cannot be read: " in str(error) and "phivision data validate lists all" in str(error)
+                assert "cannot be read: " in str(error) and "see phivision data validate" in str(error)
                 found[i] = str(error)
         return found
 

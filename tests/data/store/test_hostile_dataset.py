@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,17 +69,16 @@ def forge_first_record(directory: Path, **fields: Any) -> None:
 @pytest.mark.parametrize(
     ("fields", "what"),
     [
-        ({"images": ["/etc/passwd"]}, r"\[0\] must be bytes, not /etc/passwd"),
-        ({"images": ["secret.png"]}, r"\[0\] must be bytes, not secret\.png"),
-        ({"images": ["http://localhost/a.png"]}, r"\[0\] must be bytes, not http"),
-        ({"images": [{"path": "secret.png"}]}, r"\[0\] must be bytes, not an object"),
-        (
-            {"messages": [{"role": "tool", "content": "a"}]},
-            r"\['messages'\]\[0\]\['role'\] must be system or user",
-        ),
-        ({"messages": [{"role": "user", "content": [1]}]}, r"\['content'\] must be str, not an array"),
-        ({"id": 3}, r"the record\['id'\] must be str, not 3"),
-        ({"lineage": "abc"}, r"the record\['lineage'\] must be an array, not abc"),
+        ({"images": ["/etc/passwd"]}, r"images\[0\] must be bytes, not '/etc/passwd'"),
+        ({"images": ["secret.png"]}, r"images\[0\] must be bytes, not 'secret\.png'"),
+        ({"images": ["http://localhost/a.png"]}, r"images\[0\] must be bytes, not 'http"),
+        ({"images": [{"path": "secret.png"}]}, r"images\[0\] must be bytes, not \{'path'"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "a message has no known role, or its content is no text"),
+        ({"messages": [{"role": "user", "content": [1]}]}, "a message has no known role, or its content is no text"),
+        ({"messages": ["user"]}, r"messages\[0\] must be a group of fields, not 'user'"),
+        ({"id": 3}, "id must be a string, not 3"),
+        ({"lineage": "abc"}, "lineage must be a list, each item a string, not 'abc'"),
+        ({"extra": 1}, "there is no field 'extra'"),
     ],
 )
 def test_forged_record_is_refused_by_every_reader(copy, processor, tmp_path, fields, what, monkeypatch):
@@ -88,13 +88,13 @@ def test_forged_record_is_refused_by_every_reader(copy, processor, tmp_path, fie
     dataset = Dataset.open(copy)
     with pytest.raises(BadRecord, match=what):
         dataset[0]
-    with pytest.raises(BadRecord, match=r"records-00000-000\.array_record cannot be read: the record"):
+    with pytest.raises(BadRecord, match=r"records-00000-000\.array_record cannot be read: "):
         export(dataset, tmp_path / "out", "messages", progress=False)
     assert not (tmp_path / "out").exists()
     with pytest.raises(BadRecord, match=what):
         record_section(dataset, processor, 0)
     (problem,) = validate(copy, workers=0, progress=False).problems
-    assert problem.reason == "unreadable" and problem.detail.startswith("the record[")
+    assert problem.reason == "unreadable" and re.search(what, problem.detail)
     plan = make_plan([dataset], Mixture.from_directories(copy), processor, SHAPE)
     failed = [
         bad for _, info in batches([dataset], plan, processor, batch_rows=1, num_threads=0) for bad in info.failed
@@ -158,7 +158,7 @@ def test_index_out_of_range_is_refused(copy, processor, name, change):
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"schema": 4', "\0\0\0\0", '{"schema": 4}', "<!doctype html>"])
 def test_manifest_and_key_of_another_kind_are_named(copy, content):
     (copy / MANIFEST).write_text(content)
-    with pytest.raises(ValueError, match=r"manifest\.json "):
+    with pytest.raises(ValueError, match=r"manifest\.json"):
         Dataset.open(copy)
     (copy / work.KEY).write_text(content)
     job: Any = collections.namedtuple("Job", "key")(lambda: {"a": 1})

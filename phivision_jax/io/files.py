@@ -1,7 +1,8 @@
-"""Read an array of unknown origin from a ``.npy`` file: every error names the file."""
+"""Files of a directory of unknown origin: they must be in it, and errors name them."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,3 +31,17 @@ def read_array(path: Path, dtype: str, *shape: int | None) -> np.ndarray:
     except Exception as error:  # parsing a damaged header can raise anything
         raise ValueError(f"{path} is damaged: {shorten(str(error))}; make or copy its directory again") from None
     return array
+
+
+def locate(directory: Path, name: str) -> Path:
+    """The path of a file in a directory.
+
+    Raises:
+      ValueError: for a name or a link that leads elsewhere.
+    """
+    path = directory / name
+    sound = name.isprintable() and len(name) < 256
+    if not sound or os.path.realpath(path) != f"{os.path.realpath(directory)}/{name}":
+        problem = "is no file of this directory, or is a link: copy the directory with its files (cp -rL)"
+        raise ValueError(f"{directory}: {shorten(name)} {problem}")
+    return path
