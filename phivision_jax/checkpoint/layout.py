@@ -163,8 +163,8 @@ def _read(checkpoint: Location, name: str) -> bytes:
     try:
         with wrap_storage_errors(checkpoint):
             return (checkpoint / name).read_bytes()
-    except FileNotFoundError:
-        raise DamagedError(checkpoint, f"its file {name} is missing") from None
+    except (FileNotFoundError, ValueError):  # the latter for a name with a null character
+        raise DamagedError(checkpoint, f"its file {shorten(name)} is missing") from None
 
 
 def _crc(content: bytes) -> str:

@@ -150,7 +150,9 @@ def _build(files: Mapping[str, bytes], where: str) -> tokenizers.Tokenizer:
         backend.no_padding()
         backend.add_tokens([added[i] for i in sorted(added)])
         backend.encode("A trial.")
-    except Exception as error:  # the library raises plain Exception
+    except BaseException as error:  # the library raises plain Exception, and its panics are not even that
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         known = wrong_file(files[TOKENIZER]) or f"cannot be read: {shorten(str(error))}"
         raise ValueError(f"{where}/{TOKENIZER} {known}") from None
     for index, token in added.items():

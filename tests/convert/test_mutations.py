@@ -141,8 +141,14 @@ def test_checkpoint_metadata(tmp_path: Path) -> None:
     """Also with a checksum that fits the mutated values, as somebody could write it."""
     file = tmp_path / "meta" / "metadata"
     file.parent.mkdir()
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "a.json").write_text("{}")
     meta = {"model": {"decoder": {"num_layers": 2}}, "step": 3, "run": {"lora": {"rank": 2, "alpha": 4.0}}}
-    meta |= {"metrics": {"loss": 1.5}, "assets": {}, "arrays": {"params/a/b/kernel": ["float32", [2, 3], "00"]}}
+    meta |= {
+        "metrics": {"loss": 1.5},
+        "assets": {"a.json": layout.crc_of_files(tmp_path / "assets")["a.json"]},
+        "arrays": {"params/a/b/kernel": ["float32", [2, 3], "00"]},
+    }
     meta["arrays"] |= {f"params/a/b/lora_{x}": ["float32", [2, 3], "00"] for x in "ab"}
 
     def read(content: bytes) -> None:

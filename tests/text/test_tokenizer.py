@@ -176,6 +176,15 @@ def test_from_directory_names_broken_file(tmp_path: Path) -> None:
         Tokenizer.from_directory(tmp_path)
 
 
+def test_panic_of_the_library_is_a_sentence(tmp_path: Path) -> None:
+    """A prefix that is longer than the words of a merge makes it panic, which is no ordinary exception."""
+    content = json.loads(small_tokenizer.build())
+    content["model"]["continuing_subword_prefix"] = "x" * 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read: .*out of range"):
+        Tokenizer.from_directory(tmp_path)
+
+
 @pytest.mark.parametrize("index", [-200, 512])
 def test_decode_refuses_invalid_id(index: int) -> None:
     with pytest.raises(ValueError, match=f"{index} is not a token id"):
