@@ -52,7 +52,7 @@ def main(variant: Literal["", "long"] = "", steps: int = 0) -> None:
         phivision("data", "import", "easy-vqa", DATA, "--questions-per-record", "3")
     shorter = [f"--config.optim.steps={steps}"] if steps else []
     seconds = phivision("train", f"--config={config}", f"--run={run}", *shorter)
-    phivision("eval", f"--checkpoint={run}", f"--data={DATA}/test", f"--out={run}/eval")
+    phivision("eval", f"--checkpoint={run}", f"--config={config}", f"--data={DATA}/test", f"--out={run}/eval")
     phivision("convert", "to-hf", run, hf, "--overwrite")
     phivision("convert", "verify", run, hf)
 

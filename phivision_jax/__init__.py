@@ -1,7 +1,10 @@
 """phivision_jax: Phi-4-reasoning-vision in JAX.
 
 model, processor = phivision_jax.load("path/to/checkpoint")
-answer = phivision_jax.generate(model, processor, "What is in the image?", images=[image])
+answer = phivision_jax.generate(model, processor, "What is in the image?", images="photo.jpg")
+
+graphdef, params = model.split()  # plain dicts
+loss, sums = phivision_jax.batch_loss(phivision_jax.merge(graphdef, params), batch)
 """
 
 from __future__ import annotations
@@ -14,12 +17,25 @@ if TYPE_CHECKING:
     from phivision_jax.checkpoint.loading import load
     from phivision_jax.config import ModelConfig
     from phivision_jax.inference.generate import generate
+    from phivision_jax.models.phivision import merge
     from phivision_jax.processor import Processor
     from phivision_jax.rows import batch_from_ids
+    from phivision_jax.training.loss import batch_loss
     from phivision_jax.training.run import train
     from phivision_jax.training.run_config import RunConfig
 
-__all__ = ["Batch", "ModelConfig", "Processor", "RunConfig", "batch_from_ids", "generate", "load", "train"]
+__all__ = [
+    "Batch",
+    "ModelConfig",
+    "Processor",
+    "RunConfig",
+    "batch_from_ids",
+    "batch_loss",
+    "generate",
+    "load",
+    "merge",
+    "train",
+]
 __version__ = "0.1.0"
 
 _MODULES = {
@@ -28,8 +44,10 @@ _MODULES = {
     "Processor": "processor",
     "RunConfig": "training.run_config",
     "batch_from_ids": "rows",
+    "batch_loss": "training.loss",
     "generate": "inference.generate",
     "load": "checkpoint.loading",
+    "merge": "models.phivision",
     "train": "training.run",
 }
 

@@ -28,11 +28,27 @@ type Array = Any
 class Batch(NamedTuple):
     """B rows of T text positions, each with R vision rows of P patches. All shapes are static over a run.
 
-    A named tuple, because JAX knows those as pytrees without being imported here.
+    ==============  =============  ===================================================================================
+    tokens          i32 [B T]      token ids; 0 at vision tokens, whose embeddings are replaced
+    targets         i32 [B T]      the next token of the example, which this position is to predict; 0 without a loss
+    loss_weights    f32 [B T]      weight of that target in the loss; 0 at prompts, vision tokens and padding
+    positions       i32 [B T]      position within the example, for RoPE
+    segment_ids     i32 [B T]      0 for padding, 1… for the example within the row; an example is contiguous
+    span_end        i32 [B T]      last position of the row that this query may attend to
+    group_ids       i32 [B T]      mode × task of the example, for metrics
+    vision_index    i32 [B T]      vision token (of the row's M) at this position, each used at most once; −1 for text
+    patches         u8 [B R P d]   raw pixels of each patch, flattened (row, column, channel); normalized on the device
+    patch_segments  i32 [B R P]    0 for padding, 1… for the tile within the vision row; a tile is contiguous and its
+                                   patches attend to each other only. An image is one tile, unless its layout cuts it
+    patch_coords    i32 [B R P 2]  row and column of the patch in its tile's grid
+    patch_grid      i32 [B R P 2]  rows and columns of that grid (1, 1 for padding)
+    merge_index     i32 [B M n k]  optional, like ``merge_weight`` (f32); see below
+    ==============  =============  ===================================================================================
 
-    ``merge_index`` and ``merge_weight`` are optional and come together. Without them vision token m of a row is patch m
-    of its flattened [R·P] features. With them, vision token m is the concatenation over n of
-    Σₖ weight[m,n,k] · feature[index[m,n,k]], where index −1 contributes zero.
+    Without merge tables vision token m of a row is patch m of its flattened [R·P] features. With them, vision token m
+    is the concatenation over n of Σₖ weight[m,n,k] · feature[index[m,n,k]], where index −1 contributes zero.
+
+    A named tuple, because JAX knows those as pytrees without being imported here.
     """
 
     tokens: Int32[Array, "B T"]
@@ -40,22 +56,13 @@ class Batch(NamedTuple):
     loss_weights: Float32[Array, "B T"]
     positions: Int32[Array, "B T"]
     segment_ids: Int32[Array, "B T"]
-    """0 for padding, 1… for the example within the row; an example's positions are contiguous."""
     span_end: Int32[Array, "B T"]
-    """The last position of the row that this query may attend to."""
     group_ids: Int32[Array, "B T"]
-    """Mode × task of the example, for metrics."""
     vision_index: Int32[Array, "B T"]
-    """Index of the vision token (of the row's M) at this position; −1 for text. Each token is used at most once."""
     patches: UInt8[Array, "B R P patch_dim"]
-    """Raw pixels, flattened (row, column, channel); normalized on the device."""
     patch_segments: Int32[Array, "B R P"]
-    """0 for padding, 1… for the tile within the vision row; a tile's patches are contiguous and attend to each other
-    only. An image is one tile, unless its layout cuts it into several."""
     patch_coords: Int32[Array, "B R P 2"]
-    """Row and column of the patch in its tile's grid."""
     patch_grid: Int32[Array, "B R P 2"]
-    """Rows and columns of that grid (1, 1 for padding)."""
     merge_index: Int32[Array, "B M n k"] | None = None
     merge_weight: Float32[Array, "B M n k"] | None = None
 

@@ -18,12 +18,10 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from phivision_jax.batch import Batch
 from phivision_jax.config import ModelConfig
-from phivision_jax.images.decode import ImageSource, open_image
 from phivision_jax.images.layout import PatchedImage, make_layout
+from phivision_jax.images.sources import ImageSource, listed, pixels
 from phivision_jax.io import storage
 from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.io.read_json import read_json
@@ -122,7 +120,7 @@ class Processor:
     def encode(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageSource] | None = None,
+        images: Sequence[ImageSource] | ImageSource | None = None,
         *,
         mode: PromptMode = "auto",
         generation_prompt: bool = False,
@@ -133,8 +131,8 @@ class Processor:
 
         Args:
           messages: as described in ``text.chat``.
-          images: for each ``<image>`` without an inline image, in order: a PIL image (used unchanged), or the bytes or
-            path of an image file (turned by its EXIF orientation).
+          images: one for each ``<image>`` without an inline image, in order, each as ``images.sources`` takes it; or a
+            single image.
           mode, generation_prompt: as in ``text.chat.encode``; for a training example, "auto" infers the mode of each
             answer as an import does: thoughts, or else the no-think token.
           group: mode × task, for metrics.
@@ -151,7 +149,7 @@ class Processor:
         if mode == "auto" and not generation_prompt:
             plain, mode = chat.with_modes(plain)
         ids, labels = chat.encode(self.tokenizer, self.template, plain, mode=mode, generation_prompt=generation_prompt)
-        given = list(images or ())
+        given = listed(images)
         if (missing := inline.count(None)) != len(given):
             raise ValueError(f"{missing} <image> markers without an image of their own, but {len(given)} images given")
         following = iter(given)
@@ -165,15 +163,14 @@ class Processor:
         Raises:
           ValueError: for an image that cannot be decoded or converted, with ``name`` and the reason.
         """
-        if not isinstance(source, Image.Image):
-            source = open_image(source, name if isinstance(source, bytes) else None)
+        image = pixels(source, name)
         with prefix_errors(name):
-            return self.layout.encode(source, max_patches)
+            return self.layout.encode(image, max_patches)
 
     def batch(
         self,
         conversations: Sequence[Sequence[Message]],
-        images: Sequence[Sequence[ImageSource]] | None = None,
+        images: Sequence[Sequence[ImageSource] | ImageSource | None] | None = None,
         *,
         mode: PromptMode = "auto",
         generation_prompt: bool = True,

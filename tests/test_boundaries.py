@@ -8,8 +8,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
+import phivision_jax
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "phivision_jax"
@@ -149,6 +151,13 @@ def test_host_room_imports_without_jax(room):
     code = f"import importlib, sys; [importlib.import_module(n) for n in {names}]; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_names_of_the_package_can_be_imported(tiny):
+    assert all(callable(getattr(phivision_jax, name)) for name in phivision_jax.__all__)
+    graphdef, params = tiny.split()
+    again = phivision_jax.merge(graphdef, params).split()[1]
+    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, again, params))
 
 
 def test_package_offers_its_names_without_importing_them():

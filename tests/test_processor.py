@@ -135,13 +135,14 @@ def test_errors_name_conversation_and_image(tmp_path: Path) -> None:
             call()
 
 
-def test_encode_turns_files_but_not_open_images() -> None:
+def test_encode_turns_files_but_not_edited_images() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
     Image.new("RGB", (64, 16)).save(file, "JPEG", exif=exif)
     assert PROCESSOR.encode(ask(file.getvalue())).images[0].grids == ((4, 1),)
-    assert PROCESSOR.encode(ask(Image.open(file))).images[0].grids == ((1, 4),)
+    assert PROCESSOR.encode(ask(Image.open(file))).images[0].grids == ((4, 1),)
+    assert PROCESSOR.encode(ask(Image.open(file).convert("RGB"))).images[0].grids == ((1, 4),)
 
 
 def test_save_and_from_directory(tmp_path: Path) -> None:

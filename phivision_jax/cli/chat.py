@@ -14,7 +14,7 @@ def chat(
     /,
     image: Annotated[list[Path], arg(aliases=["-i"], metavar="FILE...")] = [],  # noqa: B006
     mode: Literal["auto", "think", "nothink"] = "auto",
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -28,7 +28,7 @@ def chat(
         prompt: Question to ask. <image> marks the place of an image; without such marks, images come first.
         image: Image files, in the order of their marks.
         mode: auto: the model decides whether to think first; think: it must; nothink: it must not.
-        max_new_tokens: Maximum length of the answer, in tokens.
+        max_new_tokens: Maximum length of the answer, in tokens; default: 4096, or what the model's positions leave.
         temperature: Sampling temperature; 0 always takes the most likely token.
         top_p: Sample from the most likely tokens whose probabilities add up to this (with a temperature above 0).
         seed: Seed for sampling.

@@ -31,8 +31,8 @@ def eval(  # the name of the subcommand
         out: Directory (or gs://…) for report.json and answers.jsonl; default: only print the report.
         mode: auto: the model decides whether to think first; think: it must; nothink: it must not.
         examples: Number of examples to score, sampled evenly; 0 for all.
-        batch: Number of questions answered at a time; 0: eval_batch of the configuration (64 without one).
-        max_new_tokens: Maximum length of an answer in tokens; 0: max_new_tokens of the configuration (8 without one).
+        batch: Number of questions answered at a time; 0: eval_batch of the configuration (8 without one).
+        max_new_tokens: Maximum length of an answer in tokens; 0: that of the configuration (4096 without one).
         mesh: Sizes of the mesh axes to shard over, as fsdp 4 tensor 2; default: all devices of this machine.
         config: Configuration file with the evaluation settings.
         set: Change fields of the configuration, as in max_new_tokens=64.
@@ -40,6 +40,7 @@ def eval(  # the name of the subcommand
     import phivision_jax
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.evaluation import runner, scoring
+    from phivision_jax.inference.generate import MAX_NEW_TOKENS
     from phivision_jax.io import html, progress, storage
 
     cfg = load_config.load_config(config, set)
@@ -50,7 +51,9 @@ def eval(  # the name of the subcommand
     if directory:
         storage.check(directory)  # before hours of work whose result could not be written
     model, processor = phivision_jax.load(checkpoint, mesh=mesh)
-    rows, limit = batch or cfg.eval_batch, max_new_tokens or cfg.max_new_tokens
+    # Without a configuration the model may think, and each question takes the memory of an answer of full length.
+    defaults = (cfg.eval_batch, cfg.max_new_tokens) if config else (8, MAX_NEW_TOKENS)
+    rows, limit = batch or defaults[0], max_new_tokens or defaults[1]
     evaluator = runner.Evaluator(
         Dataset.open(data), processor, rows=rows, max_new_tokens=limit, num_examples=examples or None, mode=mode
     )

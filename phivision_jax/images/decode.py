@@ -6,7 +6,7 @@ Training data contains broken, rotated, transparent and 16-bit images. All of th
   Callers can so distinguish a bad record (skip it) from a temporary failure (retry).
 * Image files are turned by their EXIF orientation. The released processor leaves that to its caller; but people who
   wrote a question about a photo saw it upright, and boxes and "left of" are wrong on a photo lying on its side.
-* An open image (a PIL image) is used unchanged, as in the released processor.
+* Other forms of an image are in ``images/sources.py``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import numpy as np
 from PIL import Image
 
 from phivision_jax.io.read_json import wrong_file
-
-type ImageSource = Image.Image | bytes | str | Path
 
 
 class ImageTooLargeError(ValueError):
@@ -62,11 +60,16 @@ def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Ima
       OSError: when the file cannot be read.
     """
     with _opened(source, name) as image:
-        # Before decoding: EXIF after the pixels of a PNG must not count, since image_size never reads that far.
-        orientation = _orientation(image)
-        image.load()
         # Loaded pixels need no file, so no copy is made: it would cost half as much as decoding.
-        return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The pixels of an image of which only the header is read, turned by its EXIF orientation."""
+    # Before decoding: EXIF after the pixels of a PNG must not count, since image_size never reads that far.
+    orientation = _orientation(image)
+    image.load()
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def image_size(source: bytes | str | Path, name: str | None = None) -> tuple[int, int]:

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,12 +31,15 @@ from jaxtyping import Array, Float, Int32
 
 from phivision_jax import sharding
 from phivision_jax.batch import Batch
-from phivision_jax.images.decode import ImageSource
+from phivision_jax.images.sources import listed
+from phivision_jax.io.messages import shorten
 from phivision_jax.models import phivision
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
-from phivision_jax.text.constants import PromptMode
+from phivision_jax.text.constants import IMAGE_MARKER, PromptMode
 
+MAX_NEW_TOKENS = 4096
+"""Default limit of an answer with thoughts, as in the published evaluations."""
 LENGTH_MULTIPLE = 128
 """Prompts and patches are padded to multiples of this, so that few shapes are compiled."""
 
@@ -42,26 +47,28 @@ LENGTH_MULTIPLE = 128
 def generate(
     model: PhiVision,
     processor: Processor,
-    prompt: str | Sequence[Any],
-    images: Sequence[Any] | None = None,
+    prompt: str | Sequence[Any] | Mapping[str, Any],
+    images: Any = None,
     *,
     mode: PromptMode = "auto",
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> str | list[str]:
     """Answer a prompt with or without images, or a batch of prompts.
 
-        generate(model, processor, "What colour is the car?", images=[photo])           # one answer
+        generate(model, processor, "What colour is the car?", images="photo.jpg")       # one answer
         generate(model, processor, ["What is this?", "And 2 + 2?"], images=[[photo], []])  # a list of answers
 
     Args:
-      prompt: a question or a conversation (a list of messages, see ``text.chat``); or a list of either.
-      images: PIL images, paths or bytes; for a list of prompts, one list each. They replace ``<image>`` markers in
-        order; a question without markers gets its images in front.
+      prompt: a question or a conversation (a message or a list of them, see ``text.chat``); or a list of questions and
+        conversations.
+      images: one image or a list, each as ``images.sources`` takes it; for a list of prompts, a list of these. They
+        replace ``<image>`` markers in order; a single question without markers gets its images in front.
       mode: "think" and "nothink" force the answer to begin so, "auto" leaves it to the model.
-      max_new_tokens: limit for answers that do not end by themselves.
+      max_new_tokens: limit for answers that do not end by themselves; default: ``MAX_NEW_TOKENS``, or as many as the
+        model's positions leave. The cache is made for all of them.
       temperature: 0 always takes the most likely token (as the published evaluations do).
       top_p: probability mass of the nucleus to sample from, at a temperature above 0.
       seed: of the sampling.
@@ -70,17 +77,22 @@ def generate(
       The answer, or one per prompt, with thoughts as ``<think>…</think>`` and without control tokens.
 
     Raises:
-      ValueError: when images and prompts do not match, or prompt and answer exceed the model's positions.
+      ValueError: when images and prompts do not match, prompt and answer exceed the model's positions, or an argument
+        has another form.
     """
-    single = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
+    if not isinstance(prompt, Sequence | Mapping) or not (prompt or isinstance(prompt, str)):
+        raise ValueError(f"a prompt is a question, or a list of messages or of prompts, not {shorten(prompt)}")
+    single = isinstance(prompt, str | Mapping) or isinstance(prompt[0], Mapping)
     prompts = [prompt] if single else list(prompt)
-    none: Sequence[Sequence[ImageSource]] = [()] * len(prompts)
-    images_of = none if images is None else [images] if single else images
+    images_of = [listed(images)] if single else [listed(each) for each in listed(images)] or [[] for _ in prompts]
     if len(images_of) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(images_of)} lists of images: give one list per prompt")
     conversations = [_conversation(p, len(i)) for p, i in zip(prompts, images_of, strict=True)]
     batch = processor.batch(conversations, images_of, mode=mode, multiple=LENGTH_MULTIPLE)
     longest, limit = int((batch.segment_ids > 0).sum(1).max()), processor.config.decoder.max_positions
+    if max_new_tokens is None:
+        max_new_tokens = max(min(MAX_NEW_TOKENS, limit - longest), 1)
+    max_new_tokens = int(_number("max_new_tokens", max_new_tokens))
     if longest + max_new_tokens > limit:
         total = f"the longest prompt has {longest} tokens, images included: with {max_new_tokens=} that"
         raise ValueError(f"{total} exceeds the model's {limit} positions")
@@ -113,10 +125,8 @@ def generate_ids(
     Raises:
       ValueError: for a packed batch, an empty row, or a setting out of range.
     """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"need temperature >= 0 and 0 < top_p <= 1, not {temperature} and {top_p}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+    max_new_tokens, temperature, top_p, seed = (_number(name, value) for name, value in settings.items())
     segments = np.asarray(batch.segment_ids)
     if segments.max(initial=0) > 1 or not (segments[:, 0] == 1).all():
         raise ValueError("generation takes one example per row: this batch is packed or has an empty row")
@@ -192,7 +202,8 @@ def sample(
     """Greedy at temperature 0, else sampled from the nucleus: the fewest tokens whose probability reaches ``top_p``."""
     if temperature == 0.0:
         return logits.argmax(-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / temperature
+    # The largest becomes 0 before the division, which then overflows for none but hopeless tokens.
+    logits = (logits.astype(jnp.float32) - logits.max(-1, keepdims=True)) / max(temperature, 1e-30)
     if top_p < 1.0:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probability = jax.nn.softmax(ordered, axis=-1)
@@ -213,8 +224,33 @@ def answer_text(processor: Processor, ids: np.ndarray, mode: PromptMode = "auto"
     return ("<think>" + text if mode == "think" else text).strip()
 
 
-def _conversation(prompt: Any, num_images: int) -> list[dict[str, Any]]:
-    if not isinstance(prompt, str):
-        return list(prompt)
-    marked = prompt if "<image>" in prompt else "<image>\n" * num_images + prompt
-    return [{"role": "user", "content": marked}]
+def _conversation(prompt: Any, num_images: int) -> list[Any]:
+    """A prompt as a list of messages; images without markers come first in its only message."""
+    if isinstance(prompt, str):
+        prompt = {"role": "user", "content": prompt}
+    messages = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    content = messages[0].get("content") if len(messages) == 1 and isinstance(messages[0], Mapping) else None
+    if isinstance(content, str) and IMAGE_MARKER not in content:
+        return [{**messages[0], "content": (IMAGE_MARKER + "\n") * num_images + content}]
+    return messages
+
+
+_NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "max_new_tokens": ("an integer of at least 1", lambda x: x >= 1 and x == int(x)),
+    "temperature": ("a number of at least 0", lambda x: x >= 0),
+    "top_p": ("a number above 0 and at most 1", lambda x: 0 < x <= 1),
+    "seed": ("an integer of 63 bits", lambda x: abs(x) < 2**63 and x == int(x)),
+}
+
+
+def _number(name: str, value: Any) -> Any:
+    """A setting as an int or a float.
+
+    Raises:
+      ValueError: for anything but a finite number in its range.
+    """
+    wanted, in_range = _NUMBERS[name]
+    sound = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not sound or not in_range(value):
+        raise ValueError(f"{name} must be {wanted}, not {shorten(value)}")
+    return int(value) if "integer" in wanted else float(value)

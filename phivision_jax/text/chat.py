@@ -11,10 +11,10 @@ code: ``>`` and a line break are one token, so the unsplit string would give oth
 
 A message is a dict with ``role`` (system, user or assistant) and ``content``: a string with a literal ``<image>`` for
 each image, or a list of parts, ``{"type": "text", "text": ...}`` and ``{"type": "image"}``, the latter with or without
-the image under ``"image"``. An assistant message with ``"weight": 0`` is context without loss. Its thoughts may have a
-field of their own (``THOUGHT_KEYS``) or be a part of that type; they become ``<think>thoughts</think>`` before the
-answer. ``<\\image>`` is the text "<image>" and no image, in the same way for img, video, audio and box; further
-backslashes are text.
+the image under one of ``IMAGE_KEYS`` (as ``images.sources`` takes it). Other names of types are in ``_PART_TYPES``. An
+assistant message with ``"weight": 0`` is context without loss. Its thoughts may have a field of their own
+(``THOUGHT_KEYS``) or be a part of that type; they become ``<think>thoughts</think>`` before the answer. ``<\\image>``
+is the text "<image>" and no image, in the same way for img, video, audio and box; further backslashes are text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from phivision_jax.images.sources import IMAGE_KEYS
 from phivision_jax.text.constants import IGNORE, IMAGE_MARKER, IMAGE_TOKEN, ROLES, THOUGHT_KEYS, Mode, PromptMode
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK, Tokenizer
@@ -48,6 +49,7 @@ _UNKNOWN = re.compile(
     r"monologue|analysis|ponder|unused94)(?:[_:-][\w:-]*)?(?:\s[^<>]*)?\|?>|\[reasoning\]|<details type=.reasoning.>)"
     r"|</(?:\w*thinking|thoughts?|reasoning|seed:think)>|\[/think\]|◁/think▷|<\|end_of_thought\|>", re.IGNORECASE
 )  # fmt: skip
+_PART_TYPES = {"input_text": "text", "output_text": "text", "input_image": "image", "image_url": "image"}
 _ANSWER_BEGINS: dict[PromptMode, str] = {"think": THINK, "nothink": NOTHINK, "auto": ""}
 
 
@@ -171,12 +173,12 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
             thoughts = [message[key] for key in THOUGHT_KEYS if message.get(key) not in (None, "")]
             message = {key: value for key, value in message.items() if key not in THOUGHT_KEYS}
         for part in parts:
-            kind = part.get("type") if isinstance(part, Mapping) else None
+            kind = kind_of(part)
             if kind in THOUGHT_KEYS:
                 thoughts.append(next((part[key] for key in (*THOUGHT_KEYS, "text", "content") if part.get(key)), ""))
             elif kind == "image":
                 texts.append(IMAGE_MARKER + "\n")
-                images.append(part.get("image"))
+                images.append(next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None))
             elif kind == "text" and isinstance(part.get("text"), str):
                 texts.append(part["text"])
                 images += [None] * part["text"].count(IMAGE_MARKER)
@@ -188,6 +190,12 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
             content = _with_thoughts(content, thoughts, role, f"message {i}")
         plain.append({**message, "content": content})
     return plain, images
+
+
+def kind_of(part: Any) -> Any:
+    """The type of a part of a content: "image", "text", or another."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    return _PART_TYPES.get(kind, kind) if isinstance(kind, str) else kind
 
 
 def _with_thoughts(content: str, thoughts: Sequence[Any], role: str, where: str) -> str:

@@ -1,6 +1,7 @@
 """Generation against repeated forward passes of one prompt, without cache and padding."""
 
 import dataclasses
+import io
 
 import jax
 import jax.numpy as jnp
@@ -65,11 +66,34 @@ def test_generate_ids_ends_rows_at_eos(tiny):
     assert (got[1, 3:] == eos).all() and (got[0, 4:] == eos).all()
 
 
-@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"temperature": 1.0, "top_p": 0.0}, {"top_p": 1.5}])
-def test_generate_ids_rejects_settings(tiny, settings):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in (-1.0, float("nan"), float("inf"), "0.5", None, True, [0.5], 1j)),
+        *(("top_p", value) for value in (0.0, 1.5, -0.1, float("nan"), "1")),
+        *(("max_new_tokens", value) for value in (0, -3, 6.5, True, "6", float("inf"), None)),
+        *(("seed", value) for value in (0.5, "0", 2**63, float("nan"), None)),
+    ],
+)
+def test_generate_ids_rejects_settings(tiny, name, value):
     batch = batch_from_ids([[1, 2, 3]], config=tiny.config)
-    with pytest.raises(ValueError, match="temperature >= 0 and 0 < top_p <= 1"):
-        generate_ids(tiny, batch, max_new_tokens=2, eos_id=None, **settings)
+    with pytest.raises(ValueError, match=rf"^{name} must be an? (integer|number) .*, not "):
+        generate_ids(tiny, batch, **{"max_new_tokens": 2, "eos_id": None, name: value})
+
+
+def test_generate_ids_takes_numbers_of_other_types(tiny):
+    batch = batch_from_ids([[1, 2, 3]], config=tiny.config)
+    want = generate_ids(tiny, batch, max_new_tokens=3, eos_id=None, temperature=0.5, seed=7)
+    others = {"max_new_tokens": 3.0, "temperature": np.float32(0.5), "seed": np.int64(7), "top_p": 1}
+    assert generate_ids(tiny, batch, eos_id=None, **others).tolist() == want.tolist()
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-8, 1e30])
+def test_sample_at_extreme_temperatures(temperature):
+    logits = jnp.asarray([[-30.0, 10.0, 80.0, 5.0]] * 64)
+    found = np.asarray(sample(logits, jax.random.key(0), temperature=temperature))
+    assert len(set(found.tolist())) == (4 if temperature > 1 else 1) and (found >= 0).all()
+    assert temperature > 1 or found[0] == 2
 
 
 def test_generate_ids_rejects_packed_batch(tiny):
@@ -155,6 +179,68 @@ def test_generate_drops_ids_beyond_tokenizer(asked):
     processor, answer = asked
     answer.ids = [*answer.ids[:2], 600, *answer.ids[2:]]
     assert generate(None, processor, "what?") == "a circle"
+
+
+def test_generate_takes_every_form_of_images(asked, tmp_path):
+    processor, answer = asked
+    photo, file = image((4, 4), 0), io.BytesIO()
+    photo.save(file, "PNG")
+    (tmp_path / "photo.png").write_bytes(file.getvalue())
+
+    def tokens(prompt, images):
+        generate(None, processor, prompt, images)
+        return answer.batch.tokens.tolist(), answer.batch.patches.tolist()
+
+    want = tokens("what?", [photo])
+    path = str(tmp_path / "photo.png")
+    for images in (
+        photo,
+        path,
+        tmp_path / "photo.png",
+        file,
+        file.getvalue(),
+        np.asarray(photo),
+        (path,),
+        {"url": path},
+    ):
+        assert tokens("what?", images) == want
+    assert tokens({"role": "user", "content": "what?"}, path) == want
+    assert tokens([{"role": "user", "content": "what?"}], path) == want
+    assert tokens({"role": "user", "content": "<image>\nwhat?"}, path) == want
+    for part in ({"type": "image", "url": path}, {"type": "input_image", "image_url": f"file://{path}"}):
+        assert tokens({"role": "user", "content": [part, {"type": "text", "text": "what?"}]}, None) == want
+    assert tokens(["what?", "else?"], [path, None]) == tokens(["what?", "else?"], [[photo], []])
+
+
+def test_generate_default_leaves_thoughts_room(asked):
+    """4,096 new tokens, here those that a prompt leaves of 512 positions."""
+    processor, answer = asked
+    generate(None, processor, "what?")
+    used = int((answer.batch.segment_ids > 0).sum())
+    assert answer.settings["max_new_tokens"] == 512 - used
+    processor.config = dataclasses.replace(
+        processor.config, decoder=dataclasses.replace(processor.config.decoder, max_positions=32_768)
+    )
+    generate(None, processor, "what?")
+    assert answer.settings["max_new_tokens"] == 4096
+
+
+@pytest.mark.parametrize(
+    ("prompt", "images", "message"),
+    [
+        (None, None, "a prompt is a question, or a list of messages or of prompts, not None"),
+        ([], None, "not \\[\\]"),
+        (5, None, "not 5"),
+        ([5], None, "message 0 is not a dict with role and content"),
+        ({"content": "what?"}, None, "message 0 is not a dict with role and content"),
+        ("what?", 5, "image 0 is given as int: give a path, bytes, a PIL image or a uint8 array"),
+        ("what?", np.zeros((3, 8, 8), np.float32), r"image 0 is an array \(3, 8, 8\) of float32"),
+        (["a", "b"], "photo.jpg", "2 prompts but 1 lists of images"),
+    ],
+)
+def test_generate_rejects_other_forms(asked, prompt, images, message):
+    with pytest.raises(ValueError, match=message):
+        generate(None, asked[0], prompt, images)
 
 
 def test_generate_rejects_what_does_not_fit(asked):

@@ -113,9 +113,8 @@ def test_train_finished_run_changes_nothing(undisturbed, data, phivision):
 
 
 def test_eval_scores_a_run(undisturbed, data, tmp_path, phivision):
-    code, output = phivision(
-        "eval", f"--checkpoint={undisturbed[0]}", f"--data={data}/test", f"--out={tmp_path}", "--batch=16"
-    )
+    words = [f"--data={data}/test", f"--out={tmp_path}", "--batch=16", "--max-new-tokens=8"]
+    code, output = phivision("eval", f"--checkpoint={undisturbed[0]}", *words)
     assert code == 0, output
     report = json.loads((tmp_path / "report.json").read_text())
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]

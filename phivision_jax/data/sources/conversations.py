@@ -26,6 +26,7 @@ from typing import Any
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources import keys
+from phivision_jax.images.sources import IMAGE_KEYS
 from phivision_jax.text import chat
 from phivision_jax.text.constants import ROLES, THOUGHT_KEYS
 
@@ -37,9 +38,6 @@ _ROLES = {
     **{"developer": "system", **{role: role for role in ROLES}},
 }
 _TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call", "tool_response", "ipython")
-_IMAGE = ("image", "bytes", "path", "url")
-"""Keys of a part of type image; of several, the first that is not null counts."""
-_PARTS = {"input_text": "text", "output_text": "text", "input_image": "image"}
 _PLAIN = {"from", "role", "value", "content"}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -220,22 +218,18 @@ def _one(turn: Mapping[str, Any], first: str, second: str, i: int) -> Any:
 
 def _part(part: Mapping[str, Any], i: int, renames: Mapping[str, str], unread: list[Any]) -> Mapping[str, Any]:
     part = keys.renamed(part, renames, "part") if renames else part
-    kind, image = part.get("type"), None
-    kind = _PARTS.get(kind, kind) if isinstance(kind, str) else kind
+    kind, image = chat.kind_of(part), None
     of_thoughts = (*THOUGHT_KEYS, "content") if kind in THOUGHT_KEYS else ()
     unread += keys.unread("part", part, f"message {i}: ", of_thoughts)
     if kind == "image":
-        image = next((part[name] for name in _IMAGE if not keys.is_blank(part.get(name))), None)
+        image = next((part[name] for name in IMAGE_KEYS if not keys.is_blank(part.get(name))), None)
         if image is None and isinstance(part.get("index"), int):
             image = _Index(part["index"])
-    if image is None and kind in ("image", "image_url"):
-        image = part.get("image_url")
-    shows = kind == "image" or image is not None
-    for name in ("text",) if shows else (*_IMAGE, "image_url"):
+    for name in ("text",) if kind == "image" else IMAGE_KEYS:
         if not keys.is_blank(part.get(name)):
             problem = f"a part of type {kind!r:.60} has the field {name}, which it does not show: write a part for each"
             raise BadRecord("unread", f"message {i}: {problem}")
-    if shows:
+    if kind == "image":
         return {"type": "image", "image": image}
     return {"type": "text", "text": _text(part.get("text"))} if kind == "text" else part
 

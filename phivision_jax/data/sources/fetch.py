@@ -9,12 +9,10 @@ format is rejected, because it was probably mixed up with another file. Only the
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import errno
 import ipaddress
 import os
-import re
 import socket
 import stat
 import unicodedata
@@ -30,6 +28,7 @@ from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.keys import is_blank
 from phivision_jax.images.decode import image_format
+from phivision_jax.images.sources import SCHEME, decode_data_uri, local_path
 from phivision_jax.io.messages import shorten
 
 MAX_DOWNLOAD = 64 * 2**20
@@ -44,8 +43,6 @@ PAUSE = 1.0
 
 # These mean that there is no such file; any other error is a problem of the disk, not of the record.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EISDIR, errno.ELOOP)
-_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
-_FILE_URL = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
 
 
 def is_given(value: Any) -> bool:
@@ -78,10 +75,12 @@ def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
     if not isinstance(value, str):
         raise BadRecord("fields", f"an image is given as {type(value).__name__}, not as a path, bytes or a URL")
     if value[:5].lower() == "data:":
-        return _from_data_uri(value)
-    if file := _FILE_URL.match(value):
-        value = urllib.parse.unquote(value[file.end() :])
-    elif _SCHEME.match(value):
+        try:
+            return decode_data_uri(value, "the image")
+        except ValueError as error:
+            raise BadRecord("image-broken", str(error)) from None
+    value = local_path(value)
+    if SCHEME.match(value):
         return _from_url(value, options.allow_urls)
     content = _from_path(value, [folder, *options.also_allow])
     if not options.any_extension:
@@ -138,18 +137,6 @@ def _check_extension(path: str, content: bytes) -> None:
     # What cannot be opened at all is left to the check of records, which reports why.
     if expected and (found := image_format(content)) not in (None, expected):
         raise BadRecord("image-extension", f"{shorten(path)} is named {expected}, but its content is {found}")
-
-
-def _from_data_uri(uri: str) -> bytes:
-    header, comma, body = uri.partition(",")
-    if not comma:
-        raise BadRecord("image-broken", "a data URI without content")
-    try:
-        if not header.lower().endswith(";base64"):
-            return urllib.parse.unquote_to_bytes(body)
-        return base64.b64decode("".join(urllib.parse.unquote(body).split()), validate=True)
-    except ValueError as error:  # binascii.Error is one
-        raise BadRecord("image-broken", f"a data URI that cannot be decoded: {error}") from None
 
 
 def _from_url(url: str, allowed: bool) -> bytes:

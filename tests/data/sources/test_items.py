@@ -300,7 +300,7 @@ def test_reader_metadata_keeps_storable_values():
         ("fields", {"messages": [{"role": "user", "content": ["hello"]}]}),
         ("fields", {"messages": [{"role": "user", "content": [{"type": "video"}]}]}),
         ("fields", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
-        ("fields", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+        ("image-count", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
         ("fields", {"texts": [{"user": "hello"}]}),
         ("fields", {"question": "what?"}),
         ("fields", {"question": "what?", "answers": []}),
