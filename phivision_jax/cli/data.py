@@ -203,7 +203,7 @@ def validate(
 
     report = validate(dataset, decode=not headers_only, workers=workers)
     if out is not None:
-        out.write_bytes(b"".join(p.to_json().encode(errors="backslashreplace") + b"\n" for p in report.problems))
+        out.write_bytes(b"".join(problem.to_line() for problem in report.problems))
     rows = {"files": f"{report.files:,}", "records": f"{report.records:,}"}
     rows["images"] = f"{report.images:,} ({'headers read' if headers_only else 'decoded'})"
     rows["duplicate ids"] = f"{report.duplicates:,}" + "".join(f"  {i!r:.100}" for i in report.duplicate_ids)

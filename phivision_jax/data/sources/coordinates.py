@@ -74,9 +74,9 @@ def fill_placeholders(
     if (other := next(others, None)) is not None:
         raise BadRecord("unread", f"objects has the field {other!s:.100}, which may change its boxes: remove it")
     if (stated := objects.get("bbox_type")) is not None:
-        if stated not in _UNITS:
+        if str(stated) not in _UNITS:
             raise BadRecord("unread", f"objects: bbox_type is {stated!r:.100}: it must be one of {', '.join(_UNITS)}")
-        unit = _UNITS[stated]
+        unit = _UNITS[str(stated)]
     given = {kind: _list(objects.get(kind), kind) for kind in _KINDS}
     boxes = [_numbers(box, "bbox", 4) for box in given["bbox"]]
     points = [_numbers(point, "point", 2) for point in given["point"]]

@@ -165,7 +165,7 @@ def unread(
                 "" if kind is None else _MEDIA if kind != "image" else _IN_IMAGES if level in _MESSAGE else _AS_IMAGE
             )
         if problem:
-            shown = shorten(key)
+            shown = shorten(key, 60)
             raise BadRecord("unread", f"{where}the field {shown} {problem.format(key=shown)}; {or_keep(shown)}")
         if not harmless:
             found.append((f"{key} of {level}s" if level in ("message", "turn", "part") else str(key), value))

@@ -22,10 +22,8 @@ _LOOKED_FOR = "looked for .json, .jsonl, .ndjson, .parquet, .array_record, datas
 _OTHERS = {
     r"\.(gz|zst|bz2|xz|lz4)$": "is compressed: unpack it first (gunzip, unzstd, ...)",
     r"\.(zip|tar|tgz|7z|rar)$": "is an archive: unpack it first, and import the files with --images FOLDER",
-    r"\.(csv|tsv|xlsx?|ods)$": "is a table of text: write it as JSON lines with pandas, "
-    'read_csv(FILE).to_json("data.jsonl", orient="records", lines=True)',
-    r"\.(arrow|feather)$|^dataset_dict\.json$": "was written by save_to_disk of datasets: write it as parquet, "
-    'load_from_disk(FOLDER).to_parquet("data.parquet"), each split by itself',
+    r"\.(csv|tsv|xlsx?|ods)$": "is a table: write JSON lines (pandas: to_json(FILE, orient='records', lines=True))",
+    r"\.(arrow|feather)$|^dataset_dict\.json$": "is of datasets.save_to_disk: write each split with to_parquet(FILE)",
     r"\.tfrecords?(-\d+-of-\d+)?$": "is a file of TensorFlow: import its TFDS data set, by its folder",
 }
 """Regular expressions of names, and the end of a sentence about such a file."""

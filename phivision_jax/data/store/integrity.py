@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import json
 import operator
 import os
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from phivision_jax.data.image_check import check_image
-from phivision_jax.data.quarantine import BadRecord
+from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.data.records import MODES, Record, mode_of
 from phivision_jax.data.store.dataset import (
     Dataset,
@@ -39,34 +38,20 @@ _LISTED_DUPLICATES = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """A damaged file or record."""
-
-    where: str
-    """The file, and the record's number in the dataset."""
-    id: str
-    """The record's id; empty for files, and for records that cannot be read."""
-    reason: str
-    """A reason of the quarantine, "file" or "index"."""
-    detail: str
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
-
-
-@dataclasses.dataclass(frozen=True)
 class Report:
     files: int
     records: int
     images: int
-    problems: list[Problem]
+    problems: list[Quarantined]
+    """Damaged files and records. ``where`` is the file, and the record's number in the dataset; ``id`` is empty for
+    files and for records that cannot be read; ``reason`` is one of the quarantine's, "file" or "index"."""
     duplicates: int
     """Records with the id of an earlier one: harmless to training, but messages that name an id are ambiguous."""
     duplicate_ids: list[str]
     """The first few of these ids."""
 
 
-type _ShardReport = tuple[int, int, list[Problem], np.ndarray]
+type _ShardReport = tuple[int, int, list[Quarantined], np.ndarray]
 """Number of the shard's first record in the dataset, images, problems, and a hash of each id: [records] u64, 0 where a
 record cannot be read."""
 
@@ -117,7 +102,7 @@ def validate(
     )
 
 
-def _file_problems(directory: Path, file: Mapping[str, Any]) -> list[Problem]:
+def _file_problems(directory: Path, file: Mapping[str, Any]) -> list[Quarantined]:
     """Compare a file with its entry in the manifest."""
     detail = "its sha256 is not the manifest's"
     try:
@@ -126,16 +111,16 @@ def _file_problems(directory: Path, file: Mapping[str, Any]) -> list[Problem]:
             return []
     except (OSError, ValueError) as error:
         detail = f"it cannot be read: {error}"
-    return [Problem(file["file"], "", "file", detail)]
+    return [Quarantined("", "", "file", detail, file["file"])]
 
 
-def _index_problems(directory: Path, manifest: Mapping[str, Any]) -> list[Problem]:
+def _index_problems(directory: Path, manifest: Mapping[str, Any]) -> list[Quarantined]:
     problems = [problem for file in manifest["index"] for problem in _file_problems(directory, file)]
     if not problems:
         try:
             Index.open(directory, manifest).check(directory)
         except (OSError, ValueError) as error:
-            problems.append(Problem("index", "", "index", str(error)))
+            problems.append(Quarantined("", "", "index", str(error), "index"))
     return problems
 
 
@@ -157,15 +142,15 @@ def _check_shard(
         shard = Shard(locate(directory, file["file"]), file["records"])
         reader = open_shard(shard)
     except (OSError, ValueError) as error:
-        unreadable = Problem(file["file"], "", "file", f"it cannot be read: {error}")
+        unreadable = Quarantined("", "", "file", f"it cannot be read: {error}", file["file"])
         return first, 0, problems or [unreadable], hashes
     for i in range(shard.records):
         if stopped():
             raise Stop
-        record_id, reason = "", "unreadable"
+        record_id, source, reason = "", "", "unreadable"
         try:
             record = Record.from_bytes(read_record(reader, shard, i))
-            record_id, reason = record.id, "index"
+            record_id, source, reason = record.id, record.source, "index"
             digest = hashlib.blake2b(record.id.encode(), digest_size=8).digest()
             hashes[i] = max(1, int.from_bytes(digest, "little"))
             images += len(record.images)
@@ -176,7 +161,8 @@ def _check_shard(
             detail = f"{error!s:.300}" or type(error).__name__
         else:
             continue
-        problems.append(Problem(f"{file['file']}, record {first + i} of the dataset", record_id, reason, detail))
+        where = f"{file['file']}, record {first + i} of the dataset"
+        problems.append(Quarantined(record_id, source, reason, detail, where))
     return first, images, problems, hashes
 
 

@@ -141,12 +141,12 @@ def test_records_source_of_easy_vqa():
 @pytest.mark.parametrize(
     ("files", "what", "remedy"),
     [
-        (["a.csv"], r"a\.csv is a table of text", "to_json"),
-        (["a.XLSX"], r"a\.XLSX is a table of text", "to_json"),
-        (["data-00000-of-00001.arrow", "dataset_info.json", "state.json"], "save_to_disk of datasets", "to_parquet"),
+        (["a.csv"], r"a\.csv is a table", "to_json"),
+        (["a.XLSX"], r"a\.XLSX is a table", "to_json"),
+        (["data-00000-of-00001.arrow", "dataset_info.json", "state.json"], "datasets.save_to_disk", "to_parquet"),
         (
             ["dataset_dict.json", "train/data.arrow", "train/dataset_info.json"],
-            "save_to_disk of datasets",
+            "datasets.save_to_disk",
             "to_parquet",
         ),
         (["shard-000.tar"], r"shard-000\.tar is an archive", "unpack it"),

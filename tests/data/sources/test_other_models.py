@@ -159,3 +159,47 @@ def test_boxes_in_texts_are_named_or_rewritten():
     assert result.record.messages[1]["content"] == "at [0.100, 0.100, 0.200, 0.300]"
     shares = read(ask("at [0.1, 0.2, 0.3, 0.4]", "<image>where?", image=png(640, 300)))
     assert isinstance(shares, Read) and not shares.unread
+
+
+HUGE = "x" * 200_000
+LONG: list[dict[str, Any]] = [
+    ask("four", id=HUGE, tools=HUGE),
+    ask("four", id=[HUGE]),
+    ask("four", mode=HUGE),
+    ask("four", task=HUGE),
+    ask("four", image=HUGE),
+    ask("four", image="http://" + HUGE),
+    ask("four", image="gs://" + HUGE),
+    ask("four", image="data:" + HUGE),
+    ask("four", image={HUGE: 1}),
+    ask("four", **{f"image_{HUGE}": "a.png"}),
+    ask("four", **{HUGE: "a.png"}),
+    ask("four", loss=HUGE),
+    ask("four", loss=[HUGE]),
+    ask("four", objects={HUGE: 1}),
+    ask("four", objects={"bbox_type": HUGE}),
+    ask("four", objects={"bbox_type": [HUGE]}),
+    ask([{"type": HUGE, "text": "a"}]),
+    ask([{"type": HUGE, "image": "a"}]),
+    ask([{"type": "thinking", "text": [HUGE, 1]}]),
+    ask(f"<img{HUGE}>"),
+    ask("four", f"<points {HUGE} x1=3>"),
+    ask(f"<rationale {HUGE}>"),
+    ask(HUGE + "<image>"),
+    {"messages": [{"role": HUGE, "content": "a"}]},
+    {"messages": [{HUGE: "a"}] * 2},
+    {"messages": HUGE},
+    {HUGE: [{"messages": []}]},
+    {f"{HUGE}{k}": 1 for k in range(50)},
+    {"question": "q", "answer": "1" * 200_000, "options": ["a", "b"]},
+    {"question": "q", "answer": "a", "options": HUGE},
+]
+
+
+@pytest.mark.parametrize("item", LONG, ids=range(len(LONG)))
+def test_values_in_reasons_are_short(item):
+    result = read(item)
+    if isinstance(result, Read):
+        assert isinstance(item["messages"][0].get("content"), str)  # nothing is wrong with a long text
+    else:
+        assert len(result.detail) < 450 and len(result.to_line()) < 900, result.detail

@@ -101,7 +101,7 @@ def test_validate_decodes_images(tmp_path, processor):
     (problem,) = found(tmp_path / "set").problems
     assert (problem.id, problem.reason) == ("r001", "image-broken")
     assert problem.where == "records-00000-000.array_record, record 1 of the dataset"
-    assert json.loads(problem.to_json())["id"] == "r001"
+    assert json.loads(problem.to_line())["id"] == "r001"
     assert found(tmp_path / "set", decode=False).problems == []
 
 
