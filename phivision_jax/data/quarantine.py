@@ -26,9 +26,9 @@ The reasons of reading and importing; any other step that rejects items has reas
     image-missing    no such file
     image-path       a path that leaves the image folder
     image-url        a URL that is not allowed or cannot be fetched
-    image-extension  a file name of another format than the content
-    image-size       a decompression bomb, or a side longer than MAX_SIDE
+    image-size       a file, a record's images or decoded pixels of too many bytes, or a side longer than MAX_SIDE
     image-broken     cannot be decoded
+    failed           it needs too much memory, or its reader or the tokenizer fails unexpectedly
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from phivision_jax.io import jsonl
-from phivision_jax.io.messages import shorten
+from phivision_jax.io.messages import first_line, shorten
 
 MAX_SHARE = 0.01
 """Default share of bad records that stops an import or a training run."""
@@ -58,6 +58,19 @@ class BadRecord(ValueError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(shorten(detail, LONGEST))
         self.reason = reason
+
+
+def describe_failure(error: BaseException) -> str:
+    """The detail of an item on which foreign code failed; an error that says nothing about the item is raised again.
+
+    Extensions raise anything: a panic of Rust code is not even an ``Exception``.
+    """
+    is_of_disk = isinstance(error, OSError) and error.errno is not None
+    if is_of_disk or isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
+    if isinstance(error, MemoryError):
+        return "it cannot be decoded within the limit on memory"
+    return f"reading it fails: {type(error).__name__}: {shorten(first_line(error))}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,16 @@ import msgpack
 from array_record.python.array_record_module import ArrayRecordReader
 
 from phivision_jax.config import typed
-from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.quarantine import Quarantined, describe_failure
 from phivision_jax.data.sources.files import Files, FileSource, files_of_format
-from phivision_jax.data.sources.items import ItemReader
+from phivision_jax.data.sources.items import LARGE, ItemReader
 from phivision_jax.data.sources.source import Read
 from phivision_jax.io.files import locate
+from phivision_jax.io.memory import limited_memory
 from phivision_jax.io.read_json import read_json
 
+LARGEST = 256 * 2**20
+"""Bytes of a payload; twice the images of a record."""
 # No buffers for reading ahead: their threads would outnumber the cores.
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 
@@ -48,9 +51,14 @@ class ArrayRecordSource(FileSource[Path]):
             for k in range(start, stop):
                 place, where = f"{part.name}:{k + 1}", f"{part.name}, payload {k + 1}"
                 try:
-                    (payload,) = reader.read([k])
+                    with limited_memory():
+                        (payload,) = reader.read([k])
+                    if len(payload) > LARGEST:
+                        raise MemoryError
                 except RuntimeError as error:
                     yield self._reader.bad("syntax", f"the payload cannot be read: {error}", place, where)
+                except MemoryError as error:
+                    yield self._reader.bad("failed", describe_failure(error), place, where)
                 else:
                     yield _read(payload, self._reader, place, where)
 
@@ -74,7 +82,11 @@ def _read(payload: bytes, items: ItemReader, place: str, where: str) -> Read | Q
     if payload[:64].lstrip()[:1] == b"{":
         return items.read_json(payload, place, where)
     try:
-        return items.read(msgpack.unpackb(payload), place, where)
+        with limited_memory() if len(payload) > LARGE else contextlib.nullcontext():
+            item = msgpack.unpackb(payload)
+        return items.read(item, place, where)
+    except MemoryError as error:
+        return items.bad("failed", describe_failure(error), place, where)
     except UnicodeDecodeError as error:
         item = None
         with contextlib.suppress(ValueError, RecursionError, msgpack.UnpackException):

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from phivision_jax.data.image_check import check_image
-from phivision_jax.data.quarantine import BadRecord, Quarantined
+from phivision_jax.data.quarantine import BadRecord, Quarantined, describe_failure
 from phivision_jax.data.records import MODES, Mode, Record, check_task
 from phivision_jax.data.sources import keys
 from phivision_jax.data.sources.conversations import Conversation, conversation_of
@@ -43,12 +43,15 @@ from phivision_jax.data.sources.coordinates import fill_placeholders, find_box, 
 from phivision_jax.data.sources.fetch import fetch, is_given
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.source import ModeFrom, Read
+from phivision_jax.io.memory import limited_memory
 from phivision_jax.text import chat
 from phivision_jax.text.constants import IMAGE_MARKER, THOUGHT_KEYS
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
 IDS = ("id", "uid", "question_id")
 _DEEPEST = 100
+LARGE = 4 * 2**20
+"""Bytes of a JSON item above which its memory is limited: empty lists take twenty times their text."""
 _PEEK = 2**16  # bytes of broken JSON in which an id is looked for
 
 
@@ -78,13 +81,19 @@ class ItemReader:
             return self._read(self._renamed(item), place, where)
         except BadRecord as bad:
             return self.bad(bad.reason, str(bad), place, where, item)
+        except BaseException as error:
+            return self.bad("failed", describe_failure(error), place, where, item)
 
     def read_json(self, raw: bytes, place: str, where: str, problem: str | None = None) -> Read | Quarantined:
         """The record in an item written as JSON; ``problem`` is a reason not to decode it."""
         reason = "syntax"
         if problem is None:
             try:
-                item = json.loads(raw.decode())
+                # An item of a few megabytes cannot take much, and the limit takes longer than decoding a small one.
+                with limited_memory() if len(raw) > LARGE else contextlib.nullcontext():
+                    item = json.loads(raw.decode())
+            except MemoryError as error:
+                reason, problem = "failed", describe_failure(error)
             except UnicodeDecodeError as error:
                 reason, problem = "encoding", f"not UTF-8: {error.reason} at byte {error.start} of the item"
             except (ValueError, RecursionError) as error:
@@ -104,7 +113,8 @@ class ItemReader:
     def _guess(self, raw: bytes) -> Any:
         """An item with the id that broken JSON still shows."""
         with contextlib.suppress(ValueError, RecursionError):  # often only its UTF-8 is broken
-            return json.loads(raw.decode("utf-8", "replace"))
+            if len(raw) <= LARGE:
+                return json.loads(raw.decode("utf-8", "replace"))
         names = (*IDS, *(theirs for theirs, ours in self.options.renames.items() if ours in IDS))
         text = raw[:_PEEK].decode("utf-8", "replace")
         found = re.search(rf'"({"|".join(map(re.escape, names))})"\s*:\s*("(?:[^"\\]|\\.)*"|-?\d+)', text)

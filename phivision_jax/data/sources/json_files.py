@@ -1,15 +1,16 @@
 """JSON: an array in a file, or one object per line, whatever the file's name; a file or a folder.
 
 Opening a file counts its items and notes where every 256th begins, so that any range can be read later without the
-items before it. Nothing else is kept: an array of gigabytes is read through windows of 64 MiB.
+items before it. Nothing else is kept: an array of gigabytes is read through windows of a few megabytes.
 
 Each line that cannot be read is quarantined by itself. An array is one document: if its syntax is broken anywhere,
-opening it fails with the position, because it is not certain where the next item begins. In both, broken UTF-8 affects
-only the item that contains it.
+opening it fails with the position, because it is not certain where the next item begins. In both, an item that is too
+large or too deep, or has broken UTF-8, affects no other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -20,11 +21,14 @@ import numpy as np
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.files import FileSource
+from phivision_jax.data.sources.items import LARGE
 from phivision_jax.data.sources.source import Read
+from phivision_jax.io.memory import limited_memory
+from phivision_jax.io.messages import shorten
 from phivision_jax.io.progress import bar
 
-WINDOW = 64 * 2**20
-"""Bytes read at once, and the largest size of an item."""
+LARGEST = 64 * 2**20
+"""Bytes of the largest item."""
 EVERY = 256
 """Items between two noted positions."""
 _SHOW_BAR = 256 * 2**20
@@ -32,6 +36,9 @@ _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _END_OF_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
 # The first line of an object that continues on the next.
+_ESCAPED = re.compile(rb"\\.", re.DOTALL)
+_BRACKETS = np.zeros(256, np.int32)
+_BRACKETS[list(b"[{")], _BRACKETS[list(b"]}")] = 1, -1
 _OPEN_OBJECT = re.compile(rb'\{\s*("[^"]*"\s*:\s*[\[{]\s*)?')
 
 
@@ -56,7 +63,7 @@ class _File:
         title = f"counting the items of {path.name} (MB)"
         with path.open("rb") as file, bar(title, size // 10**6, shown=size > _SHOW_BAR) as advance:
             self._is_array, offset = _begin(file, path)
-            for piece in self.pieces(file, offset, WINDOW):
+            for piece in self.pieces(file, offset, LARGE):
                 if self.count % EVERY == 0:
                     advance(piece.offset // 10**6 - (marks[-1][0] if marks else 0) // 10**6)
                     marks.append((piece.offset, piece.line))
@@ -80,7 +87,7 @@ class JsonSource(FileSource[_File]):
     def _read_part(self, part: _File, start: int, stop: int) -> Iterator[Read | Quarantined]:
         block = start // EVERY
         (offset, line), number = part.marks[block].tolist(), block * EVERY
-        window = min(WINDOW, int(part.marks[-(-stop // EVERY), 0]) - offset)
+        window = min(LARGE, int(part.marks[-(-stop // EVERY), 0]) - offset)
         with part.path.open("rb") as file:
             for piece in part.pieces(file, offset, window, line):
                 if number >= start:
@@ -119,13 +126,13 @@ def _begin(file: BinaryIO, path: Path) -> tuple[bool, int]:
 
 def _lines(file: BinaryIO, offset: int, line: int) -> Iterator[Piece]:
     file.seek(offset)
-    while raw := file.readline(WINDOW + 1):
+    while raw := file.readline(LARGEST + 1):
         begin, problem, rest = offset, None, raw
         offset += len(raw)
-        if len(raw) > WINDOW and not raw.endswith(b"\n"):
-            problem = f"longer than {WINDOW} bytes: one object with all items inside? Make a file of their list alone"
+        if len(raw) > LARGEST and not raw.endswith(b"\n"):
+            problem = f"longer than {LARGEST} bytes: one object with all items inside? Make a file of their list alone"
             while rest and not rest.endswith(b"\n"):
-                rest = file.readline(WINDOW)
+                rest = file.readline(LARGE)
                 offset += len(rest)
         if not raw.isspace():
             yield Piece(begin, raw.strip(), line, problem)
@@ -140,10 +147,10 @@ def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
     Args:
       file: a file with one array.
       offset: after the opening bracket, or of an element.
-      window: bytes to read at once, at least 1.
+      window: bytes to read at first, at least 1; more for an element that is longer.
 
     Raises:
-      ValueError: where the array is not JSON, or an element is longer than ``WINDOW``.
+      ValueError: where the array is not JSON.
     """
     decode = json.JSONDecoder().raw_decode
     file.seek(offset)
@@ -151,30 +158,59 @@ def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
     text, base, start, first = "", offset, 0, True
     while True:
         start = _SPACE.match(text, start).end()  # type: ignore[union-attr]
-        end, closing, problem = start, None, "it has no closing bracket"
+        end, closing, problem, beyond = start, None, "it has no closing bracket", ""
         if first and text[start : start + 1] == "]":
             closing = _END_OF_ELEMENT.match(text, start)
         elif start < len(text):
             try:
-                end = decode(text, start)[1]
+                with limited_memory() if len(text) - start > LARGE else contextlib.nullcontext():
+                    end = decode(text, start)[1]
                 closing, problem = _END_OF_ELEMENT.match(text, end), "neither a comma nor ] after an element"
-            except (ValueError, RecursionError) as error:
-                problem = str(error).partition(": line")[0].removesuffix(" at")
-        if closing is None or end - start > WINDOW:
+            except json.JSONDecodeError as error:
+                problem = error.msg.removesuffix(" at")
+            except (ValueError, RecursionError, MemoryError) as error:
+                beyond = f"beyond what can be decoded: {shorten(str(error)) or 'it takes too much memory'}"
+        if end - start > LARGEST or closing is None and len(text) - start > LARGEST:
+            beyond = f"longer than {LARGEST} bytes"
+        if beyond:
+            item = Piece(base + start, text[start : start + LARGE].encode("latin-1"), problem=beyond)
+            if (after := _after_element(file, item.offset)) is not None:
+                yield item
+                base, start, end = file.seek(after), 0, 0
+                text = file.read(window).decode("latin-1")
+                closing = _END_OF_ELEMENT.match(text)
+        if closing is None:
             # The window may end inside the element.
-            more = file.read(window) if len(text) - start <= WINDOW else b""
+            more = b"" if beyond else file.read(max(window, len(text) - start))
             if more:
                 text, base, start = text[start:] + more.decode("latin-1"), base + start, 0
                 continue
             raise ValueError(
-                f"{file.name} is not a JSON array of items of at most {WINDOW:,} bytes: {problem}, in the element that "
-                f"begins at byte {base + start:,}; repair it, or write one object "
-                "per line, of which each bad one is quarantined"
+                f"{file.name} is not a JSON array: {problem}, in the element that begins at byte {base + start:,}; "
+                "repair it, or write one object per line, of which each bad one is quarantined"
             )
         if end > start:
             yield Piece(base + start, text[start:end].encode("latin-1"))
         start, first = closing.end(), False
         if closing[1] == "]":
-            if text[start:].strip() or file.read(WINDOW).strip():
+            if text[start:].strip() or file.read(LARGE).strip():
                 raise ValueError(f"{file.name} has text after the end of the array, at byte {base + start}")
             return
+
+
+def _after_element(file: BinaryIO, offset: int) -> int | None:
+    """Position of the comma or bracket after an element, of which only quotes and brackets are looked at."""
+    file.seek(offset)
+    depth, quotes = 0, 0
+    while block := file.read(LARGE):
+        while block.endswith(b"\\") and (more := file.read(1)):
+            block += more
+        text = np.frombuffer(_ESCAPED.sub(b"  ", block), np.uint8)
+        counts = quotes + np.cumsum(text == ord('"'), dtype=np.int32)
+        outside = counts % 2 == 0
+        depths = depth + np.cumsum(_BRACKETS[text] * outside, dtype=np.int32)
+        ends = outside & ((depths < 0) | (depths == 0) & (text == ord(",")))
+        if ends.any():
+            return offset + int(ends.argmax())
+        depth, quotes, offset = int(depths[-1]), int(counts[-1]), offset + len(block)
+    return None

@@ -16,14 +16,35 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.quarantine import Quarantined, describe_failure
 from phivision_jax.data.sources.files import FileSource
 from phivision_jax.data.sources.items import IDS
 from phivision_jax.data.sources.source import Read
+from phivision_jax.io.memory import LIMIT, limited_memory
+from phivision_jax.io.messages import shorten
 
 BATCH_BYTES = 64 * 2**20
 """Approximate bytes decoded at once; a row may have many images. A page, which is decoded entirely, may be larger."""
 _ROWS = 64  # decoded at once, at most
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failed:
+    """A row that cannot be decoded."""
+
+    error: BaseException
+    ids: dict[str, Any]
+    """The fields that may be its id, as far as they can be read."""
+
+
+class _Undecoded:
+    """A value that Python cannot represent, such as nanoseconds; only a field that is read needs its value."""
+
+    def __init__(self, type: pa.DataType) -> None:
+        self._type = type
+
+    def __repr__(self) -> str:
+        return f"<{self._type}>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +57,8 @@ class _Group:
     """Number of its first row in the file."""
     at_once: int
     """Rows decoded at once."""
+    memory: int
+    """Bytes that decoding may take: a page is decoded entirely, and may be as long as its column."""
 
 
 @dataclasses.dataclass
@@ -45,8 +68,8 @@ class _Cursor:
     group: _Group
     row: int
     """The next row."""
-    rows: Iterator[pa.RecordBatch]
-    """The rows from there on, each by itself."""
+    rows: Iterator[dict[str, Any] | _Failed]
+    """The rows from there on."""
 
 
 class ParquetSource(FileSource[_Group]):
@@ -66,10 +89,15 @@ class ParquetSource(FileSource[_Group]):
         except (pa.ArrowException, OSError) as error:
             _raise_if_of_file_system(error)
             raise ValueError(f"{file} is not a parquet file, or is cut short: {error}") from None
-        first = 0
+        first, length = 0, file.stat().st_size
         for number in range(metadata.num_row_groups):
-            rows, size = metadata.row_group(number).num_rows, metadata.row_group(number).total_byte_size
-            yield _Group(file, number, first, max(1, min(_ROWS, BATCH_BYTES * rows // max(size, 1)))), rows
+            group = metadata.row_group(number)
+            rows, size = group.num_rows, group.total_byte_size
+            if not 0 <= rows <= 2**20 + length:
+                raise ValueError(f"{file} is not intact: row group {number} has {rows:,} rows by its footer")
+            at_once = max(1, min(_ROWS, BATCH_BYTES * rows // max(size, 1)))
+            stored = max((group.column(k).total_compressed_size for k in range(group.num_columns)), default=0)
+            yield _Group(file, number, first, at_once, LIMIT + 2 * max(0, min(stored, length, LIMIT))), rows
             first += rows
 
     def _read_part(self, part: _Group, start: int, stop: int) -> Iterator[Read | Quarantined]:
@@ -83,49 +111,72 @@ class ParquetSource(FileSource[_Group]):
             cursor = self._cursor_at(part, start)
             while row < stop and (one := next(cursor.rows, None)) is not None:
                 cursor.row += 1
-                try:
-                    item = one.to_pylist()[0]
-                except UnicodeDecodeError as error:
-                    yield self._reader.bad("encoding", f"not UTF-8: {error.reason}", *place(row), self._ids(one))
+                if not isinstance(one, _Failed):
+                    yield self._reader.read(one, *place(row))
+                elif isinstance(one.error, UnicodeDecodeError):
+                    yield self._reader.bad("encoding", f"not UTF-8: {one.error.reason}", *place(row), one.ids)
                 else:
-                    yield self._reader.read(item, *place(row))
+                    yield self._reader.bad("failed", describe_failure(one.error), *place(row), one.ids)
                 row += 1
             if row == stop:
                 self._cursor = cursor
                 return
+        except MemoryError as error:
+            if part.at_once > 1:  # one row alone may be within the limit
+                yield from self._read_part(dataclasses.replace(part, at_once=1), row, stop)
+                return
+            reason, problem = "failed", describe_failure(error)
         except (pa.ArrowException, OSError) as error:
             _raise_if_of_file_system(error)
-            problem = str(error)
+            reason, problem = "syntax", shorten(str(error))
         else:
-            problem = f"row group {part.number} has fewer rows than its footer counts"
+            reason, problem = "syntax", f"row group {part.number} has fewer rows than its footer counts"
         for bad in range(row, stop):
-            yield self._reader.bad("syntax", f"the row group cannot be read: {problem}", *place(bad))
+            yield self._reader.bad(reason, f"the row group cannot be read: {problem}", *place(bad))
 
     def _cursor_at(self, group: _Group, row: int) -> _Cursor:
         """A cursor at a row of a group or at its end: the one that is kept, if it is at or before that row."""
         # Taken away while in use, so that it is kept only after its range has been read to the end.
         cursor, self._cursor = self._cursor, None
         if cursor is None or cursor.group != group or cursor.row > row:
-            cursor = _Cursor(group, 0, _rows(group))
+            cursor = _Cursor(group, 0, _rows(group, {*IDS, *self._options.renames}))
         while cursor.row < row and next(cursor.rows, None) is not None:
             cursor.row += 1
         return cursor
 
-    def _ids(self, row: pa.RecordBatch) -> dict[str, Any]:
-        """The fields of a row that may be its id, as far as they can be read."""
-        found = {}
-        for name in {*IDS, *self._options.renames} & set(row.schema.names):
-            with contextlib.suppress(UnicodeDecodeError):
-                found[name] = row.column(name)[0].as_py()
-        return found
 
-
-def _rows(group: _Group) -> Iterator[pa.RecordBatch]:
+def _rows(group: _Group, ids: set[str]) -> Iterator[dict[str, Any] | _Failed]:
     # Through a small buffer: a row group may be larger than memory.
     with pq.ParquetFile(group.file, buffer_size=2**20, pre_buffer=False) as file:
-        for batch in file.iter_batches(group.at_once, row_groups=[group.number]):
-            for k in range(len(batch)):
-                yield batch.slice(k, 1)
+        batches = file.iter_batches(group.at_once, row_groups=[group.number])
+        while True:
+            with limited_memory(group.memory):
+                if (batch := next(batches, None)) is None:
+                    return
+                rows = [_decode(batch.slice(k, 1), ids) for k in range(len(batch))]
+            yield from rows
+
+
+def _decode(row: pa.RecordBatch, ids: set[str]) -> dict[str, Any] | _Failed:
+    try:
+        with contextlib.suppress(pa.ArrowException, ValueError, OverflowError):
+            return row.to_pylist()[0]
+        return {name: _value(row.column(name)) for name in row.schema.names}
+    except (UnicodeDecodeError, MemoryError) as error:
+        found = {}
+        for name in ids & set(row.schema.names):
+            with contextlib.suppress(Exception):
+                found[name] = row.column(name)[0].as_py()
+        return _Failed(error, found)
+
+
+def _value(cell: pa.Array) -> Any:
+    try:
+        return cell[0].as_py()
+    except UnicodeDecodeError:
+        raise
+    except (pa.ArrowException, ValueError, OverflowError):
+        return _Undecoded(cell.type)
 
 
 def _raise_if_of_file_system(error: Exception) -> None:

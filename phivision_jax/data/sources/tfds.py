@@ -2,6 +2,9 @@
 
 Features become what ``items`` reads: images stay encoded files, texts become strings, class numbers their names, a
 Sequence or Dataset of dicts a list of dicts.
+
+A prepared data set names the Python classes of its features, and TFDS imports the modules of those that it does not
+know. Here only classes of TFDS itself are accepted, so no code of a data set's author runs.
 """
 
 from __future__ import annotations
@@ -13,11 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from phivision_jax.data.quarantine import Quarantined
+from phivision_jax.data.quarantine import Quarantined, describe_failure
 from phivision_jax.data.sources.files import identify
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.items import IDS, ItemReader
 from phivision_jax.data.sources.source import Read
+from phivision_jax.io.memory import LIMIT, limited_memory
+from phivision_jax.io.messages import shorten
+from phivision_jax.io.read_json import read_json
 
 try:
     import tensorflow_datasets as tfds
@@ -25,6 +31,17 @@ except ModuleNotFoundError:
     raise ModuleNotFoundError("TFDS needs its package: pip install 'phivision_jax[tfds]'") from None
 
 _SEQUENCES = (tfds.features.Sequence, tfds.features.Dataset)
+_FEATURES = dict(tfds.features.FeatureConnector._registered_features)  # TFDS's own, and their names in older versions
+
+
+def _known_feature(cls: type, name: str) -> type:
+    if name not in _FEATURES:
+        raise ValueError(f"a feature has the class {shorten(name)}, which is none of TFDS's own, so it is not imported")
+    return _FEATURES[name]
+
+
+# All names of classes, in whatever form and depth a feature specification has them, are resolved by this one method.
+tfds.features.FeatureConnector.cls_from_name = classmethod(_known_feature)
 
 
 class TfdsSource:
@@ -47,11 +64,11 @@ class TfdsSource:
         self._is_directory = Path(spec).is_dir()
         info = self._builder.info
         self.name = name or info.name
+        files = [Path(file) for other in info.splits.values() for file in other.filepaths]
+        self._key = identify([file for file in files if file.is_file()])
         self._len = len(self._examples)
         if not self._len:
             raise ValueError(f"split {split!r} of {spec} has no examples")
-        files = [Path(file) for other in info.splits.values() for file in other.filepaths]
-        self._key = identify([file for file in files if file.is_file()])
 
     def __len__(self) -> int:
         return self._len
@@ -70,35 +87,43 @@ class TfdsSource:
         features = self._builder.info.features
         for i in range(start, stop):
             place, where = f"{self.name}:{i + 1}", f"{self.name}, split {self._split}, example {i + 1}"
+            example: dict[str, Any] = {}
             try:
-                example = self._examples[i]
-            except OSError:
-                raise
-            except Exception as error:  # of protobuf, array_record or TFDS
-                yield reader.bad("syntax", f"the example cannot be read: {error}", place, where)
-                continue
-            try:
-                item = _plain(features, example)
+                with limited_memory():
+                    example = self._examples[i]
+                    item = _plain(features, example)
             except UnicodeDecodeError as error:
                 own = {name: _decode(example[name], "replace") for name in IDS if name in example}
                 yield reader.bad("encoding", f"not UTF-8: {error.reason}", place, where, own)
+            except MemoryError as error:
+                yield reader.bad("failed", describe_failure(error), place, where)
+            except Exception as error:  # of protobuf, array_record or TFDS
+                if isinstance(error, OSError):
+                    raise
+                yield reader.bad("syntax", f"the example cannot be read: {shorten(str(error))}", place, where)
             else:
                 yield reader.read(item, place, where)
 
     @functools.cached_property
     def _builder(self) -> Any:
         try:
-            return tfds.builder_from_directory(self._spec) if self._is_directory else tfds.builder(self._spec)
+            if self._is_directory:
+                for file in ("dataset_info.json", "features.json"):
+                    read_json(Path(self._spec) / file)
+            with limited_memory():
+                return tfds.builder_from_directory(self._spec) if self._is_directory else tfds.builder(self._spec)
         except Exception as error:  # TFDS raises anything
-            raise ValueError(f"TFDS cannot open {self._spec}: {error}") from None
+            raise ValueError(f"TFDS cannot open {self._spec}: {shorten(str(error), 300)}") from None
 
     @functools.cached_property
     def _examples(self) -> Sequence[Any]:
         try:
             decoders = _decoders(self._builder.info.features)
-            return self._builder.as_data_source(split=self._split, decoders=decoders)
+            with limited_memory(LIMIT + 2 * sum(size for _, size, _ in self._key)):  # TFDS reads parquet at once
+                return self._builder.as_data_source(split=self._split, decoders=decoders)
         except Exception as error:
-            raise ValueError(f"TFDS cannot read split {self._split!r} of {self._spec}: {error}") from None
+            problem = shorten(str(error) or type(error).__name__, 300)
+            raise ValueError(f"TFDS cannot read split {self._split!r} of {self._spec}: {problem}") from None
 
 
 class _Unchanged(tfds.decode.SkipDecoding):

@@ -25,7 +25,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from phivision_jax.data import quarantine
-from phivision_jax.data.quarantine import BadRecord, Quarantined, TooManyBadRecords
+from phivision_jax.data.quarantine import BadRecord, Quarantined, TooManyBadRecords, describe_failure
 from phivision_jax.data.records import MODES, TASKS, join_tasks, mode_of
 from phivision_jax.data.sources.source import Read, Source
 from phivision_jax.data.store.dataset import ARRAYS, MANIFEST, SCHEMA, Dataset, describe_file
@@ -140,6 +140,10 @@ class CheckRecord:
             text_tokens = count_text_tokens(record, self.processor)
         except BadRecord as bad:
             return [Quarantined(record.id, record.source, bad.reason, str(bad), item.where)]
+        except chat.UnmarkedTemplateError:
+            raise
+        except BaseException as error:
+            return [Quarantined(record.id, record.source, "failed", describe_failure(error), item.where)]
         lineage = record.lineage or (f"import: {item.where}",)
         record = dataclasses.replace(record, mode=mode_of(record), lineage=lineage)
         return [Accepted(dataclasses.replace(item, record=record), text_tokens, image_sizes)]

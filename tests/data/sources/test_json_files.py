@@ -145,11 +145,18 @@ def test_broken_line_shows_renamed_id(tmp_path):
 
 
 def test_item_too_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_files, "WINDOW", 300)
-    lines = [item(0), item(1, x="y" * 1000), item(2)]
-    assert brief(read(source_of(as_lines(lines), tmp_path / "a.jsonl"))) == ["r0", "r1:syntax", "r2"]
-    with pytest.raises(ValueError, match="items of at most 300 bytes"):
-        source_of(as_array(lines), tmp_path / "a.json")
+    monkeypatch.setattr(json_files, "LARGEST", 300)
+    items = [item(0), item(1, x='y\\", ]}' * 300), item(2), item(3, x=["{"] * 300)]
+    for large, content in (
+        (64, as_lines(items)),
+        (64, as_array(items)),
+        (70, as_array(items)),
+        (3000, as_array(items)),
+    ):
+        monkeypatch.setattr(json_files, "LARGE", large)
+        source = source_of(content, tmp_path / "a.json")
+        assert brief(read(source)) == ["r0", "r1:syntax", "r2", "r3:syntax"]
+        assert all("longer than 300 bytes" in read(source)[k].detail for k in (1, 3))  # type: ignore[union-attr]
 
 
 ARRAY = as_array([item(i) for i in range(6)])
@@ -191,6 +198,19 @@ def test_array_with_broken_syntax_is_one_error(damage, element, problem, window,
 def test_array_with_broken_utf8_loses_one_item(tmp_path):
     raw = ARRAY.replace("ä".encode(), b"\xe4", 2)
     assert brief(read(source_of(raw, tmp_path / "made.json"))) == ["r0:encoding", "r1:encoding", "r2", "r3", "r4", "r5"]
+
+
+@pytest.mark.parametrize("large", [2000, 10**7])
+def test_array_items_beyond_decoding_are_quarantined(large, tmp_path, monkeypatch):
+    """Nesting, and a number of many digits, are beyond Python's decoder, though JSON allows both."""
+    monkeypatch.setattr(json_files, "LARGE", large)
+    deep, digits = b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", b'{"uid": 7, "n": ' + b"9" * 10**6 + b"}"
+    raw = ARRAY.replace(b'{"id": "r1', deep + b', {"id": "r1').replace(b'{"id": "r3', digits + b', {"id": "r3')
+    expected = ["r0", "made.json:2:syntax", "r1", "r2", "7:syntax", "r3", "r4", "r5"]
+    source = source_of(raw, tmp_path / "made.json")
+    assert brief(read(source)) == expected
+    assert brief(read(source, 2, 6)) == expected[2:6]
+    assert "beyond what can be decoded" in read(source)[1].detail  # type: ignore[union-attr]
 
 
 def test_array_items_that_are_no_objects(tmp_path):

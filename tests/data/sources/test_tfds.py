@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.open_source import open_source
 from phivision_jax.data.sources.source import Read
+from tests.support.paths import ROOT
 from tests.support.records import png
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -148,3 +150,51 @@ print(len(list(source.read(0, 5))), "tensorflow" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "5 False\n", done.stderr
+
+
+PAYLOAD = "import pathlib\npathlib.Path({mark!r}).write_text('ran')\n"
+
+
+@pytest.mark.parametrize(("name", "cwd"), [("payload.Evil", "inside"), ("mydata.payload.Evil", "above")])
+def test_tfds_folder_runs_no_code_of_its_own(tmp_path, name, cwd):
+    """Whatever class a feature names, at any depth and in both forms of the specification."""
+    folder, mark = tmp_path / "mydata", tmp_path / "ran"
+    folder.mkdir()
+    for module in ("__init__.py", "payload.py"):
+        (folder / module).write_text(PAYLOAD.format(mark=str(mark)))
+    split = {
+        "name": "train",
+        "shardLengths": ["1"],
+        "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    }
+    info = {"name": "mydata", "version": "1.0.0", "fileFormat": "array_record", "splits": [split]}
+    (folder / "dataset_info.json").write_text(json.dumps(info | {"moduleName": name.rpartition(".")[0]}))
+    own = "tensorflow_datasets.core.features"
+    inner = {"pythonClassName": name, "tensor": {"shape": {}, "dtype": "int64"}}
+    nested = {"pythonClassName": f"{own}.sequence_feature.Sequence", "sequence": {"feature": inner, "length": "-1"}}
+    specifications = [
+        {"pythonClassName": name, "featuresDict": {"features": {}}},
+        {"python_class_name": f"{own}.features_dict.FeaturesDict", "features_dict": {"features": {"a": nested}}},
+        {"type": name, "content": {}},
+        {"type": f"{own}.features_dict.FeaturesDict", "content": {"a": {"type": name, "content": {}}}},
+    ]
+    program = f"""
+import json, pathlib, sys
+from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.open_source import open_source
+for specification in {specifications!r}:
+    pathlib.Path({str(folder / "features.json")!r}).write_text(json.dumps(specification))
+    try:
+        open_source({str(folder)!r}, options=ItemOptions())
+    except ValueError as error:
+        print(error)
+"""
+    where = {"inside": folder, "above": tmp_path}[cwd]
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=where, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and not done.returncode, done.stderr
+    assert all(f"class {name}, which is none of TFDS's own" in line and str(folder) in line for line in lines)
+    assert not mark.exists()
