@@ -19,7 +19,7 @@ from phivision_jax.convert.ours import OursSource
 from phivision_jax.io.messages import shorten
 
 
-def peft_files(source: OursSource, run: Mapping[str, Any]) -> dict[str, bytes]:
+def peft_files(source: OursSource) -> dict[str, bytes]:
     """The contents of ``adapter_config.json`` and ``adapter_model.safetensors``."""
     rank, alpha = source.adapters.rank, source.adapters.alpha
     shapes, parts = hf_shapes(source.leaves), dict[str, list[tuple[Leaf, int]]]()
@@ -35,8 +35,9 @@ def peft_files(source: OursSource, run: Mapping[str, Any]) -> dict[str, bytes]:
         for i, ((leaf, _), (_, part)) in enumerate(zip(fused, pairs, strict=True)):
             b[leaf.start : leaf.start + leaf.num_rows, i * rank : (i + 1) * rank] = part
         tensors |= {f"{where}A.weight": np.concatenate([a for a, _ in pairs]), f"{where}B.weight": b}
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": run.get("init_from")}
-    config |= {"r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": [*ranks]}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0}
+    config |= {"base_model_name_or_path": source.meta["run"].get("init_from"), "target_modules": [*ranks]}
+    config["bias"] = "none"
     config["rank_pattern"] = {module: r for module, r in ranks.items() if r != rank}
     config["alpha_pattern"] = {module: alpha * r / rank for module, r in ranks.items() if r != rank}
     header = header_of({name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()})
@@ -44,9 +45,10 @@ def peft_files(source: OursSource, run: Mapping[str, Any]) -> dict[str, bytes]:
     return {"adapter_config.json": json.dumps(config, indent=2).encode(), "adapter_model.safetensors": header + data}
 
 
-def model_card(name: str, meta: Mapping[str, Any], run: Mapping[str, Any]) -> bytes:
+def model_card(name: str, meta: Mapping[str, Any]) -> bytes:
     """The ``README.md`` of a trained model: what its checkpoint states about base, data, steps and losses."""
-    data, lora = run.get("data") or {}, run.get("lora") or {}
+    run = meta["run"]
+    data, lora = (run[key] if isinstance(run.get(key), Mapping) else {} for key in ("data", "lora"))
     facts = {"base model": run.get("init_from") or "none (trained from scratch)", "data": data.get("path")}
     facts |= {"evaluation data": data.get("eval_path"), "steps": meta["step"], "program": meta.get("code")}
     facts["adapters"] = f"LoRA, rank {lora['rank']}, alpha {lora.get('alpha')}" if lora.get("rank") else None

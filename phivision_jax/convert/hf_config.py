@@ -56,36 +56,18 @@ def model_config(source: Mapping[str, Any] | str | Location) -> ModelConfig:
     Raises:
       ValueError: when the file asks for something that this model does not compute, naming the key.
     """
-    name, values = _read(source)
+    name, values = read_config(source)
     if "vision_config" not in values:
         kind = shorten(values.get("model_type", "unknown"))
         raise ValueError(f"{name} (model_type {kind!r}) has no vision_config: not a Phi-4-reasoning-vision model")
     _require(values, _FIXED_MULTIMODAL, name)
-    vision, decoder = _vision(name, values), _decoder(name, values)
+    vision, decoder = vision_config(name, values), decoder_config(name, values)
     _require(values, {"mm_hidden_size": vision.hidden_size}, name)
     with prefix_errors(name):
         return ModelConfig(vision=vision, decoder=decoder, **_translate(name, values, ModelConfig, _MODEL_KEYS))
 
 
-def decoder_config(directory: Location) -> DecoderConfig:
-    """The decoder of a text-only Phi-4's directory.
-
-    Raises:
-      ValueError: naming the key that is missing or asks for other arithmetic.
-    """
-    return _decoder(*_read(directory))
-
-
-def vision_config(directory: Location) -> VisionConfig:
-    """The encoder of a SigLIP-2 checkpoint's directory.
-
-    Raises:
-      ValueError: naming the key that asks for other arithmetic.
-    """
-    return _vision(*_read(directory))
-
-
-def _read(source: Mapping[str, Any] | str | Location) -> tuple[str, Mapping[str, Any]]:
+def read_config(source: Mapping[str, Any] | str | Location) -> tuple[str, Mapping[str, Any]]:
     """A file's name and contents; ``eos_token_id`` is a list that includes those of ``generation_config.json``."""
     if isinstance(source, Mapping):
         return "config.json", {**source, "eos_token_id": _stop_ids("config.json", source)}
@@ -109,7 +91,8 @@ def _stop_ids(name: str, values: Mapping[str, Any]) -> list[int]:
     ]
 
 
-def _decoder(name: str, values: Mapping[str, Any]) -> DecoderConfig:
+def decoder_config(name: str, values: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder of a released model or of a text-only Phi-4; raises ValueError as ``model_config``."""
     _require(values, _FIXED_DECODER, name)
     known = _translate(name, values, DecoderConfig, _DECODER_KEYS)
     rope = typed(values.get("rope_parameters") or {}, Mapping[str, Any], f"{name}: rope_parameters")
@@ -126,8 +109,8 @@ def _decoder(name: str, values: Mapping[str, Any]) -> DecoderConfig:
         return DecoderConfig(**known)
 
 
-def _vision(name: str, values: Mapping[str, Any]) -> VisionConfig:
-    """From the values of a released file, or of a SigLIP-2 checkpoint's, or of its part for the encoder."""
+def vision_config(name: str, values: Mapping[str, Any]) -> VisionConfig:
+    """The encoder of a released model or of a SigLIP-2 checkpoint; raises ValueError as ``model_config``."""
     values = typed(values.get("vision_config", values), Mapping[str, Any], f"{name}: vision_config")
     _require(values, _FIXED_VISION, f"{name}: vision_config")
     with prefix_errors(name):

@@ -132,7 +132,8 @@ def to_jax(hf_dir: Location, out: Location, dtype: str, overwrite: bool) -> None
 def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: str, overwrite: bool, seed: int) -> None:
     """Compose a checkpoint to train from: a text-only Phi-4, a SigLIP-2, and a fresh projector."""
     text, siglip = HFDirectory(decoder_dir), HFDirectory(vision_dir)
-    config = ModelConfig(decoder=hf_config.decoder_config(decoder_dir), vision=hf_config.vision_config(vision_dir))
+    phi4, siglip2 = map(hf_config.read_config, (decoder_dir, vision_dir))
+    config = ModelConfig(decoder=hf_config.decoder_config(*phi4), vision=hf_config.vision_config(*siglip2))
     decoder = HFSource(text, mapping.decoder_leaves(config.decoder))
     vision = HFSource(siglip, mapping.vision_leaves(config.vision, SIGLIP2_PREFIX), SIGLIP2_UNUSED)
     projector_dtype = CASTS.get(dtype) or decoder.dtype(decoder.leaves[0])
@@ -204,7 +205,7 @@ def open_ours(path: Location, *, assets: bool = False) -> tuple[Location, ModelC
     config = layout.model_of(found, meta)
     source = ours.OursSource(found, meta, mapping.model_leaves(config))
     if source.adapters.kernels:
-        log(f"{found} has {source.adapters}; they are merged as they are read")
+        log(f"{found} has {source.adapters}; they are merged when weights are read")
     return found, config, source
 
 
@@ -225,8 +226,8 @@ def to_hf(
     tensors = tensors_of(dtypes)
     if like is None:
         headers, files = _new_layout(config, tensors, found / layout.ASSETS, max_bytes)
-        if run := source.meta.get("run"):
-            files["README.md"] = model_card(resolved(out).name, source.meta, run)
+        if source.meta.get("run"):
+            files["README.md"] = model_card(resolved(out).name, source.meta)
         if not any(name.endswith(".py") for name in files):
             log("transformers cannot load it without remote code: --like RELEASED_DIR adds the released model's")
     else:
@@ -237,12 +238,10 @@ def to_hf(
 
 def to_peft(checkpoint: Location, out: Location, overwrite: bool) -> None:
     """Write the adapters of a run's checkpoint, as PEFT reads them."""
-    found = find_ours(checkpoint)
-    meta = layout.read_meta(found)
-    source = ours.OursSource(found, meta, mapping.model_leaves(layout.model_of(found, meta)))
+    found, _, source = open_ours(checkpoint)
     if not source.adapters.kernels:
         raise ValueError(f"{found} has no adapters: it was not trained with lora.rank")
-    files = peft_files(source, meta["run"]) | {"README.md": model_card(resolved(out).name, meta, meta["run"])}
+    files = peft_files(source) | {"README.md": model_card(resolved(out).name, source.meta)}
     with new_checkpoint(out, overwrite, [found], log) as directory:
         for name, content in files.items():
             copy_file(content, directory / name)
