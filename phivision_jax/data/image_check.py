@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from phivision_jax.data.quarantine import BadRecord
-from phivision_jax.images.decode import ImageTooLargeError, image_size, open_image, to_rgb
+from phivision_jax.images.decode import MOST_BYTES, ImageTooLargeError, image_size, open_image, to_rgb
+from phivision_jax.io.memory import limited_memory
 
 MAX_SIDE = 32_768
 """Pixels. A longer strip, resized to the encoder's patches, would be unrecognisable."""
@@ -23,7 +24,8 @@ def check_image(image: bytes | str, name: str, *, decode: bool = False) -> tuple
     try:
         width, height = image_size(image, name)
         if decode and max(width, height) <= MAX_SIDE:
-            decoded = to_rgb(open_image(image, name)).size
+            with limited_memory(MOST_BYTES):  # a header may understate the size of what is decoded
+                decoded = to_rgb(open_image(image, name)).size
             if decoded != (width, height):
                 raise ValueError(f"{name} has {width}x{height} pixels in its header, but decodes to {decoded}")
     except ImageTooLargeError as error:

@@ -61,7 +61,7 @@ class BadRecord(ValueError):
 
 
 def describe_failure(error: BaseException) -> str:
-    """The detail of an item on which foreign code failed; an error that says nothing about the item is raised again.
+    """The detail of an item on which foreign code failed; an error that is not the item's fault is raised again.
 
     Extensions raise anything: a panic of Rust code is not even an ``Exception``.
     """

@@ -7,6 +7,9 @@ Training data contains broken, rotated, transparent and 16-bit images. All of th
 * Image files are turned by their EXIF orientation. The released processor leaves that to its caller; but people who
   wrote a question about a photo saw it upright, and boxes and "left of" are wrong on a photo lying on its side.
 * Other forms of an image are in ``images/sources.py``.
+* A small file can have a billion pixels. Images that would take more than ``MOST_BYTES`` are refused by their headers,
+  and conversions work on strips.
+* Pillow's warnings are silenced: they name no file, and damage that matters is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-from collections.abc import Iterator
+import logging
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +27,23 @@ from PIL import Image
 
 from phivision_jax.io.read_json import wrong_file
 
+MOST_BYTES = 1_100 * 10**6
+"""Bytes that decoding an image and converting it to RGB may take."""
+BYTES_PER_PIXEL = {"JPEG": 10, "MPO": 10, "WEBP": 18, "AVIF": 16, "JPEG2000": 25, "TIFF": 12}
+"""What they take at most, measured by format; other formats take 8: up to 4 as stored, and 4 as RGB."""
+_STRIP = 2**20  # pixels converted at once
+# They run a program (EPS), or contain an image of another format whose size their header does not state.
+_REFUSED = ("EPS", "ICNS", "BLP", "MIC", "FPX")
+_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TILE = (322, 323)  # TIFF's tags of the sides of a tile, which may be larger than the image
+
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
 
 class ImageTooLargeError(ValueError):
-    """An image of more pixels than Pillow agrees to decode (a decompression bomb)."""
+    """An image of so many pixels that decoding it would take more than ``MOST_BYTES`` (a decompression bomb)."""
 
 
 # glibc returns large freed blocks to the system, and the next image's pages fault in again, which takes as long as
@@ -56,12 +75,10 @@ def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Ima
       The decoded image in the file's own pixel mode (``to_rgb`` reduces it).
 
     Raises:
-      ValueError: for bytes that are empty, not an image, cut short, or larger than Pillow agrees to decode.
+      ValueError: for bytes that are empty, not an image, or cut short; ImageTooLargeError for too many pixels.
       OSError: when the file cannot be read.
     """
-    with _opened(source, name) as image:
-        # Loaded pixels need no file, so no copy is made: it would cost half as much as decoding.
-        return upright(image)
+    return _read(source, name, upright)
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -69,6 +86,7 @@ def upright(image: Image.Image) -> Image.Image:
     # Before decoding: EXIF after the pixels of a PNG must not count, since image_size never reads that far.
     orientation = _orientation(image)
     image.load()
+    # Loaded pixels need no file, so no copy is made: it would cost half as much as decoding.
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
@@ -76,12 +94,15 @@ def image_size(source: bytes | str | Path, name: str | None = None) -> tuple[int
     """Width and height that ``open_image`` would give, from the header alone: no pixel is decoded.
 
     Raises:
-      ValueError: for bytes that are empty, not an image, or larger than Pillow agrees to decode.
+      ValueError: for bytes that are empty or not an image; ImageTooLargeError for too many pixels.
       OSError: when the file cannot be read.
     """
-    with _opened(source, name) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) in _SIDES_SWAP else (width, height)
+    return _read(source, name, _upright_size)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if _orientation(image) in _SIDES_SWAP else (width, height)
 
 
 def image_format(content: bytes) -> str | None:
@@ -90,7 +111,7 @@ def image_format(content: bytes) -> str | None:
     The MPO of a camera is a JPEG followed by more images, and counts as one.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=_formats()) as image:
             return "JPEG" if image.format == "MPO" else image.format
     except Exception:  # decoders raise anything
         return None
@@ -115,8 +136,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode == "RGB":
         return image
+    rows = max(1, _STRIP // max(1, image.width))
+    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    is_share = image.mode == "F" and all(_is_share(np.asarray(image.crop(box))) for box in boxes)
+    if len(boxes) <= 1:
+        return _strip_to_rgb(image, is_share)
+    rgb = Image.new("RGB", image.size)
+    for box in boxes:
+        rgb.paste(_strip_to_rgb(image.crop(box), is_share), box)
+    return rgb
+
+
+def _strip_to_rgb(image: Image.Image, is_share: bool) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return Image.fromarray(_in_8_bits(np.asarray(image)), "L").convert("RGB")
+        return Image.fromarray(_in_8_bits(np.asarray(image), is_share), "L").convert("RGB")
     try:
         if image.mode == "La":
             image = image.convert("LA")
@@ -128,39 +161,75 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def _in_8_bits(grey: np.ndarray) -> np.ndarray:
+def _is_share(grey: np.ndarray) -> bool:
+    grey = np.nan_to_num(grey)
+    return not grey.size or bool(grey.min() >= 0 and grey.max() <= 1)
+
+
+def _in_8_bits(grey: np.ndarray, is_share: bool) -> np.ndarray:
     if grey.dtype.kind != "f":  # (v + 128) // 257 is the nearest integer to v / 257
         return ((np.clip(grey, 0, 65535).astype(np.uint32) + 128) // 257).astype(np.uint8)
     grey = np.nan_to_num(grey.astype(np.float64))
-    if grey.size and grey.min() >= 0 and grey.max() <= 1:
-        grey = grey * 255
-    return np.rint(np.clip(grey, 0, 255)).astype(np.uint8)
+    return np.rint(np.clip(grey * 255 if is_share else grey, 0, 255)).astype(np.uint8)
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """The formats that Pillow reads by itself: all but EPS, which it passes to an interpreter (Ghostscript)."""
     Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
+    return tuple(name for name in Image.ID if name not in _REFUSED)
+
+
+def _read[T](source: bytes | str | Path, name: str | None, use: Callable[[Image.Image], T]) -> T:
+    """Apply a function to an image of which the header is read."""
+    name = name or ("image" if isinstance(source, bytes) else str(source))
+    try:
+        with _opened(source, name) as image:
+            return use(image)
+    except ImageTooLargeError:
+        raise
+    except ValueError:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        shorter = _without_texts(content)
+        if len(shorter) == len(content):
+            raise
+    with _opened(shorter, name) as image:
+        return use(image)
+
+
+def _without_texts(content: bytes) -> bytes:
+    """A PNG without texts and profile, which have no effect on pixels but fail above limits of Pillow's.
+
+    EXIF written as a text, which may have the orientation, is kept if it precedes the pixels.
+    """
+    if not content.startswith(_PNG):
+        return content
+    pieces, offset, begun = [_PNG], len(_PNG), False
+    while offset < len(content):
+        kind, end = content[offset + 4 : offset + 8], offset + 12 + int.from_bytes(content[offset : offset + 4])
+        begun = begun or kind == b"IDAT"
+        if kind not in _TEXTS or (not begun and content.startswith(b"Raw profile type exif", offset + 8)):
+            pieces.append(content[offset:end])
+        offset = end
+    return b"".join(pieces)
 
 
 @contextlib.contextmanager
-def _opened(source: bytes | str | Path, name: str | None) -> Iterator[Image.Image]:
+def _opened(source: bytes | str | Path, name: str) -> Iterator[Image.Image]:
     """The image with its header read; whatever its decoder raises inside the block becomes a ValueError with a name."""
-    name = name or ("image" if isinstance(source, bytes) else str(source))
     with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file:
         if not file.read(1):
             raise ValueError(f"{name} is empty (0 bytes)")
         file.seek(0)
         try:
             with Image.open(file, formats=_formats()) as image:
+                _check_size(image)
                 yield image
         except Image.UnidentifiedImageError:
             file.seek(0)
             known = wrong_file(file.read(512)) or "is not an image of a known format, or its header is broken"
             raise ValueError(f"{name} {known}") from None
         except Image.DecompressionBombError as error:
-            raise ImageTooLargeError(f"{name} is too large to decode: {error}") from None
+            raise ImageTooLargeError(f"{name} is too large to decode: {str(error).partition(', could')[0]}") from None
         except MemoryError:
             raise
         except Exception as error:
@@ -168,6 +237,16 @@ def _opened(source: bytes | str | Path, name: str | None) -> Iterator[Image.Imag
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise ValueError(f"{name} cannot be decoded: {error}") from error
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if image.format == "TIFF":
+        columns, rows = (image.tag_v2.get(tag, 0) for tag in _TILE)  # type: ignore[attr-defined]
+        width, height = max(width, columns), max(height, rows)
+    if width * height * BYTES_PER_PIXEL.get(image.format or "", 8) > MOST_BYTES:
+        problem = f"{image.format} of {width:,} x {height:,} pixels takes more than {MOST_BYTES:,} bytes"
+        raise Image.DecompressionBombError(problem)
 
 
 def _orientation(image: Image.Image) -> int:

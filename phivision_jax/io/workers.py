@@ -8,12 +8,10 @@ need, so that ten of them take little more memory than one.
 from __future__ import annotations
 
 import contextlib
-import logging
 import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -88,9 +86,6 @@ def _begin(shared: tuple[Any, ...], stop: Any) -> None:
     global _shared, _stopped
     _shared, _stopped = shared, stop.is_set
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Pillow warns about damage that the reason of a rejected item describes anyway.
-    warnings.simplefilter("ignore")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 

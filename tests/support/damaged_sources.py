@@ -109,9 +109,6 @@ class Maker:
     def text_called_jpg(self, i: int) -> bytes:
         return self.line(self.with_image(i, b"<html><body>404 Not Found</body></html>", "jpg"))
 
-    def png_called_jpg(self, i: int) -> bytes:
-        return self.line(self.with_image(i, encoded(draw_image(self.rng), "PNG"), "jpg"))
-
     def missing_file(self, i: int) -> bytes:
         record = self.with_image(i, b"x", "png")
         (self.out / "images" / record["image"]).unlink()
@@ -166,7 +163,7 @@ class Maker:
 
 KINDS = (
     "truncated_jpeg", "truncated_png", "corrupt_jpeg", "corrupt_png", "bomb", "strip", "zero_bytes", "text_called_jpg",
-    "png_called_jpg", "missing_file", "climbing_path", "url", "broken_utf8", "half_a_line", "empty_answer",
+    "missing_file", "climbing_path", "url", "broken_utf8", "half_a_line", "empty_answer",
     "one_marker_too_many", "no_marker", "unknown_role", "endless_answer", "no_conversation",
 )  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 Data sets are imported by people who did not write them. So a path may not leave the image folder, by ``..`` or by a
 symbolic link, except into folders that are named; URLs are fetched only if the user asks for it, only over http, and no
-redirect leads from the internet to addresses of this machine or its network; and a file whose name belongs to another
-format is rejected, because it was probably mixed up with another file. Only the header of the content is read here.
+connection goes to an address of this machine or its network unless the user names it; and no image may be larger than
+``LARGEST``. The content decides about an image's format: its name may say another, which is only counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import socket
 import stat
 import unicodedata
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,16 @@ from typing import Any
 from PIL import Image
 
 from phivision_jax.data.quarantine import BadRecord
-from phivision_jax.data.sources.item_options import ItemOptions
+from phivision_jax.data.sources.item_options import ItemOptions, Network
 from phivision_jax.data.sources.keys import is_blank
 from phivision_jax.images.decode import image_format
 from phivision_jax.images.sources import SCHEME, decode_data_uri, local_path
 from phivision_jax.io.messages import shorten
 
-MAX_DOWNLOAD = 64 * 2**20
-"""Bytes."""
+type Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+LARGEST = 64 * 2**20
+"""Bytes of an image's file, wherever it comes from."""
 TRIES = 3
 TIMEOUT = 30.0
 """Seconds without an answer."""
@@ -43,6 +45,9 @@ PAUSE = 1.0
 
 # These mean that there is no such file; any other error is a problem of the disk, not of the record.
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.EISDIR, errno.ELOOP)
+# Besides those that Python's version knows: metadata services of clouds, and networks that carry IPv4 inside IPv6.
+_INSIDE = [*map(ipaddress.ip_network, ("192.0.0.0/24", "168.63.129.16", "2001::/32", "2002::/16"))]
+_GLOBAL_6, _NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_given(value: Any) -> bool:
@@ -57,10 +62,10 @@ def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
       value: bytes; a path (relative to ``folder``, or absolute and inside it), a data URI or a URL; or a mapping with
         ``bytes``, ``path`` or ``url``, of which the first that is given counts.
       folder: folder that no path may leave.
-      options: ``also_allow``, ``allow_urls`` and ``any_extension`` count.
+      options: ``also_allow``, ``allow_urls`` and ``allow_networks`` count.
 
     Raises:
-      BadRecord: "fields", "image-path", "image-missing", "image-url", "image-extension", "image-broken".
+      BadRecord: "fields", "image-path", "image-missing", "image-url", "image-size", "image-broken".
       OSError: when a file exists but cannot be read.
     """
     if isinstance(value, Mapping):
@@ -71,21 +76,30 @@ def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
             )
         value = given
     if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value)
-    if not isinstance(value, str):
+        content = bytes(value)
+    elif not isinstance(value, str):
         raise BadRecord("fields", f"an image is given as {type(value).__name__}, not as a path, bytes or a URL")
-    if value[:5].lower() == "data:":
+    elif value[:5].lower() == "data:":
         try:
-            return decode_data_uri(value, "the image")
+            content = decode_data_uri(value, "the image")
         except ValueError as error:
             raise BadRecord("image-broken", str(error)) from None
-    value = local_path(value)
-    if SCHEME.match(value):
-        return _from_url(value, options.allow_urls)
-    content = _from_path(value, [folder, *options.also_allow])
-    if not options.any_extension:
-        _check_extension(value, content)
+    elif SCHEME.match(value := local_path(value)):
+        content = _from_url(value, options)
+    else:
+        content = _from_path(value, [folder, *options.also_allow])
+    if len(content) > LARGEST:
+        raise BadRecord("image-size", f"an image file has more than {LARGEST:,} bytes")
     return content
+
+
+def other_format(value: Any, content: bytes) -> bool:
+    """True for an image whose path ends like one of another format."""
+    if not isinstance(value, str):
+        return False
+    expected = Image.registered_extensions().get(os.path.splitext(value)[1].lower(), "").replace("MPO", "JPEG")
+    # What cannot be opened at all is left to the check of records, which reports why.
+    return bool(expected) and image_format(content) not in (None, expected)
 
 
 def _from_path(path: str, folders: list[Path]) -> bytes:
@@ -114,8 +128,11 @@ def _read(path: str, folders: list[Path]) -> bytes:
             hint = f" to {shorten(real)}, by a symbolic link: --also-allow names folders for such targets"
             raise BadRecord("image-path", f"{name} leads out of the image folder {root}{hint if by_link else ''}")
         # Opening a pipe would block forever.
-        if not stat.S_ISREG(os.stat(real).st_mode):
+        found = os.stat(real)
+        if not stat.S_ISREG(found.st_mode):
             raise BadRecord("image-missing", f"{name} is not a file")
+        if found.st_size > LARGEST:
+            raise BadRecord("image-size", f"{name} has {found.st_size:,} bytes: an image file may have {LARGEST:,}")
         with open(real, "rb") as file:
             return file.read()
     except OSError as error:
@@ -132,62 +149,58 @@ def _is_in(path: str, folder: str) -> bool:
     return os.path.commonpath([folder, path]) == folder
 
 
-def _check_extension(path: str, content: bytes) -> None:
-    expected = Image.registered_extensions().get(os.path.splitext(path)[1].lower(), "").replace("MPO", "JPEG")
-    # What cannot be opened at all is left to the check of records, which reports why.
-    if expected and (found := image_format(content)) not in (None, expected):
-        raise BadRecord("image-extension", f"{shorten(path)} is named {expected}, but its content is {found}")
-
-
-def _from_url(url: str, allowed: bool) -> bytes:
-    _check_scheme(url)
-    if not allowed:
+def _from_url(url: str, options: ItemOptions) -> bytes:
+    if not url.lower().startswith(("http://", "https://")):
+        raise BadRecord("image-url", f"{shorten(url)} is not fetched: only http(s) is supported; copy the file here")
+    if not options.allow_urls:
         raise BadRecord("image-url", f"{shorten(url)} is not fetched: URLs need --allow-urls")
     try:
         with ThreadPoolExecutor(1) as pool:  # this thread may have an event loop of its own, as in a notebook
-            return pool.submit(asyncio.run, _download(url)).result()
+            return pool.submit(asyncio.run, _download(url, options.networks)).result()
     except TimeoutError:
         problem = f"cannot be fetched: not complete within {DEADLINE:g} seconds"
         raise BadRecord("image-url", f"{shorten(url)} {problem}") from None
 
 
-def _check_scheme(url: str) -> None:
-    if not url.lower().startswith(("http://", "https://")):
-        raise BadRecord("image-url", f"{shorten(url)} is not fetched: only http(s) is supported; copy the file here")
-
-
-async def _download(url: str) -> bytes:
+async def _download(url: str, allowed: Sequence[Network]) -> bytes:
     """Raises TimeoutError after ``DEADLINE``."""
     import aiohttp  # takes a third of a second, and most data sets have no URLs
 
-    async def check_redirect(session: Any, context: Any, answer: aiohttp.TraceRequestRedirectParams) -> None:
-        target = urllib.parse.urljoin(str(answer.url), answer.response.headers.get("Location", ""))
-        _check_scheme(target)
-        if _is_inside(target) and not _is_inside(url):
-            problem = f"is not fetched: it leads to {shorten(target)}, inside this network"
-            raise BadRecord("image-url", f"{shorten(url)} {problem}")
+    refused: list[str] = []
 
-    trace = aiohttp.TraceConfig()
-    trace.on_request_redirect.append(check_redirect)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
-    session = aiohttp.ClientSession(timeout=timeout, trace_configs=[trace], trust_env=True)
+    def open_socket(target: tuple[Any, ...]) -> socket.socket:
+        """The one place through which every connection goes, redirects included, with the address that it goes to."""
+        family, kind, protocol, _, (host, *_) = target
+        address = ipaddress.ip_address(host.partition("%")[0])
+        if is_inside(address) and not any(address in network for network in allowed):
+            refused.append(f"{address} is inside this network; --allow-networks {address} permits it")
+            raise PermissionError(refused[-1])
+        return socket.socket(family, kind, protocol)
+
+    # Without the environment's proxies, which would connect to addresses unseen, and without decompression.
+    session = aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT),
+        connector=aiohttp.TCPConnector(socket_factory=open_socket),
+        headers={"User-Agent": "phivision", "Accept-Encoding": "identity"},
+        auto_decompress=False,
+    )
     problem = ""
     async with asyncio.timeout(DEADLINE), session:
         for attempt in range(TRIES):
             if attempt:
                 await asyncio.sleep(PAUSE * 2 ** (attempt - 1))
             try:
-                async with session.get(url, headers={"User-Agent": "phivision"}, raise_for_status=True) as answer:
-                    content = b""
+                async with session.get(url, raise_for_status=True) as answer:
+                    content = bytearray()
                     async for piece in answer.content.iter_any():
                         content += piece
-                        if len(content) > MAX_DOWNLOAD:
-                            raise BadRecord("image-url", f"{shorten(url)} is larger than {MAX_DOWNLOAD // 2**20} MiB")
-                    return content
+                        if len(content) > LARGEST:
+                            raise BadRecord("image-url", f"{shorten(url)} is larger than {LARGEST // 2**20} MiB")
+                    return bytes(content)
             except BadRecord:
                 raise
-            except aiohttp.InvalidURL:
-                problem = "it is not a URL"
+            except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:  # the latter of a redirect
+                problem = f"{error} is no http URL"
                 break
             except aiohttp.ClientResponseError as error:
                 problem = f"status {error.status}"
@@ -195,18 +208,20 @@ async def _download(url: str) -> bytes:
                     break
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 problem = str(error)
-    raise BadRecord("image-url", f"{shorten(url)} cannot be fetched: {shorten(problem)}")
+                if refused:
+                    problem = refused[-1]
+                    break
+    raise BadRecord("image-url", f"{shorten(url)} cannot be fetched: {shorten(problem, 200)}")
 
 
-def _is_inside(url: str) -> bool:
-    """True if a URL's host has an address that the internet does not reach: loopback, private, link-local.
+def is_inside(address: Address) -> bool:
+    """True for an address that the internet does not reach: loopback, private, link-local, metadata of a cloud.
 
-    A data set may name such an address outright (the user's own server), but a redirect by a foreign server may not:
-    these addresses serve what only this machine should see. A name that cannot be resolved is left to the fetch.
+    These addresses serve what only this machine should see, so no data set may name them, neither in a URL nor by a
+    server's redirect or a name that resolves to them.
     """
-    try:
-        found = socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
-        addresses = [ipaddress.ip_address(str(address[0]).partition("%")[0]) for *_, address in found]
-    except (OSError, ValueError):  # ValueError: no URL, or no name
-        return False
-    return any(not address.is_global for address in addresses)
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address.ipv4_mapped
+        if inner is not None or address not in _GLOBAL_6:
+            return inner is None or is_inside(inner)
+    return not address.is_global or address.is_multicast or any(address in network for network in _INSIDE)

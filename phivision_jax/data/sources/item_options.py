@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 from pathlib import Path
 from typing import Any, Literal
 
 from phivision_jax.data.records import check_task
 
 Format = Literal["json", "parquet", "tfds", "array-record"]
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Unit = Literal["pixels", "thousand", "unit"]
 """Pixels of the upright image; thousandths of its sides; shares of its sides."""
 
@@ -37,14 +39,23 @@ class ItemOptions:
     """Rewrite coordinates in the texts of records with one image, [x, y] and [x1, y1, x2, y2], from this unit to shares
     of the image."""
     allow_urls: bool = False
-    """Download images whose paths are http or https URLs."""
-    any_extension: bool = False
-    """Accept image files whose names have the extension of another format."""
+    """Download images whose paths are http or https URLs, only from public addresses."""
+    allow_networks: tuple[str, ...] = ()
+    """Further addresses or networks of one's own servers from which URLs may be downloaded, as in 10.1.2.0/24."""
 
     @property
     def renames(self) -> dict[str, str]:
         """Their names → ours."""
         return {theirs: ours for theirs, _, ours in (pair.partition("=") for pair in self.rename)}
+
+    @property
+    def networks(self) -> list[Network]:
+        """``allow_networks`` as networks.
+
+        Raises:
+          ValueError: for what is neither an address nor a network.
+        """
+        return [ipaddress.ip_network(network) for network in self.allow_networks]
 
     def check(self) -> None:
         """Check the values.
@@ -54,6 +65,10 @@ class ItemOptions:
           NotADirectoryError: for a folder that does not exist.
         """
         check_task(self.task)
+        try:
+            _ = self.networks
+        except ValueError as error:
+            raise ValueError(f"--allow-networks: {error}") from None
         for pair in self.rename:
             theirs, _, ours = pair.partition("=")
             if not (theirs and ours):
@@ -69,4 +84,5 @@ class ItemOptions:
             "images": self.images and str(self.images.resolve()),
             "also_allow": [str(folder.resolve()) for folder in self.also_allow],
             "rename": list(self.rename),
+            "allow_networks": list(self.allow_networks),
         }

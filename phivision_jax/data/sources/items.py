@@ -40,7 +40,7 @@ from phivision_jax.data.records import MODES, Mode, Record, check_task
 from phivision_jax.data.sources import keys
 from phivision_jax.data.sources.conversations import Conversation, conversation_of
 from phivision_jax.data.sources.coordinates import fill_placeholders, find_box, rewrite_lists
-from phivision_jax.data.sources.fetch import fetch, is_given
+from phivision_jax.data.sources.fetch import fetch, is_given, other_format
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.source import ModeFrom, Read
 from phivision_jax.io.memory import limited_memory
@@ -50,6 +50,8 @@ from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
 
 IDS = ("id", "uid", "question_id")
 _DEEPEST = 100
+MOST_BYTES = 128 * 2**20
+"""Bytes of the images of a record together."""
 LARGE = 4 * 2**20
 """Bytes of a JSON item above which its memory is limited: empty lists take twenty times their text."""
 _PEEK = 2**16  # bytes of broken JSON in which an id is looked for
@@ -147,7 +149,7 @@ class ItemReader:
         unread = keys.unread(level, item, used=used, has_images=has_images) + conversation.unread
         if not keys.SPECIAL.isdisjoint(item) and keys.loss_flag(item, "the record: ") is False:
             raise BadRecord("empty-answer", "the record is marked as not to be learned")
-        images = self._images(listed, conversation)
+        images = self._images(listed, conversation, unread)
 
         def size_of(k: int) -> tuple[int, int]:
             return check_image(images[k], f"image {k}")
@@ -179,7 +181,7 @@ class ItemReader:
         record = Record(id, source, tuple(images), tuple(messages), mode, task, metadata, lineage or ())
         return Read(record, mode_from, system, where, tuple(unread))
 
-    def _images(self, listed: Sequence[Any], conversation: Conversation) -> list[bytes]:
+    def _images(self, listed: Sequence[Any], conversation: Conversation, unread: list[Any]) -> list[bytes]:
         """The bytes of the images, in the order of the markers, which a conversation without any may receive."""
         wanted = conversation.images
         if conversation.may_prepend and not wanted:
@@ -198,7 +200,15 @@ class ItemReader:
             escape = rf"; write <\{IMAGE_MARKER[1:]} where the text is meant" if free > len(listed) else ""
             raise BadRecord("image-count", problem + escape)
         rest, folder = iter(listed), self.options.images or self.folder
-        return [fetch(next(rest) if image is None else image, folder, self.options) for image in wanted]
+        images: list[bytes] = []
+        for image in wanted:
+            given = next(rest) if image is None else image
+            images.append(fetch(given, folder, self.options))
+            if other_format(given, images[-1]):
+                unread.append(("endings of image names (the content decides)", given))
+            if sum(map(len, images)) > MOST_BYTES:
+                raise BadRecord("image-size", f"its images have more than {MOST_BYTES:,} bytes together")
+        return images
 
 
 def settle_mode(

@@ -36,6 +36,7 @@ _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _END_OF_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
 # The first line of an object that continues on the next.
+_LONGEST_WORD = 16  # -Infinity, and what an error's position may be away from the end of a text that is cut
 _ESCAPED = re.compile(rb"\\.", re.DOTALL)
 _BRACKETS = np.zeros(256, np.int32)
 _BRACKETS[list(b"[{")], _BRACKETS[list(b"]}")] = 1, -1
@@ -158,7 +159,7 @@ def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
     text, base, start, first = "", offset, 0, True
     while True:
         start = _SPACE.match(text, start).end()  # type: ignore[union-attr]
-        end, closing, problem, beyond = start, None, "it has no closing bracket", ""
+        end, closing, problem, beyond, is_cut = start, None, "it has no closing bracket", "", True
         if first and text[start : start + 1] == "]":
             closing = _END_OF_ELEMENT.match(text, start)
         elif start < len(text):
@@ -166,11 +167,13 @@ def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
                 with limited_memory() if len(text) - start > LARGE else contextlib.nullcontext():
                     end = decode(text, start)[1]
                 closing, problem = _END_OF_ELEMENT.match(text, end), "neither a comma nor ] after an element"
+                is_cut = text[end : end + _LONGEST_WORD].isspace() or end + _LONGEST_WORD > len(text)
             except json.JSONDecodeError as error:
                 problem = error.msg.removesuffix(" at")
+                is_cut = problem.startswith("Unterminated") or error.pos + _LONGEST_WORD > len(text)
             except (ValueError, RecursionError, MemoryError) as error:
                 beyond = f"beyond what can be decoded: {shorten(str(error)) or 'it takes too much memory'}"
-        if end - start > LARGEST or closing is None and len(text) - start > LARGEST:
+        if end - start > LARGEST or (closing is None and is_cut and len(text) - start > LARGEST):
             beyond = f"longer than {LARGEST} bytes"
         if beyond:
             item = Piece(base + start, text[start : start + LARGE].encode("latin-1"), problem=beyond)
@@ -181,7 +184,7 @@ def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
                 closing = _END_OF_ELEMENT.match(text)
         if closing is None:
             # The window may end inside the element.
-            more = b"" if beyond else file.read(max(window, len(text) - start))
+            more = b"" if beyond or not is_cut else file.read(window if len(text) - start < LARGE else LARGEST)
             if more:
                 text, base, start = text[start:] + more.decode("latin-1"), base + start, 0
                 continue

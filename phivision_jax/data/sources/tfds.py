@@ -119,7 +119,9 @@ class TfdsSource:
     def _examples(self) -> Sequence[Any]:
         try:
             decoders = _decoders(self._builder.info.features)
-            with limited_memory(LIMIT + 2 * sum(size for _, size, _ in self._key)):  # TFDS reads parquet at once
+            with limited_memory(
+                LIMIT + 2 * sum(Path(file).stat().st_size for file in self._key)
+            ):  # TFDS reads parquet at once
                 return self._builder.as_data_source(split=self._split, decoders=decoders)
         except Exception as error:
             problem = shorten(str(error) or type(error).__name__, 300)

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import gzip
 import http.server
 import io
+import ipaddress
 import os
+import socket
 import threading
 import time
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -105,31 +110,39 @@ def test_fetch_raises_disk_errors(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, content, fits",
+    "name, content, other",
     [
-        ("x.png", encoded("JPEG"), False),
-        ("x.jpg", PNG, False),
-        ("x.JPG", encoded("JPEG"), True),
-        ("x.jpeg", encoded("JPEG"), True),
-        ("x.jpg", encoded("MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]), True),
-        ("x.mpo", encoded("JPEG"), True),
-        ("x.gif", encoded("WEBP"), False),
-        ("x.webp", encoded("WEBP"), True),
-        ("x.tif", encoded("TIFF"), True),
-        ("x.bin", PNG, True),
-        ("x", PNG, True),
-        ("x.png", b"", True),  # not an image at all: the check of records reports why
-        ("x.png", PNG[:10], True),
+        ("x.png", encoded("JPEG"), True),
+        ("x.jpg", PNG, True),
+        ("x.JPG", encoded("JPEG"), False),
+        ("x.jpeg", encoded("JPEG"), False),
+        ("x.jpg", encoded("MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]), False),
+        ("x.mpo", encoded("JPEG"), False),
+        ("x.gif", encoded("WEBP"), True),
+        ("x.webp", encoded("WEBP"), False),
+        ("x.tif", encoded("TIFF"), False),
+        ("x.bin", PNG, False),
+        ("x", PNG, False),
+        ("x.png", b"", False),  # not an image at all: the check of records reports why
+        ("x.png", PNG[:10], False),
     ],
 )
-def test_fetch_checks_extension(folder, name, content, fits):
+def test_content_decides_about_format(folder, name, content, other):
     (folder / name).write_bytes(content)
-    assert fetch(name, folder, any_extension=True) == content
-    if fits:
-        assert fetch(name, folder) == content
-    else:
-        assert reason(name, folder) == "image-extension"
-        assert fetch({"bytes": content, "path": name}, folder) == content, "the name in a struct is no path"
+    assert fetch(name, folder) == content
+    assert fetching.other_format(name, content) is other
+    assert not fetching.other_format({"bytes": content, "path": name}, content), "the name in a struct is no path"
+
+
+def test_fetch_limits_size(folder, monkeypatch):
+    monkeypatch.setattr(fetching, "LARGEST", 1000)
+    (folder / "large.png").write_bytes(b"x" * 1001)
+    (folder / "sparse.png").write_bytes(b"")
+    os.truncate(folder / "sparse.png", 2**40)
+    uri = "data:;base64," + base64.b64encode(b"x" * 1001).decode()
+    for value in ("large.png", "sparse.png", b"x" * 1001, {"bytes": b"x" * 1001}, uri, "data:," + "x" * 1001):
+        assert reason(value, folder) == "image-size"
+    assert fetch(b"x" * 1000, folder) == b"x" * 1000
 
 
 def test_fetch_data_uris(folder):
@@ -168,7 +181,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/to-ftp":
             status, headers = 302, {"Location": "ftp://127.0.0.1/x"}
         elif self.path == "/inward":
-            status, headers = 302, {"Location": f"http://127.0.0.1:{self.server.server_address[1]}/fine.jpg"}
+            status, headers = 302, {"Location": f"http://127.0.0.2:{self.server.server_address[1]}/fine.jpg"}
+        elif self.path == "/compressed":
+            headers, body = {"Content-Encoding": "gzip"}, gzip.compress(bytes(10**6))
         elif self.path.startswith("/slow"):
             return self.drip()
         self.send_response(status)
@@ -194,9 +209,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(fetching, "PAUSE", 0.0)
-    monkeypatch.setattr(fetching, "MAX_DOWNLOAD", 4000)
+    monkeypatch.setattr(fetching, "LARGEST", 4000)
     monkeypatch.setattr(fetching, "TIMEOUT", 5.0)
     Handler.asked.clear()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
@@ -207,14 +221,18 @@ def server(monkeypatch):
         thread.join()
 
 
+URLS = {"allow_urls": True, "allow_networks": ("127.0.0.1",)}
+
+
 def test_fetch_urls(server, folder):
     assert reason(f"{server}/fine.jpg", folder) == "image-url" and not Handler.asked, "URLs are not fetched by default"
     for path, tries in (("/fine.jpg", 1), ("/busy", 3), ("/moved", 1)):
-        assert fetch({"url": server + path}, folder, allow_urls=True) == PNG
+        assert fetch({"url": server + path}, folder, **URLS) == PNG
         assert Handler.asked.count(path) == tries
     for path, tries in (("/big", 1), ("/missing", 1), ("/down", 3), ("/short", 3), ("/to-file", 1), ("/to-ftp", 1)):
-        assert reason(server + path, folder, allow_urls=True) == "image-url"
+        assert reason(server + path, folder, **URLS) == "image-url"
         assert Handler.asked.count(path) == tries, path
+    assert len(fetch(f"{server}/compressed", folder, **URLS)) < 2000, "what a server compresses is not decompressed"
 
 
 @pytest.mark.parametrize("path", ["/slow-body", "/slow-headers"])
@@ -222,42 +240,86 @@ def test_fetch_url_deadline(server, folder, monkeypatch, path):
     monkeypatch.setattr(fetching, "DEADLINE", 0.3)
     begin = time.monotonic()
     with pytest.raises(BadRecord, match=r"not complete within 0\.3 seconds"):
-        fetch(server + path, folder, allow_urls=True)
+        fetch(server + path, folder, **URLS)
     assert time.monotonic() - begin < 1.5, "all of it would take 2 seconds"
 
 
-def test_fetch_rejects_redirect_inward(server, folder, monkeypatch):
-    assert fetch(f"{server}/inward", folder, allow_urls=True) == PNG, "allowed from an address inside"
-    monkeypatch.setattr(fetching, "_is_inside", lambda url: "127.0.0.1" in url)
-    Handler.asked.clear()
-    with pytest.raises(BadRecord, match=r"it leads to http://127\.0\.0\.1:\d+/fine\.jpg, inside this network"):
-        fetch(f"{server.replace('127.0.0.1', 'localhost')}/inward", folder, allow_urls=True)
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1", "localhost", "0x7f000001", "2130706433", "[::ffff:127.0.0.1]"])
+def test_fetch_refuses_addresses_inside(server, folder, monkeypatch, host):
+    monkeypatch.setenv("http_proxy", server)  # would connect on behalf of this machine
+    with pytest.raises(BadRecord, match=r"inside this network; --allow-networks|not a canonical IPv4 address"):
+        fetch(server.replace("127.0.0.1", host) + "/fine.jpg", folder, allow_urls=True)
+    assert not Handler.asked
+
+
+def test_fetch_refuses_redirect_inside(server, folder):
+    with pytest.raises(BadRecord, match=r"127\.0\.0\.2 is inside this network"):
+        fetch(f"{server}/inward", folder, **URLS)
     assert Handler.asked == ["/inward"]
 
 
+def test_fetch_checks_address_that_it_connects_to(server, folder, monkeypatch):
+    """A name that resolves to another address at each look-up (DNS rebinding) is looked up once."""
+    port = int(server.rpartition(":")[2])
+    answers: Iterator[str] = iter([])
+    looked_up, connected = [], []
+
+    def getaddrinfo(host, *_, **__):
+        looked_up.append(next(answers))
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (looked_up[-1], port))]
+
+    async def connect(self, sock, address):
+        connected.append(address[0])
+        raise ConnectionRefusedError(111, "refused")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(asyncio.selector_events.BaseSelectorEventLoop, "sock_connect", connect)
+    for public, private in ((["93.184.215.14"] * 3, "127.0.0.1"), ([], "127.0.0.1")):
+        answers = iter([*public[:1], private, private, private])
+        looked_up.clear(), connected.clear()
+        assert reason(f"http://rebind.test:{port}/fine.jpg", folder, allow_urls=True) == "image-url"
+        assert (len(looked_up), connected) == (1, public)
+
+
 @pytest.mark.parametrize(
-    "host, inside",
+    "address, inside",
     [
         ("127.0.0.1", True),
-        ("127.1", True),
-        ("localhost", True),
-        ("[::1]", True),
-        ("[::ffff:10.0.0.1]", True),
-        ("10.1.2.3:80", True),
-        ("192.168.0.1", True),
-        ("169.254.169.254", True),
-        ("[fe80::1]", True),
         ("0.0.0.0", True),
+        ("10.1.2.3", True),
+        ("172.16.0.1", True),
+        ("192.168.0.1", True),
+        ("100.100.100.200", True),  # metadata of a cloud, as are the next three
+        ("169.254.169.254", True),
+        ("192.0.0.192", True),
+        ("168.63.129.16", True),
+        ("224.0.0.1", True),
+        ("255.255.255.255", True),
+        ("::", True),
+        ("::1", True),
+        ("::127.0.0.1", True),
+        ("::ffff:10.0.0.1", True),
+        ("64:ff9b::7f00:1", True),
+        ("64:ff9b::a9fe:a9fe", True),
+        ("64:ff9b:1::808:808", True),
+        ("2002:7f00:1::", True),
+        ("2001:0:7f00:1::", True),
+        ("fe80::1", True),
+        ("fd00:ec2::254", True),
+        ("ff02::1", True),
         ("8.8.8.8", False),
-        ("user@8.8.8.8:80", False),
-        ("[2606:4700::1111]", False),
-        ("", False),
-        ("[::1", False),
-        ("no name", False),
+        ("::ffff:8.8.8.8", False),
+        ("64:ff9b::808:808", False),
+        ("2606:4700::1111", False),
     ],
 )
-def test_is_inside(host, inside):
-    assert fetching._is_inside(f"http://{host}/x") is inside
+def test_is_inside(address, inside):
+    assert fetching.is_inside(ipaddress.ip_address(address)) is inside
+
+
+def test_allow_networks_needs_addresses():
+    with pytest.raises(ValueError, match="--allow-networks: 'my-server' does not appear"):
+        ItemOptions(allow_networks=("my-server",)).check()
 
 
 @pytest.mark.parametrize(
@@ -265,7 +327,6 @@ def test_is_inside(host, inside):
     ["gs://bucket/x", "ftp://127.0.0.1/x", "http://", "http://127.0.0.1:1/x", "s3://bucket/x", "http://[::1/x"],
 )
 def test_fetch_rejects_bad_urls(folder, monkeypatch, url):
-    monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(fetching, "PAUSE", 0.0)
     assert reason(url, folder, allow_urls=True) == "image-url"
     assert reason(url, folder) == "image-url"
