@@ -36,8 +36,8 @@ _HEADER_LIMIT = 8 * 2**20
 # Buffers without content of their own, which other versions of transformers save; they are checked and ignored.
 _BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|position_ids)$")
 _BUFFER_DTYPES = DTYPES | {"I64": np.dtype(np.int64)}
-_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel", "language_model.": "another transformers"}
-_WRAPPERS |= {"base_model.model.": "PEFT", "base_layer.": "PEFT"}
+_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DataParallel"}
+_WRAPPERS |= {"language_model.": "another version of transformers", "base_model.model.": "PEFT", "base_layer.": "PEFT"}
 """Parts of names that show who saved a wrapped model."""
 _FOREIGN = {
     r"model\.safetensors(\.index\.json)?": "is a Hugging Face directory ({}): phivision convert to-jax converts it",

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from phivision_jax.checkpoint.layout import COMMAND
-from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, field_types, typed
+from phivision_jax.config import (
+    LARGEST_SIZE,
+    DecoderConfig,
+    ModelConfig,
+    ProjectorConfig,
+    VisionConfig,
+    field_types,
+    typed,
+)
 from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.io.read_json import read_json
 from phivision_jax.io.storage import Location, check_links, location
@@ -78,8 +86,10 @@ def read_config(source: Mapping[str, Any] | str | Location) -> tuple[str, Mappin
     name, values, generation = str(path), read_json(path), path.with_name(GENERATION)
     stops = _stop_ids(name, values)
     if generation.is_file():
-        stops += _stop_ids(str(generation), read_json(generation))
-        name += f" with {GENERATION}"
+        more, size = _stop_ids(str(generation), read_json(generation)), values.get("vocab_size")
+        if beyond := [i for i in more if not 0 <= i < (size if isinstance(size, int) else LARGEST_SIZE)]:
+            raise ValueError(f"{generation}: eos_token_id {shorten(beyond[0])} is not in the vocabulary")
+        stops += more
     return name, {**values, "eos_token_id": [*dict.fromkeys(stops)]}
 
 

@@ -52,16 +52,8 @@ def test_generation_config_json(tmp_path: Path) -> None:
         file.write_bytes(content)
         model_config(tmp_path)
 
-    assert (
-        survivors(
-            b'{"eos_token_id": [46, 44], "pad_token_id": 47, "top_p": 0.9}',
-            read,
-            str(file),
-            f"with {file.name}",
-            count=300,
-        )
-        > 50
-    )
+    content = b'{"eos_token_id": [46, 44], "pad_token_id": 47, "top_p": 0.9}'
+    assert survivors(content, read, str(file), count=300) > 50
 
 
 def test_index(tmp_path: Path) -> None:
