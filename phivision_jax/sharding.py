@@ -110,8 +110,8 @@ def default_sizes(
 def generation_sizes(params: nnx.State, itemsize: int, num_devices: int, device_bytes: float | None) -> dict[str, int]:
     """Sizes of the mesh axes for generation: as few shards of the weights as leave room for the cache.
 
-    Every axis divides what it shards. Further devices hold replicas with prompts of their own, or nothing where fewer
-    devices can hold the weights and more cannot.
+    Every axis divides what it shards. Further devices hold replicas with prompts of their own; one of an odd number of
+    devices that cannot hold the weights is left out.
 
     Args:
       params: abstract parameters with their logical axes, as for ``param_shardings``.
@@ -125,18 +125,14 @@ def generation_sizes(params: nnx.State, itemsize: int, num_devices: int, device_
         for axis, dim in zip(variable.get_metadata()["out_sharding"], variable.get_value().shape, strict=True):
             for name in names_of(rule(axis)) if axis else ():
                 common[name] = math.gcd(common.get(name, 0), dim)
-    options = []
-    for count in range(num_devices, 0, -1):
-        tensor = math.gcd(GENERATION_TENSOR, common["tensor"], count)
-        for fsdp in range(1, FSDP_GROUP + 1):
-            if count % (tensor * fsdp) or common["fsdp"] % fsdp:
-                continue
-            options.append({"data": count // (tensor * fsdp), "fsdp": fsdp, "tensor": tensor})
-            if device_bytes and weights / (tensor * fsdp) <= WEIGHTS_SHARE * device_bytes:
-                return options[-1]
-        if device_bytes is None:
-            break
-    return max(options, key=lambda sizes: sizes["fsdp"] * sizes["tensor"])
+    tensor = math.gcd(GENERATION_TENSOR, common["tensor"], num_devices)
+    rest = num_devices // tensor
+    groups = [n for n in range(1, FSDP_GROUP + 1) if rest % n == 0 and common["fsdp"] % n == 0]
+    room = WEIGHTS_SHARE * (device_bytes or 0)
+    fsdp = next((n for n in groups if weights / (tensor * n) <= room), groups[-1])
+    if device_bytes and num_devices % 2 and num_devices > 1 and weights / (tensor * fsdp) > room:
+        return generation_sizes(params, itemsize, num_devices - 1, device_bytes)
+    return {"data": rest // fsdp, "fsdp": fsdp, "tensor": tensor}
 
 
 def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:

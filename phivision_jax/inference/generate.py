@@ -19,7 +19,7 @@ import contextlib
 import functools
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -235,11 +235,11 @@ def _conversation(prompt: Any, num_images: int) -> list[Any]:
     return messages
 
 
-_NUMBERS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    "max_new_tokens": ("an integer of at least 1", lambda x: x >= 1 and x == int(x)),
-    "temperature": ("a number of at least 0", lambda x: x >= 0),
-    "top_p": ("a number above 0 and at most 1", lambda x: 0 < x <= 1),
-    "seed": ("an integer of 63 bits", lambda x: abs(x) < 2**63 and x == int(x)),
+_NUMBERS: Mapping[str, tuple[str, float, float]] = {
+    "max_new_tokens": ("an integer of at least 1", 1, 2**31),
+    "temperature": ("a number of at least 0", 0, math.inf),
+    "top_p": ("a number above 0 and at most 1", 1e-30, 1),
+    "seed": ("an integer of 63 bits", -(2**63), 2**63 - 1),
 }
 
 
@@ -249,8 +249,9 @@ def _number(name: str, value: Any) -> Any:
     Raises:
       ValueError: for anything but a finite number in its range.
     """
-    wanted, in_range = _NUMBERS[name]
+    wanted, least, most = _NUMBERS[name]
     sound = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not sound or not in_range(value):
+    integer = "integer" in wanted
+    if not sound or not least <= value <= most or (integer and value != int(value)):
         raise ValueError(f"{name} must be {wanted}, not {shorten(value)}")
-    return int(value) if "integer" in wanted else float(value)
+    return int(value) if integer else float(value)

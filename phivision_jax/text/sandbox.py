@@ -1,13 +1,12 @@
 """A jinja environment for templates of unknown origin, which renders in bounded time and memory.
 
 Attributes and calls are those of jinja's immutable sandbox. Beyond it, everything that a template makes is paid for
-from a budget of characters before it exists: what it puts into output, text and containers, and the most that a call or
-an operator can return. Every payment and every turn of a loop looks at the clock.
+from a budget of characters: values when they are printed, joined or put into a container, results of calls, and before
+it exists what an operation can make of small operands. Every payment and every turn of a loop looks at the clock.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import re
@@ -30,39 +29,31 @@ SECONDS = 10.0
 """Longest time of one rendering."""
 BITS = 2**17
 """Largest integer."""
+WIDTH = 1000
+"""Digits of a width in a format string come to less than this."""
 
-_ITEM = 8  # characters for an item of a container
-_FORMATS = frozenset(("%", "format", "format_map"))
-# Filters and methods whose results, or times, can be as large as the product of their operands.
-_GROWING = {*_FORMATS, "*", "batch", "center", "indent", "join", "ljust", "replace", "rfind", "rindex", "rjust"} | {
-    *("round", "rpartition", "rsplit", "slice", "tojson", "zfill")
+_FORMATS = {"%", "format", "format_map"}
+_GROWING = {*_FORMATS, "*", "indent", "join", "replace", "rsplit", "tojson"}
+"""Filters, methods and operators whose results, or times, can be as large as the product of their operands."""
+_REFUSED = {"batch", "center", "expandtabs", "from_bytes", "ljust", "pprint", "rfind", "rindex", "rjust", "round"} | {
+    *("rpartition", "slice", "striptags", "to_bytes", "translate", "urlize", "wordwrap", "xmlattr", "zfill")
 }
-# Those that return at most an item or a reference for each of their operand's.
-_CHEAP = {"count", "d", "default", "first", "get", "items", "keys", "last", "length", "list", "map", "max", "min"} | {
-    *("reject", "rejectattr", "reverse", "select", "selectattr", "sort", "sum", "unique", "values")
-}
-# Slower than that, and of no use for conversations.
-_REFUSED = {"expandtabs", "from_bytes", "pprint", "striptags", "to_bytes", "translate", "urlize", "wordwrap", "xmlattr"}
+"""The same, of no use for conversations."""
 
 _budget: ContextVar[list[float]] = ContextVar("budget")  # characters left, and the deadline
 
 
-@contextlib.contextmanager
-def budget(characters: int) -> Iterator[None]:
-    """Limits for the rendering inside the block, of a conversation of this many characters.
-
-    Raises:
-      SecurityError: when they are exceeded.
-    """
-    token = _budget.set([CHARACTERS + PER_CHARACTER * characters, time.monotonic() + SECONDS])
-    try:
-        yield
-    finally:
-        _budget.reset(token)
+def start(characters: int) -> None:
+    """Begin the rendering of a conversation of this many characters in this thread."""
+    _budget.set([CHARACTERS + PER_CHARACTER * characters, time.monotonic() + SECONDS])
 
 
 def spend(characters: int) -> None:
-    """Take from the budget in force."""
+    """Take from the budget.
+
+    Raises:
+      SecurityError: when it is used up.
+    """
     left = _budget.get()
     left[0] -= abs(characters)
     if left[0] < 0:
@@ -75,8 +66,8 @@ def _size(value: Any) -> int:
     if isinstance(value, str | bytes):
         return len(value)
     if isinstance(value, Mapping):
-        return sum(_ITEM + _size(key) + _size(item) for key, item in value.items())
-    return sum(_ITEM + _size(item) for item in value) if isinstance(value, list | tuple | set) else 1
+        value = [*value.items()]
+    return sum(8 + _size(item) for item in value) if isinstance(value, list | tuple | range) else 1
 
 
 def _pay(value: Any) -> Any:
@@ -84,49 +75,47 @@ def _pay(value: Any) -> Any:
     return value
 
 
-def _pay_call(name: str, operand: Any, others: Iterable[Any]) -> None:
-    """Spend what a filter, a method or an operator can at most return."""
+def _check(name: str, operand: Any, others: Iterable[Any]) -> None:
+    """Spend what a filter, a method or an operator can make of small operands."""
     if name in _REFUSED:
         raise SecurityError(f"{name} is not available in chat templates")
-    if name in _CHEAP:
-        return spend(len(operand) if isinstance(operand, str | bytes | list | tuple) else 1)
     if name not in _GROWING:
-        return spend(_size(operand))
+        return
+    if name in _FORMATS and re.search(r"\d{4}|%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", str(operand)):
+        raise SecurityError("a format may have no width over 999, nor one from its values")
     factors = [abs(x) if isinstance(x, int) and name not in _FORMATS else _size(x) for x in others]
-    if name not in _FORMATS:
-        # The text that is replaced has no part in the result.
-        return spend((_size(operand) + 1) * (max(factors[name == "replace" :], default=0) + 1))
-    text = str(operand)
-    if re.search(r"%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", text):
-        raise SecurityError("a format may not take widths from its values")
-    factors += map(int, re.findall(r"\d{1,9}", text))
-    return spend(len(text) + (text.count("%") + text.count("{")) * max(factors, default=0))
+    # The text that is replaced has no part in the result.
+    spend((_size(operand) + 1) * (max([WIDTH * (name in _FORMATS), *factors[name == "replace" :]]) + 1))
+
+
+def _result(value: Any) -> Any:
+    """The result of a call, paid for; of a container only its places, since its items are older."""
+    value = list(value) if isinstance(value, Iterator) else value
+    spend(len(value) if isinstance(value, str | bytes | list | tuple) else 1)
+    return value
 
 
 class _Paying(NodeTransformer):
-    """Inserts ``_pay`` as a filter where values are printed, joined or put into containers, and into loops."""
+    """Inserts ``_pay`` as a filter, and ``spend`` into loops."""
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         super().generic_visit(node, *args, **kwargs)
         if isinstance(node, nodes.Output | nodes.Concat):
             node.nodes = [_paid(child) for child in node.nodes]
-        elif isinstance(node, nodes.List | nodes.Tuple) and getattr(node, "ctx", "load") == "load":
-            node.items = [_paid(item) for item in node.items]
-        elif isinstance(node, nodes.Pair):
-            node.key, node.value = _paid(node.key), _paid(node.value)
         elif isinstance(node, nodes.For):
             text = sum(len(data.data) for part in node.body for data in part.find_all(nodes.TemplateData))
-            node.body.insert(0, nodes.ExprStmt(nodes.Filter(nodes.Const(text), "_spend", [], [], None, None)))
+            node.body.insert(0, nodes.ExprStmt(_paid(nodes.Const(text), "_spend")))
+        elif isinstance(node, nodes.List | nodes.Dict | nodes.Tuple) and getattr(node, "ctx", "load") == "load":
+            return _paid(node)
         return node
 
 
-def _paid(node: nodes.Expr) -> nodes.Expr:
-    constant = isinstance(node, nodes.Const | nodes.TemplateData)
-    return node if constant else nodes.Filter(node, "_pay", [], [], None, None)
+def _paid(node: nodes.Expr, name: str = "_pay") -> nodes.Expr:
+    return node if isinstance(node, nodes.TemplateData) else nodes.Filter(node, name, [], [], None, None)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """See the module's docstring; templates must be rendered inside ``budget``."""
+    """See the module's docstring; ``start`` must be called before a template is rendered."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -143,33 +132,25 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps str.format
         name, operand = getattr(method, "__name__", ""), getattr(method, "__self__", None)
-        if name == "join" and args and not isinstance(args[0], str | list | tuple):
-            args = (list(args[0]), *args[1:])
-        _pay_call(name, operand, (*args, *kwargs.values()))
-        return super().call(__context, __obj, *args, **kwargs)
+        _check(name, operand, (*args, *kwargs.values()))
+        return _result(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if isinstance(left, int) and isinstance(right, int):
             if left.bit_length() * (right if operator == "**" else 1) + right.bit_length() > BITS:
                 raise SecurityError("a number is too large")
-        elif operator == "+":
-            spend(sum(len(x) for x in (left, right) if isinstance(x, str | bytes | list | tuple)))
-        elif operator == "*" and isinstance(left, int):
-            _pay_call("*", right, (left,))
-        elif isinstance(left, str | bytes | list | tuple):
-            _pay_call(operator, left, right if isinstance(right, tuple) else (right,))
-        return super().call_binop(context, operator, left, right)
+        elif not isinstance(left, float):
+            _check(operator, *((right, (left,)) if isinstance(left, int) else (left, (right,))))
+        return _result(super().call_binop(context, operator, left, right))
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter that pays before it is called."""
+    """A filter that is checked and pays for its result."""
+    first = int(hasattr(function, "jinja_pass_arg"))  # before the value, such filters receive the context
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        first = int(hasattr(function, "jinja_pass_arg"))  # before the value, such filters receive the context
-        if name == "join" and not isinstance(args[first], str | list | tuple):
-            args = (*args[:first], list(args[first]), *args[first + 1 :])
-        _pay_call(name, args[first], (*args[first + 1 :], *kwargs.values()))
-        return function(*args, **kwargs)
+        _check(name, args[first], (*args[first + 1 :], *kwargs.values()))
+        return _result(function(*args, **kwargs))
 
     return bounded
