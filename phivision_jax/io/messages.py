@@ -20,7 +20,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def first_difference(ours: Any, theirs: Any) -> str | None:
     """The first of ``differences``, as "stages.0.epochs is 2.0 there, 1.0 here"; None for equal values."""
     found = next(differences(theirs, ours), None)
-    return found and "{} is {} there, {} here".format(*found)
+    return found and "{} is {} there, {} here".format(*map(shorten, found))
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

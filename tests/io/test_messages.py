@@ -25,3 +25,8 @@ def test_first_line_is_short():
     assert first_line(ValueError("a b:\nmore")) == "a b" and first_line(KeyError()) == "KeyError"
     line = first_line(ValueError("begin " + "x" * 1000 + " end"))
     assert line.startswith("begin") and line.endswith("end") and len(line) < 310
+
+
+def test_difference_of_very_long_values_is_short():
+    sentence = first_difference({"path": "x" * 200_000}, {"path": ["y" * 200_000] * 9})
+    assert sentence.startswith("path is ['yyy") and " there, xxx" in sentence and len(sentence) < 300
