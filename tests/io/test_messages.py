@@ -1,5 +1,6 @@
 """Parts of messages."""
 
+from phivision_jax.io import messages
 from phivision_jax.io.messages import did_you_mean, differences, first_line
 
 
@@ -28,5 +29,5 @@ def test_first_line_is_short():
 
 
 def test_difference_of_very_long_values_is_short():
-    sentence = first_difference({"path": "x" * 200_000}, {"path": ["y" * 200_000] * 9})
+    sentence = messages.first_difference({"path": "x" * 200_000}, {"path": ["y" * 200_000] * 9})
     assert sentence.startswith("path is ['yyy") and " there, xxx" in sentence and len(sentence) < 300
