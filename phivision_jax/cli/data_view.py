@@ -121,8 +121,10 @@ def _open(paths: tuple[Path, ...], checkpoint: Path | None, check: bool = True) 
     if not paths:
         raise ValueError("name at least one dataset directory")
     opened, processor = [Dataset.open(path) for path in paths], processor_for(checkpoint)
-    for dataset in opened if check else []:
-        check_processor(dataset, processor)
+    for dataset in opened:
+        dataset.index.check(dataset.directory)
+        if check:
+            check_processor(dataset, processor)
     return opened, processor
 
 

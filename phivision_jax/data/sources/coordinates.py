@@ -17,16 +17,19 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from types import UnionType
 from typing import Any
 
+from phivision_jax.config import typed
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources.item_options import Unit
 from phivision_jax.data.sources.keys import is_blank
 
 TOLERANCE = 0.01
 _UNITS: dict[Any, Unit] = {"real": "pixels", "norm1": "unit", "norm1000": "thousand"}
-_KINDS = ("ref", "bbox", "point")
+_KINDS: dict[str, Any] = {
+    "ref": tuple[str, ...], "bbox": tuple[tuple[float, float, float, float], ...],
+    "point": tuple[tuple[float, float], ...], "image_id": tuple[int, ...],
+}  # fmt: skip
 
 _PLACEHOLDER = re.compile("<(ref|bbox|point)>")
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
@@ -70,24 +73,24 @@ def fill_placeholders(
     """
     if not isinstance(objects, Mapping):
         raise BadRecord("fields", f"objects is {type(objects).__name__}: it must be a dict of lists")
-    others = (key for key in objects if key not in (*_KINDS, "image_id", "bbox_type") and not is_blank(objects[key]))
+    others = (key for key in objects if key not in (*_KINDS, "bbox_type") and not is_blank(objects[key]))
     if (other := next(others, None)) is not None:
         raise BadRecord("unread", f"objects has the field {other!s:.100}, which may change its boxes: remove it")
     if (stated := objects.get("bbox_type")) is not None:
         if str(stated) not in _UNITS:
             raise BadRecord("unread", f"objects: bbox_type is {stated!r:.100}: it must be one of {', '.join(_UNITS)}")
         unit = _UNITS[str(stated)]
-    given = {kind: _list(objects.get(kind), kind) for kind in _KINDS}
-    boxes = [_numbers(box, "bbox", 4) for box in given["bbox"]]
-    points = [_numbers(point, "point", 2) for point in given["point"]]
-    if not all(isinstance(ref, str) for ref in given["ref"]):
-        raise BadRecord("fields", "objects: ref must be a list of strings")
+    try:
+        given = {kind: typed(objects.get(kind) or [], hint, f"objects: {kind}") for kind, hint in _KINDS.items()}
+    except ValueError as error:
+        raise BadRecord("fields", str(error)) from None
+    boxes, points = given["bbox"], given["point"]
     found = [match[1] for message in messages for match in _PLACEHOLDER.finditer(message["content"])]
-    for kind in _KINDS:
+    for kind in ("ref", "bbox", "point"):
         if found.count(kind) != len(given[kind]):
             counts = f"{found.count(kind)} <{kind}> in the messages, but {len(given[kind])} in objects"
             raise BadRecord("coordinates", counts)
-    where = _images(_list(objects.get("image_id"), "image_id"), len(boxes) + len(points), images, unit)
+    where = _images(given["image_id"], len(boxes) + len(points), images, unit)
     sizes = [functools.partial(size_of, image) for image in where]
     shares = [normalised(numbers, unit, size) for numbers, size in zip(boxes + points, sizes, strict=True)]
     values = {"ref": iter(given["ref"]), "bbox": iter(shares[: len(boxes)]), "point": iter(shares[len(boxes) :])}
@@ -117,28 +120,7 @@ def find_box(messages: Sequence[Mapping[str, Any]]) -> str | None:
     return next((match[0] for match in found if max(map(float, match.groups())) > 1), None)
 
 
-def _list(value: Any, kind: str) -> list[Any]:
-    if value is not None and not isinstance(value, list):
-        raise BadRecord("fields", f"objects: {kind} is {type(value).__name__}: it must be a list")
-    return value or []
-
-
-def _is_number(value: Any, kind: type | UnionType) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _numbers(box: Any, kind: str, length: int) -> list[float]:
-    if not isinstance(box, list) or not all(_is_number(n, int | float) for n in box):
-        raise BadRecord("fields", f"objects: a {kind} must be a list of {length} numbers")
-    if len(box) != length:
-        raise BadRecord("coordinates", f"objects: a {kind} has {length} numbers, not {len(box)}")
-    try:
-        return [float(n) for n in box]
-    except OverflowError:
-        raise BadRecord("coordinates", f"objects: a {kind} with a number too large for any image") from None
-
-
-def _images(image_id: list[Any], count: int, images: int, unit: Unit) -> list[int]:
+def _images(image_id: Sequence[int], count: int, images: int, unit: Unit) -> Sequence[int]:
     """The image of each box and point."""
     if not image_id:
         if count and unit == "pixels" and images != 1:
@@ -146,6 +128,6 @@ def _images(image_id: list[Any], count: int, images: int, unit: Unit) -> list[in
         return [0] * count
     if len(image_id) != count:
         raise BadRecord("coordinates", f"objects: {len(image_id)} numbers in image_id for {count} boxes and points")
-    if not all(_is_number(i, int) and 0 <= i < images for i in image_id):
+    if not all(0 <= i < images for i in image_id):
         raise BadRecord("coordinates", f"objects: image_id names an image that is not among the {images} of the record")
     return image_id

@@ -32,6 +32,7 @@ from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, Record
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.io.html import RED, Figure, Section, Span, Style, Table, image_figure, plot
+from phivision_jax.io.messages import shorten
 from phivision_jax.processor import Processor
 from phivision_jax.rows import Example
 from phivision_jax.text.constants import IGNORE
@@ -260,7 +261,7 @@ def _table(examples: list[list[int]], datasets: Sequence[Dataset], found: RowLay
         images = [image for image in found.images if image.segment == segment]
         image_tokens = sum(np.ptp(image.tokens) for image in images)
         kind = f"{MODES[index.modes[record]]} / {index.task_names[index.tasks[record]]}"
-        names = (f"{segment}", name, datasets[source].directory.name, kind, failed.get(name, ""))
+        names = (f"{segment}", name, datasets[source].directory.name, kind, failed.get(shorten(name), ""))
         counts = (stop - start - image_tokens, image_tokens, sum(np.ptp(image.patches) for image in images))
         rows.append((*names, *(f"{count:,}" for count in counts)))
     header = ("example", "record", "dataset", "mode / task", "", "text tokens", "image tokens", "patches")

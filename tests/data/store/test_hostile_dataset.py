@@ -17,6 +17,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from phivision_jax.batch import RowShape
+from phivision_jax.cli.data_view import show
 from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import Plan, make_plan
@@ -151,6 +152,8 @@ def test_index_out_of_range_is_refused(copy, processor, name, change):
     dataset = Dataset.open(copy)
     with pytest.raises(ValueError, match=f"the index of {copy} is damaged"):
         make_plan([dataset], Mixture.from_directories(copy), processor, SHAPE)
+    with pytest.raises(ValueError, match=f"the index of {copy} is damaged"):
+        show((copy,), out=copy / "page.html")
     (problem,) = validate(copy, workers=0, progress=False).problems
     assert (problem.where, problem.reason) == ("index", "index")
 
