@@ -6,11 +6,12 @@ them. Weights & Biases keeps everything it received, so repeated steps appear tw
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import secrets
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class MetricsWriter:
             self._wandb = _start_wandb(wandb, run, config or {}) if wandb else None
             jsonl.truncate(self._path, from_step)
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=from_step + 1, write_to_disk=True)
+            _tolerate_full_disk(self._board)
             for file in (run / CONFIG, run / COMMAND):
                 if file.exists():
                     self._board.add_text(file.stem, textwrap.indent(file.read_text(), "    "), from_step + 1)
@@ -89,6 +91,24 @@ class MetricsWriter:
             self._board.close()
             if self._wandb:
                 self._wandb.finish()
+
+
+def _tolerate_full_disk(board: SummaryWriter) -> None:
+    """Let TensorBoard's events be lost when they cannot be written; other files report the disk.
+
+    Otherwise the thread that writes them would end with a traceback, and the queue to it would block training.
+    """
+    file = board.file_writer.event_writer._ev_writer
+
+    def tolerant(write: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            with contextlib.suppress(OSError):
+                write(*args)
+
+        return call
+
+    for name in ("write_event", "flush", "close"):
+        setattr(file, name, tolerant(getattr(file, name)))
 
 
 def import_wandb(project: str) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import types
 
 import jax
@@ -139,3 +140,24 @@ def test_missing_wandb_package_drops_nothing(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"wandb is 'phi', but the package is not installed: pip install"):
         MetricsWriter(tmp_path, 10, wandb="phi")
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [10, 20]
+
+
+def test_full_disk_loses_events_of_tensorboard_only(tmp_path):
+    """Its thread would die, and its queue of ten would block the next step for ever."""
+    writer = MetricsWriter(tmp_path)
+    file = writer._board.file_writer.event_writer._ev_writer._py_recordio_writer
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    file.write = file.flush = file.close = full
+
+    def train():
+        for step in range(1, 41):
+            writer.write(step, {"loss": 1.0, "weight": 2.0})
+        writer.close()
+
+    training = threading.Thread(target=train, daemon=True)
+    training.start()
+    training.join(60)
+    assert not training.is_alive() and len(read_metrics(tmp_path)) == 40
