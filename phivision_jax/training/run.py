@@ -286,7 +286,7 @@ class Run:
         try:
             yield
         except Exception as error:
-            due, self.due = self.due, None
+            due = None if isinstance(error, CheckpointError) else self.due
             everywhere = isinstance(error, FloatingPointError) or (due and not isinstance(error, OSError))
             if jax.process_count() == 1 or everywhere:
                 with contextlib.suppress(CheckpointError), self.phase("checkpoint", LONG_S):
