@@ -159,6 +159,10 @@ class ItemReader:
         elif images and item.get("objects") is None and (box := find_box(messages)):
             unread.append(("boxes in texts", box))
         if item.get("objects") is not None:
+            size = item.get("width"), item.get("height")
+            if options.boxes == "pixels" and len(images) == 1 and None not in size and size != size_of(0):
+                problem = f"width and height are {size!r:.60}, but the image has {size_of(0)}: see --boxes"
+                raise BadRecord("coordinates", problem)
             fill_placeholders(messages, item["objects"], options.boxes, len(images), size_of)
         stated = _optional(item, "mode")
         if stated is not None and stated not in MODES:

@@ -150,6 +150,14 @@ def test_shares_given_in_another_unit_are_refused(unit, box):
     assert isinstance(read(item, boxes="unit"), Read)
 
 
+def test_boxes_of_an_image_that_has_been_resized_are_refused():
+    objects = {"ref": ["cup"], "bbox": [[64, 30, 128, 90]]}
+    item = ask("<ref> at <bbox>", "<image>where?", image=png(640, 300), objects=objects)
+    refused(item | {"width": 1280, "height": 600}, "width and height are (1280, 600), but the image has (640, 300)")
+    for fields in ({}, {"width": 640, "height": 300}, {"width": 640}):
+        assert isinstance(read(item | fields), Read)
+
+
 def test_boxes_in_texts_are_named_or_rewritten():
     item = ask("at [64, 30, 128, 90]", "<image>where?", image=png(640, 300))
     result = read(item)
