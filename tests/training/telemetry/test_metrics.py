@@ -143,7 +143,7 @@ def test_missing_wandb_package_drops_nothing(tmp_path, monkeypatch):
 
 
 def test_full_disk_loses_events_of_tensorboard_only(tmp_path):
-    """Its thread would die, and its queue of ten would block the next step for ever."""
+    """Its thread would die, and its queue of ten would block the next step forever."""
     writer = MetricsWriter(tmp_path)
     file = writer._board.file_writer.event_writer._ev_writer._py_recordio_writer
 
