@@ -142,7 +142,7 @@ def test_end_during_the_wait_is_believed_at_once(run, elsewhere, monkeypatch):
         assert owners(run).keys() == {"2.json"}
 
 
-@pytest.mark.parametrize("content", [b"", b'{"tok', b"[1]", b'{"token": 1}', b"\0" * 20])
+@pytest.mark.parametrize("content", [b"", b'{"tok', b"[1]", b'{"token": 1}', b"\0" * 20], ids=range(5))
 def test_unreadable_owner_counts_as_alive_until_it_is_silent(run, monkeypatch, content):
     monkeypatch.setattr(run_lock, "SILENT_S", 0.2)
     leave(run)
@@ -195,6 +195,7 @@ def test_of_starts_at_one_moment_one_wins(run, monkeypatch, left, far):
     while len(lost) < 3:
         assert time.monotonic() < deadline, (len(won), lost)
         time.sleep(0.02)
+    won[0].check()
     over.set()
     for thread in threads:
         thread.join()

@@ -104,6 +104,15 @@ def test_upload_download_remove(place, folder, tmp_path):
     storage.remove(place / "nowhere")
 
 
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+def test_create_succeeds_once(where, bucket, tmp_path):
+    path = (tmp_path if where == "disk" else storage.location(bucket)) / "file"
+    assert storage.create(path, b"first") and not storage.create(path, b"second")
+    assert path.read_bytes() == b"first"
+    path.unlink()
+    assert storage.create(path, b"third") and path.read_bytes() == b"third"
+
+
 def test_transfers_show_progress(place, tmp_path, capsys):
     storage.download(place, tmp_path / "back", description="download")
     assert "download" in capsys.readouterr().out

@@ -96,15 +96,19 @@ def with_generations(handler: Callable[..., None]) -> Callable[..., None]:
     """Add what the emulator lacks and TensorStore needs: generations of objects, in answers and in conditions."""
     from gcp_storage_emulator.exceptions import NotFound
 
+    def name_of(request: Any) -> str:
+        if request.query.get("uploadType") == ["multipart"]:
+            return request.data["meta"]["name"]
+        return (request.params or {}).get("object_id") or request.query.get("name", [""])[0]
+
     def generation(request: Any, storage: Any) -> str:
-        name = request.params.get("object_id") or request.query.get("name", [""])[0]
         try:
-            return str(storage.get_file_obj(request.params["bucket_name"], name)["generation"])
+            return str(storage.get_file_obj(request.params["bucket_name"], name_of(request))["generation"])
         except NotFound:
             return "0"
 
     def handle(request: Any, response: Any, storage: Any) -> None:
-        named = "object_id" in (request.params or {}) or "name" in request.query
+        named = name_of(request)
         now = generation(request, storage) if named else "0"
         if request.query.get("ifGenerationMatch", [now]) != [now]:
             response.status = HTTPStatus.PRECONDITION_FAILED
