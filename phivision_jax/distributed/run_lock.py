@@ -98,9 +98,7 @@ class RunLock:
                 return
             number, owner = self._newest()
             if owner.get("token") != self._owner["token"]:
-                raise LostError(
-                    f"{self._run} was taken from this process, and now has another owner: {describe(owner)}"
-                )
+                raise LostError(f"{self._run} was taken from this process; its owner now: {describe(owner)}")
             self._owner["renewed"] += 1
             atomic.write(self._file(number), json.dumps(self._owner), durable=False)
 

@@ -132,8 +132,7 @@ class RunDirectory:
     def _fetch(self) -> None:
         found = storage.files(self.url)
         if not self._readonly:
-            copies = heartbeat.mirrors(str(self.url))
-            atomic.remove_abandoned(copies.glob(f"{self._process}-*"))
+            atomic.remove_abandoned(heartbeat.mirrors(str(self.url)).glob(f"{self._process}-*"))
             self.local.parent.mkdir(parents=True)
             self._locked = atomic.lock(self.local.parent)
         begun = any(name.startswith(f"{CHECKPOINTS}/") for name in found)

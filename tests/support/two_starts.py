@@ -31,12 +31,14 @@ class Kind:
     """The second start comes 0.1 to 60 s after the first; else at the same moment."""
     killed: bool = False
     """An owner before both was killed, on the host of the first of the two."""
+    elsewhere: bool = False
+    """It ran on a third host: both wait until it counts as gone."""
     clocks_s: float = 0.0
 
     def __str__(self) -> str:
         parts = ["bucket" if self.bucket else "disk", "two hosts" if self.two_hosts else "one host"]
         parts += ["0.1 to 60 s apart" if self.apart else "at one moment"]
-        parts += ["after a kill"] * self.killed
+        parts += [f"after a kill{' on a third' * self.elsewhere}"] * self.killed
         return ", ".join(parts + [f"clocks {self.clocks_s:+.0f} s"] * bool(self.clocks_s))
 
 
@@ -45,7 +47,11 @@ KINDS = [
     for bucket in (False, True)
     for clock in (0.0, CLOCK_S, -CLOCK_S)
     for apart in (False, True)
-] + [Kind(bucket=bucket, two_hosts=hosts, killed=True) for bucket in (False, True) for hosts in (False, True)]
+] + [
+    Kind(bucket=bucket, two_hosts=two, killed=True, elsewhere=elsewhere)
+    for bucket in (False, True)
+    for two, elsewhere in ((False, False), (True, False), (True, True))
+]
 
 
 @dataclasses.dataclass
@@ -109,6 +115,7 @@ def trial(
     """
     rng = random.Random(seed)
     hosts = [("host-a", 0.0), ("host-b", kind.clocks_s)] if kind.two_hosts else [("", 0.0), ("", 0.0)]
+    hosts.append(("host-c", 0.0) if kind.elsewhere else hosts[0])
 
     def start(number: int) -> Start:
         return Start(run, *hosts[number], settings, environment | {storage.SCRATCH: str(scratch / hosts[number][0])})
@@ -116,7 +123,7 @@ def trial(
     starts: list[Start] = []
     try:
         if kind.killed:
-            before = start(0)
+            before = start(2)
             starts.append(before)
             until(lambda: before.owner and steps(run), "the first owner trains")
             before.kill()
