@@ -13,29 +13,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from phivision_jax.batch import Batch
-    from phivision_jax.checkpoint.loading import load
-    from phivision_jax.config import ModelConfig
-    from phivision_jax.inference.generate import generate
-    from phivision_jax.models.phivision import merge
-    from phivision_jax.processor import Processor
-    from phivision_jax.rows import batch_from_ids
-    from phivision_jax.training.loss import batch_loss
-    from phivision_jax.training.run import train
-    from phivision_jax.training.run_config import RunConfig
+    from phivision_jax.batch import Batch as Batch
+    from phivision_jax.checkpoint.loading import load as load
+    from phivision_jax.config import ModelConfig as ModelConfig
+    from phivision_jax.inference.generate import generate as generate
+    from phivision_jax.models.phivision import merge as merge
+    from phivision_jax.processor import Processor as Processor
+    from phivision_jax.rows import batch_from_ids as batch_from_ids
+    from phivision_jax.training.loss import batch_loss as batch_loss
+    from phivision_jax.training.run import train as train
+    from phivision_jax.training.run_config import RunConfig as RunConfig
 
-__all__ = [
-    "Batch",
-    "ModelConfig",
-    "Processor",
-    "RunConfig",
-    "batch_from_ids",
-    "batch_loss",
-    "generate",
-    "load",
-    "merge",
-    "train",
-]
 __version__ = "0.1.0"
 
 _MODULES = {
@@ -50,6 +38,7 @@ _MODULES = {
     "merge": "models.phivision",
     "train": "training.run",
 }
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:

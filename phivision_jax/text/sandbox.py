@@ -1,12 +1,13 @@
 """A jinja environment for templates of unknown origin, which renders in bounded time and memory.
 
 Attributes and calls are those of jinja's immutable sandbox. Beyond it, everything that a template makes is paid for
-from a budget of characters: values when they are printed, joined or put into a container, results of calls, and before
-it exists what an operation can make of small operands. Every payment and every turn of a loop looks at the clock.
+from a budget of characters: values when they are printed, joined or put into a container, results of calls, and, before
+it exists, what an operation can make of small operands. Every payment and every turn of a loop looks at the clock.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -19,6 +20,7 @@ from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 SOURCE = 2**20
@@ -43,9 +45,17 @@ _REFUSED = {"batch", "center", "expandtabs", "from_bytes", "ljust", "pprint", "r
 _budget: ContextVar[list[float]] = ContextVar("budget")  # characters left, and the deadline
 
 
-def start(characters: int) -> None:
-    """Begin the rendering of a conversation of this many characters in this thread."""
-    _budget.set([CHARACTERS + PER_CHARACTER * characters, time.monotonic() + SECONDS])
+@contextlib.contextmanager
+def budget(characters: int) -> Iterator[None]:
+    """The limits for rendering a conversation of this many characters inside the block.
+
+    Outside of it nothing can be paid, so that jinja cannot replace payments by their results when it compiles.
+    """
+    token = _budget.set([CHARACTERS + PER_CHARACTER * characters, time.monotonic() + SECONDS])
+    try:
+        yield
+    finally:
+        _budget.reset(token)
 
 
 def spend(characters: int) -> None:
@@ -63,15 +73,25 @@ def spend(characters: int) -> None:
 
 
 def _size(value: Any) -> int:
+    """Characters in a value, an item of a container counting as 8 more; for one over the budget, some that are."""
     if isinstance(value, str | bytes):
         return len(value)
-    if isinstance(value, Mapping):
-        value = [*value.items()]
-    return sum(8 + _size(item) for item in value) if isinstance(value, list | tuple | range) else 1
+    size, most, rest = 0, _budget.get()[0], [value]
+    while rest and size <= most:
+        value = rest.pop()
+        if isinstance(value, Mapping):
+            value = [*value.keys(), *value.values()]
+        if isinstance(value, list | tuple | range):
+            size += 8 * len(value)
+            rest.extend(value)
+        else:
+            size += len(value) if isinstance(value, str | bytes) else 1
+    return size
 
 
 def _pay(value: Any) -> Any:
-    spend(len(value) if type(value) is str else _size(value))
+    value = list(value) if isinstance(value, Iterator) else value
+    spend(_size(value))
     return value
 
 
@@ -86,13 +106,6 @@ def _check(name: str, operand: Any, others: Iterable[Any]) -> None:
     factors = [abs(x) if isinstance(x, int) and name not in _FORMATS else _size(x) for x in others]
     # The text that is replaced has no part in the result.
     spend((_size(operand) + 1) * (max([WIDTH * (name in _FORMATS), *factors[name == "replace" :]]) + 1))
-
-
-def _result(value: Any) -> Any:
-    """The result of a call, paid for; of a container only its places, since its items are older."""
-    value = list(value) if isinstance(value, Iterator) else value
-    spend(len(value) if isinstance(value, str | bytes | list | tuple) else 1)
-    return value
 
 
 class _Paying(NodeTransformer):
@@ -114,8 +127,12 @@ def _paid(node: nodes.Expr, name: str = "_pay") -> nodes.Expr:
     return node if isinstance(node, nodes.TemplateData) else nodes.Filter(node, name, [], [], None, None)
 
 
+class _Namespace(Namespace):
+    __repr__ = object.__repr__  # jinja's shows all attributes, whose size is unknown
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
-    """See the module's docstring; ``start`` must be called before a template is rendered."""
+    """See the module's docstring; templates must be rendered inside ``budget``."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -124,6 +141,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         self.filters = {name: _bounded(name, function) for name, function in self.filters.items()}
         self.filters |= {"_pay": _pay, "_spend": spend}
+        self.globals["namespace"] = _Namespace
         del self.globals["lipsum"]
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -133,7 +151,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         method = getattr(__obj, "__wrapped__", __obj)  # jinja wraps str.format
         name, operand = getattr(method, "__name__", ""), getattr(method, "__self__", None)
         _check(name, operand, (*args, *kwargs.values()))
-        return _result(super().call(__context, __obj, *args, **kwargs))
+        return _pay(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if isinstance(left, int) and isinstance(right, int):
@@ -141,7 +159,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise SecurityError("a number is too large")
         elif not isinstance(left, float):
             _check(operator, *((right, (left,)) if isinstance(left, int) else (left, (right,))))
-        return _result(super().call_binop(context, operator, left, right))
+        return _pay(super().call_binop(context, operator, left, right))
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,6 +169,6 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
         _check(name, args[first], (*args[first + 1 :], *kwargs.values()))
-        return _result(function(*args, **kwargs))
+        return _pay(function(*args, **kwargs))
 
     return bounded

@@ -39,7 +39,7 @@ def defined_weights(size: int, side: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("height, width", [(17, 1), (188, 1), (256, 1), (2048, 1), (1, 188), (80, 45)])
+@pytest.mark.parametrize("height, width", [(188, 1), (2048, 1), (1, 188)])
 def test_position_embedding_of_narrow_grids_is_the_defined_one(height, width):
     """The released code is up to 1.3 off for the grids one patch wide: PyTorch 2.13 resizes them in another way."""
     table = np.random.default_rng(0).normal(size=(256, 3)).astype(np.float32)
