@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from phivision_jax.checkpoint import layout, loading
-from phivision_jax.convert.hf import HFDirectory
+from phivision_jax.config import ModelConfig
+from phivision_jax.convert.hf import INDEX, HFDirectory
 from phivision_jax.convert.hf_config import model_config
 from phivision_jax.io import storage
 from phivision_jax.processor import Processor
@@ -84,3 +86,35 @@ def test_paths_may_climb(hf: Path, tmp_path: Path, run: Run, monkeypatch: pytest
     assert run("verify", "../back", "./../ours")[0] == 0
     loading.load("../ours")
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["../private/weights", "/etc/hostname", "sub/../../private/weights", ".."])
+def test_index_that_names_files_elsewhere_is_refused(hf: Path, tmp_path: Path, file: str):
+    index = json.loads((hf / INDEX).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], file)
+    (hf / INDEX).write_text(json.dumps(index))
+    (hf / "tokenizer.json").unlink()  # of no use
+    (tmp_path / "private").mkdir()
+    (hf / "model-00001-of-00003.safetensors").rename(tmp_path / "private" / "weights")
+    for read in (HFDirectory, loading.load):
+        with pytest.raises(ValueError, match="which is not a file in"):
+            read(hf)
+
+
+@pytest.mark.parametrize("name", ["../../../private/key", "/etc/hostname", "..", "a/../../meta/metadata"])
+def test_metadata_that_name_assets_elsewhere_are_refused(hf: Path, tmp_path: Path, run: Run, name: str):
+    """With the right CRC of the metadata, and of the file."""
+    assert run("to-jax", hf, tmp_path / "ours")[0] == 0
+    path = tmp_path / "ours" / layout.METADATA
+    meta = {key: value for key, value in json.loads(path.read_text()).items() if key != "crc32"}
+    path.write_text(json.dumps(layout.with_crc({**meta, "assets": {name: "00000000"}})))
+    with pytest.raises(ValueError, match="which is no path below a directory"):
+        layout.read_meta(tmp_path / "ours", assets=True)
+
+
+def test_link_in_the_assets_of_a_run_is_not_copied_into_a_checkpoint(tmp_path: Path):
+    (tmp_path / "assets").mkdir()
+    link_out(tmp_path / "assets", "notes.txt")
+    for read in (layout.crc_of_files, lambda path: Processor.from_directory(path, ModelConfig())):
+        with pytest.raises(ValueError, match="outside of its directory"):
+            read(tmp_path / "assets")
