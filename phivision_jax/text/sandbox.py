@@ -90,7 +90,8 @@ def _size(value: Any) -> int:
 
 
 def _pay(value: Any) -> Any:
-    value = list(value) if isinstance(value, Iterator) else value
+    if type(value) is not str and isinstance(value, Iterator):  # the first is quick, and nearly all are
+        value = list(value)
     spend(_size(value))
     return value
 
