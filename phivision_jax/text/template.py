@@ -115,12 +115,12 @@ class ChatTemplate:
         context = self._template.new_context({**variables, "tools": None, "documents": None, _MARKED: marked})
         text, spans = "", []
         try:
-            with sandbox.budget(sum(len(message["content"]) for message in messages)):
-                for piece in self._template.root_render_func(context):
-                    sandbox.spend(len(piece))
-                    if isinstance(piece, _Generated):
-                        spans.append((len(text), len(text) + len(piece)))
-                    text += piece
+            sandbox.start(sum(len(message["content"]) for message in messages))
+            for piece in self._template.root_render_func(context):
+                sandbox.spend(len(piece))
+                if isinstance(piece, _Generated):
+                    spans.append((len(text), len(text) + len(piece)))
+                text += piece
         except Exception as error:  # a template is a program, which can raise anything
             raise ValueError(f"{self._where}: {shorten(first_line(error), 300)}") from None
         if len(spans) != len(marked):

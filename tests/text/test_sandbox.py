@@ -41,6 +41,10 @@ TOO_LARGE = [
     doubled("{% set ns.x = (ns.x,) %}", "(1,)").replace("60", "100000"),
     doubled("{% set ns.x = {'a': ns.x, 'b': ns.x} %}", "{}"),
     doubled("{% set ns.x = dict(a=ns.x, b=ns.x) %}", "{}"),
+    doubled("{% set ns.x = {1: ns.x.items(), 2: ns.x.items()} %}", "{}"),
+    doubled("{% set ns.x = range(60)|map(attribute='q', default=ns.x)|list %}"),
+    "{{ ('a' * 100000).strip('b' * 100000 ~ 'a') }}",
+    "{{ range(1000)|sort(attribute='x,' * 1000) }}",
     doubled("{% set ns.x = ns.x ~ ns.x %}"),
     doubled("{% set ns.x = ns.x + ns.x %}"),
     doubled("{% set ns.x = '%s%s' % (ns.x, ns.x) %}"),
@@ -55,6 +59,8 @@ REFUSED = [
     "{{ ('a' * 4000).rfind('ab' + 'a' * 2000) }}",
     "{{ [1]|batch(10**9, 'x')|list }}",
     "{{ [1]|slice(10**9)|list }}",
+    "{{ ([[1]] * 100000)|sum(start=[]) }}",
+    "{{ ('\xe9' * 1000000).encode('punycode') }}",
     "{{ 1|round(10**9, 'ceil') }}",
     "{% filter center(1000000000) %}a{% endfilter %}",
 ]
@@ -77,7 +83,7 @@ OTHERS = [
     ("{{ ('<!---->' * 100000)|striptags }}", "striptags is not available"),
     ("{{ lipsum(n=1000000) }}", "'lipsum' is undefined"),
     ("{% include 'other' %}", "no loader"),
-    ("{{ [-10**12]|map('_spend')|list and 'a' * 10**8 }}", "limit for a conversation"),
+    ("{{ [-10**12]|map('_pay')|list and 'a' * 10**8 }}", "limit for a conversation"),
     ("{{ raise_exception('\x1b[31m' ~ 'x' * 10000) }}", r"\\x1b\[31mxxx.{200,300}$"),
 ]
 NEVER_COMPILED = [
@@ -122,6 +128,8 @@ def test_template_that_cannot_be_compiled_is_refused(source: str, reason: str) -
         "{% set r = range(1000) %}{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}",
         "{% for i in range(9) recursive %}{% if loop.depth < 99 %}{{ loop([1, 2, 3]) }}{% endif %}{% endfor %}",
         "{% macro m(n) %}{% if n %}{{ m(n-1) }}{{ m(n-1) }}{% endif %}{% endmacro %}{{ m(100) }}",
+        "{{ range(100000)|select('in', range(100000)|list)|list }}",
+        "{% for a in range(100000) %}{% for b in range(100000) %}{% set x = 1 == 2 %}{% endfor %}{% endfor %}",
     ],
 )
 def test_endless_template_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
