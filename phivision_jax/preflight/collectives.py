@@ -25,6 +25,7 @@ product may be shorter than the gather.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -32,7 +33,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from phivision_jax.preflight.hlo import Executed, Frame, Instruction, Module, num_bytes, sizes, walk
+from phivision_jax.preflight.hlo import Calls, Instruction, Loops, Module, num_bytes, sizes, walk
 
 SENT: dict[str, Callable[[int], float]] = {
     "all-gather": lambda n: (n - 1) / n,
@@ -80,18 +81,12 @@ def collectives(module: Module) -> list[Collective]:
       ValueError: when a loop around a collective has no constant number of trips, or device groups have an unknown
         format.
     """
-
-    def make(executed: Executed) -> tuple[Executed, Collective] | None:
-        found = _collective(module, executed)
-        return (executed, found) if found else None
-
-    groups: dict[str | int, list[tuple[Executed, Collective]]] = {}
-    for step in walk(module, make, weight=lambda step: wire_bytes(step[1]) * step[1].times):
-        groups.setdefault(step[0].instruction.quoted("chain_id") or len(groups), []).append(step)
+    chains: dict[str | int, list[tuple[Calls, Collective]]] = {}
+    for step in walk(module, functools.partial(_step, module), weight=lambda step: wire_bytes(step[1]) * step[1].times):
+        chains.setdefault(step[0][-1].quoted("chain_id") or len(chains), []).append(step)
     return [
-        dataclasses.replace(first, overlapped=first.overlapped or _chain_overlaps(module, [step for step, _ in steps]))
-        for steps in groups.values()
-        for _, first in steps[:1]
+        dataclasses.replace(steps[0][1], overlapped=steps[0][1].overlapped or _chain_overlaps(module, steps))
+        for steps in chains.values()
     ]
 
 
@@ -121,26 +116,27 @@ def wire_bytes(collective: Collective) -> float:
     return collective.result_bytes * float(factor)
 
 
-def _collective(module: Module, executed: Executed) -> Collective | None:
-    instruction, kind = executed.instruction, executed.instruction.opcode.removesuffix("-start")
+def _step(module: Module, stack: Calls, loops: Loops) -> tuple[Calls, Collective] | None:
+    *callers, instruction = stack
+    kind = instruction.opcode.removesuffix("-start")
     if kind not in SENT and not (kind in DCN_KINDS and "_xla_megascale_transfer_type" in instruction.rest):
         return None
-    *callers, own = executed.frames
     groups = (_groups if kind in SENT else _slices)(instruction, module.devices)
     size, name = _result_bytes(instruction), instruction.name
     for caller in callers:
-        if any(called.startswith("all-reduce-scatter") for called in caller.instruction.called):
-            kind, name, size = "reduce-scatter", caller.instruction.name, num_bytes(caller.instruction.type)
+        if any(called.startswith("all-reduce-scatter") for called in caller.called):
+            kind, name, size = "reduce-scatter", caller.name, num_bytes(caller.type)
     # An asynchronous call around it decides, if there is one.
-    start = next((caller for caller in callers if caller.instruction.opcode.endswith("-start")), own)
-    return Collective(kind, name, size, executed.loops, groups, _overlaps(module, start, size))
+    start = next((caller for caller in callers if caller.opcode.endswith("-start")), instruction)
+    return stack, Collective(kind, name, size, loops, groups, _overlaps(module, start, size))
 
 
-def _chain_overlaps(module: Module, steps: list[Executed]) -> bool:
+def _chain_overlaps(module: Module, steps: list[tuple[Calls, Collective]]) -> bool:
     """Report whether a product runs between the steps of a chain, in the innermost computation that holds both."""
-    for one, other in itertools.pairwise(steps):
-        first, second = next((a, b) for a, b in zip(one.frames, other.frames, strict=False) if a != b)
-        if any(_multiplies(module, x) for x in first.instructions[first.position + 1 : second.position + 1]):
+    for (one, _), (other, _) in itertools.pairwise(steps):
+        first, second = next((a, b) for a, b in zip(one, other, strict=False) if a is not b)
+        begin, end = map(first.computation.index, (first, second))
+        if any(_multiplies(module, x) for x in first.computation[begin + 1 : end + 1]):
             return True
     return False
 
@@ -159,24 +155,24 @@ _IDLE = re.compile(
 )
 
 
-def _overlaps(module: Module, start: Frame, size: int) -> bool:
+def _overlaps(module: Module, start: Instruction, size: int) -> bool:
     """Report whether enough computation is scheduled while the collective that starts here is in flight."""
-    others = [x for x in _in_flight(*start) if not (_IDLE.fullmatch(x.opcode) or x.opcode in (*SENT, *DCN_KINDS))]
+    others = [x for x in _in_flight(start) if not (_IDLE.fullmatch(x.opcode) or x.opcode in (*SENT, *DCN_KINDS))]
     return any(_multiplies(module, x) for x in others) or sum(num_bytes(x.type) for x in others) >= size
 
 
-def _in_flight(instructions: list[Instruction], i: int) -> list[Instruction]:
-    """Instructions between the start at ``i`` and its done; none for a synchronous instruction."""
-    opcode = instructions[i].opcode
-    if opcode in DCN_KINDS:  # one exchange: its send, recv and their ends name the same rendezvous
+def _in_flight(start: Instruction) -> list[Instruction]:
+    """Instructions between a start and its done; none for a synchronous instruction."""
+    instructions, i = start.computation, start.computation.index(start)
+    if start.opcode in DCN_KINDS:  # one exchange: its send, recv and their ends name the same rendezvous
         keys = [x.opcode in DCN_KINDS and x.quoted("_xla_host_transfer_rendezvous") for x in instructions]
         exchange = [j for j, key in enumerate(keys) if key and key == keys[i]]
         names = {instructions[j].name for j in exchange}
         dones = [j for j, x in enumerate(instructions) if x.opcode == "recv-done" and names & set(x.operands)]
         return instructions[min(exchange, default=i) + 1 : max(dones, default=i)]
-    if not opcode.endswith("-start"):
+    if not start.opcode.endswith("-start"):
         return []
-    latest, begin = instructions[i].name, i
+    latest, begin = start.name, i
     for j, instruction in enumerate(instructions[i + 1 :], i + 1):
         if instruction.opcode.endswith(("-update", "-done")) and latest in instruction.operands:
             if instruction.opcode.endswith("-done"):

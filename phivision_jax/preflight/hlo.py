@@ -17,7 +17,6 @@ import functools
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +29,8 @@ class Instruction:
     opcode: str
     rest: str
     """Operands and attributes."""
+    computation: list[Instruction] = dataclasses.field(default_factory=list, repr=False, compare=False)
+    """All instructions of the computation that it is in, as in ``Module.computations``."""
 
     @functools.cached_property
     def operands(self) -> list[str]:
@@ -112,6 +113,7 @@ class Module:
 
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 
 
@@ -128,7 +130,7 @@ def parse(text: str) -> Module:
             current = computations.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            current.append(Instruction(*match.groups()))
+            current.append(Instruction(match[1], match[2], match[3], match[4], current))
     if not entry:
         raise ValueError("this text is no HLO module: it has no ENTRY computation")
     header = text.partition("\n")[0]
@@ -137,31 +139,13 @@ def parse(text: str) -> Module:
     return Module(name[1] if name else "", computations, entry, math.prod(int(match[1]) for match in counts if match))
 
 
-class Frame(NamedTuple):
-    """A position in a computation."""
-
-    instructions: list[Instruction]
-    position: int
-
-    @property
-    def instruction(self) -> Instruction:
-        return self.instructions[self.position]
+type Calls = tuple[Instruction, ...]
+"""The calls that lead to an instruction from the entry, and last the instruction itself."""
+type Loops = tuple[int, ...]
+"""Trips of the loops around an instruction, outermost first."""
 
 
-class Executed(NamedTuple):
-    """An instruction that a program runs."""
-
-    frames: tuple[Frame, ...]
-    """The calls that lead to it from the entry; the last frame is the instruction itself."""
-    loops: tuple[int, ...]
-    """Trips of the loops around it, outermost first."""
-
-    @property
-    def instruction(self) -> Instruction:
-        return self.frames[-1].instruction
-
-
-def walk[T](module: Module, make: Callable[[Executed], T | None], weight: Callable[[T], float]) -> list[T]:
+def walk[T](module: Module, make: Callable[[Calls, Loops], T | None], weight: Callable[[T], float]) -> list[T]:
     """Collect the results of ``make`` over all executed instructions, in the order of the text.
 
     A computation that is called twice counts twice. Of a conditional's branches the heaviest counts.
@@ -174,12 +158,12 @@ def walk[T](module: Module, make: Callable[[Executed], T | None], weight: Callab
       ValueError: when a loop around a result has no constant number of trips, or a conditional no branches.
     """
 
-    def inside(name: str, frames: tuple[Frame, ...], loops: tuple[int, ...]) -> list[T]:
+    def inside(name: str, outer: Calls, loops: Loops) -> list[T]:
         found: list[T] = []
-        for position, instruction in enumerate(module.computations[name]):
-            stack = (*frames, Frame(module.computations[name], position))
-            called = functools.partial(inside, frames=stack, loops=loops)
-            if (result := make(Executed(stack, loops))) is not None:
+        for instruction in module.computations[name]:
+            stack = (*outer, instruction)
+            called = functools.partial(inside, outer=stack, loops=loops)
+            if (result := make(stack, loops)) is not None:
                 found.append(result)
             elif instruction.opcode == "while":
                 body = instruction.attribute("body")
@@ -213,7 +197,4 @@ def _bits(dtype: str) -> int:
 
 def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
     """Dtype and dimensions of every array in a type."""
-    return [
-        (dtype, tuple(map(int, filter(None, dims.split(",")))))
-        for dtype, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", type_)
-    ]
+    return [(dtype, tuple(map(int, re.findall(r"\d+", dims)))) for dtype, dims in _ARRAY.findall(type_)]

@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from phivision_jax.preflight.hlo import Executed, Instruction, Module, arrays, walk
+from phivision_jax.preflight.hlo import Calls, Instruction, Loops, Module, arrays, walk
 
 
 def matmul_flops(module: Module) -> float:
@@ -22,18 +22,15 @@ def matmul_flops(module: Module) -> float:
       ValueError: when a loop around a product has no constant number of trips, or a product has an unknown format.
     """
 
-    def make(executed: Executed) -> float | None:
-        if executed.instruction.opcode not in ("dot", "convolution"):
-            return None
-        types = {instruction.name: instruction.type for instruction in executed.frames[-1].instructions}
-        return _flops(executed.instruction, types) * math.prod(executed.loops)
+    def make(calls: Calls, loops: Loops) -> float | None:
+        return _flops(calls[-1]) * math.prod(loops) if calls[-1].opcode in ("dot", "convolution") else None
 
     return sum(walk(module, make, weight=lambda flops: flops))
 
 
-def _flops(product: Instruction, types: dict[str, str]) -> float:
-    out = _shape(product.type)
-    left, right = (_shape(types[name]) for name in product.operands[:2])
+def _flops(product: Instruction) -> float:
+    shapes = {x.name: arrays(x.type)[0][1] for x in product.computation if x.name in (product.name, *product.operands)}
+    out, left, right = (shapes[name] for name in (product.name, *product.operands[:2]))
     if product.opcode == "dot":
         match = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.rest)
         summed = math.prod(left[int(dim)] for dim in match[1].split(",") if dim) if match else 1
@@ -73,7 +70,3 @@ def _taps(size: int, kernel: int, out: int, field: dict[str, str]) -> int:
     reads = (first + tap * dilate for tap in range(kernel))
     length = (size - 1) * spread + 1
     return sum(int(((read >= 0) & (read < length) & (read % spread == 0)).sum()) for read in reads)
-
-
-def _shape(type_: str) -> tuple[int, ...]:
-    return arrays(type_)[0][1]
