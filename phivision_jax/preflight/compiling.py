@@ -144,27 +144,25 @@ def train_facts(advance: Advance, cfg: ResolvedConfig, where: Topology, low_effo
     return facts | {"matmul_flops": matmul_flops(module), "collectives": found}
 
 
-def generate_facts(
-    advance: Advance, cfg: ResolvedConfig, where: Topology, planned: Mapping[str, Any]
-) -> dict[str, Any]:
+def generate_facts(advance: Advance, cfg: ResolvedConfig, where: Topology, plan: Mapping[str, Any]) -> dict[str, Any]:
     """Compile prefill and decoding of a batch of prompts, weights in bf16.
 
     Args:
-      planned: ``mesh``, ``batch_rows``, ``prompt`` and ``new_tokens`` (``generation.plan``).
+      plan: ``mesh``, ``batch_rows``, ``prompt`` and ``new_tokens`` (``generation.plan``).
 
     Returns:
       ``fits``, ``compile_seconds``, ``memory``, ``buffers`` and ``peak_bytes``, as in ``train_facts``. Products and
       collectives are not counted: the number of new tokens, and so of trips, depends on the data.
     """
-    mesh = sharding.make_mesh(planned["mesh"], devices_of(where))
+    mesh = sharding.make_mesh(plan["mesh"], devices_of(where))
     graphdef, state = phivision.abstract(cfg.model, dtype=jnp.bfloat16)
-    shape = row_shape(cfg.model, planned["prompt"], num_patches=min(cfg.model.max_patches, planned["prompt"]))
-    batch = batch_spec(planned["batch_rows"], shape, cfg.model.vision.patch_dim)
+    shape = row_shape(cfg.model, plan["prompt"], num_patches=min(cfg.model.max_patches, plan["prompt"]))
+    batch = batch_spec(plan["batch_rows"], shape, cfg.model.vision.patch_dim)
     batch = sharding.abstract(batch, sharding.row_sharding(mesh))
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh), sharding.override_rules(cfg.rules):
         params = sharding.abstract(nnx.to_pure_dict(state), sharding.param_shardings(state, mesh), jnp.bfloat16)
-        lowered = generate_tokens.lower(graphdef, params, batch, key, planned["new_tokens"], (-1,), 0.0, 1.0)
+        lowered = generate_tokens.lower(graphdef, params, batch, key, plan["new_tokens"], (-1,), 0.0, 1.0)
     facts, _ = _compile(advance, lowered, {"parameters": params, "batch": batch}, LOW_EFFORT)
     return facts
 

@@ -15,7 +15,7 @@ from phivision_jax.hardware.flops import Workload, step_flops
 from phivision_jax.hardware.topology import GIB, Topology
 from phivision_jax.models import phivision
 from phivision_jax.preflight.model import roofline
-from phivision_jax.preflight.step_report import MARGIN
+from phivision_jax.preflight.step_report import MARGIN, peak, verdict
 from phivision_jax.sharding import generation_sizes
 from phivision_jax.training.run_config import ResolvedConfig
 
@@ -57,9 +57,7 @@ def plan(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> 
     }
 
 
-def confirm(
-    chosen: dict[str, Any], where: Topology, attempt: Callable[[Mapping[str, Any]], dict[str, Any]]
-) -> dict[str, Any]:
+def confirm(chosen: dict[str, Any], where: Topology, attempt: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     """The plan with the first batch that the compiler accepts, and its memory.
 
     Args:
@@ -71,13 +69,7 @@ def confirm(
         rows = tried["rows_per_device"] * 3 // 4
         tried = chosen | {"rows_per_device": rows, "batch_rows": rows * mesh["data"] * mesh["fsdp"]}
         facts = attempt(tried)
-    peak = facts["peak_bytes"]
-    return tried | {
-        "fits": facts["fits"],
-        "peak_bytes_per_chip": None if peak is None else peak * where.chip.devices,
-        "hbm_bytes_per_chip": where.chip.hbm_bytes,
-        "compile_seconds": facts["compile_seconds"],
-    }
+    return tried | peak(where, facts)
 
 
 def times(cfg: ResolvedConfig, where: Topology, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,15 +100,13 @@ def times(cfg: ResolvedConfig, where: Topology, chosen: Mapping[str, Any]) -> di
 
 def text(found: Mapping[str, Any]) -> str:
     """The report for a terminal, of ``confirm`` and ``times``."""
-    peak, hbm = found["peak_bytes_per_chip"], found["hbm_bytes_per_chip"]
-    held = "unknown" if peak is None else f"{peak / GIB:.2f} GiB"
     mesh = " x ".join(f"{axis} {size}" for axis, size in found["mesh"].items())
     lines = [
         f"  weights in bf16   {found['weights_bytes_per_chip'] / GIB:.2f} GiB a chip ({mesh})",
         f"  KV cache          {found['cache_bytes_per_row'] / GIB:.2f} GiB per prompt of {found['prompt']:,} tokens "
         f"and {found['new_tokens']:,} new ones",
         f"  batch             {found['batch_rows']:,} prompts ({found['rows_per_device']} a device); more may fit",
-        f"  {'fits' if found['fits'] else 'DOES NOT FIT'}: peak {held} of {hbm / GIB:.2f} GiB a chip",
+        f"  {verdict(found)}",
     ]
     if "not_modelled" in found:
         lines.append(f"  not modelled: {found['not_modelled']}")

@@ -103,10 +103,7 @@ def peak_buffers(assignment: str, live_range: str, sources: Mapping[str, str]) -
     Raises:
       ValueError: when the first table has no allocations.
     """
-    spans = {
-        name + index.removesuffix("{}"): (int(first), int(last))
-        for name, index, first, last in _LIVE.findall(live_range)
-    }
+    spans = {name + i.removesuffix("{}"): (int(first), int(last)) for name, i, first, last in _LIVE.findall(live_range)}
     held: list[Buffer] = []  # parameters and results, in memory at every step
     passing: list[tuple[int, int, int, Buffer]] = []  # first and last step, offset in the block of temporaries
     blocks = re.split(r"^allocation \d+: size ", assignment, flags=re.MULTILINE)[1:]

@@ -23,7 +23,6 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
     """All facts and modelled figures of a step as JSON values (``--json`` writes them); bytes are per chip."""
     per_chip = where.chip.devices
     memory = {name: size * per_chip for name, size in facts["memory"].items()}
-    peak = facts["peak_bytes"]
     out: dict[str, Any] = {
         "topology": where.xla_name,
         **{name: getattr(where, name) for name in ("cloud_name", "slices", "chips", "hosts")},
@@ -31,9 +30,7 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
         "mesh": facts["mesh"],
         **{name: getattr(cfg, name) for name in ("remat", "vision_remat", "microbatches")},
         **{name: getattr(cfg.data, name) for name in ("batch_rows", "length", "vision_rows", "num_patches")},
-        **{name: facts[name] for name in ("compile_seconds", "fits")},
-        "peak_bytes_per_chip": peak * per_chip if peak is not None else None,
-        "hbm_bytes_per_chip": where.chip.hbm_bytes,
+        **peak(where, facts),
         "memory_bytes_per_chip": memory,
         "largest_buffers": [dataclasses.asdict(buffer) for buffer in facts["buffers"]],
         "checkpoint_bytes": facts["checkpoint_bytes"],
@@ -53,6 +50,16 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
         return out | {"modelled_chip_hours": out["tokens"] / out["modelled_tokens_per_second_per_chip"] / 3600}
     except ValueError as error:  # v4, tpu7x: no published runs to fit
         return out | {"modelled_step_seconds": None, "modelled_mfu": None, "not_modelled": str(error)}
+
+
+def peak(where: Topology, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of any program that ``verdict`` reports."""
+    needed = facts["peak_bytes"]
+    return {
+        **{name: facts[name] for name in ("compile_seconds", "fits")},
+        "peak_bytes_per_chip": None if needed is None else needed * where.chip.devices,
+        "hbm_bytes_per_chip": where.chip.hbm_bytes,
+    }
 
 
 def by_kind_and_axes(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -80,7 +87,7 @@ def text(report: Mapping[str, Any]) -> str:
         f"{r['vision_rows']} x {r['num_patches']:,} patches",
         f"  compiled at {r['effort']} effort in {r['compile_seconds']:.0f} s",
         "",
-        _verdict(r),
+        verdict(r),
     ]
     lines += [f"    {name:<14}{_gib(size)}" for name, size in r["memory_bytes_per_chip"].items()]
     if r.get("host_bytes_per_chip"):
@@ -122,17 +129,20 @@ def _speed(r: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _verdict(r: Mapping[str, Any]) -> str:
+def verdict(r: Mapping[str, Any]) -> str:
+    """The line on whether a program fits, and by how much."""
     peak, hbm = r["peak_bytes_per_chip"], r["hbm_bytes_per_chip"]
     if peak is None:
         return f"DOES NOT FIT in {_gib(hbm)} a chip (the compiler does not report by how much)"
     if r.get("host_bytes_per_chip", 0) >= r.get("host_limit_per_chip", 1):
         return "DOES NOT FIT: offloads more than the chip's share of its host's memory; choose a remat without offload"
     if not r["fits"]:
-        over = f"needs {_gib(peak)} of {_gib(hbm)} a chip, {_gib(max(peak - hbm, 0))} too much"
-        return f"DOES NOT FIT: {over}; use more chips, microbatches or recompute, or try --search"
-    few = "" if r["free_share"] >= MARGIN else f"; less than {MARGIN:.0%}, which the runtime may need"
-    return f"fits: peak {_gib(peak)} of {_gib(hbm)} a chip, {r['free_share']:.0%} free{few}"
+        over = f"peak {_gib(peak)} of {_gib(hbm)} a chip, {_gib(max(peak - hbm, 0))} too much"
+        remedy = "fewer tokens" if "new_tokens" in r else "microbatches or recompute, or try --search"
+        return f"DOES NOT FIT: {over}; use more chips, {remedy}"
+    free = r.get("free_share", 1 - peak / hbm)
+    few = "" if free >= MARGIN else f"; less than {MARGIN:.0%}, which the runtime may need"
+    return f"fits: peak {_gib(peak)} of {_gib(hbm)} a chip, {free:.0%} free{few}"
 
 
 def _gib(size: float) -> str:

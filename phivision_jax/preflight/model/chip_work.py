@@ -138,13 +138,7 @@ class Stack:
 
 
 def head(
-    entries: int,
-    width: int,
-    tokens: float,
-    mesh: MeshConfig,
-    backward: float = 2,
-    trained: float = 1,
-    again: bool = True,
+    vocab: int, width: int, tokens: float, mesh: MeshConfig, backward: float = 2, trained: float = 1, again: bool = True
 ) -> Work:
     """Work of the head and the loss for ``tokens`` on this chip.
 
@@ -152,9 +146,9 @@ def head(
       backward, trained: as in ``Stack``.
       again: the logits are recomputed in the backward pass instead of being kept.
     """
-    product, returns = 2 * tokens * width * entries, backward > 0
-    moved = _weights_moved(entries * width * WIRE / mesh.tensor, mesh, 1 + returns, trained)
-    return moved + Work(product * (1 + backward + (again and returns)), hbm_bytes=LOSS_BYTES * tokens * entries)
+    product, returns = 2 * tokens * width * vocab, backward > 0
+    moved = _weights_moved(vocab * width * WIRE / mesh.tensor, mesh, 1 + returns, trained)
+    return moved + Work(product * (1 + backward + (again and returns)), hbm_bytes=LOSS_BYTES * tokens * vocab)
 
 
 def optimizer(parameters: float, mesh: MeshConfig, moment_bytes: int = 4) -> Work:

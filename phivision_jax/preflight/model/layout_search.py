@@ -19,6 +19,8 @@ from phivision_jax.training.run_config import ResolvedConfig
 
 GROUPS = (16, 32, 64, 128)
 
+type Attempt = Callable[[ResolvedConfig, bool], dict[str, Any]]
+
 
 def candidates(cfg: ResolvedConfig, where: Topology) -> list[list[ResolvedConfig]]:
     """Configurations by policy, fastest policy first; within a policy, those that send least first.
@@ -28,31 +30,23 @@ def candidates(cfg: ResolvedConfig, where: Topology) -> list[list[ResolvedConfig
     """
     mesh = cfg.mesh
     replicas = where.devices // (mesh.slice * mesh.tensor * mesh.context)
-    sizes = [fsdp for fsdp in dict.fromkeys((*GROUPS, mesh.fsdp)) if replicas % fsdp == 0]
-    by_policy = []
-    for remat in POLICIES:
-        layouts = []
-        for fsdp in sizes:
-            mesh = dataclasses.replace(mesh, fsdp=fsdp, data=replicas // fsdp)
-            local = cfg.data.batch_rows // (mesh.slice * mesh.data * mesh.fsdp)
-            for at_once in (n for n in range(1, min(local, 4) + 1) if local % n == 0):
-                # The compiler (libtpu 0.0.50) fails on an offloading tower that takes several rows at a time.
-                vision = "full" if at_once > 1 and "offload" in cfg.vision_remat else cfg.vision_remat
-                one = dataclasses.replace(cfg, mesh=mesh, remat=remat, vision_remat=vision)
-                layouts.append(dataclasses.replace(one, microbatches=local // at_once))
-        # Weights are gathered once per microbatch; a larger group gathers more of them from further away.
-        layouts.sort(key=lambda one: (one.microbatches, one.mesh.fsdp))
-        by_policy.append(layouts)
+    local = cfg.data.batch_rows // (mesh.slice * replicas)
+    layouts = []
+    for fsdp in (fsdp for fsdp in dict.fromkeys((*GROUPS, mesh.fsdp)) if replicas % fsdp == 0):
+        mesh = dataclasses.replace(mesh, fsdp=fsdp, data=replicas // fsdp)
+        for at_once in (n for n in range(1, min(local, 4) + 1) if local % n == 0):
+            # The compiler (libtpu 0.0.50) fails on an offloading tower that takes several rows at a time.
+            vision = "full" if at_once > 1 and "offload" in cfg.vision_remat else cfg.vision_remat
+            layouts.append(dataclasses.replace(cfg, mesh=mesh, vision_remat=vision, microbatches=local // at_once))
+    # Weights are gathered once per microbatch; a larger group gathers more of them from further away.
+    layouts.sort(key=lambda one: (one.microbatches, one.mesh.fsdp))
+    by_policy = [[dataclasses.replace(one, remat=remat) for one in layouts] for remat in POLICIES]
     mix = modelled_step.Mix.of_recipe(cfg)
     return sorted(by_policy, key=lambda one: modelled_step.speed(one[0], where, mix, None)["modelled_step_seconds"])
 
 
 def search(
-    cfg: ResolvedConfig,
-    where: Topology,
-    attempt: Callable[[ResolvedConfig, bool], dict[str, Any]],
-    log: Callable[[str], None],
-    margin: float,
+    cfg: ResolvedConfig, where: Topology, attempt: Attempt, log: Callable[[str], None], margin: float
 ) -> dict[str, Any] | None:
     """The report of the fastest candidate that fits at default effort; None if none does.
 
@@ -77,9 +71,7 @@ def search(
 
     for layouts in candidates(cfg, where):
         least = max(layouts, key=lambda one: (one.mesh.fsdp, one.microbatches))
-        if fitting(least, True) is None:
-            continue
-        for tried in layouts:
+        for tried in layouts if fitting(least, True) else ():
             if (tried is least or fitting(tried, True)) and (report := fitting(tried, False)):
                 return report
     return None

@@ -8,7 +8,6 @@ means, since no data is read.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,17 +58,11 @@ def executed(cfg: ResolvedConfig, generation: str, mix: Mix) -> roofline.Work:
 
 def compiled_work(counted: roofline.Work, facts: Mapping[str, Any]) -> roofline.Work:
     """``counted`` with the products and collectives of a compiled program."""
-    sent: Counter[tuple[bool, bool]] = Counter()  # by (between slices, overlapped)
+    sent = dict.fromkeys((f.name for f in dataclasses.fields(counted) if f.name.startswith(("ici_", "dcn_"))), 0.0)
     for one in facts["collectives"]:
-        sent[one["kind"] in DCN_KINDS, one["overlapped"]] += one["wire_bytes"]
-    return dataclasses.replace(
-        counted,
-        matmul_flops=facts["matmul_flops"],
-        ici_bytes_exposed=sent[False, False],
-        ici_bytes_overlapped=sent[False, True],
-        dcn_bytes_exposed=sent[True, False],
-        dcn_bytes_overlapped=sent[True, True],
-    )
+        link, when = "dcn" if one["kind"] in DCN_KINDS else "ici", "overlapped" if one["overlapped"] else "exposed"
+        sent[f"{link}_bytes_{when}"] += one["wire_bytes"]
+    return dataclasses.replace(counted, matmul_flops=facts["matmul_flops"], **sent)
 
 
 def speed(cfg: ResolvedConfig, where: Topology, mix: Mix, facts: Mapping[str, Any] | None) -> dict[str, Any]:
