@@ -36,7 +36,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from phivision_jax.config import LoraConfig, ModelConfig
+from phivision_jax.config import DecoderConfig, LoraConfig, ModelConfig, VisionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def step_flops(
     x |= count.trains("vision/position_embedding", "embedding")
     # Only the input of the first layer may need no gradient, so that layer is counted apart.
     for layers in (1, vision.num_active_layers - 1):
-        x = _vision_layers(count, config, layers * work.patches, layers * work.patch_pairs, x)
+        x = _layers(count, "vision", vision, layers * work.patches, layers * work.patch_pairs, x)
 
     width = config.projector.merge_size * vision.hidden_size
     x = count.linear("projector", "projector/fc1", x, work.vision_tokens, width, decoder.hidden_size)
@@ -144,41 +144,35 @@ def step_flops(
     x = x and work.vision_tokens > 0
     x |= count.trains("decoder/embed_tokens", "embedding")
     for layers in (1, decoder.num_layers - 1):
-        x = _decoder_layers(count, config, layers * work.tokens, layers * work.pairs, x)
+        x = _layers(count, "decoder", decoder, layers * work.tokens, layers * work.pairs, x)
     x |= count.trains("decoder/norm", "scale")
     count.linear("head", "decoder/lm_head", x, work.tokens, decoder.hidden_size, decoder.vocab_size, bias=False)
     return StepFlops(count.costs)
 
 
-def _vision_layers(count: _Count, config: ModelConfig, patches: float, pairs: float, x: bool) -> bool:
-    """Count blocks that process these patches and pairs in total; return whether their output needs a gradient."""
-    C, F, layer = config.vision.hidden_size, config.vision.intermediate_size, "vision/layers"
-    y = x or count.trains(f"{layer}/layer_norm1", "scale", "bias")
-    q, k, v = (
-        count.linear("vision", f"{layer}/self_attn/{name}", y, patches, C, C) for name in ("q_proj", "k_proj", "v_proj")
-    )
-    y = count.attention("vision_attention", q, k, v, pairs, C)
-    x |= count.linear("vision", f"{layer}/self_attn/out_proj", y, patches, C, C)
-    y = x or count.trains(f"{layer}/layer_norm2", "scale", "bias")
-    y = count.linear("vision", f"{layer}/mlp/fc1", y, patches, C, F)
-    return x | count.linear("vision", f"{layer}/mlp/fc2", y, patches, F, C)
+# Norms, the product behind attention, those before the MLP's activation and the one behind it.
+_VISION_LAYER = (("layer_norm1", "layer_norm2"), "out_proj", ("fc1",), "fc2")
+_DECODER_LAYER = (("input_layernorm", "post_attention_layernorm"), "o_proj", ("gate_proj", "up_proj"), "down_proj")
 
 
-def _decoder_layers(count: _Count, config: ModelConfig, tokens: float, pairs: float, x: bool) -> bool:
-    """Count layers that process these tokens and pairs in total; return whether their output needs a gradient."""
-    cfg, layer = config.decoder, "decoder/layers"
-    D, F, NH, KH = cfg.hidden_size, cfg.intermediate_size, cfg.hidden_size, cfg.num_kv_heads * cfg.head_dim
+def _layers(count: _Count, part: str, sizes: DecoderConfig | VisionConfig, rows: float, pairs: float, x: bool) -> bool:
+    """Count layers that process these rows and pairs in total; return whether their output needs a gradient."""
+    D, F, bias = sizes.hidden_size, sizes.intermediate_size, isinstance(sizes, VisionConfig)
+    KV = D if isinstance(sizes, VisionConfig) else sizes.num_kv_heads * sizes.head_dim
+    norms, out, before, behind = _VISION_LAYER if bias else _DECODER_LAYER
 
     def linear(module: str, x: bool, inputs: int, outputs: int) -> bool:
-        return count.linear("decoder", f"{layer}/{module}", x, tokens, inputs, outputs, bias=False)
+        return count.linear(part, f"{part}/layers/{module}", x, rows, inputs, outputs, bias)
 
-    y = x or count.trains(f"{layer}/input_layernorm", "scale")
-    q, k, v = (linear(f"self_attn/{name}_proj", y, D, width) for name, width in (("q", NH), ("k", KH), ("v", KH)))
-    y = count.attention("decoder_attention", q, k, v, pairs, NH)
-    x |= linear("self_attn/o_proj", y, NH, D)
-    y = x or count.trains(f"{layer}/post_attention_layernorm", "scale")
-    gate, up = linear("mlp/gate_proj", y, D, F), linear("mlp/up_proj", y, D, F)
-    return x | linear("mlp/down_proj", gate or up, F, D)
+    def norm(name: str, x: bool) -> bool:
+        return x or count.trains(f"{part}/layers/{name}", "scale", *["bias"] * bias)
+
+    y = norm(norms[0], x)
+    q, k, v = (linear(f"self_attn/{name}_proj", y, D, width) for name, width in (("q", D), ("k", KV), ("v", KV)))
+    x |= linear(f"self_attn/{out}", count.attention(f"{part}_attention", q, k, v, pairs, D), D, D)
+    y = norm(norms[1], x)
+    hidden = [linear(f"mlp/{name}", y, D, F) for name in before]
+    return x | linear(f"mlp/{behind}", any(hidden), F, D)
 
 
 class _Count:
@@ -189,24 +183,19 @@ class _Count:
         self.costs = {part: Cost() for part in PARTS}
 
     def trains(self, module: str, *leaves: str) -> bool:
-        return any(self._is_trainable(f"{module}/{leaf}") for leaf in leaves)
+        """True if any of a module's parameters trains."""
+        paths = [f"{module}/{leaf}" for leaf in leaves if not self.lora.rank or leaf in ("lora_a", "lora_b")]
+        return any(next((m for pattern, m in self.lr_rules if re.search(pattern, path)), 1.0) for path in paths)
 
-    def _is_trainable(self, path: str) -> bool:
-        if self.lora.rank and not path.endswith(("/lora_a", "/lora_b")):
-            return False
-        return next((m for pattern, m in self.lr_rules if re.search(pattern, path)), 1.0) != 0.0
-
-    def linear(
-        self, part: str, module: str, x: bool, rows: float, inputs: int, outputs: int, bias: bool = True
-    ) -> bool:
+    def linear(self, part: str, layer: str, x: bool, rows: float, inputs: int, outputs: int, bias: bool = True) -> bool:
         """Count y = x · kernel (+ bias); ``x`` is whether x needs a gradient. Return whether y does."""
-        product, kernel = 2.0 * rows * inputs * outputs, self.trains(module, "kernel")
+        product, kernel = 2.0 * rows * inputs * outputs, self.trains(layer, "kernel")
         self.costs[part].forward += product
         self.costs[part].backward += product * (x + kernel)
-        y = x or kernel or (bias and self.trains(module, "bias"))
-        if self.lora.rank and re.search(self.lora.targets, module):
+        y = x or kernel or (bias and self.trains(layer, "bias"))
+        if self.lora.rank and re.search(self.lora.targets, layer):
             down, up = (2.0 * rows * self.lora.rank * width for width in (inputs, outputs))
-            a, b = self.trains(module, "lora_a"), self.trains(module, "lora_b")
+            a, b = self.trains(layer, "lora_a"), self.trains(layer, "lora_b")
             self.costs[part].forward += down + up
             self.costs[part].backward += down * (x + a) + up * ((x or a) + b)
             y = y or a or b

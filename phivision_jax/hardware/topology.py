@@ -97,7 +97,7 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        return math.prod(_sides(self.shape)) * self.slices
+        return _chips(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
@@ -106,8 +106,7 @@ class Topology:
 
     @property
     def chips_per_host(self) -> int:
-        sides = _sides(self.shape)
-        return math.prod(sides) if len(sides) == 2 and math.prod(sides) <= 8 else 4
+        return chips if (chips := _chips(self.shape)) <= 8 and self.shape.count("x") == 1 else 4
 
     @property
     def hosts(self) -> int:
@@ -139,44 +138,38 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     if generation not in CHIPS:
         raise ValueError(f"topology {name!r}: {family!r} is none of {', '.join(CHIPS)}{_similar(name)}")
     chip = CHIPS[generation]
+    size = _chips(shape) if shape else int(count) / chip.cores_in_cloud_name
+    nearest = min(chip.shapes, key=lambda named: abs(_chips(named) - size))
     if shape is None:
-        nearest = _nearest(chip, int(count) / chip.cores_in_cloud_name)
-        if int(count) == math.prod(_sides(nearest)) * chip.cores_in_cloud_name:
+        if size == _chips(nearest):
             return Topology(generation, nearest, slices)
         counted = "TensorCores, two per chip" if chip.cores_in_cloud_name == 2 else "chips"
         raise ValueError(
             f"topology {name!r} is not in Cloud's table (the number counts {counted}); the nearest is "
             f"{_cloud_name(chip, nearest)}, which is {generation}:{nearest}. Other slices have names by shape"
         )
-    sides, largest = _sides(shape), _sides(chip.shapes[-1])
-    # From 4x4x4 on, slices of v4 and v5p are any arrangement of cubes of that size.
-    of_cubes = len(sides) == 3 == len(largest) and all(side and side % 4 == 0 for side in sides)
-    if shape in chip.shapes or (of_cubes and math.prod(sides) <= math.prod(largest)):
+    # From 4x4x4 on, slices of v4, v5p and TPU7x are any arrangement of cubes of that size.
+    largest = chip.shapes[-1]
+    of_cubes = shape.count("x") == largest.count("x") == 2 and all(int(side) % 4 == 0 for side in shape.split("x"))
+    if shape in chip.shapes or (of_cubes and 0 < size <= _chips(largest)):
         return Topology(generation, shape, slices)
-    nearest = _nearest(chip, math.prod(sides))
     raise ValueError(
         f"topology {name!r}: {generation} has no slice of shape {shape}; the nearest is {generation}:{nearest} "
-        f"({_plural(math.prod(_sides(nearest)), 'chip')})"
+        f"({_plural(_chips(nearest), 'chip')})"
     )
 
 
-def _sides(shape: str) -> tuple[int, ...]:
-    return tuple(map(int, shape.split("x")))
+def _chips(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
 
 
 def _cloud_name(chip: Chip, shape: str) -> str:
-    return f"{chip.cloud_prefix}-{math.prod(_sides(shape)) * chip.cores_in_cloud_name}"
-
-
-def _nearest(chip: Chip, chips: float) -> str:
-    """The named shape with the closest number of chips."""
-    return min(chip.shapes, key=lambda shape: abs(math.prod(_sides(shape)) - chips))
+    return f"{chip.cloud_prefix}-{_chips(shape) * chip.cores_in_cloud_name}"
 
 
 def _similar(name: str) -> str:
-    known = [
-        n for g, chip in CHIPS.items() for shape in chip.shapes for n in (f"{g}:{shape}", _cloud_name(chip, shape))
-    ]
+    slices = (Topology(generation, shape) for generation, chip in CHIPS.items() for shape in chip.shapes)
+    known = [name for one in slices for name in (one.xla_name, str(one.cloud_name))]
     return f"; the nearest is {difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]}"
 
 
