@@ -251,9 +251,7 @@ def abstract(tree: Any, shardings: Any, dtype: DTypeLike | None = None) -> Any:
     """
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding), tree, shardings
-    )
+    return jax.tree.map(lambda x, on: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=on), tree, shardings)
 
 
 def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:

@@ -75,13 +75,6 @@ class Start(NamedTuple):
     seconds: dict[str, float]
     """Seconds by name, from its last line."""
 
-    def lost(self, kept: int) -> float:
-        """Seconds that the steps after ``kept`` took, interpolated between lines."""
-        if not self.lines:
-            return 0.0
-        steps, spent = zip(*((step, seconds["step"]) for step, seconds in self.lines), strict=True)
-        return spent[-1] - float(np.interp(kept, steps, spent))
-
 
 class Goodput:
     """The account of one process. Use sections and ``run`` on the thread that created it.
@@ -121,7 +114,8 @@ class Goodput:
     @contextlib.contextmanager
     def __call__(self, section: str) -> Iterator[None]:
         """Count the time inside under this name; a nested section interrupts the outer one."""
-        outer = self._enter(section)
+        outer = self._section
+        self._enter(section)
         try:
             yield
         finally:
@@ -157,9 +151,7 @@ class Goodput:
     def write(self, step: int | None) -> None:
         """Append the account to ``goodput.jsonl``, as it is after this step."""
         self._step = step
-        with self._changed:
-            self._charge()
-            seconds = {name: round(value, 4) for name, value in self.seconds.items()}
+        seconds = {name: round(value, 4) for name, value in self._charge().items()}
         if self._run is not None:
             start = {"start": len(self._earlier), "began": self._began}
             jsonl.append(self._run / FILE, start | {"time": time.time(), "step": step, "seconds": seconds})
@@ -179,11 +171,8 @@ class Goodput:
           interval, the four are absent.
         """
         self.drain()
-        with self._changed:
-            self._charge()
-            finished, then = self._row_start
-            now = dict(self.seconds)
-            self._row_start = self._finished, now
+        (finished, then), now = self._row_start, self._charge()
+        self._row_start = self._finished, now
         total = sum(self._before.values()) + sum(now.values())
         row = {"goodput": (self._before["step"] + now["step"]) / max(total, 1e-9)}
         if steps := self._finished - finished:
@@ -200,16 +189,18 @@ class Goodput:
             durations, self._durations = self._durations, []
         return durations
 
-    def _charge(self) -> None:
-        now = time.perf_counter()
-        self.seconds["step" if self._running else self._section] += now - self._since
-        self._since = now
+    def _charge(self) -> dict[str, float]:
+        """Count the time since the last call; return a copy of the account."""
+        with self._changed:
+            now = time.perf_counter()
+            self.seconds["step" if self._running else self._section] += now - self._since
+            self._since = now
+            return dict(self.seconds)
 
-    def _enter(self, section: str) -> str:
+    def _enter(self, section: str) -> None:
         with self._changed:
             self._charge()
-            outer, self._section = self._section, section
-        return outer
+            self._section = section
 
     def _finish(self) -> None:
         with self._changed:
@@ -248,22 +239,23 @@ def read_starts(run: Location) -> list[Start]:
     rows = jsonl.read(run / FILE, start=int, began=float, time=float, seconds=dict)
     for row in rows:
         row["seconds"] = {name: s for name in names if jsonl.is_a(s := row["seconds"].get(name), float)}
-        row["step"] = row["step"] if jsonl.is_a(row.get("step"), int) else None
     sound = [row for row in rows if len(row["seconds"]) == len(names)]
     for _, group in itertools.groupby(sound, key=lambda row: row["start"]):
         *_, last = rows = list(group)
-        lines = [(row["step"], row["seconds"]) for row in rows if row["step"] is not None]
+        lines = [(row["step"], row["seconds"]) for row in rows if jsonl.is_a(row.get("step"), int)]
         starts.append(Start(last["began"], last["time"], lines, last["seconds"]))
     return starts
 
 
 def account_of(starts: Sequence[Start]) -> dict[str, float]:
-    """Seconds of all starts by name, lost steps subtracted from "step"."""
+    """Seconds of all starts by name, lost steps subtracted from "step"; these are interpolated between lines."""
     account = dict.fromkeys(MEANING, 0.0)
     for i, start in enumerate(starts):
-        later = starts[i + 1 :]
+        later, lost = starts[i + 1 :], 0.0
         resumed = [other.lines[0][0] for other in later if other.lines]
-        lost = start.lost(min(resumed)) if resumed else 0.0
+        if resumed and start.lines:
+            steps, spent = zip(*((step, seconds["step"]) for step, seconds in start.lines), strict=True)
+            lost = spent[-1] - float(np.interp(min(resumed), steps, spent))
         down = max(later[0].began - start.ended, 0.0) if later else 0.0
         for name, seconds in (*start.seconds.items(), ("lost", lost), ("step", -lost), ("down", down)):
             account[name] += seconds
@@ -290,9 +282,8 @@ def report(run: Location) -> str:
     lines.append(f"goodput {account['step'] / max(total, 1e-9):.1%}")
     # From each start's first step on, with lost steps.
     stepping = dict.fromkeys(starts[-1].seconds.keys() - {"compile"}, 0.0)
-    for start in (start for start in starts if start.lines):
-        for name in stepping:
-            stepping[name] += start.seconds[name] - start.lines[0][1][name]
+    for name, start in itertools.product(stepping, (start for start in starts if start.lines)):
+        stepping[name] += start.seconds[name] - start.lines[0][1][name]
     if (total := sum(stepping.values())) > 0:
         rest = sorted(((s / total, name) for name, s in stepping.items() if name != "step"), reverse=True)
         parts = ", ".join(f"{name} {share:.1%}" for share, name in rest if share >= 0.0005)

@@ -43,9 +43,7 @@ class MetricsWriter:
       ValueError: when W&B does not start.
     """
 
-    def __init__(
-        self, run: Path, from_step: int = 0, *, wandb: str = "", config: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, run: Path, from_step: int = 0, *, wandb: str = "", config: dict[str, Any] | None = None) -> None:
         self._path = run / FILE
         kept = [row for row in read_metrics(run) if row["step"] <= from_step]
         self.elapsed = float(kept[-1].get("elapsed_s", 0.0)) if kept else 0.0

@@ -52,9 +52,7 @@ class Profiler:
       ValueError: for a malformed ``profile``; for a ``slow_step`` at which ordinary steps would be slow.
     """
 
-    def __init__(
-        self, run: Path, profile: str = "", slow_step: float = 0.0, log: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, run: Path, profile: str = "", slow_step: float = 0, log: Callable[[str], None] = print) -> None:
         if slow_step and not slow_step > 1:
             raise ValueError(f"slow_step is {slow_step}; give a multiple of the median step above 1, or 0 for never")
         self._directory, self._log = run / DIRECTORY, log
