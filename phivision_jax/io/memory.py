@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-LIMIT = 768 * 2**20
+LIMIT = 384 * 2**20
 """Bytes that a decoder may allocate, for anything that it makes of one item or one batch of rows."""
 _LINUX = sys.platform == "linux"
 _one_at_a_time = threading.RLock()  # the limit is the process's

@@ -20,7 +20,7 @@ from phivision_jax.data.sources.files import Files, FileSource, files_of_format
 from phivision_jax.data.sources.items import LARGE, ItemReader
 from phivision_jax.data.sources.source import Read
 from phivision_jax.io.files import locate
-from phivision_jax.io.memory import limited_memory
+from phivision_jax.io.memory import LIMIT, limited_memory
 from phivision_jax.io.read_json import read_json
 
 LARGEST = 256 * 2**20
@@ -47,11 +47,12 @@ class ArrayRecordSource(FileSource[Path]):
         reader.close()
 
     def _read_part(self, part: Path, start: int, stop: int) -> Iterator[Read | Quarantined]:
+        memory = LIMIT + 2 * min(part.stat().st_size, LIMIT)  # twice what is stored, which is not compressed then
         with contextlib.closing(ArrayRecordReader(str(part), _READER)) as reader:
             for k in range(start, stop):
                 place, where = f"{part.name}:{k + 1}", f"{part.name}, payload {k + 1}"
                 try:
-                    with limited_memory():
+                    with limited_memory(memory):
                         (payload,) = reader.read([k])
                     if len(payload) > LARGEST:
                         raise MemoryError

@@ -66,6 +66,7 @@ class TfdsSource:
         self.name = name or info.name
         files = [Path(file) for other in info.splits.values() for file in other.filepaths]
         self._key = identify([file for file in files if file.is_file()])
+        self._memory = LIMIT + 2 * min(LIMIT, max((Path(file).stat().st_size for file in self._key), default=0))
         self._len = len(self._examples)
         if not self._len:
             raise ValueError(f"split {split!r} of {spec} has no examples")
@@ -89,7 +90,7 @@ class TfdsSource:
             place, where = f"{self.name}:{i + 1}", f"{self.name}, split {self._split}, example {i + 1}"
             example: dict[str, Any] = {}
             try:
-                with limited_memory():
+                with limited_memory(self._memory):
                     example = self._examples[i]
                     item = _plain(features, example)
             except UnicodeDecodeError as error:
