@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from PIL import Image, ImageFile
 
 from phivision_jax.images import decode
 from phivision_jax.images.decode import image_size, open_image, to_rgb
+from tests.support.paths import ROOT
 
 
 def encoded(image: Image.Image, format: str, **options: object) -> bytes:
@@ -200,3 +203,82 @@ def test_other_kinds_of_files_are_named(content, what):
     for read in (open_image, image_size):
         with pytest.raises(ValueError, match=f"photo is {what}"):
             read(content, "photo")
+
+
+def test_texts_of_png_do_not_cost_its_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    hexadecimal = exif.tobytes().hex().encode()
+    profile = b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n%8d\n" % (len(hexadecimal) // 2) + hexadecimal)
+    zeros = bytes(2 * 2**20)
+    texts = {b"zTXt": b"a\0\0" + zlib.compress(zeros), b"iTXt": b"a\0\1\0\0\0" + zlib.compress(zeros)}
+    texts |= {b"tEXt": b"a\0" + bytes(2**26), b"iCCP": b"a\0\0" + zlib.compress(zeros)}
+    png = encoded(Image.new("RGB", (6, 4), (1, 2, 3)), "PNG")
+    for kind, data in texts.items():
+        for place in (33, png.index(b"IEND") - 4):
+            for turned in (False, True):
+                start = png[:33] + (png_chunk(b"zTXt", profile) if turned else b"")
+                content = start + png[33:place] + png_chunk(kind, data) + png[place:]
+                image = open_image(content)
+                assert image.size == image_size(content) == ((4, 6) if turned else (6, 4)), (kind, place)
+                assert rgb_at_origin(image) == (1, 2, 3)
+    broken = png[:33] + png_chunk(b"zTXt", texts[b"zTXt"]) + png[33:45]
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        open_image(broken)
+
+
+def test_images_of_too_many_bytes_are_refused_by_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "MOST_BYTES", 64 * 64 * 12)
+    large = Image.new("RGB", (64, 65))
+    formats = ("TIFF", "WEBP", "AVIF", "JPEG2000")
+    for content in (*(encoded(large, format) for format in formats), encoded(large.resize((64, 97)), "PNG")):
+        for read in (open_image, image_size):
+            with pytest.raises(decode.ImageTooLargeError, match="takes more than 49,152 bytes"):
+                read(content)
+    assert image_size(encoded(large, "PNG")) == (64, 65)
+    tile = struct.pack("<2sHIH", b"II", 42, 8, 10)
+    tags = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 277: 1, 322: 640, 323: 640, 324: 200, 325: 409_600}
+    tile += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()) + bytes(100)
+    with pytest.raises(decode.ImageTooLargeError, match="640 x 640"):
+        open_image(tile)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "1", "P", "CMYK", "I;16", "I", "F", "YCbCr"])
+@pytest.mark.parametrize("scale", [1, 255])
+def test_conversion_in_strips_is_that_of_the_whole(mode: str, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = np.random.default_rng(1).random((37, 23, 4)).astype(np.float32)
+    image = Image.fromarray((noise * 255).astype(np.uint8), "RGBA")
+    if mode in ("F", "I", "I;16"):
+        dtype = {"F": np.float32, "I": np.int32, "I;16": np.uint16}[mode]
+        image = Image.fromarray(
+            (noise[..., 0] * (scale if mode == "F" else 70_000 if mode == "I" else 65_535)).astype(dtype)
+        )
+    else:
+        image = image.convert(mode) if mode in ("RGBA", "LA") else image.convert("RGB").convert(mode)
+    expected = np.asarray(to_rgb(image))
+    monkeypatch.setattr(decode, "_STRIP", 60)
+    assert np.array_equal(np.asarray(to_rgb(image)), expected)
+
+
+def test_decoding_writes_nothing_to_the_console(tmp_path: Path) -> None:
+    large = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 10_500, 10_500, 1, 0, 0, 0, 0))
+    jpeg = encoded(Image.new("RGB", (8, 8)), "JPEG")
+    exif = b"Exif\0\0II*\0\xff\xff\xff\xff"
+    segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif
+    (tmp_path / "0").write_bytes(
+        large + png_chunk(b"IDAT", zlib.compress(bytes(1314 * 10_500))) + png_chunk(b"IEND", b"")
+    )
+    (tmp_path / "1").write_bytes(jpeg[:2] + segment + jpeg[2:])
+    (tmp_path / "2").write_bytes(encoded(Image.new("L", (8, 8)), "TIFF").replace(b"II*", b"II*")[:-2])
+    program = f"""
+from pathlib import Path
+from phivision_jax.images.decode import image_size, open_image
+for name in "012":
+    for read in (image_size, open_image):
+        try:
+            read(Path({str(tmp_path)!r}) / name)
+        except ValueError:
+            pass
+"""
+    done = subprocess.run([sys.executable, "-W", "always", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

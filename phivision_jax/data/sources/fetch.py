@@ -29,6 +29,7 @@ from phivision_jax.data.sources.item_options import ItemOptions, Network
 from phivision_jax.data.sources.keys import is_blank
 from phivision_jax.images.decode import image_format
 from phivision_jax.images.sources import SCHEME, decode_data_uri, local_path
+from phivision_jax.io.memory import limited_memory
 from phivision_jax.io.messages import shorten
 
 type Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -81,7 +82,8 @@ def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
         raise BadRecord("fields", f"an image is given as {type(value).__name__}, not as a path, bytes or a URL")
     elif value[:5].lower() == "data:":
         try:
-            content = decode_data_uri(value, "the image")
+            with limited_memory():
+                content = decode_data_uri(value, "the image")
         except ValueError as error:
             raise BadRecord("image-broken", str(error)) from None
     elif SCHEME.match(value := local_path(value)):

@@ -83,22 +83,13 @@ class ParquetSource(FileSource[_Group]):
         # Open files stay here: another process opens its own.
         return vars(self) | {"_cursor": None}
 
-    def _open(self, file: Path) -> Iterator[tuple[_Group, int]]:
+    def _open(self, file: Path) -> list[tuple[_Group, int]]:
         try:
-            metadata = pq.read_metadata(file)
-        except (pa.ArrowException, OSError) as error:
+            return list(_groups(file))
+        except Exception as error:  # of Arrow, or UnicodeDecodeError for names of columns
             _raise_if_of_file_system(error)
-            raise ValueError(f"{file} is not a parquet file, or is cut short: {error}") from None
-        first, length = 0, file.stat().st_size
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            rows, size = group.num_rows, group.total_byte_size
-            if not 0 <= rows <= 2**20 + length:
-                raise ValueError(f"{file} is not intact: row group {number} has {rows:,} rows by its footer")
-            at_once = max(1, min(_ROWS, BATCH_BYTES * rows // max(size, 1)))
-            stored = max((group.column(k).total_compressed_size for k in range(group.num_columns)), default=0)
-            yield _Group(file, number, first, at_once, LIMIT + 2 * max(0, min(stored, length, LIMIT))), rows
-            first += rows
+            problem = shorten(str(error), 300)
+            raise ValueError(f"{file} is not a parquet file, or is damaged or cut short: {problem}") from None
 
     def _read_part(self, part: _Group, start: int, stop: int) -> Iterator[Read | Quarantined]:
         row = start
@@ -115,6 +106,8 @@ class ParquetSource(FileSource[_Group]):
                     yield self._reader.read(one, *place(row))
                 elif isinstance(one.error, UnicodeDecodeError):
                     yield self._reader.bad("encoding", f"not UTF-8: {one.error.reason}", *place(row), one.ids)
+                elif part.at_once > 1:
+                    raise one.error
                 else:
                     yield self._reader.bad("failed", describe_failure(one.error), *place(row), one.ids)
                 row += 1
@@ -126,7 +119,7 @@ class ParquetSource(FileSource[_Group]):
                 yield from self._read_part(dataclasses.replace(part, at_once=1), row, stop)
                 return
             reason, problem = "failed", describe_failure(error)
-        except (pa.ArrowException, OSError) as error:
+        except Exception as error:  # of Arrow, or UnicodeDecodeError for names of columns
             _raise_if_of_file_system(error)
             reason, problem = "syntax", shorten(str(error))
         else:
@@ -143,6 +136,20 @@ class ParquetSource(FileSource[_Group]):
         while cursor.row < row and next(cursor.rows, None) is not None:
             cursor.row += 1
         return cursor
+
+
+def _groups(file: Path) -> Iterator[tuple[_Group, int]]:
+    """The row groups of a file, with their numbers of rows."""
+    first, length, metadata = 0, file.stat().st_size, pq.read_metadata(file)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        rows, size = group.num_rows, group.total_byte_size
+        if not 0 <= rows <= 2**20 + length:
+            raise ValueError(f"row group {number} has {rows:,} rows by its footer")
+        at_once = max(1, min(_ROWS, BATCH_BYTES * rows // max(size, 1)))
+        stored = max((group.column(k).total_compressed_size for k in range(group.num_columns)), default=0)
+        yield _Group(file, number, first, at_once, LIMIT + 2 * max(0, min(stored, length, LIMIT))), rows
+        first += rows
 
 
 def _rows(group: _Group, ids: set[str]) -> Iterator[dict[str, Any] | _Failed]:

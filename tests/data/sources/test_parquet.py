@@ -208,3 +208,32 @@ def test_parquet_without_rows(tmp_path):
     pq.write_table(questions(0, 0), tmp_path / "made.parquet")
     with pytest.raises(ValueError, match="has no items"):
         open_(tmp_path / "made.parquet")
+
+
+def test_parquet_values_that_python_cannot_hold(tmp_path):
+    """Nanoseconds in a column that is not read cost no record; in one that is read, they cost that record."""
+    times = pa.array([1, 2_000_000_001], pa.timestamp("ns"))
+    table = questions(0, 2).append_column("t", times).append_column("lists", pa.ListArray.from_arrays([0, 1, 2], times))
+    pq.write_table(table, tmp_path / "made.parquet")
+    results = read(open_(tmp_path / "made.parquet"))
+    assert ids(results) == ["r0", "r1"]
+    assert [(name, repr(value)) for name, value in results[0].unread] == [
+        ("t", "<timestamp[ns]>"), ("lists", "<list<element: timestamp[ns]>>"),
+    ]  # fmt: skip
+    pq.write_table(questions(0, 2).drop_columns(["answer"]).append_column("answer", times), tmp_path / "made.parquet")
+    assert {one.reason for one in read(open_(tmp_path / "made.parquet"))} == {"fields"}
+
+
+def test_parquet_bombs_cost_their_own_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "LIMIT", 64 * 2**20)
+    once = pa.array(["", "y" * (12 * 2**20)])
+    many = pa.DictionaryArray.from_arrays(pa.array([0, 1, 1, 0, 1, 1, 1, 1, 1], pa.int32()), once)
+    pq.write_table(questions(0, 9).append_column("x", many), tmp_path / "a.parquet", store_schema=False)
+    cells = pa.array([b"", bytes(150 * 2**20)])
+    table = questions(9, 2).append_column("x", cells)
+    with pq.ParquetWriter(tmp_path / "b.parquet", table.schema, compression="zstd", use_dictionary=False) as writer:
+        writer.write_table(table.slice(0, 1))
+        writer.write_table(table.slice(1))
+    results = read(ParquetSource(tmp_path, OPTIONS))
+    assert ids(results) == [*(f"r{i}" for i in range(10)), "b.parquet:2"]
+    assert results[-1].reason == "failed" and "limit on memory" in results[-1].detail
