@@ -173,7 +173,7 @@ def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
                 is_cut = problem.startswith("Unterminated") or error.pos + _LONGEST_WORD > len(text)
             except (ValueError, RecursionError, MemoryError) as error:
                 beyond = f"beyond what can be decoded: {shorten(str(error)) or 'it takes too much memory'}"
-        if end - start > LARGEST or (closing is None and is_cut and len(text) - start > LARGEST):
+        if end - start > LARGEST or (closing is None and is_cut and not beyond and len(text) - start > LARGEST):
             beyond = f"longer than {LARGEST} bytes"
         if beyond:
             item = Piece(base + start, text[start : start + LARGE].encode("latin-1"), problem=beyond)
