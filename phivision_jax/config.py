@@ -198,23 +198,24 @@ class LoraConfig:
     """Regular expression that selects linear layers by their paths, like ``decoder/layers/mlp/up_proj``."""
 
 
-class Text(str):
-    """A value as text, read by its field's type; ``flag`` is what the user wrote, for errors."""
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A value as text, read by its field's type."""
 
+    text: str
     flag: str
-
-    def __new__(cls, text: str, flag: str) -> Text:
-        self = super().__new__(cls, text)
-        self.flag = flag
-        return self
+    """What the user wrote, for errors."""
 
     def read(self, hint: Any) -> Any:
         """The value; text that is not of this type is returned unchanged."""
-        if hint is str:
-            return None if self == "None" else str(self)
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            return float(self) if hint is float and self != "None" else ast.literal_eval(self)
-        return str(self)
+        if hint is not str or self.text == "None":
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                return float(self.text) if hint is float and self.text != "None" else ast.literal_eval(self.text)
+        return self.text
+
+
+field_types = functools.cache(get_type_hints)
+"""The type of each field of a dataclass."""
 
 
 def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -234,13 +235,6 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], where: str =
     if missing := [name for name in needed if name not in values]:
         raise ValueError(f"{where + missing[0]} is missing")
     return cls(**{name: typed(value, types[name], where + name) for name, value in values.items()})
-
-
-@functools.cache
-def field_types(cls: type) -> Mapping[str, Any]:
-    """Field name → type of a dataclass."""
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 def without_none(hint: Any) -> Any:

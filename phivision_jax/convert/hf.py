@@ -23,7 +23,7 @@ from phivision_jax.checkpoint import layout
 from phivision_jax.config import typed
 from phivision_jax.convert.mapping import Leaf, Shape, check, hf_shapes
 from phivision_jax.io import atomic, storage
-from phivision_jax.io.messages import prefix_errors, shorten
+from phivision_jax.io.messages import shorten
 from phivision_jax.io.read_json import parse_json, read_json, wrong_file
 from phivision_jax.io.storage import Location
 
@@ -49,6 +49,8 @@ _FOREIGN = {
     r"[^/]*\.(bin|pt|pth|ckpt)": "holds pickled weights only ({}): loading them would run code",
 }
 """Names of files → the end of a sentence about a directory that has no weights of the two readable kinds."""
+_DESCRIPTION: dict[str, Any] = {"dtype": str, "shape": tuple[int, ...], "data_offsets": tuple[int, int]}
+"""What a header states about a tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,15 +73,6 @@ class Entry:
         return self.offset + start * row_bytes, count * row_bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Described:
-    """A tensor as a header describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
-
-
 def parse_header(path: Location, header: bytes) -> dict[str, Entry]:
     """The tensors of a file that begins with ``header`` (length, JSON, padding).
 
@@ -88,18 +81,19 @@ def parse_header(path: Location, header: bytes) -> dict[str, Entry]:
     """
     corrupt = f"{path}: the safetensors header is corrupt"
     entries: dict[str, Entry] = {}
-    for name, value in parse_json(header[8:], corrupt).items():
-        if name == "__metadata__":
-            continue
-        with prefix_errors(f"{corrupt}: {shorten(name)}"):
-            tensor = typed(value, _Described, "it")
+    described = parse_json(header[8:], corrupt)
+    described.pop("__metadata__", None)
+    for name, value in typed(described, Mapping[str, Mapping[str, Any]], corrupt).items():
+        what = f"{corrupt}: {shorten(name)}"
+        code, shape, (begin, end) = (
+            typed(value.get(key), hint, f"{what}: {key}") for key, hint in _DESCRIPTION.items()
+        )
         dtypes = _BUFFER_DTYPES if _BUFFER.search(name) else DTYPES
-        if tensor.dtype not in dtypes:
-            raise ValueError(f"{path}: {shorten(name)} is {shorten(tensor.dtype)}; weights are {', '.join(DTYPES)}")
-        begin, end = tensor.data_offsets
-        entry = entries[name] = Entry(path, dtypes[tensor.dtype], tensor.shape, len(header) + begin)
-        if min((begin, *tensor.shape)) < 0 or len(tensor.shape) > 8 or entry.nbytes != end - begin:
-            raise ValueError(f"{corrupt}: {shorten(name)} has shape {shorten(tensor.shape)} in {end - begin} bytes")
+        if code not in dtypes:
+            raise ValueError(f"{path}: {shorten(name)} is {shorten(code)}; weights are {', '.join(DTYPES)}")
+        entry = entries[name] = Entry(path, dtypes[code], shape, len(header) + begin)
+        if min((begin, *shape)) < 0 or len(shape) > 8 or entry.nbytes != end - begin:
+            raise ValueError(f"{what} has shape {shorten(shape)} in {end - begin} bytes")
     return entries
 
 
@@ -208,8 +202,10 @@ class HFSource:
       ValueError: when the directory does not hold exactly the table's tensors.
     """
 
+    kind = "Hugging Face"
+
     def __init__(self, hf: HFDirectory, leaves: Sequence[Leaf], unused: tuple[str, ...] = ()) -> None:
-        self.leaves = leaves
+        self.hf, self.leaves = hf, leaves
         self._entries = {name: entry for name, entry in hf.entries.items() if not name.startswith(unused)}
         expected = hf_shapes(leaves)
         for name in sorted(self._entries.keys() - expected.keys()) if expected.keys() - self._entries.keys() else ():

@@ -137,6 +137,8 @@ class OursSource:
       DamagedError: when an array cannot be opened, or an adapter is not what was saved.
     """
 
+    kind = "phivision_jax"
+
     def __init__(self, directory: Location, meta: Mapping[str, Any], leaves: Sequence[Leaf]) -> None:
         self.leaves, self.meta, self._directory, self._params = leaves, meta, directory, directory / PARAMS
         self._saved, self._sums = layout.arrays_of(meta), StreamedChecksums()

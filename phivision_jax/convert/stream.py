@@ -11,40 +11,18 @@ Hugging Face, rows first, so none of them knows another.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from phivision_jax.convert.hf import HFSink, HFSource
 from phivision_jax.convert.mapping import Leaf
-from phivision_jax.convert.ours import BLOCK_BYTES, block_rows
+from phivision_jax.convert.ours import BLOCK_BYTES, OursSink, OursSource, block_rows
 
 WORKERS = 4
-
-
-class Source(Protocol):
-    leaves: Sequence[Leaf]
-
-    def dtype(self, leaf: Leaf) -> np.dtype:
-        """The dtype of the stored array."""
-
-    def grain(self, leaf: Leaf) -> tuple[int, int]:
-        """The fewest layers and rows to read together."""
-
-    def read(self, leaf: Leaf, layers: range, rows: range) -> list[np.ndarray]:
-        """Rows of ``leaf``, [rows, …] for each layer."""
-
-
-class Sink(Protocol):
-    folder: str
-    """Place of the files beside the weights, below the directory that is written."""
-
-    def write(self, leaf: Leaf, layer: int, start: int, block: np.ndarray) -> None:
-        """Write rows [start, start + n) of ``leaf``."""
-
-    def finish(self) -> None:
-        """Write what needs all leaves and all other files."""
 
 
 class FreshProjector:
@@ -69,6 +47,12 @@ class FreshProjector:
         rng = np.random.default_rng([self._seed, *leaf.path.encode()])
         kernel = rng.standard_normal(shape, np.float32) / math.sqrt(math.prod(leaf.row_shape))
         return [kernel.astype(self._dtype)[rows.start : rows.stop]]
+
+
+type Source = HFSource | OursSource | FreshProjector
+"""Leaves, with the dtype of each (``dtype``), the fewest layers and rows to read together (``grain``), and ``read``."""
+type Sink = HFSink | OursSink
+"""A checkpoint that is written row by row, in any order; ``folder`` holds the files beside the weights."""
 
 
 def blocks(leaf: Leaf, itemsize: int, *grains: tuple[int, int]) -> Iterator[tuple[range, range]]:
@@ -98,8 +82,10 @@ def copy(source: Source, sink: Sink, dtypes: Mapping[Leaf, np.dtype], advance: C
 
 
 class Difference(NamedTuple):
-    """How the values of a tensor differ in two checkpoints; errors are 0 where they are equal in other bytes."""
+    """How a tensor differs in two checkpoints."""
 
+    blocks: int = 0
+    """The number of blocks with other bytes."""
     absolute: float = 0.0
     """The largest error; infinity for a NaN on one side."""
     relative: float = 0.0
@@ -111,41 +97,41 @@ class Difference(NamedTuple):
 
     def __add__(self, other: Difference) -> Difference:  # type: ignore[override]
         first = min(filter(None, (self.first, other.first)), default=())
-        return Difference(max(self[0], other[0]), max(self[1], other[1]), self.values + other.values, first)
+        absolute, relative = max(self.absolute, other.absolute), max(self.relative, other.relative)
+        return Difference(self.blocks + other.blocks, absolute, relative, self.values + other.values, first)
 
 
-def compare(a: Source, b: Source, advance: Callable[[int], Any]) -> dict[str, Difference | None]:
-    """The difference of each Hugging Face tensor; None for those with the same bytes."""
+def compare(a: Source, b: Source, advance: Callable[[int], Any]) -> dict[str, Difference]:
+    """The difference of each Hugging Face tensor."""
 
-    def errors(leaf: Leaf, layers: range, rows: range) -> tuple[int, dict[str, Difference | None]]:
+    def errors(leaf: Leaf, layers: range, rows: range) -> tuple[int, dict[str, Difference]]:
         pairs = zip(layers, a.read(leaf, layers, rows), b.read(leaf, layers, rows), strict=True)
         found = {leaf.names[layer]: _difference(x, y, leaf.start + rows.start) for layer, x, y in pairs}
         return len(layers) * len(rows) * math.prod(leaf.row_shape) * a.dtype(leaf).itemsize, found
 
-    merged: dict[str, Difference | None] = {}
+    merged = defaultdict[str, Difference](Difference)
     for size, found in _in_parallel(errors, a.leaves, lambda leaf: (4, a.grain(leaf), b.grain(leaf))):
         for name, difference in found.items():
-            both = [one for one in (merged.get(name), difference) if one is not None]
-            merged[name] = sum(both, Difference()) if both else None
+            merged[name] += difference
         advance(size)
     return merged
 
 
-def _difference(x: np.ndarray, y: np.ndarray, start: int) -> Difference | None:
+def _difference(x: np.ndarray, y: np.ndarray, start: int) -> Difference:
     """``start`` is the index of the first of these rows."""
     bits = f"u{x.dtype.itemsize}"
     if x.dtype == y.dtype and np.array_equal(x.view(bits), y.view(bits)):
-        return None
+        return Difference()
     x, y = x.astype(np.float32), y.astype(np.float32)
     differ = ~((x == y) | (np.isnan(x) & np.isnan(y)))  # infinities and NaNs that agree do not
     if not differ.any():
-        return Difference()
+        return Difference(blocks=1)
     with np.errstate(all="ignore"):
         error = np.abs(x - y)[differ]
         relative = error / np.maximum(np.abs(x), np.abs(y))[differ]
     first = np.unravel_index(differ.argmax(), differ.shape)
     most, share = (float(np.nan_to_num(e, nan=math.inf, posinf=math.inf).max()) for e in (error, relative))
-    return Difference(most, share, int(differ.sum()), (start + int(first[0]), *map(int, first[1:])))
+    return Difference(1, most, share, int(differ.sum()), (start + int(first[0]), *map(int, first[1:])))
 
 
 def _in_parallel[R](

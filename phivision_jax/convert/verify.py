@@ -17,8 +17,8 @@ from phivision_jax.convert.hf import HFDirectory, HFSource
 from phivision_jax.convert.hf_config import is_hf, model_config
 from phivision_jax.convert.jobs import count_bytes, dtypes_of, open_ours, tensors_of
 from phivision_jax.convert.mapping import hf_shapes, model_leaves
-from phivision_jax.convert.ours import BLOCK_BYTES
-from phivision_jax.convert.stream import Difference, Source, compare
+from phivision_jax.convert.ours import BLOCK_BYTES, OursSource
+from phivision_jax.convert.stream import Difference, compare
 from phivision_jax.io import storage
 from phivision_jax.io.messages import differences, printable
 from phivision_jax.io.progress import bar
@@ -27,31 +27,15 @@ from phivision_jax.io.storage import Location
 _LISTED = 12
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A checkpoint of either kind."""
-
-    path: Location
-    kind: str
-    config: ModelConfig
-    source: Source
-    hf: HFDirectory | None = None
-
-    def __str__(self) -> str:
-        return f"{self.path} ({self.kind})"
-
-
-def open_checkpoint(path: Location) -> Opened:
-    """Open a checkpoint of either kind; raises ValueError when ``path`` is neither, or incomplete."""
+def open_checkpoint(path: Location) -> tuple[Location, ModelConfig, HFSource | OursSource]:
+    """Open a checkpoint of either kind, as ``open_ours``; raises ValueError for a directory of neither."""
     storage.check(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
     if is_hf(path):
-        hf = HFDirectory(path)
-        config = model_config(path)
-        return Opened(path, "Hugging Face", config, HFSource(hf, model_leaves(config)), hf)
-    found, config, source = open_ours(path)
-    return Opened(found, "phivision_jax", config, source)
+        hf, config = HFDirectory(path), model_config(path)
+        return path, config, HFSource(hf, model_leaves(config))
+    return open_ours(path)
 
 
 def verify(path_a: Location, path_b: Location) -> bool:
@@ -63,28 +47,29 @@ def verify(path_a: Location, path_b: Location) -> bool:
     Raises:
       ValueError: when they are different architectures, or as ``open_checkpoint``.
     """
-    a, b = (open_checkpoint(path) for path in (path_a, path_b))
-    pairs = differences(dataclasses.asdict(a.config), dataclasses.asdict(b.config))
+    (path_a, config_a, a), (path_b, config_b, b) = map(open_checkpoint, (path_a, path_b))
+    pairs = differences(dataclasses.asdict(config_a), dataclasses.asdict(config_b))
     fields = [f"{path} is {one} and {other}" for path, one, other in pairs]
-    if [(leaf.path, leaf.shape) for leaf in a.source.leaves] != [(leaf.path, leaf.shape) for leaf in b.source.leaves]:
-        raise ValueError(f"{a.path} and {b.path} are different architectures: {'; '.join(fields[:6])}")
-    total = count_bytes(dtypes_of([a.source], "keep"))
+    if [(leaf.path, leaf.shape) for leaf in a.leaves] != [(leaf.path, leaf.shape) for leaf in b.leaves]:
+        raise ValueError(f"{path_a} and {path_b} are different architectures: {'; '.join(fields[:6])}")
+    total = count_bytes(dtypes_of([a], "keep"))
     with bar("verify", total, in_bytes=True, shown=sys.stderr.isatty()) as advance:
-        errors = compare(a.source, b.source, advance)
-    differing = {name: error for name, error in errors.items() if error is not None and error.values}
-    identical = sum(error is None for error in errors.values())
-    print(f"{a} and {b}:")
+        errors = compare(a, b, advance)
+    differing = {name: error for name, error in errors.items() if error.values}
+    identical = sum(not error.blocks for error in errors.values())
+    print(f"{path_a} ({a.kind}) and {path_b} ({b.kind}):")
     print(f"  {identical} tensors with identical bytes,", end=" ")
     print(f"{len(errors) - identical - len(differing)} with equal values in other bytes,\n  {len(differing)} different")
-    sizes = {name: math.prod(shape) for name, shape in hf_shapes(a.source.leaves).items()}
+    sizes = {name: math.prod(shape) for name, shape in hf_shapes(a.leaves).items()}
     _print_some([
         f"different: {name}, {found.values:,} of {sizes[name]:,} values, the first at {[*found.first]}, "
         f"largest error {found.absolute:.3g}, relative {found.relative:.3g}"
         for name, found in differing.items()
     ])  # fmt: skip
     _print_some([f"configuration: {field}" for field in fields])
-    same_files = a.hf is None or b.hf is None or _compare_files(a.hf, b.hf, errors)
-    same = not differing and a.config == b.config and same_files
+    same = not differing and config_a == config_b
+    if isinstance(a, HFSource) and isinstance(b, HFSource):
+        same &= _compare_files(a.hf, b.hf, errors)
     print("same" if same else "NOT the same")
     return same
 
@@ -94,7 +79,7 @@ def _print_some(lines: list[str]) -> None:
         print(printable(line))
 
 
-def _compare_files(a: HFDirectory, b: HFDirectory, errors: Mapping[str, Difference | None]) -> bool:
+def _compare_files(a: HFDirectory, b: HFDirectory, errors: Mapping[str, Difference]) -> bool:
     names = [{*hf.others, *hf.headers} for hf in (a, b)]
     both, alone = sorted(names[0] & names[1]), sorted(names[0] ^ names[1])
     differing = [name for name in both if not _same_file(a, b, name, errors)]
@@ -104,10 +89,10 @@ def _compare_files(a: HFDirectory, b: HFDirectory, errors: Mapping[str, Differen
     return not differing and not alone
 
 
-def _same_file(a: HFDirectory, b: HFDirectory, name: str, errors: Mapping[str, Difference | None]) -> bool:
+def _same_file(a: HFDirectory, b: HFDirectory, name: str, errors: Mapping[str, Difference]) -> bool:
     if name in a.headers and name in b.headers:  # the bytes after a header are tensors, which were compared
         tensors = (tensor for tensor, entry in a.entries.items() if entry.file.name == name)
-        return a.headers[name] == b.headers[name] and all(errors[tensor] is None for tensor in tensors)
+        return a.headers[name] == b.headers[name] and not any(errors[tensor].blocks for tensor in tensors)
     size = a.files[name]
     return size == b.files[name] and all(
         storage.read_range(a.directory / name, start, BLOCK_BYTES)
@@ -118,21 +103,21 @@ def _same_file(a: HFDirectory, b: HFDirectory, name: str, errors: Mapping[str, D
 
 def inspect(path: Location, as_json: bool) -> None:
     """Print the configuration and the tensors of a checkpoint of either kind, without reading weights."""
-    opened = open_checkpoint(path)
-    dtypes = dtypes_of([opened.source], "keep")
+    path, model, source = open_checkpoint(path)
+    dtypes = dtypes_of([source], "keep")
     tensors, total = tensors_of(dtypes), count_bytes(dtypes)
     count = sum(math.prod(shape) for _, shape in tensors.values())
-    config: dict[str, Any] = dataclasses.asdict(opened.config)
+    config: dict[str, Any] = dataclasses.asdict(model)
     if as_json:
         listed = {name: {"shape": list(shape), "dtype": dtype.name} for name, (dtype, shape) in tensors.items()}
-        head = {"path": str(opened.path), "kind": opened.kind, "config": config}
+        head = {"path": str(path), "kind": source.kind, "config": config}
         print(json.dumps({**head, "tensors": listed, "num_tensors": len(tensors), "parameters": count, "bytes": total}))
         return
     lines = {name: f"{dtype.name:8}  {[*shape]}" for name, (dtype, shape) in tensors.items()}
     lines = _group_layers(lines) if sys.stdout.isatty() else lines
     print(*(f"{name:{max(map(len, lines))}}  {line}" for name, line in lines.items()), sep="\n")
     print(json.dumps(config, indent=2))
-    print(f"{opened}: {len(tensors)} tensors, {count:,} parameters, {decimal(total)}")
+    print(f"{path} ({source.kind}): {len(tensors)} tensors, {count:,} parameters, {decimal(total)}")
 
 
 def _group_layers(lines: Mapping[str, str]) -> dict[str, str]:
