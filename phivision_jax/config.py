@@ -198,20 +198,22 @@ class LoraConfig:
     """Regular expression that selects linear layers by their paths, like ``decoder/layers/mlp/up_proj``."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A value as text, read by its field's type."""
+class Text(str):
+    """A value as text, read by its field's type; ``flag`` is what the user wrote, for errors."""
 
-    text: str
     flag: str
-    """What the user wrote, for errors."""
+
+    def __new__(cls, text: str, flag: str) -> Text:
+        self = super().__new__(cls, text)
+        self.flag = flag
+        return self
 
     def read(self, hint: Any) -> Any:
         """The value; text that is not of this type is returned unchanged."""
-        if hint is not str or self.text == "None":
+        if hint is not str or self == "None":
             with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-                return float(self.text) if hint is float and self.text != "None" else ast.literal_eval(self.text)
-        return self.text
+                return float(self) if hint is float and self != "None" else ast.literal_eval(self)
+        return str(self)
 
 
 field_types = functools.cache(get_type_hints)
