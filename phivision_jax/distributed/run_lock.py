@@ -65,7 +65,7 @@ class RunLock:
     """
 
     def __init__(self, run: Location, log: Callable[[str], None] = print) -> None:
-        self._run, self._log, self._number = run, log, 0
+        self._run, self._log, self._number, self._renewed = run, log, 0, 0.0
         self._owner: dict[str, Any] = {"token": secrets.token_hex(8), "host": socket.gethostname(), "pid": os.getpid()}
         self._owner |= {"machine": machine(), "started": start_of(os.getpid()), "renewed": 0, "ended": False}
         self._owner["since"] = datetime.datetime.now(datetime.UTC).isoformat(" ", "seconds")
@@ -83,11 +83,21 @@ class RunLock:
         self._over.set()
         self._thread.join()
         self._owner["ended"] = True
-        with contextlib.suppress(LostError):
-            self.check()
+        if time.monotonic() - self._renewed < SILENT_S:  # else the disk or bucket does not answer
+            with contextlib.suppress(LostError):
+                self.renew()
         self._number = 0
 
     def check(self) -> None:
+        """Make sure that no other start can have taken the run over; costs nothing soon after a renewal.
+
+        Raises:
+          LostError: when one has.
+        """
+        if time.monotonic() - self._renewed > SILENT_S:
+            self.renew()
+
+    def renew(self) -> None:
         """Renew the lock, if it is held; a disk or bucket that does not answer is left to other writes to report.
 
         Raises:
@@ -99,8 +109,10 @@ class RunLock:
             number, owner = self._newest()
             if owner.get("token") != self._owner["token"]:
                 raise LostError(f"{self._run} was taken from this process; its owner now: {describe(owner)}")
+            began = time.monotonic()
             self._owner["renewed"] += 1
             atomic.write(self._file(number), json.dumps(self._owner), durable=False)
+            self._renewed = began
 
     def _acquire(self) -> None:
         watched, since = None, 0.0
@@ -124,7 +136,7 @@ class RunLock:
                 (self._run / DIRECTORY).mkdir(parents=True, exist_ok=True)
             storage.create(self._file(number + 1), json.dumps(self._owner).encode())
             watched = None
-        self._number = found[0]
+        self._number, self._renewed = found[0], time.monotonic()
         for path in storage.children(self._run / DIRECTORY):
             if path.stem.isdecimal() and int(path.stem) < self._number:
                 path.unlink(missing_ok=True)
@@ -146,7 +158,7 @@ class RunLock:
     def _renew_regularly(self) -> None:
         while not self._over.wait(RENEW_S):
             try:
-                self.check()
+                self.renew()
             except LostError as error:
                 print(f"{error}; this process ends", file=sys.stderr, flush=True)
                 os._exit(FAILED)

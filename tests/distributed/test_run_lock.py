@@ -195,7 +195,7 @@ def test_of_starts_at_one_moment_one_wins(run, monkeypatch, left, far):
     while len(lost) < 3 or not won:
         assert time.monotonic() < deadline, (len(won), lost)
         time.sleep(0.02)
-    won[0].check()
+    won[0].renew()
     over.set()
     for thread in threads:
         thread.join()
@@ -219,7 +219,7 @@ def test_slow_start_does_not_take_a_number_that_was_passed(run, monkeypatch):
     monkeypatch.setattr(storage, "create", create)
     try:
         refused(run)
-        other.check()
+        other.renew()
     finally:
         other.__exit__()
 
@@ -237,7 +237,7 @@ def test_owner_that_has_lost_its_run_notices(run, monkeypatch, how):
     monkeypatch.setattr(run_lock, "RENEW_S", 1000.0)
     lock = RunLock(run)
     lock._acquire()
-    lock.check()
+    lock.renew()
     if how == "taken":
         leave_number_two = {**owners(run)["1.json"], "token": "other", "host": "tpu-9", "pid": 77}
         storage.create(run / "owner" / "2.json", json.dumps(leave_number_two).encode())
@@ -245,7 +245,7 @@ def test_owner_that_has_lost_its_run_notices(run, monkeypatch, how):
         (run / "owner" / "1.json").unlink()
     match = "its owner now: process 77 on tpu-9" if how == "taken" else "its owner now: nobody, because its file or"
     with pytest.raises(LostError, match=match):
-        lock.check()
+        lock.renew()
     assert "1.json" not in owners(run) or how == "taken"
 
 
@@ -298,4 +298,4 @@ def test_bucket_that_is_down_ends_nothing(bucket, monkeypatch):
 
     with RunLock(storage.location(bucket)) as lock, monkeypatch.context() as patch:
         patch.setattr(storage, "children", children)
-        lock.check()
+        lock.renew()

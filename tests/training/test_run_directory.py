@@ -87,6 +87,7 @@ def test_copy_belongs_to_one_process(bucket):
 
 def test_start_that_has_lost_the_run_sends_nothing(bucket, monkeypatch):
     monkeypatch.setattr(run_lock, "RENEW_S", 1000.0)
+    monkeypatch.setattr(run_lock, "SILENT_S", -1.0)
     directory = RunDirectory(bucket)
     with pytest.raises(run_lock.LostError, match="its owner now: nobody"), directory.lock, directory:
         (directory.local / "log").write_text("1")
