@@ -20,7 +20,7 @@ import numpy as np
 
 from phivision_jax.batch import Batch
 from phivision_jax.data.feed import encode
-from phivision_jax.data.plan.plan import Plan
+from phivision_jax.data.plan.plan import MAX_SOURCES, Plan
 from phivision_jax.data.quarantine import BadRecord, Quarantined
 from phivision_jax.io.retry import retry
 from phivision_jax.rows import Example, fill_rows
@@ -84,21 +84,28 @@ def batches(
       IndexError: when ``start_step`` is beyond the plan's end.
     """
     if plan.inputs["sources"] != [dataset.hash for dataset in datasets]:
-        given = ", ".join(str(dataset.directory) for dataset in datasets)
-        raise ValueError(f"the plan was made from other datasets than {given}; make it again")
+        given, names = ", ".join(str(dataset.directory) for dataset in datasets), ", ".join(plan.inputs["names"])
+        problem = f"the plan is from other datasets than {given}; it was made from {names}"
+        raise ValueError(f"{problem}: name these, in this order, or make it again")
+    records = np.array([*map(len, datasets), *[0] * MAX_SOURCES], np.uint32)
+    offsets = plan.row_offsets
+    # A plan may be forged together with its hash.
+    sound = [*offsets[:1], *offsets[-1:]] == [0, len(plan.examples)] and np.all(offsets[:-1] <= offsets[1:])
+    if not (sound and np.all(plan.examples < records[plan.sources])):
+        raise ValueError("the plan names records that do not exist; make it again")
     if plan.inputs["processor"] != processor.fingerprint:
         raise ValueError("the plan was made with another tokenizer, chat template or image layout; make it again")
     steps = plan.num_steps(batch_rows)
     if not 0 <= start_step <= steps:
         raise IndexError(f"start_step {start_step} of a plan with {steps} steps of {batch_rows} rows")
-    names = encode.group_names(datasets) if groups is None else groups
+    groups = encode.group_names(datasets) if groups is None else groups
     end = steps if end_step is None else min(end_step, steps)
 
     def load(step: int) -> tuple[Batch, BatchInfo]:
         planned, failed = plan.rows(step, batch_rows), list[Quarantined]()
         rows = [
             [
-                _load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), names, failed)
+                _load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), groups, failed)
                 for s, i in row.tolist()
             ]
             for row in (planned if rows_here is None else [planned[j] for j in rows_here])

@@ -51,7 +51,7 @@ WINDOW = 16_384
 _ARRAYS = {"row_offsets": "<i8", "examples": "<u4", "sources": "u1", "resized": "<i8", "rejected": "<i8"}
 _VALUES = ("inputs", "tokens_used", "patches_used")
 _TYPES = {"inputs": Mapping[str, Any], "tokens_used": int, "patches_used": int, "hash": str}
-_MAX_SOURCES = 256
+MAX_SOURCES = 256
 # Purposes of a seed are numbered over all modules of ``data.plan``.
 _ROW_ORDER = 1
 
@@ -214,8 +214,8 @@ def plan_inputs(
     """
     if len(datasets) != len(mixture.sources):
         raise ValueError(f"{len(datasets)} datasets for a mixture of {len(mixture.sources)}")
-    if len(datasets) > _MAX_SOURCES:
-        raise ValueError(f"a plan numbers its sources in one byte: {len(datasets)} are more than {_MAX_SOURCES}")
+    if len(datasets) > MAX_SOURCES:
+        raise ValueError(f"a plan numbers its sources in one byte: {len(datasets)} are more than {MAX_SOURCES}")
     for dataset in datasets:
         check_processor(dataset, processor)
     for name, value, least in (("batch_rows", batch_rows, 1), ("seed", seed, 0), ("window", window, 1)):

@@ -70,8 +70,6 @@ def fit_records(
     Raises:
       ValueError: with ``on_overflow`` "error", naming the first record that does not fit; for a damaged index.
     """
-    for dataset in datasets:
-        dataset.index.check(dataset.directory)
     first = np.cumsum([0, *map(len, datasets)])
     index = _join([dataset.index for dataset in datasets])
     lengths = lengths_of(index, layout)

@@ -95,11 +95,11 @@ class Index:
         """
         limits = {"text_tokens": 2**31, "modes": len(MODES), "tasks": len(self.task_names), "num_images": 2**31}
         ranges = {"image_sizes": (1, MAX_SIDE + 1)} | {name: (0, end) for name, end in limits.items()}
-        for name, (first, end) in ranges.items():
-            if not np.all((first <= (values := getattr(self, name))) & (values < end)):
-                raise ValueError(f"the index of {directory} is damaged: {name} out of range; copy or import it again")
-        if self.image_offsets[[0, -1]].tolist() != [0, len(self.image_sizes)]:
-            raise ValueError(f"the index of {directory} is damaged: image_offsets; copy or import it again")
+        arrays = {name: getattr(self, name) for name in ranges}
+        wrong = [k for k, (low, end) in ranges.items() if not np.all((low <= arrays[k]) & (arrays[k] < end))]
+        if wrong or self.image_offsets[[0, -1]].tolist() != [0, len(self.image_sizes)]:
+            name = wrong[0] if wrong else "image_offsets"
+            raise ValueError(f"the index of {directory} is damaged: {name} out of range; copy or import it again")
 
     def __len__(self) -> int:
         return len(self.text_tokens)
@@ -125,12 +125,22 @@ class Dataset:
     def __init__(self, directory: Path, manifest: Mapping[str, Any], index: Index) -> None:
         self.directory = directory
         self.manifest = manifest
-        self.index = index
+        self._index = index
         self.hash = content_hash(manifest)
         """Datasets with the same hash have the same records with the same token counts."""
         self._shards = [Shard(locate(directory, s["file"]), s["records"]) for s in manifest["shards"]]
         # Number of each shard's first record.
         self._firsts = list(itertools.accumulate((s.records for s in self._shards), initial=0))[:-1]
+
+    @functools.cached_property
+    def index(self) -> Index:
+        """Sizes of the records; every value is checked at the first access.
+
+        Raises:
+          ValueError: as ``Index.check``.
+        """
+        self._index.check(self.directory)
+        return self._index
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str]) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import random
 import re
@@ -28,6 +29,7 @@ from phivision_jax.data.store.dataset import MANIFEST, Dataset, Index, describe_
 from phivision_jax.data.store.exporting import export
 from phivision_jax.data.store.integrity import validate
 from phivision_jax.data.view.show import record_section
+from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.io import work
 from tests.support.datasets import write_dataset
 from tests.support.mutations import survivors
@@ -154,8 +156,30 @@ def test_index_out_of_range_is_refused(copy, processor, name, change):
         make_plan([dataset], Mixture.from_directories(copy), processor, SHAPE)
     with pytest.raises(ValueError, match=f"the index of {copy} is damaged"):
         show((copy,), out=copy / "page.html")
+    with pytest.raises(ValueError, match=f"the index of {copy} is damaged"):
+        Evaluator(dataset, processor, rows=1, max_new_tokens=1)
     (problem,) = validate(copy, workers=0, progress=False).problems
     assert (problem.where, problem.reason) == ("index", "index")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("examples", lambda a: a + 5),
+        ("sources", lambda a: a + 1),
+        ("row_offsets", lambda a: np.append(a, a[-1] + 1)),
+        ("row_offsets", lambda a: np.append(0, a[::-1])),
+        ("row_offsets", lambda a: a[1:]),
+        ("row_offsets", lambda a: a[:0]),
+    ],
+)
+def test_forged_plan_of_records_that_do_not_exist_is_refused(copy, processor, tmp_path, name, change):
+    dataset = Dataset.open(copy)
+    plan = make_plan([dataset], Mixture.from_directories(copy), processor, RowShape(80, 1, 80))
+    forged = dataclasses.replace(plan, **{name: change(getattr(plan, name)).astype(getattr(plan, name).dtype)})
+    forged.save(tmp_path / "plan")
+    with pytest.raises(ValueError, match="the plan names records that do not exist; make it again"):
+        batches([dataset], Plan.load(tmp_path / "plan"), processor, batch_rows=1)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"schema": 4', "\0\0\0\0", '{"schema": 4}', "<!doctype html>"])
