@@ -42,6 +42,7 @@ from pathlib import Path
 
 from phivision_jax.io import jsonl
 from phivision_jax.io.messages import first_line, shorten
+from phivision_jax.text.chat import UnmarkedTemplateError
 
 MAX_SHARE = 0.01
 """Default share of bad records that stops an import or a training run."""
@@ -66,7 +67,8 @@ def describe_failure(error: BaseException) -> str:
     Extensions raise anything: a panic of Rust code is not even an ``Exception``.
     """
     is_of_disk = isinstance(error, OSError) and error.errno is not None
-    if is_of_disk or isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+    of_program = KeyboardInterrupt | SystemExit | GeneratorExit | UnmarkedTemplateError
+    if is_of_disk or isinstance(error, of_program):
         raise error
     if isinstance(error, MemoryError):
         return "it cannot be decoded within the limit on memory"

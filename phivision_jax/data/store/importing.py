@@ -14,6 +14,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import reprlib
@@ -26,7 +27,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from phivision_jax.data import quarantine
 from phivision_jax.data.quarantine import BadRecord, Quarantined, TooManyBadRecords, describe_failure
-from phivision_jax.data.records import MODES, TASKS, join_tasks, mode_of
+from phivision_jax.data.records import MODES, join_tasks, mode_of
 from phivision_jax.data.sources.source import Read, Source
 from phivision_jax.data.store.dataset import ARRAYS, MANIFEST, SCHEMA, Dataset, describe_file
 from phivision_jax.data.store.record_check import ImageSizes, check_record, count_text_tokens
@@ -37,9 +38,10 @@ from phivision_jax.text import chat
 
 SHARD_BYTES = 256 * 2**20
 """A shard is closed once it has this many payload bytes: large enough for few files, small enough to copy."""
-DTYPES = {"text_tokens": "<i4", "num_images": "<i4", "image_sizes": "<i4", "modes": "|i1", "tasks": "<u2"}
+_COLUMNS = {"text_tokens": "<i4", "num_images": "<i4", "image_sizes": "<i4", "modes": "|i1", "tasks": "<u2"}
 """Columns of a chunk's summary. They become the index, where ``image_offsets`` replaces ``num_images``, and tasks are
 numbered over all chunks, in one byte each."""
+_COUNTED = ("modes", "tasks", "sources", "mode_from")
 _MOST_TASKS = 256
 _MOST_UNREAD = 200
 
@@ -98,7 +100,7 @@ def import_source(
 
     job = Work(
         source=source,
-        step=CheckRecord(processor, decode),
+        step=functools.partial(check_item, processor, decode),
         open_sink=functools.partial(RecordSink, shard_bytes=shard_bytes),
         settings={
             "tokenizer and template": processor.text_fingerprint,
@@ -124,42 +126,33 @@ class Accepted:
     image_sizes: ImageSizes
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckRecord:
-    """Step: check and measure what a source has read."""
-
-    processor: Processor
-    decode: bool
-
-    def __call__(self, item: Read | Quarantined) -> list[Accepted | Quarantined]:
-        if isinstance(item, Quarantined):
-            return [item]
-        record = item.record
-        try:
-            image_sizes = check_record(record, decode=self.decode)
-            text_tokens = count_text_tokens(record, self.processor)
-        except BadRecord as bad:
-            return [Quarantined(record.id, record.source, bad.reason, str(bad), item.where)]
-        except chat.UnmarkedTemplateError:
-            raise
-        except BaseException as error:
-            return [Quarantined(record.id, record.source, "failed", describe_failure(error), item.where)]
-        lineage = record.lineage or (f"import: {item.where}",)
-        record = dataclasses.replace(record, mode=mode_of(record), lineage=lineage)
-        return [Accepted(dataclasses.replace(item, record=record), text_tokens, image_sizes)]
+def check_item(processor: Processor, decode: bool, item: Read | Quarantined) -> list[Accepted | Quarantined]:
+    """The step of an import: check and measure what a source has read."""
+    if isinstance(item, Quarantined):
+        return [item]
+    record = item.record
+    try:
+        image_sizes = check_record(record, decode=decode)
+        text_tokens = count_text_tokens(record, processor)
+    except BadRecord as bad:
+        return [Quarantined(record.id, record.source, bad.reason, str(bad), item.where)]
+    except BaseException as error:
+        return [Quarantined(record.id, record.source, "failed", describe_failure(error), item.where)]
+    lineage = record.lineage or (f"import: {item.where}",)
+    record = dataclasses.replace(record, mode=mode_of(record), lineage=lineage)
+    return [Accepted(dataclasses.replace(item, record=record), text_tokens, image_sizes)]
 
 
 type Unread = dict[str, tuple[int, str]]
 """Names of keys that were not read, each with its number of occurrences and an example of its values."""
 
 
-def count_unread(unread: Unread, name: str, count: int, value: Any = None, example: str | None = None) -> None:
+def count_unread(unread: Unread, name: str, example: str, count: int = 1) -> None:
     """Count a key; the first example stays. Beyond ``_MOST_UNREAD`` names, further ones are counted together."""
     name = "".join(c if c.isprintable() else "?" for c in name[:60])
     name = name if name in unread or len(unread) < _MOST_UNREAD else "other fields"
-    if name not in unread:
-        unread[name] = (0, reprlib.repr(value)[:60] if example is None else example)
-    unread[name] = (unread[name][0] + count, unread[name][1])
+    before, first = unread.get(name, (0, example))
+    unread[name] = (before + count, first)
 
 
 class RecordSink:
@@ -167,12 +160,9 @@ class RecordSink:
 
     def __init__(self, folder: Path, chunk: str, *, shard_bytes: int) -> None:
         self._folder, self._chunk, self._limit = folder, chunk, shard_bytes
-        self._columns: dict[str, list[Any]] = {name: [] for name in DTYPES}
-        self._counts = {name: collections.Counter[str]() for name in ("modes", "mode_from", "tasks", "sources")}
+        self._accepted: list[tuple[Any, ...]] = []
         self._quarantine: list[bytes] = []
-        self._system_messages = 0
         self._unread: Unread = {}
-        self._task_numbers = {task: number for number, task in enumerate(TASKS)}
         self._shards: list[dict[str, Any]] = []
         self._writer: ArrayRecordWriter | None = None
         self._name, self._bytes, self._records = "", 0, 0
@@ -181,31 +171,32 @@ class RecordSink:
         if isinstance(result, Quarantined):
             self._quarantine.append(result.to_line())
             return
-        record = result.read.record
-        assert record.mode is not None
+        read, record = result.read, result.read.record
         self._write(record.to_bytes())
-        self._columns["text_tokens"].append(result.text_tokens)
-        self._columns["num_images"].append(len(result.image_sizes))
-        self._columns["image_sizes"] += result.image_sizes
-        self._columns["modes"].append(MODES.index(record.mode))
-        self._columns["tasks"].append(self._task_numbers.setdefault(record.task, len(self._task_numbers)))
-        names = (record.mode, result.read.mode_from, record.task, record.source)
-        for counter, name in zip(self._counts.values(), names, strict=True):
-            counter[name] += 1
-        self._system_messages += result.read.system
-        for name, value in result.read.unread:
-            count_unread(self._unread, name, 1, value)
+        names = (record.mode, record.task, record.source, read.mode_from)
+        self._accepted.append((result.text_tokens, result.image_sizes, read.system, *names))
+        for name, value in read.unread:
+            count_unread(self._unread, name, reprlib.repr(value)[:60])
 
     def close(self) -> Summary:
         self._close_shard()
+        text_tokens, sizes, system, *named = zip(*self._accepted, strict=True) if self._accepted else [()] * 7
+        counts = {name: dict(collections.Counter(values)) for name, values in zip(_COUNTED, named, strict=True)}
+        numbers = {task: number for number, task in enumerate(counts["tasks"])}
+        columns = {
+            "text_tokens": text_tokens,
+            "num_images": [*map(len, sizes)],
+            "image_sizes": [*itertools.chain(*sizes)],
+            "modes": [MODES.index(mode) for mode in named[0]],
+            "tasks": [numbers[task] for task in named[1]],
+        }
         return {
-            "columns": {name: np.asarray(values, DTYPES[name]).tobytes() for name, values in self._columns.items()},
+            "columns": {name: np.asarray(values, _COLUMNS[name]).tobytes() for name, values in columns.items()},
             "shards": self._shards,
             "quarantine": self._quarantine,
-            "counts": self._counts,
-            "system_messages": self._system_messages,
+            "counts": counts,
+            "system_messages": sum(system),
             "unread": self._unread,
-            "tasks": list(self._task_numbers),
         }
 
     def _write(self, payload: bytes) -> None:
@@ -260,27 +251,26 @@ def write_index_and_manifest(directory: Path, summaries: Callable[[], Iterator[S
     """
     quarantined = write_quarantine(directory, summaries())
     shards: list[dict[str, Any]] = []
-    columns: dict[str, list[bytes]] = {name: [] for name in DTYPES}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     unread: Unread = {}
-    system_messages, tasks = 0, join_tasks(summary["tasks"] for summary in summaries())
+    system_messages, tasks = 0, join_tasks(summary["counts"]["tasks"] for summary in summaries())
     if len(tasks) > _MOST_TASKS:
         remedy = "--rename task=dataset_task keeps them as metadata, and --task sets one for all"
         raise ValueError(f"the records have {len(tasks):,} tasks, an index at most {_MOST_TASKS}: {remedy}")
     for summary in summaries():
         shards += summary["shards"]
-        for name, column in columns.items():
-            column.append(summary["columns"][name])
-        numbers = np.array([tasks.index(task) for task in summary["tasks"]], "|u1")
-        columns["tasks"][-1] = numbers[np.frombuffer(columns["tasks"][-1], DTYPES["tasks"])].tobytes()
+        for name, column in summary["columns"].items():
+            columns[name].append(np.frombuffer(column, _COLUMNS[name]))
+        numbers = np.array([tasks.index(task) for task in summary["counts"]["tasks"]], ARRAYS["tasks"])
+        columns["tasks"][-1] = numbers[columns["tasks"][-1]]
         for name, counter in summary["counts"].items():
             counts[name].update(counter)
         counts["quarantined"].update(json.loads(line)["reason"] for line in summary["quarantine"])
         system_messages += summary["system_messages"]
         for name, (count, example) in summary["unread"].items():
-            count_unread(unread, name, count, example=example)
-    dtypes = DTYPES | {"tasks": "|u1"}
-    index: dict[str, np.ndarray] = {k: np.frombuffer(b"".join(v), dtypes[k]) for k, v in columns.items()}
+            count_unread(unread, name, example, count)
+    index = {name: np.concatenate(parts) for name, parts in columns.items()}
     index["image_sizes"] = index["image_sizes"].reshape(-1, 2)
     index["image_offsets"] = np.concatenate([[0], np.cumsum(index.pop("num_images"), dtype=np.int64)])
     if not len(index["modes"]):
