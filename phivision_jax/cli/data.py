@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -77,28 +77,16 @@ def import_(
         from phivision_jax.data.sources.open_source import open_source
 
         jobs = {out: open_source(source, format=format, split=split, options=options, name=name)}
-        if Path(source).is_dir():
-            _print_files(jobs[out])
+        files = getattr(jobs[out], "files", None)  # the metadata of TFDS and ArrayRecord name their files
+        if Path(source).is_dir() and files is not None:
+            say(str(files))
     processor = processor_for(checkpoint)
-    settings: dict[str, Any] = {"workers": workers, "decode": decode, "max_bad": max_bad, "restart": restart}
     for directory, what in jobs.items():
         exists = (directory / MANIFEST).exists()
-        dataset = import_source(what, directory, processor, **settings)
-        if exists:
-            say(f"{directory} exists already")
-        else:
-            _summarise(dataset, processor, options.system)
-
-
-def _print_files(source: Source) -> None:
-    """Print which files of a folder are read and which are not, since their names decide it."""
-    from phivision_jax.data.sources.files import Files, shorten
-
-    files: Files | None = getattr(source, "files", None)  # the metadata of TFDS and ArrayRecord name their files
-    if files is not None:
-        count = f"{len(files.read):,} file{'s' * (len(files.read) > 1)}"
-        left_out = f"; left out: {len(files.left_out):,} ({shorten(files.left_out)})" if files.left_out else ""
-        say(f"reading {count} of the folder ({shorten(files.read)}){left_out}")
+        dataset = import_source(
+            what, directory, processor, workers=workers, decode=decode, max_bad=max_bad, restart=restart
+        )
+        say(f"{directory} exists already") if exists else _summarise(dataset, processor, options.system)
 
 
 def processor_for(checkpoint: Path | None) -> Processor:
@@ -124,10 +112,9 @@ def _summarise(dataset: Dataset, processor: Processor, system: str) -> None:
     rows = {name: f"{manifest[name.replace(' ', '_')]:,}" for name in ("records", "images", "text tokens")}
     rows |= {"modes": _list(counts["modes"]), "modes are": _list(counts["mode_from"]), "tasks": _list(counts["tasks"])}
     if counts["system_messages"]:
-        fate = {"user": "put before the first user message", "drop": "dropped (--system drop)"}.get(system)
-        if fate is None:
-            kept = _keeps_system_messages(processor)
-            fate = "the template keeps them" if kept else "the template drops them; --system user keeps their text"
+        fates = {"user": "put before the first user message", "drop": "dropped (--system drop)"}
+        kept = "keeps them" if _keeps_system_messages(processor) else "drops them; --system user keeps their text"
+        fate = fates.get(system, f"the template {kept}")
         rows["system messages"] = f"{counts['system_messages']:,}: {fate}"
     if unread := sorted(counts.get("unread", {}).items(), key=lambda pair: (-pair[1][0], pair[0])):
         lines = [f"{name} {count:,} (e.g. {example})" for name, (count, example) in unread[:_SHOWN_UNREAD]]
@@ -278,7 +265,7 @@ def plan(
     datasets = [Dataset.open(path) for _, path in mixture.sources]
     processor = processor_for(checkpoint).with_patches(patch_size, min_patches, max_patches)
     shape = row_shape(processor.config, length, vision_rows, num_patches)
-    options: dict[str, Any] = {"batch_rows": batch_rows, "seed": seed, "on_overflow": on_overflow}
+    options = {"batch_rows": batch_rows, "seed": seed, "on_overflow": on_overflow}
     plan = make_plan(datasets, mixture, processor, shape, progress=True, **options)
     plan.save(out)
     say(f"{out}: plan {plan.hash[:12]}, {plan.num_steps(batch_rows):,} steps of {batch_rows} rows\n{plan.summary()}")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
 
 from phivision_jax.data.records import Record
 from phivision_jax.evaluation.scoring import Answer
 from phivision_jax.images.decode import open_image, to_rgb
+from phivision_jax.io.html import text_image
 
 WIDTH, MARGIN, IMAGE_HEIGHT = 480, 16, 360
 """Pixels. Images are scaled to fit, small ones by an integer so that their pixels stay sharp."""
@@ -71,9 +71,5 @@ def _fit(image: Image.Image) -> Image.Image:
 def _text(text: str, colour: str) -> Image.Image:
     if len(text) > MAX_CHARACTERS:
         text = f"{text[: MAX_CHARACTERS // 2]} … {text[-MAX_CHARACTERS // 2 :]}"
-    lines = [piece for line in text.strip().splitlines() for piece in textwrap.wrap(line, LINE_LENGTH) or [""]]
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSansMono.ttf")), 15)
-    block = Image.new("RGB", (WIDTH - 2 * MARGIN, LINE_HEIGHT * len(lines)), "white")
-    for i, line in enumerate(lines):
-        ImageDraw.Draw(block).text((0, i * LINE_HEIGHT), line, fill=colour, font=font)
-    return block
+    lines = Text(text.strip()).wrap(Console(), LINE_LENGTH)  # by the widths of characters in a terminal
+    return text_image([line.plain for line in lines], colour, WIDTH - 2 * MARGIN, LINE_HEIGHT)

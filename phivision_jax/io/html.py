@@ -92,15 +92,32 @@ def plot(draw: Callable[[Canvas], None], caption: str, height: float) -> Figure:
     pngs = []
     for styles in (["figures"], ["figures", "figures_dark"]):
         with style.context([_HERE / f"{name}.mplstyle" for name in styles]):
-            canvas, file = Canvas(figsize=(13.6, height), layout="constrained"), io.BytesIO()
+            canvas = Canvas(figsize=(13.6, height), layout="constrained")
             draw(canvas)
-            texts = canvas.findobj(Text)
-            families = _families(frozenset("".join(text.get_text() for text in texts)))
-            for text in texts:
-                text.set_fontfamily([*text.get_fontfamily(), *families])
-            canvas.savefig(file)
-            pngs.append(file.getvalue())
+            pngs.append(_png(canvas))
     return Figure(pngs[0], caption, pngs[1])
+
+
+def text_image(lines: Sequence[str], colour: str, width: int, line_height: int) -> Image.Image:
+    """Lines of text in a colour on white, in fonts that have the characters; sizes in pixels."""
+    height = len(lines) * line_height
+    canvas = Canvas(figsize=(width / 100, height / 100), dpi=100, facecolor="white")
+    for i, line in enumerate(lines):
+        top = 1 - (i + 0.5) / len(lines)
+        canvas.text(
+            0, top, line, color=colour, va="center_baseline", family="monospace", fontsize=10.8, parse_math=False
+        )
+    return Image.open(io.BytesIO(_png(canvas))).convert("RGB") if lines else Image.new("RGB", (width, 0))
+
+
+def _png(canvas: Canvas) -> bytes:
+    """The figure, in fonts that have its characters."""
+    texts, file = canvas.findobj(Text), io.BytesIO()
+    families = _families(frozenset("".join(text.get_text() for text in texts)))
+    for text in texts:
+        text.set_fontfamily([*text.get_fontfamily(), *families])
+    canvas.savefig(file)
+    return file.getvalue()
 
 
 @functools.cache
@@ -108,6 +125,8 @@ def _families(characters: frozenset[str]) -> list[str]:
     """Names of installed fonts that together have as many of the characters as possible."""
     missing, found = {*map(ord, characters)}, []
     for font in font_manager.fontManager.ttflist:
+        if not missing:
+            break
         with contextlib.suppress(RuntimeError, OSError):  # of fonts that cannot be scaled, as of coloured emoji
             loaded = font_manager.get_font(font.fname)
             loaded.set_size(10, 72)

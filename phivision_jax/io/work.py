@@ -155,14 +155,19 @@ def run(
     if _made_before(out, key):
         return False
     partial = out.with_name(f".{out.name}.partial")
-    with _locked(partial, out):
+    try:
+        lock = atomic.lock(partial / LOCK)
+    except BlockingIOError:
+        raise BlockingIOError(f"another process is making {out}; wait for it, or choose another name") from None
+    with contextlib.ExitStack() as locked:
+        locked.callback(os.close, lock)
         if _made_before(out, key):  # by another process in the meantime
             shutil.rmtree(partial, ignore_errors=True)
             return False
         _prepare(partial, key, restart)
         try:
             _do_chunks(work, partial, check, processes, progress)
-            _remove_strays(partial, set(work.chunks()))
+            _remove_strays(partial, work.chunks())
             finish(partial, lambda: committed(partial))
             partial.rename(out)
         except BaseException as error:
@@ -187,10 +192,8 @@ def _made_before(out: Path, key: dict[str, Any]) -> bool:
     except ValueError as error:
         raise FileExistsError(f"{out} exists, but {error}; remove it or choose another name") from None
     if made_by != key:
-        raise FileExistsError(
-            f"{out} exists and was made from other data or with other options; remove it or choose another name:"
-            + _changes(made_by, key)
-        )
+        problem = f"{out} exists and was made from other data or with other options"
+        raise FileExistsError(f"{problem}; remove it or choose another name:{_changes(made_by, key)}")
     _remove_traces(out)
     return True
 
@@ -202,19 +205,6 @@ def _remove_traces(out: Path) -> None:
     (out / LOCK).unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _locked(partial: Path, out: Path) -> Iterator[None]:
-    """Make the partial directory if need be, and hold its lock."""
-    try:
-        lock = atomic.lock(partial / LOCK)
-    except BlockingIOError:
-        raise BlockingIOError(f"another process is making {out}; wait for it, or choose another name") from None
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
 def _prepare(partial: Path, key: dict[str, Any], restart: bool) -> None:
     """Keep the committed chunks of the same key; remove others only if ``restart`` asks for it."""
     try:
@@ -223,11 +213,11 @@ def _prepare(partial: Path, key: dict[str, Any], restart: bool) -> None:
         before = None
     if before != key or restart:
         if before is not None and not restart and any((partial / CHUNKS).glob("*")):
-            raise FileExistsError(
-                f"{partial} has the chunks of an interrupted run with other data, options or program version; to start "
-                "over, give --restart (restart=True) or remove the directory; to continue it, restore these:"
-                f"{_changes(before, key)}"
+            problem = f"{partial} has the chunks of an interrupted run with other data, options or program version"
+            remedy = (
+                "to start over, give --restart (restart=True) or remove the directory; to continue it, restore these:"
             )
+            raise FileExistsError(f"{problem}; {remedy}{_changes(before, key)}")
         _remove_all_but({LOCK}, partial)
         atomic.write(partial / KEY, json.dumps(key, indent=2))
     shutil.rmtree(partial / WORK, ignore_errors=True)
@@ -239,13 +229,15 @@ def _changes(before: Any, now: Any) -> str:
     """A line for each difference between two keys, or for the first few."""
     lines = []
     for path, *values in differences(before, now):
-        old, new = (shorten(json.dumps(value, ensure_ascii=False)) for value in values)
-        lines.append(f"{path}: {old}, now {new}")
         if path.startswith("source.files."):
-            old, new = (str(value or "absent").partition(";")[0] for value in values)
-            lines[-1] = f"{shorten(path.rpartition('/')[2])} has changed ({shorten(old)} → {shorten(new)})"
-    more = [f"and {len(lines) - _SHOWN_DIFFERENCES:,} more"] if len(lines) > _SHOWN_DIFFERENCES else []
-    return "".join(f"\n  {line}" for line in [*lines[:_SHOWN_DIFFERENCES], *more])
+            old, new = (shorten(str(value or "absent").partition(";")[0]) for value in values)
+            lines.append(f"{shorten(path.rpartition('/')[2])} has changed ({old} → {new})")
+        else:
+            old, new = (shorten(json.dumps(value, ensure_ascii=False)) for value in values)
+            lines.append(f"{path}: {old}, now {new}")
+    if len(lines) > _SHOWN_DIFFERENCES:
+        lines[_SHOWN_DIFFERENCES:] = [f"and {len(lines) - _SHOWN_DIFFERENCES:,} more"]
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def _do_chunks(work: Work[Any, Any], partial: Path, check: Check, processes: int | None, progress: str) -> None:
@@ -317,7 +309,7 @@ def _load(directory: Path, name: str) -> dict[str, Any] | None:
     return chunk if complete else None
 
 
-def _remove_strays(directory: Path, names: set[str]) -> None:
+def _remove_strays(directory: Path, names: Iterable[str]) -> None:
     """Remove files that no chunk names: from an earlier ``finish``, or a chunk whose source had changed."""
     keep = {CHUNKS, WORK, KEY, LOCK}
     for name in names:

@@ -73,10 +73,8 @@ def run[Job, Result](
             for future in done:
                 yield future.result()
     except BrokenProcessPool:
-        raise ChildProcessError(
-            "a worker process died (killed, or out of memory); fewer workers need less memory, and 0 workers show the "
-            "cause"
-        ) from None
+        remedy = "fewer workers need less memory, and 0 workers show the cause"
+        raise ChildProcessError(f"a worker process died (killed, or out of memory); {remedy}") from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

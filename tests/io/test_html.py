@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from phivision_jax.io import html
-from phivision_jax.io.html import Figure, Section, Span, Table, image_figure, page, plot, print_sections
+from phivision_jax.io.html import Figure, Section, Span, Table, image_figure, page, plot, print_sections, text_image
 
 VOID = {"meta", "img", "source", "br"}
 
@@ -136,5 +136,8 @@ def test_figures_use_any_font_that_has_the_characters(tmp_path, monkeypatch) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a missing glyph is a warning
         shown = plot(lambda canvas: canvas.text(0.5, 0.5, "text 漢"), "", 1.0)
-    assert shown.png
+        answer = text_image(["漢漢", "漢"], "#ff0000", 100, 20)
+    assert shown.png and answer.size == (100, 20 * 2)
+    red = (np.asarray(answer) != 255).any(-1)
+    assert red[20:, 20:].sum() == 0 and red[:20, 20:].sum() > 50 and red[20:].sum() > 50
     html._families.cache_clear()

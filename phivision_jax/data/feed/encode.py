@@ -48,22 +48,17 @@ def group_weights(rules: Sequence[tuple[str, float]], groups: Sequence[str] = GR
     """
     weights = np.ones(len(groups), np.float32)
     for pattern, weight in reversed(rules):
+        shown = shorten(repr(pattern))
         try:
             matches = [re.search(pattern, name) is not None for name in groups]
         except re.error as error:
-            raise ValueError(
-                f"data.loss_weights: {shorten(repr(pattern))} is not a regular expression: {error}"
-            ) from None
+            raise ValueError(f"data.loss_weights: {shown} is not a regular expression: {error}") from None
         if not any(matches):
             tasks = ", ".join(dict.fromkeys(name.partition("/")[2] for name in groups))
-            raise ValueError(
-                f"data.loss_weights: {shorten(repr(pattern))} matches no mode and task; modes are {', '.join(MODES)}, "
-                f"tasks are {tasks}, and names look like {GROUP_NAMES[1]!r}"
-            )
+            known = f"modes are {', '.join(MODES)}, tasks are {tasks}, and names look like {GROUP_NAMES[1]!r}"
+            raise ValueError(f"data.loss_weights: {shown} matches no mode and task; {known}")
         if not 0 <= weight < math.inf:
-            raise ValueError(
-                f"data.loss_weights: the weight of {shorten(repr(pattern))} must be 0 or more, not {weight}"
-            )
+            raise ValueError(f"data.loss_weights: the weight of {shown} must be 0 or more, not {weight}")
         weights[matches] = weight
     if not weights.any():
         raise ValueError("data.loss_weights leave nothing to learn: every mode and task has weight 0")

@@ -103,12 +103,10 @@ def batches(
 
     def load(step: int) -> tuple[Batch, BatchInfo]:
         planned, failed = plan.rows(step, batch_rows), list[Quarantined]()
+
         rows = [
-            [
-                _load_example(datasets[s], i, processor, plan.patch_limits.get((s, i)), groups, failed)
-                for s, i in row.tolist()
-            ]
-            for row in (planned if rows_here is None else [planned[j] for j in rows_here])
+            [_load_example(datasets, plan, s, i, processor, groups, failed) for s, i in planned[j].tolist()]
+            for j in (range(batch_rows) if rows_here is None else rows_here)
         ]
         batch = fill_rows([[example for example, _ in row] for row in rows], plan.row_shape, processor.config)
         if loss_weights is not None:
@@ -121,14 +119,16 @@ def batches(
 
 
 def _load_example(
-    dataset: Dataset,
+    datasets: Sequence[Dataset],
+    plan: Plan,
+    s: int,
     i: int,
     processor: Processor,
-    max_patches: int | None,
     groups: Sequence[str],
     failed: list[Quarantined],
 ) -> tuple[Example, str]:
-    """Record ``i`` encoded, or its placeholder (then it is added to ``failed``); and the record's id."""
+    """Record ``i`` of dataset ``s`` encoded, or its placeholder (then it is in ``failed``); and the record's id."""
+    dataset, max_patches = datasets[s], plan.patch_limits.get((s, i))
     planned_text = int(dataset.index.text_tokens[i])
     planned = [processor.layout.measure(*size, max_patches) for size in dataset.index.sizes_of(i)]
     record_id, source = f"{dataset.directory.name}:{i}", dataset.directory.name
@@ -143,10 +143,9 @@ def _load_example(
         failed.append(Quarantined(record_id, source, error.reason, str(error), f"{dataset.directory}, record {i}"))
         return encode.placeholder_example(planned_text, planned, processor.layout), record_id
     if example.text_tokens != planned_text:
-        raise ValueError(
-            f"record {record_id!r:.100} of {source!r:.99} has {example.text_tokens} text tokens, but {planned_text} in "
-            "its index: another version of this program wrote it; import the dataset again"
-        )
+        counts = f"{example.text_tokens} text tokens, but {planned_text} in its index"
+        remedy = "another version of this program wrote it; import the dataset again"
+        raise ValueError(f"record {record_id!r:.100} of {source!r:.99} has {counts}: {remedy}")
     return example, record_id
 
 

@@ -119,10 +119,9 @@ def _cells(pool: Pool, names: Sequence[str], stage: Stage) -> list[_Cell]:
     shares = _mode_shares(stage)
     for mode, share in shares.items():
         if share and not any(cell.mode == mode for cell in cells):
-            raise ValueError(
-                f"stage {stage.name!r}: reasoning_share is {stage.reasoning_share:g}, but no record of its sources "
-                f"is of mode {MODES[mode]}; add a source that has them, or leave reasoning_share out"
-            )
+            given, remedy = f"reasoning_share is {stage.reasoning_share:g}", "or leave reasoning_share out"
+            problem = f"{given}, but no record of its sources is of mode {MODES[mode]}"
+            raise ValueError(f"stage {stage.name!r}: {problem}; add a source that has them, {remedy}")
     return [cell for cell in cells if shares[cell.mode]]
 
 
@@ -192,21 +191,16 @@ def task_shares(held: Mapping[int, float], stage: Stage, task_names: Sequence[st
     total = math.fsum(shares.values())
     shares = {task: share / total for task, share in shares.items()}
     caps = {task: stage.task_caps.get(task_names[task], 1.0) for task in shares}
-    if math.fsum(caps.values()) < 1 - 1e-9:
-        present = ", ".join(task_names[task] for task in shares)
-        raise ValueError(
-            f"stage {stage.name!r}: the caps of the tasks present ({present}) add up to "
-            f"{math.fsum(caps.values()):.2f}, less than 1; leave one of them without a cap"
-        )
+    if (most := math.fsum(caps.values())) < 1 - 1e-9:
+        present = f"the caps of the tasks present ({', '.join(task_names[task] for task in shares)})"
+        remedy = "leave one of them without a cap"
+        raise ValueError(f"stage {stage.name!r}: {present} add up to {most:.2f}, less than 1; {remedy}")
     capped: set[int] = set()
     while over := {task for task, share in shares.items() if share > caps[task] + 1e-12 and task not in capped}:
         capped |= over
         left = 1 - math.fsum(caps[task] for task in capped)
-        free = math.fsum(share for task, share in shares.items() if task not in capped)
-        shares = {
-            task: caps[task] if task in capped else share * left / free if free else 0.0
-            for task, share in shares.items()
-        }
+        free = math.fsum(share for task, share in shares.items() if task not in capped) or 1.0
+        shares = {task: caps[task] if task in capped else share * left / free for task, share in shares.items()}
     return shares
 
 

@@ -276,7 +276,6 @@ def _check_names(names: Sequence[str], kind: str) -> None:
 def _check_directory(path: Path) -> None:
     """Raise ValueError for a file: a source is the directory that an import has made, not the imported file."""
     if path.is_file():
-        raise ValueError(
-            f"{path} is a file; import its records once, then train on the directory that this makes (docs/data.md):\n"
-            f"    phivision data import {path} {path.with_suffix('')} --images FOLDER --checkpoint CHECKPOINT"
-        )
+        remedy = "import its records once, then train on the directory that this makes (docs/data.md)"
+        command = f"phivision data import {path} {path.with_suffix('')} --images FOLDER --checkpoint CHECKPOINT"
+        raise ValueError(f"{path} is a file; {remedy}:\n    {command}")

@@ -69,10 +69,11 @@ def pack(examples: np.ndarray, lengths: Lengths, shape: RowShape) -> tuple[np.nd
       [rows + 1] where each row begins.
     """
     spread = _pack(examples, lengths, shape, spread_work=True)
-    if _rows(spread) <= _ROWS_FOR_BALANCE * _least_rows(examples, lengths, shape):
+    rows = len(spread[1]) - 1
+    if rows <= _ROWS_FOR_BALANCE * _least_rows(examples, lengths, shape):
         return spread
     tight = best_fit_decreasing(examples, lengths, shape)
-    return spread if _rows(spread) <= _ROWS_FOR_BALANCE * _rows(tight) else tight
+    return spread if rows <= _ROWS_FOR_BALANCE * (len(tight[1]) - 1) else tight
 
 
 def best_fit_decreasing(examples: np.ndarray, lengths: Lengths, shape: RowShape) -> tuple[np.ndarray, np.ndarray]:
@@ -82,10 +83,6 @@ def best_fit_decreasing(examples: np.ndarray, lengths: Lengths, shape: RowShape)
 
 _ROWS_FOR_BALANCE = 1.005
 """Spreading the work may cost half a percent more rows; beyond that (T near the longest examples) rows count more."""
-
-
-def _rows(packed: tuple[np.ndarray, np.ndarray]) -> int:
-    return len(packed[1]) - 1
 
 
 def _least_rows(examples: np.ndarray, lengths: Lengths, shape: RowShape) -> int:

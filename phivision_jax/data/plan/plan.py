@@ -49,8 +49,7 @@ FORMAT = 3
 WINDOW = 16_384
 """Examples packed at a time: more fills rows better, but mixes the order less than a window's worth of shuffling."""
 _ARRAYS = {"row_offsets": "<i8", "examples": "<u4", "sources": "u1", "resized": "<i8", "rejected": "<i8"}
-_VALUES = ("inputs", "tokens_used", "patches_used")
-_TYPES = {"inputs": Mapping[str, Any], "tokens_used": int, "patches_used": int, "hash": str}
+_VALUES = {"inputs": Mapping[str, Any], "tokens_used": int, "patches_used": int}
 MAX_SOURCES = 256
 # Purposes of a seed are numbered over all modules of ``data.plan``.
 _ROW_ORDER = 1
@@ -129,11 +128,9 @@ class Plan:
         examples = len(self.examples)
         lines = [f"{self.num_rows:,} rows, {examples:,} examples ({examples / max(self.num_rows, 1):.2f} per row)"]
         lines.append(f"padding: text {self.text_padding:.2%}, patches {self.patch_padding:.2%}")
-        rejected = collections.Counter((s, reason) for s, _, reason in self.rejected.tolist())
-        for (s, reason), count in sorted(rejected.items()):
-            lines.append(
-                f"do not fit a row: {count:,} records of {self.inputs['names'][s]} ({record_sizes.REASONS[reason]})"
-            )
+        names, reasons = self.inputs["names"], record_sizes.REASONS
+        for (s, reason), count in sorted(collections.Counter(map(tuple, self.rejected[:, ::2].tolist())).items()):
+            lines.append(f"do not fit a row: {count:,} records of {names[s]} ({reasons[reason]})")
         if len(self.resized):
             lines.append(f"resized to fewer patches: {len(self.resized):,} records")
         for stage, shares in itertools.groupby(self.shares, lambda share: share.stage):
@@ -165,7 +162,7 @@ class Plan:
         about = read_json(path)
         if (format := about.get("format")) != FORMAT:
             raise ValueError(f"{path}: format {format!r:.100}, this program reads {FORMAT}; make the plan again")
-        check_types(about, _TYPES, path)
+        check_types(about, _VALUES, path)
         columns: dict[str, tuple[int, ...]] = {"resized": (3,), "rejected": (3,)}
         arrays: dict[str, Any] = {
             name: read_array(directory / f"{name}.npy", dtype, None, *columns.get(name, ()))
@@ -174,7 +171,7 @@ class Plan:
         with prefix_errors(str(path)):
             shares = typed(about.get("shares"), tuple[RealizedShare, ...], "shares")
         plan = cls(**arrays, shares=shares, **{name: about[name] for name in _VALUES})
-        if plan.hash != about["hash"]:
+        if plan.hash != about.get("hash"):
             raise ValueError(f"{directory}: the arrays do not have the hash in plan.json; make the plan again")
         return plan
 
@@ -225,10 +222,8 @@ def plan_inputs(
         raise ValueError(f"{shape} has no merge tables of {processor.layout.merge}, which the image layout makes")
     for stage in mixture.stages:
         stage.chosen(mixture.names)
-    stages = [dataclasses.asdict(stage) for stage in mixture.stages]
-    for stage_inputs in stages:
-        if stage_inputs["examples"] is None:  # 1, 1.0 and the default give one plan
-            stage_inputs["epochs"] = float(stage_inputs["epochs"] or 1)
+    # Epochs of 1, 1.0 and the default give one plan.
+    epochs = [{} if stage.examples else {"epochs": float(stage.epochs or 1)} for stage in mixture.stages]
     inputs = {
         "format": FORMAT,
         "sources": [dataset.hash for dataset in datasets],
@@ -237,7 +232,7 @@ def plan_inputs(
         "image_layout": processor.layout.fingerprint,
         **dataclasses.asdict(shape),
         "batch_rows": batch_rows,
-        "stages": stages,
+        "stages": [dataclasses.asdict(stage) | given for stage, given in zip(mixture.stages, epochs, strict=True)],
         "seed": seed,
         "on_overflow": on_overflow,
         "window": window,
@@ -270,30 +265,29 @@ def make_plan(
     lengths = fitted.lengths
     if not fitted.fits.any():
         shortest = lengths.tokens.argmin()
-        raise ValueError(
-            f"{', '.join(str(d.directory) for d in datasets)}: none of {sum(map(len, datasets))} records fits a row of "
-            f"{shape.length} tokens and {shape.vision_rows} x {shape.num_patches} patches; the smallest needs "
-            f"{lengths.tokens[shortest]} tokens and {lengths.patches[shortest]} patches"
-        )
+        given, total = ", ".join(str(dataset.directory) for dataset in datasets), sum(map(len, datasets))
+        row = f"{shape.length} tokens and {shape.vision_rows} x {shape.num_patches} patches"
+        needed = f"{lengths.tokens[shortest]} tokens and {lengths.patches[shortest]} patches"
+        raise ValueError(f"{given}: none of {total} records fits a row of {row}; the smallest needs {needed}")
     eligible = np.concatenate([mixture.eligible(len(dataset), seed) for dataset in datasets])
     usable = np.flatnonzero(fitted.fits & eligible)
     modes, tasks = (array[usable].astype(np.int64) for array in (fitted.index.modes, fitted.index.tasks))
-    pool = Pool(
-        record_sizes.owners(fitted.first, usable)[0], lengths.tokens[usable], modes, tasks, fitted.index.task_names
-    )
+    owners = record_sizes.owners(fitted.first, usable)[0]
+    pool = Pool(owners, lengths.tokens[usable], modes, tasks, fitted.index.task_names)
     chosen = [s for stage in mixture.stages for s in stage.chosen(mixture.names)]
     if mixture.held_out and not np.isin(pool.sources, chosen).any():
-        raise ValueError(
-            f"{mixture.held_out:g} of the records are held out, which leaves none for {mixture.part}: there are "
-            f"{sum(map(len, datasets)):,}; hold out a {'larger' if mixture.part == 'validation' else 'smaller'} share"
-        )
+        problem = f"{mixture.held_out:g} of the records are held out, which leaves none for {mixture.part}"
+        remedy = f"hold out a {'larger' if mixture.part == 'validation' else 'smaller'} share"
+        raise ValueError(f"{problem}: there are {sum(map(len, datasets)):,}; {remedy}")
 
     windows: list[np.ndarray] = []
     shares: list[RealizedShare] = []
     for stage in mixture.stages:
         order, one_pass = order_examples(pool, mixture.names, stage, seed)
         shares += realized_shares(stage, mixture.names, pool, order)
-        group = one_pass * _passes_to_pack_jointly(pool.tokens[order[:one_pass]], shape)
+        # Passes over a dataset so small that one does not fill two rows share rows.
+        rows = int(pool.tokens[order[:one_pass]].sum()) / shape.length
+        group = one_pass if rows >= 2 else one_pass * math.ceil(8 / rows)
         for passes in np.split(usable[order], range(group, len(order), group)):  # a window ends with them
             windows += np.split(passes, range(inputs["window"], len(passes), inputs["window"]))
     numbers, counts = _pack_windows(windows, lengths, shape, inputs, progress)
@@ -309,12 +303,6 @@ def make_plan(
         tokens_used=int(lengths.tokens[numbers].sum()),
         patches_used=int(lengths.patches[numbers].sum()),
     )
-
-
-def _passes_to_pack_jointly(tokens: np.ndarray, shape: RowShape) -> int:
-    """1; more for a dataset so small that a pass over it does not fill two rows: passes then share rows."""
-    rows = int(tokens.sum()) / shape.length
-    return 1 if rows >= 2 else math.ceil(8 / rows)
 
 
 def _pack_windows(

@@ -86,12 +86,11 @@ def fit_records(
     out, resized = np.flatnonzero(~fits), np.flatnonzero(limits)
     sources, records = owners(first, out)
     if len(out) and on_overflow == "error":
-        dataset, i, size = datasets[sources[0]], int(records[0]), (lengths.tokens[out[0]], patches[out[0]])
-        raise ValueError(
-            f"{dataset.directory}: {(sources == sources[0]).sum():,} records do not fit a row of {shape.length} tokens "
-            f"and {shape.vision_rows} x {shape.num_patches} patches, the first is {dataset[i].id!r:.100} "
-            f"({size[0]} tokens, {size[1]} patches): take longer rows, or on_overflow drop or resize"
-        )
+        dataset, count = datasets[sources[0]], (sources == sources[0]).sum()
+        row = f"{shape.length} tokens and {shape.vision_rows} x {shape.num_patches} patches"
+        first_out = f"{dataset[int(records[0])].id!r:.100} ({lengths.tokens[out[0]]} tokens, {patches[out[0]]} patches)"
+        problem = f"{count:,} records do not fit a row of {row}, the first is {first_out}"
+        raise ValueError(f"{dataset.directory}: {problem}: take longer rows, or on_overflow drop or resize")
     rejected = np.stack([sources, records, ~too_long[out]], axis=1)
     shrunk = np.stack([*owners(first, resized), limits[resized]], axis=1)
     return FittedRecords(first, index, lengths, fits, shrunk, rejected)

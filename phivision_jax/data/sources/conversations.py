@@ -42,11 +42,8 @@ _PLAIN = {"from", "role", "value", "content"}
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Index:
+class _Index(int):
     """Placeholder for the image of a part that only gives its number."""
-
-    number: int
 
 
 @dataclasses.dataclass
@@ -70,7 +67,7 @@ def conversation_of(item: Mapping[str, Any], renames: Mapping[str, str] = Mappin
       renames: new names of roles, and of keys of messages and parts.
 
     Raises:
-      BadRecord: "fields", "role", "mode" or "unread".
+      BadRecord, chat.MessageError: "fields", "role", "mode" or "unread".
     """
     forms = [form for form in FORMS if item.get(form) is not None and item[form] != []]
     if not forms:
@@ -80,16 +77,14 @@ def conversation_of(item: Mapping[str, Any], renames: Mapping[str, str] = Mappin
         remedy = f"--rename {forms[1]}=dataset_{forms[1]} reads {form}"
         raise BadRecord("fields", f"it has both {form} and {forms[1]}: {remedy}")
     used: tuple[str, ...] = (form,)
-    unread: list[tuple[str, Any]] = []
+    by_role, messages, unread = form in ("question", "texts"), [], list[tuple[str, Any]]()
     if form == "question":
         used = ("question", "answers" if item.get("answer") is None else "answer")
         answer = item.get(used[1])
-        if isinstance(answer, list):
-            answer = answer[0] if answer else None
+        answer = next(iter(answer), None) if isinstance(answer, list) else answer
         turns: list[Mapping[str, Any]] = [{"user": item["question"], "assistant": answer}]
     else:
         turns = _rows(item[form], f"the field {form}")
-    by_role, messages = form in ("question", "texts"), []
     for i, turn in enumerate(turns):
         if not by_role:
             messages.append(_message(turn, i, renames, unread))
@@ -102,10 +97,7 @@ def conversation_of(item: Mapping[str, Any], renames: Mapping[str, str] = Mappin
         _add_options(messages, item)
         _add_system(messages, item)
         _add_thoughts(messages, item)
-    try:
-        plain, images = chat.flatten(messages)
-    except chat.MessageError as error:
-        raise BadRecord(error.reason, str(error)) from None
+    plain, images = chat.flatten(messages)
     for i, message in enumerate(plain):
         keys.check_text(message["content"], f"message {i}")
     return Conversation(plain, _checked(images), used, may_prepend=by_role, unread=unread)
@@ -239,8 +231,8 @@ def _checked(images: list[Any]) -> list[Any]:
     listed = [image for image in images if image is None or isinstance(image, _Index)]
     for expected, image in enumerate(listed):
         # In another order than they are listed, images would be assigned to the wrong places.
-        if image is not None and image.number != expected:
-            raise BadRecord("fields", f"a part shows image {image.number} where image {expected} is next in order")
+        if image is not None and image != expected:
+            raise BadRecord("fields", f"a part shows image {image} where image {expected} is next in order")
     return [None if isinstance(image, _Index) else image for image in images]
 
 

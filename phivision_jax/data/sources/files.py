@@ -6,7 +6,7 @@ import abc
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -39,6 +39,11 @@ class Files(NamedTuple):
     read: list[Path]
     left_out: list[Path]
 
+    def __str__(self) -> str:
+        count = f"{len(self.read):,} file{'s' * (len(self.read) > 1)}"
+        left_out = f"; left out: {len(self.left_out):,} ({shorten(self.left_out)})" if self.left_out else ""
+        return f"reading {count} of the folder ({shorten(self.read)}){left_out}"
+
 
 def files_of_split(path: Path, format: Format, split: str) -> Files:
     """The files to read: ``path`` itself, or the files of a folder that belong to the split.
@@ -68,10 +73,9 @@ def files_of_format(folder: Path, format: Format) -> list[Path]:
     if files := files_directly_in(folder, format):
         return files
     subfolders = sorted(inner for inner in folder.iterdir() if inner.is_dir() and inner.name[0] != ".")
-    found = {inner.name: files for inner in subfolders if (files := files_directly_in(inner, format))}
+    found = {inner: files for inner in subfolders if (files := files_directly_in(inner, format))}
     if len(found) > 1:
-        shown = ", ".join([*found][:5]) + (" …" if len(found) > 5 else "")
-        raise ValueError(f"{folder} has {format} files in {len(found)} subfolders ({shown}): give one of them")
+        raise ValueError(f"{folder} has {format} files in {len(found)} subfolders ({shorten(found)}): give one of them")
     return next(iter(found.values()), [])
 
 
@@ -92,9 +96,9 @@ def _belongs_to(name: str, split: str) -> bool:
     return named[0].lower().startswith(split.lower()) if named else split == "train"
 
 
-def shorten(files: Sequence[Path]) -> str:
+def shorten(files: Collection[Path]) -> str:
     """The first five names."""
-    return ", ".join(file.name for file in files[:5]) + (" …" if len(files) > 5 else "")
+    return ", ".join(file.name for file in [*files][:5]) + (" …" if len(files) > 5 else "")
 
 
 def identify(files: Sequence[Path]) -> dict[str, str]:

@@ -81,7 +81,7 @@ class ItemReader:
             return self.bad("syntax", f"the item is {type(item).__name__}, not an object with fields", place, where)
         try:
             return self._read(self._renamed(item), place, where)
-        except BadRecord as bad:
+        except (BadRecord, chat.MessageError) as bad:
             return self.bad(bad.reason, str(bad), place, where, item)
         except BaseException as error:
             return self.bad("failed", describe_failure(error), place, where, item)
@@ -107,7 +107,7 @@ class ItemReader:
     def bad(self, reason: str, detail: str, place: str, where: str, item: Any = None) -> Quarantined:
         """A quarantined item, under its own id if ``item`` has one."""
         try:
-            own = _id(self._renamed(item)) if isinstance(item, Mapping) else None
+            own = _id(self._renamed(item))[1] if isinstance(item, Mapping) else None
         except BadRecord:
             own = None
         return Quarantined(own or place, self.source, reason, detail, where)
@@ -167,22 +167,20 @@ class ItemReader:
         stated = _optional(item, "mode")
         if stated is not None and stated not in MODES:
             raise BadRecord(
-                "fields", f"the mode is {stated!r:.100}: it must be one of {', '.join(MODES)}; {_aside('mode')}"
+                "fields", f"the mode is {stated!r:.100}: it must be think, nothink or absent; {_aside('mode')}"
             )
         mode, mode_from = settle_mode(messages, stated, options.default_mode)  # type: ignore[arg-type]
         system = any(message["role"] == "system" for message in messages)
         if system and options.system != "template":
             messages = _without_system(messages, keep=options.system == "user")
-        task = _optional(item, "task") or options.task
+        task, source, (name, id) = _optional(item, "task") or options.task, _optional(item, "source"), _id(item)
         try:
             check_task(task)
         except ValueError as error:
             raise BadRecord("fields", f"{error}; {_aside('task')}") from None
-        name = next((name for name in IDS if item.get(name) not in (None, "")), None)
-        used |= {"image", "images", "mode", "task", "source", "objects", "metadata", *keys.SYSTEM, *THOUGHT_KEYS}
-        id, source, metadata = _id(item) or place, _optional(item, "source"), _metadata(item, used | {name})
-        source = self.source if source is None else source
-        record = Record(id, source, tuple(images), tuple(messages), mode, task, metadata, lineage or ())
+        used |= {name, "image", "images", "mode", "task", "source", "objects", "metadata", *keys.SYSTEM, *THOUGHT_KEYS}
+        source, metadata = self.source if source is None else source, _metadata(item, used)
+        record = Record(id or place, source, tuple(images), tuple(messages), mode, task, metadata, lineage or ())
         return Read(record, mode_from, system, where, tuple(unread))
 
     def _images(self, listed: Sequence[Any], conversation: Conversation, unread: list[Any]) -> list[bytes]:
@@ -198,11 +196,9 @@ class ItemReader:
             besides = f" besides the {given} in the messages" if given else ""
             counts = [(i, m["content"].count(IMAGE_MARKER)) for i, m in enumerate(conversation.messages)]
             places = ", ".join(f"message {i}: {count}" for i, count in counts if count)
-            problem = (
-                f"{free} {IMAGE_MARKER} markers{f' ({places})' if places else ''}, but {len(listed)} images{besides}"
-            )
+            markers = f"{free} {IMAGE_MARKER} markers{f' ({places})' if places else ''}"
             escape = rf"; write <\{IMAGE_MARKER[1:]} where the text is meant" if free > len(listed) else ""
-            raise BadRecord("image-count", problem + escape)
+            raise BadRecord("image-count", f"{markers}, but {len(listed)} images{besides}{escape}")
         rest, folder = iter(listed), self.options.images or self.folder
         images: list[bytes] = []
         for image in wanted:
@@ -236,11 +232,10 @@ def settle_mode(
         except chat.MessageError as error:
             raise BadRecord(error.reason, f"message {i}: {error}") from None
         shown.append(mode)
-    inferred: Mode | None = "think" if "think" in shown else "nothink" if "nothink" in shown else None
     if stated is not None:
         return stated, "stated"
-    if inferred is not None:
-        return inferred, "inferred"
+    if any(shown):
+        return "think" if "think" in shown else "nothink", "inferred"
     if default == "refuse":
         raise BadRecord("mode", "no mode is stated, and the answers begin with neither mode's tag")
     return default, "default"
@@ -267,15 +262,15 @@ def _listed(item: Mapping[str, Any]) -> list[Any]:
     held = [item[name] for name in ("image", "images") if is_given(item.get(name)) and item[name] != []]
     if len(held) > 1:
         raise BadRecord("fields", "it has both image and images")
-    images = held[0] if held and isinstance(held[0], list) else held
-    return [image for image in images if is_given(image)]
+    return [image for image in (held[0] if held and isinstance(held[0], list) else held) if is_given(image)]
 
 
-def _id(item: Mapping[str, Any]) -> str | None:
-    id = next((item[name] for name in IDS if item.get(name) not in (None, "")), None)
-    if not isinstance(id, str | int | float | None):
+def _id(item: Mapping[str, Any]) -> tuple[str, str]:
+    """The field that has the item's id, and the id; empty without one."""
+    name, id = next(((name, item[name]) for name in IDS if item.get(name) not in (None, "")), ("", ""))
+    if not isinstance(id, str | int | float):
         raise BadRecord("fields", f"the id is {type(id).__name__}: it must be a string or a number")
-    return None if id is None else str(id)
+    return name, str(id)
 
 
 def _optional(item: Mapping[str, Any], name: str) -> str | None:
@@ -294,12 +289,10 @@ def _lineage(item: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(steps) if isinstance(steps, list) and all(isinstance(step, str) for step in steps) else None
 
 
-def _metadata(item: Mapping[str, Any], used: Collection[str | None]) -> dict[str, Any]:
+def _metadata(item: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
     own = item.get("metadata")
-    if own is not None and not isinstance(own, Mapping):
-        own = {"metadata": own}
-    rest = {name: value for name, value in item.items() if name not in used}
-    kept = {**(own or {}), **rest}
+    own = own if isinstance(own, Mapping) else {} if own is None else {"metadata": own}
+    kept = {**own, **{name: value for name, value in item.items() if name not in used}}
     return {name: value for name, value in kept.items() if isinstance(name, str) and _storable(value)}
 
 

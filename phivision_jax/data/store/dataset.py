@@ -115,18 +115,18 @@ class Index:
 
     def sizes_of(self, i: int) -> list[tuple[int, int]]:
         """Width and height of each image of record ``i``."""
-        first, end = self.image_offsets[i : i + 2]
-        return [(int(w), int(h)) for w, h in self.image_sizes[first:end]]
+        return [(w, h) for w, h in self.image_sizes[slice(*self.image_offsets[i : i + 2])].tolist()]
 
 
 class Dataset:
     """A directory of records with random access. Safe to read from several threads."""
 
-    def __init__(self, directory: Path, manifest: Mapping[str, Any], index: Index) -> None:
-        self.directory = directory
-        self.manifest = manifest
-        self._index = index
-        self.hash = content_hash(manifest)
+    def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
+        self.directory, self.manifest = directory, manifest
+        self._index = Index.open(directory, manifest)
+        # The source of the data and rejected items do not count.
+        decisive = [manifest[key] for key in ("schema", "text", "shards", "index")]
+        self.hash = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
         """Datasets with the same hash have the same records with the same token counts."""
         self._shards = [Shard(locate(directory, s["file"]), s["records"]) for s in manifest["shards"]]
         # Number of each shard's first record.
@@ -157,7 +157,7 @@ class Dataset:
         manifest = read_manifest(directory)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(functools.partial(check_size, directory), (*manifest["shards"], *manifest["index"])))
-        return cls(directory, manifest, Index.open(directory, manifest))
+        return cls(directory, manifest)
 
     def __len__(self) -> int:
         return int(self.manifest["records"])
@@ -226,24 +226,12 @@ def check_size(directory: Path, file: Mapping[str, Any]) -> None:
 def check_processor(dataset: Dataset, processor: Processor) -> None:
     """Raise ValueError when the dataset's tokens were counted with another tokenizer or chat template."""
     if dataset.manifest["text"] != processor.text_fingerprint:
-        raise ValueError(
-            f"{dataset.directory}: tokens were counted with another tokenizer or chat template; import the records "
-            "again with this one, or name the checkpoint that they were imported with"
-        )
-
-
-def content_hash(manifest: Mapping[str, Any]) -> str:
-    """sha256 over the hashes of all files, the order of shards and the schema.
-
-    The source of the data and rejected items do not count.
-    """
-    decisive = [manifest["schema"], manifest["text"], manifest["shards"], manifest["index"]]
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        remedy = "import the records again with this one, or name the checkpoint that they were imported with"
+        raise ValueError(f"{dataset.directory}: tokens were counted with another tokenizer or chat template; {remedy}")
 
 
 def describe_file(directory: Path, name: str) -> dict[str, Any]:
     """The manifest's entry of a file in the dataset: its name, bytes and sha256."""
-    path = directory / name
-    with path.open("rb") as file:
+    with (directory / name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": name, "bytes": path.stat().st_size, "sha256": digest}
+        return {"file": name, "bytes": file.tell(), "sha256": digest}

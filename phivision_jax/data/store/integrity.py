@@ -72,7 +72,12 @@ def validate(
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
-    problems = _index_problems(directory, manifest)
+    problems = [problem for file in manifest["index"] for problem in _file_problems(directory, file)]
+    if not problems:
+        try:
+            Index.open(directory, manifest).check(directory)
+        except (OSError, ValueError) as error:
+            problems.append(Quarantined("", "", "index", str(error), "index"))
     shards = manifest["shards"]
     firsts = itertools.accumulate((shard["records"] for shard in shards), initial=0)
     jobs = list(zip(shards, firsts, strict=False))
@@ -87,18 +92,17 @@ def validate(
                 advance(len(report[-1]))
     reports.sort(key=operator.itemgetter(0))
     hashes = np.concatenate([np.zeros(0, np.uint64), *(hashes for *_, hashes in reports)])
-    duplicates = _duplicates(hashes)
-    duplicate_ids: list[str] = []
-    if duplicates:
-        dataset = Dataset(directory, manifest, Index.open(directory, manifest))
-        duplicate_ids = [dataset[i].id for i in duplicates[:_LISTED_DUPLICATES]]
+    # The records whose hash an earlier record has.
+    order = np.argsort(hashes, kind="stable")
+    again = (hashes[order][1:] == hashes[order][:-1]) & (hashes[order][1:] != 0)
+    duplicates = sorted(order[1:][again].tolist())
     return Report(
         files=len(shards) + len(manifest["index"]),
         records=len(hashes),
         images=sum(images for _, images, _, _ in reports),
         problems=problems + [problem for _, _, found, _ in reports for problem in found],
         duplicates=len(duplicates),
-        duplicate_ids=duplicate_ids,
+        duplicate_ids=[Dataset(directory, manifest)[i].id for i in duplicates[:_LISTED_DUPLICATES]],
     )
 
 
@@ -112,23 +116,6 @@ def _file_problems(directory: Path, file: Mapping[str, Any]) -> list[Quarantined
     except (OSError, ValueError) as error:
         detail = f"it cannot be read: {error}"
     return [Quarantined("", "", "file", detail, file["file"])]
-
-
-def _index_problems(directory: Path, manifest: Mapping[str, Any]) -> list[Quarantined]:
-    problems = [problem for file in manifest["index"] for problem in _file_problems(directory, file)]
-    if not problems:
-        try:
-            Index.open(directory, manifest).check(directory)
-        except (OSError, ValueError) as error:
-            problems.append(Quarantined("", "", "index", str(error), "index"))
-    return problems
-
-
-def _duplicates(hashes: np.ndarray) -> list[int]:
-    """The numbers of the records whose hash an earlier record has, ascending."""
-    order = np.argsort(hashes, kind="stable")
-    again = order[1:][(hashes[order][1:] == hashes[order][:-1]) & (hashes[order][1:] != 0)]
-    return sorted(again.tolist())
 
 
 def _check_shard(
@@ -147,7 +134,7 @@ def _check_shard(
     for i in range(shard.records):
         if stopped():
             raise Stop
-        record_id, source, reason = "", "", "unreadable"
+        record_id, source, reason, detail = "", "", "unreadable", ""
         try:
             record = Record.from_bytes(read_record(reader, shard, i))
             record_id, source, reason = record.id, record.source, "index"
@@ -159,10 +146,9 @@ def _check_shard(
             reason, detail = bad.reason, str(bad)
         except Exception as error:  # bytes that are not what was written can raise anything
             detail = f"{error!s:.300}" or type(error).__name__
-        else:
-            continue
-        where = f"{file['file']}, record {first + i} of the dataset"
-        problems.append(Quarantined(record_id, source, reason, detail, where))
+        if detail:
+            where = f"{file['file']}, record {first + i} of the dataset"
+            problems.append(Quarantined(record_id, source, reason, detail, where))
     return first, images, problems, hashes
 
 

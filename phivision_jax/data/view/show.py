@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 
 from phivision_jax.batch import Batch, RowShape
 from phivision_jax.data.feed.encode import encode_record
-from phivision_jax.data.feed.pipeline import BatchInfo, batches
+from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, Record
@@ -81,11 +81,10 @@ def spans(example: Example, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS) 
         count = stop - start
         if kinds[start] >= 2:
             found.append(Span(f" image {kinds[start] - 1} {_PLACEHOLDER}×{count:,} ", "accent"))
-        elif count <= max_tokens:
-            add(start, stop)
-        else:
-            head = max_tokens // 2
-            add(start, start + head)
+            continue
+        head = count if count <= max_tokens else max_tokens // 2
+        add(start, start + head)
+        if head < count:
             found.append(Span(f" … {count - max_tokens:,} tokens … ", "warning"))
             add(stop - max_tokens + head, stop)
     return found
@@ -104,8 +103,8 @@ def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
     Raises:
       IndexError: when the dataset has no such record.
     """
-    record, index = dataset[i], dataset.index
-    note = f"record {i:,} of {dataset.directory.name} · {MODES[index.modes[i]]} / {index.task_names[index.tasks[i]]} · "
+    record = dataset[i]
+    note = f"record {i:,} of {dataset.directory.name} · {_kind(dataset, i)} · "
     try:
         example = encode_record(record, processor)
     except BadRecord as error:
@@ -115,13 +114,11 @@ def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
     note += f"{example.text_tokens:,} text tokens + {image_tokens:,} image tokens = {len(example.tokens):,}; "
     note += f"{example.num_patches:,} patches; the loss sees {(example.labels != IGNORE).sum():,}"
     marks = _marks(record) if len(example.images) == 1 and len(example.images[0].tiles) == 1 else []
-    figures = [
-        _tile_figure(
-            tile, processor.config.vision.patch_size, size, f"image {k}" + (f", tile {t}" if t > 1 else ""), marks
-        )
-        for k, (image, size) in enumerate(zip(example.images, index.sizes_of(i), strict=True), 1)
-        for t, tile in enumerate(image.tiles, 1)
-    ]
+    figures = []
+    for k, (image, size) in enumerate(zip(example.images, dataset.index.sizes_of(i), strict=True), 1):
+        for t, tile in enumerate(image.tiles, 1):
+            name = f"image {k}, tile {t}" if t > 1 else f"image {k}"
+            figures.append(_tile_figure(tile, processor.config.vision.patch_size, size, name, marks))
     return Section(record.id, note, figures, text=spans(example, processor.tokenizer))
 
 
@@ -243,29 +240,26 @@ def row_section(plan: Plan, datasets: Sequence[Dataset], processor: Processor, r
     examples = plan.rows(row, 1)[0].tolist()
     batch, info = next(batches(datasets, plan, processor, batch_rows=1, start_step=row, num_threads=0))
     found, shape = layout(batch, 0), plan.row_shape
-    num_tokens, total = sum(np.ptp(span) for span in found.segments), shape.total_patches
-    note = f"{len(found.segments)} example{'' if len(found.segments) == 1 else 's'}"
-    for count, size, unit in ((num_tokens, shape.length, "tokens"), (found.num_patches, total, "patches")):
-        note += f" · {count:,} of {size:,} {unit} ({1 - count / max(size, 1):.1%} padding)"
-    strips = plot(lambda canvas: draw(canvas, found, shape), CAPTION, 1.1 + 0.55 * shape.vision_rows)
-    return Section(f"row {row:,}", note, [strips], _table(examples, datasets, found, info))
-
-
-def _table(examples: list[list[int]], datasets: Sequence[Dataset], found: RowLayout, info: BatchInfo) -> Table:
-    """The examples of a row, given as pairs of source and record."""
     failed = {bad.id: f"failed: {bad.reason}" for bad in info.failed}
     rows = []
     for segment, (source, record) in enumerate(examples, 1):
-        name, index = info.record_ids[0][segment - 1], datasets[source].index
-        start, stop = found.segments[segment - 1]
-        images = [image for image in found.images if image.segment == segment]
-        image_tokens = sum(np.ptp(image.tokens) for image in images)
-        kind = f"{MODES[index.modes[record]]} / {index.task_names[index.tasks[record]]}"
-        names = (f"{segment}", name, datasets[source].directory.name, kind, failed.get(shorten(name), ""))
-        counts = (stop - start - image_tokens, image_tokens, sum(np.ptp(image.patches) for image in images))
-        rows.append((*names, *(f"{count:,}" for count in counts)))
+        name, images = info.record_ids[0][segment - 1], [image for image in found.images if image.segment == segment]
+        image_tokens, patches = (sum(np.ptp(getattr(i, field)) for i in images) for field in ("tokens", "patches"))
+        counts = (np.ptp(found.segments[segment - 1]) - image_tokens, image_tokens, patches)
+        names = (f"{segment}", name, datasets[source].directory.name, _kind(datasets[source], record))
+        rows.append((*names, failed.get(shorten(name), ""), *(f"{count:,}" for count in counts)))
+    note, num_tokens = f"{len(rows)} example{'' if len(rows) == 1 else 's'}", sum(map(np.ptp, found.segments))
+    totals = ((num_tokens, shape.length, "tokens"), (found.num_patches, shape.total_patches, "patches"))
+    for count, size, unit in totals:
+        note += f" · {count:,} of {size:,} {unit} ({1 - count / max(size, 1):.1%} padding)"
     header = ("example", "record", "dataset", "mode / task", "", "text tokens", "image tokens", "patches")
-    return Table(header, rows, names=5, colours=[_colour(i + 1) for i in range(len(rows))])
+    table = Table(header, rows, names=5, colours=[_colour(i + 1) for i in range(len(rows))])
+    strips = plot(lambda canvas: draw(canvas, found, shape), CAPTION, 1.1 + 0.55 * shape.vision_rows)
+    return Section(f"row {row:,}", note, [strips], table)
+
+
+def _kind(dataset: Dataset, i: int) -> str:
+    return f"{MODES[dataset.index.modes[i]]} / {dataset.index.task_names[dataset.index.tasks[i]]}"
 
 
 def _colour(segment: int) -> str:
