@@ -1,7 +1,8 @@
 """Keys of records, messages and parts of contents: which an import reads, and which it must not ignore.
 
     understood   the readers use it; docs/data.md has the table
-    meaningful   other trainers give it a meaning that imports do not support: records with a value there are refused
+    meaningful   other trainers give it a meaning that imports do not support: records with a value there are refused;
+                 keys.toml has the table
     harmless     ids, sources, scores and the like, and every ``dataset_…``: metadata
     unread       anything else: as harmless, but counted by name, with an example, in the summary of the import
 
@@ -14,7 +15,9 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import tomllib
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from phivision_jax.data.quarantine import BadRecord
@@ -41,71 +44,11 @@ UNDERSTOOD: Mapping[Level, frozenset[str]] = {
 SPECIAL = frozenset((*SYSTEM, *OPTIONS, *FLAGS, *THOUGHT_KEYS))
 """Fields of a record that change its messages, and that few have."""
 
-_ANY, _TEXT = object, (str, bytes, list, dict)
+_TABLE = tomllib.loads(Path(__file__).with_name("keys.toml").read_text(encoding="utf-8"))
+_HARMLESS = re.compile(_TABLE["harmless"], re.VERBOSE)
+_TEXT = (str, bytes, list, dict)
+_TYPES = {"any": object, "text": _TEXT, "bool": bool, "text or bool": (*_TEXT, bool)}
 _DEEPEST = 3
-_FILE = r"(_?\d+)?(_?(path|file|filename|name|url|uri|link|src|bytes|base64|b64|data|list|content)s?)?"
-_IMAGE = rf"(.*_)?(image|img|picture|pic|photo|photograph|figure|screenshot|thumbnail|jpe?g|png)s?{_FILE}"
-_VIDEO = rf"(.*_)?(video|clip|movie|audio|speech|sound|voice|wav|mp[34])s?{_FILE}"
-_RECORD, _MESSAGE, _PART = ("record", "question"), ("message", "turn"), ("part",)
-_AS_IMAGE = "looks like an image: --rename {key}=image"
-_IN_IMAGES = "looks like an image: put it into the field images of the record"
-_MEDIA = "looks like video or audio, which the model does not support: leave the record out"
-# Levels, the types of values that have the meaning, a regular expression of names, the problem and what to do.
-_MEANINGS: tuple[tuple[tuple[str, ...], Any, str, str], ...] = (
-    (_RECORD + _MESSAGE, _ANY,
-     "(enable|use|with|no|disable)_(think|thinking|reasoning)|(think|thinking|reasoning)_(mode|effort)"
-     "|chat_template_kwargs",
-     "decides whether the model thinks: write think or nothink into the field mode"),
-    (_RECORD + _MESSAGE + _PART, (*_TEXT, bool),
-     "(.*_)?(reasonings?|think|thinking|thoughts?|cot|rationales?|chain_of_thoughts?)"
-     "(_(content|text|traces?|steps|process|chain|blocks?|details|trajector(y|ies)))?",
-     "looks like the thoughts of an answer: --rename {key}=reasoning_content"),
-    (_MESSAGE, _ANY,
-     r"(.*_)?(loss|train\w*|learn\w*|masks?|masked|masking|weights?|ignored?|skip\w*|(un)?supervised?|labels?|"
-     r"targets?|grad|backprop|eval_only)(_.*)?",
-     "may exclude the message from the loss: --rename {key}=weight if 0 or false in it means no loss"),
-    (_RECORD, _ANY,
-     "(.*_)?(loss|trainable|masks?|masked|weights?|ignored?|skip|skipped)(_(weight|scale|mask|factor)s?)?"
-     "|labels|input_ids",
-     "may change the loss: remove the records that must not be learned"),
-    (_RECORD + _MESSAGE, _TEXT,
-     "(sys|system|developer)(_(prompt|message|text|content|instruction)s?)?|instructions|preamble",
-     "looks like a system message: --rename {key}=system"),
-    (_RECORD + _MESSAGE + _PART, _TEXT,
-     "(tool|function|api)s?(_(calls?|choice|call_ids?|use|responses?|results?|outputs?|schemas?|definitions?))?"
-     "|observations?",
-     "belongs to tools, which the model does not support: leave the record out, or write calls and results as text"),
-    (_RECORD + _MESSAGE, _ANY, "(.*_)?(chosen|rejected|(non_|dis)?preferred|winner|loser|negatives?)(_.*)?",
-     "belongs to preference data, but every answer of an import is learned: keep the preferred answers alone"),
-    (_RECORD + _MESSAGE, bool, "label|kto_tag|(is_)?(desirable|preferred|accepted)",
-     "rates the answer, as preference data do, but every answer of an import is learned: keep the good ones alone"),
-    (_RECORD, _TEXT, r"(.*_)?(options?|choices?|candidates|distractors)(_?([a-z]|\d+))?(_texts?)?",
-     "looks like the options of a multiple choice: --rename {key}=options, as a list"),
-    (("question",), _TEXT, "[a-h]", "looks like an option of a multiple choice: write a list into options"),
-    (_RECORD + _MESSAGE, (*_TEXT, bool),
-     r"(.*_)?(b?box(es)?|polygons?|(key)?points?|coord(inate)?s?|segmentations?|quads?|rois?|rects?|xywh|xyxy)"
-     r"(_?\d.*|_(type|format|unit|mode|list|xy|norm|rel|abs|scale).*)?|(is_)?normali[sz]ed",
-     "looks like coordinates: write them into objects, with <bbox> or <point> in the text"),
-    (_RECORD + _MESSAGE, _TEXT, "(.*_)?(history|histories|previous_(turns|messages))|documents",
-     "may belong to the conversation: write it into the messages"),
-    (("question",), _TEXT, "(.*_)?(context|passage|hint|instruction|input|prompt|query|lecture|paragraph|article)s?",
-     "may belong to the question: put it into the text of the question"),
-    (_RECORD + _PART, _ANY, "(min|max|total)_pixels|resized_(height|width)|n?frames?|fps|max_num_tiles",
-     "sets a resolution, which is an option of a run and not of a record"),
-    (_MESSAGE + _PART, _ANY, "channel|recipient|refusal|prefix|partial",
-     "has a meaning in other chat formats that is not supported: leave the record out"),
-    (_RECORD + _MESSAGE + _PART, _TEXT, _VIDEO, _MEDIA),
-    (_RECORD + _PART, _TEXT, _IMAGE, _AS_IMAGE),
-    (_MESSAGE, _TEXT, _IMAGE, _IN_IMAGES),
-)  # fmt: skip
-_HARMLESS = re.compile(
-    # The id of an image that is missing must not go unnoticed.
-    "(?!(image|img|picture|photo|video|audio)_ids?$)"
-    "(dataset_.*|(num|n)_.*|(is|has)_(image|video|audio)s?|.*_(num|size|hash)|(.*_)?(id|ids|uuid|idx|index|source|dataset|origin|licen[cs]e|"
-    "split|subset|category|categories|type|language|lang|locale|difficulty|level|grade|score|scores|rating|quality|"
-    "confidence|similarity|date|time|timestamp|year|created|updated|version|model|generator|annotator|author|topic|"
-    "subject|domain|tags?|count|length|width|height|md5|sha1|sha256|checksum|meta))"
-)
 _FILE_KEY = re.compile(r"(.*_)?(file|path|filename|filepath|name|url|uri|link|src|id)s?")
 _MEDIA_FILE = re.compile(
     r"\.(?:(?P<image>png|jpe?g|jfif|webp|gif|bmp|tiff?|heic|heif|avif|jp2|svg)"
@@ -129,11 +72,11 @@ _MARKER = re.compile(
 def _classify(level: Level, key: str) -> tuple[str, Any, str, bool]:
     """A key's name in lower case, the types of values with a meaning, its problem, and whether the key is harmless."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+", "_", key).lower()
-    meanings = () if name.startswith("dataset_") else _MEANINGS
-    found = (
-        (types, problem) for levels, types, names, problem in meanings if level in levels and re.fullmatch(names, name)
-    )
-    types, problem = next(found, ((), ""))
+    types, problem = (), ""
+    for row in _TABLE["meanings"] if not name.startswith("dataset_") else ():
+        if level in row["levels"] and re.fullmatch(row["names"], name, re.VERBOSE):
+            types, problem = _TYPES[row["values"]], row["problem"]
+            break
     return name, types, problem, _HARMLESS.fullmatch(name) is not None
 
 
@@ -161,10 +104,14 @@ def unread(
         if has_images and isinstance(value, str) and kind in (None, "image") and _FILE_KEY.fullmatch(name):
             kind, types = None, ()
         if not isinstance(value, types):
-            problem = (
-                "" if kind is None else _MEDIA if kind != "image" else _IN_IMAGES if level in _MESSAGE else _AS_IMAGE
-            )
+            problem = kind or ""
         if problem:
+            if problem == "image":
+                in_message = level in ("message", "turn")
+                remedy = "put it into the field images of the record" if in_message else "--rename {key}=image"
+                problem = f"looks like an image: {remedy}"
+            elif problem in ("video", "audio"):
+                problem = "looks like video or audio, which the model does not support: leave the record out"
             shown = shorten(key, 60)
             raise BadRecord("unread", f"{where}the field {shown} {problem.format(key=shown)}; {or_keep(shown)}")
         if not harmless:
