@@ -47,7 +47,7 @@ SPECIAL = frozenset((*SYSTEM, *OPTIONS, *FLAGS, *THOUGHT_KEYS))
 _TABLE = tomllib.loads(Path(__file__).with_name("keys.toml").read_text(encoding="utf-8"))
 _HARMLESS = re.compile(_TABLE["harmless"], re.VERBOSE)
 _TEXT = (str, bytes, list, dict)
-_TYPES = {"any": object, "text": _TEXT, "bool": bool, "text or bool": (*_TEXT, bool)}
+_TYPES: dict[str, Any] = {"any": object, "text": _TEXT, "bool": bool, "text or bool": (*_TEXT, bool)}
 _DEEPEST = 3
 _FILE_KEY = re.compile(r"(.*_)?(file|path|filename|filepath|name|url|uri|link|src|id)s?")
 _MEDIA_FILE = re.compile(
@@ -72,7 +72,8 @@ _MARKER = re.compile(
 def _classify(level: Level, key: str) -> tuple[str, Any, str, bool]:
     """A key's name in lower case, the types of values with a meaning, its problem, and whether the key is harmless."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+", "_", key).lower()
-    types, problem = (), ""
+    types: Any = ()
+    problem = ""
     for row in _TABLE["meanings"] if not name.startswith("dataset_") else ():
         if level in row["levels"] and re.fullmatch(row["names"], name, re.VERBOSE):
             types, problem = _TYPES[row["values"]], row["problem"]
