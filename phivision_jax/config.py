@@ -12,9 +12,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import difflib
 import functools
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -276,6 +278,26 @@ def typed(value: Any, hint: Any, name: str) -> Any:
     prefix = f"{given.flag}: " if isinstance(given, Text) else ""
     shown = shorten(repr(value) if isinstance(value, str) else value)
     raise ValueError(f"{prefix}{name} must be {_wanted(hint)}{' or None' * optional}, not {shown}")
+
+
+def matching(setting: str, pattern: str, names: Sequence[str], what: str) -> list[str]:
+    """The names that a regular expression matches anywhere.
+
+    Args:
+      what: the names are those of, for errors.
+
+    Raises:
+      ValueError: for a pattern that is not a regular expression or matches none, beginning with ``setting``.
+    """
+    given = f"{setting}: {shorten(repr(pattern))}"
+    try:
+        found = [name for name in names if re.search(pattern, name)]
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{given} is not a regular expression: {error}") from None
+    if not found:
+        near = difflib.get_close_matches(pattern[:100], names, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{given} matches no {what} (they look like {near!r})")
+    return found
 
 
 def _wanted(hint: Any) -> str:

@@ -67,10 +67,7 @@ def check_keep_best(keep_best: str, *, validates: bool, evaluates: bool) -> None
     Raises:
       ValueError: naming ``keep_best`` and the missing data.
     """
-    name, missing = keep_best.removeprefix("-"), ""
-    if name.startswith(_VALIDATION) and not validates:
-        missing = "data.validation_path is empty and data.validation_share is 0"
-    if name.startswith(_EVAL) and not evaluates:
-        missing = "data.eval_path is empty"
-    if missing:
-        raise ValueError(f"keep_best={keep_best} is never measured: {missing}; set one of them, or clear keep_best")
+    validation = (_VALIDATION, validates, "data.validation_path is empty and data.validation_share is 0")
+    for kind, measured, missing in (validation, (_EVAL, evaluates, "data.eval_path is empty")):
+        if keep_best.removeprefix("-").startswith(kind) and not measured:
+            raise ValueError(f"keep_best={keep_best} is never measured: {missing}; set one of them, or clear keep_best")

@@ -55,7 +55,7 @@ def eval(  # the name of the subcommand
     defaults = (cfg.eval_batch, cfg.max_new_tokens) if config else (8, MAX_NEW_TOKENS)
     rows, limit = batch or defaults[0], max_new_tokens or defaults[1]
     evaluator = runner.Evaluator(
-        Dataset.open(data), processor, rows=rows, max_new_tokens=limit, num_examples=examples or None, mode=mode
+        Dataset.open(data), processor, rows=rows, max_new_tokens=limit, num_examples=examples, mode=mode
     )
     with progress.bar("evaluate", len(evaluator.records)) as advance:
         answers = evaluator(model, advance)

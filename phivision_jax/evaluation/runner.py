@@ -40,7 +40,7 @@ class Evaluator:
       processor: of the model.
       rows: questions per batch.
       max_new_tokens: per answer.
-      num_examples: evaluate an evenly spaced sample of this many records; None for all.
+      num_examples: evaluate an evenly spaced sample of this many records; 0 for all.
       mode: of the answers, see ``generate``.
 
     Raises:
@@ -54,13 +54,13 @@ class Evaluator:
         *,
         rows: int,
         max_new_tokens: int,
-        num_examples: int | None = None,
+        num_examples: int = 0,
         mode: PromptMode = "auto",
     ) -> None:
         check_processor(dataset, processor)
         self.dataset, self.processor, self.mode = dataset, processor, mode
         self.rows, self.max_new_tokens = rows, max_new_tokens
-        count = len(dataset) if num_examples is None else min(num_examples, len(dataset))
+        count = min(num_examples or len(dataset), len(dataset))
         self.records = self._scorable(np.linspace(0, len(dataset), count, endpoint=False).astype(int))
         # The index counts the answer too, so a prompt is never longer than its record.
         patches, tokens = map(dataset.index.sum_images, processor.layout.measure_all(dataset.index.image_sizes))

@@ -10,8 +10,6 @@ export merges (``convert/ours.py``). ``alpha`` is not in the tree: it is metadat
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from phivision_jax.config import LoraConfig
+from phivision_jax.config import LoraConfig, matching
 from phivision_jax.models.layers import Linear
 
 A, B = "lora_a", "lora_b"
@@ -42,14 +40,7 @@ def add(model: nnx.Module, cfg: LoraConfig, rngs: nnx.Rngs) -> None:
     if cfg.rank < 1:
         raise ValueError(f"lora.rank is {cfg.rank}; give at least 1, or 0 for no adapters")
     linears = {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model) if isinstance(m, Linear)}
-    try:
-        matched = [name for name in linears if re.search(cfg.targets, name)]
-    except re.error as error:
-        raise ValueError(f"lora.targets: {cfg.targets!r} is not a regular expression: {error}") from None
-    if not matched:
-        near = ", ".join(difflib.get_close_matches(cfg.targets, linears, n=1, cutoff=0.0))
-        raise ValueError(f"lora.targets: {cfg.targets!r} matches no linear layer (they look like {near!r})")
-    for name in sorted(matched):
+    for name in sorted(matching("lora.targets", cfg.targets, list(linears), "linear layer")):
         linears[name].adapt(cfg.rank, cfg.alpha, rngs)
 
 

@@ -5,7 +5,6 @@ Modules in metrics (vision, projector, decoder) are the first part of a paramete
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,7 @@ import optax
 from flax import nnx
 
 from phivision_jax import sharding
-from phivision_jax.io.messages import shorten
+from phivision_jax.config import matching
 from phivision_jax.models.lora import is_adapter
 from phivision_jax.training.run_config import OptimConfig, RunConfig
 
@@ -33,25 +32,13 @@ def multipliers(params: dict[str, Any], cfg: OptimConfig) -> dict[tuple, float]:
     Raises:
       ValueError: for a pattern that is not a regular expression, or that matches no parameter.
     """
-    names = {path: path_name(path) for path in flatten(params)}
-    for pattern, _ in cfg.lr_rules:
-        try:
-            matches = any(re.search(pattern, name) for name in names.values())
-        except re.error as error:
-            raise ValueError(f"optim.lr_rules: {shorten(repr(pattern))} is not a regular expression: {error}") from None
-        if not matches:
-            example = next(iter(names.values()))
-            raise ValueError(
-                f"optim.lr_rules: {shorten(repr(pattern))} matches no parameter (they look like {example!r})"
-            )
-    only_adapters = any(map(is_adapter, names))
-
-    def multiplier(path: tuple, name: str) -> float:
-        if only_adapters and not is_adapter(path):
-            return 0.0
-        return next((float(m) for pattern, m in cfg.lr_rules if re.search(pattern, name)), 1.0)
-
-    return {path: multiplier(path, name) for path, name in names.items()}
+    paths = {path_name(path): path for path in flatten(params)}
+    scales = dict.fromkeys(paths, 1.0)
+    for pattern, multiplier in reversed(cfg.lr_rules):
+        matched = matching("optim.lr_rules", pattern, list(paths), "parameter")
+        scales |= dict.fromkeys(matched, float(multiplier))
+    only_adapters = any(map(is_adapter, paths.values()))
+    return {path: 0.0 if only_adapters and not is_adapter(path) else scales[name] for name, path in paths.items()}
 
 
 def partition(params: dict[str, Any], cfg: OptimConfig) -> tuple[dict[tuple, Any], dict[tuple, Any]]:

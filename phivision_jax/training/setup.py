@@ -197,8 +197,7 @@ def make_evaluator(prepared: Prepared) -> Evaluator | None:
     if not cfg.data.eval_path:
         return None
     dataset, rows, limit = Dataset.open(cfg.data.eval_path), cfg.eval_batch, cfg.max_new_tokens
-    examples = cfg.eval_examples or None
-    return Evaluator(dataset, prepared.processor, rows=rows, max_new_tokens=limit, num_examples=examples)
+    return Evaluator(dataset, prepared.processor, rows=rows, max_new_tokens=limit, num_examples=cfg.eval_examples)
 
 
 def make_validator(prepared: Prepared) -> Validator | None:

@@ -9,7 +9,6 @@ do not apply, so that runs with different weights can be compared.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,11 +40,11 @@ class Validator:
     def __init__(self, step: TrainStep, feed: Feed, num_batches: int) -> None:
         self._feed, self.num_batches = feed, num_batches
 
-        def loss_sums(params: phivision.Params, part: Batch) -> Sums:
-            return batch_loss(phivision.merge(step.graphdef, params), part, step.num_groups)[1]
-
         def sums(params: phivision.Params, batch: Batch) -> Sums:
-            return sum_over_microbatches(functools.partial(loss_sums, params), batch, step.microbatches)
+            model = phivision.merge(step.graphdef, params)
+            return sum_over_microbatches(
+                lambda part: batch_loss(model, part, step.num_groups)[1], batch, step.microbatches
+            )
 
         batch = sharding.abstract(feed.spec, step.batch_shardings(feed.spec))
         with step.in_force():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from phivision_jax.config import matching
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES, TASKS, Mode, Record, join_tasks, mode_of
 from phivision_jax.data.store.dataset import Dataset
@@ -46,23 +46,19 @@ def group_weights(rules: Sequence[tuple[str, float]], groups: Sequence[str] = GR
       ValueError: for a pattern that is not a regular expression or matches no group; for a negative weight; when every
         group would be left out.
     """
-    weights = np.ones(len(groups), np.float32)
+    weights = dict.fromkeys(groups, 1.0)
+    tasks = dict.fromkeys(name.partition("/")[2] for name in groups)
+    what = f"mode and task; modes are {', '.join(MODES)}, tasks are {', '.join(tasks)}"
     for pattern, weight in reversed(rules):
-        shown = shorten(repr(pattern))
-        try:
-            matches = [re.search(pattern, name) is not None for name in groups]
-        except re.error as error:
-            raise ValueError(f"data.loss_weights: {shown} is not a regular expression: {error}") from None
-        if not any(matches):
-            tasks = ", ".join(dict.fromkeys(name.partition("/")[2] for name in groups))
-            known = f"modes are {', '.join(MODES)}, tasks are {tasks}, and names look like {GROUP_NAMES[1]!r}"
-            raise ValueError(f"data.loss_weights: {shown} matches no mode and task; {known}")
+        matched = matching("data.loss_weights", pattern, groups, what)
         if not 0 <= weight < math.inf:
+            shown = shorten(repr(pattern))
             raise ValueError(f"data.loss_weights: the weight of {shown} must be 0 or more, not {weight}")
-        weights[matches] = weight
-    if not weights.any():
+        weights |= dict.fromkeys(matched, weight)
+    factors = np.array(list(weights.values()), np.float32)
+    if not factors.any():
         raise ValueError("data.loss_weights leave nothing to learn: every mode and task has weight 0")
-    return weights
+    return factors
 
 
 def encode_record(
