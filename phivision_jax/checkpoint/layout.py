@@ -44,7 +44,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import phivision_jax
-from phivision_jax.config import ModelConfig, typed
+from phivision_jax.config import ModelConfig, check_types
 from phivision_jax.io import atomic, storage
 from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.io.read_json import parse_json
@@ -119,8 +119,7 @@ def read_meta(checkpoint: Location, *, assets: bool = False) -> dict[str, Any]:
         raise DamagedError(checkpoint, f"its file {METADATA} does not hold what was saved")
     if meta.get("format") != FORMAT:
         raise ValueError(f"{checkpoint} has format {shorten(meta.get('format'))}; this version reads format {FORMAT}")
-    for key, hint in _KEYS.items():
-        typed(meta.get(key), hint, f"{checkpoint / METADATA}: {key}")
+    check_types(meta, _KEYS, checkpoint / METADATA)
     if assets:
         check_assets(checkpoint, meta)
     return meta

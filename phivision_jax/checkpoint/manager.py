@@ -42,6 +42,10 @@ CHUNK_BYTES = 32_000_000
 """The largest stored chunk. Stacked arrays are also cut by layer, so that the converter can stream them."""
 
 
+type Tree = Mapping[str, Any]
+"""Nested arrays, their shapes, or JSON values."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint could not be written, or none could be restored; the message is a sentence for the user."""
 
@@ -98,23 +102,14 @@ class RunCheckpoints:
         """
         steps = layout.list_steps(self._directory)
         if not steps and (saved := layout.newest_saved(self._directory)) is not None:
-            raise CheckpointError(
-                f"{self._directory} held checkpoint {saved} and now holds none; bring it back, or use a new --run to "
-                "start over"
-            )
+            lost = f"{self._directory} held checkpoint {saved} and now holds none"
+            raise CheckpointError(f"{lost}; bring it back, or use a new --run to start over")
         return [step for step in steps if at_most is None or step <= at_most]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Saving.
 
-    def save(
-        self,
-        state: Mapping[str, Any],
-        vision_tail: Any,
-        meta: Mapping[str, Any],
-        assets: Path,
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
+    def save(self, state: Tree, vision_tail: Any, meta: Tree, assets: Path, metrics: Tree | None = None) -> None:
         """Begin saving a state under its step; returns once its arrays are copied from the devices.
 
         Args:
@@ -134,10 +129,8 @@ class RunCheckpoints:
         try:
             self._before_save()
             if isinstance(self._directory, Path) and not self._directory.is_dir():
-                raise CheckpointError(
-                    f"{self._directory} has disappeared during training: checkpoint {step} is not saved, and those "
-                    "before it are gone; bring the directory or its disk back and start again"
-                )
+                lost = f"has disappeared during training: checkpoint {step} is not saved, and those before it are gone"
+                raise CheckpointError(f"{self._directory} {lost}; bring it or its disk back and start again")
             described = arrays.describe({PARAMS: params, OPT_STATE: state["opt_state"]})
             content = {"step": step, **meta, "metrics": metrics, "arrays": described}
             content["assets"] = layout.crc_of_files(assets)
@@ -204,10 +197,9 @@ class RunCheckpoints:
         if isinstance(error, CheckpointError):
             return error
         where = "disk" if isinstance(self._directory, Path) else "bucket"
-        return CheckpointError(
-            f"checkpoint {step} could not be written to {self._directory}: {first_line(error)}; check the {where} and "
-            "start again: training continues from the checkpoint before"
-        )
+        remedy = f"check the {where} and start again: training continues from the checkpoint before"
+        problem = f"checkpoint {step} could not be written to {self._directory}"
+        return CheckpointError(f"{problem}: {first_line(error)}; {remedy}")
 
     def close(self) -> None:
         """Wait until the last save is complete, and release Orbax's threads.
@@ -231,28 +223,22 @@ class RunCheckpoints:
         return next(self._intact_steps())[1]
 
     def restore(
-        self,
-        abstract_state: Mapping[str, Any],
-        vision_tail: Any,
-        *,
-        at_most: int | None = None,
-        check: Callable[[Mapping[str, Any]], None] = lambda meta: None,
+        self, shapes: Tree, tail: Any, *, at_most: int | None = None, check: Callable[[Tree], None] = lambda _: None
     ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-        """(state, vision_tail, meta) of the newest intact step, sharded as ``abstract_state`` (on any mesh).
+        """(state, vision_tail, meta) of the newest intact step, sharded as ``shapes`` (on any mesh).
 
         Newer steps, which are damaged, are set aside and reported to ``log``.
 
         Args:
-          abstract_state: like the state, of ``jax.ShapeDtypeStruct``; dtypes are those that were saved.
-          vision_tail: the same for the vision tail.
+          shapes: like the state, of ``jax.ShapeDtypeStruct``; dtypes are those that were saved.
+          tail: the same for the vision tail.
           at_most: the newest step wanted; the directory is then left unchanged.
           check: raises when a step with these metadata must not be restored; called before any array is read.
 
         Raises:
           CheckpointError: when no step is intact, with what is wrong with each; when the step has other arrays.
         """
-        targets = {PARAMS: {**abstract_state["params"], "vision_tail": vision_tail}}
-        targets[OPT_STATE] = abstract_state["opt_state"]
+        targets = {PARAMS: {**shapes["params"], "vision_tail": tail}, OPT_STATE: shapes["opt_state"]}
         restored: dict[str, Any] = {}
         for step, meta in self._intact_steps(at_most):
             check(meta)
@@ -269,9 +255,8 @@ class RunCheckpoints:
             self._set_aside(step)
         params = dict(restored[PARAMS])
         tail = params.pop("vision_tail")
-        sharding = abstract_state["step"].sharding
-        state = {"params": params, "opt_state": restored[OPT_STATE], "step": jax.device_put(jnp.int32(step), sharding)}
-        return state, tail, meta
+        number = jax.device_put(jnp.int32(step), shapes["step"].sharding)
+        return {"params": params, "opt_state": restored[OPT_STATE], "step": number}, tail, meta
 
     def _intact_steps(self, at_most: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Steps whose files are intact, and their metadata, from the newest on; raises when there are no more."""
@@ -294,12 +279,10 @@ class RunCheckpoints:
         if not self._damaged:
             raise CheckpointError(f"{self._directory} holds no checkpoint")
         each = "; ".join(f"in {step}, {problem}" for step, problem in sorted(self._damaged.items(), reverse=True))
-        raise CheckpointError(
-            f"{self._directory} holds no intact checkpoint: {each}. Nothing was changed. Bring back a copy of one, or "
-            "use a new --run to start over"
-        )
+        remedy = "Nothing was changed. Bring back a copy of one, or use a new --run to start over"
+        raise CheckpointError(f"{self._directory} holds no intact checkpoint: {each}. {remedy}")
 
-    def _check_arrays(self, step: int, targets: Mapping[str, Any]) -> None:
+    def _check_arrays(self, step: int, targets: Tree) -> None:
         saved = self._intact[step]["arrays"]
         wanted = {path: [str(leaf.dtype), list(leaf.shape)] for path, leaf in arrays.with_paths(targets).items()}
         for path in sorted(saved.keys() | wanted.keys()):

@@ -42,13 +42,11 @@ class KeepBest(PreservationPolicy):
         Most steps are not validated, so it is missing only where others of its kind are present.
         """
         kind = next((kind for kind in (_VALIDATION, _EVAL) if self._name.startswith(kind)), "")
-        present = sorted(name for name in metrics if name.startswith(kind))
+        present = ", ".join(sorted(name for name in metrics if name.startswith(kind)))
         if present and not self._settled:
             self._settled = True
-            self._log(
-                f"checkpoint {step} cannot be the best: keep_best asks for {self._name}, and its metrics are "
-                + ", ".join(present)
-            )
+            asked = f"keep_best asks for {self._name}, and its metrics are {present}"
+            self._log(f"checkpoint {step} cannot be the best: {asked}")
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Keep the best step (Orbax's protocol: one answer per checkpoint, which has ``.step``)."""

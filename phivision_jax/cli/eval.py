@@ -54,9 +54,8 @@ def eval(  # the name of the subcommand
     # Without a configuration the model may think, and each question takes the memory of an answer of full length.
     defaults = (cfg.eval_batch, cfg.max_new_tokens) if config else (8, MAX_NEW_TOKENS)
     rows, limit = batch or defaults[0], max_new_tokens or defaults[1]
-    evaluator = runner.Evaluator(
-        Dataset.open(data), processor, rows=rows, max_new_tokens=limit, num_examples=examples, mode=mode
-    )
+    dataset = Dataset.open(data)
+    evaluator = runner.Evaluator(dataset, processor, rows=rows, max_new_tokens=limit, num_examples=examples, mode=mode)
     with progress.bar("evaluate", len(evaluator.records)) as advance:
         answers = evaluator(model, advance)
     html.print_sections([scoring.accuracy_section(f"{checkpoint} on {data}, mode {mode}", answers)])

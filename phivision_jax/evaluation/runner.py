@@ -103,9 +103,8 @@ class Evaluator:
         try:
             return self.processor.encode(record.messages[:-1], record.images, mode=self.mode, generation_prompt=True)
         except ValueError as error:
-            _log.warning(
-                "record %r of %r cannot be encoded and counts as wrong: %s", shorten(record.id), record.source, error
-            )
+            name = f"record {shorten(record.id)!r} of {record.source!r}"
+            _log.warning("%s cannot be encoded and counts as wrong: %s", name, error)
             return _BLANK
 
     def _score(self, record: Record, example: Example, ids: np.ndarray) -> Answer:

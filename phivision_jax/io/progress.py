@@ -28,10 +28,8 @@ _FORMATS = {
 @contextlib.contextmanager
 def bar(description: str, total: int, *, in_bytes: bool = False, shown: bool = True) -> Iterator[Callable[[int], None]]:
     """Show a bar over ``total`` items or bytes; yield a function that takes how many more are done."""
-    counts = (
-        [progress.DownloadColumn(), progress.TransferSpeedColumn()] if in_bytes else [progress.MofNCompleteColumn()]
-    )
-    columns = [progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), *counts]
+    sizes = (progress.DownloadColumn, progress.TransferSpeedColumn) if in_bytes else (progress.MofNCompleteColumn,)
+    columns = [progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), *(c() for c in sizes)]
     times = [progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn()]
     with progress.Progress(*columns, *times, disable=not shown) as display:
         task = display.add_task(printable(description), total=total)

@@ -128,10 +128,9 @@ class SkippedUpdates:
         row = {"step": step, "reason": reason, "loss": str(loss), "grad_norm": str(norm), "rows": list(record_ids)}
         jsonl.append(self.path, row)
         ids = [record_id for row_ids in record_ids for record_id in row_ids]
-        named = ", ".join(map(shorten, ids[:MAX_NAMED])) + (
-            f" and {len(ids) - MAX_NAMED} more" if len(ids) > MAX_NAMED else ""
-        )
+        named, more = ", ".join(map(shorten, ids[:MAX_NAMED])), len(ids) - MAX_NAMED
         what = f"the update of step {step} was skipped ({reason}): loss {loss:.4g}, gradient norm {norm:.4g}; {named}"
+        what += f" and {more} more" * (more > 0)
         if in_a_row >= self._patience and host["weight"]:
             raise FloatingPointError(
                 f"training stops after {in_a_row} skipped updates in a row; {what}. All records are in {self.path}. If "

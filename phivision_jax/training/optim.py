@@ -73,10 +73,8 @@ def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
     ``cfg`` counts in steps, as that of a resolved configuration does.
     """
-    warmup = min(cfg.warmup_steps, max(steps - 1, 0))
-    return optax.warmup_cosine_decay_schedule(
-        0.0, cfg.learning_rate, warmup, max(steps, warmup + 1), cfg.learning_rate * cfg.final_lr_ratio
-    )
+    peak, warmup = cfg.learning_rate, min(cfg.warmup_steps, max(steps - 1, 0))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1), peak * cfg.final_lr_ratio)
 
 
 def is_decayed(path: tuple) -> bool:
@@ -92,9 +90,7 @@ def make_optimizer(params: dict[str, Any], cfg: OptimConfig, steps: int) -> opta
     """
     scale, rate = multipliers(params, cfg), schedule(cfg, steps)
 
-    def scale_by_rate(
-        updates: dict, state: optax.EmptyState, params: Any = None, *, step: jax.Array, **_: Any
-    ) -> tuple[dict, optax.EmptyState]:
+    def scale_by_rate(updates: dict, state: Any, params: Any = None, *, step: jax.Array, **_: Any) -> tuple[dict, Any]:
         return {path: update * -(scale[path] * rate(step)) for path, update in updates.items()}, state
 
     return optax.chain(
@@ -137,9 +133,8 @@ def abstract_opt_state(tx: optax.GradientTransformation, params: dict, other: ja
       params: ShapeDtypeStructs with shardings.
     """
     state = jax.eval_shape(tx.init, params)
-    shardings = optax.tree_map_params(
-        tx, lambda _, param: param.sharding, state, params, transform_non_params=lambda _: other
-    )
+    placed = {path: param.sharding for path, param in params.items()}
+    shardings = optax.tree_map_params(tx, lambda _, s: s, state, placed, transform_non_params=lambda _: other)
     return sharding.abstract(state, shardings)
 
 
@@ -167,11 +162,9 @@ def learning_rates(rate: float, multipliers: Mapping[tuple, float]) -> dict[str,
       The largest rate in each module, 0 where all of it is frozen; if its trainable parameters have several rates, also
       the smallest, as "lr/decoder/min".
     """
-    modules: dict[str, set[float]] = defaultdict(set)
-    for path, scale in multipliers.items():
-        modules[path[0]].add(float(scale))
     row = {}
-    for module, scales in sorted(modules.items()):
+    for module in sorted({path[0] for path in multipliers}):
+        scales = {float(scale) for path, scale in multipliers.items() if path[0] == module}
         row[f"lr/{module}"] = rate * max(scales)
         if len(trainable := scales - {0.0}) > 1:
             row[f"lr/{module}/min"] = rate * min(trainable)

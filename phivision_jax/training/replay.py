@@ -69,11 +69,8 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
         if (values := getattr(batch, name)) is not None and (count := int((~np.isfinite(values)).sum())):
             print(f"  {process}{name} of the batch has {count:,} values that are not finite", flush=True)
     for b, ids in zip(prepared.feed.own_rows, info.record_ids, strict=True):
-        mean = losses[b] / max(weights[b], 1e-9)
-        print(
-            f"  {process}row {b}: loss {mean:.4g} over {weights[b]:g} target tokens; {shorten(', '.join(ids), 400)}",
-            flush=True,
-        )
+        found = f"loss {losses[b] / max(weights[b], 1e-9):.4g} over {weights[b]:g} target tokens"
+        print(f"  {process}row {b}: {found}; {shorten(', '.join(ids), 400)}", flush=True)
     return host
 
 

@@ -12,7 +12,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,7 +33,7 @@ from phivision_jax.models import phivision
 from phivision_jax.training import guard, optim, setup
 from phivision_jax.training.run_config import RunConfig
 from phivision_jax.training.run_directory import RunDirectory
-from phivision_jax.training.step import State
+from phivision_jax.training.step import Compiled, State
 from phivision_jax.training.telemetry import goodput, profiling, throughput
 from phivision_jax.training.telemetry.metrics import MetricsWriter, group_metrics
 from phivision_jax.training.validation import Validator
@@ -63,13 +63,13 @@ def train(cfg: RunConfig, where: str) -> int:
         log(prepared.describe())
         with run.phase("compile", LONG_S):
             log("compiling the step …")
-            evaluator, validator = setup.make_evaluator(prepared), setup.make_validator(prepared)
+            measures = setup.make_evaluator(prepared), setup.make_validator(prepared)
             compiled = prepared.step.compile(prepared.feed.spec)
         log(f"compiled in {run.goodput.seconds['compile']:.1f} s")
         with run.phase("restore", LONG_S):
             state, vision_tail = setup.start(prepared, run.checkpoints, log)
         first, steps = int(state["step"]), prepared.steps
-        run.begin(prepared, first, evaluator, validator)
+        run.begin(prepared, first, measures)
         row: dict[str, float] = {}
         with Preemption(first) as preemption, run.finish_save_on_error():
             if first and not run.measured_at_start:  # asked to stop at this step, the last start only saved
@@ -109,7 +109,7 @@ class Run:
 
         with Run(where, cfg) as run:
             with run.phase("compile", LONG_S): …
-            run.begin(prepared, first, evaluator, validator)
+            run.begin(prepared, first, measures)
             for batch, info in run.batches():
                 state, metrics = run.step(compiled, state, batch, info)
                 …
@@ -154,14 +154,11 @@ class Run:
             yield
         self._watchdog.alive(*outer)
 
-    def begin(
-        self, prepared: setup.Prepared, first: int, evaluator: Evaluator | None, validator: Validator | None
-    ) -> None:
+    def begin(self, prepared: setup.Prepared, first: int, measures: tuple[Evaluator | None, Validator | None]) -> None:
         """Open the logs. Training resumes from step ``first``; what earlier starts logged beyond it is dropped."""
         self.prepared, self.first, self.cfg = prepared, first, prepared.cfg
-        self._evaluator, self._validator = evaluator, validator
-        cfg, process = self.cfg, jax.process_index()
-        folder = self.directory.local
+        self._evaluator, self._validator = measures
+        cfg, process, folder = self.cfg, jax.process_index(), self.directory.local
         if process == 0 or self.directory.mirrored:
             truncate_logs(folder, first)
         on_process_zero("logs are truncated", lambda: None)
@@ -194,9 +191,7 @@ class Run:
                 return
             yield item
 
-    def step(
-        self, compiled: Callable[[State, Batch], tuple[State, dict]], state: State, batch: Batch, info: BatchInfo
-    ) -> tuple[State, dict[str, jax.Array]]:
+    def step(self, compiled: Compiled, state: State, batch: Batch, info: BatchInfo) -> tuple[State, dict[str, Any]]:
         """Log a step's records and dispatch it.
 
         Raises:

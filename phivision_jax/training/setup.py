@@ -7,6 +7,7 @@ a run prepares the same. Errors here come before any training.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -219,12 +220,8 @@ def start(
     """
     cfg, step = prepared.cfg, prepared.step
     if checkpoints.steps(at_most):
-        state, tail, meta = checkpoints.restore(
-            step.abstract_state,
-            prepared.vision_tail,
-            at_most=at_most,
-            check=lambda meta: check_unchanged(prepared, meta, log),
-        )
+        check = functools.partial(check_unchanged, prepared, log=log)
+        state, tail, meta = checkpoints.restore(step.abstract_state, prepared.vision_tail, at_most=at_most, check=check)
         log(f"continuing from step {meta['step']}")
         return state, tail
     if cfg.init_from:

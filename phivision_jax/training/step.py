@@ -23,6 +23,7 @@ from phivision_jax.training.loss import batch_loss
 from phivision_jax.training.run_config import MeshConfig, OptimConfig, ResolvedConfig, RunConfig
 from phivision_jax.training.telemetry.throughput import batch_work
 
+type Compiled = Callable[[State, Batch], tuple[State, dict[str, Any]]]
 State = dict[str, Any]
 """{"params": nested dict, "opt_state": of the trainable partition, "step": i32 scalar}."""
 
@@ -69,7 +70,7 @@ class TrainStep:
         params = jax.device_put(params, shardings["params"])
         return jax.jit(make, out_shardings=shardings)(params)
 
-    def compile(self, batch: Batch) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
+    def compile(self, batch: Batch) -> Compiled:
         """Compile for the shapes of this batch (``batch_spec``). The result accepts no other shape, so a run that
         completes has compiled once.
 
@@ -123,9 +124,7 @@ class TrainStep:
         return value, {path: jax.lax.with_sharding_constraint(grad, shardings[path]) for path, grad in grads.items()}
 
 
-def check_divisible(
-    name: str, rows: int, mesh: Mesh, rules: Mapping[str, sharding.MeshAxes], microbatches: int = 1
-) -> None:
+def check_divisible(name: str, rows: int, mesh: Mesh, rules: Mapping[str, sharding.MeshAxes], parts: int = 1) -> None:
     """Check that a number of rows divides over the slice, data and fsdp axes, and into microbatches.
 
     Raises:
@@ -133,9 +132,9 @@ def check_divisible(
     """
     with sharding.override_rules(rules):
         shards = sharding.num_shards(mesh, "batch")
-    if rows % (unit := shards * microbatches):
-        parts = f" x {microbatches} microbatches" if microbatches > 1 else ""
-        cause = f"does not divide over {shards} devices (mesh axes slice, data and fsdp){parts}"
+    if rows % (unit := shards * parts):
+        cause = f"does not divide over {shards} devices (mesh axes slice, data and fsdp)"
+        cause += f" x {parts} microbatches" * (parts > 1)
         raise ValueError(f"{name} is {rows}, which {cause}; use a multiple of {unit}, or set mesh.fsdp")
 
 

@@ -78,19 +78,14 @@ def validation_plan(
     mixture = validation_mixture(data)
     if mixture is None:
         return None
-    if mixture.held_out:
-        datasets = list(trained_on)
-    else:
-        datasets = validation_datasets(data)
-        known = {dataset.hash: dataset.directory for dataset in trained_on}
-        for dataset in datasets:
-            if dataset.hash in known:
-                same = f"{dataset.directory} holds the records of {known[dataset.hash]}, which is trained on"
-                raise ValueError(f"data.validation_path: {same}; use other data, or hold out data.validation_share")
-    rows, overflow = data.row_shape(processor.config), "drop" if data.on_overflow == "error" else data.on_overflow
-    plan = make_plan(
-        datasets, mixture, processor, rows, batch_rows=data.batch_rows, seed=data.seed, on_overflow=overflow
-    )
+    datasets, known = validation_datasets(data), {dataset.hash: dataset.directory for dataset in trained_on}
+    for dataset in datasets:
+        if dataset.hash in known:
+            same = f"{dataset.directory} holds the records of {known[dataset.hash]}, which is trained on"
+            raise ValueError(f"data.validation_path: {same}; use other data, or hold out data.validation_share")
+    datasets, rows = datasets or list(trained_on), data.row_shape(processor.config)
+    fit = "drop" if data.on_overflow == "error" else data.on_overflow
+    plan = make_plan(datasets, mixture, processor, rows, batch_rows=data.batch_rows, seed=data.seed, on_overflow=fit)
     return datasets, plan
 
 

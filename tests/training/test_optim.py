@@ -30,7 +30,12 @@ def test_multipliers_first_match():
 
 @pytest.mark.parametrize(
     ("rules", "message"),
-    [((("visoin", 0.0),), "'visoin' matches no parameter"), ((("(", 1.0),), "not a regular"), (((".", 0.0),), "every")],
+    [
+        ((("visoin", 0.0),), "'visoin' matches no parameter"),
+        ((("(", 1.0),), "not a regular"),
+        ((("a{9999999999}", 1.0),), "not a regular"),
+        (((".", 0.0),), "every"),
+    ],
 )
 def test_partition_refuses_rules(rules, message):
     with pytest.raises(ValueError, match=message):
