@@ -83,7 +83,7 @@ def collectives(module: Module) -> list[Collective]:
     """
     chains: dict[str | int, list[tuple[Calls, Collective]]] = {}
     for step in walk(module, functools.partial(_step, module), weight=lambda step: wire_bytes(step[1]) * step[1].times):
-        chains.setdefault(step[0][-1].quoted("chain_id") or len(chains), []).append(step)
+        chains.setdefault(step[0][-1].attribute("chain_id", "") or len(chains), []).append(step)
     return [
         dataclasses.replace(steps[0][1], overlapped=steps[0][1].overlapped or _chain_overlaps(module, steps))
         for steps in chains.values()
@@ -122,7 +122,11 @@ def _step(module: Module, stack: Calls, loops: Loops) -> tuple[Calls, Collective
     if kind not in SENT and not (kind in DCN_KINDS and "_xla_megascale_transfer_type" in instruction.rest):
         return None
     groups = (_groups if kind in SENT else _slices)(instruction, module.devices)
-    size, name = _result_bytes(instruction), instruction.name
+    # Types are (operands, results, …) of a start, (data, context, token) of send and recv.
+    found, count = sizes(instruction.type), len(instruction.operands)
+    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
+        found = found[count : 2 * count] or found
+    size, name = sum(found[:-2] if kind in DCN_KINDS else found), instruction.name
     for caller in callers:
         if any(called.startswith("all-reduce-scatter") for called in caller.called):
             kind, name, size = "reduce-scatter", caller.name, num_bytes(caller.type)
@@ -141,14 +145,6 @@ def _chain_overlaps(module: Module, steps: list[tuple[Calls, Collective]]) -> bo
     return False
 
 
-def _result_bytes(instruction: Instruction) -> int:
-    """Bytes of the result: the types are (operands, results, …) of a start, (data, context, token) of send and recv."""
-    found, count = sizes(instruction.type), len(instruction.operands)
-    if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-        found = found[count : 2 * count] or found
-    return sum(found[:-2] if instruction.opcode in DCN_KINDS else found)
-
-
 # Opcodes that take next to no time, or none of the cores that compute.
 _IDLE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|iota|(copy|slice|after-all|partition-id).*|.*-done"
@@ -165,7 +161,7 @@ def _in_flight(start: Instruction) -> list[Instruction]:
     """Instructions between a start and its done; none for a synchronous instruction."""
     instructions, i = start.computation, start.computation.index(start)
     if start.opcode in DCN_KINDS:  # one exchange: its send, recv and their ends name the same rendezvous
-        keys = [x.opcode in DCN_KINDS and x.quoted("_xla_host_transfer_rendezvous") for x in instructions]
+        keys = [x.opcode in DCN_KINDS and x.attribute("_xla_host_transfer_rendezvous", "") for x in instructions]
         exchange = [j for j, key in enumerate(keys) if key and key == keys[i]]
         names = {instructions[j].name for j in exchange}
         dones = [j for j, x in enumerate(instructions) if x.opcode == "recv-done" and names & set(x.operands)]
@@ -219,7 +215,7 @@ def _groups(instruction: Instruction, devices: int) -> Groups:
 
 def _slices(instruction: Instruction, devices: int) -> Groups:
     """Each device with its peers in other slices, from ``_xla_megascale_target="{1,2}x{0:127}"`` (slices from 1)."""
-    match = re.match(r"\{([\d,]+)\}x", instruction.quoted("_xla_megascale_target"))
+    match = re.match(r"\{([\d,]+)\}x", instruction.attribute("_xla_megascale_target", ""))
     if match is None:
         raise ValueError(f"HLO: {instruction.name} crosses slices, but names them in an unknown format")
     slices = [int(number) - 1 for number in match[1].split(",")]

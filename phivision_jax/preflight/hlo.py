@@ -46,23 +46,18 @@ class Instruction:
     @property
     def op_name(self) -> str:
         """Path of JAX transformations, named scopes and the primitive; empty where the compiler kept none."""
-        return self.quoted("op_name").replace("\\", "")
+        return self.attribute("op_name", "").replace("\\", "")
 
-    def quoted(self, key: str) -> str:
-        """The text in quotes after ``key=``; empty without such an attribute."""
-        match = re.search(rf'\b{key}="([^"]*)"', self.rest)
-        return match[1] if match else ""
-
-    def attribute(self, key: str) -> str:
-        """The name or word after ``key=``.
+    def attribute(self, key: str, default: str | None = None) -> str:
+        """The name, word or text in quotes after ``key=``.
 
         Raises:
-          ValueError: when the instruction has no such attribute.
+          ValueError: when the instruction has no such attribute, and there is no default.
         """
-        match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
-        if match is None:
+        match = re.search(rf'\b{key}=(?:%?([\w.\-]+)|"([^"]*)")', self.rest)
+        if match is None and default is None:
             raise ValueError(f"HLO: {self.opcode} {self.name} has no {key}")
-        return match[1]
+        return (match[1] or match[2]) if match else str(default)
 
 
 @dataclasses.dataclass(frozen=True)
