@@ -76,7 +76,7 @@ class Start(NamedTuple):
     """Seconds by name, from its last line."""
 
 
-class Goodput:
+class Goodput(contextlib.AbstractContextManager["Goodput"]):
     """The account of one process. Use sections and ``run`` on the thread that created it.
 
         with Goodput(run) as goodput:
@@ -102,9 +102,6 @@ class Goodput:
         self.write(None)
         self._dispatched: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=self._watch, name="goodput", daemon=True).start()
-
-    def __enter__(self) -> Goodput:
-        return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # After an error, that error is reported, not that this cannot be written either.

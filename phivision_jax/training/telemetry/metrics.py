@@ -7,6 +7,7 @@ them. Weights & Biases keeps everything it received, so repeated steps appear tw
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
 import secrets
@@ -98,15 +99,12 @@ def _tolerate_full_disk(board: SummaryWriter) -> None:
     """
     file = board.file_writer.event_writer._ev_writer
 
-    def tolerant(write: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: Any) -> None:
-            with contextlib.suppress(OSError):
-                write(*args)
-
-        return call
+    def tolerant(write: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(OSError):
+            write(*args)
 
     for name in ("write_event", "flush", "close"):
-        setattr(file, name, tolerant(getattr(file, name)))
+        setattr(file, name, functools.partial(tolerant, getattr(file, name)))
 
 
 def import_wandb(project: str) -> Any:
@@ -120,13 +118,12 @@ def import_wandb(project: str) -> Any:
 
 def _start_wandb(project: str, run: Path, config: Mapping[str, Any]) -> Any:
     """Start or continue this directory's run at Weights & Biases."""
-    wandb, id_file = import_wandb(project), run / WANDB_ID
-    if not id_file.exists():
-        atomic.write(id_file, secrets.token_hex(4))
+    wandb, file = import_wandb(project), run / WANDB_ID
+    if not file.exists():
+        atomic.write(file, secrets.token_hex(4))
+    names = {"project": project, "id": file.read_text(), "name": run.name, "dir": str(run)}
     try:
-        started = wandb.init(
-            project=project, id=id_file.read_text(), resume="allow", name=run.name, dir=str(run), config=dict(config)
-        )
+        started = wandb.init(**names, resume="allow", config=dict(config))
     except Exception as error:  # no login, no network: the optional package has its own exception types
         remedy = "run `wandb login`, set WANDB_API_KEY or WANDB_MODE=offline, or leave --config.wandb empty"
         raise ValueError(f"W&B does not start: {error}; {remedy}") from error

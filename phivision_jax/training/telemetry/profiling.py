@@ -29,11 +29,9 @@ def parse_steps(text: str) -> range:
     Raises:
       ValueError: for anything else.
     """
-    if not text:
-        return range(0)
     found = re.fullmatch(r"(\d{1,12}):(\d{1,12})", text)
     steps = range(int(found[1]), int(found[2])) if found else range(0)
-    if not steps or steps[0] < 1:
+    if text and (not steps or steps[0] < 1):
         raise ValueError(f"profile is {text!r}; give FIRST:END, like '100:103' for steps 100, 101 and 102, or nothing")
     return steps
 
@@ -69,10 +67,9 @@ class Profiler:
           durations: seconds of the steps that finished since the last call.
         """
         slow = [found for seconds in durations if (found := self._slow(seconds))]
-        if self._traced and step >= self._traced.stop:
-            self.close(drain)
-        if self._traced:
+        if step in self._traced:
             return
+        self.close(drain)
         if step in self._profile:
             self._traced = range(step, self._profile.stop)
         elif slow:

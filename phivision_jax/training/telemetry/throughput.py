@@ -56,9 +56,8 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
 
     Peaks are per chip. Two devices with the same coordinates are the two cores of one chip (TPU v4 without megacore).
     """
-    places = [(getattr(device, "slice_index", 0), *getattr(device, "coords", (device.id,))) for device in devices]
-    chips = dict(zip(places, devices, strict=True))
-    peaks = [PEAK_BF16_FLOPS.get(device.device_kind) for device in chips.values()]
+    chips = {(getattr(d, "slice_index", 0), *getattr(d, "coords", (d.id,))): d.device_kind for d in devices}
+    peaks = [PEAK_BF16_FLOPS.get(kind) for kind in chips.values()]
     return None if None in peaks else float(sum(peak for peak in peaks if peak))
 
 
@@ -67,13 +66,10 @@ def memory(devices: Sequence[Any]) -> dict[str, float]:
 
     Empty where devices do not report it (CPUs).
     """
-    stats = [found for device in devices if (found := device.memory_stats())]
+    stats = [device.memory_stats() or {} for device in devices]
     names = {"hbm_gib": "bytes_in_use", "hbm_peak_gib": "peak_bytes_in_use"}
-    return {
-        name: max(one[key] for one in stats) / GIB
-        for name, key in names.items()
-        if stats and all(key in one for one in stats)
-    }
+    found = {name: [one[key] for one in stats if key in one] for name, key in names.items()}
+    return {name: max(sizes) / GIB for name, sizes in found.items() if sizes}
 
 
 class Throughput:
