@@ -7,7 +7,7 @@ each with its images in the row's vision rows; an image is never split.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from PIL.Image import Image
@@ -149,12 +149,9 @@ def _fill_merge_tables(row: Batch, image: PatchedImage, tokens: slice, first_pat
 def row_shape(config: ModelConfig, length: int, vision_rows: int = 1, num_patches: int = 0) -> RowShape:
     """The shape of rows of this many text positions and patches, with the merge tables of a model's image layout."""
     layout = make_layout(config)
-    shape = RowShape(length, vision_rows, num_patches)
-    if layout.merge is None:
-        return shape
     # A vision token takes a position, so a row never has more than T of them.
-    tokens = min(length, layout.max_tokens(shape.total_patches))
-    return dataclasses.replace(shape, merge=(tokens, *layout.merge))
+    merge = layout.merge and (min(length, layout.max_tokens(vision_rows * num_patches)), *layout.merge)
+    return RowShape(length, vision_rows, num_patches, merge)
 
 
 def fullest_vision_row(used: Sequence[int], need: int, capacity: int) -> int | None:
@@ -178,19 +175,15 @@ def one_per_row(
       num_patches: P; default: the most patches of any example.
       multiple: rounds those defaults up to a multiple of this, so that few shapes are ever compiled.
     """
-
     if not examples:
         raise ValueError("a batch needs at least one example")
 
-    def rounded(value: int) -> int:
-        return -(-value // multiple) * multiple
+    def most(sizes: Iterable[int]) -> int:
+        return -(-max(sizes) // multiple) * multiple
 
-    shape = row_shape(
-        config,
-        length=rounded(max(len(e.tokens) for e in examples)) if length is None else length,
-        num_patches=rounded(max(e.num_patches for e in examples)) if num_patches is None else num_patches,
-    )
-    return fill_rows([[example] for example in examples], shape, config)
+    length = most(len(example.tokens) for example in examples) if length is None else length
+    num_patches = most(example.num_patches for example in examples) if num_patches is None else num_patches
+    return fill_rows([[example] for example in examples], row_shape(config, length, 1, num_patches), config)
 
 
 def batch_from_ids(

@@ -119,9 +119,8 @@ def generation_sizes(params: nnx.State, itemsize: int, num_devices: int, device_
       device_bytes: memory of a device; None, for unknown: as many shards as possible.
     """
     common = {"fsdp": 0, "tensor": 0}
-    weights = 0
+    weights = itemsize * sum(leaf.size for leaf in jax.tree.leaves(params))
     for _, variable in nnx.to_flat_state(params):
-        weights += variable.get_value().size * itemsize
         for axis, dim in zip(variable.get_metadata()["out_sharding"], variable.get_value().shape, strict=True):
             for name in names_of(rule(axis)) if axis else ():
                 common[name] = math.gcd(common.get(name, 0), dim)

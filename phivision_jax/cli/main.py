@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from phivision_jax.io.messages import printable, shorten
+from phivision_jax.io.messages import did_you_mean, printable, shorten
 
 COMMANDS = {
     "data": "Import, check, plan, view and export datasets.",
@@ -28,15 +28,15 @@ functions; tyro turns their parameters into flags. It may have ``prepare``, whic
 ``FAILURE``, the exit code of an error (default 1)."""
 EXPECTED = (ValueError, OSError, FloatingPointError, ModuleNotFoundError)
 """Exceptions whose message is for the user; others are faults of the program and show their traceback."""
-USAGE = """usage: phivision COMMAND …
-
-Train, fine-tune, convert and run Phi-4-reasoning-vision-15B in JAX.
-
-{}
-
-Run phivision COMMAND --help for the options of a command, phivision --version for the version.
-
-exit codes: 0 done, 1 error or difference, 2 usage (convert: any error), 3 too large, 75–77 restart, 130 interrupted"""
+USAGE = (
+    "usage: phivision COMMAND …",
+    "Train, fine-tune, convert and run Phi-4-reasoning-vision-15B in JAX.",
+    "\n".join(f"  {command:<11}{description}" for command, description in COMMANDS.items()),
+    "Run phivision COMMAND --help for the options of a command, phivision --version for the version.",
+    "exit codes: 0 done, 1 error or difference, 2 usage (convert: any error), 3 too large, 75–77 restart, "
+    "130 interrupted",
+)
+"""Paragraphs of the help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,13 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failure = 1
     try:
         if name in ("--help", "-h", "--version"):
-            listing = "\n".join(f"  {command:<11}{description}" for command, description in COMMANDS.items())
             versions = ", ".join(f"{package} {version(package)}" for package in ("phivision_jax", "jax"))
-            print(versions if name == "--version" else USAGE.format(listing), flush=True)
+            print(versions if name == "--version" else "\n\n".join(USAGE), flush=True)
             return
         if name not in COMMANDS:
-            from phivision_jax.io.messages import did_you_mean
-
             _fail(f"there is no command {name!r}; {did_you_mean(name, COMMANDS)}", 2)
         module = importlib.import_module(f"phivision_jax.cli.{name}")
         failure = getattr(module, "FAILURE", 1)

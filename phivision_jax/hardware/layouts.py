@@ -7,11 +7,10 @@ memory. ``phivision preflight --search`` looks for a better layout.
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """Limits and remat policies for one kind of device."""
 
     fsdp: int
