@@ -126,14 +126,11 @@ def train_facts(advance: Advance, cfg: ResolvedConfig, where: Topology, low_effo
     mesh = sharding.make_mesh(dataclasses.asdict(cfg.mesh), devices_of(where))
     step = make_train_step(cfg, mesh, steps=1_000)
     batch = batch_spec(cfg.data.batch_rows, cfg.data.row_shape(cfg.model), cfg.model.vision.patch_dim)
-    arguments = {
-        "parameters": step.abstract_state["params"],
-        "optimizer": step.abstract_state["opt_state"],
-        "batch": sharding.abstract(batch, step.batch_shardings(batch)),
-    }
+    placed, state = sharding.abstract(batch, step.batch_shardings(batch)), step.abstract_state
+    arguments = {"parameters": state["params"], "optimizer": state["opt_state"], "batch": placed}
     options = compiler_options(mesh) | (LOW_EFFORT if low_effort else {})
     facts, module = _compile(advance, step.lower(batch), arguments, options)
-    facts |= {"mesh": dict(mesh.shape), "checkpoint_bytes": _bytes(step.abstract_state)}
+    facts |= {"mesh": dict(mesh.shape), "checkpoint_bytes": _bytes(state)}
     if module is None:
         return facts
     found = [

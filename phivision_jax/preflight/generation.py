@@ -64,11 +64,9 @@ def confirm(chosen: dict[str, Any], where: Topology, attempt: Callable[..., dict
       attempt: compiles generation as planned and returns the worker's facts.
     """
     tried, mesh = chosen, chosen["mesh"]
-    facts = attempt(tried)
-    while not facts["fits"] and tried["rows_per_device"] > 1:
+    while not (facts := attempt(tried))["fits"] and tried["rows_per_device"] > 1:
         rows = tried["rows_per_device"] * 3 // 4
         tried = chosen | {"rows_per_device": rows, "batch_rows": rows * mesh["data"] * mesh["fsdp"]}
-        facts = attempt(tried)
     return tried | peak(where, facts)
 
 
@@ -109,11 +107,7 @@ def text(found: Mapping[str, Any]) -> str:
         f"  {verdict(found)}",
     ]
     if "not_modelled" in found:
-        lines.append(f"  not modelled: {found['not_modelled']}")
-    else:
-        lines += [
-            f"  prefill           {found['modelled_prefill_seconds']:.2f} s (modelled)",
-            f"  one token each    {found['modelled_decode_step_seconds'] * 1000:.1f} ms, "
-            f"{found['modelled_decode_tokens_per_second']:,.0f} tokens/s (modelled)",
-        ]
-    return "\n".join(lines)
+        return "\n".join([*lines, f"  not modelled: {found['not_modelled']}"])
+    lines.append(f"  prefill           {found['modelled_prefill_seconds']:.2f} s (modelled)")
+    step, rate = found["modelled_decode_step_seconds"], found["modelled_decode_tokens_per_second"]
+    return "\n".join([*lines, f"  one token each    {step * 1000:.1f} ms, {rate:,.0f} tokens/s (modelled)"])

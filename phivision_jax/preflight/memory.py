@@ -15,16 +15,15 @@ A program that does not fit fails with one of two messages: an early one with a 
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from phivision_jax.preflight import hlo
 
 
-@dataclasses.dataclass(frozen=True)
-class Buffer:
+class Buffer(NamedTuple):
     """A value in memory."""
 
     bytes: int
@@ -118,15 +117,12 @@ def peak_buffers(assignment: str, live_range: str, sources: Mapping[str, str]) -
                 held.append(Buffer(int(size), what))
             elif name in spans:
                 passing.append((*spans[name], int(offset), Buffer(int(own_size), what)))
-    peak: dict[int, Buffer] = {}
-    for step in sorted({first for first, *_ in passing}):
-        alive: dict[int, Buffer] = {}
-        for first, last, offset, buffer in passing:
-            # Values at the same offset share memory: an update in place, a loop's state.
-            if first <= step <= last:
-                alive[offset] = max(alive.get(offset, buffer), buffer, key=lambda one: one.bytes)
-        peak = max(peak, alive, key=lambda values: sum(buffer.bytes for buffer in values.values()))
-    return sorted([*held, *peak.values()], key=lambda buffer: -buffer.bytes)
+    # Values at the same offset share memory (an update in place, a loop's state): the largest, added last, counts.
+    passing.sort(key=lambda one: -one[3].bytes)
+    steps = sorted({first for first, *_ in passing})
+    alive = ({offset: buffer for i, j, offset, buffer in reversed(passing) if i <= step <= j} for step in steps)
+    peak = max(alive, key=lambda buffers: sum(buffer.bytes for buffer in buffers.values()), default={})
+    return sorted([*held, *reversed(peak.values())], key=lambda buffer: -buffer.bytes)
 
 
 def _bytes(size: str) -> int:
@@ -155,8 +151,6 @@ def needed(error: str, held: int) -> int | None:
     Args:
       held: bytes of the program's arguments, for the early message, which counts only temporaries.
     """
-    if match := re.search(r"Used ([\d.]+[BKMG]) of [\d.]+[BKMG] hbm", error):
-        return _bytes(match[1])
-    if match := re.search(r"temporaries \(([\d.]+[BKMG])\) exceeds", error):
-        return held + _bytes(match[1])
-    return None
+    late = re.search(r"Used ([\d.]+[BKMG]) of [\d.]+[BKMG] hbm", error)
+    match = late or re.search(r"temporaries \(([\d.]+[BKMG])\) exceeds", error)
+    return _bytes(match[1]) + (0 if late else held) if match else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
         **{name: getattr(cfg.data, name) for name in ("batch_rows", "length", "vision_rows", "num_patches")},
         **peak(where, facts),
         "memory_bytes_per_chip": memory,
-        "largest_buffers": [dataclasses.asdict(buffer) for buffer in facts["buffers"]],
+        "largest_buffers": [buffer._asdict() for buffer in facts["buffers"]],
         "checkpoint_bytes": facts["checkpoint_bytes"],
     }
     if not facts["fits"]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+import numpy as np
 from flax import nnx
 
 from phivision_jax.config import DecoderConfig, LoraConfig, ModelConfig, VisionConfig
@@ -60,17 +60,13 @@ def visited_pairs(
     """
     if sum(segments) > length:
         raise ValueError(f"segments of {sum(segments)} tokens do not fit a row of {length}")
-    starts, ends = list(range(length)), list(range(length))  # first and last position of each position's segment
-    for size, end in zip(segments, itertools.accumulate(segments), strict=True):
-        starts[end - size : end] = [end - size] * size
-        ends[end - size : end] = [end - 1] * size
-    blocks = 0
-    for top in range(0, length, block_q):
-        bottom = min(top + block_q, length) - 1
-        oldest = max(starts[top], top - window + 1 if window else 0)
-        newest = bottom if causal else ends[bottom]
-        blocks += newest // block_kv - oldest // block_kv + 1
-    return blocks * block_q * block_kv
+    sizes = np.array([*segments, *[1] * (length - sum(segments))])
+    ends = np.repeat(sizes.cumsum(), sizes) - 1  # last position of each position's segment
+    top = np.arange(0, length, block_q)
+    bottom = np.minimum(top + block_q, length) - 1
+    oldest = np.maximum(ends[top] + 1 - np.repeat(sizes, sizes)[top], top - window + 1 if window else 0)
+    newest = bottom if causal else ends[bottom]
+    return int((newest // block_kv - oldest // block_kv + 1).sum()) * block_q * block_kv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,13 +168,11 @@ def executed_work(cfg: ResolvedConfig, generation: str, examples: Sequence[int],
     parts = step_flops(cfg.model, useful, cfg.optim.lr_rules, cfg.lora).parts
     kernels = step_flops(cfg.model, useful).parts
     weights, all_weights = _weights(cfg.model, cfg.optim.lr_rules, cfg.lora)
+    trained = {prefix: weights[prefix] / size for prefix, size in all_weights.items()}
 
     def backward(part: str) -> float:
         """Everything but the forward products of the kernels: with LoRA also those of the adapters."""
         return parts[part].total / kernels[part].forward - 1
-
-    def trained(prefix: str) -> float:
-        return weights[prefix] / all_weights[prefix]
 
     def layers(
         part: str, sizes: DecoderConfig | VisionConfig, num: int, kv_heads: int, tokens: int, pairs: int, remat: str
@@ -192,14 +186,14 @@ def executed_work(cfg: ResolvedConfig, generation: str, examples: Sequence[int],
             attention=(2 * visited, 5 * visited),
             recompute=RECOMPUTE[remat],
             backward=backward(part),
-            trained=trained(f"{part}/layers"),
+            trained=trained[f"{part}/layers"],
         ).work(mesh, MATRIX_UNIT[generation])
 
     pairs = rows * visited_pairs(shape.length, examples, BLOCK, BLOCK)
     work = layers("decoder", decoder, decoder.num_layers, decoder.num_kv_heads, tokens, pairs, cfg.remat)
     V, D = decoder.vocab_size, decoder.hidden_size
-    work += head(V, D, tokens / chips, mesh, backward("head"), trained("decoder/lm_head"))
-    work += _weights_moved(V * D * WIRE / mesh.tensor, mesh, 1, trained("decoder/embed_tokens"))
+    work += head(V, D, tokens / chips, mesh, backward("head"), trained["decoder/lm_head"])
+    work += _weights_moved(V * D * WIRE / mesh.tensor, mesh, 1, trained["decoder/embed_tokens"])
     if patches:
         in_row = visited_pairs(shape.num_patches, images, VISION_BLOCK, VISION_BLOCK, causal=False)
         pairs = rows * shape.vision_rows * in_row

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from phivision_jax.hardware.flops import Workload, mfu, step_flops
 from phivision_jax.hardware.topology import Topology
@@ -24,8 +24,7 @@ IMAGE_SHARE = 0.71
 """Share of an example's tokens that are image tokens: 1,830 beside 745 text tokens in the recipe's mix."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Mix:
+class Mix(NamedTuple):
     """A typical example: its tokens, of which ``patches`` are those of its one image."""
 
     tokens: int

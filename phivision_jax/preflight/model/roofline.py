@@ -78,8 +78,7 @@ def step_time(work: Work, generation: str, efficiency: float | None = None) -> S
     chip = CHIPS[generation]
     efficiency = efficiency or EFFICIENCY.get(generation)
     if efficiency is None:
-        fitted = ", ".join(EFFICIENCY)
-        raise ValueError(f"no published runs to fit {generation} to; times are modelled for {fitted}")
+        raise ValueError(f"no published runs to fit {generation} to; times are modelled for {', '.join(EFFICIENCY)}")
     matmul = work.matmul_flops / (chip.peak_bf16_flops * efficiency)
     attention = work.attention_flops / (chip.peak_bf16_flops * efficiency * ATTENTION_RATIO)
     hbm = work.hbm_bytes / chip.hbm_bandwidth
