@@ -145,23 +145,18 @@ def _cell_shares(
     """
     shares = np.array([cell.size for cell in cells], np.float64)
     # Each constraint: the group of each cell, the share of each group, and the amount that a cell's example counts.
-    constraints: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-
-    def constrain(keys: list[int], wanted: Mapping[int, float], amounts: np.ndarray) -> None:
-        groups, group = np.unique(keys, return_inverse=True)
-        constraints.append((group, np.array([wanted[key] for key in groups.tolist()], np.float64), amounts))
-
+    constraints: list[tuple[list[int], Mapping[int, float], np.ndarray]] = []
     if stage.weights:
         weights = {s: stage.weights.get(name, 0.0) for s, name in enumerate(names)}
-        constrain([cell.source for cell in cells], weights, amounts)
+        constraints.append(([cell.source for cell in cells], weights, amounts))
         _scale(shares, *constraints[0])
     if stage.splits_tasks:
         tasks = [cell.task for cell in cells]
         held = np.bincount(tasks, shares * amounts)
         present = {task: float(held[task]) for task in sorted(set(tasks))}
-        constrain(tasks, task_shares(present, stage, task_names), amounts)
+        constraints.append((tasks, task_shares(present, stage, task_names), amounts))
     if stage.splits_modes:
-        constrain([cell.mode for cell in cells], _mode_shares(stage), reasoning_amounts)
+        constraints.append(([cell.mode for cell in cells], _mode_shares(stage), reasoning_amounts))
     for _ in range(_FITTING_ROUNDS if len(constraints) > 1 else 1):
         before = shares / shares.sum()
         for constraint in constraints:
@@ -172,10 +167,10 @@ def _cell_shares(
     return np.array([float(f"{share:.12g}") for share in (shares / shares.sum()).tolist()])
 
 
-def _scale(shares: np.ndarray, group: np.ndarray, wanted: np.ndarray, amounts: np.ndarray) -> None:
-    """Scale the cells of each group to its wanted share of the total in ``amounts``, in place."""
-    held = np.bincount(group, shares * amounts, len(wanted))
-    wanted = np.where(held > 0, wanted, 0)
+def _scale(shares: np.ndarray, group: list[int], shares_of: Mapping[int, float], amounts: np.ndarray) -> None:
+    """Scale the cells of each group to its share of the total in ``amounts``, in place."""
+    held = np.bincount(group, shares * amounts)
+    wanted = np.array([shares_of.get(key, 0.0) if held[key] > 0 else 0.0 for key in range(len(held))])
     factors = np.divide(wanted / wanted.sum() * held.sum(), held, out=np.ones(len(held)), where=held > 0)
     shares *= factors[group]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,19 +71,12 @@ class ItemOptions:
         except ValueError as error:
             raise ValueError(f"--allow-networks: {error}") from None
         for pair in self.rename:
-            theirs, _, ours = pair.partition("=")
-            if not (theirs and ours):
+            if not all(pair.partition("=")):
                 raise ValueError(f"--rename {pair}: write it as theirs=ours, the data's name first")
-        folders = [("--images", self.images), *(("--also-allow", folder) for folder in self.also_allow)]
-        for flag, folder in folders:
+        for flag, folder in [("--images", self.images), *(("--also-allow", folder) for folder in self.also_allow)]:
             if folder is not None and not folder.is_dir():
                 raise NotADirectoryError(f"{flag} {folder}: there is no such folder")
 
     def key(self) -> dict[str, Any]:
         """The options as JSON."""
-        return dataclasses.asdict(self) | {
-            "images": self.images and str(self.images.resolve()),
-            "also_allow": [str(folder.resolve()) for folder in self.also_allow],
-            "rename": list(self.rename),
-            "allow_networks": list(self.allow_networks),
-        }
+        return json.loads(json.dumps(dataclasses.asdict(self), default=lambda folder: str(folder.resolve())))
