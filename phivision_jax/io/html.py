@@ -100,14 +100,11 @@ def plot(draw: Callable[[Canvas], None], caption: str, height: float) -> Figure:
 
 def text_image(lines: Sequence[str], colour: str, width: int, line_height: int) -> Image.Image:
     """Lines of text in a colour on white, in fonts that have the characters; sizes in pixels."""
-    height = len(lines) * line_height
-    canvas = Canvas(figsize=(width / 100, height / 100), dpi=100, facecolor="white")
+    canvas = Canvas(figsize=(width / 100, len(lines) * line_height / 100), dpi=100, facecolor="white")
     for i, line in enumerate(lines):
-        top = 1 - (i + 0.5) / len(lines)
-        canvas.text(
-            0, top, line, color=colour, va="center_baseline", family="monospace", fontsize=10.8, parse_math=False
-        )
-    return Image.open(io.BytesIO(_png(canvas))).convert("RGB") if lines else Image.new("RGB", (width, 0))
+        y = 1 - (i + 0.5) / len(lines)
+        canvas.text(0, y, line, color=colour, va="center_baseline", family="monospace", size=10.8, parse_math=False)
+    return Image.open(io.BytesIO(_png(canvas))).convert("RGB")
 
 
 def _png(canvas: Canvas) -> bytes:
@@ -151,9 +148,8 @@ def print_sections(sections: Sequence[Section], console: Console | None = None) 
             continue
         shown = RichTable()
         for i, name in enumerate(section.table.header):
-            shown.add_column(
-                RichText(printable(name)), justify="left" if i < section.table.names else "right", overflow="fold"
-            )
+            side: Literal["left", "right"] = "left" if i < section.table.names else "right"
+            shown.add_column(RichText(printable(name)), justify=side, overflow="fold")
         for row in section.table.rows:
             if len(row) == 1:
                 shown.add_section()

@@ -214,10 +214,8 @@ def _prepare(partial: Path, key: dict[str, Any], restart: bool) -> None:
     if before != key or restart:
         if before is not None and not restart and any((partial / CHUNKS).glob("*")):
             problem = f"{partial} has the chunks of an interrupted run with other data, options or program version"
-            remedy = (
-                "to start over, give --restart (restart=True) or remove the directory; to continue it, restore these:"
-            )
-            raise FileExistsError(f"{problem}; {remedy}{_changes(before, key)}")
+            remedy = "to start over, give --restart (restart=True) or remove the directory"
+            raise FileExistsError(f"{problem}; {remedy}; to continue it, restore these:{_changes(before, key)}")
         _remove_all_but({LOCK}, partial)
         atomic.write(partial / KEY, json.dumps(key, indent=2))
     shutil.rmtree(partial / WORK, ignore_errors=True)
@@ -249,8 +247,7 @@ def _do_chunks(work: Work[Any, Any], partial: Path, check: Check, processes: int
             check(partial, chunk["summary"])
     if progress and len(missing) < len(chunks):
         print(f"continuing: {len(chunks) - len(missing):,} of {len(chunks):,} chunks are complete")
-    count = min(os.cpu_count() or 1 if processes is None else processes, len(missing))
-    results = workers.run(_do_chunk, (work, partial), missing.items(), count)
+    results = workers.run(_do_chunk, (work, partial), missing.items(), processes)
     with bar(progress, len(work.source), shown=bool(progress)) as advance, contextlib.closing(results):
         advance(len(work.source) - sum(map(len, missing.values())))
         for name, summary in results:

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
@@ -31,7 +31,7 @@ class Stop(Exception):
 
 
 def run[Job, Result](
-    function: Callable[..., Result], shared: tuple[Any, ...], jobs: Iterable[Job], workers: int
+    function: Callable[..., Result], shared: tuple[Any, ...], jobs: Collection[Job], workers: int | None
 ) -> Generator[Result, None, None]:
     """Yield ``function(*shared, job, stopped)`` for each job, in the order in which they finish.
 
@@ -40,12 +40,13 @@ def run[Job, Result](
 
     Args:
       function: a module's function; it and all arguments are pickled.
-      workers: number of processes; 0: this process, in order.
+      workers: number of processes, at most one per job; 0: this process, in order; None: one per core.
 
     Raises:
       ChildProcessError: when a worker dies.
       Exception: of a job; the others are stopped.
     """
+    workers = min(os.cpu_count() or 1 if workers is None else workers, len(jobs))
     if workers == 0:
         for job in jobs:
             yield function(*shared, job, lambda: False)

@@ -81,9 +81,8 @@ def order_examples(pool: Pool, names: Sequence[str], stage: Stage, seed: int) ->
     total = stage.examples or max(1, round(own * (stage.epochs or 1) / stage.own_share))
     by_record = pool.amounts(stage.unit), pool.amounts(stage.reasoning_unit)
     # The mean of each cell's records.
-    amounts, reasoning_amounts = (
-        np.array([int(each[cell.members].sum()) / len(cell.members) for cell in cells]) for each in by_record
-    )
+    means = [[int(each[cell.members].sum()) / len(cell.members) for cell in cells] for each in by_record]
+    amounts, reasoning_amounts = map(np.array, means)
     shares = _cell_shares(cells, names, stage, amounts, reasoning_amounts, pool.task_names)
     streams, mode_shares = [], []
     for mode in dict.fromkeys(cell.mode for cell in cells):

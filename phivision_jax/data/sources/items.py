@@ -165,10 +165,9 @@ class ItemReader:
                 raise BadRecord("coordinates", problem)
             fill_placeholders(messages, item["objects"], options.boxes, len(images), size_of)
         stated = _optional(item, "mode")
-        if stated is not None and stated not in MODES:
-            raise BadRecord(
-                "fields", f"the mode is {stated!r:.100}: it must be think, nothink or absent; {_aside('mode')}"
-            )
+        if stated not in (*MODES, None):
+            problem = f"the mode is {stated!r:.100}: it must be think, nothink or absent"
+            raise BadRecord("fields", f"{problem}; {_aside('mode')}")
         mode, mode_from = settle_mode(messages, stated, options.default_mode)  # type: ignore[arg-type]
         system = any(message["role"] == "system" for message in messages)
         if system and options.system != "template":

@@ -183,15 +183,11 @@ class RecordSink:
         text_tokens, sizes, system, *named = zip(*self._accepted, strict=True) if self._accepted else [()] * 7
         counts = {name: dict(collections.Counter(values)) for name, values in zip(_COUNTED, named, strict=True)}
         numbers = {task: number for number, task in enumerate(counts["tasks"])}
-        columns = {
-            "text_tokens": text_tokens,
-            "num_images": [*map(len, sizes)],
-            "image_sizes": [*itertools.chain(*sizes)],
-            "modes": [MODES.index(mode) for mode in named[0]],
-            "tasks": [numbers[task] for task in named[1]],
-        }
+        modes, tasks = [*map(MODES.index, named[0])], [numbers[task] for task in named[1]]
+        arrays = text_tokens, [*map(len, sizes)], [*itertools.chain(*sizes)], modes, tasks
+        pairs = zip(_COLUMNS.items(), arrays, strict=True)
         return {
-            "columns": {name: np.asarray(values, _COLUMNS[name]).tobytes() for name, values in columns.items()},
+            "columns": {name: np.asarray(values, dtype).tobytes() for (name, dtype), values in pairs},
             "shards": self._shards,
             "quarantine": self._quarantine,
             "counts": counts,

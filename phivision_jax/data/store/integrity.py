@@ -82,9 +82,8 @@ def validate(
     firsts = itertools.accumulate((shard["records"] for shard in shards), initial=0)
     jobs = list(zip(shards, firsts, strict=False))
     reports: list[_ShardReport] = []
-    count = min(os.cpu_count() or 1 if workers is None else workers, len(jobs))
     if not problems:  # a damaged index would contradict every record
-        results = processes.run(_check_shard, (directory, manifest, decode), jobs, count)
+        results = processes.run(_check_shard, (directory, manifest, decode), jobs, workers)
         title = f"validate {directory.name}"
         with bar(title, manifest["records"], shown=progress) as advance, contextlib.closing(results):
             for report in results:

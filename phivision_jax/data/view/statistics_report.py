@@ -71,9 +71,8 @@ def _sizes(numbers: Numbers) -> Cells:
             label = f"  with {n or 'no'} image{'' if n == 1 else 's'}{' or more' if n == MAX_IMAGES else ''}"
             cells[label] = _share(count, examples)
     cells["  with a system message"] = _share(numbers["system_messages"], examples)
-    cells |= {
-        name.replace("_", " "): f"{numbers[name]:,}" for name in ("images", "text_tokens", "image_tokens", "patches")
-    }
+    for name in ("images", "text_tokens", "image_tokens", "patches"):
+        cells[name.replace("_", " ")] = f"{numbers[name]:,}"
     cells["not imported"] = _share(failed, examples + failed)
     return {"": cells | {f"  {reason}": f"{count:,}" for reason, count in sorted(numbers["quarantined"].items())}}
 
@@ -100,31 +99,25 @@ def _tasks(numbers: Numbers) -> list[str]:
 def _mix(numbers: Numbers) -> Cells:
     cells: Cells = collections.defaultdict(dict)
     shares = np.stack([_by_mode_and_task(numbers, unit) for unit in ("examples", "tokens")])
-
-    def add(heading: str, label: str, examples: float, tokens: float) -> None:
+    rows = [("mode", mode, shares[:, m].sum(axis=1)) for m, mode in enumerate(MODES)]
+    for t, task in enumerate(_tasks(numbers)):
+        thinking = shares[:, MODES.index("think"), t]
+        rows += [("task", task, shares[:, :, t].sum(axis=1)), ("task", f"  {task}, think", thinking)]
+    for heading, label, (examples, tokens) in rows:
         if examples:
             cells[heading][f"  {label}"] = f"{examples:.1%} · {tokens:.1%}"
-
-    for m, mode in enumerate(MODES):
-        add("mode", mode, *shares[:, m].sum(axis=1))
-    for t, task in enumerate(_tasks(numbers)):
-        add("task", task, *shares[:, :, t].sum(axis=1))
-        add("task", f"  {task}, think", *shares[:, MODES.index("think"), t])
     for origin, count in sorted(numbers["mode_from"].items()):
         cells["origin of the mode"][f"  {origin}"] = _share(count, numbers["examples"])
     return cells
 
 
 def _packing(numbers: Numbers) -> Cells:
-    return {
-        "": {
-            "more tokens than a row": _share(numbers["too_long"], numbers["examples"]),
-            "more patches than a row": _share(numbers["too_many_patches"], numbers["examples"]),
-            "rows per epoch, about": f"{numbers['rows']:,}",
-            "padding in tokens": f"{numbers['text_padding']:.1%}",
-            "padding in patches": f"{numbers['patch_padding']:.1%}",
-        }
-    }
+    cells = {"more tokens than a row": _share(numbers["too_long"], numbers["examples"])}
+    cells["more patches than a row"] = _share(numbers["too_many_patches"], numbers["examples"])
+    cells["rows per epoch, about"] = f"{numbers['rows']:,}"
+    cells["padding in tokens"] = f"{numbers['text_padding']:.1%}"
+    cells["padding in patches"] = f"{numbers['patch_padding']:.1%}"
+    return {"": cells}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
