@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -83,9 +83,8 @@ def import_(
     processor = processor_for(checkpoint)
     for directory, what in jobs.items():
         exists = (directory / MANIFEST).exists()
-        dataset = import_source(
-            what, directory, processor, workers=workers, decode=decode, max_bad=max_bad, restart=restart
-        )
+        settings: dict[str, Any] = {"workers": workers, "decode": decode, "max_bad": max_bad, "restart": restart}
+        dataset = import_source(what, directory, processor, **settings)
         say(f"{directory} exists already") if exists else _summarise(dataset, processor, options.system)
 
 
@@ -117,9 +116,10 @@ def _summarise(dataset: Dataset, processor: Processor, system: str) -> None:
         fate = fates.get(system, f"the template {kept}")
         rows["system messages"] = f"{counts['system_messages']:,}: {fate}"
     if unread := sorted(counts.get("unread", {}).items(), key=lambda pair: (-pair[1][0], pair[0])):
-        lines = [f"{name} {count:,} (e.g. {example})" for name, (count, example) in unread[:_SHOWN_UNREAD]]
-        if len(unread) > _SHOWN_UNREAD:
-            lines.append(f"and {len(unread) - _SHOWN_UNREAD:,} more, in {dataset.directory / 'manifest.json'}")
+        lines = [f"{name} {count:,} (e.g. {example})" for name, (count, example) in unread]
+        if len(lines) > _SHOWN_UNREAD:
+            more = f"and {len(lines) - _SHOWN_UNREAD:,} more, in {dataset.directory / 'manifest.json'}"
+            lines[_SHOWN_UNREAD:] = [more]
         rows["not read"] = ("\n" + " " * 19).join(lines)
     if bad := counts["quarantined"]:
         rows["quarantined"] = f"{_list(bad)}: {dataset.directory / FILE}"
@@ -252,13 +252,11 @@ def plan(
     from phivision_jax.rows import row_shape
 
     given = {"epochs": epochs, "examples": examples, "reasoning_share": reasoning_share}
-    settings = {name: value for name, value in given.items() if value is not None}
-    if len(sources) == 1:
-        mixture = Mixture.read(sources[0], **settings)
-    elif sources and not any(path.suffix == ".toml" for path in sources):
-        mixture = Mixture.from_directories(*sources, **settings)
-    else:
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if not sources or (len(sources) > 1 and any(path.suffix == ".toml" for path in sources)):
         raise ValueError("give one mixture file (.toml), or one or more dataset directories")
+    read = Mixture.read if len(sources) == 1 else Mixture.from_directories
+    mixture = read(*sources, **settings)
     if stage is not None:
         mixture = mixture.only(stage)
     check_out(out)

@@ -34,8 +34,7 @@ def check_image(image: bytes | str, name: str, *, decode: bool = False) -> tuple
         raise BadRecord("image-size", f"{name} cannot be decoded: there is not enough memory for it") from None
     except (ValueError, OSError) as error:  # of bytes in memory, an OSError is the decoder's
         raise BadRecord("image-broken", str(error) if name in str(error) else f"{name}: {error}") from None
-    if max(width, height) > MAX_SIDE:
-        raise BadRecord("image-size", f"{name} has {width}x{height} pixels: a side may have at most {MAX_SIDE:,}")
-    if min(width, height) < 1:
-        raise BadRecord("image-broken", f"{name} has {width}x{height} pixels")
+    if not 1 <= min(width, height) <= max(width, height) <= MAX_SIDE:
+        reason = "image-size" if min(width, height) else "image-broken"
+        raise BadRecord(reason, f"{name} has {width}x{height} pixels: a side may have from 1 to {MAX_SIDE:,}")
     return width, height

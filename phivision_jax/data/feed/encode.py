@@ -77,16 +77,14 @@ def encode_record(
         that contradicts its mode. The same record fails in the same way each time.
       OSError: when an image's file cannot be read.
     """
-    mode = mode_of(record)
+    mode, reason = mode_of(record), "image-broken"
     try:
         images = [to_rgb(open_image(image, f"image {i}")) for i, image in enumerate(record.images)]
-    except ValueError as error:
-        raise BadRecord("image-broken", str(error)) from error
-    try:
+        reason = "fields"
         group = group_id(mode, record.task, groups or GROUP_NAMES) if groups or record.task in TASKS else 0
         return processor.encode(record.messages, images, mode=mode, group=group, max_patches=max_patches)
     except ValueError as error:
-        raise BadRecord("fields", str(error)) from error
+        raise BadRecord(reason, str(error)) from error
 
 
 def placeholder_example(text_tokens: int, images: Sequence[ImageSize], layout: ImageLayout) -> Example:

@@ -115,13 +115,12 @@ class Plan:
     @property
     def text_padding(self) -> float:
         """Share of the positions of all rows that hold no token."""
-        return 1 - self.tokens_used / max(self.num_rows * self.row_shape.length, 1)
+        return padding(self.tokens_used, self.num_rows * self.row_shape.length)
 
     @property
     def patch_padding(self) -> float:
         """Share of the patches of all rows that are padding."""
-        total = self.num_rows * self.row_shape.total_patches
-        return 1 - self.patches_used / total if total else 0.0
+        return padding(self.patches_used, self.num_rows * self.row_shape.total_patches)
 
     def summary(self) -> str:
         """The number of rows, their padding, left-out records and realized shares, as lines of text."""
@@ -163,17 +162,21 @@ class Plan:
         if (format := about.get("format")) != FORMAT:
             raise ValueError(f"{path}: format {format!r:.100}, this program reads {FORMAT}; make the plan again")
         check_types(about, _VALUES, path)
-        columns: dict[str, tuple[int, ...]] = {"resized": (3,), "rejected": (3,)}
-        arrays: dict[str, Any] = {
-            name: read_array(directory / f"{name}.npy", dtype, None, *columns.get(name, ()))
-            for name, dtype in _ARRAYS.items()
-        }
+        arrays: dict[str, Any] = {}
+        for name, dtype in _ARRAYS.items():
+            columns = (3,) if name in ("resized", "rejected") else ()
+            arrays[name] = read_array(directory / f"{name}.npy", dtype, None, *columns)
         with prefix_errors(str(path)):
             shares = typed(about.get("shares"), tuple[RealizedShare, ...], "shares")
         plan = cls(**arrays, shares=shares, **{name: about[name] for name in _VALUES})
         if plan.hash != about.get("hash"):
             raise ValueError(f"{directory}: the arrays do not have the hash in plan.json; make the plan again")
         return plan
+
+
+def padding(used: int, total: int) -> float:
+    """Share of the positions or patches of rows that hold nothing."""
+    return 1 - used / total if total else 0.0
 
 
 def check_out(directory: str | os.PathLike[str]) -> None:

@@ -30,13 +30,8 @@ def _join(indexes: Sequence[Index]) -> Index:
     fields, names = ("text_tokens", "image_sizes", "modes"), join_tasks(index.task_names for index in indexes)
     arrays = {field: np.concatenate([getattr(index, field) for index in indexes]) for field in fields}
     tasks = [np.array([names.index(task) for task in index.task_names])[index.tasks] for index in indexes]
-    num_images = np.concatenate([index.num_images for index in indexes])
-    return Index(
-        **arrays,
-        tasks=np.concatenate(tasks),
-        task_names=names,
-        image_offsets=np.concatenate([[0], np.cumsum(num_images)]),
-    )
+    offsets = np.cumsum(np.concatenate([[0], *(index.num_images for index in indexes)]), dtype=np.int64)
+    return Index(**arrays, image_offsets=offsets, tasks=np.concatenate(tasks), task_names=names)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,13 +86,13 @@ def conversation_of(item: Mapping[str, Any], renames: Mapping[str, str] = Mappin
     else:
         turns = _rows(item[form], f"the field {form}")
     for i, turn in enumerate(turns):
-        if not by_role:
+        if by_role:
+            turn = keys.renamed(turn, renames, "turn")
+            unread += keys.unread("turn", turn, f"turn {i}: ")
+            given = [role for role in ROLES if role != "system" or not keys.is_blank(turn.get(role))]
+            messages += [{"role": role, "content": _text(turn.get(role))} for role in given]
+        else:
             messages.append(_message(turn, i, renames, unread))
-            continue
-        turn = keys.renamed(turn, renames, "turn")
-        unread += keys.unread("turn", turn, f"turn {i}: ")
-        given = [role for role in ROLES if role != "system" or not keys.is_blank(turn.get(role))]
-        messages += [{"role": role, "content": _text(turn.get(role))} for role in given]
     if not keys.SPECIAL.isdisjoint(item):
         _add_options(messages, item)
         _add_system(messages, item)

@@ -90,7 +90,14 @@ def fill_placeholders(
         if found.count(kind) != len(given[kind]):
             counts = f"{found.count(kind)} <{kind}> in the messages, but {len(given[kind])} in objects"
             raise BadRecord("coordinates", counts)
-    where = _images(given["image_id"], len(boxes) + len(points), images, unit)
+    where, count = given["image_id"], len(boxes) + len(points)
+    if not where and count and unit == "pixels" and images != 1:
+        raise BadRecord("coordinates", f"objects in pixels of {images} images: image_id must name them")
+    where = where or [0] * count
+    if len(where) != count:
+        raise BadRecord("coordinates", f"objects: {len(where)} numbers in image_id for {count} boxes and points")
+    if given["image_id"] and not all(0 <= i < images for i in where):
+        raise BadRecord("coordinates", f"objects: image_id names an image that is not among the {images} of the record")
     sizes = [functools.partial(size_of, image) for image in where]
     shares = [normalised(numbers, unit, size) for numbers, size in zip(boxes + points, sizes, strict=True)]
     values = {"ref": iter(given["ref"]), "bbox": iter(shares[: len(boxes)]), "point": iter(shares[len(boxes) :])}
@@ -118,16 +125,3 @@ def find_box(messages: Sequence[Mapping[str, Any]]) -> str | None:
         return "<bbox>"
     found = (match for message in messages for match in _LIST.finditer(message["content"]) if match[4])
     return next((match[0] for match in found if max(map(float, match.groups())) > 1), None)
-
-
-def _images(image_id: Sequence[int], count: int, images: int, unit: Unit) -> Sequence[int]:
-    """The image of each box and point."""
-    if not image_id:
-        if count and unit == "pixels" and images != 1:
-            raise BadRecord("coordinates", f"objects in pixels of {images} images: image_id must name them")
-        return [0] * count
-    if len(image_id) != count:
-        raise BadRecord("coordinates", f"objects: {len(image_id)} numbers in image_id for {count} boxes and points")
-    if not all(0 <= i < images for i in image_id):
-        raise BadRecord("coordinates", f"objects: image_id names an image that is not among the {images} of the record")
-    return image_id

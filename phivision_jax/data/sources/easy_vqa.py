@@ -64,18 +64,15 @@ def question_only_baseline(train: Sequence[Record], test: Sequence[Record]) -> f
     counts.
     """
     seen: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    overall: collections.Counter[str] = collections.Counter()
-    for record in train:
-        for question, answer in _pairs(record):
-            seen[question][answer] += 1
-            overall[answer] += 1
-    pairs = [pair for record in test for pair in _pairs(record)]
-    if not pairs or not overall:
+    overall = collections.Counter(answer for _, answer in _pairs(train))
+    for question, answer in _pairs(train):
+        seen[question][answer] += 1
+    if not (pairs := _pairs(test)) or not overall:
         raise ValueError("the baseline needs at least one question in each of train and test")
     return sum(answer == seen.get(q, overall).most_common(1)[0][0] for q, answer in pairs) / len(pairs)
 
 
-def _pairs(record: Record) -> list[tuple[str, str]]:
+def _pairs(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Question and answer of each turn, without the image marker."""
-    texts = [message["content"].removeprefix("<image>\n") for message in record.messages]
+    texts = [message["content"].removeprefix("<image>\n") for record in records for message in record.messages]
     return list(zip(texts[::2], texts[1::2], strict=True))

@@ -59,8 +59,7 @@ def files_of_split(path: Path, format: Format, split: str) -> Files:
     found = files_of_format(path, format)
     chosen = [file for file in found if _belongs_to(file.name, split)]
     if not chosen:
-        others = f", only {shorten(found)}" if found else ""
-        raise ValueError(f"{path} has no {format} file of split {split!r}{others}")
+        raise ValueError(f"{path} has no {format} file of split {split!r}{f', only {shorten(found)}' * bool(found)}")
     return Files(chosen, [file for file in found if file not in chosen])
 
 
@@ -82,9 +81,8 @@ def files_of_format(folder: Path, format: Format) -> list[Path]:
 def files_directly_in(folder: Path, format: Format) -> list[Path]:
     """The files of a format in a folder or in its subfolder ``data``, sorted; hidden and descriptive files excluded."""
     for place in (folder, folder / "data"):
-        names = sorted(os.listdir(place)) if place.is_dir() else []
-        files = [place / n for n in names if PATTERNS[format].search(n) and n not in _DESCRIPTIONS and n[0] != "."]
-        if files:
+        names = [name for name in os.listdir(place) if PATTERNS[format].search(name)] if place.is_dir() else []
+        if files := sorted(place / name for name in names if name not in _DESCRIPTIONS and name[0] != "."):
             return files
     return []
 
@@ -103,8 +101,8 @@ def shorten(files: Collection[Path]) -> str:
 
 def identify(files: Sequence[Path]) -> dict[str, str]:
     """Path, size and modification time of each file, for ``Source.key``."""
-    stats = [(file, file.stat()) for file in files]
-    return {str(file.resolve()): f"{stat.st_size:,} bytes; {stat.st_mtime_ns}" for file, stat in stats}
+    stats = {str(file.resolve()): file.stat() for file in files}
+    return {name: f"{stat.st_size:,} bytes; {stat.st_mtime_ns}" for name, stat in stats.items()}
 
 
 class FileSource[Part](abc.ABC):

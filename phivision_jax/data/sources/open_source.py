@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,29 +71,24 @@ def open_source(
 
 
 def _format_of(path: Path) -> Format:
-    if path.is_file():
-        for format, pattern in PATTERNS.items():
-            if pattern.search(path.name):
-                return format
-        _refuse_others([path.name], path)
-        raise ValueError(f"the format of {path} is not clear from its name: {_LOOKED_FOR}")
     # Our own datasets and those of TFDS have files of other formats too.
     if (path / "manifest.json").is_file() and any(path.glob("*.array_record")):
         return "array-record"
     if (path / "dataset_info.json").is_file() and not any(path.glob("*.arrow")):
         return "tfds"
-    found = [format for format in PATTERNS if files_directly_in(path, format)]
-    found = found or [format for format in PATTERNS if files_of_format(path, format)]
+    if path.is_file():
+        names, found = [path.name], [format for format, pattern in PATTERNS.items() if pattern.search(path.name)]
+    else:
+        names, found = sorted(os.listdir(path)), [format for format in PATTERNS if files_directly_in(path, format)]
+        found = found or [format for format in PATTERNS if files_of_format(path, format)]
     if len(found) == 1:
         return found[0]
     if found:
         raise ValueError(f"{path} has files of more than one format ({', '.join(found)}): choose one with --format")
-    _refuse_others(sorted(os.listdir(path)), path)
-    raise ValueError(f"{path} has nothing that can be read: {_LOOKED_FOR}")
-
-
-def _refuse_others(names: Iterable[str], path: Path) -> None:
-    """Raise ValueError for the first name of a known format that is not read."""
     for name, (pattern, known) in itertools.product(names, _OTHERS.items()):
         if re.search(pattern, name, re.IGNORECASE):
             raise ValueError(f"{path if path.is_file() else path / name} {known}")
+    problem = (
+        f"the format of {path} is not clear from its name" if path.is_file() else f"{path} has nothing that can be read"
+    )
+    raise ValueError(f"{problem}: {_LOOKED_FOR}")

@@ -116,9 +116,8 @@ def _check_messages(record: Record) -> None:
 def _answer_text(content: str) -> str:
     """An answer without mode tag, thoughts and images. Unfinished thoughts are kept: ``chat.encode`` rejects them."""
     content = content.removeprefix(NOTHINK)
-    if content.startswith(THINK) and END_THINK in content:
-        content = content.partition(END_THINK)[2]
-    return content.replace(IMAGE_MARKER, "").strip()
+    answer = content.partition(END_THINK)[2] if content.startswith(THINK) and END_THINK in content else content
+    return answer.replace(IMAGE_MARKER, "").strip()
 
 
 def _check_unicode(what: str, text: str) -> None:

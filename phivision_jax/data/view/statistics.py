@@ -80,10 +80,8 @@ def compute(datasets: Sequence[Dataset], config: ModelConfig, shape: RowShape) -
     combined = record_sizes.fit_records(datasets, layout, shape, "drop")
     longest = max(shape.length, int(combined.lengths.tokens.max(initial=1)))
     side = max(1024, int(np.max(combined.index.image_sizes, initial=0)))
-    edges = {
-        "tokens": np.geomspace(1, longest * 1.5, _BINS + 1).tolist(),
-        "side": np.geomspace(16, side * 1.5, _BINS + 1).tolist(),
-    }
+    ends = {"tokens": (1, longest * 1.5), "side": (16, side * 1.5)}
+    edges = {name: np.geomspace(*pair, _BINS + 1).tolist() for name, pair in ends.items()}
     groups = []
     for name, dataset in named.items() if len(named) > 1 else ():
         alone = record_sizes.fit_records([dataset], layout, shape, "drop")
@@ -146,9 +144,8 @@ def _spread(values: np.ndarray) -> dict[str, float] | None:
 def _by_mode_and_task(index: Index, amounts: np.ndarray | int = 1) -> dict[str, dict[str, int]]:
     totals = np.zeros((len(MODES), len(index.task_names)), np.int64)
     np.add.at(totals, (index.modes, index.tasks), amounts)
-    return {
-        mode: dict(zip(index.task_names, row, strict=True)) for mode, row in zip(MODES, totals.tolist(), strict=True)
-    }
+    rows = (dict(zip(index.task_names, row, strict=True)) for row in totals.tolist())
+    return dict(zip(MODES, rows, strict=True))
 
 
 def _total(counts: Sequence[dict[str, int]]) -> dict[str, int]:
@@ -159,9 +156,7 @@ def _epoch(fits: np.ndarray, lengths: packing.Lengths, shape: RowShape) -> dict[
     """Number of rows of an epoch and their padding, from packing at most one window of the examples that fit."""
     sample = fits[permutation(len(fits), 0)[: plan.WINDOW]]
     rows = len(packing.pack(sample, lengths, shape)[1]) - 1 if len(sample) else 0
-    patches = rows * shape.total_patches
-    return {
-        "rows": round(rows * len(fits) / max(len(sample), 1)),
-        "text_padding": 1 - int(lengths.tokens[sample].sum()) / (rows * shape.length) if rows else 0.0,
-        "patch_padding": 1 - int(lengths.patches[sample].sum()) / patches if patches else 0.0,
-    }
+    tokens, patches = (int(each[sample].sum()) for each in (lengths.tokens, lengths.patches))
+    paddings = {"text_padding": plan.padding(tokens, rows * shape.length)}
+    paddings["patch_padding"] = plan.padding(patches, rows * shape.total_patches)
+    return {"rows": round(rows * len(fits) / max(len(sample), 1)), **paddings}
