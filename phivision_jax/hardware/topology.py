@@ -106,7 +106,8 @@ class Topology:
 
     @property
     def chips_per_host(self) -> int:
-        return chips if (chips := _chips(self.shape)) <= 8 and self.shape.count("x") == 1 else 4
+        chips = _chips(self.shape)
+        return chips if chips <= 8 and self.shape.count("x") == 1 else 4
 
     @property
     def hosts(self) -> int:

@@ -15,7 +15,7 @@ from phivision_jax.hardware.flops import Workload, step_flops
 from phivision_jax.hardware.topology import GIB, Topology
 from phivision_jax.models import phivision
 from phivision_jax.preflight.model import roofline
-from phivision_jax.preflight.step_report import MARGIN, peak, verdict
+from phivision_jax.preflight.step_report import MARGIN, memory_facts, verdict
 from phivision_jax.sharding import generation_sizes
 from phivision_jax.training.run_config import ResolvedConfig
 
@@ -67,7 +67,7 @@ def confirm(chosen: dict[str, Any], where: Topology, attempt: Callable[..., dict
     while not (facts := attempt(tried))["fits"] and tried["rows_per_device"] > 1:
         rows = tried["rows_per_device"] * 3 // 4
         tried = chosen | {"rows_per_device": rows, "batch_rows": rows * mesh["data"] * mesh["fsdp"]}
-    return tried | peak(where, facts)
+    return tried | memory_facts(where, facts)
 
 
 def times(cfg: ResolvedConfig, where: Topology, chosen: Mapping[str, Any]) -> dict[str, Any]:

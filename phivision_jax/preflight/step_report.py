@@ -29,7 +29,7 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
         "mesh": facts["mesh"],
         **{name: getattr(cfg, name) for name in ("remat", "vision_remat", "microbatches")},
         **{name: getattr(cfg.data, name) for name in ("batch_rows", "length", "vision_rows", "num_patches")},
-        **peak(where, facts),
+        **memory_facts(where, facts),
         "memory_bytes_per_chip": memory,
         "largest_buffers": [buffer._asdict() for buffer in facts["buffers"]],
         "checkpoint_bytes": facts["checkpoint_bytes"],
@@ -51,7 +51,7 @@ def summary(cfg: ResolvedConfig, where: Topology, facts: Mapping[str, Any], low_
         return out | {"modelled_step_seconds": None, "modelled_mfu": None, "not_modelled": str(error)}
 
 
-def peak(where: Topology, facts: Mapping[str, Any]) -> dict[str, Any]:
+def memory_facts(where: Topology, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts of any program that ``verdict`` reports."""
     needed = facts["peak_bytes"]
     return {
@@ -76,9 +76,8 @@ def by_kind_and_axes(found: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
     return sorted(rows.values(), key=lambda row: -row["wire_bytes"])
 
 
-def text(report: Mapping[str, Any]) -> str:
+def text(r: Mapping[str, Any]) -> str:
     """The report for a terminal."""
-    r = report
     axes = " x ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1) or "one device"
     lines = [
         f"  {axes}; remat {r['remat']} (vision {r['vision_remat']}), {r['microbatches']} microbatches of "

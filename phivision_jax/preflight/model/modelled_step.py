@@ -67,8 +67,7 @@ def compiled_work(counted: roofline.Work, facts: Mapping[str, Any]) -> roofline.
 def speed(cfg: ResolvedConfig, where: Topology, mix: Mix, facts: Mapping[str, Any] | None) -> dict[str, Any]:
     """Modelled figures of a step, from the compiled program's facts or, without facts, from our own count."""
     counted = executed(cfg, where.generation, mix)
-    work = counted if facts is None else compiled_work(counted, facts)
-    time = roofline.step_time(work, where.generation)
+    time = roofline.step_time(compiled_work(counted, facts) if facts else counted, where.generation)
     per_step = workload(cfg, mix)
     useful = step_flops(cfg.model, per_step, cfg.optim.lr_rules, cfg.lora)
     images = per_step.patches / mix.patches if mix.patches else 0.0
