@@ -44,9 +44,7 @@ def to_jax(
     """
     from phivision_jax.convert import jobs
 
-    if (decoder is None) != (vision is None):
-        raise ValueError("--decoder and --vision go together")
-    if len(paths) != (2 if decoder is None else 1):
+    if (decoder is None) != (vision is None) or len(paths) != (2 if decoder is None else 1):
         raise ValueError("give HF_DIR and OUT, or OUT alone with --decoder and --vision")
     *source, out = map(location, paths)
     if source and not source[0].is_dir() and re.fullmatch(r"[\w-]+/[\w.-]+", paths[0]):

@@ -7,14 +7,13 @@ is copied to this machine. Nothing here unpickles or executes anything.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -53,8 +52,7 @@ _DESCRIPTION: dict[str, Any] = {"dtype": str, "shape": tuple[int, ...], "data_of
 """What a header states about a tensor."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """The place of one tensor."""
 
     file: Location

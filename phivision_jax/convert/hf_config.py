@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from phivision_jax.checkpoint.layout import COMMAND
-from phivision_jax.config import (
-    LARGEST_SIZE,
-    DecoderConfig,
-    ModelConfig,
-    ProjectorConfig,
-    VisionConfig,
-    field_types,
-    typed,
-)
+from phivision_jax.config import DecoderConfig, ModelConfig, ProjectorConfig, VisionConfig, field_types, typed
 from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.io.read_json import read_json
 from phivision_jax.io.storage import Location, check_links, location
@@ -38,8 +30,9 @@ _MODEL_KEYS = {"min_num_patches": "min_patches", "max_num_patches": "max_patches
 # SigLIP-2's class defaults are those of the base model. The other sizes have one default, which is ours too.
 _VISION_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_layers": 12, "num_heads": 12}
 _FIXED_DECODER: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False}
-_FIXED_DECODER |= {"partial_rotary_factor": 1.0, "rope_scaling": None, "sliding_window": None}
+_FIXED_DECODER |= {"partial_rotary_factor": 1.0, "sliding_window": None}
 _FIXED_DECODER |= dict.fromkeys(("attention_dropout", "embd_pdrop", "resid_pdrop"), 0.0)
+_FIXED_ROPE = {"rope_type": "default", "type": "default", "factor": 1.0, "partial_rotary_factor": 1.0}
 _FIXED_MULTIMODAL = {"mm_projector_type": "mlp2x_gelu", "use_s2": False, "use_mm_proj": True}
 _FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3, "attention_dropout": 0.0}
 GENERATION = "generation_config.json"
@@ -87,7 +80,7 @@ def read_config(source: Mapping[str, Any] | str | Location) -> tuple[str, Mappin
     stops = _stop_ids(name, values)
     if generation.is_file():
         more, size = _stop_ids(str(generation), read_json(generation)), values.get("vocab_size")
-        if beyond := [i for i in more if not 0 <= i < (size if isinstance(size, int) else LARGEST_SIZE)]:
+        if beyond := [i for i in more if i < 0 or (isinstance(size, int) and i >= size)]:
             raise ValueError(f"{generation}: eos_token_id {shorten(beyond[0])} is not in the vocabulary")
         stops += more
     return name, {**values, "eos_token_id": [*dict.fromkeys(stops)]}
@@ -96,17 +89,17 @@ def read_config(source: Mapping[str, Any] | str | Location) -> tuple[str, Mappin
 def _stop_ids(name: str, values: Mapping[str, Any]) -> list[int]:
     """The ids of ``eos_token_id``, which may be a list, a number or null."""
     ids = values.get("eos_token_id")
-    return [
-        *typed([] if ids is None else ids if isinstance(ids, list) else [ids], tuple[int, ...], f"{name}: eos_token_id")
-    ]
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    return [*typed(ids, tuple[int, ...], f"{name}: eos_token_id")]
 
 
 def decoder_config(name: str, values: Mapping[str, Any]) -> DecoderConfig:
     """The decoder of a released model or of a text-only Phi-4; raises ValueError as ``model_config``."""
     _require(values, _FIXED_DECODER, name)
     known = _translate(name, values, DecoderConfig, _DECODER_KEYS)
-    rope = typed(values.get("rope_parameters") or {}, Mapping[str, Any], f"{name}: rope_parameters")
-    _require(rope, {"rope_type": "default", "partial_rotary_factor": 1.0}, f"{name}: rope_parameters")
+    for key in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
+        rope = typed(values.get(key) or {}, Mapping[str, Any], f"{name}: {key}")
+        _require(rope, _FIXED_ROPE, f"{name}: {key}")
     if missing := {"hidden_size", "num_layers", "num_heads"} - known.keys():
         raise ValueError(f"{name} has no decoder {min(missing)}: not a Phi-4 configuration")
     if not (stops := values["eos_token_id"]):
@@ -157,8 +150,7 @@ def config_json(model: ModelConfig, base: Mapping[str, Any] | None = None) -> di
         # The released file omits the sizes that have their default.
         if theirs in vision or ours in _VISION_DEFAULTS or value != getattr(VisionConfig, ours):
             vision[theirs] = _keep_if_equal(vision.get(theirs), value)
-    out["vision_config"] = vision
-    out["mm_hidden_size"] = model.vision.hidden_size
+    out |= {"vision_config": vision, "mm_hidden_size": model.vision.hidden_size}
     out |= {theirs: getattr(model, ours) for theirs, ours in _MODEL_KEYS.items()}
     if base is None:
         out["tokenizer_model_max_length"] = out["original_max_position_embeddings"] = model.decoder.max_positions

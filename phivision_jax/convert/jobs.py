@@ -22,25 +22,25 @@ from rich.filesize import decimal
 
 from phivision_jax.checkpoint import layout
 from phivision_jax.config import ModelConfig
-from phivision_jax.convert import hf_config, mapping, ours
-from phivision_jax.convert.adapters import model_card, peft_files
+from phivision_jax.convert import adapters, hf_config, mapping, ours, output, stream
 from phivision_jax.convert.hf import INDEX, HFDirectory, HFSink, HFSource, find_ours, is_asset, plan_shards
-from phivision_jax.convert.mapping import SIGLIP2_PREFIX, SIGLIP2_UNUSED, Leaf, Shape
-from phivision_jax.convert.output import new_checkpoint, require_space, resolved
-from phivision_jax.convert.stream import FreshProjector, Sink, Source, copy
 from phivision_jax.io import storage
 from phivision_jax.io.messages import shorten
 from phivision_jax.io.progress import bar
 from phivision_jax.io.read_json import LARGEST_FILE, read_json
 from phivision_jax.io.storage import Location
 
-type Dtypes = Mapping[Leaf, np.dtype]
+type Dtypes = Mapping[mapping.Leaf, np.dtype]
 """Leaves, and the dtype to store each in."""
 type Files = dict[str, Location | bytes]
 """Other files to write: relative name → the file to copy, or the contents."""
 type Headers = dict[str, bytes]
 """Headers of new shards by file name."""
-type Tensors = Mapping[str, tuple[np.dtype, Shape]]
+type OpenSink = Callable[[Path], stream.Sink]
+"""Opens a sink in an empty directory."""
+type Place = tuple[Sequence[Location], Location, bool]
+"""The inputs of a conversion, its output, and whether that may be replaced."""
+type Tensors = Mapping[str, tuple[np.dtype, mapping.Shape]]
 
 CASTS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -49,7 +49,7 @@ def log(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def dtypes_of(sources: Iterable[Source], dtype: str) -> Dtypes:
+def dtypes_of(sources: Iterable[stream.Source], dtype: str) -> Dtypes:
     """The leaves of these sources with their own dtypes ("keep"), or one for all."""
     return {leaf: CASTS.get(dtype) or source.dtype(leaf) for source in sources for leaf in source.leaves}
 
@@ -73,27 +73,21 @@ def tensors_of(dtypes: Dtypes) -> Tensors:
 
 
 def _convert(
-    verb: str,
-    sources: Sequence[Source],
-    dtypes: Dtypes,
-    inputs: Sequence[Location],
-    out: Location,
-    overwrite: bool,
-    files: Files,
-    open_sink: Callable[[Path], Sink],
+    verb: str, sources: Sequence[stream.Source], dtypes: Dtypes, place: Place, files: Files, open_sink: OpenSink
 ) -> None:
     """Report the plan and refuse what cannot fit; write the leaves and ``files`` to a new directory."""
+    inputs, out, overwrite = place
     total, shapes = count_bytes(dtypes), mapping.hf_shapes(dtypes)
     kinds = ", ".join(sorted({dtype.name for dtype in dtypes.values()}))
     log(f"{verb}: {' + '.join(map(str, inputs))} -> {out}")
     numbers = sum(math.prod(shape) for shape in shapes.values())
     log(f"  {len(shapes)} tensors, {numbers:,} parameters, {decimal(total)} as {kinds}; {len(files)} other files")
-    require_space(total + total // 100, out)
-    with new_checkpoint(out, overwrite, inputs, log) as directory:
+    output.require_space(total + total // 100, out)
+    with output.new_checkpoint(out, overwrite, inputs, log) as directory:
         start, sink = time.perf_counter(), open_sink(directory)
         with bar(verb, total, in_bytes=True, shown=sys.stderr.isatty()) as advance:
             for source in sources:
-                copy(source, sink, dtypes, advance)
+                stream.copy(source, sink, dtypes, advance)
             for name, content in files.items():
                 copy_file(content, directory / sink.folder / name)
             sink.finish()
@@ -124,9 +118,9 @@ def to_jax(hf_dir: Location, out: Location, dtype: str, overwrite: bool) -> None
     dtypes = dtypes_of(sources, dtype)
     if hf.buffers:
         log(f"ignoring {len(hf.buffers)} buffers of {hf_dir} that are computed here ({shorten(hf.buffers[0])}, …)")
-    meta = _meta(config, {"kind": "huggingface", "directory": resolved(hf_dir).name})
+    meta = _meta(config, {"kind": "huggingface", "directory": output.resolved(hf_dir).name})
     open_sink = functools.partial(ours.OursSink, dtypes, meta)
-    _convert("to-jax", sources, dtypes, [hf_dir], out, overwrite, _assets(hf), open_sink)
+    _convert("to-jax", sources, dtypes, ([hf_dir], out, overwrite), _assets(hf), open_sink)
 
 
 def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: str, overwrite: bool, seed: int) -> None:
@@ -135,21 +129,22 @@ def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: s
     phi4, siglip2 = map(hf_config.read_config, (decoder_dir, vision_dir))
     config = ModelConfig(decoder=hf_config.decoder_config(*phi4), vision=hf_config.vision_config(*siglip2))
     decoder = HFSource(text, mapping.decoder_leaves(config.decoder))
-    vision = HFSource(siglip, mapping.vision_leaves(config.vision, SIGLIP2_PREFIX), SIGLIP2_UNUSED)
+    vision = HFSource(siglip, mapping.vision_leaves(config.vision, mapping.SIGLIP2_PREFIX), mapping.SIGLIP2_UNUSED)
     projector_dtype = CASTS.get(dtype) or decoder.dtype(decoder.leaves[0])
-    sources: list[Source] = [decoder, vision]
-    sources.append(FreshProjector(mapping.projector_leaves(config), projector_dtype, seed))
+    projector = stream.FreshProjector(mapping.projector_leaves(config), projector_dtype, seed)
+    sources: list[stream.Source] = [decoder, vision, projector]
     dtypes = dtypes_of(sources, dtype)
     # The decoder's own config.json describes another model.
     assets = _assets(text) | {"config.json": json_bytes(hf_config.config_json(config))}
     assets |= _with_think_tokens(assets)
-    if unused := [name for name in siglip.entries if name.startswith(SIGLIP2_UNUSED)]:
-        log(f"ignoring {len(unused)} tensors of {vision_dir} that this model lacks ({', '.join(SIGLIP2_UNUSED)})")
+    if unused := [name for name in siglip.entries if name.startswith(mapping.SIGLIP2_UNUSED)]:
+        kinds = ", ".join(mapping.SIGLIP2_UNUSED)
+        log(f"ignoring {len(unused)} tensors of {vision_dir} that this model lacks ({kinds})")
     log(f"projector: LeCun-normal kernels, zero biases, seed {seed}")
-    names = {"decoder": resolved(decoder_dir).name, "vision": resolved(vision_dir).name}
+    names = {"decoder": output.resolved(decoder_dir).name, "vision": output.resolved(vision_dir).name}
     meta = _meta(config, {"kind": "composed", **names, "projector_seed": seed})
     open_sink = functools.partial(ours.OursSink, dtypes, meta)
-    _convert("to-jax", sources, dtypes, [decoder_dir, vision_dir], out, overwrite, assets, open_sink)
+    _convert("to-jax", sources, dtypes, ([decoder_dir, vision_dir], out, overwrite), assets, open_sink)
 
 
 def _with_think_tokens(assets: Files) -> Files:
@@ -227,13 +222,13 @@ def to_hf(
     if like is None:
         headers, files = _new_layout(config, tensors, found / layout.ASSETS, max_bytes)
         if source.meta.get("run"):
-            files["README.md"] = model_card(resolved(out).name, source.meta)
+            files["README.md"] = adapters.model_card(output.resolved(out).name, source.meta)
         if not any(name.endswith(".py") for name in files):
             log("transformers cannot load it without remote code: --like RELEASED_DIR adds the released model's")
     else:
         headers, files = _layout_like(HFDirectory(like), config, tensors, dtype in CASTS)
-    inputs = [found] if like is None else [found, like]
-    _convert("to-hf", [source], dtypes, inputs, out, overwrite, files, functools.partial(HFSink, headers))
+    place = ([found] if like is None else [found, like], out, overwrite)
+    _convert("to-hf", [source], dtypes, place, files, functools.partial(HFSink, headers))
 
 
 def to_peft(checkpoint: Location, out: Location, overwrite: bool) -> None:
@@ -241,8 +236,8 @@ def to_peft(checkpoint: Location, out: Location, overwrite: bool) -> None:
     found, _, source = open_ours(checkpoint)
     if not source.adapters.kernels:
         raise ValueError(f"{found} has no adapters: it was not trained with lora.rank")
-    files = peft_files(source) | {"README.md": model_card(resolved(out).name, source.meta)}
-    with new_checkpoint(out, overwrite, [found], log) as directory:
+    files = adapters.peft_files(source) | {"README.md": adapters.model_card(output.resolved(out).name, source.meta)}
+    with output.new_checkpoint(out, overwrite, [found], log) as directory:
         for name, content in files.items():
             copy_file(content, directory / name)
     log(f"wrote {source.adapters} to {out}")
@@ -276,9 +271,7 @@ def _layout_like(hf: HFDirectory, config: ModelConfig, tensors: Tensors, cast: b
     mapping.check(shapes, {name: shape for name, (_, shape) in tensors.items()}, where)
     for name, entry in hf.entries.items():
         if entry.dtype != (dtype := tensors[name][0]):
-            problem = (
-                f"--dtype {dtype} contradicts it" if cast else f"this checkpoint as {dtype}; pass --dtype {entry.dtype}"
-            )
+            problem = f"--dtype {dtype} contradicts it" if cast else f"not {dtype} as here; pass --dtype {entry.dtype}"
             raise ValueError(f"{where} has {name} as {entry.dtype}, {problem}")
     if hf_config.model_config(hf.directory) != config:
         raise ValueError(f"{where}: its config.json describes another model than this checkpoint's")

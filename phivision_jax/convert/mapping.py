@@ -81,18 +81,13 @@ class Leaf:
 
     @property
     def row_axis(self) -> int:
-        """The axis of ``layer_shape`` along which a run of rows is a slice."""
+        """The axis of ``layer_shape`` along which a run of rows is a slice; 0 unless it is a kernel [in…, out…]."""
         return self.our_axes.index(self.their_axes[0][0])
 
     @property
     def rows_per_index(self) -> int:
         """Rows of theirs at one index of that axis: H where ours is [N, H]."""
         return self._size(self.their_axes[0][1:])
-
-    @property
-    def is_linear(self) -> bool:
-        """True for the kernel of a linear layer, [in…, out…]."""
-        return self.row_axis > 0
 
     def region(self, layers: range, rows: range) -> tuple[slice, ...]:
         """The part of our array in which these layers and rows are stored."""

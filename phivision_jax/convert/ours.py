@@ -15,13 +15,12 @@ been read again.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -31,7 +30,7 @@ from phivision_jax.checkpoint.checksums import StreamedChecksums, difference
 from phivision_jax.checkpoint.layout import ASSETS, META, ORBAX_MARK, PARAMS, Array, DamagedError
 from phivision_jax.config import typed
 from phivision_jax.convert.mapping import Leaf, Shape, check
-from phivision_jax.io.messages import first_line, shorten
+from phivision_jax.io.messages import first_line
 from phivision_jax.io.storage import REMOTE, Location
 
 BLOCK_BYTES = 32_000_000
@@ -73,8 +72,7 @@ def _zarr(base: Mapping[str, Any], path: str) -> dict[str, Any]:
 _A, _B = "lora_a", "lora_b"  # as in models/lora.py, which imports JAX
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapters:
+class Adapters(NamedTuple):
     """The adapters of a checkpoint; ``kernels`` is empty if it has none."""
 
     rank: int
@@ -93,13 +91,10 @@ class Adapters:
         kernels = frozenset(f"{module}/kernel" for module, _, name in named if name in (_A, _B))
         where = f"{checkpoint / layout.METADATA}: run.lora"
         lora = typed((meta.get("run") or {}).get("lora") or {}, Mapping[str, Any], where)
-        if kernels and not {"rank", "alpha"} <= lora.keys():
-            raise ValueError(
-                f"{checkpoint}: {min(kernels)} has an adapter, but meta/metadata lacks the run's lora (rank, alpha)"
-            )
         rank, alpha = typed(lora.get("rank", 0), int, where), typed(lora.get("alpha", 0.0), float, where)
-        if kernels and rank < 1:
-            raise ValueError(f"{where} has the rank {shorten(rank)}, but {min(kernels)} has an adapter")
+        if kernels and (rank < 1 or "alpha" not in lora):
+            problem = f"{min(kernels)} has an adapter, but meta/metadata lacks the run's lora (rank, alpha)"
+            raise ValueError(f"{checkpoint}: {problem}")
         return cls(rank, alpha, kernels)
 
     def __str__(self) -> str:
@@ -107,7 +102,7 @@ class Adapters:
 
     def shapes(self, leaf: Leaf) -> dict[str, Shape]:
         """Paths and shapes of the arrays of this leaf's adapter; empty if it has none."""
-        if leaf.path not in self.kernels or not leaf.is_linear:
+        if leaf.path not in self.kernels or not leaf.row_axis:
             return {}
         layers, inputs = leaf.shape[: leaf.stacked], leaf.layer_shape[: leaf.row_axis]
         a, b = adapter_paths(leaf.path)

@@ -42,7 +42,7 @@ class FreshProjector:
 
     def read(self, leaf: Leaf, layers: range, rows: range) -> list[np.ndarray]:
         shape = (leaf.num_rows, *leaf.row_shape)
-        if not leaf.is_linear:
+        if not leaf.row_axis:  # a bias
             return [np.zeros(shape, self._dtype)[rows.start : rows.stop]]
         rng = np.random.default_rng([self._seed, *leaf.path.encode()])
         kernel = rng.standard_normal(shape, np.float32) / math.sqrt(math.prod(leaf.row_shape))

@@ -13,12 +13,8 @@ from typing import Any
 from rich.filesize import decimal
 
 from phivision_jax.config import ModelConfig
+from phivision_jax.convert import hf_config, jobs, mapping, ours, stream
 from phivision_jax.convert.hf import HFDirectory, HFSource
-from phivision_jax.convert.hf_config import is_hf, model_config
-from phivision_jax.convert.jobs import count_bytes, dtypes_of, open_ours, tensors_of
-from phivision_jax.convert.mapping import hf_shapes, model_leaves
-from phivision_jax.convert.ours import BLOCK_BYTES, OursSource
-from phivision_jax.convert.stream import Difference, compare
 from phivision_jax.io import storage
 from phivision_jax.io.messages import differences, printable
 from phivision_jax.io.progress import bar
@@ -27,15 +23,15 @@ from phivision_jax.io.storage import Location
 _LISTED = 12
 
 
-def open_checkpoint(path: Location) -> tuple[Location, ModelConfig, HFSource | OursSource]:
+def open_checkpoint(path: Location) -> tuple[Location, ModelConfig, HFSource | ours.OursSource]:
     """Open a checkpoint of either kind, as ``open_ours``; raises ValueError for a directory of neither."""
     storage.check(path)
     if not path.is_dir():
         raise ValueError(f"{path} is not a directory")
-    if is_hf(path):
-        hf, config = HFDirectory(path), model_config(path)
-        return path, config, HFSource(hf, model_leaves(config))
-    return open_ours(path)
+    if hf_config.is_hf(path):
+        hf, config = HFDirectory(path), hf_config.model_config(path)
+        return path, config, HFSource(hf, mapping.model_leaves(config))
+    return jobs.open_ours(path)
 
 
 def verify(path_a: Location, path_b: Location) -> bool:
@@ -52,15 +48,15 @@ def verify(path_a: Location, path_b: Location) -> bool:
     fields = [f"{path} is {one} and {other}" for path, one, other in pairs]
     if [(leaf.path, leaf.shape) for leaf in a.leaves] != [(leaf.path, leaf.shape) for leaf in b.leaves]:
         raise ValueError(f"{path_a} and {path_b} are different architectures: {'; '.join(fields[:6])}")
-    total = count_bytes(dtypes_of([a], "keep"))
+    total = jobs.count_bytes(jobs.dtypes_of([a], "keep"))
     with bar("verify", total, in_bytes=True, shown=sys.stderr.isatty()) as advance:
-        errors = compare(a, b, advance)
+        errors = stream.compare(a, b, advance)
     differing = {name: error for name, error in errors.items() if error.values}
     identical = sum(not error.blocks for error in errors.values())
     print(f"{path_a} ({a.kind}) and {path_b} ({b.kind}):")
     print(f"  {identical} tensors with identical bytes,", end=" ")
     print(f"{len(errors) - identical - len(differing)} with equal values in other bytes,\n  {len(differing)} different")
-    sizes = {name: math.prod(shape) for name, shape in hf_shapes(a.leaves).items()}
+    sizes = {name: math.prod(shape) for name, shape in mapping.hf_shapes(a.leaves).items()}
     _print_some([
         f"different: {name}, {found.values:,} of {sizes[name]:,} values, the first at {[*found.first]}, "
         f"largest error {found.absolute:.3g}, relative {found.relative:.3g}"
@@ -79,7 +75,7 @@ def _print_some(lines: list[str]) -> None:
         print(printable(line))
 
 
-def _compare_files(a: HFDirectory, b: HFDirectory, errors: Mapping[str, Difference]) -> bool:
+def _compare_files(a: HFDirectory, b: HFDirectory, errors: Mapping[str, stream.Difference]) -> bool:
     names = [{*hf.others, *hf.headers} for hf in (a, b)]
     both, alone = sorted(names[0] & names[1]), sorted(names[0] ^ names[1])
     differing = [name for name in both if not _same_file(a, b, name, errors)]
@@ -89,23 +85,20 @@ def _compare_files(a: HFDirectory, b: HFDirectory, errors: Mapping[str, Differen
     return not differing and not alone
 
 
-def _same_file(a: HFDirectory, b: HFDirectory, name: str, errors: Mapping[str, Difference]) -> bool:
+def _same_file(a: HFDirectory, b: HFDirectory, name: str, errors: Mapping[str, stream.Difference]) -> bool:
     if name in a.headers and name in b.headers:  # the bytes after a header are tensors, which were compared
         tensors = (tensor for tensor, entry in a.entries.items() if entry.file.name == name)
         return a.headers[name] == b.headers[name] and not any(errors[tensor].blocks for tensor in tensors)
-    size = a.files[name]
-    return size == b.files[name] and all(
-        storage.read_range(a.directory / name, start, BLOCK_BYTES)
-        == storage.read_range(b.directory / name, start, BLOCK_BYTES)
-        for start in range(0, size, BLOCK_BYTES)
-    )
+    files, step = (a.directory / name, b.directory / name), ours.BLOCK_BYTES
+    blocks = ([storage.read_range(file, start, step) for file in files] for start in range(0, a.files[name], step))
+    return a.files[name] == b.files[name] and all(one == other for one, other in blocks)
 
 
 def inspect(path: Location, as_json: bool) -> None:
     """Print the configuration and the tensors of a checkpoint of either kind, without reading weights."""
     path, model, source = open_checkpoint(path)
-    dtypes = dtypes_of([source], "keep")
-    tensors, total = tensors_of(dtypes), count_bytes(dtypes)
+    dtypes = jobs.dtypes_of([source], "keep")
+    tensors, total = jobs.tensors_of(dtypes), jobs.count_bytes(dtypes)
     count = sum(math.prod(shape) for _, shape in tensors.values())
     config: dict[str, Any] = dataclasses.asdict(model)
     if as_json:

@@ -166,12 +166,10 @@ def flatten(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any
             raise MessageError("fields", f"message {i}: its weight is {weight!r:.100}: it must be 0 (no loss) or 1")
         if not isinstance(content, str | Sequence):
             raise MessageError("fields", f"message {i}: its content is {type(content).__name__}, not text or parts")
-        texts, parts = ([content], ()) if isinstance(content, str) else ([], content)
-        images += [None] * sum(text.count(IMAGE_MARKER) for text in texts)
-        thoughts: list[Any] = []
-        if len(message) > 2:
-            thoughts = [message[key] for key in THOUGHT_KEYS if message.get(key) not in (None, "")]
-            message = {key: value for key, value in message.items() if key not in THOUGHT_KEYS}
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts: list[str] = []
+        thoughts = [message[key] for key in THOUGHT_KEYS if message.get(key) not in (None, "")]
+        message = {key: value for key, value in message.items() if key not in THOUGHT_KEYS}
         for part in parts:
             kind = kind_of(part)
             if kind in THOUGHT_KEYS:
@@ -269,12 +267,10 @@ def with_modes(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], Mode]
 
 def _refuse_control_tokens(messages: Sequence[Message], control_tokens: Sequence[str]) -> None:
     for i, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        content = content.removeprefix(NOTHINK) if role == "assistant" else content
-        for token in control_tokens:
-            if token in content and token not in (THINK, END_THINK):
-                problem = f"contains the control token {token}: the model would obey it; reword it"
-                raise MessageError("control-token", f"message {i} ({role}) {problem}")
+        content = message["content"].removeprefix(NOTHINK if message["role"] == "assistant" else "")
+        if token := next((t for t in control_tokens if t in content and t not in (THINK, END_THINK)), None):
+            problem = f"contains the control token {token}: the model would obey it; reword it"
+            raise MessageError("control-token", f"message {i} ({message['role']}) {problem}")
 
 
 def _apply_mode(messages: list[dict[str, Any]], mode: PromptMode) -> None:
@@ -283,20 +279,19 @@ def _apply_mode(messages: list[dict[str, Any]], mode: PromptMode) -> None:
         return
     thinks = False
     for i, message in enumerate(messages):
-        content, problem = message["content"], ""
         if message["role"] != "assistant":
             continue
-        if content.startswith(THINK):
-            thinks, ends = True, content.count(END_THINK)
-            if mode == "nothink":
-                problem = f"begins with {THINK}"
-            elif ends != 1:
-                problem = f"begins with {THINK} and has {ends} {END_THINK}"
-        else:
+        content, problem = message["content"], ""
+        begins, ends = content.startswith(THINK), content.count(END_THINK)
+        if begins and (mode == "nothink" or ends != 1):
+            problem = f"begins with {THINK} and has {ends} {END_THINK}"
+        elif not begins and (THINK in content or ends):
             # In the middle of an answer, the model would learn a tag as the control token, against the answer's mode.
-            if tag := next((tag for tag in (THINK, END_THINK) if tag in content), None):
-                problem = f"contains {tag} without beginning with {THINK}: reword an answer that only mentions the tag"
+            tag = THINK if THINK in content else END_THINK
+            problem = f"contains {tag} without beginning with {THINK}: reword an answer that only mentions the tag"
+        elif not begins:
             message["content"] = NOTHINK + content.removeprefix(NOTHINK)
+        thinks |= begins
         if problem:
             raise MessageError("mode", f"message {i}: mode is {mode}, but the answer {problem}")
     if mode == "think" and not thinks:

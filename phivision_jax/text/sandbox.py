@@ -29,8 +29,6 @@ SECONDS = 10.0
 """Longest time of one rendering."""
 BITS = 2**17
 """Largest integer."""
-WIDTH = 1000
-"""Digits of a width in a format string come to less than this."""
 
 _FORMATS = {"%", "format", "format_map"}
 _GROWING = _FORMATS | {
@@ -104,8 +102,8 @@ def _check(name: str, operand: Any, others: Iterable[Any]) -> None:
     if name in _FORMATS and re.search(r"\d{4}|%[^a-zA-Z%]*\*|\{[^{}]*:[^{}]*\{", str(operand)):
         raise SecurityError("a format may have no width over 999, nor one from its values")
     factors = [abs(x) if isinstance(x, int) and name not in _FORMATS else _size(x) for x in (operand, *others)]
-    # The text that is replaced has no part in the result.
-    spend((factors[0] + 1) * (max([WIDTH * (name in _FORMATS), *factors[1 + (name == "replace") :]]) + 1))
+    # A width is below 1000. The text that is replaced has no part in the result.
+    spend((factors[0] + 1) * (max([1000 * (name in _FORMATS), *factors[1 + (name == "replace") :]]) + 1))
 
 
 class _Paying(NodeTransformer):

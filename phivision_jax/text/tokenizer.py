@@ -104,9 +104,8 @@ class Tokenizer:
           ValueError: for a number that is not an id.
         """
         plain = [int(i) for i in ids]
-        for i in plain:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"{i} is not a token id: ids are 0 to {self.vocab_size - 1}")
+        if wrong := [i for i in plain if not 0 <= i < self.vocab_size]:
+            raise ValueError(f"{wrong[0]} is not a token id: ids are 0 to {self.vocab_size - 1}")
         if skip_special:
             plain = [i for i in plain if i not in self._hidden]
         return self._backend.decode(plain, skip_special_tokens=False)

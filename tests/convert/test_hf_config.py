@@ -68,6 +68,9 @@ def test_to_hf_from_nothing_reads_back():
     [
         ("partial_rotary_factor", 0.4),
         ("rope_scaling", {"type": "longrope"}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("rope_scaling", {"factor": 4.0}),
+        ("rope_scaling", "linear"),
         ("tie_word_embeddings", True),
         ("use_s2", True),
     ],
@@ -75,6 +78,13 @@ def test_to_hf_from_nothing_reads_back():
 def test_from_hf_refuses_other_arithmetic(key, value):
     with pytest.raises(ValueError, match=key):
         model_config(RELEASED | {key: value})
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, {"type": "default"}, {}])
+def test_from_hf_accepts_default_rope_scaling(scaling):
+    base = RELEASED | {"rope_scaling": scaling}
+    assert model_config(base) == ModelConfig()
+    assert config_json(ModelConfig(), base) == base
 
 
 def test_from_hf_names_the_file_that_is_missing(tmp_path):
