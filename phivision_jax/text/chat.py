@@ -111,12 +111,19 @@ def encode(
     else:
         _apply_mode(plain, mode)
         text, spans = template.render(plain)
-        if not spans and any(message["role"] == "assistant" for message in plain):
+        weights = [message.get("weight") for message in plain if message["role"] == "assistant"]
+        if weights and not spans:
             raise UnmarkedTemplateError(
                 "the chat template marks no assistant text, so there is nothing to learn from: in chat_template.jinja "
                 "put {% generation %} and {% endgeneration %} around the assistant's content and its end token"
             )
-        spans = _with_loss(spans, plain)
+        if 0 in weights and len(spans) != len(weights):
+            problem = (
+                f"marks {len(spans)} texts in a conversation of {len(weights)} answers: unclear which has weight 0"
+            )
+            raise ValueError(f"the chat template {problem}")
+        if 0 in weights:
+            spans = [span for span, weight in zip(spans, weights, strict=True) if weight != 0]
     has_loss = bytearray(len(text))
     for start, end in spans:
         has_loss[start:end] = b"\1" * (end - start)
@@ -296,14 +303,3 @@ def _apply_mode(messages: list[dict[str, Any]], mode: PromptMode) -> None:
             raise MessageError("mode", f"message {i}: mode is {mode}, but the answer {problem}")
     if mode == "think" and not thinks:
         raise MessageError("mode", f"mode is think, but no answer is {THINK} thoughts {END_THINK} answer")
-
-
-def _with_loss(spans: list[tuple[int, int]], messages: Sequence[Message]) -> list[tuple[int, int]]:
-    """The spans of the answers whose weight is not 0."""
-    weights = [message.get("weight") for message in messages if message["role"] == "assistant"]
-    if 0 not in weights:
-        return spans
-    if len(spans) != len(weights):
-        problem = f"marks {len(spans)} texts in a conversation of {len(weights)} answers: unclear which has weight 0"
-        raise ValueError(f"the chat template {problem}")
-    return [span for span, weight in zip(spans, weights, strict=True) if weight != 0]

@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jinja2
-from jinja2 import nodes
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -55,7 +54,7 @@ class ChatTemplate:
             raise ValueError(f"{where} has {len(source):,} characters, over the limit of {sandbox.SOURCE:,}")
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
+        except TemplateSyntaxError as error:
             raise ValueError(f"{where}, line {error.lineno}: {shorten(error.message or '', 300)}") from None
         except Exception as error:  # RecursionError, or Python's own limits on the program that jinja writes
             raise ValueError(f"{where} cannot be compiled: {shorten(first_line(error), 300)}") from None
@@ -167,4 +166,4 @@ class _GenerationBlocks(Extension):
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    raise TemplateError(message)
