@@ -219,11 +219,7 @@ SIGLIP2_UNUSED = ("text_model.", "logit_scale", "logit_bias")
 
 def hf_shapes(leaves: Iterable[Leaf]) -> dict[str, Shape]:
     """Names and shapes of the Hugging Face tensors, in table order, fused ones complete."""
-    shapes: dict[str, Shape] = {}
-    for leaf in leaves:
-        for name in leaf.names:
-            shapes[name] = (leaf.start + leaf.num_rows, *leaf.row_shape)
-    return shapes
+    return {name: (leaf.start + leaf.num_rows, *leaf.row_shape) for leaf in leaves for name in leaf.names}
 
 
 def check(found: Mapping[str, Shape], expected: Mapping[str, Shape], where: str) -> None:

@@ -57,8 +57,7 @@ type Sink = HFSink | OursSink
 
 def blocks(leaf: Leaf, itemsize: int, *grains: tuple[int, int]) -> Iterator[tuple[range, range]]:
     """Split a leaf into blocks (layers, rows) that are multiples of the largest grain."""
-    group = max(layers for layers, _ in grains)
-    unit = max(rows for _, rows in grains)
+    group, unit = map(max, zip(*grains, strict=True))
     step = max(unit, block_rows(leaf, itemsize) // group // unit * unit)
     for layer in range(0, len(leaf.names), group):
         layers = range(layer, min(layer + group, len(leaf.names)))

@@ -16,9 +16,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from jinja2 import nodes, pass_context
-from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context, Namespace
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
 SOURCE = 2**20
