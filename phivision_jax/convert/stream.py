@@ -69,12 +69,9 @@ def copy(source: Source, sink: Sink, dtypes: Mapping[Leaf, np.dtype], advance: C
     """Copy every leaf, cast to its dtype; ``advance`` receives the bytes of each block once it is written."""
 
     def move(leaf: Leaf, layers: range, rows: range) -> int:
-        written = 0
         for layer, block in zip(layers, source.read(leaf, layers, rows), strict=True):
-            cast = block.astype(dtypes[leaf], copy=False)
-            sink.write(leaf, layer, rows.start, cast)
-            written += cast.nbytes
-        return written
+            sink.write(leaf, layer, rows.start, block.astype(dtypes[leaf], copy=False))
+        return len(layers) * len(rows) * math.prod(leaf.row_shape) * dtypes[leaf].itemsize
 
     for written in _in_parallel(move, source.leaves, lambda leaf: (dtypes[leaf].itemsize, source.grain(leaf))):
         advance(written)
