@@ -49,13 +49,12 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None, config: ModelConfig) -> None:
         self._tokenizer, self._template, self.config = tokenizer, template, config
         self.layout = make_layout(config)
-        if tokenizer is not None:
-            decoder = config.decoder
-            if tokenizer.vocab_size > decoder.vocab_size:
-                raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.vocab_size}")
-            if tokenizer.eos_id not in decoder.stop_ids:
-                problem = f"config.decoder.eos_token_id is {decoder.eos_token_id}; give the model the tokenizer's"
-                raise ValueError(f"the tokenizer ends a turn with token {tokenizer.eos_id}, {problem}")
+        decoder = config.decoder
+        if tokenizer and tokenizer.vocab_size > decoder.vocab_size:
+            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.vocab_size}")
+        if tokenizer and tokenizer.eos_id not in decoder.stop_ids:
+            problem = f"config.decoder.eos_token_id is {decoder.eos_token_id}; give the model the tokenizer's"
+            raise ValueError(f"the tokenizer ends a turn with token {tokenizer.eos_id}, {problem}")
 
     @classmethod
     def from_directory(cls, path: str | Location, config: ModelConfig) -> Processor:
@@ -81,10 +80,8 @@ class Processor:
                     raise ValueError(str(error).replace(folder, str(path))) from None
         if (file := path / "preprocessor_config.json").is_file():
             _check_pixels(file, config)
-        tokenizer: Tokenizer | None = None
+        tokenizer = Tokenizer.from_directory(path) if (path / TOKENIZER).is_file() else None
         template: ChatTemplate | None = None
-        with contextlib.suppress(FileNotFoundError):
-            tokenizer = Tokenizer.from_directory(path)
         with contextlib.suppress(FileNotFoundError):
             template = ChatTemplate.from_directory(path)
         return cls(tokenizer, template, config)
@@ -97,12 +94,9 @@ class Processor:
     def with_patches(self, patch_size: int | None, min_patches: int | None, max_patches: int | None) -> Processor:
         """This processor with other patch settings; None keeps one."""
         old = self.config
-        config = dataclasses.replace(
-            old,
-            vision=dataclasses.replace(old.vision, patch_size=patch_size or old.vision.patch_size),
-            min_patches=min_patches or old.min_patches,
-            max_patches=max_patches or old.max_patches,
-        )
+        vision = dataclasses.replace(old.vision, patch_size=patch_size or old.vision.patch_size)
+        least, most = min_patches or old.min_patches, max_patches or old.max_patches
+        config = dataclasses.replace(old, vision=vision, min_patches=least, max_patches=most)
         return Processor(self._tokenizer, self._template, config)
 
     @property
@@ -152,8 +146,7 @@ class Processor:
         given = listed(images)
         if (missing := inline.count(None)) != len(given):
             raise ValueError(f"{missing} <image> markers without an image of their own, but {len(given)} images given")
-        following = iter(given)
-        sources = [next(following) if source is None else source for source in inline]
+        sources = [given.pop(0) if source is None else source for source in inline]
         patched = [self.patch(source, f"image {i}", max_patches) for i, source in enumerate(sources)]
         return expand(ids, patched, labels, group)
 

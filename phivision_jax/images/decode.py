@@ -52,16 +52,8 @@ class ImageTooLargeError(ValueError):
 np.empty(31 << 20, np.uint8)
 
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDES_SWAP = (5, 6, 7, 8)
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_UPRIGHT = {orientation: Image.Transpose[turn] for orientation, turn in enumerate(_TURNS.split(), start=2)}
 
 
 def open_image(source: bytes | str | Path, name: str | None = None) -> Image.Image:
@@ -102,7 +94,7 @@ def image_size(source: bytes | str | Path, name: str | None = None) -> tuple[int
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    return (height, width) if _orientation(image) in _SIDES_SWAP else (width, height)
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 def image_format(content: bytes) -> str | None:
@@ -138,7 +130,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     rows = max(1, _STRIP // max(1, image.width))
     boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    is_share = image.mode == "F" and all(_is_share(np.asarray(image.crop(box))) for box in boxes)
+    greys = (np.asarray(image.crop(box)) for box in boxes if image.mode == "F")
+    is_share = not any(((grey < 0) | (grey > 1)).any() for grey in greys)
     if len(boxes) <= 1:
         return _strip_to_rgb(image, is_share)
     rgb = Image.new("RGB", image.size)
@@ -159,11 +152,6 @@ def _strip_to_rgb(image: Image.Image, is_share: bool) -> Image.Image:
     except ValueError as error:
         raise ValueError(f"an image of mode {image.mode!r} cannot be converted to RGB: {error}") from None
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
-def _is_share(grey: np.ndarray) -> bool:
-    grey = np.nan_to_num(grey)
-    return not grey.size or bool(grey.min() >= 0 and grey.max() <= 1)
 
 
 def _in_8_bits(grey: np.ndarray, is_share: bool) -> np.ndarray:
@@ -230,11 +218,9 @@ def _opened(source: bytes | str | Path, name: str) -> Iterator[Image.Image]:
             raise ValueError(f"{name} {known}") from None
         except Image.DecompressionBombError as error:
             raise ImageTooLargeError(f"{name} is too large to decode: {str(error).partition(', could')[0]}") from None
-        except MemoryError:
-            raise
         except Exception as error:
             # Decoders raise anything: SyntaxError, struct.error, EOFError, OSError without a number...
-            if isinstance(error, OSError) and error.errno is not None:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
                 raise
             raise ValueError(f"{name} cannot be decoded: {error}") from error
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -31,6 +30,7 @@ import numpy as np
 from PIL.Image import Image
 
 from phivision_jax.config import ModelConfig
+from phivision_jax.io.messages import did_you_mean
 
 
 class ImageSize(NamedTuple):
@@ -155,9 +155,8 @@ def make_layout(config: ModelConfig) -> ImageLayout:
     if name not in _LAYOUTS and name.isidentifier() and importlib.util.find_spec(module):
         importlib.import_module(module)
     if name not in _LAYOUTS:
-        near = difflib.get_close_matches(name, _LAYOUTS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"import the module that registers it, or put it in {module}"
-        raise ValueError(f"image_layout {name!r} is not registered (known: {', '.join(_LAYOUTS) or 'none'}): {hint}")
+        hint = did_you_mean(name, sorted({"naflex", *_LAYOUTS}))
+        raise ValueError(f"image_layout {name!r} is not registered (to add it, put it in {module}): {hint}")
     layout = _LAYOUTS[name](config)
     merged = layout.merge[0] if layout.merge else 1
     if merged != config.projector.merge_size:

@@ -56,25 +56,19 @@ def pixels(source: ImageSource, name: str = "image") -> Image.Image:
             raise ValueError(f"{name} cannot be decoded: {error}") from error
     if isinstance(given, Image.Image):
         return given
-    if isinstance(given, str):
-        if given[:5].lower() == "data:":
-            given = decode_data_uri(given, name)
-        elif SCHEME.match(given := local_path(given)):
-            raise ValueError(f"{name} is at {shorten(given)}, which is not fetched: download it, and give its path")
-    elif hasattr(given, "read"):
+    if hasattr(given, "read"):
         if given.seekable():
             given.seek(0)  # a buffer that was just written is at its end
         given = given.read() or b""
         if isinstance(given, str):
             raise ValueError(f'{name} is a file that was opened as text: open it with mode "rb"')
-    if isinstance(given, bytes | bytearray | memoryview):
-        return open_image(bytes(given), name)
+    given = content_or_place(given, name)
+    if isinstance(given, bytes):
+        return open_image(given, name)
+    if isinstance(given, str) and SCHEME.match(given):
+        raise ValueError(f"{name} is at {shorten(given)}, which is not fetched: download it, and give its path")
     if isinstance(given, str | os.PathLike):
         return open_image(Path(given))
-    return _of_array(given, name)
-
-
-def _of_array(given: Any, name: str) -> Image.Image:
     kinds = "a path, bytes, a PIL image or a uint8 array [height, width] or [height, width, 3 or 4]"
     if not hasattr(given, "__array__"):
         raise ValueError(f"{name} is given as {type(given).__name__}: give {kinds}")
@@ -89,19 +83,20 @@ def listed(images: Any) -> list[Any]:
     return list(images) if isinstance(images, list | tuple) else [] if images is None else [images]
 
 
-def local_path(text: str) -> str:
-    """The path in a file: URL; any other text unchanged."""
-    file = _FILE_URL.match(text)
-    return urllib.parse.unquote(text[file.end() :]) if file else text
-
-
-def decode_data_uri(uri: str, name: str) -> bytes:
-    """The content of a data: URI.
+def content_or_place(given: Any, name: str) -> Any:
+    """The bytes in a buffer or a data: URI; the path or another URL in a string; anything else unchanged.
 
     Raises:
-      ValueError: for one without content, or of broken base64.
+      ValueError: for a data: URI without content, or of broken base64.
     """
-    header, comma, body = uri.partition(",")
+    if isinstance(given, bytearray | memoryview):
+        return bytes(given)
+    if not isinstance(given, str):
+        return given
+    if given[:5].lower() != "data:":
+        file = _FILE_URL.match(given)
+        return urllib.parse.unquote(given[file.end() :]) if file else given
+    header, comma, body = given.partition(",")
     if not comma:
         raise ValueError(f"{name} is a data URI without content")
     try:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -92,7 +91,7 @@ def generate(
     longest, limit = int((batch.segment_ids > 0).sum(1).max()), processor.config.decoder.max_positions
     if max_new_tokens is None:
         max_new_tokens = max(min(MAX_NEW_TOKENS, limit - longest), 1)
-    max_new_tokens = int(_number("max_new_tokens", max_new_tokens))
+    max_new_tokens = _number("max_new_tokens", max_new_tokens)
     if longest + max_new_tokens > limit:
         total = f"the longest prompt has {longest} tokens, images included: with {max_new_tokens=} that"
         raise ValueError(f"{total} exceeds the model's {limit} positions")
@@ -237,7 +236,7 @@ def _conversation(prompt: Any, num_images: int) -> list[Any]:
 
 _NUMBERS: Mapping[str, tuple[str, float, float]] = {
     "max_new_tokens": ("an integer of at least 1", 1, 2**31),
-    "temperature": ("a number of at least 0", 0, math.inf),
+    "temperature": ("a number of at least 0", 0, 1e308),
     "top_p": ("a number above 0 and at most 1", 1e-30, 1),
     "seed": ("an integer of 63 bits", -(2**63), 2**63 - 1),
 }
@@ -250,8 +249,8 @@ def _number(name: str, value: Any) -> Any:
       ValueError: for anything but a finite number in its range.
     """
     wanted, least, most = _NUMBERS[name]
-    sound = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    integer = "integer" in wanted
-    if not sound or not least <= value <= most or (integer and value != int(value)):
+    kind: Any = int if "integer" in wanted else float
+    is_number = issubclass(type(value), numbers.Real) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most or (kind is int and value != int(value)):
         raise ValueError(f"{name} must be {wanted}, not {shorten(value)}")
-    return int(value) if integer else float(value)
+    return kind(value)

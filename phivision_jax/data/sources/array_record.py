@@ -15,7 +15,7 @@ import msgpack
 from array_record.python.array_record_module import ArrayRecordReader
 
 from phivision_jax.config import typed
-from phivision_jax.data.quarantine import Quarantined, describe_failure
+from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.files import Files, FileSource, files_of_format
 from phivision_jax.data.sources.items import LARGE, ItemReader
 from phivision_jax.data.sources.source import Read
@@ -26,6 +26,7 @@ from phivision_jax.io.read_json import read_json
 LARGEST = 256 * 2**20
 """Bytes of a payload; twice the images of a record."""
 # No buffers for reading ahead: their threads would outnumber the cores.
+_BROKEN = (ValueError, RecursionError, msgpack.UnpackException)
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 
 
@@ -56,10 +57,8 @@ class ArrayRecordSource(FileSource[Path]):
                         (payload,) = reader.read([k])
                     if len(payload) > LARGEST:
                         raise MemoryError
-                except RuntimeError as error:
-                    yield self._reader.bad("syntax", f"the payload cannot be read: {error}", place, where)
-                except MemoryError as error:
-                    yield self._reader.bad("failed", describe_failure(error), place, where)
+                except (RuntimeError, MemoryError) as error:
+                    yield self._reader.undecoded(error, "the payload cannot be read", place, where)
                 else:
                     yield _read(payload, self._reader, place, where)
 
@@ -85,14 +84,9 @@ def _read(payload: bytes, items: ItemReader, place: str, where: str) -> Read | Q
     try:
         with limited_memory() if len(payload) > LARGE else contextlib.nullcontext():
             item = msgpack.unpackb(payload)
-        return items.read(item, place, where)
-    except MemoryError as error:
-        return items.bad("failed", describe_failure(error), place, where)
-    except UnicodeDecodeError as error:
+    except (*_BROKEN, MemoryError) as error:
         item = None
-        with contextlib.suppress(ValueError, RecursionError, msgpack.UnpackException):
-            item = msgpack.unpackb(payload, unicode_errors="replace")
-        problem = f"not UTF-8: {error.reason} at byte {error.start} of a string"
-        return items.bad("encoding", problem, place, where, item)
-    except (ValueError, RecursionError, msgpack.UnpackException) as error:
-        return items.bad("syntax", f"neither JSON nor msgpack: {error}", place, where)
+        with contextlib.suppress(*_BROKEN):
+            item = msgpack.unpackb(payload, unicode_errors="replace") if isinstance(error, UnicodeDecodeError) else None
+        return items.undecoded(error, "neither JSON nor msgpack", place, where, item)
+    return items.read(item, place, where)

@@ -28,7 +28,7 @@ from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources.item_options import ItemOptions, Network
 from phivision_jax.data.sources.keys import is_blank
 from phivision_jax.images.decode import image_format
-from phivision_jax.images.sources import SCHEME, decode_data_uri, local_path
+from phivision_jax.images.sources import SCHEME, content_or_place
 from phivision_jax.io.memory import limited_memory
 from phivision_jax.io.messages import shorten
 
@@ -72,24 +72,19 @@ def fetch(value: Any, folder: Path, options: ItemOptions) -> bytes:
     if isinstance(value, Mapping):
         given = next((value[key] for key in ("bytes", "path", "url") if is_given(value.get(key))), None)
         if given is None:
-            raise BadRecord(
-                "fields", f"an image is a struct of {shorten(', '.join(map(str, value)))}: it needs bytes, path or url"
-            )
+            names = shorten(", ".join(map(str, value)))
+            raise BadRecord("fields", f"an image is a struct of {names}: it needs bytes, path or url")
         value = given
-    if isinstance(value, bytes | bytearray | memoryview):
-        content = bytes(value)
-    elif not isinstance(value, str):
+    try:
+        with limited_memory():
+            content = content_or_place(value, "the image")
+    except ValueError as error:
+        raise BadRecord("image-broken", str(error)) from None
+    if isinstance(content, str):
+        is_url, folders = SCHEME.match(content), [folder, *options.also_allow]
+        content = _from_url(content, options) if is_url else _from_path(content, folders)
+    if not isinstance(content, bytes):
         raise BadRecord("fields", f"an image is given as {type(value).__name__}, not as a path, bytes or a URL")
-    elif value[:5].lower() == "data:":
-        try:
-            with limited_memory():
-                content = decode_data_uri(value, "the image")
-        except ValueError as error:
-            raise BadRecord("image-broken", str(error)) from None
-    elif SCHEME.match(value := local_path(value)):
-        content = _from_url(value, options)
-    else:
-        content = _from_path(value, [folder, *options.also_allow])
     if len(content) > LARGEST:
         raise BadRecord("image-size", f"an image file has more than {LARGEST:,} bytes")
     return content
@@ -137,14 +132,10 @@ def _read(path: str, folders: list[Path]) -> bytes:
             raise BadRecord("image-size", f"{name} has {found.st_size:,} bytes: an image file may have {LARGEST:,}")
         with open(real, "rb") as file:
             return file.read()
-    except OSError as error:
-        if error.errno in _MISSING:
-            raise BadRecord("image-missing", f"there is no file {name} in {root}") from None
-        raise
-    except BadRecord:
-        raise
-    except ValueError:  # a null byte, or characters that no file name can have
-        raise BadRecord("image-missing", f"{name} cannot be a file name on this system") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte, or characters that no file name can have
+        if isinstance(error, BadRecord) or getattr(error, "errno", errno.ENOENT) not in _MISSING:
+            raise
+        raise BadRecord("image-missing", f"there is no file {name} in {root}") from None
 
 
 def _is_in(path: str, folder: str) -> bool:
@@ -189,8 +180,7 @@ async def _download(url: str, allowed: Sequence[Network]) -> bytes:
     problem = ""
     async with asyncio.timeout(DEADLINE), session:
         for attempt in range(TRIES):
-            if attempt:
-                await asyncio.sleep(PAUSE * 2 ** (attempt - 1))
+            await asyncio.sleep(PAUSE * attempt)
             try:
                 async with session.get(url, raise_for_status=True) as answer:
                     content = bytearray()
@@ -199,20 +189,14 @@ async def _download(url: str, allowed: Sequence[Network]) -> bytes:
                         if len(content) > LARGEST:
                             raise BadRecord("image-url", f"{shorten(url)} is larger than {LARGEST // 2**20} MiB")
                     return bytes(content)
-            except BadRecord:
-                raise
-            except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:  # the latter of a redirect
-                problem = f"{error} is no http URL"
-                break
-            except aiohttp.ClientResponseError as error:
-                problem = f"status {error.status}"
-                if error.status < 500 and error.status not in (408, 429):  # trying again would not help
-                    break
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                problem = str(error)
-                if refused:
-                    problem = refused[-1]
-                    break
+                if isinstance(error, BadRecord):
+                    raise
+                status = getattr(error, "status", None)
+                problem = refused[-1] if refused else f"status {status}" if status else str(error)
+                no_url = isinstance(error, ValueError | aiohttp.NonHttpUrlClientError)  # the latter of a redirect
+                if refused or no_url or (status and status < 500 and status not in (408, 429)):
+                    break  # trying again would not help
     raise BadRecord("image-url", f"{shorten(url)} cannot be fetched: {shorten(problem, 200)}")
 
 

@@ -44,6 +44,7 @@ from phivision_jax.data.sources.fetch import fetch, is_given, other_format
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.source import ModeFrom, Read
 from phivision_jax.io.memory import limited_memory
+from phivision_jax.io.messages import shorten
 from phivision_jax.text import chat
 from phivision_jax.text.constants import IMAGE_MARKER, THOUGHT_KEYS
 from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK
@@ -88,21 +89,24 @@ class ItemReader:
 
     def read_json(self, raw: bytes, place: str, where: str, problem: str | None = None) -> Read | Quarantined:
         """The record in an item written as JSON; ``problem`` is a reason not to decode it."""
-        reason = "syntax"
-        if problem is None:
-            try:
-                # An item of a few megabytes cannot take much, and the limit takes longer than decoding a small one.
-                with limited_memory() if len(raw) > LARGE else contextlib.nullcontext():
-                    item = json.loads(raw.decode())
-            except MemoryError as error:
-                reason, problem = "failed", describe_failure(error)
-            except UnicodeDecodeError as error:
-                reason, problem = "encoding", f"not UTF-8: {error.reason} at byte {error.start} of the item"
-            except (ValueError, RecursionError) as error:
-                problem = f"not JSON: {error}"
-            else:
-                return self.read(item, place, where)
-        return self.bad(reason, problem, place, where, self._guess(raw))
+        if problem is not None:
+            return self.bad("syntax", problem, place, where, self._guess(raw))
+        try:
+            # An item of a few megabytes cannot take much, and the limit takes longer than decoding a small one.
+            with limited_memory() if len(raw) > LARGE else contextlib.nullcontext():
+                item = json.loads(raw.decode())
+        except (MemoryError, ValueError, RecursionError) as error:
+            return self.undecoded(error, "not JSON", place, where, self._guess(raw))
+        return self.read(item, place, where)
+
+    def undecoded(self, error: Exception, problem: str, place: str, where: str, item: Any = None) -> Quarantined:
+        """An item whose decoder raised an error, which is raised again if it is the disk's."""
+        failure = describe_failure(error)
+        if isinstance(error, MemoryError):
+            return self.bad("failed", failure, place, where, item)
+        if isinstance(error, UnicodeDecodeError):
+            return self.bad("encoding", f"not UTF-8: {error.reason} at byte {error.start}", place, where, item)
+        return self.bad("syntax", f"{problem}: {shorten(str(error), 300)}", place, where, item)
 
     def bad(self, reason: str, detail: str, place: str, where: str, item: Any = None) -> Quarantined:
         """A quarantined item, under its own id if ``item`` has one."""

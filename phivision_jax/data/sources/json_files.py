@@ -33,13 +33,11 @@ EVERY = 256
 """Items between two noted positions."""
 _SHOW_BAR = 256 * 2**20
 _BOM = b"\xef\xbb\xbf"
-_SPACE = re.compile(r"[ \t\n\r]*")
-_END_OF_ELEMENT = re.compile(r"[ \t\n\r]*([,\]])")
-# The first line of an object that continues on the next.
-_LONGEST_WORD = 16  # -Infinity, and what an error's position may be away from the end of a text that is cut
+_SPACE = b" \t\n\r"
 _ESCAPED = re.compile(rb"\\.", re.DOTALL)
 _BRACKETS = np.zeros(256, np.int32)
 _BRACKETS[list(b"[{")], _BRACKETS[list(b"]}")] = 1, -1
+# The first line of an object that continues on the next.
 _OPEN_OBJECT = re.compile(rb'\{\s*("[^"]*"\s*:\s*[\[{]\s*)?')
 
 
@@ -143,77 +141,68 @@ def _lines(file: BinaryIO, offset: int, line: int) -> Iterator[Piece]:
 def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
     """The elements of an array, from any of them on.
 
-    The text is decoded as Latin-1, in which a character is a byte: JSON's structure has no byte above 127.
+    Quotes and brackets alone decide where an element ends, so one that cannot be decoded affects no other.
 
     Args:
       file: a file with one array.
       offset: after the opening bracket, or of an element.
-      window: bytes to read at first, at least 1; more for an element that is longer.
+      window: bytes to read at once, at least 1.
 
     Raises:
       ValueError: where the array is not JSON.
     """
-    decode = json.JSONDecoder().raw_decode
     file.seek(offset)
-    # ``text`` begins at byte ``base`` of the file, the rest of the array at ``start``.
-    text, base, start, first = "", offset, 0, True
-    while True:
-        start = _SPACE.match(text, start).end()  # type: ignore[union-attr]
-        end, closing, problem, beyond, is_cut = start, None, "it has no closing bracket", "", True
-        if first and text[start : start + 1] == "]":
-            closing = _END_OF_ELEMENT.match(text, start)
-        elif start < len(text):
-            try:
-                with limited_memory() if len(text) - start > LARGE else contextlib.nullcontext():
-                    end = decode(text, start)[1]
-                closing, problem = _END_OF_ELEMENT.match(text, end), "neither a comma nor ] after an element"
-                is_cut = text[end : end + _LONGEST_WORD].isspace() or end + _LONGEST_WORD > len(text)
-            except json.JSONDecodeError as error:
-                problem = error.msg.removesuffix(" at")
-                is_cut = problem.startswith("Unterminated") or error.pos + _LONGEST_WORD > len(text)
-            except (ValueError, RecursionError, MemoryError) as error:
-                beyond = f"beyond what can be decoded: {shorten(str(error)) or 'it takes too much memory'}"
-        if end - start > LARGEST or (closing is None and is_cut and not beyond and len(text) - start > LARGEST):
-            beyond = f"longer than {LARGEST} bytes"
-        if beyond:
-            item = Piece(base + start, text[start : start + LARGE].encode("latin-1"), problem=beyond)
-            if (after := _after_element(file, item.offset)) is not None:
-                yield item
-                base, start, end = file.seek(after), 0, 0
-                text = file.read(window).decode("latin-1")
-                closing = _END_OF_ELEMENT.match(text)
-        if closing is None:
-            # The window may end inside the element.
-            more = b"" if beyond or not is_cut else file.read(window if len(text) - start < LARGE else LARGEST)
-            if more:
-                text, base, start = text[start:] + more.decode("latin-1"), base + start, 0
-                continue
-            raise ValueError(
-                f"{file.name} is not a JSON array: {problem}, in the element that begins at byte {base + start:,}; "
-                "repair it, or write one object per line, of which each bad one is quarantined"
-            )
-        if end > start:
-            yield Piece(base + start, text[start:end].encode("latin-1"))
-        start, first = closing.end(), False
-        if closing[1] == "]":
-            if text[start:].strip() or file.read(LARGE).strip():
-                raise ValueError(f"{file.name} has text after the end of the array, at byte {base + start}")
-            return
-
-
-def _after_element(file: BinaryIO, offset: int) -> int | None:
-    """Position of the comma or bracket after an element, of which only quotes and brackets are looked at."""
-    file.seek(offset)
-    depth, quotes = 0, 0
-    while block := file.read(LARGE):
+    # ``raw`` is the element that begins at byte ``start``, as far as it has been read and is kept.
+    raw, start, depth, quotes, is_first = b"", offset, 0, 0, True
+    while block := file.read(window):
         while block.endswith(b"\\") and (more := file.read(1)):
             block += more
         text = np.frombuffer(_ESCAPED.sub(b"  ", block), np.uint8)
         counts = quotes + np.cumsum(text == ord('"'), dtype=np.int32)
         outside = counts % 2 == 0
         depths = depth + np.cumsum(_BRACKETS[text] * outside, dtype=np.int32)
-        ends = outside & ((depths < 0) | (depths == 0) & (text == ord(",")))
-        if ends.any():
-            return offset + int(ends.argmax())
-        depth, quotes, offset = int(depths[-1]), int(counts[-1]), offset + len(block)
-    return None
+        ends = np.flatnonzero(outside & ((depths < 0) | (depths == 0) & (text == ord(","))))
+        begin, depth, quotes = 0, int(depths[-1]), int(counts[-1]) % 2
+        for end in [*ends.tolist(), len(block)]:
+            part = block[begin:end] if raw else block[begin:end].lstrip(_SPACE)
+            start = start if raw else offset + end - len(part)
+            raw += part[: LARGEST + 1 - len(raw)]
+            if end == len(block):
+                break
+            closing = block[end : end + 1]
+            if raw or not is_first or closing != b"]":
+                yield _decoded(file, raw.rstrip(_SPACE), start, offset + end - start)
+            if closing == b"]":
+                if block[end + 1 :].strip(_SPACE) or file.read(LARGE).strip(_SPACE):
+                    raise ValueError(f"{file.name} has text after the end of the array, at byte {offset + end + 1}")
+                return
+            if closing != b",":
+                raise _broken(file, start, "neither a comma nor ] after an element")
+            raw, begin, is_first = b"", end + 1, False
+        offset += len(block)
+    if raw and not _decoded(file, raw, start, offset - start).problem:
+        raise _broken(file, start, "neither a comma nor ] after an element")
+    raise _broken(file, start, "it has no closing bracket")
+
+
+def _decoded(file: BinaryIO, raw: bytes, start: int, length: int) -> Piece:
+    """An element of ``length`` bytes; decoded as Latin-1, as JSON's structure has no byte above 127."""
+    if length > LARGEST:
+        return Piece(start, raw[:LARGE], problem=f"longer than {LARGEST} bytes")
+    try:
+        with limited_memory() if length > LARGE else contextlib.nullcontext():
+            json.loads(raw.decode("latin-1"))
+    except json.JSONDecodeError as error:
+        extra = error.msg == "Extra data"
+        raise _broken(file, start, "neither a comma nor ] after an element" if extra else error.msg) from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        problem = f"beyond what can be decoded: {shorten(str(error)) or 'it takes too much memory'}"
+        return Piece(start, raw[:LARGE], problem=problem)
+    return Piece(start, raw)
+
+
+def _broken(file: BinaryIO, start: int, problem: str) -> ValueError:
+    return ValueError(
+        f"{file.name} is not a JSON array: {problem}, in the element that begins at byte {start:,}; "
+        "repair it, or write one object per line, of which each bad one is quarantined"
+    )

@@ -21,20 +21,14 @@ from phivision_jax.data.sources.files import FileSource
 from phivision_jax.data.sources.items import IDS
 from phivision_jax.data.sources.source import Read
 from phivision_jax.io.memory import LIMIT, limited_memory
-from phivision_jax.io.messages import shorten
 
 BATCH_BYTES = 64 * 2**20
 """Approximate bytes decoded at once; a row may have many images. A page, which is decoded entirely, may be larger."""
 _ROWS = 64  # decoded at once, at most
 
 
-@dataclasses.dataclass(frozen=True)
-class _Failed:
-    """A row that cannot be decoded."""
-
-    error: BaseException
-    ids: dict[str, Any]
-    """The fields that may be its id, as far as they can be read."""
+type _Row = tuple[dict[str, Any], Exception | None]
+"""The fields of a row; or, with the error of decoding it, those that may be its id, as far as they can be read."""
 
 
 class _Undecoded:
@@ -68,7 +62,7 @@ class _Cursor:
     group: _Group
     row: int
     """The next row."""
-    rows: Iterator[dict[str, Any] | _Failed]
+    rows: Iterator[_Row]
     """The rows from there on."""
 
 
@@ -87,8 +81,7 @@ class ParquetSource(FileSource[_Group]):
         try:
             return list(_groups(file))
         except Exception as error:  # of Arrow, or UnicodeDecodeError for names of columns
-            _raise_if_of_file_system(error)
-            problem = shorten(str(error), 300)
+            problem = describe_failure(error)
             raise ValueError(f"{file} is not a parquet file, or is damaged or cut short: {problem}") from None
 
     def _read_part(self, part: _Group, start: int, stop: int) -> Iterator[Read | Quarantined]:
@@ -102,26 +95,22 @@ class ParquetSource(FileSource[_Group]):
             cursor = self._cursor_at(part, start)
             while row < stop and (one := next(cursor.rows, None)) is not None:
                 cursor.row += 1
-                if not isinstance(one, _Failed):
-                    yield self._reader.read(one, *place(row))
-                elif isinstance(one.error, UnicodeDecodeError):
-                    yield self._reader.bad("encoding", f"not UTF-8: {one.error.reason}", *place(row), one.ids)
-                elif part.at_once > 1:
-                    raise one.error
+                item, failed = one
+                if isinstance(failed, MemoryError) and part.at_once > 1:
+                    raise failed
+                if failed:
+                    yield self._reader.undecoded(failed, "the row cannot be read", *place(row), item)
                 else:
-                    yield self._reader.bad("failed", describe_failure(one.error), *place(row), one.ids)
+                    yield self._reader.read(item, *place(row))
                 row += 1
             if row == stop:
                 self._cursor = cursor
                 return
-        except MemoryError as error:
-            if part.at_once > 1:  # one row alone may be within the limit
+        except Exception as error:  # of Arrow, or UnicodeDecodeError for names of columns
+            if isinstance(error, MemoryError) and part.at_once > 1:  # one row alone may be within the limit
                 yield from self._read_part(dataclasses.replace(part, at_once=1), row, stop)
                 return
-            reason, problem = "failed", describe_failure(error)
-        except Exception as error:  # of Arrow, or UnicodeDecodeError for names of columns
-            _raise_if_of_file_system(error)
-            reason, problem = "syntax", shorten(str(error))
+            reason, problem = "failed" if isinstance(error, MemoryError) else "syntax", describe_failure(error)
         else:
             reason, problem = "syntax", f"row group {part.number} has fewer rows than its footer counts"
         for bad in range(row, stop):
@@ -152,7 +141,7 @@ def _groups(file: Path) -> Iterator[tuple[_Group, int]]:
         first += rows
 
 
-def _rows(group: _Group, ids: set[str]) -> Iterator[dict[str, Any] | _Failed]:
+def _rows(group: _Group, ids: set[str]) -> Iterator[_Row]:
     # Through a small buffer: a row group may be larger than memory.
     with pq.ParquetFile(group.file, buffer_size=2**20, pre_buffer=False) as file:
         batches = file.iter_batches(group.at_once, row_groups=[group.number])
@@ -164,29 +153,23 @@ def _rows(group: _Group, ids: set[str]) -> Iterator[dict[str, Any] | _Failed]:
             yield from rows
 
 
-def _decode(row: pa.RecordBatch, ids: set[str]) -> dict[str, Any] | _Failed:
+def _decode(row: pa.RecordBatch, ids: set[str]) -> _Row:
     try:
         with contextlib.suppress(pa.ArrowException, ValueError, OverflowError):
-            return row.to_pylist()[0]
-        return {name: _value(row.column(name)) for name in row.schema.names}
+            return row.to_pylist()[0], None
+        return {name: _value(row.column(name)) for name in row.schema.names}, None
     except (UnicodeDecodeError, MemoryError) as error:
         found = {}
         for name in ids & set(row.schema.names):
             with contextlib.suppress(Exception):
                 found[name] = row.column(name)[0].as_py()
-        return _Failed(error, found)
+        return found, error
 
 
 def _value(cell: pa.Array) -> Any:
     try:
         return cell[0].as_py()
-    except UnicodeDecodeError:
-        raise
-    except (pa.ArrowException, ValueError, OverflowError):
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise
         return _Undecoded(cell.type)
-
-
-def _raise_if_of_file_system(error: Exception) -> None:
-    """Raise an ``OSError`` with a number, which the file system reports; Arrow's own errors about content have none."""
-    if isinstance(error, OSError) and error.errno is not None:
-        raise error

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from phivision_jax.data.quarantine import Quarantined, describe_failure
+from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.files import identify
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.items import IDS, ItemReader
@@ -93,15 +93,9 @@ class TfdsSource:
                 with limited_memory(self._memory):
                     example = self._examples[i]
                     item = _plain(features, example)
-            except UnicodeDecodeError as error:
-                own = {name: _decode(example[name], "replace") for name in IDS if name in example}
-                yield reader.bad("encoding", f"not UTF-8: {error.reason}", place, where, own)
-            except MemoryError as error:
-                yield reader.bad("failed", describe_failure(error), place, where)
             except Exception as error:  # of protobuf, array_record or TFDS
-                if isinstance(error, OSError):
-                    raise
-                yield reader.bad("syntax", f"the example cannot be read: {shorten(str(error))}", place, where)
+                own = {name: _decode(example[name], "replace") for name in IDS if name in example}
+                yield reader.undecoded(error, "the example cannot be read", place, where, own)
             else:
                 yield reader.read(item, place, where)
 
