@@ -173,15 +173,11 @@ def _read[T](source: bytes | str | Path, name: str | None, use: Callable[[Image.
     try:
         with _opened(source, name) as image:
             return use(image)
-    except ImageTooLargeError:
-        raise
-    except ValueError:
+    except ValueError as error:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        shorter = _without_texts(content)
-        if len(shorter) == len(content):
+        if isinstance(error, ImageTooLargeError) or (shorter := _without_texts(content)) == content:
             raise
-    with _opened(shorter, name) as image:
-        return use(image)
+    return _read(shorter, name, use)
 
 
 def _without_texts(content: bytes) -> bytes:

@@ -34,7 +34,6 @@ EVERY = 256
 _SHOW_BAR = 256 * 2**20
 _BOM = b"\xef\xbb\xbf"
 _SPACE = b" \t\n\r"
-_ESCAPED = re.compile(rb"\\.", re.DOTALL)
 _BRACKETS = np.zeros(256, np.int32)
 _BRACKETS[list(b"[{")], _BRACKETS[list(b"]}")] = 1, -1
 # The first line of an object that continues on the next.
@@ -126,16 +125,13 @@ def _begin(file: BinaryIO, path: Path) -> tuple[bool, int]:
 def _lines(file: BinaryIO, offset: int, line: int) -> Iterator[Piece]:
     file.seek(offset)
     while raw := file.readline(LARGEST + 1):
-        begin, problem, rest = offset, None, raw
-        offset += len(raw)
-        if len(raw) > LARGEST and not raw.endswith(b"\n"):
+        problem, rest = None, raw
+        while len(raw) > LARGEST and rest and not rest.endswith(b"\n"):
             problem = f"longer than {LARGEST} bytes: one object with all items inside? Make a file of their list alone"
-            while rest and not rest.endswith(b"\n"):
-                rest = file.readline(LARGE)
-                offset += len(rest)
+            rest = file.readline(LARGE)
         if not raw.isspace():
-            yield Piece(begin, raw.strip(), line, problem)
-        line += 1
+            yield Piece(offset, raw.strip(), line, problem)
+        offset, line = file.tell(), line + 1
 
 
 def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
@@ -155,9 +151,9 @@ def elements(file: BinaryIO, offset: int, window: int) -> Iterator[Piece]:
     # ``raw`` is the element that begins at byte ``start``, as far as it has been read and is kept.
     raw, start, depth, quotes, is_first = b"", offset, 0, 0, True
     while block := file.read(window):
-        while block.endswith(b"\\") and (more := file.read(1)):
-            block += more
-        text = np.frombuffer(_ESCAPED.sub(b"  ", block), np.uint8)
+        if (len(block) - len(block.rstrip(b"\\"))) % 2:  # the escaped character is beyond the window
+            block += file.read(1)
+        text = np.frombuffer(block.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8)
         counts = quotes + np.cumsum(text == ord('"'), dtype=np.int32)
         outside = counts % 2 == 0
         depths = depth + np.cumsum(_BRACKETS[text] * outside, dtype=np.int32)

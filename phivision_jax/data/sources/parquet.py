@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,23 +56,13 @@ class _Group:
     """Bytes that decoding may take: a page is decoded entirely, and may be as long as its column."""
 
 
-@dataclasses.dataclass
-class _Cursor:
-    """A position in a row group."""
-
-    group: _Group
-    row: int
-    """The next row."""
-    rows: Iterator[_Row]
-    """The rows from there on."""
-
-
 class ParquetSource(FileSource[_Group]):
     """Rows of parquet files."""
 
     format = "parquet"
 
-    _cursor: _Cursor | None = None
+    _cursor: tuple[_Group, int, Iterator[_Row]] | None = None
+    """The row group of the last range, the row after it, and the rows from there on."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files stay here: another process opens its own.
@@ -91,11 +82,13 @@ class ParquetSource(FileSource[_Group]):
             number = part.first + row + 1
             return f"{part.file.name}:{number}", f"{part.file.name}, row {number}"
 
+        # Taken away while in use, so that it is kept only after its range has been read to the end.
+        cursor, self._cursor = self._cursor, None
+        if cursor is None or cursor[0] != part or cursor[1] > start:
+            cursor = part, 0, _rows(part, {*IDS, *self._options.renames})
+        _, at, rows = cursor
         try:
-            cursor = self._cursor_at(part, start)
-            while row < stop and (one := next(cursor.rows, None)) is not None:
-                cursor.row += 1
-                item, failed = one
+            for item, failed in itertools.islice(rows, start - at, stop - at):
                 if isinstance(failed, MemoryError) and part.at_once > 1:
                     raise failed
                 if failed:
@@ -104,7 +97,7 @@ class ParquetSource(FileSource[_Group]):
                     yield self._reader.read(item, *place(row))
                 row += 1
             if row == stop:
-                self._cursor = cursor
+                self._cursor = part, stop, rows
                 return
         except Exception as error:  # of Arrow, or UnicodeDecodeError for names of columns
             if isinstance(error, MemoryError) and part.at_once > 1:  # one row alone may be within the limit
@@ -115,16 +108,6 @@ class ParquetSource(FileSource[_Group]):
             reason, problem = "syntax", f"row group {part.number} has fewer rows than its footer counts"
         for bad in range(row, stop):
             yield self._reader.bad(reason, f"the row group cannot be read: {problem}", *place(bad))
-
-    def _cursor_at(self, group: _Group, row: int) -> _Cursor:
-        """A cursor at a row of a group or at its end: the one that is kept, if it is at or before that row."""
-        # Taken away while in use, so that it is kept only after its range has been read to the end.
-        cursor, self._cursor = self._cursor, None
-        if cursor is None or cursor.group != group or cursor.row > row:
-            cursor = _Cursor(group, 0, _rows(group, {*IDS, *self._options.renames}))
-        while cursor.row < row and next(cursor.rows, None) is not None:
-            cursor.row += 1
-        return cursor
 
 
 def _groups(file: Path) -> Iterator[tuple[_Group, int]]:
