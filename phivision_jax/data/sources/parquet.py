@@ -86,9 +86,9 @@ class ParquetSource(FileSource[_Group]):
         cursor, self._cursor = self._cursor, None
         if cursor is None or cursor[0] != part or cursor[1] > start:
             cursor = part, 0, _rows(part, {*IDS, *self._options.renames})
-        _, at, rows = cursor
+        _, position, rows = cursor
         try:
-            for item, failed in itertools.islice(rows, start - at, stop - at):
+            for item, failed in itertools.islice(rows, start - position, stop - position):
                 if isinstance(failed, MemoryError) and part.at_once > 1:
                     raise failed
                 if failed:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
 
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources.files import identify
@@ -112,6 +113,9 @@ class TfdsSource:
 
     @functools.cached_property
     def _examples(self) -> Sequence[Any]:
+        if "array_record" in (file := next(iter(self._key), "")):
+            # A process's first reader starts threads, and waits forever if their stacks exceed the limit on memory.
+            ArrayRecordReader(file).close()
         try:
             decoders = _decoders(self._builder.info.features)
             with limited_memory(
