@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,18 +104,14 @@ def locate(path_or_hub_id: str | Location) -> Location:
         with storage.wrap_storage_errors(path):
             return path if is_hf(path) else find_ours(path)
     name = str(path_or_hub_id)
-    if storage.is_remote(path):
-        raise ValueError(f"{name} is not a directory: nothing in the bucket begins with {name.rstrip('/')}/")
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")) or path.parent.is_dir():
-        raise ValueError(
-            f"{name} is not a directory; give a checkpoint, a Hugging Face directory, or an id like org/name"
-        )
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.exists() or path.parent.is_dir():
+        known = "a checkpoint, a Hugging Face directory, or an id like org/name"
+        raise ValueError(f"{name} is not a directory that has any files; give {known}")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(
-            f"{name} is not a directory; to download it from the Hugging Face hub, pip install 'phivision_jax[hub]'"
-        ) from None
+        download = "to download it from the Hugging Face hub, pip install 'phivision_jax[hub]'"
+        raise ValueError(f"{name} is not a directory; {download}") from None
     # Weights and text files only: remote code is never downloaded.
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
     try:
@@ -200,48 +196,35 @@ def restore_params(checkpoint: Location, target: Mapping[str, Any]) -> dict[str,
     meta = layout.read_meta(checkpoint)
     saved, wanted = layout.arrays_of(meta), arrays.with_paths(target)
     for path, leaf in wanted.items():
-        if path not in saved:
-            raise ValueError(f"{checkpoint}: the model needs {path}, which the checkpoint does not hold")
-        if saved[path].shape != leaf.shape:
-            raise ValueError(f"{checkpoint}: {path} is {saved[path].shape}, the model's {leaf.shape}")
+        if (found := saved[path].shape if path in saved else None) != leaf.shape:
+            raise ValueError(f"{checkpoint}: {path} is {found or 'missing'}, the model's {leaf.shape}")
     adapters = Adapters.find(checkpoint, meta, saved)
     merged = {path for path in adapters.kernels & wanted.keys() if adapter_paths(path)[0] not in wanted}
     # One at a time, and before the others: merging takes twice a kernel's size in fp32.
-    found = {path: _restore_merged(checkpoint, saved, path, wanted[path], adapters) for path in sorted(merged)}
-    for batch in _batches({path: leaf for path, leaf in wanted.items() if path not in merged}, saved):
-        restored = _restore(checkpoint, saved, {path: leaf.sharding for path, leaf in batch.items()})
-        for path, leaf in batch.items():
-            found[path] = restored.pop(path).astype(leaf.dtype)
-    return _nested(found)
+    params = {path: _merged(checkpoint, saved, path, wanted[path], adapters) for path in sorted(merged)}
+    others = [path for path in wanted if path not in merged]
+    ends = itertools.accumulate(_bytes_per_device(saved[path], wanted[path].sharding) for path in others)
+    for _, batch in itertools.groupby(zip(ends, others, strict=True), lambda pair: pair[0] // _BATCH_BYTES):
+        restored = _restore(checkpoint, saved, {path: wanted[path].sharding for _, path in batch})
+        for path in list(restored):
+            params[path] = restored.pop(path).astype(wanted[path].dtype)
+    return _nested(params)
 
 
-def _batches(wanted: Mapping[str, Any], saved: Mapping[str, Array]) -> Iterator[dict[str, Any]]:
-    """Group arrays so that those of a group together take about ``_BATCH_BYTES`` of a device."""
-    batch: dict[str, Any] = {}
-    size = 0
-    for path, leaf in wanted.items():
-        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-        size += math.prod(shape) * jnp.dtype(saved[path].dtype).itemsize
-        batch[path] = leaf
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = {}, 0
-    if batch:
-        yield batch
+def _bytes_per_device(array: Array, placed: Any) -> int:
+    """Bytes that an array with this sharding takes of each device, in its stored dtype."""
+    return math.prod(placed.shard_shape(array.shape) if placed else array.shape) * jnp.dtype(array.dtype).itemsize
 
 
 def _restore(checkpoint: Location, saved: Mapping[str, Array], shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
     """These arrays as they were saved."""
-    target = {
-        path: jax.ShapeDtypeStruct(saved[path].shape, jnp.dtype(saved[path].dtype), sharding=sharded)
-        for path, sharded in shardings.items()
-    }
+    target = {}
+    for path, placed in shardings.items():
+        target[path] = jax.ShapeDtypeStruct(saved[path].shape, jnp.dtype(saved[path].dtype), sharding=placed)
     return arrays.with_paths(arrays.restore(checkpoint, PARAMS, _nested(target), saved))
 
 
-def _restore_merged(
-    checkpoint: Location, saved: Mapping[str, Array], path: str, wanted: Any, adapters: Adapters
-) -> jax.Array:
+def _merged(checkpoint: Location, saved: Mapping[str, Array], path: str, wanted: Any, adapters: Adapters) -> jax.Array:
     """A kernel with its adapter merged."""
     sharded, paths = wanted.sharding, (path, *adapter_paths(path))
     replicated = NamedSharding(sharded.mesh, PartitionSpec()) if isinstance(sharded, NamedSharding) else sharded

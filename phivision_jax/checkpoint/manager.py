@@ -288,10 +288,8 @@ class RunCheckpoints:
         for path in sorted(saved.keys() | wanted.keys()):
             has, asked = saved.get(path, [])[:2], wanted.get(path, [])
             if has != asked:
-                raise CheckpointError(
-                    f"{self._directory / str(step)} is intact, but does not fit this run: its array {path} is "
-                    f"{has or 'missing'}, here {asked or 'there is none'}"
-                )
+                other = f"its array {path} is {has or 'missing'}, here {asked or 'there is none'}"
+                raise CheckpointError(f"{self._directory / str(step)} is intact, but does not fit this run: {other}")
 
     def _set_aside(self, restored: int | None = None) -> None:
         """Rename damaged steps, so that neither Orbax nor ``layout.find`` sees them."""

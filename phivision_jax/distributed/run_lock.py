@@ -123,10 +123,9 @@ class RunLock:
                 problem = f"{self._run} is being trained already, by {describe(owner)}"
                 raise ValueError(f"{problem}; end it first, or use another --run")
             if watched is None and alive is None:
-                self._log(
-                    f"{self._run} is owned by {describe(owner)}: waiting until that has shown no sign of life for "
-                    f"{SILENT_S:.0f} s; if it has ended for certain, remove {self._file(number)}"
-                )
+                sign = f"waiting until that has shown no sign of life for {SILENT_S:.0f} s"
+                remedy = f"if it has ended for certain, remove {self._file(number)}"
+                self._log(f"{self._run} is owned by {describe(owner)}: {sign}; {remedy}")
             if watched != found:
                 watched, since = found, time.monotonic()
             if alive is None and time.monotonic() - since <= SILENT_S:

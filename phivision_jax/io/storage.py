@@ -137,10 +137,8 @@ def _prepare() -> None:
     import fsspec.config
 
     # A cached listing would not show what TensorStore or another host has written since.
-    fsspec.config.conf["gcs"] = {
-        "use_listings_cache": False,
-        "requests_timeout": aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENT_S),
-    }
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENT_S)
+    fsspec.config.conf["gcs"] = {"use_listings_cache": False, "requests_timeout": timeout}
     # TensorStore, which reads and writes arrays, would wait forever.
     os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", f"{_CONNECT_S:.0f}")
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", f"{_SILENT_S:.0f}")
@@ -181,10 +179,8 @@ def _storage_error(place: Location | str, error: Exception) -> StorageError:
     if code == "401" or type(error).__module__.startswith("google.auth"):
         return StorageError(f"{place}: not authenticated ({cause}); run gcloud auth application-default login")
     if code == "403" or isinstance(error, PermissionError) or "Forbidden: " in cause:
-        return StorageError(
-            f"{place}: access denied ({cause}); the account needs the roles Storage Object User and Storage Legacy "
-            "Bucket Reader on the bucket"
-        )
+        roles = "the roles Storage Object User and Storage Legacy Bucket Reader on the bucket"
+        return StorageError(f"{place}: access denied ({cause}); the account needs {roles}")
     return Unreachable(f"{place}: the bucket does not answer ({cause}); check the network and try again")
 
 
@@ -201,9 +197,8 @@ def check(path: Location) -> None:
         try:
             _fs().call("GET", "b/{}/o", bucket, prefix=key, maxResults=1)
         except FileNotFoundError as error:
-            raise StorageError(
-                f"{path}: there is no bucket {bucket}; create it with gcloud storage buckets create {REMOTE}{bucket}"
-            ) from error
+            create = f"create it with gcloud storage buckets create {REMOTE}{bucket}"
+            raise StorageError(f"{path}: there is no bucket {bucket}; {create}") from error
 
 
 def children(path: Location) -> list[Location]:

@@ -199,14 +199,9 @@ def _losses(x: Float[Array, "B T D"], targets: Int32[Array, "B T"], tiles: _Tile
 
 
 def _gradients(
-    x: Float[Array, "B T D"],
-    targets: Int32[Array, "B T"],
-    normalizer: Float[Array, "B T"],
-    scale: Float[Array, "B T"],
-    tiles: _Tiles,
-    dtype: jnp.dtype,
+    x: jax.Array, targets: jax.Array, normalizer: jax.Array, scale: jax.Array, tiles: _Tiles, dtype: jnp.dtype
 ) -> tuple[Float[Array, "B T D"], Float[Array, "tiles u v D"]]:
-    """Gradients of x, and of the head in ``dtype``; ``scale`` is the cotangent of the losses."""
+    """Gradients of x [B, T, D], and of the head in ``dtype``; ``scale`` [B, T] is the cotangent of the losses."""
 
     def body(dx: jax.Array, tile: _Tiles) -> tuple[jax.Array, jax.Array]:
         W, first = tile

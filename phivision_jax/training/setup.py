@@ -260,10 +260,9 @@ def check_unchanged(prepared: Prepared, meta: Mapping[str, Any], log: Callable[[
     """
     check_settings(prepared.cfg, meta)
     if meta["plan"] != prepared.plan.hash:
-        raise ValueError(
-            f"checkpoint {meta['step']} of this run was trained with plan {meta['plan'][:12]}, and its plan/ is now "
-            f"{prepared.plan.hash[:12]}: restore the former, or use a new --run"
-        )
+        then, now = f"trained with plan {meta['plan'][:12]}", f"its plan/ is now {prepared.plan.hash[:12]}"
+        remedy = "restore the former, or use a new --run"
+        raise ValueError(f"checkpoint {meta['step']} of this run was {then}, and {now}: {remedy}")
     for name, here in (("guard", dataclasses.asdict(prepared.cfg.guard)), ("code", layout.code_version())):
         if name in (before := {**meta["run"], **meta}) and (then := before[name]) != here:
             log(f"{name} is {here}, and was {then} when checkpoint {meta['step']} was written")
