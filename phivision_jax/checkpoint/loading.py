@@ -265,9 +265,7 @@ def read_hf_params(directory: Location, config: ModelConfig, target: Mapping[str
     return _nested(found)
 
 
-def _read_region(
-    source: HFSource, leaf: Leaf, dtype: np.dtype, pool: ThreadPoolExecutor, index: tuple[slice, ...] | None
-) -> np.ndarray:
+def _read_region(source: HFSource, leaf: Leaf, dtype: np.dtype, pool: ThreadPoolExecutor, index: Any) -> np.ndarray:
     """``leaf[index]``: reads only the rows of Hugging Face tensors in it, and casts block by block."""
     spans = [range(size)[span] for size, span in zip(leaf.shape, index or (), strict=True)]
     layers = spans.pop(0) if leaf.stacked else range(1)

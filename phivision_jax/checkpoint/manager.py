@@ -266,9 +266,8 @@ class RunCheckpoints:
                 with storage.wrap_storage_errors(path):
                     if not layout.is_committed(path):
                         raise DamagedError(path, f"its file {layout.ORBAX_MARK} is missing")
-                    for item in (PARAMS, OPT_STATE):
-                        if not (path / item).exists():
-                            raise DamagedError(path, f"its {item}/ cannot be found")
+                    if lost := [item for item in (PARAMS, OPT_STATE) if not (path / item).exists()]:
+                        raise DamagedError(path, f"its {lost[0]}/ cannot be found")
                 self._intact[step] = self._intact.get(step) or layout.read_meta(path, assets=self._first)
             except DamagedError as error:
                 problem = error.problem

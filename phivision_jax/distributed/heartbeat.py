@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NoReturn, TypedDict
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 from phivision_jax.io import atomic, storage
@@ -48,16 +48,8 @@ _TICK_S = 0.5
 _FROZEN_S = 300.0
 
 
-class Heartbeat(TypedDict):
-    """One file of ``run/heartbeat``."""
-
-    process: int
-    phase: str
-    step: int
-    time: float
-    """Seconds since 1970."""
-    pid: int
-    host: str
+Heartbeat = dict[str, Any]
+"""One file of ``run/heartbeat``; its time is in seconds since 1970."""
 
 
 def write(run: Path, beat: Heartbeat) -> None:
@@ -113,6 +105,7 @@ class Watchdog:
     def __init__(self, run: Path, limit_s: float, process: int = 0) -> None:
         self._run, self._default_s, self._process = run, limit_s, process
         self._launcher, self._host = int(os.environ.get(LAUNCHER, 0)), socket.gethostname()
+        self._name = f"process {process} ({self._host}, pid {os.getpid()})"
         self._step, self._last = 0, ("starting", LONG_S, time.monotonic())
         self._written = time.monotonic()
         self._over = threading.Event()
@@ -157,22 +150,20 @@ class Watchdog:
                 self._exit(HUNG, "the launcher of this process has died; the process ends too")
 
     def _beat(self, phase: str) -> None:
-        now, pid, process = time.time(), os.getpid(), self._process
-        beat = Heartbeat(process=process, phase=phase, step=self._step, time=now, pid=pid, host=self._host)
+        beat = {"process": self._process, "phase": phase, "step": self._step, "time": time.time()}
         try:
-            write(self._run, beat)
+            write(self._run, beat | {"pid": os.getpid(), "host": self._host})
             self._written = time.monotonic()
         except OSError as error:  # without a launcher nobody reads heartbeats: writing logs will report the disk
             silent = time.monotonic() - self._written
             if self._launcher and silent > UNWRITTEN_S:
-                where = f"process {self._process} ({self._host})"
                 cause = f"could not write its heartbeat for {silent:.0f} s and ends: {error}"
-                self._exit(FAILED, f"{where} {cause}; check the disk and start again")
+                self._exit(FAILED, f"{self._name} {cause}; check the disk and start again")
 
     def _report_hang(self, phase: str, silent: float, limit: float) -> NoReturn:
         raise_it = " (step_timeout_s raises this limit)" if limit == self._default_s else ""
-        where = f"process {self._process} ({self._host}, pid {os.getpid()}) hangs: {phase!r} at step {self._step}"
-        print(f"{where} has run for {silent:.0f} s, longer than the limit of {limit:.0f} s{raise_it}.", file=sys.stderr)
+        long = f"has run for {silent:.0f} s, longer than the limit of {limit:.0f} s{raise_it}"
+        print(f"{self._name} hangs: {phase!r} at step {self._step} {long}.", file=sys.stderr)
         remedy = "The process ends; a restart continues from the newest checkpoint."
         print(f"{remedy} Stacks of all threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)

@@ -6,8 +6,11 @@ import contextlib
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+type Log = Callable[[str], None]
+"""Receives lines for the user."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -37,9 +37,7 @@ def bar(description: str, total: int, *, in_bytes: bool = False, shown: bool = T
 
 
 @contextlib.contextmanager
-def training_bar(
-    total: int, first: int, *, shown: bool = True, console: Console | None = None
-) -> Iterator[Callable[..., None]]:
+def training_bar(total: int, first: int, *, shown: bool = True, console: Console | None = None) -> Iterator[Callable]:
     """Open the line of a training run: steps, the newest metrics, the time left at the speed since this start.
 
     Yields a function of the number of steps done and of metrics by name. It prints a line, or replaces the one on a

@@ -235,11 +235,9 @@ def files(path: Location) -> dict[str, int]:
         except FileNotFoundError:
             check(path)
             return {}
-    sizes = {
-        name.removeprefix(root): int(entry["size"])
-        for name, entry in sorted(listed.items())
-        if name.startswith(root) and not name.endswith("/")  # Google's console makes an object for a folder
-    }
+    # Google's console makes an object for a folder.
+    names = [name for name in sorted(listed) if name.startswith(root) and not name.endswith("/")]
+    sizes = {name.removeprefix(root): int(listed[name]["size"]) for name in names}
     check_names(sizes, path)
     return sizes
 

@@ -60,9 +60,7 @@ def guarded(tx: optax.GradientTransformation, cfg: GuardConfig) -> optax.Gradien
         zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
         return GuardState(tx.init(params), zero, zero, none, none, none)
 
-    def update(
-        grads: Any, state: GuardState, params: Any = None, *, loss: jax.Array, weight: jax.Array, **more: Any
-    ) -> tuple[Any, GuardState]:
+    def update(grads: Any, state: Any, params: Any = None, *, loss: Any, weight: Any, **more: Any) -> tuple[Any, Any]:
         finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
         limit = state.mean + cfg.spike * jnp.sqrt(state.variance)
         ready = (state.accepted >= cfg.warmup) & (cfg.spike > 0)
@@ -132,9 +130,8 @@ class SkippedUpdates:
         what = f"the update of step {step} was skipped ({reason}): loss {loss:.4g}, gradient norm {norm:.4g}; {named}"
         what += f" and {more} more" * (more > 0)
         if in_a_row >= self._patience and host["weight"]:
-            raise FloatingPointError(
-                f"training stops after {in_a_row} skipped updates in a row; {what}. All records are in {self.path}. If "
-                f"they are sound, the weights are not: inspect with --replay={step}, go back to an earlier checkpoint, "
-                "or, if these are no spikes, continue with --config.guard.spike=0"
-            )
+            remedy = f"inspect with --replay={step}, go back to an earlier checkpoint, or, if these are no spikes,"
+            sound = f"If they are sound, the weights are not: {remedy} continue with --config.guard.spike=0"
+            many = f"training stops after {in_a_row} skipped updates in a row"
+            raise FloatingPointError(f"{many}; {what}. All records are in {self.path}. {sound}")
         self._log(what)

@@ -5,7 +5,6 @@ Modules in metrics (vision, projector, decoder) are the first part of a paramete
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,10 +144,11 @@ def module_norms(flat: Mapping[tuple, jax.Array], name: str) -> dict[str, jax.Ar
       flat: {path: array} of gradients or updates.
       name: "grad_norm" gives {"grad_norm/decoder": …}.
     """
-    modules: dict[str, list[jax.Array]] = defaultdict(list)
-    for path, array in flat.items():
-        modules[path[0]].append(array.astype("float32"))
-    return {f"{name}/{module}": optax.global_norm(arrays) for module, arrays in sorted(modules.items())}
+
+    def norm(module: str) -> jax.Array:
+        return optax.global_norm([array.astype("float32") for path, array in flat.items() if path[0] == module])
+
+    return {f"{name}/{module}": norm(module) for module in sorted({path[0] for path in flat})}
 
 
 def learning_rates(rate: float, multipliers: Mapping[tuple, float]) -> dict[str, float]:

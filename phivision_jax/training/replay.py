@@ -59,7 +59,7 @@ def replay(cfg: RunConfig, run: str, number: int, log: Callable[[str], None] = p
                         losses, weights = jax.device_get(row_losses(step.graphdef, state["params"], placed))
                 state, metrics = compiled(state, placed)
                 advance(1)
-    metrics = {name: value for name, value in metrics.items() if name != "work"}
+    del metrics["work"]
     host = {name: float(value) for name, value in jax.device_get(metrics).items() if np.ndim(value) == 0}
     update = "update skipped" if host["skipped_in_a_row"] or not host["weight"] else "update accepted"
     log(f"step {number} ({update}): loss {host['loss']:.6g}, gradient norm {host['grad_norm']:.6g}")

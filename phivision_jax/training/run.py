@@ -130,8 +130,7 @@ class Run:
         with contextlib.ExitStack() as stack:
             on_process_zero("the run is locked", lambda: stack.enter_context(self.directory.lock))
             stack.enter_context(self.directory)
-            watchdog = Watchdog(folder, cfg.step_timeout_s, process)
-            self._watchdog = stack.enter_context(contextlib.closing(watchdog))
+            self._watchdog = stack.enter_context(contextlib.closing(Watchdog(folder, cfg.step_timeout_s, process)))
             self.goodput = stack.enter_context(goodput.Goodput(None if process else folder))
             keep = (cfg.keep_checkpoints, cfg.keep_every, cfg.keep_best)
             self.checkpoints = RunCheckpoints(self.directory.url, *keep, log, before_save=self.directory.push)

@@ -27,13 +27,13 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 from phivision_jax.checkpoint.layout import CHECKPOINTS
 from phivision_jax.distributed import heartbeat, run_lock
 from phivision_jax.io import atomic, storage
+from phivision_jax.io.messages import Log
 
 CACHE = "compilation_cache"
 PUSH_S = 30.0
@@ -68,7 +68,7 @@ class RunDirectory:
     """
 
     def __init__(
-        self, run: str, process: int = 0, processes: int = 1, log: Callable[[str], None] = print, readonly: bool = False
+        self, run: str, process: int = 0, processes: int = 1, log: Log = print, readonly: bool = False
     ) -> None:
         self.url = storage.location(run)
         """The run's place, for code that writes to the bucket directly."""

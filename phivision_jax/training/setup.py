@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from phivision_jax.data.plan.plan import Plan, make_plan, plan_inputs
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.distributed.processes import on_process_zero
 from phivision_jax.evaluation.runner import Evaluator
-from phivision_jax.io import atomic, messages, storage
+from phivision_jax.io import atomic, storage
+from phivision_jax.io.messages import Log, first_difference
 from phivision_jax.models import lora, remat, siglip2
 from phivision_jax.processor import Processor
 from phivision_jax.training import device_layout, optim, train_data
@@ -179,7 +180,7 @@ def make_or_load_plan(checked: Checked, processor: Processor, directory: RunDire
     else:
         found = own if own.exists() else Path(data.plan)
         plan = Plan.load(found)
-        if changed := messages.first_difference(plan_inputs(*sources, **settings), plan.inputs):
+        if changed := first_difference(plan_inputs(*sources, **settings), plan.inputs):
             raise ValueError(f"{found} is a plan for other settings: {changed}; restore them, or use another --run")
 
     def save() -> None:
@@ -210,9 +211,7 @@ def make_validator(prepared: Prepared) -> Validator | None:
     return Validator(step, feed, min(cfg.validate_batches, found[1].num_steps(cfg.data.batch_rows)))
 
 
-def start(
-    prepared: Prepared, checkpoints: RunCheckpoints, log: Callable[[str], None], at_most: int | None = None
-) -> tuple[State, Any]:
+def start(prepared: Prepared, checkpoints: RunCheckpoints, log: Log, at_most: int | None = None) -> tuple[State, Any]:
     """The state to begin with and the vision tail: this run's newest checkpoint, else ``init_from``, else random.
 
     Args:
@@ -248,11 +247,11 @@ def check_settings(cfg: ResolvedConfig, meta: Mapping[str, Any]) -> None:
         return values | {"data": {"loss_weights": cfg.get("data", {}).get("loss_weights")}}
 
     now = json.loads(json.dumps(dataclasses.asdict(cfg)))
-    if changed := messages.first_difference(determining(now), determining(meta["run"])):
+    if changed := first_difference(determining(now), determining(meta["run"])):
         raise ValueError(f"{changed}: this run was started otherwise; keep it as it was, or use a new --run")
 
 
-def check_unchanged(prepared: Prepared, meta: Mapping[str, Any], log: Callable[[str], None]) -> None:
+def check_unchanged(prepared: Prepared, meta: Mapping[str, Any], log: Log) -> None:
     """``check_settings`` and the same for the plan; log a changed guard or code version.
 
     Raises:

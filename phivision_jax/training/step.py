@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -96,10 +97,8 @@ class TrainStep:
             model = phivision.merge(self.graphdef, optim.unflatten({**trainable, **frozen}))
             return batch_loss(model, batch, self.num_groups, total_weight)
 
-        grad = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, aux), grads = sum_over_microbatches(
-            lambda part: grad(trainable, part), batch, self.microbatches, pin=self.pin
-        )
+        grad = functools.partial(jax.value_and_grad(loss_of, has_aux=True), trainable)
+        (loss, aux), grads = sum_over_microbatches(grad, batch, self.microbatches, pin=self.pin)
         with jax.named_scope("optimizer"):
             facts = {"loss": loss, "weight": total_weight, "step": state["step"]}
             updates, opt_state = self.tx.update(grads, state["opt_state"], trainable, **facts)
@@ -177,11 +176,9 @@ def make_train_step(cfg: RunConfig, mesh: Mesh, steps: int, num_groups: int = 1)
     with sharding.override_rules(cfg.rules):
         params = sharding.abstract(nnx.to_pure_dict(state), sharding.param_shardings(state, mesh))
     tx = guard.guarded(optim.make_optimizer(params, cfg.optim, steps), cfg.guard)
-    abstract_state = {
-        "params": params,
-        "opt_state": optim.abstract_opt_state(tx, optim.partition(params, cfg.optim)[0], replicated),
-        "step": jax.ShapeDtypeStruct((), np.int32, sharding=replicated),
-    }
+    opt_state = optim.abstract_opt_state(tx, optim.partition(params, cfg.optim)[0], replicated)
+    number = jax.ShapeDtypeStruct((), np.int32, sharding=replicated)
+    abstract_state = {"params": params, "opt_state": opt_state, "step": number}
     rate = optim.schedule(cfg.optim, steps)
     return TrainStep(graphdef, tx, cfg.optim, rate, num_groups, cfg.microbatches, mesh, cfg.rules, abstract_state)
 

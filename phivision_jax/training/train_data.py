@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from phivision_jax.batch import Batch, batch_spec
 from phivision_jax.data.feed import encode, pipeline
@@ -121,17 +122,10 @@ class Feed:
         Args:
           weighted: apply the run's ``loss_weights``.
         """
-        weights = self._data.loss_weights if weighted else ()
-        return pipeline.batches(
-            *self._source,
-            batch_rows=self._data.batch_rows,
-            rows_here=self.own_rows,
-            start_step=first,
-            end_step=last,
-            loss_weights=encode.group_weights(weights, self.groups) if weights else None,
-            groups=self.groups,
-            num_threads=self._data.num_threads,
-        )
+        weights = encode.group_weights(self._data.loss_weights, self.groups) if weighted else None
+        settings: dict[str, Any] = {"batch_rows": self._data.batch_rows, "num_threads": self._data.num_threads}
+        settings |= {"rows_here": self.own_rows, "groups": self.groups, "loss_weights": weights}
+        return pipeline.batches(*self._source, start_step=first, end_step=last, **settings)
 
     def place(self, batch: Batch) -> Batch:
         """Put this process's rows on its devices, as a part of the global batch."""

@@ -41,10 +41,8 @@ class Validator:
         self._feed, self.num_batches = feed, num_batches
 
         def sums(params: phivision.Params, batch: Batch) -> Sums:
-            model = phivision.merge(step.graphdef, params)
-            return sum_over_microbatches(
-                lambda part: batch_loss(model, part, step.num_groups)[1], batch, step.microbatches
-            )
+            model, groups = phivision.merge(step.graphdef, params), step.num_groups
+            return sum_over_microbatches(lambda part: batch_loss(model, part, groups)[1], batch, step.microbatches)
 
         batch = sharding.abstract(feed.spec, step.batch_shardings(feed.spec))
         with step.in_force():
