@@ -133,11 +133,9 @@ def model_of(checkpoint: Location, meta: Mapping[str, Any]) -> ModelConfig:
 
 def arrays_of(meta: Mapping[str, Any], item: str = PARAMS) -> dict[str, Array]:
     """The arrays of an item by their path in it ("decoder/norm/scale")."""
-    found = {}
-    for path, (dtype, shape, checksum) in meta["arrays"].items():
-        if path.startswith(f"{item}/"):
-            found[path.removeprefix(f"{item}/")] = Array(dtype, tuple(shape), checksum)
-    return found
+    start = f"{item}/"
+    found = {path.removeprefix(start): about for path, about in meta["arrays"].items() if path.startswith(start)}
+    return {path: Array(dtype, tuple(shape), checksum) for path, (dtype, shape, checksum) in found.items()}
 
 
 def crc_of_files(directory: Path) -> dict[str, str]:
@@ -249,11 +247,9 @@ def set_aside(directory: Location, step: int) -> str:
 def code_version() -> str:
     """The version of this program and, in a clone, the commit as git describes it ("0.1.0 a1b2c3d4e5f6-dirty")."""
     root, version = Path(__file__).parents[2], phivision_jax.__version__
-    if not (root / ".git").exists():
-        return version
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
-    except (OSError, subprocess.SubprocessError):  # git is not installed, or does not answer
-        commit = ""
-    return f"{version} {commit}".strip()
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # git is not installed, or does not answer
+        if (root / ".git").exists():
+            commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+            return f"{version} {commit}".strip()
+    return version

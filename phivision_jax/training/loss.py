@@ -62,18 +62,14 @@ def batch_loss(
     kernel, counted, hidden = model.decoder.lm_head.kernel[...], batch.loss_weights != 0, model.hidden(batch)
     with jax.named_scope("loss"):
         losses, hits = cross_entropy(hidden, kernel, batch.targets, counted)
-        token_loss = losses * batch.loss_weights  # [B, T]
-        weight = batch.loss_weights.sum()
-        groups = jax.nn.one_hot(batch.group_ids, num_groups)  # [B, T, g]
-        aux = {
-            "weight": weight,
-            "correct": (hits * batch.loss_weights).sum(),
-            "group_loss": jnp.einsum("BT,BTg->g", token_loss, groups),
-            "group_weight": jnp.einsum("BT,BTg->g", batch.loss_weights, groups),
-        }
+        weights, groups = batch.loss_weights, jax.nn.one_hot(batch.group_ids, num_groups)  # [B, T], [B, T, g]
+        token_loss, weight = losses * weights, weights.sum()
+        sums = {"weight": weight, "correct": (hits * weights).sum()}
+        for name, values in (("group_loss", token_loss), ("group_weight", weights)):
+            sums[name] = jnp.einsum("BT,BTg->g", values, groups)
         total = weight if total_weight is None else total_weight
         # A batch of padding has loss 0, not 0/0. Otherwise only ratios of weights matter, however small they are.
-        return token_loss.sum() / jnp.where(total == 0, 1.0, total), aux
+        return token_loss.sum() / jnp.where(total == 0, 1.0, total), sums
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

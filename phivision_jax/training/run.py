@@ -80,9 +80,7 @@ def train(cfg: RunConfig, where: str) -> int:
                 step = info.step + 1
                 stop, last = preemption.reached(step), step == steps
                 save = is_due(step, cfg.checkpoint_every) or stop or last
-                row = {}
-                if is_due(step, cfg.log_every) or last:
-                    row = run.step_row(step, metrics)
+                row = run.step_row(step, metrics) if is_due(step, cfg.log_every) or last else {}
                 run.due = (step, state, vision_tail, row) if save else None
                 if not stop or last:
                     row |= run.measure(state, step)

@@ -259,9 +259,8 @@ def check_unchanged(prepared: Prepared, meta: Mapping[str, Any], log: Log) -> No
     """
     check_settings(prepared.cfg, meta)
     if meta["plan"] != prepared.plan.hash:
-        then, now = f"trained with plan {meta['plan'][:12]}", f"its plan/ is now {prepared.plan.hash[:12]}"
-        remedy = "restore the former, or use a new --run"
-        raise ValueError(f"checkpoint {meta['step']} of this run was {then}, and {now}: {remedy}")
+        plans = f"was trained with plan {meta['plan'][:12]}, and its plan/ is now {prepared.plan.hash[:12]}"
+        raise ValueError(f"checkpoint {meta['step']} of this run {plans}: restore the former, or use a new --run")
     for name, here in (("guard", dataclasses.asdict(prepared.cfg.guard)), ("code", layout.code_version())):
         if name in (before := {**meta["run"], **meta}) and (then := before[name]) != here:
             log(f"{name} is {here}, and was {then} when checkpoint {meta['step']} was written")

@@ -103,17 +103,10 @@ class TrainStep:
             facts = {"loss": loss, "weight": total_weight, "step": state["step"]}
             updates, opt_state = self.tx.update(grads, state["opt_state"], trainable, **facts)
             params = optim.unflatten({**optax.apply_updates(trainable, updates), **frozen})
-        metrics = {
-            "loss": loss,
-            **aux,
-            "work": batch_work(batch),
-            "grad_norm": optax.global_norm(grads),
-            "update_norm": optax.global_norm(updates),
-            **optim.module_norms(grads, "grad_norm"),
-            **optim.module_norms(updates, "update_norm"),
-            "skipped_in_a_row": opt_state.skipped_in_a_row,
-            "skipped": opt_state.skipped,
-        }
+        metrics = {"loss": loss, **aux, "work": batch_work(batch)}
+        metrics |= {"skipped_in_a_row": opt_state.skipped_in_a_row, "skipped": opt_state.skipped}
+        for name, tree in (("grad_norm", grads), ("update_norm", updates)):
+            metrics |= {name: optax.global_norm(tree), **optim.module_norms(tree, name)}
         return {"params": params, "opt_state": opt_state, "step": state["step"] + 1}, metrics
 
     def pin(self, value_and_grads: Any) -> Any:
