@@ -45,10 +45,8 @@ def chat(
         raise ValueError("--save-image needs an image: give one with --image")
     model, processor = phivision_jax.load(checkpoint, mesh=mesh)
     sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    answer = phivision_jax.generate(
-        model, processor, prompt, images, mode=mode, max_new_tokens=max_new_tokens, **sampling
-    )
-    assert isinstance(answer, str)  # one prompt, one answer
+    sampling |= {"mode": mode, "max_new_tokens": max_new_tokens}
+    answer = str(phivision_jax.generate(model, processor, prompt, images, **sampling))
     print(printable(answer))
     if save_image:
         save_image.parent.mkdir(parents=True, exist_ok=True)

@@ -62,13 +62,10 @@ class TfdsSource:
           ValueError: when there is no such data set or split, or its format has no random access.
         """
         self._spec, self._split, self._options = spec, split, options
-        self._is_directory = Path(spec).is_dir()
-        info = self._builder.info
-        self.name = name or info.name
-        files = [Path(file) for other in info.splits.values() for file in other.filepaths]
-        self._key = identify([file for file in files if file.is_file()])
-        self._memory = LIMIT + 2 * min(LIMIT, max((Path(file).stat().st_size for file in self._key), default=0))
-        self._len = len(self._examples)
+        builder, examples = self._opened
+        self.name, self._len, files = name or builder.info.name, len(examples), _files(builder)
+        self._key = identify(files)
+        self._memory = LIMIT + 2 * min(LIMIT, max((file.stat().st_size for file in files), default=0))
         if not self._len:
             raise ValueError(f"split {split!r} of {spec} has no examples")
 
@@ -81,19 +78,18 @@ class TfdsSource:
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files stay here: another process opens its own.
-        return {name: value for name, value in vars(self).items() if name not in ("_builder", "_examples")}
+        return {name: value for name, value in vars(self).items() if name != "_opened"}
 
     def read(self, start: int, stop: int) -> Iterator[Read | Quarantined]:
-        folder = Path(self._spec) if self._is_directory else Path(self._builder.data_dir)
-        reader = ItemReader(self.name, folder, self._options)
-        features = self._builder.info.features
+        builder, examples = self._opened
+        reader = ItemReader(self.name, Path(builder.data_dir), self._options)
         for i in range(start, stop):
             place, where = f"{self.name}:{i + 1}", f"{self.name}, split {self._split}, example {i + 1}"
             example: dict[str, Any] = {}
             try:
                 with limited_memory(self._memory):
-                    example = self._examples[i]
-                    item = _plain(features, example)
+                    example = examples[i]
+                    item = _plain(builder.info.features, example)
             except Exception as error:  # of protobuf, array_record or TFDS
                 own = {name: _decode(example[name], "replace") for name in IDS if name in example}
                 yield reader.undecoded(error, "the example cannot be read", place, where, own)
@@ -101,30 +97,28 @@ class TfdsSource:
                 yield reader.read(item, place, where)
 
     @functools.cached_property
-    def _builder(self) -> Any:
+    def _opened(self) -> tuple[Any, Sequence[Any]]:
+        """The builder of the data set, and the examples of the split."""
         try:
-            if self._is_directory:
-                for file in ("dataset_info.json", "features.json"):
-                    read_json(Path(self._spec) / file)
+            is_directory = Path(self._spec).is_dir()
+            for file in ("dataset_info.json", "features.json") if is_directory else ():
+                read_json(Path(self._spec) / file)
             with limited_memory():
-                return tfds.builder_from_directory(self._spec) if self._is_directory else tfds.builder(self._spec)
+                builder = tfds.builder_from_directory(self._spec) if is_directory else tfds.builder(self._spec)
+            files = _files(builder)
+            if files and "array_record" in files[0].name:
+                # A process's first reader starts threads, and waits forever if their stacks exceed the limit on memory.
+                ArrayRecordReader(str(files[0])).close()
+            with limited_memory(LIMIT + 2 * sum(file.stat().st_size for file in files)):  # TFDS reads parquet at once
+                return builder, builder.as_data_source(self._split, decoders=_decoders(builder.info.features))
         except Exception as error:  # TFDS raises anything
-            raise ValueError(f"TFDS cannot open {self._spec}: {shorten(str(error), 300)}") from None
-
-    @functools.cached_property
-    def _examples(self) -> Sequence[Any]:
-        if "array_record" in (file := next(iter(self._key), "")):
-            # A process's first reader starts threads, and waits forever if their stacks exceed the limit on memory.
-            ArrayRecordReader(file).close()
-        try:
-            decoders = _decoders(self._builder.info.features)
-            with limited_memory(
-                LIMIT + 2 * sum(Path(file).stat().st_size for file in self._key)
-            ):  # TFDS reads parquet at once
-                return self._builder.as_data_source(split=self._split, decoders=decoders)
-        except Exception as error:
             problem = shorten(str(error) or type(error).__name__, 300)
-            raise ValueError(f"TFDS cannot read split {self._split!r} of {self._spec}: {problem}") from None
+            raise ValueError(f"TFDS cannot open {self._spec}, split {self._split!r}: {problem}") from None
+
+
+def _files(builder: Any) -> list[Path]:
+    files = (Path(file) for split in builder.info.splits.values() for file in split.filepaths)
+    return [file for file in files if file.is_file()]
 
 
 class _Unchanged(tfds.decode.SkipDecoding):

@@ -94,12 +94,9 @@ def splash(
     lead = q.ndim - 3
 
     def local(q, k, v, q_ids, span_end, kv_ids):
-        def row(args):
-            return _row(*args, blocks=blocks, interpret=interpret)
-
         # One row at a time: under vmap every row would visit the blocks of all rows.
         rows = [None if x is None else x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, q_ids, span_end, kv_ids)]
-        return jax.lax.map(row, tuple(rows)).reshape(q.shape)
+        return jax.lax.map(lambda row: _row(*row, blocks=blocks, interpret=interpret), tuple(rows)).reshape(q.shape)
 
     return shard_map_attention(local, q, k, v, (ids, span_end), (ids,), axes=axes)
 

@@ -117,10 +117,10 @@ def test_tfds_nested_features(directory):
     """Features inside a Dataset of dicts and inside a dict become Python values."""
     options = ItemOptions(rename=("steps=texts",))
     source = TfdsSource(str(directory), options)
-    features, examples = source._builder.info.features, source._examples
+    builder, examples = source._opened
     from phivision_jax.data.sources.tfds import _plain
 
-    item = next(_plain(features, e) for e in examples if e["id"] == b"r2")
+    item = next(_plain(builder.info.features, e) for e in examples if e["id"] == b"r2")
     assert item["steps"] == [{"text": "x", "image": PNG[0]}]
     assert item["facts"] == {"tags": ["a", "a"], "thumb": PNG[0], "seen": True, "score": 0.5}
     assert item["conversations"][1] == {"from": "gpt", "value": "that"}
