@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 LIMIT = 384 * 2**20
 """Bytes that a decoder may allocate, for anything that it makes of one item or one batch of rows."""
-_LINUX = sys.platform == "linux"
 _one_at_a_time = threading.RLock()  # the limit is the process's
 
 
@@ -24,7 +23,7 @@ def limited_memory(extra: int = LIMIT) -> Iterator[None]:
     The system stops it here before memory runs out and the process is killed. Only Linux has such a limit; elsewhere
     this does nothing.
     """
-    if not _LINUX:
+    if sys.platform != "linux":
         yield
         return
     with _one_at_a_time:
@@ -40,5 +39,5 @@ def limited_memory(extra: int = LIMIT) -> Iterator[None]:
 
 @functools.cache
 def _statm(pid: int) -> int:
-    """A process's figures of its memory, open: opening takes longer than all the rest, and a decoder is called often."""
+    """A process's figures of its memory as an open file: opening it at each use would take longer than all the rest."""
     return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +132,11 @@ def test_tfds_rejects(directory, tmp_path, monkeypatch):
         TfdsSource(str(directory), ItemOptions(), split="dev")
     with pytest.raises(ValueError, match="cannot open no_such_set"):
         open_source("tfds:no_such_set", options=ItemOptions())
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    info = (tmp_path / "dataset_info.json").read_text()
+    (tmp_path / "dataset_info.json").write_text(info.replace('"5"', f'"{10**12}"'))
+    with pytest.raises(ValueError, match="it has 1000000000000 examples by its"):
+        open_source(tmp_path, options=ItemOptions())
     (tmp_path / "dataset_info.json").write_text("{}")
     with pytest.raises(ValueError, match="cannot open"):
         open_source(tmp_path, options=ItemOptions())
