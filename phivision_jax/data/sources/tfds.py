@@ -10,6 +10,7 @@ know. Here only classes of TFDS itself are accepted, so no code of a data set's 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,6 @@ class TfdsSource:
         self.name, self._len, files = name or builder.info.name, len(examples), _files(builder)
         self._key = identify(files)
         self._memory = LIMIT + 2 * min(LIMIT, max((file.stat().st_size for file in files), default=0))
-        if not self._len:
-            raise ValueError(f"split {split!r} of {spec} has no examples")
 
     def __len__(self) -> int:
         return self._len
@@ -106,11 +105,14 @@ class TfdsSource:
             with limited_memory():
                 builder = tfds.builder_from_directory(self._spec) if is_directory else tfds.builder(self._spec)
             files = _files(builder)
-            if files and "array_record" in files[0].name:
-                # A process's first reader starts threads, and waits forever if their stacks exceed the limit on memory.
-                ArrayRecordReader(str(files[0])).close()
-            with limited_memory(LIMIT + 2 * sum(file.stat().st_size for file in files)):  # TFDS reads parquet at once
-                return builder, builder.as_data_source(self._split, decoders=_decoders(builder.info.features))
+            # A process's first reader starts threads, and waits forever if their stacks exceed the limit on memory.
+            ArrayRecordReader(os.devnull).ok()
+            stored = sum(file.stat().st_size for file in files)
+            with limited_memory(LIMIT + 2 * stored):  # TFDS reads parquet at once
+                examples = builder.as_data_source(self._split, decoders=_decoders(builder.info.features))
+            if not 0 < len(examples) <= 2**20 + stored:
+                raise ValueError(f"it has {len(examples) or 'no'} examples by its dataset_info.json")
+            return builder, examples
         except Exception as error:  # TFDS raises anything
             problem = shorten(str(error) or type(error).__name__, 300)
             raise ValueError(f"TFDS cannot open {self._spec}, split {self._split!r}: {problem}") from None
