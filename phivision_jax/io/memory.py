@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 LIMIT = 384 * 2**20
 """Bytes that a decoder may allocate, for anything that it makes of one item or one batch of rows."""
+# By process; opening it at each use would take longer than all the rest.
+_statm = functools.cache(lambda pid: os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC))
 _one_at_a_time = threading.RLock()  # the limit is the process's
 
 
@@ -35,9 +37,3 @@ def limited_memory(extra: int = LIMIT) -> Iterator[None]:
             yield
         finally:
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-@functools.cache
-def _statm(pid: int) -> int:
-    """A process's figures of its memory as an open file: opening it at each use would take longer than all the rest."""
-    return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
