@@ -207,10 +207,9 @@ def _remove_traces(out: Path) -> None:
 
 def _prepare(partial: Path, key: dict[str, Any], restart: bool) -> None:
     """Keep the committed chunks of the same key; remove others only if ``restart`` asks for it."""
-    try:
+    before = None
+    with contextlib.suppress(ValueError):
         before = read_json(partial / KEY)
-    except ValueError:
-        before = None
     if before != key or restart:
         if before is not None and not restart and any((partial / CHUNKS).glob("*")):
             problem = f"{partial} has the chunks of an interrupted run with other data, options or program version"

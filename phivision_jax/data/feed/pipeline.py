@@ -28,7 +28,6 @@ from phivision_jax.rows import Example, fill_rows
 if TYPE_CHECKING:
     import jax
 
-    from phivision_jax.data.records import Record
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.processor import Processor
 
@@ -133,12 +132,16 @@ def _load_example(
     planned = [processor.layout.measure(*size, max_patches) for size in dataset.index.sizes_of(i)]
     record_id, source = f"{dataset.directory.name}:{i}", dataset.directory.name
     try:
-        record = _read(dataset, i)
+        # On network storage most errors pass.
+        place = f"record {i} of {dataset.directory}"
+        record = retry(lambda: dataset[i], READ_ATTEMPTS, READ_FIRST_WAIT_S, _log.warning, place)
         record_id, source = record.id, record.source
         example = encode.encode_record(record, processor, max_patches, groups)
         if (found := [image.size for image in example.images]) != planned:
             grids = [[size.grids for size in sizes] for sizes in (found, planned)]
             raise BadRecord("image-broken", f"images decode to grids {grids[0]}, planned were {grids[1]}")
+    except OSError as error:
+        raise OSError(f"{place}: {READ_ATTEMPTS} attempts to read it failed: {error}") from error
     except BadRecord as error:
         failed.append(Quarantined(record_id, source, error.reason, str(error), f"{dataset.directory}, record {i}"))
         return encode.placeholder_example(planned_text, planned, processor.layout), record_id
@@ -147,15 +150,6 @@ def _load_example(
         remedy = "another version of this program wrote it; import the dataset again"
         raise ValueError(f"record {record_id!r:.100} of {source!r:.99} has {counts}: {remedy}")
     return example, record_id
-
-
-def _read(dataset: Dataset, i: int) -> Record:
-    """Read record ``i``, retrying after an I/O error: on network storage most of them pass."""
-    record = f"record {i} of {dataset.directory}"
-    try:
-        return retry(lambda: dataset[i], READ_ATTEMPTS, READ_FIRST_WAIT_S, _log.warning, record)
-    except OSError as error:
-        raise OSError(f"{record}: {READ_ATTEMPTS} attempts to read it failed: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

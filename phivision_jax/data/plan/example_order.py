@@ -267,10 +267,8 @@ class RealizedShare:
     def __str__(self) -> str:
         passes = "" if self.passes is None else f"  {self.passes:.2f} passes"
         requested = "" if self.requested is None else f"  requested {self.requested:.2%} of {self.requested_unit}"
-        return (
-            f"{self.kind:<6} {self.name:<20} {self.examples:>12,} examples {self.example_share:7.2%}"
-            f" {self.tokens:>16,} tokens {self.token_share:7.2%}{passes}{requested}"
-        )
+        examples = f"{self.kind:<6} {self.name:<20} {self.examples:>12,} examples {self.example_share:7.2%}"
+        return f"{examples} {self.tokens:>16,} tokens {self.token_share:7.2%}{passes}{requested}"
 
 
 def realized_shares(stage: Stage, names: Sequence[str], pool: Pool, order: np.ndarray) -> list[RealizedShare]:

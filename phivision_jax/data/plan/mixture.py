@@ -168,11 +168,10 @@ class Mixture:
         if name in self.names:
             raise ValueError(f"a source is called {name!r} already; give it another name")
         _check_directory(Path(path))
-        stages = []
-        for stage in self.stages:
-            replay = {**{other: old * (1 - share) for other, old in stage.replay.items()}, name: share}
-            stages.append(dataclasses.replace(stage, replay=replay))
-        return dataclasses.replace(self, sources=(*self.sources, (name, Path(path))), stages=tuple(stages))
+        replays = ({other: old * (1 - share) for other, old in stage.replay.items()} for stage in self.stages)
+        pairs = zip(self.stages, replays, strict=True)
+        stages = tuple(dataclasses.replace(stage, replay=replay | {name: share}) for stage, replay in pairs)
+        return dataclasses.replace(self, sources=(*self.sources, (name, Path(path))), stages=stages)
 
     def validation(self) -> Mixture:
         """The held-out records of the sources that the stages use, each once.
@@ -215,10 +214,9 @@ class Mixture:
             return cls.from_directories(path, **settings)
         try:
             return cls._from_dict(tomllib.loads(path.read_text(encoding="utf-8")), path.parent, settings)
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not TOML: {error}") from None
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            of_toml = isinstance(error, tomllib.TOMLDecodeError | UnicodeDecodeError)
+            raise ValueError(f"{path}{' is not TOML' if of_toml else ''}: {error}") from None
 
     @classmethod
     def _from_dict(cls, values: Mapping[str, Any], folder: Path, defaults: Mapping[str, Any]) -> Mixture:

@@ -138,7 +138,7 @@ def _add_options(messages: Sequence[dict[str, Any]], item: Mapping[str, Any]) ->
     name = next((name for name in keys.OPTIONS if not keys.is_blank(item.get(name))), None)
     if name is None:
         return
-    texts = [_text(option) for option in item[name]] if isinstance(item[name], list) else []
+    texts = [*map(_text, item[name])] if isinstance(item[name], list) else []
     if not (0 < len(texts) <= len(_LETTERS) and all(isinstance(text, str) for text in texts)):
         raise BadRecord("fields", f"the field {name} must be a list of up to 26 texts; {keys.or_keep(name)}")
     asked, answers = ([m["content"] for m in messages if (m["role"] == "assistant") is role] for role in (False, True))
@@ -200,12 +200,10 @@ def _message(turn: Mapping[str, Any], i: int, renames: Mapping[str, str], unread
 
 def _one(turn: Mapping[str, Any], first: str, second: str, i: int) -> Any:
     """The value under one of two keys, where both may be given if they agree."""
-    one, other = turn.get(first), turn.get(second)
-    if one is None or one != one:
-        return None if other != other else other
-    if other is not None and other == other and not (isinstance(one, str) and one == other):
+    given = [value for value in (turn.get(first), turn.get(second)) if value is not None and value == value]
+    if len(given) == 2 and not (isinstance(given[0], str) and given[0] == given[1]):
         raise BadRecord("fields", f"message {i} has both {first} and {second}, and they differ: keep one of them")
-    return one
+    return given[0] if given else None
 
 
 def _part(part: Mapping[str, Any], i: int, renames: Mapping[str, str], unread: list[Any]) -> Mapping[str, Any]:

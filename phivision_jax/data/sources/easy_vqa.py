@@ -38,12 +38,11 @@ def easy_vqa(
     if split not in ("train", "test"):
         raise ValueError(f"easy-VQA has the splits 'train' and 'test', not {split!r}")
     questions, paths = (getattr(package, f"get_{split}_{part}")() for part in ("questions", "image_paths"))
-    by_image: dict[int, list[tuple[str, str]]] = {image: [] for image in sorted(paths)[:max_images]}
+    by_image: dict[int, list[tuple[str, str]]] = collections.defaultdict(list)
     for question, answer, image in zip(*questions, strict=True):
-        if image in by_image:
-            by_image[image].append((question, answer))
+        by_image[image].append((question, answer))
     records = []
-    for image, pairs in by_image.items():
+    for image, pairs in sorted(by_image.items())[:max_images]:
         content = Path(paths[image]).read_bytes()
         if questions_per_record > 1:
             pairs = [pairs[i] for i in permutation(len(pairs), seed, image)]

@@ -110,11 +110,9 @@ class ItemReader:
 
     def bad(self, reason: str, detail: str, place: str, where: str, item: Any = None) -> Quarantined:
         """A quarantined item, under its own id if ``item`` has one."""
-        try:
-            own = _id(self._renamed(item))[1] if isinstance(item, Mapping) else None
-        except BadRecord:
-            own = None
-        return Quarantined(own or place, self.source, reason, detail, where)
+        with contextlib.suppress(BadRecord):
+            place = (isinstance(item, Mapping) and _id(self._renamed(item))[1]) or place
+        return Quarantined(place, self.source, reason, detail, where)
 
     def _guess(self, raw: bytes) -> Any:
         """An item with the id that broken JSON still shows."""
@@ -145,7 +143,8 @@ class ItemReader:
     def _read(self, item: dict[str, Any], place: str, where: str) -> Read:
         options = self.options
         conversation = conversation_of(item, options.renames)
-        messages, lineage = conversation.messages, _lineage(item)
+        messages, steps = conversation.messages, item.get("lineage")
+        lineage = tuple(steps) if isinstance(steps, list) and all(isinstance(step, str) for step in steps) else None
         used = {*conversation.used, "" if lineage is None else "lineage"}
         level: keys.Level = "question" if "question" in used else "record"
         listed = _listed(item)
@@ -285,11 +284,6 @@ def _optional(item: Mapping[str, Any], name: str) -> str | None:
 
 def _aside(name: str) -> str:
     return f"--rename {name}=dataset_{name} keeps it as metadata"
-
-
-def _lineage(item: Mapping[str, Any]) -> tuple[str, ...] | None:
-    steps = item.get("lineage")
-    return tuple(steps) if isinstance(steps, list) and all(isinstance(step, str) for step in steps) else None
 
 
 def _metadata(item: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:

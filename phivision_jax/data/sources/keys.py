@@ -72,12 +72,9 @@ _MARKER = re.compile(
 def _classify(level: Level, key: str) -> tuple[str, Any, str, bool]:
     """A key's name in lower case, the types of values with a meaning, its problem, and whether the key is harmless."""
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[\s.-]+", "_", key).lower()
-    types: Any = ()
-    problem = ""
-    for row in _TABLE["meanings"] if not name.startswith("dataset_") else ():
-        if level in row["levels"] and re.fullmatch(row["names"], name, re.VERBOSE):
-            types, problem = _TYPES[row["values"]], row["problem"]
-            break
+    rows = () if name.startswith("dataset_") else _TABLE["meanings"]
+    found = [row for row in rows if level in row["levels"] and re.fullmatch(row["names"], name, re.VERBOSE)]
+    types, problem = (_TYPES[found[0]["values"]], found[0]["problem"]) if found else ((), "")
     return name, types, problem, _HARMLESS.fullmatch(name) is not None
 
 

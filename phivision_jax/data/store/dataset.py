@@ -79,13 +79,12 @@ class Index:
         Raises:
           ValueError: for arrays of other types or lengths than the manifest's.
         """
-        records, images = manifest["records"], manifest["images"]
-        shapes = {"image_offsets": (records + 1,), "image_sizes": (images, 2)}
-        arrays = {
-            name: read_array(locate(directory, f"index/{name}.npy"), dtype, *shapes.get(name, (records,)))
-            for name, dtype in ARRAYS.items()
-        }
-        return cls(**arrays, task_names=tuple(manifest["tasks"]))
+        shapes = {"image_offsets": (manifest["records"] + 1,), "image_sizes": (manifest["images"], 2)}
+        arrays: dict[str, Any] = {"task_names": tuple(manifest["tasks"])}
+        for name, dtype in ARRAYS.items():
+            shape = shapes.get(name, (manifest["records"],))
+            arrays[name] = read_array(locate(directory, f"index/{name}.npy"), dtype, *shape)
+        return cls(**arrays)
 
     def check(self, directory: Path) -> None:
         """Check every value.

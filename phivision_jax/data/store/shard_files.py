@@ -78,10 +78,6 @@ def read_record(reader: ArrayRecordReader, shard: Shard, position: int) -> bytes
         raise ValueError(str(error)) from None
 
 
-def _most_open() -> int:
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_OPEN if allowed == resource.RLIM_INFINITY else max(1, min(MOST_OPEN, allowed // 2))
-
-
-READERS = Readers(_most_open())
+_allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+READERS = Readers(MOST_OPEN if _allowed == resource.RLIM_INFINITY else max(1, min(MOST_OPEN, _allowed // 2)))
 """The readers of this process."""
