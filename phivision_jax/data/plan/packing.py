@@ -54,8 +54,7 @@ def place(used: Sequence[int], images: Iterable[int], num_patches: int) -> list[
     """``used`` patches of each vision row after an example's images are placed; None when one does not fit."""
     after = list(used)
     for patches in images:
-        r = fullest_vision_row(after, patches, num_patches)
-        if r is None:
+        if (r := fullest_vision_row(after, patches, num_patches)) is None:
             return None
         after[r] += patches
     return after
@@ -110,8 +109,7 @@ def _pack(
     used = [[0] * shape.vision_rows for _ in range(num_rows)]
     never = np.iinfo(np.int64).max
     for i, (example, t, p) in enumerate(zip(examples.tolist(), tokens.tolist(), patches.tolist(), strict=True)):
-        images = lengths.images_of(example).tolist()
-        scores = score[:num_rows]
+        images, scores = lengths.images_of(example).tolist(), score[:num_rows]
         np.copyto(scores, (room if t <= small else work)[:num_rows])
         scores[room[:num_rows] < t] = never
         if p:

@@ -11,6 +11,8 @@ is as fast as the disk.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgpack
 
 from phivision_jax.data.image_check import check_image
@@ -77,17 +79,17 @@ def count_text_tokens(record: Record, processor: Processor) -> int:
 
 
 def _check_storable(record: Record) -> None:
-    """Reject strings and metadata that msgpack would not give back; ``_check_messages`` checks message texts."""
-    for name, text in (("id", record.id), ("source", record.source), *(("lineage", step) for step in record.lineage)):
-        _check_unicode(f"the {name}", text)
-    extra = [{k: v for k, v in m.items() if k not in ("role", "content")} for m in record.messages if len(m) > 2]
-    try:
-        msgpack.unpackb(msgpack.packb([dict(record.metadata), extra]))
-    except UnicodeError as error:
-        raise BadRecord("encoding", f"the metadata is not Unicode text: {error}") from None
-    except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
-        # Keys that are not strings, dates, numbers beyond 64 bits, hundreds of levels.
-        raise BadRecord("fields", f"the metadata cannot be stored: {error!s:.100}") from None
+    """Reject strings and metadata that msgpack would not give back."""
+    parts: dict[str, Any] = {f"the {name}": getattr(record, name) for name in ("id", "source", "lineage", "metadata")}
+    for name, part in (parts | {f"message {i}": message for i, message in enumerate(record.messages)}).items():
+        try:
+            msgpack.unpackb(msgpack.packb(part))
+        except UnicodeEncodeError as error:
+            problem = f"{name} is not Unicode text: {error.reason} at character {error.start}"
+            raise BadRecord("encoding", problem) from None
+        except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+            # Keys that are not strings, dates, numbers beyond 64 bits, hundreds of levels.
+            raise BadRecord("fields", f"{name} cannot be stored: {error!s:.100}") from None
 
 
 def _check_messages(record: Record) -> None:
@@ -100,7 +102,6 @@ def _check_messages(record: Record) -> None:
         content = message["content"]
         if not isinstance(content, str):
             raise BadRecord("fields", f"message {i}: its content is {type(content).__name__}, not text")
-        _check_unicode(f"message {i}", content)
         markers += content.count(IMAGE_MARKER)
         if message["role"] == "assistant":
             weights.append(message.get("weight"))
@@ -118,10 +119,3 @@ def _answer_text(content: str) -> str:
     content = content.removeprefix(NOTHINK)
     answer = content.partition(END_THINK)[2] if content.startswith(THINK) and END_THINK in content else content
     return answer.replace(IMAGE_MARKER, "").strip()
-
-
-def _check_unicode(what: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecord("encoding", f"{what} is not Unicode text: {error.reason} at character {error.start}") from None
