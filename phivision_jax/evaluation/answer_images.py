@@ -62,10 +62,9 @@ def answer_images(records: Sequence[Record], answers: Sequence[Answer]) -> list[
 
 def _fit(image: Image.Image) -> Image.Image:
     scale = min((WIDTH - 2 * MARGIN) / image.width, IMAGE_HEIGHT / image.height)
-    enlarged = scale >= 2
-    scale = int(scale) if enlarged else scale
+    scale = int(scale) if scale >= 2 else scale
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
-    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
 
 
 def _text(text: str, colour: str) -> Image.Image:

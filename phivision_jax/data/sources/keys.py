@@ -104,11 +104,10 @@ def unread(
         if not isinstance(value, types):
             problem = kind or ""
         if problem:
-            if problem == "image":
-                in_message = level in ("message", "turn")
-                remedy = "put it into the field images of the record" if in_message else "--rename {key}=image"
-                problem = f"looks like an image: {remedy}"
-            elif problem in ("video", "audio"):
+            in_message = level in ("message", "turn")
+            remedy = "put it into the field images of the record" if in_message else "--rename {key}=image"
+            problem = f"looks like an image: {remedy}" if problem == "image" else problem
+            if problem in ("video", "audio"):
                 problem = "looks like video or audio, which the model does not support: leave the record out"
             shown = shorten(key, 60)
             raise BadRecord("unread", f"{where}the field {shown} {problem.format(key=shown)}; {or_keep(shown)}")
