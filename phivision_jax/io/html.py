@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import dataclasses
 import functools
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jinja2
 from matplotlib import font_manager, style
@@ -39,8 +38,7 @@ RED = "#e0322f"
 """Marks limits in figures."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Cells of text."""
 
     header: Sequence[str]
@@ -52,8 +50,7 @@ class Table:
     """A colour per row, shown before its first cell on a page; or none."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """A PNG with a caption."""
 
     png: bytes
@@ -62,16 +59,14 @@ class Figure:
     """The same for dark screens; a figure that has one is shown over the full width of the page."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A stretch of text in one style; line breaks in it are kept."""
 
     text: str
     style: Style = "plain"
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """A heading and what follows it."""
 
     title: str

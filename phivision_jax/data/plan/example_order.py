@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +30,7 @@ _FITTING_ROUNDS = 2_000
 _CELL_ORDER = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """The records that examples may come from, as arrays [n] of i64."""
 
     sources: np.ndarray
@@ -47,8 +47,7 @@ class Pool:
         return self.tokens if unit == "tokens" else np.ones_like(self.tokens)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cell:
+class _Cell(NamedTuple):
     source: int
     mode: int
     task: int

@@ -20,8 +20,8 @@ so a planned row always fits, also with R > 1.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,8 +29,7 @@ from phivision_jax.batch import RowShape
 from phivision_jax.rows import fullest_vision_row
 
 
-@dataclasses.dataclass(frozen=True)
-class Lengths:
+class Lengths(NamedTuple):
     """The sizes of N examples with I images in all."""
 
     tokens: np.ndarray

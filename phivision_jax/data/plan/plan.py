@@ -40,6 +40,7 @@ from phivision_jax.data.shuffle import permutation
 from phivision_jax.data.store.dataset import Dataset, check_processor
 from phivision_jax.io import atomic
 from phivision_jax.io.files import read_array
+from phivision_jax.io.messages import prefix_errors
 from phivision_jax.io.progress import bar
 from phivision_jax.io.read_json import read_json
 from phivision_jax.processor import Processor
@@ -165,7 +166,8 @@ class Plan:
         for name, dtype in _ARRAYS.items():
             columns = (3,) if name in ("resized", "rejected") else ()
             arrays[name] = read_array(directory / f"{name}.npy", dtype, None, *columns)
-        shares = typed(about.get("shares"), tuple[RealizedShare, ...], f"{path}: shares")
+        with prefix_errors(str(path)):
+            shares = typed(about.get("shares"), tuple[RealizedShare, ...], "shares")
         plan = cls(**arrays, shares=shares, **{name: about[name] for name in _VALUES})
         if plan.hash != about.get("hash"):
             raise ValueError(f"{directory}: the arrays do not have the hash in plan.json; make the plan again")

@@ -18,11 +18,10 @@ the last form ``options`` or ``choices`` follow the question, a line "A. …" fo
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.sources import keys
@@ -46,8 +45,7 @@ class _Index(int):
     """Placeholder for the image of a part that only gives its number."""
 
 
-@dataclasses.dataclass
-class Conversation:
+class Conversation(NamedTuple):
     messages: list[dict[str, Any]]
     images: list[Any]
     """For each ``<image>`` in the messages, in order: the image given there; None: the next of the item's images."""

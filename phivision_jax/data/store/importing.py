@@ -20,7 +20,7 @@ import os
 import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -117,8 +117,7 @@ def import_source(
     return Dataset.open(out)
 
 
-@dataclasses.dataclass(frozen=True)
-class Accepted:
+class Accepted(NamedTuple):
     """A checked record, its mode and lineage set, with its size for the index."""
 
     read: Read

@@ -7,14 +7,13 @@ records that it hit, and those that were broken before they were imported.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import operator
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,8 +36,7 @@ from phivision_jax.io.workers import Stop, Stopped
 _LISTED_DUPLICATES = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     files: int
     records: int
     images: int

@@ -13,10 +13,10 @@ A row is shown with the example of each position and the image of each patch, re
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from einops import rearrange
@@ -167,8 +167,7 @@ LOSS = "#d55e00"
 CAPTION = "A colour per example · hatched: images (2.1: the first of example 2) · orange: loss on the next token"
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageSpan:
+class ImageSpan(NamedTuple):
     """An image in a row, or one tile of it. Spans are [first, last + 1)."""
 
     segment: int
@@ -182,8 +181,7 @@ class ImageSpan:
     """Within P; empty for the merged tokens of a failed record's placeholder."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RowLayout:
+class RowLayout(NamedTuple):
     """The owners of one row of a batch."""
 
     segments: tuple[tuple[int, int], ...]
