@@ -5,8 +5,6 @@
 Every step prints the command that a user would type for it.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import subprocess

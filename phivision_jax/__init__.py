@@ -7,8 +7,6 @@ graphdef, params = model.split()  # plain dicts
 loss, sums = phivision_jax.batch_loss(phivision_jax.merge(graphdef, params), batch)
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -13,8 +13,6 @@ training, inference) reads nothing else. A row holds several complete examples o
     span_end       0  4  4  4  4  5  6  7  8  9 10 11      image_attention="bidirectional"
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 

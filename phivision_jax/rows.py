@@ -4,8 +4,6 @@ An example's image markers are expanded into placeholders, one per vision token.
 each with its images in the row's vision rows; an image is never split.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Sequence
 

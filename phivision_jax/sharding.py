@@ -11,8 +11,6 @@ Models name what an axis *is* ("embed", "heads"); this file alone decides on whi
 A row's images are on the same devices as its text: nothing of a row crosses ``slice``, ``data`` or ``fsdp``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Arrays of a checkpoint on devices: their checksums, and restoring them verified."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import sys

@@ -20,8 +20,6 @@ detect these too, but take NumPy ten times as long.
 This module is NumPy; ``arrays.py`` computes the same on devices.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Mapping, Sequence

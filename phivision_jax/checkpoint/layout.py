@@ -33,8 +33,6 @@ When a bucket does not answer, every function raises ``StorageError``; this is n
 imports JAX or Orbax, because the converter uses it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import subprocess

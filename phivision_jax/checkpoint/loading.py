@@ -6,8 +6,6 @@ other, and a run that starts from such a checkpoint begins with the merged weigh
 Everything that is read is verified (``layout.py``); the optimizer state is neither read nor verified.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -3,8 +3,6 @@
 The metrics of a step are stored in its metadata, so a run may change the metric between two starts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

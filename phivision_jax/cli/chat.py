@@ -1,7 +1,5 @@
 """``phivision chat``: ask a checkpoint one question."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal
 

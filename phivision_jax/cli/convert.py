@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 ``verify`` found a difference, 2 refused or failed (with the reason on stderr), 130 interrupted.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from typing import Annotated, Literal

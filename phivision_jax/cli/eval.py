@@ -1,7 +1,5 @@
 """``phivision eval``: score a checkpoint on a dataset."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from tyro.conf import arg

@@ -1,7 +1,5 @@
 """``phivision goodput``: the wall time of runs."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from tyro.conf import Positional, arg

@@ -1,7 +1,5 @@
 """The command ``phivision``: one module of this package per subcommand, imported when it is chosen."""
 
-from __future__ import annotations
-
 import importlib
 import logging
 import os

@@ -1,7 +1,5 @@
 """``phivision train``: train a model, or continue a run."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated
 

@@ -5,8 +5,6 @@ Hugging Face fuses q|k|v and gate|up, so the adapter of a fused layer has the su
     A = [A_q; A_k; A_v]  [3r, in]        B = diag(B_q, B_k, B_v)  [out, 3r]        scale 3·alpha / 3r = alpha / r
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

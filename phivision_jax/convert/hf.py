@@ -5,8 +5,6 @@ through a memory map, because mapped pages count as resident memory. In a bucket
 is copied to this machine. Nothing here unpickles or executes anything.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

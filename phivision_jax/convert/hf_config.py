@@ -4,8 +4,6 @@ Each table pairs a Hugging Face key with our field. Keys that a released file om
 classes, and keys that would change the arithmetic are refused unless they have the one value that is computed here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

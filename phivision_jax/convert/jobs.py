@@ -3,8 +3,6 @@
 Everything that headers and metadata can show is checked before the destination is touched.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -13,8 +13,6 @@ Axis letters are those of ``models/layers.py``, and E numbers of a patch, S entr
 outputs, M inputs of the projector.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -6,8 +6,6 @@ an object appears completely, so the file that makes the directory a checkpoint 
 beside it exists from before the first to after the last: it distinguishes an interrupted upload from a user's files.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

@@ -1,7 +1,5 @@
 """Compare two checkpoints of either kind, and describe one."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

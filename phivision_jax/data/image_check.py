@@ -1,7 +1,5 @@
 """The check of one image of a record."""
 
-from __future__ import annotations
-
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.images.decode import MOST_BYTES, ImageTooLargeError, image_size, open_image, to_rgb
 from phivision_jax.io.memory import limited_memory

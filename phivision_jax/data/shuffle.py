@@ -5,8 +5,6 @@ NumPy guarantees the raw output of a bit generator and of SeedSequence forever, 
 samples compare it.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 _BLOCK = 1 << 20

@@ -8,8 +8,6 @@ turns each into a message with the place where it hangs, a stack of every thread
 Imports no JAX, so that the launcher stays small.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import json

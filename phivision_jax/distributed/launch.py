@@ -9,8 +9,6 @@ signal, but not after an error, which would only happen again. It passes SIGTERM
 saves and ends; then the launcher ends too.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -10,8 +10,6 @@ A step is one program over all devices, so no process can stop alone: the others
 Exit codes (``heartbeat.py``) let a launcher (``launch.py``, a JobSet, a shell loop) decide whether to start again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

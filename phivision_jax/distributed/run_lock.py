@@ -16,8 +16,6 @@ suspended for so long that another start has taken the run over, or a user has r
 Imports no JAX.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json

@@ -1,7 +1,5 @@
 """A question's images with the question, the answer and the reference below them, as one image to look at."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 

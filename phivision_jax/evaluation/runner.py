@@ -1,7 +1,5 @@
 """Generate the answer to each record's last turn, in batches of one static shape, and score it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 

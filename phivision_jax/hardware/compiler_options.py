@@ -4,8 +4,6 @@ Without them the chip waits for every gather of weights. They were chosen with `
 the computation that overlaps each collective; none has been timed on a chip.
 """
 
-from __future__ import annotations
-
 from jax.sharding import Mesh
 
 # v5e has no SparseCore: a gather is split into steps that are fused with the matrix products around it. For other chips

@@ -5,8 +5,6 @@ model (15B, fp32 AdamW) and were checked with the TPU compiler (``docs/preflight
 memory. ``phivision preflight --search`` looks for a better layout.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

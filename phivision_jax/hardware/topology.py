@@ -15,8 +15,6 @@ a slice of up to 8 chips is one host, and larger slices have hosts of 4: two of 
 Cloud's tables count both kinds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math

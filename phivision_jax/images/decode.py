@@ -12,8 +12,6 @@ Training data contains broken, rotated, transparent and 16-bit images. All of th
 * Pillow's warnings are silenced: they name no file, and damage that matters is an error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import io

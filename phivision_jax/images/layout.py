@@ -17,8 +17,6 @@ is imported before the model's processor is made, such as the file of a run's co
         ...
 """
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import importlib

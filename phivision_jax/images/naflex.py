@@ -11,8 +11,6 @@ that follows the image's size between a minimum and a maximum, instead of always
 ``min_patches`` is a target too, not a floor: a narrow image can end below it (37 x 91 gives 25 x 10 = 250).
 """
 
-from __future__ import annotations
-
 import functools
 
 import einops

@@ -9,8 +9,6 @@ The Python API also takes a PIL image and a uint8 array, [height, width] or [hei
 fetches http(s) addresses, with --allow-urls (``data/sources/fetch.py``).
 """
 
-from __future__ import annotations
-
 import base64
 import os
 import re

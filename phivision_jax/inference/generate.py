@@ -13,8 +13,6 @@ prompt and its answer is never seen, and RoPE positions continue from the prompt
     segments     1  1  0  0  0 | 1  1  0       (row 1)
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import numbers

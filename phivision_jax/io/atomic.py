@@ -6,8 +6,6 @@ a dot: ``.NAME.partial`` for a file, ``.NAME.partial-<random>`` for a directory.
 completely, so ``write`` needs no rename there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os

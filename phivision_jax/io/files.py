@@ -1,7 +1,5 @@
 """Files of a directory of unknown origin: they must be in it, and errors name them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -6,8 +6,6 @@
 The page follows the reader's light or dark theme, and so does a figure of ``plot``.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import functools

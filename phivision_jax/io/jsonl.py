@@ -4,8 +4,6 @@ A kill may leave a last line that is cut short, and a power cut NULs. Readers ig
 removes them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A limit on the memory that decoding input of unknown origin may take."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

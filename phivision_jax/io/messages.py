@@ -1,7 +1,5 @@
 """Parts of messages: the nearest known name, the values in which two settings differ, the gist of an error."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import re

@@ -1,7 +1,5 @@
 """Progress of long work: a line that is updated in place on a terminal, lines of text in a log."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Read JSON of unknown origin: every error is a ``ValueError`` of one sentence that names the file."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """Try again what may succeed later, waiting twice as long after each failure."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

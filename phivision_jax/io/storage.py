@@ -9,8 +9,6 @@ and replaced atomically; nothing can be appended to it. Renaming a directory cop
 not atomic.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import functools

@@ -22,8 +22,6 @@ Importing is one use (``data.store.importing``). This module knows nothing about
 item ("step/reason", see ``data.quarantine``) and where a result comes from (``Record.lineage``).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -5,8 +5,6 @@ decides), and can stop in the middle of a job. Workers are forked from a server 
 need, so that ten of them take little more memory than one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

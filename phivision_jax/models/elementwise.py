@@ -14,8 +14,6 @@ inputs. Differentiable in reverse mode only, and not inside a ``shard_map`` with
 replicated scales would have to be summed.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

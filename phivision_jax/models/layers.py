@@ -12,8 +12,6 @@ features of a vision token in a merge table and their terms; g groups of example
 Compute follows the dtype of the activations: a parameter is cast where it is used; norms and angles are fp32.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -11,8 +11,6 @@ The backward pass goes the same way: a device accumulates its own shard of the g
 XLA would sort all rows at once (half a million tokens on a pod) and permute them before adding.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec

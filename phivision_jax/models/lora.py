@@ -8,8 +8,6 @@ Adapters are recognised by these parameter names alone: they decide what trains 
 export merges (``convert/ours.py``). ``alpha`` is not in the tree: it is metadata.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Source: Phi-4 (arXiv 2412.08905) and transformers' ``modeling_phi3.py``, whose s
 fused ``qkv_proj`` and ``gate_up_proj`` are separate layers here, so that each has axes a mesh can split.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from flax import nnx

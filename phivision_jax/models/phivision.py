@@ -7,8 +7,6 @@ hidden   = model.hidden(batch)            # [B, T, D]  after the final norm
 logits   = model(batch)                   # [B, T, V]  fp32
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 

@@ -12,8 +12,6 @@ x is the layer's input. Offloading moves it to pinned host memory and back while
 "dots" also keeps their products.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

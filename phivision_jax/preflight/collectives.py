@@ -22,8 +22,6 @@ its last step. All other collectives are synchronous. ``overlapped`` does not me
 product may be shorter than the gather.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -3,8 +3,6 @@
 The TPU compiler may abort the process that it runs in, and takes gigabytes.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import gc
 import importlib.util

@@ -4,8 +4,6 @@ Weights are bf16, on the mesh that ``load`` chooses for such devices (``sharding
 computed, and made smaller until prefill and decoding, compiled as one program, fit; a larger one may fit too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ product that the compiler runs twice. TPU programs write every product as a ``co
 kernels (custom calls) are opaque and not counted.
 """
 
-from __future__ import annotations
-
 import math
 import re
 

@@ -13,8 +13,6 @@ A program that does not fit fails with one of two messages: an early one with a 
 ``allocations`` reads.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Report of a compiled training step: one dict of plain values, a text for the terminal, and a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

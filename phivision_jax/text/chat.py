@@ -17,8 +17,6 @@ assistant message with ``"weight": 0`` is context without loss. Its thoughts may
 is the text "<image>" and no image, in the same way for img, video, audio and box; further backslashes are text.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args

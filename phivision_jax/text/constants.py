@@ -1,7 +1,5 @@
 """Values with a meaning of their own in token ids, labels and messages."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 IMAGE_TOKEN = -200

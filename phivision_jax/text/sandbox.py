@@ -5,8 +5,6 @@ from a budget of characters: what it prints and joins, containers and results of
 before it exists what an operation can make of small operands. Every payment and every turn of a loop checks the time.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -9,8 +9,6 @@
 Device limits come from ``hardware/layouts.py``.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -12,8 +12,6 @@ A step has no target token when no record of it can be decoded, or all weights a
 move the parameters without any data. Such a step is no sign of damaged weights: it does not count as skipped in a row.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence

@@ -18,8 +18,6 @@ Not on TPUs: a second size of the head would add much to the compilation of a st
 has a text-only row.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

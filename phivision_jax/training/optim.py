@@ -3,8 +3,6 @@
 Modules in metrics (vision, projector, decoder) are the first part of a parameter's path.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ The state before the step is reconstructed as training made it: from the newest 
 initial state, by repeating the steps between. So loss and gradients are the run's own, for skipped updates too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

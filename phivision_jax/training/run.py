@@ -3,8 +3,6 @@
 configuration → checks → run directory → plan, compiled step → state → loop → checkpoints and metrics
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

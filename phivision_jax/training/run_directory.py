@@ -17,8 +17,6 @@ Each process has a copy of its own and sends the files that it changed. Files wi
 one. Imports no JAX.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -4,8 +4,6 @@
 a run prepares the same. Errors here come before any training.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

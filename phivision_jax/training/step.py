@@ -1,7 +1,5 @@
 """The training step: a pure function of (state, batch), jitted once, its state donated and its shardings pinned."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

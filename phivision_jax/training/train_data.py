@@ -7,8 +7,6 @@ A record is held out by its number in its dataset and ``data.seed`` (``Mixture.e
 sizes, the model and the number of hosts. Plan inputs contain the share, so a run cannot continue with another.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -7,8 +7,6 @@ all target tokens, however examples are packed into rows, rows into batches, and
 do not apply, so that runs with different weights can be compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Encode records as ``Example``: tokens, patches, and the group that metrics are split by."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Sequence

@@ -10,8 +10,6 @@ in the order of these times. So the shares hold in every stretch of the plan. In
 permutation of the epoch: none comes again before all of the cell have come once.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math

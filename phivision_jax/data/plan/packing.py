@@ -18,8 +18,6 @@ Within a row, images are placed in vision rows by the same function in the same 
 so a planned row always fits, also with R > 1.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Sizes of records in tokens and patches, from the index alone, and which of them fit a row."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Literal

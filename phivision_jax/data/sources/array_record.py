@@ -3,8 +3,6 @@
 A dataset can be imported again with other options; its shards are then read in its own order.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator, Mapping

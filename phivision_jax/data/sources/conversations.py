@@ -16,8 +16,6 @@ the record (``keys.SYSTEM``). In the last two forms images without any ``<image>
 the last form ``options`` or ``choices`` follow the question, a line "A. …" for each, unless the question has them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType

@@ -11,8 +11,6 @@ annotations are rounded. Anything farther outside is rejected, and so is a box w
 probably x, y, width, height.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -3,8 +3,6 @@
 The images are part of the package ``easy_vqa`` and are read from it; this project has none of its data.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ connection goes to an address of this machine or its network unless the user nam
 ``LARGEST``. The content decides about an image's format: its name may say another, which is only counted.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import errno

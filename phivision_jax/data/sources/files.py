@@ -1,7 +1,5 @@
 """The files of a format and of a split in a folder, by their names, and the common part of sources that are files."""
 
-from __future__ import annotations
-
 import abc
 import itertools
 import os

@@ -1,7 +1,5 @@
 """The options of reading items, also flags of ``phivision data import``: this module imports nothing slow."""
 
-from __future__ import annotations
-
 import dataclasses
 import ipaddress
 import json

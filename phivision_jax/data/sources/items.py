@@ -24,8 +24,6 @@ The no-think token itself is removed: encoding puts it back. Images are read her
 missing file is found at import. ``data.store.record_check`` checks strings and images afterwards.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -8,8 +8,6 @@ opening it fails with the position, because it is not certain where the next ite
 large or too deep, or has broken UTF-8, affects no other.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

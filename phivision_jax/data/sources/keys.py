@@ -10,8 +10,6 @@ Names are compared in lower case with underscores between words: ``imageUrl`` an
 value that looks like an image, video or audio is refused under any name that is not read.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re

@@ -1,7 +1,5 @@
 """The reader for a file or folder, chosen by its names or by ``format``."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

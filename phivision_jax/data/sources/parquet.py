@@ -5,8 +5,6 @@ beginning, a few rows at a time. So that consecutive chunks do not read a large 
 the last range stays open for the next.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

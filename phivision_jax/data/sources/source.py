@@ -3,8 +3,6 @@
 ``RecordsSource`` has records that are in memory already.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import os

@@ -7,8 +7,6 @@ A prepared data set names the Python classes of its features, and TFDS imports t
 know. Here only classes of TFDS itself are accepted, so no code of a data set's author runs.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence

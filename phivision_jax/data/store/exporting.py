@@ -6,8 +6,6 @@
 Importing OUT gives the same records again: ids, sources, messages, images, modes, tasks, metadata and lineage.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

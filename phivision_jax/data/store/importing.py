@@ -8,8 +8,6 @@ The same source and options give the same bytes, with any number of workers and 
 rewrites records runs before ``CheckRecord``.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses

@@ -4,8 +4,6 @@ The sha256 of every file shows damage by copying or by a disk; reading every rec
 records that it hit, and those that were broken before they were imported.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

@@ -9,8 +9,6 @@ So training finds no bad records but those whose pixels are broken. Without ``de
 is as fast as the disk.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgpack

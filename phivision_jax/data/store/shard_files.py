@@ -4,8 +4,6 @@
 open, those of all datasets together.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import functools

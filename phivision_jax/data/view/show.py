@@ -11,8 +11,6 @@ A row is shown with the example of each position and the image of each patch, re
     patches   |▨▨▨▨▨▨ 1.1 ▨▨▨▨▨▨|▨▨ 2.1 ▨▨|                 |     a strip per vision row
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Everything is computed from the index and the manifest, except the ids of a few 
 and no image is decoded. ``statistics_report`` shows the numbers.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The statistics of datasets as a figure, and as tables with one column per dataset."""
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable, Sequence
 

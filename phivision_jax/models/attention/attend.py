@@ -24,8 +24,6 @@ There are four implementations of this definition; the choice is made at trace t
 Outputs at padding are finite but meaningless: padding sees only itself in the kernels, and is zero in blockwise.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name

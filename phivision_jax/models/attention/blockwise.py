@@ -17,8 +17,6 @@ Axes beside the legend of ``models/layers.py``: a row is i blocks of t queries, 
 queries of one block that share a key head.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -16,8 +16,6 @@ computed as on a CPU.
 The kernels are private modules of tokamax, without a stable API, hence the check of its version.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from importlib import metadata

@@ -4,8 +4,6 @@ Kernels and loops over blocks know nothing of shardings: a loop over a sharded a
 makes the shards explicit; along ``context`` a row's queries are split and its keys are gathered.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -12,8 +12,6 @@ then drops blocks whose segments do not meet:
 The kernel is a private module of tokamax, hence the check of its version (``flash.py``).
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from typing import NamedTuple

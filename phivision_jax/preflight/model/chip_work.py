@@ -1,7 +1,5 @@
 """The work that a chip executes in a training step, recompute and padding included, for the roofline model."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -6,8 +6,6 @@ for each policy, fastest first by modelled step time (our own count, in seconds)
     fits      → layouts that send less first: more rows at a time, smaller groups; each at low effort, then at default
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

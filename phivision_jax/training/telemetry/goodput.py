@@ -28,8 +28,6 @@ A thread waits for each step's metrics to see its end, at worst late by the inte
     down         from the last line of a start (one is written with the metrics) to the beginning of the next
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os

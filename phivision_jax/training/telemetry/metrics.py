@@ -4,8 +4,6 @@ The file is authoritative: a start drops the lines beyond the checkpoint that it
 them. Weights & Biases keeps everything it received, so repeated steps appear twice there, with equal numbers.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -4,8 +4,6 @@ Every process writes its files into ``run/profile/<first step>``; ``xprof`` show
 while no step is running, so that it contains complete steps.
 """
 
-from __future__ import annotations
-
 import re
 import statistics
 from collections import deque

@@ -5,8 +5,6 @@ Hosts could not add it up: several may encode the same row, and each sees only i
 name and formula.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
