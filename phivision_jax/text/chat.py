@@ -14,7 +14,8 @@ each image, or a list of parts, ``{"type": "text", "text": ...}`` and ``{"type":
 the image under one of ``IMAGE_KEYS`` (as ``images.sources`` takes it). Other names of types are in ``_PART_TYPES``. An
 assistant message with ``"weight": 0`` is context without loss. Its thoughts may have a field of their own
 (``THOUGHT_KEYS``) or be a part of that type; they become ``<think>thoughts</think>`` before the answer. ``<\\image>``
-is the text "<image>" and no image, in the same way for img, video, audio and box; further backslashes are text.
+is the text "<image>" and no image, in the same way for img, video, audio and box, also with a number or in capitals
+(``ESCAPE``); further backslashes are text.
 """
 
 import re
@@ -28,7 +29,8 @@ from phivision_jax.text.tokenizer import END_THINK, NOTHINK, THINK, Tokenizer
 
 type Message = Mapping[str, Any]
 
-_ESCAPE = re.compile(r"<(\\)\\*(?:image|img|video|audio|box)\b")
+ESCAPE = re.compile(r"<(\\)\\*(?:image|img|video|audio|box)s?(?![a-z])", re.IGNORECASE)
+"""A marker that is meant as text; group 1 is the backslash that encoding removes."""
 # Tags around thoughts in the data of other models, in lower case.
 _OTHER_NAMES = ("thinking", "thought", "thoughts", "reasoning", "reason", "cot", "scratchpad", "seed:think")
 _OTHER_TAGS = {THINK: END_THINK} | {f"<{name}>": f"</{name}>" for name in _OTHER_NAMES} | {
@@ -116,9 +118,7 @@ def encode(
                 "put {% generation %} and {% endgeneration %} around the assistant's content and its end token"
             )
         if 0 in weights and len(spans) != len(weights):
-            problem = (
-                f"marks {len(spans)} texts in a conversation of {len(weights)} answers: unclear which has weight 0"
-            )
+            problem = f"marks {len(spans)} texts for {len(weights)} answers: unclear which has weight 0"
             raise ValueError(f"the chat template {problem}")
         if 0 in weights:
             spans = [span for span, weight in zip(spans, weights, strict=True) if weight != 0]
@@ -136,7 +136,7 @@ def encode(
             begin += len(IMAGE_MARKER)
         loss = has_loss[begin : begin + len(chunk)]
         begin += len(chunk)
-        for escape in reversed([*_ESCAPE.finditer(chunk)]) if "<\\" in chunk else ():
+        for escape in reversed([*ESCAPE.finditer(chunk)]) if "<\\" in chunk else ():
             backslash = escape.start(1)
             chunk = chunk[:backslash] + chunk[backslash + 1 :]
             del loss[backslash]

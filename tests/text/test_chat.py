@@ -164,7 +164,7 @@ def test_encode_weight_zero_has_no_loss() -> None:
         "{% for m in messages %}{% if loop.index == 2 %}{% generation %}{{ m.content }}{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="marks 1 texts in a conversation of 3 answers"):
+    with pytest.raises(ValueError, match="marks 1 texts for 3 answers"):
         encode(SMALL, only_first, conversation)
     assert learned_text(*encode(SMALL, only_first, conversation[:2])) == "b"
 
@@ -176,8 +176,12 @@ def test_encode_escaped_marker_is_text() -> None:
     text = SMALL.decode([i for i in ids if i != IMAGE_TOKEN], skip_special=False)
     assert ids.count(IMAGE_TOKEN) == 1 and ": what is <image>?<|im_end|>" in text
     assert learned_text(ids, labels) == "a <image> or <\\image><|im_end|>"
-    plain = encode(SMALL, TEMPLATE, [user("<img>"), assistant("ab")])
-    assert encode(SMALL, TEMPLATE, [user("<\\img>"), assistant("ab")]) == plain
+    for name in ("img>", "image_1>", "IMAGE>", "audio 12>", "box>"):
+        plain = encode(SMALL, TEMPLATE, [user(f"<{name}"), assistant("ab")])
+        assert encode(SMALL, TEMPLATE, [user(f"<\\{name}"), assistant("ab")]) == plain
+    for name in ("imagenet>", "boxed{3}"):
+        plain = encode(SMALL, TEMPLATE, [user(f"<{name}"), assistant("ab")])
+        assert encode(SMALL, TEMPLATE, [user(f"<\\{name}"), assistant("ab")]) != plain
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.io.messages import shorten
+from phivision_jax.text.chat import ESCAPE
 from phivision_jax.text.constants import THOUGHT_KEYS
 
 Level = Literal["record", "question", "message", "turn", "part"]
@@ -56,8 +57,8 @@ _MEDIA_FILE = re.compile(
 _ENCODED = re.compile(r"data:(image|video|audio)/|(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR)[A-Za-z0-9+/]{40}")
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 _MARKER = re.compile(
-    r"(?!<(?-i:image)>)<\|?(?:(?:start_of_|end_of_)?(?:image|img|video|audio|speech)s?(?:[ _]?\d+|_?(?:pad|placeholder|"
-    r"soft_token|token|start|end|bos|eos|here))?|vision_(?:start|end))\|?/?>"
+    r"(?!<(?-i:image)>)<\|?(?:(?:start_of_|end_of_)?(?:image|img|video|audio|speech)s?(?:[ _-]?\d+|_?(?:pad|"
+    r"placeholder|soft_token|token|start|end|bos|eos|here|context|patch))?|im_patch|vision_(?:start|end))\|?/?>"
     r"|(?P<box><\|?(?:box|quad|box_start|quad_start|object_ref_start|det|click|coordinate|(?:loc|seg|pos|bin)_?\d+)\|?>"
     r"|<points?\s[^<>]*\bx\d*=|</bbox>|\"(?:bbox|point)_2d\"\s*:)"
     r"|(?P<switch>(?<!\S)/(?:no_?)?think(?!\S))"
@@ -124,7 +125,7 @@ def check_text(text: str, where: str) -> None:
         wanted = "write [x1, y1, x2, y2] and use --inline-boxes" if marker["box"] else "write <image> for each"
         wanted = "remove it, and write the mode into the field mode" if marker["switch"] else wanted
         wanted = "leave the record out" if re.search("video|audio|speech", marker[0], re.IGNORECASE) else wanted
-        escape = rf", or <\{shorten(marker[0][1:])} where the text is meant" if marker[0][1:2].isalpha() else ""
+        escape = f", or {shorten(text)} where the text is meant" if ESCAPE.match(text := "<\\" + marker[0][1:]) else ""
         raise BadRecord("unread", f"{where} contains {shorten(marker[0])}, a marker of other models: {wanted}{escape}")
 
 

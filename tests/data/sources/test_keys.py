@@ -22,6 +22,7 @@ import pytest
 from phivision_jax.data.quarantine import Quarantined
 from phivision_jax.data.sources import keys
 from phivision_jax.data.sources.source import Read
+from phivision_jax.text.chat import ESCAPE
 from tests.support.items import FORMS, item_of, messages_of, read
 from tests.support.paths import ROOT
 from tests.support.records import png
@@ -198,6 +199,7 @@ def test_names_of_images_that_are_read_are_no_images():
     [
         *("<image 1>", "<Image>", "<img>", "<IMG>", "<video>", "<audio>", "<image_placeholder>", "<image/>", "<box>"),
         *("<start_of_image>", "<|image_1|>", "<|vision_start|>", "<|box_start|>", "<|object_ref_start|>"),
+        *("<image-1>", "<IMG_CONTEXT>", "<im_patch>", "<quad>", "data:image/png;base64,", '"bbox_2d":'),
     ],
 )
 def test_markers_of_other_models_are_refused(marker):
@@ -206,10 +208,19 @@ def test_markers_of_other_models_are_refused(marker):
         assert isinstance(bad, Quarantined) and bad.reason == "unread" and marker in bad.detail
         assert f"message {int(marker in answer)} " in bad.detail
         assert ("leave the record out" in bad.detail) == (marker in ("<video>", "<audio>"))
-        if marker[1].isalpha() and not marker.startswith("<start"):
+        has_escape = marker.lower().startswith(("<image", "<img", "<video", "<audio", "<box"))
+        assert ("where the text is meant" in bad.detail) == has_escape
+        if has_escape:
             escaped = marker.replace("<", "<\\")
             found = read({"question": question.replace(marker, escaped), "answer": answer.replace(marker, escaped)})
             assert isinstance(found, Read) and f"<\\{marker[1:]}" in bad.detail
+            assert ESCAPE.match(f"<\\{marker[1:]}")  # encoding removes the backslash
+
+
+def test_switch_has_no_escape():
+    bad = read({"question": "what? /think", "answer": "that"})
+    assert isinstance(bad, Quarantined) and "write the mode into the field mode" in bad.detail
+    assert "where the text is meant" not in bad.detail
 
 
 def test_html_is_no_marker():
