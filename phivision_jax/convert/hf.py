@@ -132,7 +132,8 @@ def find_ours(path: Location) -> Location:
     try:
         return layout.find(path)
     except ValueError:
-        refuse_foreign(path, storage.files(path))
+        snapshots = [f"snapshots/{child.name}/config.json" for child in storage.children(path / "snapshots")]
+        refuse_foreign(path, [*(child.name for child in storage.children(path)), *snapshots])
         raise
 
 

@@ -81,6 +81,14 @@ def test_kind_is_named(hf: Path, tmp_path: Path, run: Run, kind: str) -> None:
     assert sentence in str(error.value)
 
 
+def test_directory_of_no_kind_may_hold_links(tmp_path: Path) -> None:
+    """They are not blamed: no file of such a directory is read."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / ".venv").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="project is no checkpoint"):
+        loading.locate(tmp_path / "project")
+
+
 def test_known_buffers_are_ignored(tmp_path: Path, run: Run) -> None:
     tensors = random_tensors(shapes_of(SMALL), np.float32)
     plain = write_hf(tmp_path / "plain", SMALL, tensors)
