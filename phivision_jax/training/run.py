@@ -56,6 +56,7 @@ def train(cfg: RunConfig, where: str) -> int:
     with Run(where, cfg) as run:
         if jax.process_index() == 0:
             record_start(run.directory.local, cfg)
+            run.directory.push()  # before assets and plan, which a later start takes for a run's only beside these
         # Shapes, then the compiled step, then arrays.
         prepared = setup.prepare(checked, run.directory)
         log(prepared.describe())

@@ -9,8 +9,9 @@ may be on any machine, and removes those of processes that have ended. Changed f
 before each checkpoint and at the end. Before, not after: a checkpoint in the bucket never lacks the log of its steps;
 log lines beyond it are dropped by the start that resumes there.
 
-Before the first checkpoint, a kill may leave a part of ``assets/`` or ``plan/`` in the bucket. So both are made again
-by a start that finds no checkpoint.
+Before the first checkpoint, a kill may leave a part of ``assets/`` or ``plan/`` in the bucket, and a start that fails
+may leave them for other settings. So both are made again by a start that finds no checkpoint. They belong to a run, not
+to the user: ``setup.check`` refuses a directory that holds them and no run.
 
 Each process has a copy of its own and sends the files that it changed. Files with a process number in their name
 (``records_1.jsonl``) are sent by that process only, or by the first when this start has fewer processes than an earlier
@@ -41,7 +42,8 @@ PATIENCE_S = 300.0
 
 _NOT_FETCHED = (CHECKPOINTS, CACHE, run_lock.DIRECTORY, "heartbeat", "profile", "tensorboard", "wandb")
 """Folders that a start does not read, or not from its copy."""
-_MADE_AT_START = ("assets", "plan")
+MADE_AT_START = ("assets", "plan")
+"""Folders that the first start makes, and the next one again if there is no checkpoint."""
 _NUMBERED = re.compile(r"(?:^|/)(?:records_|skipped_|quarantine-|process_)(\d+)\.")
 
 
@@ -89,6 +91,8 @@ class RunDirectory:
                 self._thread.start()
         elif not self._readonly:
             self.local.mkdir(parents=True, exist_ok=True)
+            for name in () if self._process or any((self.local / CHECKPOINTS).glob("*")) else MADE_AT_START:
+                shutil.rmtree(self.local / name, ignore_errors=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -134,7 +138,7 @@ class RunDirectory:
             self.local.parent.mkdir(parents=True)
             self._locked = atomic.lock(self.local.parent)
         begun = any(name.startswith(f"{CHECKPOINTS}/") for name in found)
-        made_again = () if begun or self._readonly else _MADE_AT_START
+        made_again = () if begun or self._readonly else MADE_AT_START
         for name in made_again if self._process == 0 else ():
             storage.remove(self.url / name)
         names = [name for name in found if name.split("/")[0] not in (*_NOT_FETCHED, *made_again)]

@@ -31,7 +31,7 @@ from phivision_jax.models import lora, remat, siglip2
 from phivision_jax.processor import Processor
 from phivision_jax.training import device_layout, optim, train_data
 from phivision_jax.training.run_config import ResolvedConfig, RunConfig
-from phivision_jax.training.run_directory import CACHE, RunDirectory
+from phivision_jax.training.run_directory import CACHE, MADE_AT_START, RunDirectory
 from phivision_jax.training.step import State, TrainStep, check_divisible, init_params, make_train_step
 from phivision_jax.training.telemetry import metrics, profiling
 from phivision_jax.training.validation import Validator
@@ -86,6 +86,10 @@ def check(cfg: RunConfig, run: str) -> Checked:
       ValueError: when the configuration, the data and earlier starts of this run do not fit together.
       FileNotFoundError: when a dataset is missing.
     """
+    names = {child.name for child in storage.children(storage.location(run))}
+    held = names & {layout.CONFIG, *MADE_AT_START}  # which a start writes or makes again
+    if held and not names & {layout.COMMAND, layout.CHECKPOINTS}:
+        raise ValueError(f"{run} holds {', '.join(sorted(held))}, but no run: use another --run, or remove that first")
     checkpoints = RunCheckpoints(storage.location(run), cfg.keep_checkpoints, create=False)
     resolved = device_layout.resolve(with_checkpoint(cfg, checkpoints), jax.devices())
     if checkpoints.steps():

@@ -149,6 +149,21 @@ def test_plan_is_made_again_while_there_is_no_checkpoint(bucket):
         assert (second.local / "plan" / "b").read_text() == "complete"
 
 
+def test_local_plan_is_made_again_while_there_is_no_checkpoint(tmp_path):
+    """The start before may have failed after its plan, for settings that the user has changed since."""
+    for name in ("plan", "assets", "tensorboard"):
+        (tmp_path / name).mkdir()
+    for other in (RunDirectory(str(tmp_path), 1, 2), RunDirectory(str(tmp_path), readonly=True)):
+        with other:
+            assert (tmp_path / "plan").exists() and (tmp_path / "assets").exists()
+    with RunDirectory(str(tmp_path)):
+        assert [path.name for path in tmp_path.iterdir()] == ["tensorboard"]
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    with RunDirectory(str(tmp_path)):
+        assert (tmp_path / "plan").exists()
+
+
 def test_background_push_reports_failure_once(bucket, monkeypatch):
     messages: list[str] = []
     monkeypatch.setattr(run_directory, "PUSH_S", 0.02)

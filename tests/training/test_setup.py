@@ -137,6 +137,18 @@ def test_check_of_a_sound_configuration_writes_nothing(data, tmp_path):
     assert len(checked(data, tmp_path / "run")[2]) == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("name", ["assets", "plan", "config.json"])
+def test_check_refuses_a_directory_that_a_start_would_overwrite(data, tmp_path, name):
+    """Of a model, a data set or a plan of the user's. A run is known by its command or its checkpoints."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"holds {name}, but no run: use another --run"):
+        checked(data, tmp_path)
+    for mark in ("command.txt", "checkpoints"):
+        (tmp_path / mark).mkdir()
+        checked(data, tmp_path)
+        (tmp_path / mark).rmdir()
+
+
 def test_changed_setting_of_a_continued_run_is_found_before_the_plan(data, run):
     meta = {"model": dataclasses.asdict(TINY), "run": dataclasses.asdict(CFG)}
     checkpoints = RunCheckpoints(run, keep=5)

@@ -209,6 +209,9 @@ def test_train_unknown_flag(data, tmp_path, phivision):
 def test_train_longer_than_the_plan_is_one_sentence(data, tmp_path, phivision):
     code, output = phivision("train", *arguments(data, tmp_path / "run", "--config.optim.steps=100000"))
     assert code == 1 and "optim.steps is 100,000, but data.epochs=1 gives 15; raise data.epochs" in output
+    more = ["--config.data.epochs=2", "--config.optim.steps=100000"]
+    code, output = phivision("train", *arguments(data, tmp_path / "run", *more))
+    assert code == 1 and "data.epochs=2 gives" in output
 
 
 def test_train_help_explains_the_configuration(phivision):
