@@ -45,7 +45,7 @@ import phivision_jax
 from phivision_jax.config import ModelConfig, check_types
 from phivision_jax.io import atomic, storage
 from phivision_jax.io.messages import prefix_errors, shorten
-from phivision_jax.io.read_json import parse_json
+from phivision_jax.io.read_json import parse_json, read_json
 from phivision_jax.io.storage import Location, wrap_storage_errors
 
 FORMAT = 2
@@ -220,8 +220,8 @@ def list_steps(directory: Location) -> list[int]:
 
 def newest_saved(directory: Location) -> int | None:
     """The newest step that was saved, according to saved.json; None when there is no such record."""
-    with wrap_storage_errors(directory), contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-        return int(json.loads((directory / SAVED).read_bytes())["step"])
+    with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+        return int(read_json(directory / SAVED)["step"])
     return None
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
-from phivision_jax.io import atomic, storage
+from phivision_jax.io import atomic, jsonl, storage
 
 FAILED = 1
 """Exit code of an error, which a restart would repeat; a message explains it."""
@@ -58,15 +58,15 @@ def write(run: Path, beat: Heartbeat) -> None:
     """
     path = run / _DIRECTORY / f"process_{beat['process']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(path, json.dumps(beat), durable=False)
+    atomic.write(path, json.dumps(beat) + "\n", durable=False)
 
 
 def read(run: Path) -> list[Heartbeat]:
     """The newest readable heartbeat of each process."""
     beats: list[Heartbeat] = []
     for path in sorted((run / _DIRECTORY).glob("process_*.json")):
-        with contextlib.suppress(OSError, ValueError):
-            beats.append(json.loads(path.read_text()))
+        with contextlib.suppress(OSError):
+            beats += jsonl.read(path, process=int, phase=str, step=int, time=float, pid=int, host=str)
     return beats
 
 
@@ -86,7 +86,7 @@ def exists(pid: int) -> bool:
     """True if this machine has a process with this id."""
     try:
         os.kill(pid, 0)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         return isinstance(error, PermissionError)
     return True
 

@@ -117,3 +117,11 @@ def test_code_version_ignores_a_repository_around_it(installed, monkeypatch):
     inner.mkdir(parents=True)
     monkeypatch.setattr(layout, "__file__", str(inner / "checkpoint/layout.py"))
     assert layout.code_version() == phivision_jax.__version__
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"step": 1e999}', '{"step": null}', "[3]", "{}", "", "\0" * 20])
+def test_unreadable_record_of_the_newest_step_counts_as_none(tmp_path, content):
+    (tmp_path / "saved.json").write_text(content)
+    assert layout.newest_saved(tmp_path) is None
+    (tmp_path / "saved.json").write_text('{"step": 3}')
+    assert layout.newest_saved(tmp_path) == 3

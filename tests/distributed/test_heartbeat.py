@@ -83,8 +83,14 @@ def test_heartbeats(tmp_path, monkeypatch):
     dog.close()
     assert seen == [("compiling", 0), ("step", 7), ("data", 7)]
     assert heartbeat.read(tmp_path)[0]["phase"] == "ended"
-    (tmp_path / "heartbeat" / "process_0.json").write_text('{"process":')
-    assert heartbeat.read(tmp_path) == []
+    deep = '{"process": ' + "[" * 100_000
+    for damaged in ('{"process":', "[]\n", "{}\n", '{"process": 0, "pid": "x"}\n', deep + "\n", "\0" * 20):
+        (tmp_path / "heartbeat" / "process_0.json").write_text(damaged)
+        assert heartbeat.read(tmp_path) == []
+
+
+def test_no_process_has_an_impossible_id():
+    assert heartbeat.exists(os.getpid()) and not heartbeat.exists(10**30)
 
 
 def test_launched_process_that_cannot_write_heartbeats_ends(tmp_path):
