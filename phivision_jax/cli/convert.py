@@ -83,8 +83,8 @@ def to_hf(
     """
     from phivision_jax.convert import jobs
 
-    if max_shard_size <= 0:
-        raise ValueError(f"--max-shard-size must be positive, not {max_shard_size}")
+    if not 0 < max_shard_size < 1e9:
+        raise ValueError(f"--max-shard-size is a positive number of GB, not {max_shard_size}")
     if adapters_only and (like is not None or dtype != "keep"):
         raise ValueError("--adapters-only does not go with --like and --dtype")
     if adapters_only:

@@ -23,7 +23,7 @@ from phivision_jax.config import ModelConfig
 from phivision_jax.convert import adapters, hf_config, mapping, ours, output, stream
 from phivision_jax.convert.hf import INDEX, HFDirectory, HFSink, HFSource, find_ours, is_asset, plan_shards
 from phivision_jax.io import storage
-from phivision_jax.io.messages import shorten
+from phivision_jax.io.messages import printable, shorten
 from phivision_jax.io.progress import bar
 from phivision_jax.io.read_json import LARGEST_FILE, read_json
 from phivision_jax.io.storage import Location
@@ -44,7 +44,7 @@ CASTS = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat1
 
 
 def log(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 def dtypes_of(sources: Iterable[stream.Source], dtype: str) -> Dtypes:

@@ -348,6 +348,16 @@ def test_overwrite_does_not_replace_a_training_run(tmp_path: Path, run: Run) -> 
     refused(run("inspect", out), "is no checkpoint")
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "inf", "nan"])
+def test_shard_size_is_a_number(tmp_path: Path, run: Run, size: str) -> None:
+    refused(run("to-hf", tmp_path, tmp_path / "out", "--max-shard-size", size), "is a positive number of GB, not")
+
+
+def test_report_of_a_conversion_escapes_its_directories(tmp_path: Path, run: Run) -> None:
+    report = succeeded(run("to-jax", write_small(tmp_path / "hf"), tmp_path / "a\x1b[31m"))
+    assert "\x1b[31m" not in report and "wrote" in report and "a\\x1b[31m" in report
+
+
 def test_to_jax_omits_weights_beside_index(tmp_path: Path, run: Run) -> None:
     """A stray shard is not an asset; --like copies it like every other file."""
     hf = write_hf(tmp_path / "hf", SMALL, read_tensors(write_small(tmp_path / "a")))
