@@ -24,6 +24,12 @@ from tests.support.paths import ROOT
 TINY, RECIPE = "configs/tiny.py", "configs/phi4_rv_15b.py"
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    """Tests before this one may have used JAX, which then cannot look for other processes."""
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+
+
 def write(folder: Path, text: str) -> str:
     path = folder / "mine.py"
     path.write_text(text)
