@@ -61,6 +61,7 @@ def main(
     renew_s: float = run_lock.RENEW_S,
     silent_s: float = run_lock.SILENT_S,
     seed: int = 0,
+    only: str = "",
     work: Path = Path("runs/two_starts"),
     out: Path | None = None,
 ) -> None:
@@ -74,14 +75,16 @@ def main(
         renew_s: Seconds between renewals of the lock.
         silent_s: Seconds of silence after which an owner on another host counts as gone.
         seed: Seed for the times between starts.
+        only: Regular expression of the kinds to try; the file keeps its rows of the others.
         work: Directory for the runs; removed first.
         out: Also write the results to this file, as JSON.
     """
     shutil.rmtree(work, ignore_errors=True)
     work = work.absolute()
     work.mkdir(parents=True)
-    results: dict[str, list[Outcome]] = {str(kind): [] for kind in KINDS}
-    jobs = [(kind, number) for kind in KINDS for number in range(trials)]
+    kinds = [kind for kind in KINDS if re.search(only, str(kind))]
+    results: dict[str, list[Outcome]] = {str(kind): [] for kind in kinds}
+    jobs = [(kind, number) for kind in kinds for number in range(trials)]
     with Emulator() as emulator, ThreadPoolExecutor(at_once) as pool:
         os.environ.update(emulator.environment)
 
@@ -116,7 +119,11 @@ def main(
     problems = [f"{name}: {problem}" for name in results for each in results[name] for problem in each.problems]
     Console().print(table, *problems, sep="\n", markup=False)
     if out:
+        before = json.loads(out.read_text()) if only and out.exists() else {"kinds": {}, "problems": []}
+        rows = {**before["kinds"], **rows}
+        problems += [problem for problem in before["problems"] if problem.split(": ")[0] not in results]
         given = {"trials": trials, "real": real, "longest_s": longest_s, "renew_s": renew_s, "silent_s": silent_s}
+        given["real"] = max(real, before.get("real", 0))
         out.write_text(json.dumps({**given, "seed": seed, "kinds": rows, "problems": problems}, indent=1) + "\n")
     sys.exit(bool(problems))
 

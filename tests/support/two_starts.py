@@ -182,7 +182,9 @@ def problems(kind: Kind, run: str, starts: list[Start], kept: dict[str, bytes]) 
 
 def contents(run: str) -> dict[str, bytes]:
     place = storage.location(run)
-    return {name: (place / name).read_bytes() for name in storage.files(place) if "/." not in f"/{name}"}
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # a temporary file was renamed between its listing and its reading
+            return {name: (place / name).read_bytes() for name in storage.files(place) if "/." not in f"/{name}"}
 
 
 def steps(run: str) -> int:
