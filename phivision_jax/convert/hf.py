@@ -47,7 +47,7 @@ _FOREIGN = {
 }
 """Names of files → the end of a sentence about a directory that has no weights of the two readable kinds."""
 _DESCRIPTION: dict[str, Any] = {"dtype": str, "shape": tuple[int, ...], "data_offsets": tuple[int, int]}
-"""What a header states about a tensor."""
+"""Types of the values in a tensor's entry of a safetensors header."""
 
 
 class Entry(NamedTuple):

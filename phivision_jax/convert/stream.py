@@ -78,7 +78,7 @@ def copy(source: Source, sink: Sink, dtypes: Mapping[Leaf, np.dtype], advance: C
 
 
 class Difference(NamedTuple):
-    """How a tensor differs in two checkpoints."""
+    """The difference of a tensor between two checkpoints."""
 
     blocks: int = 0
     """The number of blocks with other bytes."""

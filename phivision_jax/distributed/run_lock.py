@@ -181,7 +181,7 @@ def start_of(pid: int) -> int | None:
 
 
 def is_alive(owner: dict[str, Any]) -> bool | None:
-    """Whether an owner's process runs; None if that cannot be seen from here."""
+    """True if an owner's process runs; None if that cannot be seen from this machine."""
     if owner.get("ended"):
         return False
     if not owner or not owner["machine"] or owner["machine"] != machine():

@@ -28,7 +28,7 @@ from phivision_jax.io.read_json import wrong_file
 MOST_BYTES = 975 * 10**6
 """Bytes that decoding an image and converting it to RGB may take."""
 BYTES_PER_PIXEL = {"WEBP": 18, "AVIF": 16, "JPEG2000": 25, "TIFF": 12}
-"""What they take at most, measured by format; other formats take 8: up to 4 as stored, and 4 as RGB."""
+"""Most bytes that decoding takes per pixel, measured by format; other formats take 8: up to 4 as stored, 4 as RGB."""
 _STRIP = 2**20  # pixels converted at once
 # They run a program (EPS), or contain an image of another format whose size their header does not state.
 _REFUSED = ("EPS", "ICNS", "BLP", "MIC", "FPX")

@@ -26,7 +26,7 @@ from phivision_jax.io.messages import shorten
 type ImageSource = Image.Image | np.ndarray | bytes | str | Path | BinaryIO | Mapping[str, Any]
 
 IMAGE_KEYS = ("image", "bytes", "path", "url", "image_url")
-"""Of several, the first that is not null counts."""
+"""Keys of a part that may hold an image; the first whose value is not null counts."""
 SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 _FILE_URL = re.compile(r"file:(//(localhost(?=/))?)?", re.IGNORECASE)
 

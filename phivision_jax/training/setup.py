@@ -37,7 +37,7 @@ from phivision_jax.training.telemetry import metrics, profiling
 from phivision_jax.training.validation import Validator
 
 Checked = tuple[ResolvedConfig, jax.sharding.Mesh, list[Dataset], Sequence[str]]
-"""What fits together: also the datasets of the training data, and the groups that losses are measured by."""
+"""A checked configuration, its mesh, the datasets of the training data, and the groups by which losses are measured."""
 
 
 @dataclasses.dataclass(frozen=True)

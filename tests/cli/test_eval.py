@@ -19,7 +19,7 @@ class Stop(Exception):
 
 @pytest.fixture
 def received(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What ``load``, the evaluator and ``generate`` receive; the last two then stop the command."""
+    """Record what ``load``, the evaluator and ``generate`` receive; the last two then stop the command."""
     received: dict[str, Any] = {}
 
     def load(checkpoint: str, **settings: Any) -> tuple[None, None]:

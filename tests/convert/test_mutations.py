@@ -1,4 +1,4 @@
-"""Of 2,000 mutations of each file of a checkpoint, every one is read or refused with a sentence that names the file."""
+"""Mutated files of a checkpoint, 2,000 of each, are read or refused with a sentence that names the file."""
 
 from __future__ import annotations
 
