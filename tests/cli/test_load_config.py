@@ -18,7 +18,7 @@ from phivision_jax.cli.load_config import load_config, prepare
 from phivision_jax.cli.main import main
 from phivision_jax.config import field_types, without_none
 from phivision_jax.training.run_config import RunConfig
-from tests.support.mutate import mutate
+from tests.support.mutations import damage_bytes
 from tests.support.paths import ROOT
 
 TINY, RECIPE = "configs/tiny.py", "configs/phi4_rv_15b.py"
@@ -221,8 +221,8 @@ def test_mutated_configuration_is_one_sentence_that_names_the_file(tmp_path):
     refusals = 0
     for i in range(1_000):
         path = Path(write(tmp_path, ""))
-        path.write_bytes(python[0] + mutate(python[1], random.Random(i)))
-        (tmp_path / "config.json").write_bytes(mutate(text, random.Random(i)))
+        path.write_bytes(python[0] + damage_bytes(python[1], random.Random(i)))
+        (tmp_path / "config.json").write_bytes(damage_bytes(text, random.Random(i)))
         for spec in (str(path), f"{tmp_path}/config.json"):
             if sentence := sentence_of(spec):
                 refusals += 1
@@ -252,7 +252,7 @@ def test_mutated_override_is_one_sentence_that_names_the_flag(tmp_path):
     sound += ["optim.tokens=1000000", "data.length=128", "model.decoder.num_kv_heads=1", "lora.rank=8", "seed=3"]
     refusals = 0
     for i in range(2_000):
-        override = mutate(sound[i % len(sound)].encode(), random.Random(i)).decode(errors="replace")
+        override = damage_bytes(sound[i % len(sound)].encode(), random.Random(i)).decode(errors="replace")
         if sentence := sentence_of(spec, override):
             refusals += 1
             assert (

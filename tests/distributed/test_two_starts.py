@@ -1,13 +1,10 @@
 """Two starts of one run in real processes: exactly one trains. ``benchmarks/two_starts.py`` does this many times."""
 
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.support.launched import ENVIRONMENT, ROOT
+from tests.support.benchmarks import run_benchmark
 from tests.support.two_starts import CLOCK_S, KINDS, Kind, trial
 
 QUICK = [
@@ -42,14 +39,7 @@ def test_trial_finds_a_start_that_takes_a_live_run_over(request, tmp_path):
 
 @pytest.mark.slow
 def test_two_starts_benchmark(tmp_path):
-    out = tmp_path / "two_starts.json"
-    words = ["--trials=1", "--real=1", "--longest-s=1", "--renew-s=0.5", "--silent-s=4"]
-    words += [f"--work={tmp_path / 'work'}", f"--out={out}"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "two_starts.py"), *words],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(out.read_text())
+    words = ("--trials=1", "--real=1", "--longest-s=1", "--renew-s=0.5", "--silent-s=4")
+    result = run_benchmark("two_starts.py", tmp_path, *words)
     assert len(result["kinds"]) == len(KINDS) + 1 and result["problems"] == []
     assert all(kind["trials"] == kind["good"] == 1 for kind in result["kinds"].values())

@@ -13,7 +13,7 @@ from phivision_jax.io import jsonl, storage
 from phivision_jax.training.run import truncate_logs
 from phivision_jax.training.telemetry import goodput, metrics
 from tests.support.launched import ENVIRONMENT, ROOT
-from tests.support.mutate import mutate
+from tests.support.mutations import damage_bytes
 
 SCRIPT = """
 import sys
@@ -139,7 +139,7 @@ def test_mutated_logs_are_read_without_an_error(tmp_path):
     }
     sound = {name: "".join(json.dumps(row) + "\n" for row in rows).encode() for name, rows in lines.items()}
     for i, (name, content) in zip(range(2_000), itertools.cycle(sound.items())):
-        (tmp_path / name).write_bytes(mutate(content, random.Random(i)))
+        (tmp_path / name).write_bytes(damage_bytes(content, random.Random(i)))
         if name == goodput.FILE:
             goodput.account_of(goodput.read_starts(tmp_path))
             with contextlib.suppress(ValueError):  # no line is left

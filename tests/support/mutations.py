@@ -1,4 +1,4 @@
-"""Seeded mutations of JSON files: wrong kinds and sizes of any value, lost and renamed keys, broken bytes."""
+"""Seeded mutations of files: damaged bytes, and in JSON wrong kinds and sizes of any value, lost and renamed keys."""
 
 from __future__ import annotations
 
@@ -19,32 +19,46 @@ BROKEN = (
 )  # fmt: skip
 
 
+PIECES = (
+    b"\0" * 9, b"NaN", b"-1e999", b"null", b"true", b'"x"', b"[]", b"{}", b"[[[[", b"[" * 40, b"}", b'"', b"\\",
+    b"\xff\xfe", b"\xff" * 8, b"9" * 30, b"9" * 5000, b"-1", b"1.5", b"\n", b"\r", b",", b":", b"", b"\xef\xbb\xbf",
+    b"'", b"#", b"(",
+)  # fmt: skip
+"""Bytes that a crash, a bad disk, an editor or a stranger may leave."""
+
+
+def damage_bytes(content: bytes, rng: random.Random) -> bytes:
+    """The content with one to four changes: a part replaced, flipped, removed, repeated or zeroed, or the end lost."""
+    for _ in range(rng.choice((1, 1, 2, 3, 4))):
+        start, length = rng.randrange(len(content) + 1), rng.choice((0, 1, 2, 4, 8, 40))
+        end = min(start + length, len(content))
+        part = content[start:end]
+        new = rng.choice(
+            (
+                rng.choice(PIECES),
+                rng.randbytes(length),
+                bytes(byte ^ (1 << rng.randrange(8)) for byte in part),
+                b"",
+                part + part,
+                bytes(length),
+            )
+        )
+        content = content[:start] if rng.random() < 0.05 else content[:start] + new + content[end:]
+    return content
+
+
 def mutations(content: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
     """Mutated copies of a JSON file."""
     rng = random.Random(seed)
     yield from BROKEN
     for i in range(count - len(BROKEN)):
         if i % 5 == 0:
-            yield _break_bytes(rng, content)
+            yield damage_bytes(content, rng)
             continue
         mutated = json.loads(content)
         for _ in range(rng.choice((1, 1, 1, 2, 4))):
             mutated = _mutate(rng, mutated)
         yield json.dumps(mutated).encode()
-
-
-def _break_bytes(rng: random.Random, content: bytes) -> bytes:
-    data, place = bytearray(content), rng.randrange(len(content))
-    kind = rng.randrange(4)
-    if kind == 0:
-        return bytes(data[:place])
-    if kind == 1:
-        data[place] ^= 1 << rng.randrange(8)
-    elif kind == 2:
-        data[place:place] = bytes(rng.randrange(256) for _ in range(3))
-    else:
-        del data[place : place + rng.randrange(1, 30)]
-    return bytes(data)
 
 
 def _mutate(rng: random.Random, value: Any) -> Any:

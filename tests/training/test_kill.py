@@ -1,17 +1,14 @@
 """A run that is killed and stopped reaches the numbers of an undisturbed one, and the comparison is sensitive."""
 
-import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from phivision_jax.training.telemetry.metrics import FILE
+from tests.support.benchmarks import run_benchmark
 from tests.support.disturbed import Disturbance, DisturbedRun, differences, left_over, sample_disturbances
 from tests.support.launched import ENVIRONMENT, stand_in
-from tests.support.paths import ROOT
 
 STEPS = 80
 
@@ -66,13 +63,7 @@ def test_killed_and_stopped_run_equals_undisturbed(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_kill_benchmark(data, tmp_path):
     """The benchmark itself, with one kill and one SIGTERM."""
-    out = tmp_path / "kill.json"
-    words = ["--kills=1", "--terms=1", "--steps=50", f"--data={data}", f"--work={tmp_path / 'work'}", f"--out={out}"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "kill.py"), *words],
-        cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(out.read_text())
+    words = ("--kills=1", "--terms=1", "--steps=50", f"--data={data}")
+    result = run_benchmark("kill.py", tmp_path, *words)
     assert result["disturbed"]["sent"] == {"SIGKILL": 1, "SIGTERM": 1} and result["disturbed"]["starts"] == 3
     assert result["differences"] == {} and result["left_over"] == []

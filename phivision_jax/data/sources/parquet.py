@@ -51,7 +51,7 @@ class _Group:
     at_once: int
     """Rows decoded at once."""
     memory: int
-    """Bytes that decoding may take: a page is decoded entirely, and may be as long as its column."""
+    """Bytes that decoding may take: a page is decoded entirely, and may be as long as the file."""
 
 
 class ParquetSource(FileSource[_Group]):
@@ -117,8 +117,8 @@ def _groups(file: Path) -> Iterator[tuple[_Group, int]]:
         if not 0 <= rows <= 2**20 + length:
             raise ValueError(f"row group {number} has {rows:,} rows by its footer")
         at_once = max(1, min(_ROWS, BATCH_BYTES * rows // max(size, 1)))
-        stored = max((group.column(k).total_compressed_size for k in range(group.num_columns)), default=0)
-        yield _Group(file, number, first, at_once, LIMIT + 2 * max(0, min(stored, length, LIMIT))), rows
+        # Not the length of its columns: where a footer is damaged, asking for it aborts the process.
+        yield _Group(file, number, first, at_once, LIMIT + 2 * min(length, LIMIT)), rows
         first += rows
 
 

@@ -18,6 +18,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.open_source import open_source
 from phivision_jax.data.sources.source import Read
+from tests.support.mutations import damage_bytes
 
 ITEMS = [
     {
@@ -28,18 +29,6 @@ ITEMS = [
     for k in range(4)
 ]
 MUTATIONS = 2_000
-
-
-def mutate(content: bytes, rng: random.Random) -> bytes:
-    """One to four changes: bytes set, removed, repeated or inserted; numbers made huge; the end cut off."""
-    damaged = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        place, length = rng.randrange(len(damaged) + 1), rng.choice((1, 1, 2, 4, 8, 40))
-        new = rng.choice(
-            (rng.randbytes(length), b"\xff" * length, bytes(length), b"[" * 40, b'"', b"9" * 30, b"{}", b"")
-        )
-        damaged[place : place + rng.choice((0, len(new), length))] = new
-    return bytes(damaged if rng.random() < 0.9 else damaged[: rng.randrange(len(damaged) + 1)])
 
 
 def lines() -> bytes:
@@ -86,7 +75,7 @@ def test_damaged_file_is_read_or_named(make: Callable[[], bytes], tmp_path: Path
     path = tmp_path / f"made.{ {lines: 'jsonl', array: 'json', parquet: 'parquet'}[make] }"
     read = 0
     for _ in range(MUTATIONS):
-        path.write_bytes(mutate(content, rng))
+        path.write_bytes(damage_bytes(content, rng))
         read += check_reading(path)
     assert read > 100, "most mutations would not reach the items"
 
@@ -95,7 +84,7 @@ def test_damaged_file_is_read_or_named(make: Callable[[], bytes], tmp_path: Path
 def test_damaged_payloads_are_read_or_named(tmp_path: Path) -> None:
     content, rng = payloads(tmp_path), random.Random(7)
     for _ in range(MUTATIONS):
-        (tmp_path / "made.array_record").write_bytes(mutate(content, rng))
+        (tmp_path / "made.array_record").write_bytes(damage_bytes(content, rng))
         check_reading(tmp_path / "made.array_record")
 
 
@@ -119,7 +108,7 @@ def test_damaged_metadata_of_tfds_is_named(count: int, tmp_path: Path) -> None:
     for name in ("dataset_info.json", "features.json"):
         content = (builder.data_path / name).read_bytes()
         for k in range(count // 2):
-            (builder.data_path / name).write_bytes((mutate if k % 2 else change_value)(content, rng))
+            (builder.data_path / name).write_bytes((damage_bytes if k % 2 else change_value)(content, rng))
             read += check_reading(Path(builder.data_path), most=5) > 0
         (builder.data_path / name).write_bytes(content)
     assert read > count / 20 and time.process_time() - begin < 30
