@@ -162,6 +162,8 @@ class Plan:
         if (format := about.get("format")) != FORMAT:
             raise ValueError(f"{path}: format {format!r:.100}, this program reads {FORMAT}; make the plan again")
         check_types(about, _VALUES, path)
+        if not all(0 <= about[name] < 2**63 for name in ("tokens_used", "patches_used")):
+            raise ValueError(f"{path}: tokens_used or patches_used is no count; make the plan again")
         arrays: dict[str, Any] = {}
         for name, dtype in _ARRAYS.items():
             columns = (3,) if name in ("resized", "rejected") else ()
