@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from phivision_jax.inference.requests import Delta, Event, Reply, Request
+from phivision_jax.inference.requests import Event, Reply, Request
 
 
 class Ticket(Protocol):

@@ -36,7 +36,7 @@ class Request:
     mode: PromptMode = "auto"
     """"think" and "nothink" force the answer to begin so, "auto" leaves it to the model."""
     max_new_tokens: int | None = None
-    """Limit of thought and answer together; default: ``generate.MAX_NEW_TOKENS``, or what the engine's length leaves."""
+    """Limit of thought and answer together; default: 4,096, or what the length of the engine's slots leaves."""
     thinking_budget: int | None = None
     """Limit of the thought in tokens: it is then closed by ``</think>``, and the answer follows. None: no limit."""
     temperature: float = 0.0
