@@ -26,6 +26,7 @@ try:
     import torch
     import transformers
     from checkpoint import CONFIG, SEED, weights, write_checkpoint
+    from random_answers import random_answers
     from reference import IGNORE, IMAGE_TOKEN, Reference, normalise, summed_loss
     from transformers import Phi3Config, Phi3ForCausalLM
     from transformers.models.siglip2.image_processing_pil_siglip2 import get_image_size_for_max_num_patches
@@ -225,6 +226,7 @@ def build() -> dict[str, dict[str, Any]]:
     mixed = inputs("mixed_batch")
     files["gradients.npz"] = gradients(model, mixed)
     files["greedy.npz"] = greedy(model)
+    files["random_prompts.npz"] = random_answers(model)
     model.load({name: t.bfloat16().float() for name, t in tensors.items()})
     files["bf16_weights.npz"] = numpy(forward(model, mixed)[0])  # with the inputs of mixed_batch.npz
     files["position_embedding.npz"] = position_embedding()
@@ -255,7 +257,7 @@ def difference(name: str, committed: np.ndarray, now: np.ndarray) -> str | None:
     allowed = FLOAT_TOLERANCE
     if name.startswith("gradients"):
         allowed = GRADIENT_TOLERANCE * float(np.abs(committed).max(initial=0.0)) + 1e-9
-    if name in ("logits_near", "logits_far"):
+    if name in ("logits_near", "logits_far", "margins"):
         allowed = LONG_TOLERANCE
     return None if error <= allowed else f"differs by {error:.3g}, allowed {allowed:.3g}"
 

@@ -30,6 +30,7 @@ from phivision_jax.models.siglip2 import interpolation_weights
 from phivision_jax.rows import batch_from_ids
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.training.loss import batch_loss
+from tests.golden import random_prompts
 from tests.support.parameter_trees import hf_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -210,6 +211,20 @@ def test_greedy_ids():
     got = np.asarray(generate_ids(model(), lay_out(*prompts()), max_new_tokens=16, eos_id=None))
     for row, want in zip(got, numbered(case("greedy"), "generated_ids"), strict=True):
         assert row.tolist() == want.tolist()
+
+
+def test_greedy_ids_of_random_prompts():
+    """20 prompts of different lengths with none to three images, in one batch; transformers answered each alone.
+
+    Ids are compared up to the first step at which rounding may decide.
+    """
+    given, golden = random_prompts.prompts(), case("random_prompts")
+    images = [[PatchedImage(patches, (grid,)) for patches, grid in zip(p.patches, p.grids, strict=True)] for p in given]
+    batch = batch_from_ids([p.ids for p in given], images, config=model().config)
+    got = generate_ids(model(), batch, max_new_tokens=random_prompts.STEPS, eos_id=None)
+    for i, (row, want, margins) in enumerate(zip(got, golden["ids"], golden["margins"], strict=True)):
+        steps = random_prompts.decided(margins)
+        assert row[:steps].tolist() == want[:steps].tolist(), f"prompt {i}"
 
 
 def test_logits_along_greedy_ids():
