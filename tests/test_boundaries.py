@@ -41,15 +41,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data.store": {*DATA, "data.sources"},
     "data.plan": {*DATA, "batch", "data.store"},
     "data.feed": {*DATA, "batch", "data.store", "data.plan"},
-    "data.view": {*DATA, "batch", "data.store", "data.plan", "data.feed"},
+    "data.view": {*DATA, "batch", "data.store", "data.plan", "data.feed", "inference.grounding"},
     "checkpoint.checksums": {"checkpoint.layout"},
     "checkpoint.layout": {"config", "io"},
     "convert": {"config", "io", *CHECKPOINT_FORMAT},
     "checkpoint": {*DEVICE, *CHECKPOINT_FORMAT, "models", "processor", "io", "convert", "distributed"},
     "hardware": {"config", "models.remat"},
     "distributed": {"io"},
-    "inference": {*DEVICE, *HOST, "rows", "processor", "models"},
-    "evaluation": {*DEVICE, *DATA, "data.store", "models", "inference"},
+    "inference.grounding": {"images"},
+    "inference": {*DEVICE, *HOST, "rows", "processor", "models", "inference.grounding"},
+    "evaluation": {*DEVICE, *DATA, "data.store", "models", "inference", "inference.grounding"},
     "training": {
         *DEVICE,
         *DATA,
@@ -61,7 +62,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 FREE = {"cli", "phivision_jax"}
 """The command line and the package's own names import what they need, lazily."""
-WITHOUT_JAX = ["text", "images", "rows", "io", "data.sources", "data.store", "convert", *sorted(CHECKPOINT_FORMAT)]
+WITHOUT_JAX = [
+    *("text", "images", "rows", "io", "data.sources", "data.store", "convert", "inference.grounding"),
+    *sorted(CHECKPOINT_FORMAT),
+]
 
 
 def modules() -> dict[str, Path]:

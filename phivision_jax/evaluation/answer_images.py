@@ -10,6 +10,7 @@ from rich.text import Text
 from phivision_jax.data.records import Record
 from phivision_jax.evaluation.scoring import Answer
 from phivision_jax.images.decode import open_image, to_rgb
+from phivision_jax.inference.grounding import fit
 from phivision_jax.io.html import text_image
 
 WIDTH, MARGIN, IMAGE_HEIGHT = 480, 16, 360
@@ -26,6 +27,8 @@ def answer_image(
 ) -> Image.Image:
     """Images below each other, the question, the answer and the reference, as an RGB image ``WIDTH`` pixels wide.
 
+    Boxes and points of the answer are shown on the last image.
+
     Args:
       images: any number of any size.
       question: the text; ``<image>`` markers are left out.
@@ -35,7 +38,9 @@ def answer_image(
     """
     colour = INK if correct is None else CORRECT if correct else INCORRECT
     texts = [_text(question.replace("<image>", ""), SOFT), _text(answer.strip() or "(no answer)", colour)]
-    blocks = [*map(_fit, images), *texts]
+    answers = [""] * len(images[1:]) + [answer.rsplit("</think>", 1)[-1]]
+    pairs = zip(images, answers, strict=False)
+    blocks = [*(fit(image, found, WIDTH - 2 * MARGIN, IMAGE_HEIGHT) for image, found in pairs), *texts]
     if reference is not None:
         blocks.append(_text(f"expected: {reference.strip()}", SOFT))
     canvas = Image.new("RGB", (WIDTH, MARGIN + sum(block.height + MARGIN for block in blocks)), "white")
@@ -56,13 +61,6 @@ def answer_images(records: Sequence[Record], answers: Sequence[Answer]) -> list[
                 images.append(to_rgb(open_image(image)))
         shown.append(answer_image(images, answer.question, answer.prediction, answer.reference, answer.correct))
     return shown
-
-
-def _fit(image: Image.Image) -> Image.Image:
-    scale = min((WIDTH - 2 * MARGIN) / image.width, IMAGE_HEIGHT / image.height)
-    scale = int(scale) if scale >= 2 else scale
-    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
-    return image.convert("RGB").resize(size, Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS)
 
 
 def _text(text: str, colour: str) -> Image.Image:

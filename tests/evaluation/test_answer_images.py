@@ -70,3 +70,12 @@ def test_answer_images_pairs_records_with_their_answers():
     assert [max(b for r, g, b in colours(image) if r == g == 0) for image in shown] == [100, 101, 102]
     assert len({image.size for image in shown}) == 1  # the broken one is left out
     assert answer_images([], answers) == []
+
+
+def test_answer_image_shows_boxes_of_the_answer_on_the_last_image():
+    images = [Image.new("RGB", (100, 100), "white")] * 2
+    without = answer_image(images, "where?", "<think>[0.1, 0.1, 0.9, 0.9]</think>nowhere")
+    shown = answer_image(images, "where?", "<think>[0.1, 0.1, 0.9, 0.9]</think>[0.5, 0.5, 1.0, 1.0]")
+    changed = (np.asarray(without)[: 2 * (MARGIN + 300)] != np.asarray(shown)[: 2 * (MARGIN + 300)]).any(-1)
+    rows, columns = (np.flatnonzero(changed.any(axis)) for axis in (1, 0))
+    assert abs(rows.min() - (2 * MARGIN + 450)) <= 3 and abs(columns.min() - WIDTH / 2) <= 3

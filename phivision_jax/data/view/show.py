@@ -20,16 +20,18 @@ import numpy as np
 from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from phivision_jax.batch import Batch, RowShape
 from phivision_jax.data.feed.encode import encode_record
 from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.quarantine import BadRecord
-from phivision_jax.data.records import MODES, Record
+from phivision_jax.data.records import MODES
 from phivision_jax.data.store.dataset import Dataset
-from phivision_jax.io.html import RED, Figure, Section, Span, Style, Table, image_figure, plot
+from phivision_jax.inference.grounding import draw as draw_marks
+from phivision_jax.inference.grounding import find
+from phivision_jax.io.html import Figure, Section, Span, Style, Table, image_figure, plot
 from phivision_jax.io.messages import shorten
 from phivision_jax.processor import Processor
 from phivision_jax.rows import Example
@@ -43,7 +45,6 @@ _MAX_WIDTH, _MAX_HEIGHT = 520, 460
 _GRID = np.array([0, 114, 178])
 """Colour of the lines between patches: it shows on photos and on white pages."""
 _PLACEHOLDER = "▢"
-_MARK = re.compile(r"\[({0},{0}(?:,{0},{0})?)\]".format(r"\s*\d?\.?\d+\s*"))
 LEGEND = Section(
     "Legend",
     text=(
@@ -111,26 +112,18 @@ def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
     image_tokens = len(example.tokens) - example.text_tokens
     note += f"{example.text_tokens:,} text tokens + {image_tokens:,} image tokens = {len(example.tokens):,}; "
     note += f"{example.num_patches:,} patches; the loss sees {(example.labels != IGNORE).sum():,}"
-    marks = _marks(record) if len(example.images) == 1 and len(example.images[0].tiles) == 1 else []
+    alone = len(example.images) == 1 and len(example.images[0].tiles) == 1
+    content = "\n".join(message["content"] for message in record.messages) if alone else ""
     figures = []
     for k, (image, size) in enumerate(zip(example.images, dataset.index.sizes_of(i), strict=True), 1):
         for t, tile in enumerate(image.tiles, 1):
             name = f"image {k}, tile {t}" if t > 1 else f"image {k}"
-            figures.append(_tile_figure(tile, processor.config.vision.patch_size, size, name, marks))
+            figures.append(_tile_figure(tile, processor.config.vision.patch_size, size, name, content))
     return Section(record.id, note, figures, text=spans(example, processor.tokenizer))
 
 
-def _marks(record: Record) -> list[np.ndarray]:
-    """The boxes [2, 2] and points [1, 2] in a record's messages, in shares of its image."""
-    lists = [found for message in record.messages for found in _MARK.findall(message["content"])]
-    marks = [np.array(found.split(","), float).reshape(-1, 2) for found in lists]
-    return [mark for mark in marks if mark.max() <= 1 and np.all(mark[0] <= mark[-1])]
-
-
-def _tile_figure(
-    tile: np.ndarray, patch_size: int, original: tuple[int, int], name: str, marks: Sequence[np.ndarray]
-) -> Figure:
-    """One tile of an image scaled for the page, the grid of its patches and marks over it, and its sizes below."""
+def _tile_figure(tile: np.ndarray, patch_size: int, original: tuple[int, int], name: str, text: str) -> Figure:
+    """One tile of an image scaled for the page, the grid of its patches and the text's marks over it, and its sizes."""
     resized = Image.fromarray(pixels(tile, patch_size))
     rows, columns = tile.shape[:2]
     scale = min(_MAX_WIDTH / resized.width, _MAX_HEIGHT / resized.height)
@@ -146,11 +139,9 @@ def _tile_figure(
     change = "" if original == resized.size else f" → {resized.width}×{resized.height}"
     caption = f"{name}: {original[0]}×{original[1]}{change} pixels\n"
     caption += f"{columns} × {rows} = {rows * columns:,} patches" + (f", lines: 1 in {every}" if every > 1 else "")
-    figure = Image.fromarray(shown)
-    for mark in marks:  # a point becomes a small square
-        corners = mark * (width - 1, height - 1) + (0 if len(mark) == 2 else np.array([[-3, -3], [3, 3]]))
-        ImageDraw.Draw(figure).rectangle(corners.ravel().tolist(), outline=RED, width=2)
-    return image_figure(figure, caption + ("\nred: boxes and points in the text" if marks else ""))
+    marks = find(text, (width, height))
+    caption += "\noutlined: boxes and points in the text" if marks else ""
+    return image_figure(draw_marks(Image.fromarray(shown), marks), caption)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

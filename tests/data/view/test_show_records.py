@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from phivision_jax.data.view.show import LEGEND, pixels, record_section, spans
 from phivision_jax.images.layout import PatchedImage
+from phivision_jax.inference.grounding import COLOURS
 from phivision_jax.io.html import Span, page
 from phivision_jax.rows import expand
 from phivision_jax.text.tokenizer import Tokenizer
@@ -107,14 +108,16 @@ def test_boxes_and_points_in_the_text_are_drawn(tmp_path, processor) -> None:
     messages = ({"role": "user", "content": "<image>where?"}, {"role": "assistant", "content": texts})
     dataset = write_dataset(tmp_path / "set", [make_record(0, images=(file.getvalue(),), messages=messages)], processor)
     (figure,) = record_section(dataset, processor, 0).figures
-    assert figure.caption.endswith("red: boxes and points in the text")
-    pixels = np.asarray(Image.open(io.BytesIO(figure.png)).convert("RGB")).astype(int)
-    red = (np.abs(pixels - (0xE0, 0x32, 0x2F)) < 8).all(-1)
-    rows, columns = (np.flatnonzero(red.any(axis)) for axis in (1, 0))
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (42, 459, 42, 344)
-    box = red[100:]
-    assert (np.flatnonzero(box.any(1)).min() + 100, np.flatnonzero(box.any(0)).min()) == (229, 114)
-    assert red[230:, 115:346].sum() < 231 * 230 / 10  # outlines only
+    assert figure.caption.endswith("outlined: boxes and points in the text")
+    pixels = np.asarray(Image.open(io.BytesIO(figure.png)).convert("RGB"))
+    # Labels are above the marks: the last row and the sides of the box, and the sides of the point, show the places.
+    for colour, sides in ((COLOURS[0], (115, 344, 459)), (COLOURS[1], (40, 52, 52))):
+        found = (pixels == ImageColor.getrgb(colour)).all(-1)
+        rows, columns = (np.flatnonzero(found.any(axis)) for axis in (1, 0))
+        if colour == COLOURS[1]:
+            columns = np.flatnonzero(found[46])
+        assert np.abs(np.subtract((columns.min(), columns.max(), rows.max()), sides)).max() <= 4
+    assert not any((pixels == ImageColor.getrgb(colour)).all(-1).any() for colour in COLOURS[2:])
 
 
 def test_legend_names_the_token_of_answers_without_thoughts() -> None:
