@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hardware": {"config", "models.remat"},
     "distributed": {"io"},
     "inference.grounding": {"images"},
-    "inference": {*DEVICE, *HOST, "rows", "processor", "models", "inference.grounding"},
+    "inference": {*DEVICE, *HOST, "rows", "processor", "models", "models.attention", "inference.grounding"},
     "evaluation": {*DEVICE, *DATA, "data.store", "models", "inference", "inference.grounding"},
     "training": {
         *DEVICE,
