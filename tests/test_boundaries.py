@@ -58,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("data.sources", "data.store", "data.plan", "data.feed", "models", "models.remat", "checkpoint", "convert"),
         *("hardware", "distributed", "inference", "evaluation"),
     },
+    "vllm_plugin": set(),
     "preflight": {*DEVICE, *HOST, "rows", "models", "models.remat", "hardware", "training", "inference"},
 }
 FREE = {"cli", "phivision_jax"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 
@@ -41,3 +42,15 @@ def test_package_is_typed_and_described():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert (ROOT / "phivision_jax/py.typed").exists() and "Typing :: Typed" in project["classifiers"]
     assert {"Paper", "Weights"} <= project["urls"].keys() and "readme" in project["dynamic"]
+
+
+def test_plugin_of_vllm_is_an_entry_point():
+    """vLLM is not installed here (``benchmarks/vllm_ids.py`` runs it), so the plugin is read instead of imported."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, function = project["entry-points"]["vllm.general_plugins"]["phivision_jax"].split(":")
+    plugin = ast.parse((ROOT / module.replace(".", "/") / "__init__.py").read_text())
+    defined = {node.name: node for node in plugin.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    assert isinstance(defined[function], ast.FunctionDef)
+    (by_name,) = re.findall(r"__name__}\.(\w+):(\w+)", ast.unparse(defined[function]))
+    model = ast.parse((ROOT / module.replace(".", "/") / f"{by_name[0]}.py").read_text())
+    assert by_name[1] in {node.name for node in model.body if isinstance(node, ast.ClassDef)}
