@@ -82,7 +82,7 @@ def draw(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
     """
     shown = to_rgb(image).copy()
     side = (image.width * image.height) ** 0.5
-    line, letters = max(round(side / 200), 1), max(round(side / 36), 10)
+    line, letters = max(round(side / 180), 1), max(round(side / 36), 10)
     canvas, font = ImageDraw.Draw(shown), ImageFont.load_default(letters)
     for i, mark in enumerate(marks):
         colour, radius = COLOURS[i % len(COLOURS)], 3 * line

@@ -12,7 +12,7 @@ import functools
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 from matplotlib import font_manager, style
@@ -153,4 +153,9 @@ def print_sections(sections: Sequence[Section], console: Console | None = None) 
 
 def page(title: str, sections: Sequence[Section]) -> str:
     """One HTML page: a title, and the sections in order."""
-    return _ENVIRONMENT.get_template("page.html.jinja").render(title=title, sections=sections)
+    return render("page.html.jinja", title=title, sections=sections)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template of this folder; text is escaped."""
+    return _ENVIRONMENT.get_template(template).render(values)

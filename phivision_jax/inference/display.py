@@ -1,0 +1,54 @@
+"""Answers as text that notebooks display with images, boxes and the folded thought."""
+
+import base64
+import contextlib
+import io
+from collections.abc import Iterable
+from typing import Self
+
+from phivision_jax.images.sources import ImageSource, pixels
+from phivision_jax.inference.grounding import fit
+from phivision_jax.inference.requests import Reply
+from phivision_jax.io.html import render
+
+WIDTH, HEIGHT = 640, 480
+"""Pixels in which a displayed image fits; half as many if there are several."""
+
+
+class Answer(str):
+    """The text of a reply, thoughts in their tags: a ``str`` that Jupyter displays as a page.
+
+    The page shows the images with the answer's boxes and points on the last one, the thought folded, the answer, and
+    its counts and times.
+
+    Args:
+      reply: of which the text is taken.
+      images: of the request; those that cannot be opened any more are left out of the page.
+    """
+
+    reply: Reply
+    images: tuple[ImageSource, ...]
+
+    def __new__(cls, reply: Reply, images: Iterable[ImageSource] = ()) -> Self:
+        self = super().__new__(cls, reply.text)
+        self.reply, self.images = reply, tuple(images)
+        return self
+
+    def __getnewargs__(self) -> tuple[Reply, tuple[ImageSource, ...]]:  # type: ignore[override]  # for copies
+        return self.reply, self.images
+
+    def _repr_html_(self) -> str:
+        reply, parts, shown = self.reply, min(len(self.images), 2), []
+        for i, image in enumerate(self.images, 1):
+            marked = reply.answer if i == len(self.images) else ""
+            with contextlib.suppress(ValueError, OSError):
+                file = io.BytesIO()
+                fit(pixels(image), marked, WIDTH // parts, HEIGHT // parts).save(
+                    file, "JPEG", quality=90, subsampling=0
+                )
+                shown.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())
+        tokens, times = len(reply.ids), reply.timings
+        notes = [f"{reply.prompt_tokens:,} + {tokens:,} tokens", f"{times.queue + times.prefill + times.decode:.1f} s"]
+        notes += [f"{1 / seconds:.1f} tokens/s"] if (seconds := times.per_token(tokens)) else []
+        notes += [reply.mode or "no mode"] + [reply.finish_reason] * (reply.finish_reason != "stop")
+        return render("answer.html.jinja", images=shown, reply=reply, note=" · ".join(notes))
