@@ -105,6 +105,10 @@ class Processor:
             raise ValueError("this checkpoint came without tokenizer.json; rows.batch_from_ids makes batches of ids")
         return self._tokenizer
 
+    def find_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, or None if the checkpoint came without one."""
+        return self._tokenizer
+
     @property
     def template(self) -> ChatTemplate:
         if self._template is None:

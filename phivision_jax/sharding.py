@@ -24,6 +24,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from jax.typing import DTypeLike
 
 from phivision_jax.batch import Batch
+from phivision_jax.config import ModelConfig
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor", "context")
 
@@ -77,6 +78,13 @@ def override_rules(rules: Mapping[str, MeshAxes]) -> AbstractContextManager[None
         if unknown := set(names_of(mesh_axes)) - set(MESH_AXES):
             raise ValueError(f"rule {axis!r}: mesh axis {min(unknown)!r} does not exist; choose {', '.join(MESH_AXES)}")
     return _overrides(tuple(sorted({**dict(_overrides.value), **rules}.items())))
+
+
+def generation_rules(config: ModelConfig, mesh: Mesh | AbstractMesh) -> AbstractContextManager[None]:
+    """The rules for weights that are only read: heads that do not divide over their mesh axes are replicated."""
+    decoder, vision = config.decoder, config.vision
+    heads = {"kv_heads": decoder.num_kv_heads, "heads": decoder.num_heads, "patch_heads": vision.num_heads}
+    return override_rules({axis: None for axis, size in heads.items() if size % num_shards(mesh, axis)})
 
 
 def rule(axis: str) -> MeshAxes:

@@ -4,6 +4,9 @@ Source: Phi-4 (arXiv 2412.08905) and transformers' ``modeling_phi3.py``, whose s
 fused ``qkv_proj`` and ``gate_up_proj`` are separate layers here, so that each has axes a mesh can split.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,8 +23,9 @@ from phivision_jax.models.lookup import lookup
 from phivision_jax.models.remat import INPUT, QKV, checkpoint
 from phivision_jax.sharding import constrain
 
-LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
-"""Keys and values of one layer; stacked over layers they gain a leading L."""
+type AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+"""How a layer attends: (q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], its inputs) → (out [B, T, N, H], its outputs).
+Training attends within the row; generation also reads and returns keys and values (``inference/engine.py``)."""
 
 
 class Attention(nnx.Module):
@@ -38,20 +42,13 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: tuple[jax.Array, jax.Array],
-        span_end: Int32[Array, "B T"],
-        segment_ids: Int32[Array, "B T"],
-        cache: LayerCache | None,
-        cache_segments: Int32[Array, "B S"] | None,
-        offset: jax.Array | int,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+        attention: AttentionFn,
+        inputs: Any,
+    ) -> tuple[Float[Array, "B T D"], Any]:
         q, k, v = apply_rope(self.q_proj(x), *rope), apply_rope(self.k_proj(x), *rope), self.v_proj(x)
         q, k, v = (checkpoint_name(y, QKV) for y in (q, k, v))
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(cache[0], k.astype(cache[0].dtype), offset, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(cache[1], v.astype(cache[1].dtype), offset, axis=1)
-            cache = (k, v)
-        out = attend(q, k, v, span_end=span_end, segment_ids=segment_ids, kv_segment_ids=cache_segments)
-        return self.o_proj(out), cache
+        out, outputs = attention(q, k, v, inputs)
+        return self.o_proj(out), outputs
 
 
 class MLP(nnx.Module):
@@ -74,12 +71,14 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, "embed", cfg.rms_norm_eps, rngs=rngs)
         self.mlp = MLP(cfg, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], *attention_args) -> tuple[Float[Array, "B T D"], LayerCache | None]:
+    def __call__(
+        self, x: Float[Array, "B T D"], rope: tuple[jax.Array, jax.Array], attention: AttentionFn, inputs: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
         x = checkpoint_name(x, INPUT)
-        out, cache = self.self_attn(self.input_layernorm(x), *attention_args)
+        out, outputs = self.self_attn(self.input_layernorm(x), rope, attention, inputs)
         x = x + out
         x = x + self.mlp(self.post_attention_layernorm(x))
-        return constrain(x, "batch", "length", None), cache
+        return constrain(x, "batch", "length", None), outputs
 
 
 class Embed(nnx.Module):
@@ -115,33 +114,51 @@ class Phi4Decoder(nnx.Module):
         self.norm = RMSNorm(cfg.hidden_size, "embed", cfg.rms_norm_eps, rngs=rngs)
         self.lm_head = Head(cfg, rngs=rngs)
 
-    @jax.named_scope("decoder")
     def __call__(
         self,
         embeds: Float[Array, "B T D"],
         positions: Int32[Array, "B T"],
         span_end: Int32[Array, "B T"],
         segment_ids: Int32[Array, "B T"],
-        *,
-        cache: LayerCache | None = None,
-        cache_segments: Int32[Array, "B S"] | None = None,
-        offset: jax.Array | int = 0,
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
-        """Run the layers and the final norm.
+    ) -> Float[Array, "B T D"]:
+        """Run the layers and the final norm on packed rows."""
+
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return attend(q, k, v, span_end=span_end, segment_ids=segment_ids), None
+
+        return self.run(embeds, positions, attention)[0]
+
+    @jax.named_scope("decoder")
+    def run(
+        self,
+        embeds: Float[Array, "B T D"],
+        positions: Int32[Array, "B T"],
+        attention: AttentionFn,
+        inputs: Any = None,
+        layers: Sequence[DecoderLayer] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Run the layers and the final norm, with an attention of the caller's.
 
         Args:
-          cache: keys and values of all layers, [L, B, S, K, H] each; those of the T tokens are written at ``offset``.
-          cache_segments: segment of every cache position *after* this call, 0 for empty ones.
+          inputs: of ``attention``, stacked over layers; a list with one entry per layer if ``layers`` is given.
+          layers: run these instead of scanning over the stacked ones. CPUs cannot read a layer of a stack without
+            copying it, which takes three times as long as reading it.
 
         Returns:
-          Hidden states after the final norm, and the updated cache (None without one).
+          Hidden states after the final norm, and the outputs of ``attention``, stacked or listed as the inputs are.
         """
         rope = rope_angles(positions, self.head_dim, self.rope_theta)
 
-        def body(x, layer_and_cache):
-            layer, layer_cache = layer_and_cache
-            return layer(x, rope, span_end, segment_ids, layer_cache, cache_segments, offset)
+        def body(x: jax.Array, layer_and_inputs: tuple[DecoderLayer, Any]) -> tuple[jax.Array, Any]:
+            layer, layer_inputs = layer_and_inputs
+            return layer(x, rope, attention, layer_inputs)
 
         x = constrain(embeds.astype(self.dtype), "batch", "length", None)
-        x, cache = jax.lax.scan(checkpoint(body, self.remat), x, (self.layers, cache))
-        return self.norm(x), cache
+        if layers is None:
+            x, outputs = jax.lax.scan(checkpoint(body, self.remat), x, (self.layers, inputs))
+        else:
+            outputs = []
+            for layer_and_inputs in zip(layers, inputs, strict=True):
+                x, output = body(x, layer_and_inputs)
+                outputs.append(output)
+        return self.norm(x), outputs

@@ -102,7 +102,7 @@ class PhiVision(nnx.Module):
         return self.decoder.lm_head(self.hidden(batch))
 
     def hidden(self, batch: Batch) -> Float[Array, "B T D"]:
-        return self.decoder(self.embeds(batch), batch.positions, batch.span_end, batch.segment_ids)[0]
+        return self.decoder(self.embeds(batch), batch.positions, batch.span_end, batch.segment_ids)
 
     def embeds(self, batch: Batch) -> Float[Array, "B T D"]:
         """Token embeddings, replaced by vision tokens where ``vision_index`` points at one."""

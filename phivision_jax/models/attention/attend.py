@@ -1,4 +1,4 @@
-"""Attention as one function, ``attend``, which both towers and the KV cache use.
+"""Attention as one function, ``attend``, which both towers use.
 
 A query sees a key when both are in the same segment and the key's position is at most the query's ``span_end``:
 
@@ -16,10 +16,12 @@ A query sees a key when both are in the same segment and the key's position is a
 
 There are four implementations of this definition; the choice is made at trace time:
 
-    splash       the TPU kernel (``splash.py``), for self-attention
+    splash       the TPU kernel (``splash.py``)
     flash        the kernels for Hopper and Blackwell GPUs (``flash.py``), for self-attention that they support
     blockwise    blocks of queries x keys (``blockwise.py``), for other long rows: scores need no memory
-    plain        all scores at once (``blockwise.py``): the reference, used for short rows and for decoding with a cache
+    plain        all scores at once (``blockwise.py``): the reference, used for short rows
+
+Decoding with a cache, one query per sequence, is ``cached.attend_cached``.
 
 Outputs at padding are finite but meaningless: padding sees only itself in the kernels, and is zero in blockwise.
 """
@@ -60,7 +62,8 @@ def attend(
     Args:
       q, k, v: unscaled; scores are scaled by H^-1/2. The softmax is fp32, the result has q's dtype.
       segment_ids: segment of each query. On GPUs each segment must be contiguous, as it is in every Batch.
-      kv_segment_ids: segment of each key; None for self-attention, where keys share the queries' segments.
+      kv_segment_ids: segment of each key; None for self-attention, where keys share the queries' segments. Otherwise
+        the last T keys are the queries' own, and those before them are context.
       span_end: last key position that each query sees, at least the query's own; None for no limit.
       axes: logical names of q's axes except the last: kernels and blocks run on each device's own shard.
 
@@ -69,12 +72,12 @@ def attend(
       ImportError: on TPUs, without the version of tokamax that ``models/attention/flash.py`` names.
     """
     T, S = q.shape[-3], k.shape[-3]
-    if kv_segment_ids is None:
-        platform = _platform() if T >= KERNEL_QUERIES else None
-        if platform == "tpu":
-            from phivision_jax.models.attention.splash import splash  # needs packages that only TPUs need
+    platform = _platform() if T >= KERNEL_QUERIES else None
+    if platform == "tpu":
+        from phivision_jax.models.attention.splash import splash  # needs packages that only TPUs need
 
-            return splash(q, k, v, segment_ids=segment_ids, span_end=span_end, axes=axes)
+        return splash(q, k, v, segment_ids=segment_ids, kv_segment_ids=kv_segment_ids, span_end=span_end, axes=axes)
+    if kv_segment_ids is None:
         if platform == "gpu" and flash.supported(q, k, v):
             return flash.flash(q, k, v, segment_ids=segment_ids, span_end=span_end, axes=axes)
         kv_segment_ids = segment_ids

@@ -60,29 +60,33 @@ SMALL_BLOCKS = Blocks(512, 512, 512, 512, 512, 512)
 
 def splash(
     q: Float[Array, "*B T N H"],
-    k: Float[Array, "*B T K H"],
-    v: Float[Array, "*B T K H"],
+    k: Float[Array, "*B S K H"],
+    v: Float[Array, "*B S K H"],
     *,
     segment_ids: Int32[Array, "*B T"],
+    kv_segment_ids: Int32[Array, "*B S"] | None = None,
     span_end: Int32[Array, "*B T"] | None = None,
     axes: tuple[str | None, ...] = ("batch", "length", "heads"),
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*B T N H"]:
-    """Self-attention as ``models.attention.attend`` defines it, except in padding (segment 0).
+    """Attention as ``models.attention.attend`` defines it, except in padding (segment 0).
 
     A padding position sees only itself, so that padding costs nothing; its result is finite but meaningless. Under a
     mesh each device computes its own rows, heads and queries, with all keys of the row (gathered along ``context``).
 
     Args:
       segment_ids: from 0 to 2^30; fastest where they do not decrease along the row and padding comes last.
+      kv_segment_ids, axes: as in ``attend``.
       span_end: at least the query's own position.
-      axes: as in ``attend``.
       blocks: default: those for the device (``BLOCKS``); smaller where the row is short.
       interpret: run the kernel's Python on any backend; slow, for tests.
     """
-    T, H = q.shape[-3], q.shape[-1]
+    T, S, H = q.shape[-3], k.shape[-3], q.shape[-1]
     ids = jnp.where(segment_ids == 0, PADDING + jnp.arange(T), segment_ids)
+    kv_ids = ids
+    if kv_segment_ids is not None:  # own keys come last
+        kv_ids = jnp.where(kv_segment_ids == 0, PADDING + jnp.arange(T - S, T), kv_segment_ids)
     # Scaled in fp32 and rounded once: in bf16 the factors themselves would be off by up to 0.2 %, always the same way.
     q = (q.astype(jnp.float32) * (H**-0.5 * LOG2E)).astype(q.dtype)
     if blocks is None:
@@ -96,7 +100,7 @@ def splash(
         rows = [None if x is None else x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, q_ids, span_end, kv_ids)]
         return jax.lax.map(lambda row: _row(*row, blocks=blocks, interpret=interpret), tuple(rows)).reshape(q.shape)
 
-    return shard_map_attention(local, q, k, v, (ids, span_end), (ids,), axes=axes)
+    return shard_map_attention(local, q, k, v, (ids, span_end), (kv_ids,), axes=axes)
 
 
 def _row(q, k, v, q_ids, span_end, kv_ids, *, blocks: Blocks, interpret: bool) -> Float[Array, "T N H"]:

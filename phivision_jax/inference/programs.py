@@ -1,0 +1,366 @@
+"""The programs of generation: pure functions from a state to the next one, which is donated and updated in place.
+
+    encode   patches of waiting images ──► vision tokens, kept in ``state.pool``
+    admit    prefill: a packed row of prompts, or of pieces of prompts, ──► last hidden states, keys and values
+             insert:  keys and values ──► the cache of each prompt's slot; the first token of each complete prompt
+    decode   several tokens of every active slot
+
+A slot is one sequence of the cache: S entries, of which the first ``lengths`` are in use. A piece of a prompt attends
+to its own tokens in the row and to its prefix (the context): tokens that are in the cache already, of its own slot or
+of another one that begins with the same tokens.
+
+    row       a a a a b b c c c c c · · ·      segments 1 1 1 1 2 2 3 3 3 3 3 0 0 0
+    context   B B B B B · · · C C C C · · ·    prefixes of b and c, each from a multiple of BLOCK on
+
+What depends on a request is an array here, so settings never compile a program; only the sizes of ``Row`` and the
+entries that decoding reads are static. On a mesh each shard of "batch" has one row, its own slots, and their prefixes.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import Bool, Float, Int32
+
+from phivision_jax.batch import Array, Batch
+from phivision_jax.inference.sampling import Chosen, Sampling, choose
+from phivision_jax.models import phivision
+from phivision_jax.models.attention.attend import attend
+from phivision_jax.models.attention.cached import KV, attend_cached, store
+from phivision_jax.models.phi4 import DecoderLayer
+from phivision_jax.models.phivision import Params
+from phivision_jax.sharding import axis_size, constrain, rule
+
+BLOCK = 128
+"""Tokens that are copied at a time between a row and the cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the programs of one generator have in common; static, so part of what is compiled."""
+
+    graphdef: nnx.GraphDef
+    layer: nnx.GraphDef | None
+    """The structure of one layer, where layers are separate arrays (``Engine`` says when)."""
+    cache_dtype: Any
+    stop_ids: tuple[int, ...]
+    think_id: int
+    end_think_id: int
+    """Ids of ``<think>`` and ``</think>``; −1 without a tokenizer."""
+
+
+class Weights(NamedTuple):
+    """The parameters of the model."""
+
+    model: Params
+    layers: list[Params] | None
+    """Those of each decoder layer again, where layers are separate arrays."""
+
+
+class Answering(NamedTuple):
+    """Of each of B sequences: how its answer is chosen, and how far it is."""
+
+    sampling: Sampling
+    count: Int32[Array, " B"]
+    """Tokens chosen so far."""
+    limit: Int32[Array, " B"]
+    """Tokens after which it ends."""
+    in_thought: Bool[Array, " B"]
+    budget: Int32[Array, " B"]
+    """Further tokens of its thought, after which the thought is closed; negative for no limit."""
+
+
+class State(NamedTuple):
+    """What the device remembers between two programs, for B slots of S entries."""
+
+    cache: Any
+    """``KV`` [L, B, K, S, H], or a list of L of them where layers are separate arrays."""
+    pool: Float[Array, "pool D"]
+    """Vision tokens of images."""
+    lengths: Int32[Array, " B"]
+    token: Int32[Array, " B"]
+    """The last chosen token of each slot, which is not in the cache yet."""
+    active: Bool[Array, " B"]
+    answering: Answering
+
+
+class Row(NamedTuple):
+    """Pieces of prompts for each of R shards, made on the host (``scheduler.py``)."""
+
+    tokens: Int32[Array, "R T"]
+    positions: Int32[Array, "R T"]
+    segment_ids: Int32[Array, "R T"]
+    span_end: Int32[Array, "R T"]
+    vision_index: Int32[Array, "R T"]
+    """Where in ``state.pool`` this position's vision token is; −1 for text."""
+    context_segments: Int32[Array, "R C"]
+    context: Int32[Array, "R c 3"]
+    """Slot to read, slot to write, and first entry, for each block of context."""
+    num_context: Int32[Array, " R"]
+    copies: Int32[Array, "R w 3"]
+    """First position in the row, slot, and first entry, for each block of the row to be cached."""
+    num_copies: Int32[Array, " R"]
+    ends: Int32[Array, "R E"]
+    """Positions of the last tokens of complete prompts."""
+    end_slots: Int32[Array, "R E"]
+    """Their slots, numbered over all shards; B for none."""
+    lengths: Int32[Array, "R E"]
+    answering: Answering
+    """[R, E] each."""
+
+
+class Answers(NamedTuple):
+    """What ``decode`` chose in n steps."""
+
+    chosen: Chosen
+    """[n, B, …]."""
+    valid: Bool[Array, "n B"]
+    """False after the end of a slot's answer."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encode.
+
+
+def encode(program: Program, weights: Weights, state: State, batch: Batch, places: Int32[Array, "R T"]) -> State:
+    """Encode images; the vision token at position t of row r of ``batch`` goes to ``places[r, t]`` of the pool."""
+    model = phivision.merge(program.graphdef, weights.model)
+    tokens = model.vision_tokens(batch)
+    found = jnp.take_along_axis(tokens, jnp.maximum(batch.vision_index, 0)[..., None], axis=1)
+    found = constrain(found, None, None, None).astype(state.pool.dtype).reshape(-1, found.shape[-1])
+    return _pinned(state._replace(pool=state.pool.at[places.reshape(-1)].set(found, mode="drop")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Admit: prefill and insert.
+
+
+def prefill(program: Program, weights: Weights, state: State, row: Row) -> tuple[Float[Array, "R E D"], Any]:
+    """Last hidden states of complete prompts, and ``KV`` [R, K, T, H] of the row's tokens in every layer."""
+    model = phivision.merge(program.graphdef, weights.model)
+    decoder = model.decoder
+    embeds = decoder.embed_tokens(row.tokens).astype(decoder.dtype)
+    seen = state.pool[jnp.maximum(row.vision_index, 0)].astype(decoder.dtype)
+    embeds = jnp.where(row.vision_index[..., None] >= 0, seen, embeds)
+    C = row.context_segments.shape[1]
+    segments = jnp.concatenate([row.context_segments, row.segment_ids], axis=1) if C else None
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, context: KV | None) -> tuple[jax.Array, KV]:
+        stored = store(k, v, program.cache_dtype)
+        k, v = stored.values(q.dtype)  # as later tokens will see them
+        if context is not None:
+            k, v = (jnp.concatenate(pair, axis=1) for pair in zip(context.values(q.dtype), (k, v), strict=True))
+        span_end = row.span_end + C
+        return attend(q, k, v, segment_ids=row.segment_ids, kv_segment_ids=segments, span_end=span_end), stored
+
+    layers = _layers(program, weights)
+    context = _context(state, row) if C else None if layers is None else [None] * len(layers)
+    hidden, stored = decoder.run(embeds, row.positions, attention, context, layers)
+    return jnp.take_along_axis(hidden, row.ends[..., None], axis=1), stored
+
+
+def insert(program: Program, weights: Weights, state: State, row: Row, hidden: jax.Array, stored: Any) -> tuple:
+    """Cache a row's keys and values, and choose the first token of each complete prompt.
+
+    Returns:
+      The state, and ``Chosen`` [R · E, …].
+    """
+    model = phivision.merge(program.graphdef, weights.model)
+    cache = _cached(state.cache, stored, row)
+    slots, B = row.end_slots.reshape(-1), len(state.lengths)
+    started = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), row.answering)
+    logits = model.decoder.lm_head(hidden).reshape(len(slots), -1)
+    chosen, started, ended = _next(program, logits, started, slots < B)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[slots].set(new, mode="drop")
+
+    values = State(cache, state.pool, row.lengths.reshape(-1), chosen.token, ~ended, started)
+    small = jax.tree.map(put, state[2:], values[2:])
+    return _pinned(State(cache, state.pool, *small)), _replicated(chosen)
+
+
+def admit(program: Program, weights: Weights, state: State, row: Row) -> tuple[State, Chosen]:
+    """``prefill`` and ``insert``."""
+    return insert(program, weights, state, row, *prefill(program, weights, state, row))
+
+
+def _next(
+    program: Program, logits: jax.Array, now: Answering, needed: jax.Array
+) -> tuple[Chosen, Answering, jax.Array]:
+    """Choose tokens; return them, how far the sequences then are, and which have ended."""
+    close = now.in_thought & (now.budget == 0)
+    forced = jnp.where(close, program.end_think_id, -1)
+    chosen = choose(logits, now.sampling, now.count, forced, needed)
+    token, first = chosen.token, now.count == 0
+    opened = first & (token == program.think_id) & (program.think_id >= 0)
+    in_thought = (now.in_thought | opened) & (token != program.end_think_id)
+    budget = jnp.where(now.in_thought & (now.budget > 0), now.budget - 1, now.budget)
+    count = now.count + needed
+    ended = jnp.isin(token, jnp.array(program.stop_ids, jnp.int32)) if program.stop_ids else jnp.zeros_like(opened)
+    after = now._replace(count=count, in_thought=in_thought, budget=budget)
+    return chosen, after, ended | (count >= now.limit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decode.
+
+
+def decode(
+    program: Program, weights: Weights, state: State, keep: Bool[Array, " B"], steps: int, read: int
+) -> tuple[State, Answers]:
+    """Choose up to ``steps`` tokens for every slot that is active and in ``keep``.
+
+    Args:
+      keep: False ends a slot's answer.
+      read: entries of the cache that slots may have in use.
+    """
+    model = phivision.merge(program.graphdef, weights.model)
+    layers, decoder = _layers(program, weights), model.decoder
+    active = active_before = state.active & keep
+    B, k = len(active), min(20, model.config.decoder.vocab_size)
+    nothing = Chosen(*(jnp.zeros((steps, B, *more), dtype) for more, dtype in (
+        ((), jnp.int32), ((), jnp.float32), ((k,), jnp.int32), ((k,), jnp.float32))))  # fmt: skip
+    recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], steps, x.shape[-1]), x.dtype), state.cache)
+
+    def more(carry: tuple) -> jax.Array:
+        return (carry[0] < steps) & carry[3].any()
+
+    def step(carry: tuple) -> tuple:
+        i, recent, token, active, lengths, answering, answers = carry
+
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array, inputs: tuple[KV, KV]) -> tuple[jax.Array, KV]:
+            cache, recent = inputs
+            new = store(k, v, program.cache_dtype)
+            recent = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i, axis=2), recent, new)
+            seen = jnp.where(active, state.lengths, 0)
+            return attend_cached(q[:, 0], cache, seen, recent, i, read=read)[:, None], recent
+
+        embeds = decoder.embed_tokens(token[:, None])
+        inputs = (state.cache, recent) if layers is None else list(zip(state.cache, recent, strict=True))
+        hidden, recent = decoder.run(embeds, lengths[:, None], attention, inputs, layers)
+        logits = decoder.lm_head(hidden)[:, 0]
+        chosen, answering, ended = _next(program, logits, answering, active)
+        answers = jax.tree.map(lambda x, y: x.at[i].set(y), answers, Answers(_replicated(chosen), active))
+        return i + 1, recent, chosen.token, active & ~ended, lengths + active, answering, answers
+
+    answers = Answers(nothing, jnp.zeros((steps, B), bool))
+    carry = (jnp.int32(0), recent, state.token, active, state.lengths, state.answering, answers)
+    _, recent, token, active, lengths, answering, answers = jax.lax.while_loop(more, step, carry)
+    # What other slots computed goes to their last entries, which are never used (``Engine``).
+    last = jax.tree.leaves(state.cache)[0].shape[-2] - steps
+    cache = _flushed(state.cache, recent, jnp.where(active_before, state.lengths, last))
+    return _pinned(State(cache, state.pool, lengths, token, active, answering)), _replicated(answers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache: arrays [(L,) B, K, S, H], so axes are counted from the end.
+
+
+def _layers(program: Program, weights: Weights) -> list[DecoderLayer] | None:
+    """The layers, where they are separate arrays."""
+    if weights.layers is None or program.layer is None:
+        return None
+    return [nnx.merge(program.layer, dict(layer)) for layer in weights.layers]
+
+
+def _starts(x: jax.Array, slot: jax.Array | int, entry: jax.Array | int) -> tuple:
+    return (0,) * (x.ndim - 4) + (slot, 0, entry, 0)
+
+
+def _copy(to: Any, source: Any, size: int, at: tuple, origin: tuple) -> Any:
+    """Copy ``size`` entries of one sequence, from (slot, entry) ``origin`` to ``at``."""
+
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
+        sizes = list(y.shape)
+        sizes[-4], sizes[-2] = 1, size
+        return jax.lax.dynamic_update_slice(x, jax.lax.dynamic_slice(y, _starts(y, *origin), sizes), _starts(x, *at))
+
+    return jax.tree.map(one, to, source)
+
+
+def _context(state: State, row: Row) -> Any:
+    """``KV`` [(L,) R, K, C, H] of the prefixes that a row's pieces attend to."""
+
+    def local(cache: Any, context: jax.Array, count: jax.Array) -> Any:
+        size = context.shape[1] * BLOCK
+        empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-4], 1, x.shape[-3], size, x.shape[-1]), x.dtype), cache)
+
+        def copy(i: jax.Array, out: Any) -> Any:
+            source, _, entry = context[0, i]
+            return _copy(out, cache, BLOCK, (0, i * BLOCK), (source, entry))
+
+        return jax.lax.fori_loop(0, count[0], copy, empty)
+
+    return _on_shards(local, state.cache, (row.context, row.num_context))
+
+
+def _cached(cache: Any, stored: Any, row: Row) -> Any:
+    """The cache with the prefixes that rows share with other slots, and with the rows' own keys and values."""
+    stored = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, BLOCK), (0, 0)]), stored)
+
+    def local(
+        cache: Any, stored: Any, context: jax.Array, num: jax.Array, copies: jax.Array, num_copies: jax.Array
+    ) -> Any:
+        def share(i: jax.Array, cache: Any) -> Any:
+            source, slot, entry = context[0, i]
+            return _copy(cache, cache, BLOCK, (slot, entry), (source, entry))
+
+        def copy(i: jax.Array, cache: Any) -> Any:
+            position, slot, entry = copies[0, i]
+            return _copy(cache, stored, BLOCK, (slot, entry), (0, position))
+
+        if context.shape[1]:
+            cache = jax.lax.fori_loop(0, num[0], share, cache)
+        return jax.lax.fori_loop(0, num_copies[0], copy, cache)
+
+    return _on_shards(local, cache, (row.context, row.num_context, row.copies, row.num_copies), stored)
+
+
+def _flushed(cache: Any, recent: Any, places: jax.Array) -> Any:
+    """The cache with the tokens of one call of ``decode``, from entry ``places[b]`` of slot b on."""
+
+    def local(cache: Any, recent: Any, places: jax.Array) -> Any:
+        steps = jax.tree.leaves(recent)[0].shape[-2]
+
+        def one(b: jax.Array, cache: Any) -> Any:
+            return _copy(cache, recent, steps, (b, places[b]), (b, 0))
+
+        return jax.lax.fori_loop(0, len(places), one, cache)
+
+    return _on_shards(local, cache, (places,), recent)
+
+
+def cache_spec(cache: Any) -> Any:
+    """The PartitionSpec of every array of a cache: slots over "batch", heads over "kv_heads" if they divide."""
+
+    def spec(x: jax.Array) -> PartitionSpec:
+        heads = rule("kv_heads") if x.shape[-3] % axis_size("kv_heads") == 0 else None
+        return PartitionSpec(*[None] * (x.ndim - 4), rule("batch"), heads)
+
+    return jax.tree.map(spec, cache)
+
+
+def _on_shards(local: Any, cache: Any, arguments: tuple, stored: Any = None) -> Any:
+    """``local(cache, stored, *arguments)`` on each device's slots and heads; arguments are split by their rows."""
+    trees = (cache,) if stored is None else (cache, stored)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(*trees, *arguments)
+    specs = *map(cache_spec, trees), *(PartitionSpec(rule("batch")) for _ in arguments)
+    # check_vma: loops over a device's own slots have constant carries.
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(*trees, *arguments)
+
+
+def _replicated[T](tree: T) -> T:
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
+
+
+def _pinned(state: State) -> State:
+    """The state with the shardings that it always has, so that every program takes what another returned."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return state
+    cache = jax.tree.map(jax.lax.with_sharding_constraint, state.cache, cache_spec(state.cache))
+    return State(cache, *_replicated(state[1:]))

@@ -1,0 +1,84 @@
+"""Prompts as the scheduler needs them: what each token is, where they may be cut, which prefixes they share."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from phivision_jax.config import ModelConfig
+from phivision_jax.images.layout import PatchedImage
+from phivision_jax.rows import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptImage:
+    """An image of a prompt."""
+
+    start: int
+    """Position of its first vision token."""
+    tokens: int
+    key: int
+    """Hash of its patches: equal images have equal vision tokens."""
+    image: PatchedImage
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """The tokens of a prompt."""
+
+    tokens: np.ndarray
+    """[t] i32, as in ``Example``."""
+    identity: np.ndarray
+    """[t] i64: equal prefixes of two prompts have equal keys and values. Token ids for text; for images, negative
+    numbers made of the image's key and the vision token's number in it."""
+    images: tuple[PromptImage, ...]
+    whole_images: bool
+    """True if images attend bidirectionally, so that no piece may end inside of one."""
+
+    @classmethod
+    def of(cls, example: Example, config: ModelConfig) -> "Prompt":
+        """The prompt of an encoded conversation."""
+        identity = example.tokens.astype(np.int64)
+        images = []
+        for start, image in zip(example.image_starts, example.images, strict=True):
+            key, count = image_key(image), image.size.tokens
+            identity[start : start + count] = -1 - (key + np.arange(count)) % 2**62
+            images.append(PromptImage(start, count, key, image))
+        return cls(example.tokens, identity, tuple(images), config.image_attention == "bidirectional")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(image.tokens for image in self.images)
+
+    def cut(self, end: int) -> int:
+        """The last position up to ``end`` at which the prompt may be cut."""
+        inside = [image.start for image in self.images if self.whole_images and image.start < end < image.end]
+        return min(inside, default=end)
+
+    def shared(self, identity: np.ndarray) -> int:
+        """Tokens of the prefix that another sequence shares, of those that may be cut off; never the last token."""
+        n = min(len(self) - 1, len(identity))
+        differs = np.flatnonzero(self.identity[:n] != identity[:n])
+        return self.cut(int(differs[0]) if len(differs) else n)
+
+    def span_end(self, start: int, end: int) -> np.ndarray:
+        """Of the positions in [start, end): the last position that each sees, in this prompt."""
+        spans = np.arange(start, end, dtype=np.int32)
+        for image in self.images if self.whole_images else ():
+            spans[max(image.start - start, 0) : max(image.end - start, 0)] = image.end - 1
+        return spans
+
+
+def image_key(image: PatchedImage) -> int:
+    """A hash of everything that decides an image's vision tokens."""
+    digest = hashlib.blake2b(repr(image.grids).encode(), digest_size=8)
+    for array in (image.patches, image.merge_index, image.merge_weight):
+        digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+    return int.from_bytes(digest.digest(), "little") >> 2

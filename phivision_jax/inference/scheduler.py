@@ -1,0 +1,354 @@
+"""Continuous batching: which prompts enter which slots, in which pieces, and what becomes of the chosen tokens.
+
+    waiting ──► a slot, with the longest prefix that any slot of its shard holds ──► pieces of its prompt in rows
+            ──► decoding with all other active slots ──► finished: the slot is free, and still holds its tokens
+
+Every slot is also a cache of the prefix that it holds, until another sequence takes it: a system prompt, the samples of
+one request, and the next turn of a conversation are prefilled once. Decisions depend on nothing but the requests and
+the tokens, so that all processes of a job make the same ones.
+"""
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from phivision_jax.inference.engine import Engine, smallest
+from phivision_jax.inference.image_pool import ImagePool
+from phivision_jax.inference.programs import BLOCK, Row
+from phivision_jax.inference.prompts import Prompt
+from phivision_jax.inference.requests import Delta, Event, FinishReason, Reply, Request, Timings, TokenLogprob
+from phivision_jax.inference.transcript import Transcript
+
+ROWS_BETWEEN = 2
+"""Rows that are admitted between two calls of ``decode``, so that active slots do not wait for all new prompts."""
+
+
+class Sample:
+    """One sample of a request: its slot, and its reply as it grows.
+
+    Args:
+      limit: most new tokens.
+      on_event: receives each ``Delta`` and then the ``Reply``.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        prompt: Prompt,
+        limit: int,
+        transcript: Transcript,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self.request, self.index, self.prompt, self.limit = request, index, prompt, limit
+        self.transcript, self.on_event = transcript, on_event
+        self.slot: int | None = None
+        self.cached = 0
+        """Tokens of the prompt that are in the slot, or will be after the rows that are planned."""
+        self.cancelled = self.finished = False
+        self.logprobs: list[TokenLogprob] = []
+        self._given = 0
+        self.submitted = time.monotonic()
+        self.started = self.first = self.last = 0.0
+
+    def receive(
+        self, token: int, logprob: float, top: tuple[tuple[int, float], ...], stop_ids: tuple[int, ...]
+    ) -> None:
+        """Add a chosen token, and finish if it ends the answer."""
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+        stop = token in stop_ids
+        if not stop:
+            self.transcript.add(token)
+            if self.request.logprobs is not None:
+                self.logprobs.append(TokenLogprob(token, logprob, top[: self.request.logprobs]))
+        count = len(self.transcript.ids) + stop
+        if stop or self.transcript.stopped:
+            self.finish("stop")
+        elif count >= self.limit:
+            self.finish("length")
+        else:
+            self._give(final=False)
+
+    def _give(self, *, final: bool) -> None:
+        pieces = self.transcript.take(final=final)
+        for i, (kind, text) in enumerate(pieces):
+            new = tuple(self.logprobs[self._given :]) if i == len(pieces) - 1 else ()
+            self._given += len(new)
+            self.on_event(Delta(self.index, kind, text, new))
+
+    def finish(self, reason: FinishReason) -> None:
+        """Give out the rest of the text, and the reply."""
+        self.finished = True
+        self._give(final=True)
+        now, said, prompt = time.monotonic(), self.transcript, self.prompt
+        started, first = self.started or now, self.first or now
+        last = self.last or now
+        timings = Timings(started - self.submitted, first - started, max(last - first, 0.0))
+        thought = said.thought_tokens
+        self.on_event(
+            Reply(
+                thought=said.thought.text,
+                answer=said.answer.text,
+                mode=said.mode,
+                finish_reason=reason,
+                ids=tuple(said.ids),
+                prompt_tokens=len(prompt),
+                image_tokens=prompt.image_tokens,
+                thought_tokens=thought,
+                answer_tokens=len(said.ids) - thought,
+                timings=timings,
+                thought_closed=not said.in_thought,
+                index=self.index,
+                logprobs=tuple(self.logprobs),
+            )
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens [start, end) of a prompt for a row; those before are context, read from slot ``source``."""
+
+    sample: Sample
+    start: int
+    end: int
+    source: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of context."""
+        return -(-self.start // BLOCK)
+
+
+class Scheduler:
+    """The requests of one engine.
+
+    Args:
+      share_prefixes: False prefills every prompt completely.
+    """
+
+    def __init__(self, engine: Engine, *, share_prefixes: bool = True) -> None:
+        self.engine, self.share_prefixes = engine, share_prefixes
+        self.images = ImagePool(engine)
+        self.waiting: collections.deque[Sample] = collections.deque()
+        self.owners: list[Sample | None] = [None] * engine.slots
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._held = [np.zeros(0, np.int64) for _ in range(engine.slots)]  # what each slot holds, as identities
+        self._freed = [0] * engine.slots  # when each slot was last used, for taking the one that rested longest
+        self._clock = 0
+        self._pending: collections.deque[tuple[list[Sample | None], Any, Any]] = collections.deque()
+        # On CPUs the host's work and the device's compete, and a call is long: nothing is gained by running ahead.
+        self._ahead = 0 if engine.program.layer is not None else 1
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self._pending or any(self.owners))
+
+    def submit(self, samples: Iterable[Sample]) -> None:
+        self.waiting.extend(samples)
+
+    def forget(self) -> None:
+        """Forget what slots and the image pool hold, because the weights change.
+
+        Raises:
+          RuntimeError: while requests are being answered.
+        """
+        if not self.idle:
+            raise RuntimeError("the weights cannot change while requests are being answered; wait for their replies")
+        self._held = [np.zeros(0, np.int64) for _ in self._held]
+        self.images = ImagePool(self.engine)
+
+    def step(self) -> None:
+        """Admit waiting prompts, run one call of ``decode``, and deal with what an earlier call chose."""
+        self._drop_cancelled()
+        decoding = any(self._decoding())
+        rows = 0
+        while (not decoding or rows < ROWS_BETWEEN) and self._admit():
+            rows += 1
+        keep = np.array(self._decoding())
+        if keep.any():
+            ahead = self.engine.steps * (1 + len(self._pending))
+            lengths = [
+                len(s.prompt) + len(s.transcript.ids) for s, kept in zip(self.owners, keep, strict=True) if s and kept
+            ]
+            answers = self.engine.decode(keep, max(lengths) + ahead)
+            self._pending.append(
+                ([s if k else None for s, k in zip(self.owners, keep, strict=True)], answers.chosen, answers.valid)
+            )
+        while self._pending and (len(self._pending) > self._ahead or not keep.any()):
+            self._process(*self._pending.popleft())
+
+    def _decoding(self) -> list[bool]:
+        """True for slots whose prompt is complete and whose answer is not."""
+        return [s is not None and not s.finished and s.cached == len(s.prompt) for s in self.owners]
+
+    def _drop_cancelled(self) -> None:
+        for sample in [s for s in self.waiting if s.cancelled]:
+            self.waiting.remove(sample)
+            sample.finish("cancelled")
+        for sample in filter(None, self.owners):
+            if sample.cancelled and not sample.finished:
+                self._finish(sample, "cancelled")
+
+    # -- admitting ----------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> bool:
+        """Admit one row per shard; False if there is nothing to admit."""
+        per_shard = self.engine.slots // self.engine.shards
+        plans = [self._plan(range(r * per_shard, (r + 1) * per_shard)) for r in range(self.engine.shards)]
+        pieces = list(itertools.chain(*plans))
+        if not pieces:
+            return False
+        now = time.monotonic()
+        for piece in pieces:
+            piece.sample.started = piece.sample.started or now
+        soon = [image for sample in self.waiting for image in sample.prompt.images]
+        self.images.encode([image for piece in pieces for image in _images(piece)], soon)
+        row, ends = self._row(plans)
+        chosen = self.engine.admit(row)
+        self.counts["prefilled_tokens"] += sum(piece.end - piece.start for piece in pieces)
+        if any(ends):
+            self._pending.append((ends, jax.tree.map(lambda x: x[None], chosen), None))
+        return True
+
+    def _plan(self, slots: range) -> list[Piece]:
+        """The pieces of one shard's next row."""
+        engine = self.engine
+        pieces: list[Piece] = []
+        room, blocks = engine.chunks[-1], engine.contexts[-1] // BLOCK
+        unfinished = [s for i in slots if (s := self.owners[i]) and not s.finished and s.cached < len(s.prompt)]
+        candidates = collections.deque([*unfinished, *self.waiting])
+        free = [i for i in slots if self.owners[i] is None]
+        while candidates and len(pieces) < engine.ends:
+            sample = candidates.popleft()
+            start, source = sample.cached, sample.slot
+            if source is None:
+                if not free:
+                    break
+                start, source = self._prefix(sample, slots)
+                coming = max((sample.prompt.shared(p.sample.prompt.identity[: p.end]) for p in pieces), default=0)
+                if self.share_prefixes and coming > start:
+                    continue  # the next row can share what this one computes
+            end = sample.prompt.cut(min(len(sample.prompt), start + room))
+            piece = Piece(sample, start, end, source)
+            if end <= start or piece.blocks > blocks:
+                if not pieces:
+                    raise AssertionError(f"an empty row has no room for tokens {start} to {end} of a prompt")
+                break
+            if sample.slot is None:
+                sample.slot = source if source in free else min(free, key=self._freed.__getitem__)
+                self.owners[sample.slot] = sample
+                self.waiting.remove(sample)
+                free.remove(sample.slot)
+                self.counts["shared_tokens"] += start
+            sample.cached = end
+            self._held[sample.slot] = sample.prompt.identity[:end]
+            pieces.append(piece)
+            room, blocks = room - (end - start), blocks - piece.blocks
+        return pieces
+
+    def _prefix(self, sample: Sample, slots: range) -> tuple[int, int]:
+        """The longest prefix of a prompt that a slot holds, and the slot: a free one if there are several."""
+        if not self.share_prefixes:
+            return 0, slots[0]
+        found = ((sample.prompt.shared(self._held[i]), self.owners[i] is None, -i) for i in slots)
+        shared, _, i = max(found)
+        return shared, -i
+
+    def _row(self, plans: list[list[Piece]]) -> tuple[Row, list[Sample | None]]:
+        """The pieces as arrays, and the sample of each end."""
+        engine, per_shard = self.engine, self.engine.slots // self.engine.shards
+        tokens = max(sum(piece.end - piece.start for piece in pieces) for pieces in plans)
+        context = max(sum(piece.blocks for piece in pieces) for pieces in plans) * BLOCK
+        row = engine.empty_row(smallest(engine.chunks, tokens), smallest(engine.contexts, context))
+        ends: list[Sample | None] = [None] * (engine.shards * engine.ends)
+        for r, pieces in enumerate(plans):
+            position = blocks = copies = num_ends = 0
+            for segment, piece in enumerate(pieces, start=1):
+                sample, start, end = piece.sample, piece.start, piece.end
+                assert sample.slot is not None
+                slot, n = sample.slot - r * per_shard, end - start
+                span = slice(position, position + n)
+                row.tokens[r, span] = sample.prompt.tokens[start:end]
+                row.positions[r, span] = np.arange(start, end)
+                row.segment_ids[r, span] = segment
+                row.span_end[r, span] = sample.prompt.span_end(start, end) + (position - start)
+                for image in _images(piece):
+                    first, last = max(image.start, start), min(image.end, end)
+                    places = self.images.places[image.key][first - image.start : last - image.start]
+                    row.vision_index[r, position + first - start : position + last - start] = places
+                for i in range(piece.blocks):
+                    row.context[r, blocks] = piece.source - r * per_shard, slot, i * BLOCK
+                    row.context_segments[r, blocks * BLOCK : blocks * BLOCK + min(BLOCK, start - i * BLOCK)] = segment
+                    blocks += 1
+                for offset in range(0, n, BLOCK):
+                    row.copies[r, copies] = position + offset, slot, start + offset
+                    copies += 1
+                position += n
+                if end == len(sample.prompt):
+                    row.ends[r, num_ends], row.end_slots[r, num_ends] = position - 1, sample.slot
+                    row.lengths[r, num_ends] = end
+                    _settings(row, (r, num_ends), sample)
+                    ends[r * engine.ends + num_ends] = sample
+                    num_ends += 1
+            row.num_context[r], row.num_copies[r] = blocks, copies
+        return row, ends
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def _process(self, owners: list[Sample | None], chosen: Any, valid: Any) -> None:
+        """Give chosen tokens [n, B] to the samples that they belong to."""
+        waiting_for = [(b, sample) for b, sample in enumerate(owners) if sample and not sample.finished]
+        if not waiting_for:
+            return
+        tokens, logprobs = np.asarray(chosen.token), np.asarray(chosen.logprob)
+        valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid)
+        wanted = any(sample.request.logprobs for _, sample in waiting_for)
+        top = (np.asarray(chosen.top_ids), np.asarray(chosen.top_logprobs)) if wanted else None
+        for b, sample in waiting_for:
+            for i in np.flatnonzero(valid[:, b]):
+                likely: tuple[tuple[int, float], ...] = ()
+                if top and sample.request.logprobs:
+                    likely = tuple(zip(top[0][i, b].tolist(), top[1][i, b].tolist(), strict=True))
+                sample.receive(int(tokens[i, b]), float(logprobs[i, b]), likely, self.engine.program.stop_ids)
+                self.counts["generated_tokens"] += 1
+                if sample.finished:
+                    self._release(sample)
+                    break
+
+    def _finish(self, sample: Sample, reason: FinishReason) -> None:
+        sample.finish(reason)
+        self._release(sample)
+
+    def _release(self, sample: Sample) -> None:
+        """Free the slot of a finished sample; it keeps the tokens that it holds, for later prompts that begin so."""
+        slot = sample.slot
+        assert slot is not None
+        self._clock += 1
+        self.owners[slot], self._freed[slot] = None, self._clock
+        if sample.cached == len(sample.prompt):
+            ids = np.array(sample.transcript.ids[:-1], np.int64)  # the last token was chosen, but never fed
+            self._held[slot] = np.concatenate([sample.prompt.identity, ids])
+
+
+def _images(piece: Piece) -> list[Any]:
+    """The images with tokens in a piece."""
+    return [image for image in piece.sample.prompt.images if image.start < piece.end and image.end > piece.start]
+
+
+def _settings(row: Row, at: tuple[int, int], sample: Sample) -> None:
+    """Write what decides a sample's answer."""
+    request, now = sample.request, row.answering
+    now.sampling.temperature[at], now.sampling.top_p[at] = request.temperature, request.top_p
+    now.sampling.top_k[at], now.sampling.top[at] = request.top_k, bool(request.logprobs)
+    seed = np.random.SeedSequence([request.seed % 2**64, sample.index])
+    now.sampling.key[at] = seed.generate_state(2, np.uint32)
+    now.limit[at] = sample.limit
+    now.in_thought[at] = sample.transcript.mode == "think"
+    now.budget[at] = -1 if request.thinking_budget is None else request.thinking_budget

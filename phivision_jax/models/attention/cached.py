@@ -1,0 +1,145 @@
+"""Attention of one query per sequence over a cache of keys and values: decoding.
+
+A sequence's keys are in two places. The cache holds those of earlier calls and is only read here, so that it is never
+copied. The tokens of this call are in a small buffer, in the same column for all sequences; it is added to the cache
+once per call.
+
+    cache   [B, K, S, H]   a a a a a . . .    entries < length of the sequence are visible
+    recent  [B, K, n, H]   b b .              columns <= column are visible; the query's own is the last of them
+
+On CPUs each sequence walks over the blocks of its own keys, so that time follows its own length; elsewhere all
+sequences are computed at once over the first ``read`` entries.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from phivision_jax.models.attention.blockwise import MASKED
+from phivision_jax.sharding import axis_size, dividing_rules, rule, target_device
+
+BLOCK = 256
+"""Keys per block on CPUs."""
+
+
+class KV(NamedTuple):
+    """Keys and values of a sequence of tokens in one layer; arrays may have leading axes.
+
+    With int8, each token of each head has a scale, the largest magnitude / 127; without, the scales are None.
+    """
+
+    k: Float[Array, "*B K S H"]
+    v: Float[Array, "*B K S H"]
+    k_scale: Float[Array, "*B K S 1"] | None = None
+    v_scale: Float[Array, "*B K S 1"] | None = None
+
+    def values(self, dtype: jnp.dtype) -> tuple[Float[Array, "*B S K H"], Float[Array, "*B S K H"]]:
+        """Keys and values in a dtype of the computation, in the order that layers compute them."""
+        pairs = ((self.k, self.k_scale), (self.v, self.v_scale))
+        k, v = (x.astype(dtype) if s is None else (x.astype(jnp.float32) * s).astype(dtype) for x, s in pairs)
+        return jnp.swapaxes(k, -2, -3), jnp.swapaxes(v, -2, -3)
+
+
+def store(k: Float[Array, "*B S K H"], v: Float[Array, "*B S K H"], dtype: jnp.dtype) -> KV:
+    """Keys and values as a cache of this dtype holds them, heads first."""
+    k, v = jnp.swapaxes(k, -2, -3), jnp.swapaxes(v, -2, -3)
+    if dtype != jnp.int8:
+        return KV(k.astype(dtype), v.astype(dtype))
+    (k, k_scale), (v, v_scale) = _quantise(k), _quantise(v)
+    return KV(k, v, k_scale, v_scale)
+
+
+def _quantise(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.float32)
+    scale = jnp.maximum(jnp.abs(x).max(-1, keepdims=True), 1e-12) / 127
+    return jnp.round(x / scale).astype(jnp.int8), scale
+
+
+def attend_cached(
+    q: Float[Array, "B N H"],
+    cache: KV,
+    lengths: Int32[Array, " B"],
+    recent: KV,
+    column: Int32[Array, ""],
+    *,
+    read: int,
+) -> Float[Array, "B N H"]:
+    """Softmax attention of one query per sequence over its cache and the recent tokens.
+
+    Args:
+      q: unscaled; the softmax is fp32, the result has q's dtype.
+      cache: [B, K, S, H]; entries from ``lengths`` on are not seen.
+      lengths: at most ``read``.
+      recent: [B, K, n, H]; columns after ``column`` are not seen.
+      read: entries of the cache that any sequence may have in use; ignored on CPUs.
+    """
+    K = cache.k.shape[1]
+    if jax.sharding.get_abstract_mesh().empty:
+        return _local(q, cache, lengths, recent, column, read=read)
+    # Each device needs complete groups of heads; heads that do not divide are replicated.
+    heads = rule("kv_heads") if K % axis_size("kv_heads") == 0 else None
+    (rows,) = dividing_rules(("batch",), q.shape[:1])
+    keys, column_spec = PartitionSpec(rows, heads), PartitionSpec()
+    run = jax.shard_map(
+        functools.partial(_local, read=read),
+        in_specs=(keys, keys, PartitionSpec(rows), keys, column_spec),
+        out_specs=keys,
+        check_vma=False,
+    )
+    return run(q, cache, lengths, recent, column)
+
+
+def _local(q, cache, lengths, recent, column, *, read: int) -> Float[Array, "B N H"]:
+    B, N, H = q.shape
+    grouped = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype).reshape(B, cache.k.shape[1], -1, H)
+    visible = jnp.arange(recent.k.shape[-2]) <= column
+    state = _attend(grouped, recent, visible, None)
+    if target_device().platform == "cpu":
+        state = jax.lax.map(lambda row: _walk(*row), (grouped, cache, lengths, state))
+    else:
+        used = jax.tree.map(lambda x: x[:, :, :read], cache)
+        state = _attend(grouped, used, jnp.arange(read) < lengths[:, None, None, None], state)
+    _, total, out = state
+    return (out / total[..., None]).astype(q.dtype).reshape(B, N, H)
+
+
+def _walk(q: Float[Array, "K G H"], cache: KV, length: Int32[Array, ""], state: tuple) -> tuple:
+    """One sequence over the blocks of its cache [K, S, H]."""
+    block = min(BLOCK, cache.k.shape[1])
+
+    def step(j: jax.Array, state: tuple) -> tuple:
+        # The last block of a cache that is not a multiple of a block begins earlier; entries before it are masked.
+        start = jnp.minimum(j * block, cache.k.shape[1] - block)
+        keys = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, 1), cache)
+        entries = start + jnp.arange(block)
+        return _attend(q, keys, (entries >= j * block) & (entries < length), state)
+
+    return jax.lax.fori_loop(0, -(-length // block), step, state)
+
+
+def _attend(q: Float[Array, "*B K G H"], keys: KV, visible: jax.Array, state: tuple | None) -> tuple:
+    """Online softmax: (maximum, sum, weighted values) in fp32, with these keys added to ``state``.
+
+    Args:
+      visible: broadcasts to the scores [*B, K, G, S].
+      state: None if these are the first keys, of which at least one is visible.
+    """
+    # Scales are applied to scores and weights: int8 keys are converted where they are read, and nowhere else.
+    scores = jnp.einsum("...KGH,...KSH->...KGS", q, keys.k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = jnp.where(visible, scores if keys.k_scale is None else scores * _per_key(keys.k_scale), MASKED)
+    top = scores.max(-1) if state is None else jnp.maximum(state[0], scores.max(-1))
+    weights = jnp.exp(scores - top[..., None])
+    scaled = (weights if keys.v_scale is None else weights * _per_key(keys.v_scale)).astype(q.dtype)
+    out = jnp.einsum("...KGS,...KSH->...KGH", scaled, keys.v.astype(q.dtype), preferred_element_type=jnp.float32)
+    if state is None:
+        return top, weights.sum(-1), out
+    keep = jnp.exp(state[0] - top)
+    return top, state[1] * keep + weights.sum(-1), state[2] * keep[..., None] + out
+
+
+def _per_key(scale: Float[Array, "*B K S 1"]) -> Float[Array, "*B K 1 S"]:
+    return jnp.swapaxes(scale, -1, -2)
