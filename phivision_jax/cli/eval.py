@@ -38,7 +38,7 @@ def eval(  # the name of the subcommand
     import phivision_jax
     from phivision_jax.data.store.dataset import Dataset
     from phivision_jax.evaluation import runner, scoring
-    from phivision_jax.inference.generate import MAX_NEW_TOKENS
+    from phivision_jax.inference.local import MAX_NEW_TOKENS
     from phivision_jax.io import html, progress, storage
 
     cfg = load_config.load_config(config, set)

@@ -1,42 +1,39 @@
-"""Generate the answer to each record's last turn, in batches of one static shape, and score it."""
+"""Generate the answer to each record's last turn, and score it."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
 
-from phivision_jax.batch import Batch
 from phivision_jax.data.records import Record, mode_of
 from phivision_jax.data.store.dataset import Dataset, check_processor
 from phivision_jax.evaluation.scoring import Answer, exact_match
-from phivision_jax.inference.generate import answer_text, generate_ids
+from phivision_jax.inference.local import LocalGenerator
+from phivision_jax.inference.requests import Request
 from phivision_jax.io.messages import shorten
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
-from phivision_jax.rows import Example, expand, fill_rows, row_shape
-from phivision_jax.text.constants import PLACEHOLDER, PromptMode
+from phivision_jax.rows import Example
+from phivision_jax.text.constants import PromptMode
 
 _log = logging.getLogger(__name__)
-_BLANK = expand([PLACEHOLDER], [])
-"""Fills the rows of the last batch that no question is left for, and those of records that cannot be encoded."""
 MAX_NAMED = 8
 """Records that a warning names."""
-MULTIPLE = 16
-"""T and P are rounded up to a multiple of this."""
+MULTIPLE = 128
+"""The length of slots is rounded up to a multiple of this."""
 
 
 class Evaluator:
     """Scores models on a dataset: generates what the assistant answers last in each record, and compares.
 
-    Every batch has the same shapes, the last one too, so all evaluations of a run compile once.
+    All models have the same configuration, as those of one run have, so that programs are compiled once.
 
     Records without a question or without an answer at their end are left out, with a warning that names them.
 
     Args:
       dataset: records whose last message is the assistant's.
       processor: of the model.
-      rows: questions per batch.
+      rows: questions that are answered at the same time.
       max_new_tokens: per answer.
       num_examples: evaluate an evenly spaced sample of this many records; 0 for all.
       mode: of the answers, see ``generate``.
@@ -61,10 +58,10 @@ class Evaluator:
         count = min(num_examples or len(dataset), len(dataset))
         self.records = self._scorable(np.linspace(0, len(dataset), count, endpoint=False).astype(int))
         # The index counts the answer too, so a prompt is never longer than its record.
-        patches, tokens = map(dataset.index.sum_images, processor.layout.measure_all(dataset.index.image_sizes))
-        tokens = tokens + dataset.index.text_tokens
-        length, num_patches = (-(-int(n[self.records].max()) // MULTIPLE) * MULTIPLE for n in (tokens, patches))
-        self.shape = row_shape(processor.config, length, num_patches=num_patches)
+        _, tokens = map(dataset.index.sum_images, processor.layout.measure_all(dataset.index.image_sizes))
+        longest = int((tokens + dataset.index.text_tokens)[self.records].max())
+        self.length = -(-(longest + max_new_tokens) // MULTIPLE) * MULTIPLE
+        self._generator: LocalGenerator | None = None
 
     def _scorable(self, chosen: np.ndarray) -> np.ndarray:
         """The records that have a question and an answer."""
@@ -78,40 +75,42 @@ class Evaluator:
         return chosen[[not name for name in names]]
 
     def __call__(self, model: PhiVision, advance: Callable[[int], None] = lambda _: None) -> list[Answer]:
-        """Answer all questions, in order; ``advance`` receives the number of questions of each batch as it finishes."""
-        answers: list[Answer] = []
-        eos = self.processor.config.decoder.stop_ids
-        starts = grain.MapDataset.source(range(0, len(self.records), self.rows))
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        for records, examples, batch in starts.map(self._load).to_iter_dataset(options):
-            ids = generate_ids(model, batch, max_new_tokens=self.max_new_tokens, eos_id=eos)
-            answers += [self._score(*scored) for scored in zip(records, examples, ids, strict=False)]
-            advance(len(records))
-        return answers
+        """Answer all questions, in order; ``advance`` receives 1 for each answer."""
+        if self._generator is None:
+            self._generator = LocalGenerator(model, self.processor, slots=self.rows, length=self.length)
+        else:
+            self._generator.update(model)
+        asked: list[Record] = []
+        prompts: list[Example | None] = []
 
-    def _load(self, start: int) -> tuple[list[Record], list[Example], Batch]:
-        """Records, their prompts (``_BLANK`` for one that cannot be encoded), and the batch that holds these."""
-        records = [self.dataset[int(i)] for i in self.records[start : start + self.rows]]
-        examples = [self._prompt(record) for record in records]
-        rows = [[example] for example in examples + [_BLANK] * (self.rows - len(examples))]
-        return records, examples, fill_rows(rows, self.shape, self.processor.config)
+        def requests() -> Iterator[Request]:
+            for i in self.records:
+                asked.append(self.dataset[int(i)])
+                prompts.append(self._prompt(asked[-1]))
+                if prompts[-1] is not None:
+                    yield Request(prompts[-1], mode=self.mode, max_new_tokens=self.max_new_tokens)
 
-    def _prompt(self, record: Record) -> Example:
-        """The conversation up to the last answer; ``_BLANK`` for a record that cannot be encoded."""
+        replies = iter(self._generator.generate(requests(), advance))
+        return [
+            self._score(record, None if prompt is None else next(replies)[0].text)
+            for record, prompt in zip(asked, prompts, strict=True)
+        ]
+
+    def _prompt(self, record: Record) -> Example | None:
+        """The conversation up to the last answer; None for a record that cannot be encoded."""
         try:
             return self.processor.encode(record.messages[:-1], record.images, mode=self.mode, generation_prompt=True)
         except ValueError as error:
             name = f"record {shorten(record.id)!r} of {record.source!r}"
             _log.warning("%s cannot be encoded and counts as wrong: %s", name, error)
-            return _BLANK
+            return None
 
-    def _score(self, record: Record, example: Example, ids: np.ndarray) -> Answer:
-        # The answer to a blank prompt could be right by chance.
-        prediction = "" if example is _BLANK else answer_text(self.processor, ids, self.mode)
+    def _score(self, record: Record, answer: str | None) -> Answer:
+        """Compare an answer with the reference; without an answer the record counts as wrong."""
         reference = record.messages[-1]["content"]
         question = record.messages[-2]["content"].replace("<image>", "").strip()
-        correct = example is not _BLANK and exact_match(prediction, reference)
-        return Answer(record.id, record.task, mode_of(record), question, reference, prediction, correct)
+        correct = answer is not None and exact_match(answer, reference)
+        return Answer(record.id, record.task, mode_of(record), question, reference, answer or "", correct)
 
 
 def _is_scorable(record: Record) -> bool:

@@ -4,12 +4,10 @@ Without a thread, whoever waits for a result drives the engine: ``generate`` unt
 while it is iterated. Servers start a thread (``start``), which then drives it for all.
 """
 
-import collections
 import functools
-import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import jax.numpy as jnp
@@ -154,27 +152,31 @@ class LocalGenerator:
         return Prompt.of(example, self.processor.config), limit
 
     def generate(
-        self, requests: Sequence[Request], advance: Callable[[int], None] = lambda _: None
+        self, requests: Iterable[Request], advance: Callable[[int], None] = lambda _: None
     ) -> list[list[Reply]]:
         """As ``requests.Generator``; prompts are encoded while others are generated."""
-        replies: list[list[Reply]] = [[] for _ in requests]
+        replies: list[list[Reply]] = []
+        tickets: list[Ticket] = []
         events: Events = queue.SimpleQueue()
-        tickets: collections.deque[Ticket] = collections.deque()
-        left = sum(request.n for request in requests)
-        coming = iter(enumerate(requests))
-        queued = 0
+        coming = enumerate(requests)
+        more, queued = True, 0
         try:
-            while left:
+            while more or queued:
                 # Far enough ahead that no slot waits for a prompt, and no farther: patches of images are large.
-                for i, request in itertools.islice(coming, max(2 * self.engine.slots - queued, 0)):
+                while more and queued < 2 * self.engine.slots:
+                    i, request = next(coming, (-1, None))
+                    if request is None:
+                        more = False
+                        break
                     with prefix_errors(f"request {i}"):
                         tickets.append(self.submit(request, functools.partial(_put, events, i)))
+                    replies.append([])
                     queued += request.n
                 for i, event in self._drive(events):
                     if isinstance(event, Reply):
                         replies[i].append(event)
-                        left, queued = left - 1, queued - 1
-                        if len(replies[i]) == requests[i].n:
+                        queued -= 1
+                        if tickets[i].finished:
                             advance(1)
         finally:
             for ticket in tickets:

@@ -7,12 +7,13 @@ for event in generator.stream(request):                  # a Delta per piece of 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 from phivision_jax.config import typed
 from phivision_jax.images.sources import ImageSource, listed
 from phivision_jax.io.messages import shorten
+from phivision_jax.rows import Example
 from phivision_jax.text.chat import Message
 from phivision_jax.text.constants import IMAGE_MARKER, Mode, PromptMode
 
@@ -28,9 +29,9 @@ class Request:
       ValueError: for a setting of the wrong type or out of range, naming it.
     """
 
-    messages: str | Message | Sequence[Message]
+    messages: str | Message | Sequence[Message] | Example
     """A question, a message or a list of messages (``text.chat``); a single question without ``<image>`` markers gets
-    its images in front."""
+    its images in front. A local generator also takes a prompt that is encoded already, images included."""
     images: Any = ()
     """One image or a list, each as ``images.sources`` takes it; they replace ``<image>`` markers in order."""
     mode: PromptMode = "auto"
@@ -77,7 +78,8 @@ class Request:
 
     def conversation(self) -> tuple[list[Message], list[ImageSource]]:
         """The messages as a list, with images of a single question in front of it, and the list of images."""
-        given, images = self.messages, listed(self.images)
+        given: Any = self.messages
+        images = listed(self.images)
         if isinstance(given, str):
             given = {"role": "user", "content": given}
         messages = [given] if isinstance(given, Mapping) else list(given)
@@ -182,9 +184,11 @@ class Generator(Protocol):
     """Answers requests: a local model (``inference.local``) or an OpenAI endpoint (``inference.endpoint``)."""
 
     def generate(
-        self, requests: Sequence[Request], advance: Callable[[int], None] = lambda _: None
+        self, requests: Iterable[Request], advance: Callable[[int], None] = lambda _: None
     ) -> list[list[Reply]]:
         """Answer requests, n samples each, in their order; ``advance`` receives 1 for each one that is finished.
+
+        Requests are taken one after the other, a few before their turn, so that not all of their images are in memory.
 
         Raises:
           ValueError: for a request that cannot be answered, such as a prompt that is too long, naming it by its number.
