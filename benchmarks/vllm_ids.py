@@ -35,7 +35,8 @@ from PIL import Image
 import phivision_jax
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.convert import jobs
-from phivision_jax.inference.generate import generate_ids
+from phivision_jax.inference.local import LocalGenerator
+from phivision_jax.inference.requests import Request
 
 MARGIN = 1e-3
 """Least difference of the log-probabilities of the two most likely tokens at which ids are compared."""
@@ -173,8 +174,9 @@ def main(
             with urllib.request.urlopen(f"{url}/version") as reply:
                 version = json.load(reply)["version"]
         built, processor = phivision_jax.load(model)
-    batch = processor.batch([*messages], None, mode="auto")
-    ours = generate_ids(built, batch, max_new_tokens=tokens, eos_id=None)
+    generator = LocalGenerator(built, processor, stop_ids=())
+    replies = generator.generate(Request(one, max_new_tokens=tokens) for one in messages)
+    ours = np.array([reply.ids for (reply,) in replies])
     compared = equal = 0
     for (text, images), reply, ids in zip(asked, theirs, ours.tolist(), strict=True):
         close = np.flatnonzero(np.array(reply["margins"]) <= MARGIN)

@@ -28,7 +28,7 @@ from phivision_jax.images.decode import to_rgb
 from phivision_jax.models import phivision
 from phivision_jax.models.attention.blockwise import attention_weights
 from phivision_jax.models.layers import apply_rope, rope_angles
-from phivision_jax.models.phi4 import DecoderLayer
+from phivision_jax.models.phi4 import DecoderLayer, attend_in_row
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.rows import Example
 
@@ -106,7 +106,7 @@ def _captured(
 
     def body(carry: tuple[jax.Array, Captured], layer_and_slot: tuple[DecoderLayer, jax.Array]) -> tuple[Any, None]:
         (x, kept), (layer, slot) = carry, layer_and_slot
-        out, _ = layer(x, rope, batch.span_end, batch.segment_ids, None, None, 0)
+        out, _ = layer(x, rope, attend_in_row(batch.segment_ids, batch.span_end), None)
         hidden, attention = kept.hidden.at[slot].set(at_queries(out), mode="drop"), kept.attention
         if attention is not None:
             zeros = jnp.zeros_like(attention[0])

@@ -4,15 +4,18 @@ A prompt's answer does not depend on the others: padding is never attended to, a
 images or none (the released code's batched generation is wrong there).
 """
 
+import contextlib
+import dataclasses
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from phivision_jax.images.sources import listed
-from phivision_jax.inference.local import LocalGenerator
-from phivision_jax.inference.requests import Event, Request
+from phivision_jax.inference.display import Answer
+from phivision_jax.inference.local import MAX_NEW_TOKENS, LocalGenerator
+from phivision_jax.inference.requests import Request
 from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
@@ -66,27 +69,41 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts but {len(images_of)} lists of images: give one list per prompt")
     if settings.get("n", 1) != 1 or settings.get("logprobs") is not None:
         raise ValueError("n and logprobs need complete replies: call generate of inference.local.LocalGenerator")
+    if stream and not single:
+        raise ValueError(f"stream answers one prompt, not {len(prompts)}")
     requests = [Request(p, i, **settings) for p, i in zip(prompts, images_of, strict=True)]
-    generator = generator_of(model, processor, min(len(requests), MOST_SLOTS))
+    examples = []
+    for i, request in enumerate(requests):
+        with contextlib.nullcontext() if single else prefix_errors(f"prompt {i}"):
+            messages, given = request.conversation()
+            examples.append(processor.encode(messages, given, mode=request.mode, generation_prompt=True))
+    longest, limit = max(len(example.tokens) for example in examples), processor.config.decoder.max_positions
+    new = requests[0].max_new_tokens or max(min(MAX_NEW_TOKENS, limit - longest), 1)
+    if longest + new > limit:
+        total = f"the longest prompt has {longest} tokens, images included: with max_new_tokens={new} that"
+        raise ValueError(f"{total} exceeds the model's {limit} positions")
+    generator = generator_of(model, processor, min(len(requests), MOST_SLOTS), longest + new)
+    encoded = [
+        dataclasses.replace(request, messages=example, images=(), max_new_tokens=new)
+        for request, example in zip(requests, examples, strict=True)
+    ]
     if stream:
-        if not single:
-            raise ValueError(f"stream answers one prompt, not {len(prompts)}")
-        return generator.stream(requests[0])
-    if single:
-        with prefix_errors(""):
-            return generator.generate(requests)[0][0].text
-    return [replies[0].text for replies in generator.generate(requests)]
+        return generator.stream(encoded[0])
+    replies = [samples[0] for samples in generator.generate(encoded)]
+    answers = [Answer(reply, shown) for reply, shown in zip(replies, images_of, strict=True)]
+    return answers[0] if single else answers
 
 
-def generator_of(model: PhiVision, processor: Processor, slots: int) -> LocalGenerator:
-    """The generator that is kept for a model, with at least this many slots."""
-    generator = _generators.get(model)
-    if generator is None or generator.engine.slots < slots or generator.processor is not processor:
-        generator = _generators[model] = LocalGenerator(model, processor, slots=slots)
-    params, known = (jax.tree.leaves(tree) for tree in (model.split()[1], generator.engine.weights.model))
+def generator_of(model: PhiVision, processor: Processor, slots: int, length: int) -> LocalGenerator:
+    """The generator that is kept for a model, with at least this many slots of this length."""
+    kept = _generators.get(model)
+    old = (kept.engine.slots, kept.length) if kept and kept.processor is processor else (1, 1024)
+    # Powers of two, so that few sizes are ever compiled.
+    slots, length = (max(size, 1 << (need - 1).bit_length()) for size, need in zip(old, (slots, length), strict=True))
+    length = min(length, processor.config.decoder.max_positions)
+    if kept is None or kept.processor is not processor or (slots, length) != old:
+        _generators[model] = kept = LocalGenerator(model, processor, slots=slots, length=length)
+    params, known = (jax.tree.leaves(tree) for tree in (model.split()[1], kept.engine.weights.model))
     if any(new is not old for new, old in zip(params, known, strict=True)):
-        generator.update(model)
-    return generator
-
-
-__all__ = ["Event", "Iterator", "generate", "generator_of"]
+        kept.update(model)
+    return kept

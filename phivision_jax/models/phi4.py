@@ -28,6 +28,15 @@ type AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Ar
 Training attends within the row; generation also reads and returns keys and values (``inference/engine.py``)."""
 
 
+def attend_in_row(segment_ids: Int32[Array, "B T"], span_end: Int32[Array, "B T"]) -> AttentionFn:
+    """Attention among the tokens of a packed row."""
+
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, None]:
+        return attend(q, k, v, span_end=span_end, segment_ids=segment_ids), None
+
+    return attention
+
+
 class Attention(nnx.Module):
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         D, N, K, H = cfg.hidden_size, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
@@ -122,11 +131,7 @@ class Phi4Decoder(nnx.Module):
         segment_ids: Int32[Array, "B T"],
     ) -> Float[Array, "B T D"]:
         """Run the layers and the final norm on packed rows."""
-
-        def attention(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return attend(q, k, v, span_end=span_end, segment_ids=segment_ids), None
-
-        return self.run(embeds, positions, attention)[0]
+        return self.run(embeds, positions, attend_in_row(segment_ids, span_end))[0]
 
     @jax.named_scope("decoder")
     def run(
