@@ -24,10 +24,12 @@ import phivision_jax
 from phivision_jax.batch import Batch
 from phivision_jax.images.layout import PatchedImage
 from phivision_jax.images.naflex import grid_of
-from phivision_jax.inference.generate import generate_ids
+from phivision_jax.inference.local import LocalGenerator
+from phivision_jax.inference.requests import Request
 from phivision_jax.models.phivision import PhiVision, merge
 from phivision_jax.models.siglip2 import interpolation_weights
-from phivision_jax.rows import batch_from_ids
+from phivision_jax.processor import Processor
+from phivision_jax.rows import batch_from_ids, expand
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.training.loss import batch_loss
 from tests.golden import random_prompts
@@ -206,25 +208,35 @@ def prompts() -> tuple[list[list[int]], list[list[PatchedImage]]]:
     return [token_lists(c, "ids")[0] for c in cases], [images_of(c)[0] for c in cases]
 
 
+@functools.cache
+def generator() -> LocalGenerator:
+    """Fewer slots than prompts, and rows of several prompts."""
+    processor = Processor(None, None, model().config)
+    return LocalGenerator(model(), processor, slots=6, length=256, chunk=256, stop_ids=())
+
+
+def greedy_ids(ids: list[list[int]], images: list[list[PatchedImage]], steps: int) -> list[list[int]]:
+    """The answers to prompts that are asked for together."""
+    requests = [Request(expand(prompt, shown), max_new_tokens=steps) for prompt, shown in zip(ids, images, strict=True)]
+    return [list(reply.ids) for (reply,) in generator().generate(requests)]
+
+
 def test_greedy_ids():
-    """One right-padded batch of all three; the reference answered each alone."""
-    got = np.asarray(generate_ids(model(), lay_out(*prompts()), max_new_tokens=16, eos_id=None))
-    for row, want in zip(got, numbered(case("greedy"), "generated_ids"), strict=True):
-        assert row.tolist() == want.tolist()
+    """All three together; the reference answered each alone."""
+    assert greedy_ids(*prompts(), 16) == [want.tolist() for want in numbered(case("greedy"), "generated_ids")]
 
 
 def test_greedy_ids_of_random_prompts():
-    """20 prompts of different lengths with none to three images, in one batch; transformers answered each alone.
+    """20 prompts of different lengths with none to three images, together; transformers answered each alone.
 
     Ids are compared up to the first step at which rounding may decide.
     """
     given, golden = random_prompts.prompts(), case("random_prompts")
     images = [[PatchedImage(patches, (grid,)) for patches, grid in zip(p.patches, p.grids, strict=True)] for p in given]
-    batch = batch_from_ids([p.ids for p in given], images, config=model().config)
-    got = generate_ids(model(), batch, max_new_tokens=random_prompts.STEPS, eos_id=None)
+    got = greedy_ids([p.ids for p in given], images, random_prompts.STEPS)
     for i, (row, want, margins) in enumerate(zip(got, golden["ids"], golden["margins"], strict=True)):
         steps = random_prompts.decided(margins)
-        assert row[:steps].tolist() == want[:steps].tolist(), f"prompt {i}"
+        assert row[:steps] == want[:steps].tolist(), f"prompt {i}"
 
 
 def test_logits_along_greedy_ids():
