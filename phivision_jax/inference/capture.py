@@ -27,7 +27,7 @@ from phivision_jax.batch import Batch
 from phivision_jax.images.decode import to_rgb
 from phivision_jax.models import phivision
 from phivision_jax.models.attention.blockwise import attention_weights
-from phivision_jax.models.layers import apply_rope, rope_angles
+from phivision_jax.models.layers import rope_angles
 from phivision_jax.models.phi4 import DecoderLayer, attend_in_row
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.rows import Example
@@ -92,31 +92,32 @@ def _captured(
     """``slots`` has the place of each layer in the result, ``num_slots`` for those that are not kept."""
     model = phivision.merge(graphdef, params)
     decoder = model.decoder
-    rope = rope_angles(batch.positions, decoder.head_dim, decoder.rope_theta)
+    rope, segments = rope_angles(batch.positions, decoder.head_dim, decoder.rope_theta), batch.segment_ids
+    B, T = segments.shape
 
     def at_queries(x: jax.Array) -> jax.Array:
         return x if queries is None else jax.vmap(lambda row, q: row[q])(x, queries)
 
-    def weights(layer: DecoderLayer, x: jax.Array) -> Float[Array, "B N q T"]:
-        x, attention = layer.input_layernorm(x), layer.self_attn
-        q = apply_rope(attention.q_proj(at_queries(x)), *map(at_queries, rope))
-        k, segments = apply_rope(attention.k_proj(x), *rope), batch.segment_ids
-        of_keys = attention_weights(q, k, at_queries(segments), segments, at_queries(batch.span_end))
-        return rearrange(of_keys, "B K G T S -> B (K G) T S")
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array, slot: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        def weights() -> Float[Array, "B N q T"]:
+            masks = at_queries(segments), segments, at_queries(batch.span_end)
+            return rearrange(attention_weights(at_queries(q), k, *masks), "B K G T S -> B (K G) T S")
+
+        out, _ = attend_in_row(segments, batch.span_end)(q, k, v, None)
+        if queries is None:
+            return out, None
+        nothing = jnp.zeros((B, q.shape[2], queries.shape[1], T), jnp.float32)
+        return out, jax.lax.cond(slot < num_slots, weights, lambda: nothing)
 
     def body(carry: tuple[jax.Array, Captured], layer_and_slot: tuple[DecoderLayer, jax.Array]) -> tuple[Any, None]:
         (x, kept), (layer, slot) = carry, layer_and_slot
-        out, _ = layer(x, rope, attend_in_row(batch.segment_ids, batch.span_end), None)
-        hidden, attention = kept.hidden.at[slot].set(at_queries(out), mode="drop"), kept.attention
-        if attention is not None:
-            zeros = jnp.zeros_like(attention[0])
-            found = jax.lax.cond(slot < num_slots, lambda: weights(layer, x), lambda: zeros)
-            attention = attention.at[slot].set(found, mode="drop")
-        return (out, Captured(hidden, attention)), None
+        x, found = layer(x, rope, attention, slot)
+        values = Captured(at_queries(x), found)
+        kept = jax.tree.map(lambda array, value: array.at[slot].set(value, mode="drop"), kept, values)
+        return (x, kept), None
 
     x = sharding.constrain(model.embeds(batch).astype(decoder.dtype), "batch", "length", None)
     hidden = jnp.zeros((num_slots, *at_queries(x).shape), x.dtype)
-    B, T = batch.tokens.shape
     shape = (num_slots, B, model.config.decoder.num_heads, hidden.shape[2], T)
     kept = Captured(hidden, None if queries is None else jnp.zeros(shape, jnp.float32))
     return jax.lax.scan(body, (x, kept), (decoder.layers, slots))[0][1]
