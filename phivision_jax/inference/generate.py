@@ -19,6 +19,7 @@ from phivision_jax.inference.requests import Request
 from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
+from phivision_jax.text.chat import flatten
 
 MOST_SLOTS = 16
 """Most prompts that ``generate`` answers at the same time."""
@@ -54,7 +55,8 @@ def generate(
         top_k, seed, stop.
 
     Returns:
-      The answer, or one per prompt, with thoughts as ``<think>…</think>`` and without control tokens.
+      The answer, or one per prompt, with thoughts as ``<think>…</think>`` and without control tokens: a ``str`` that a
+      notebook displays with its images and boxes, and whose ``reply`` has all numbers (``inference.display.Answer``).
 
     Raises:
       ValueError: when images and prompts do not match, prompt and answer exceed the model's positions, or an argument
@@ -72,11 +74,13 @@ def generate(
     if stream and not single:
         raise ValueError(f"stream answers one prompt, not {len(prompts)}")
     requests = [Request(p, i, **settings) for p, i in zip(prompts, images_of, strict=True)]
-    examples = []
+    examples, shown = [], []
     for i, request in enumerate(requests):
         with contextlib.nullcontext() if single else prefix_errors(f"prompt {i}"):
             messages, given = request.conversation()
             examples.append(processor.encode(messages, given, mode=request.mode, generation_prompt=True))
+        rest = iter(given)
+        shown.append([next(rest) if image is None else image for image in flatten(messages)[1]])
     longest, limit = max(len(example.tokens) for example in examples), processor.config.decoder.max_positions
     new = requests[0].max_new_tokens or max(min(MAX_NEW_TOKENS, limit - longest), 1)
     if longest + new > limit:
@@ -90,7 +94,7 @@ def generate(
     if stream:
         return generator.stream(encoded[0])
     replies = [samples[0] for samples in generator.generate(encoded)]
-    answers = [Answer(reply, shown) for reply, shown in zip(replies, images_of, strict=True)]
+    answers = [Answer(reply, all_images) for reply, all_images in zip(replies, shown, strict=True)]
     return answers[0] if single else answers
 
 

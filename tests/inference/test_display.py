@@ -11,10 +11,19 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
+from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.inference import generate as generation
 from phivision_jax.inference.display import Answer
 from phivision_jax.inference.grounding import COLOURS
 from phivision_jax.inference.requests import Reply, Timings
+from phivision_jax.processor import Processor
 
+SMALL = ModelConfig(
+    vision=VisionConfig(patch_size=2),
+    decoder=DecoderConfig(vocab_size=512, bos_token_id=507, eos_token_id=508, pad_token_id=509, max_positions=512),
+    min_patches=4,
+    max_patches=4,
+)
 REPLY = Reply("It is red.", "a cup [0.5, 0.5, 1.0, 1.0]", "think", "stop", tuple(range(11)), 1200, 36, 5, 6,
               Timings(0.1, 0.4, 2.0))  # fmt: skip
 
@@ -92,3 +101,19 @@ def test_page_escapes_text(field):
     reply = dataclasses.replace(REPLY, **{field: hostile})
     page = Page(Answer(reply)._repr_html_())
     assert hostile in page.text and set(page.tags) == {"div", "details", "summary"}
+
+
+def test_generate_returns_answers_with_their_images(monkeypatch):
+    class Replying:
+        def generate(self, requests):
+            return [[dataclasses.replace(REPLY, answer=f"answer {i}")] for i, _ in enumerate(requests)]
+
+    processor = Processor.small(SMALL)
+    monkeypatch.setattr(generation, "generator_of", lambda *args: Replying())
+    a, b, c = (Image.new("RGB", (4, 4), colour) for colour in ("red", "green", "blue"))
+    inline = {"role": "user", "content": [{"type": "text", "text": "<image> or "}, {"type": "image", "image": b}]}
+    answer = generation.generate(None, processor, [inline], images=a)
+    assert answer == "<think>It is red.</think>answer 0" and answer.images == (a, b)
+    answers = generation.generate(None, processor, ["one?", "two?"], images=[[c], []])
+    assert [each.reply.answer for each in answers] == ["answer 0", "answer 1"]
+    assert [each.images for each in answers] == [(c,), ()]
