@@ -121,11 +121,11 @@ def generation_sizes(params: nnx.State, itemsize: int, num_devices: int, device_
 
     Args:
       params: abstract parameters with their logical axes, as for ``param_shardings``.
-      itemsize: bytes of a value.
+      itemsize: bytes of a value, unless the parameter's own dtype is narrower.
       device_bytes: memory of a device; None, for unknown: as many shards as possible.
     """
     common = {"fsdp": 0, "tensor": 0}
-    weights = itemsize * sum(leaf.size for leaf in jax.tree.leaves(params))
+    weights = sum(min(itemsize, leaf.dtype.itemsize) * leaf.size for leaf in jax.tree.leaves(params))
     for _, variable in nnx.to_flat_state(params):
         for axis, dim in zip(variable.get_metadata()["out_sharding"], variable.get_value().shape, strict=True):
             for name in names_of(rule(axis)) if axis else ():
@@ -252,11 +252,16 @@ def abstract(tree: Any, shardings: Any, dtype: DTypeLike | None = None) -> Any:
 
     Args:
       shardings: a tree like ``tree``, or one sharding for all of its arrays.
-      dtype: of all arrays; default: each its own.
+      dtype: of all arrays of floating point; default: each its own.
     """
     if isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, tree)
-    return jax.tree.map(lambda x, on: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=on), tree, shardings)
+
+    def placed(x: Any, on: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        floating = jax.numpy.issubdtype(x.dtype, jax.numpy.floating)
+        return jax.ShapeDtypeStruct(x.shape, dtype if dtype is not None and floating else x.dtype, sharding=on)
+
+    return jax.tree.map(placed, tree, shardings)
 
 
 def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:

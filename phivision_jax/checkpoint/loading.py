@@ -3,15 +3,16 @@
 Adapters (LoRA) of a training run are merged as they are read: a loaded model has no adapters and answers as fast as any
 other, and a run that starts from such a checkpoint begins with the merged weights, with or without adapters of its own.
 
-Everything that is read is verified (``layout.py``); the optimizer state is neither read nor verified.
+Weights are streamed: a block of rows is read, cast or quantised, and copied into the arrays of one leaf, the only ones
+that the host holds besides those on its devices. The largest leaves come first, so where devices use the host's memory,
+these copies never add to the complete model.
+
+Everything that is read of a checkpoint is verified (``layout.py``); the optimizer state is neither read nor verified.
 """
 
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from phivision_jax import sharding
 from phivision_jax.checkpoint import arrays, layout
-from phivision_jax.checkpoint.layout import PARAMS, Array
-from phivision_jax.config import ImageAttention, LoraConfig, ModelConfig
+from phivision_jax.checkpoint.layout import DamagedError
+from phivision_jax.config import ImageAttention, ModelConfig
 from phivision_jax.convert.hf import HFDirectory, HFSource, find_ours, is_asset
 from phivision_jax.convert.hf_config import is_hf, model_config
 from phivision_jax.convert.jobs import copy_file
 from phivision_jax.convert.mapping import Leaf, model_leaves
-from phivision_jax.convert.ours import Adapters, adapter_paths, block_rows
-from phivision_jax.convert.stream import WORKERS
+from phivision_jax.convert.ours import OursSource
+from phivision_jax.convert.stream import Source, in_parallel
+from phivision_jax.distributed.processes import first_error
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location
-from phivision_jax.models import lora, phivision
+from phivision_jax.models import int8, phivision
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
 
-_BATCH_BYTES = 4 << 30
-"""Parameters are restored in batches of about this size per device: in their stored dtype, before they are cast."""
+_PIECE = 1 << 18
+"""Numbers that are quantised at a time: they and their copies in fp32 stay in the processor's cache."""
 
 
 def load(
@@ -46,6 +48,7 @@ def load(
     *,
     dtype: Any = None,
     param_dtype: Any = None,
+    weights: str | None = None,
     mesh: Mesh | Mapping[str, int] | None = None,
     remat: str = "none",
     image_attention: ImageAttention | None = None,
@@ -57,6 +60,8 @@ def load(
         or in a bucket (``gs://…``), or, with the ``[hub]`` extra, a Hugging Face id.
       dtype: of the computation; default: float32 on CPU, bfloat16 elsewhere.
       param_dtype: of the parameters in memory; default: ``dtype``.
+      weights: "int8" for the matrices in int8 with a scale per output channel, half the memory of bfloat16: for
+        inference, not for training; default: in ``param_dtype``.
       mesh: to shard the parameters over, or the sizes of its axes, as {"fsdp": 4, "tensor": 2}, on the first devices of
         this process; default: all of these, with as few shards of the weights as leave room for a cache
         (``sharding.generation_sizes``). ``generate`` uses the mesh that the parameters are on; other calls of a model
@@ -68,7 +73,8 @@ def load(
       The model and its processor, which has no tokenizer if the checkpoint has none.
 
     Raises:
-      ValueError: when there is nothing to load, or it is damaged; the message names the file or array.
+      ValueError: when there is nothing to load, or it is damaged (the message names the file or array), or for an
+        argument that does not exist.
       StorageError: when a bucket cannot be read; the message suggests a remedy.
     """
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
@@ -77,14 +83,15 @@ def load(
     config = config_of(path)
     if image_attention is not None:
         config = dataclasses.replace(config, image_attention=image_attention)
-    graphdef, state = phivision.abstract(config, dtype=dtype, remat=remat, vision_remat=remat)
+    graphdef, state = phivision.abstract(config, dtype=dtype, remat=remat, vision_remat=remat, weights=weights)
     if not isinstance(mesh, Mesh):
         devices = jax.local_devices()
         memory = devices[0].memory_stats() or {}  # None on CPUs
         default = (state, param_dtype.itemsize, len(devices), memory.get("bytes_limit"))
         sizes = dict(mesh or sharding.generation_sizes(*default))
         mesh = sharding.make_mesh(sizes, devices[: max(math.prod(sizes.values()), 0)])
-    shardings = sharding.param_shardings(state, mesh)
+    with sharding.generation_rules(config, mesh):
+        shardings = sharding.param_shardings(state, mesh)
     target = sharding.abstract(nnx.to_pure_dict(state), shardings, param_dtype)
     processor = processor_of(path, config)  # first: a damaged tokenizer is found before the weights are read
     return phivision.merge(graphdef, read_params(path, config, target)), processor
@@ -160,125 +167,112 @@ def copy_assets(path: Location, to: Path) -> None:
 
 
 def read_params(path: Location, config: ModelConfig, target: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a located directory, in ``target``'s dtypes and shardings.
+    """The parameters of a located directory, in ``target``'s dtypes and shardings; others are not read.
 
-    The vision tail is read if ``target`` has it; adapters that ``target`` does not have are merged. All processes must
-    call this.
-
-    Raises:
-      ValueError: as ``restore_params``, or ``read_hf_params``.
-    """
-    return read_hf_params(path, config, target) if is_hf(path) else restore_params(path, target)
-
-
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return nnx.traversals.unflatten_mapping({tuple(path.split("/")): leaf for path, leaf in leaves.items()})
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a checkpoint of ours.
-
-
-def restore_params(checkpoint: Location, target: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that ``target`` names, in its dtypes and shardings; others are not read.
-
-    Adapters that it does not name, of kernels that it names, are merged into these in fp32.
+    Adapters are merged. Matrices that are int8 in ``target`` are quantised (``models/int8.py``). All processes must
+    call this. Each reads the rows that its devices need, and of a checkpoint also all of its share of the arrays, to
+    verify them.
 
     Args:
+      config: the model that the arrays must fit.
       target: nested dict of ``jax.ShapeDtypeStruct`` with shardings.
 
     Raises:
-      DamagedError: when an array or the metadata are not what was saved.
-      ValueError: when an array is missing or has another shape, or the metadata lack what merging needs.
+      DamagedError: in all processes, when an array of a checkpoint or its metadata are not what was saved.
+      ValueError: when the directory does not hold this model, naming the arrays.
     """
-    meta = layout.read_meta(checkpoint)
-    saved, wanted = layout.arrays_of(meta), arrays.with_paths(target)
-    for path, leaf in wanted.items():
-        if (found := saved[path].shape if path in saved else None) != leaf.shape:
-            raise ValueError(f"{checkpoint}: {path} is {found or 'missing'}, the model's {leaf.shape}")
-    adapters = Adapters.find(checkpoint, meta, saved)
-    merged = {path for path in adapters.kernels & wanted.keys() if adapter_paths(path)[0] not in wanted}
-    # One at a time, and before the others: merging takes twice a kernel's size in fp32.
-    params = {path: _merged(checkpoint, saved, path, wanted[path], adapters) for path in sorted(merged)}
-    others = [path for path in wanted if path not in merged]
-    ends = itertools.accumulate(_bytes_per_device(saved[path], wanted[path].sharding) for path in others)
-    for _, batch in itertools.groupby(zip(ends, others, strict=True), lambda pair: pair[0] // _BATCH_BYTES):
-        restored = _restore(checkpoint, saved, {path: wanted[path].sharding for _, path in batch})
-        for path in list(restored):
-            params[path] = restored.pop(path).astype(wanted[path].dtype)
-    return _nested(params)
+    wanted, params, problem = arrays.with_paths(target), dict[str, jax.Array](), None
+    leaves = sorted(model_leaves(config), key=lambda leaf: -math.prod(leaf.shape))
+    try:
+        if is_hf(path):
+            source: Source = HFSource(HFDirectory(path), leaves)
+        else:
+            read = [leaf for leaf in leaves if leaf.path in wanted]
+            source = OursSource(path, layout.read_meta(path), read, exact=False)
+        for number, leaf in enumerate(leaf for leaf in source.leaves if leaf.path in wanted):
+            verified_here = isinstance(source, OursSource) and number % jax.process_count() == jax.process_index()
+            params |= _read_leaf(source, leaf, wanted, everything=verified_here)
+    except DamagedError as error:
+        problem = error.problem
+    if problem := first_error(problem):
+        raise DamagedError(path, problem)
+    return nnx.traversals.unflatten_mapping({tuple(path.split("/")): leaf for path, leaf in params.items()})
 
 
-def _bytes_per_device(array: Array, placed: Any) -> int:
-    """Bytes that an array with this sharding takes of each device, in its stored dtype."""
-    return math.prod(placed.shard_shape(array.shape) if placed else array.shape) * jnp.dtype(array.dtype).itemsize
-
-
-def _restore(checkpoint: Location, saved: Mapping[str, Array], shardings: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """These arrays as they were saved."""
-    target = {}
-    for path, placed in shardings.items():
-        target[path] = jax.ShapeDtypeStruct(saved[path].shape, jnp.dtype(saved[path].dtype), sharding=placed)
-    return arrays.with_paths(arrays.restore(checkpoint, PARAMS, _nested(target), saved))
-
-
-def _merged(checkpoint: Location, saved: Mapping[str, Array], path: str, wanted: Any, adapters: Adapters) -> jax.Array:
-    """A kernel with its adapter merged."""
-    sharded, paths = wanted.sharding, (path, *adapter_paths(path))
-    replicated = NamedSharding(sharded.mesh, PartitionSpec()) if isinstance(sharded, NamedSharding) else sharded
-    restored = _restore(checkpoint, saved, dict(zip(paths, (sharded, replicated, replicated), strict=True)))
-
-    def merge(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        leaves = {"kernel": kernel.astype(jnp.float32), lora.A: a, lora.B: b}
-        return lora.merge(leaves, LoraConfig(adapters.rank, adapters.alpha))["kernel"].astype(wanted.dtype)
-
-    return jax.jit(merge, out_shardings=sharded)(*(restored[path] for path in paths))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From a Hugging Face directory, without a checkpoint of ours in between.
-
-
-def read_hf_params(directory: Location, config: ModelConfig, target: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters that ``target`` names, in its dtypes and shardings.
-
-    Besides the arrays on its own devices, the host holds one device's shard of one leaf and a few blocks at a time.
-    Blocks of rows are read several at a time: in a bucket, each is a request that mostly waits.
+def _read_leaf(source: Source, leaf: Leaf, wanted: Mapping[str, Any], *, everything: bool) -> dict[str, jax.Array]:
+    """A leaf, and its scales if they are wanted, by path.
 
     Args:
-      directory: holds config.json and safetensors.
-      config: the model that the tensors must fit.
-      target: nested dict of ``jax.ShapeDtypeStruct`` with shardings.
-
-    Raises:
-      ValueError: when the directory does not hold exactly this model, naming the tensors.
+      everything: also read what no device of this process needs.
     """
-    wanted, leaves = arrays.with_paths(target), model_leaves(config)
-    source, found = HFSource(HFDirectory(directory), leaves), {}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for leaf in leaves:
-            if (want := wanted.get(leaf.path)) is not None:
-                read = functools.partial(_read_region, source, leaf, want.dtype, pool)
-                found[leaf.path] = jax.make_array_from_callback(leaf.shape, want.sharding, read)
-    return _nested(found)
+    kernel, scale = _Shards(leaf, wanted[leaf.path]), None
+    scale_path = f"{leaf.path.rpartition('/')[0]}/{int8.SCALE}"
+    if kernel.dtype == np.int8:
+        outputs = " ".join(leaf.their_axes[0])
+        per_row = dataclasses.replace(leaf, path=scale_path, axes=f"({outputs}) -> {outputs}")
+        scale = _Shards(per_row, wanted[scale_path])
+
+    def read(leaf: Leaf, layers: range, rows: range) -> None:
+        if not (everything or kernel.need(layers, rows)):
+            return
+        for layer, block in zip(layers, source.read(leaf, layers, rows), strict=True):
+            if scale:
+                block, per_row = _quantize_rows(block)
+                scale.fill(layer, rows, per_row)
+            kernel.fill(layer, rows, block)
+
+    for _ in in_parallel(read, [leaf], lambda leaf: (4, source.grain(leaf))):
+        pass
+    return {shards.leaf.path: shards.array() for shards in (kernel, scale) if shards}
 
 
-def _read_region(source: HFSource, leaf: Leaf, dtype: np.dtype, pool: ThreadPoolExecutor, index: Any) -> np.ndarray:
-    """``leaf[index]``: reads only the rows of Hugging Face tensors in it, and casts block by block."""
-    spans = [range(size)[span] for size, span in zip(leaf.shape, index or (), strict=True)]
-    layers = spans.pop(0) if leaf.stacked else range(1)
-    axis, per = leaf.row_axis, leaf.rows_per_index
-    rows = range(spans[axis].start * per, spans[axis].stop * per)
-    rest = tuple(slice(None) if i == axis else slice(s.start, s.stop) for i, s in enumerate(spans))
-    out = np.empty((len(layers), *(len(span) for span in spans)), dtype)
+def _quantize_rows(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in int8, and the scale of each: what one output sums over is a row of Hugging Face's."""
+    pieces = np.array_split(block, 1 + block.size // _PIECE)
+    quantized, scales = zip(*(int8.quantize(piece, (1,), np) for piece in pieces), strict=True)
+    return np.concatenate(quantized), np.concatenate(scales)
 
-    def fill(place: tuple[int, int]) -> None:
-        i, start = place
-        piece = range(start, min(start + step, rows.stop))
-        (block,) = source.read(leaf, range(layers[i], layers[i] + 1), piece)
-        along = slice((piece.start - rows.start) // per, (piece.stop - rows.start) // per)
-        out[i][(slice(None),) * axis + (along,)] = leaf.to_ours(block)[rest]
 
-    step = block_rows(leaf, source.dtype(leaf).itemsize)
-    list(pool.map(fill, itertools.product(range(len(layers)), rows[::step])))
-    return out if leaf.stacked else out[0]
+class _Shards:
+    """The different shards of a leaf on this process's devices, filled from runs of Hugging Face rows."""
+
+    def __init__(self, leaf: Leaf, want: jax.ShapeDtypeStruct) -> None:
+        self.leaf, self.dtype, self._placed = leaf, np.dtype(want.dtype), want.sharding
+        self._shards: dict[tuple[range, ...], np.ndarray] = {}
+        for index in want.sharding.addressable_devices_indices_map(leaf.shape).values():
+            spans = self._spans(index)
+            if spans not in self._shards:
+                self._shards[spans] = np.empty([len(span) for span in spans], self.dtype)
+
+    def _spans(self, index: Sequence[slice] | None) -> tuple[range, ...]:
+        return tuple(range(size)[span] for size, span in zip(self.leaf.shape, index or (), strict=True))
+
+    def _overlaps(self, layers: range, rows: range) -> Iterator[tuple[np.ndarray, range, tuple[range, ...]]]:
+        """Each shard of a layer with some of these rows, the part of them along ``row_axis``, and the shard's place."""
+        axis, per = self.leaf.row_axis, self.leaf.rows_per_index
+        for spans, shard in self._shards.items():
+            for layer in layers:
+                held = spans[0] if self.leaf.stacked else range(1)
+                inside = spans[1:] if self.leaf.stacked else spans
+                part = range(max(rows.start // per, inside[axis].start), min(rows.stop // per, inside[axis].stop))
+                if layer in held and part:
+                    yield (shard[layer - held.start] if self.leaf.stacked else shard), part, inside
+
+    def need(self, layers: range, rows: range) -> bool:
+        """True if a shard holds any of these rows."""
+        return any(True for _ in self._overlaps(layers, rows))
+
+    def fill(self, layer: int, rows: range, block: np.ndarray) -> None:
+        """Copy rows of one layer to the shards that hold them, cast to their dtype."""
+        axis, ours = self.leaf.row_axis, self.leaf.to_ours(block)
+        first = rows.start // self.leaf.rows_per_index
+        for shard, part, inside in self._overlaps(range(layer, layer + 1), rows):
+            source = [slice(span.start, span.stop) for span in inside]
+            source[axis] = slice(part.start - first, part.stop - first)
+            at = slice(part.start - inside[axis].start, part.stop - inside[axis].start)
+            shard[(slice(None),) * axis + (at,)] = ours[tuple(source)]
+
+    def array(self) -> jax.Array:
+        """The leaf on the devices; this object is not used again."""
+        shape, shards, self._shards = self.leaf.shape, self._shards, {}
+        return jax.make_array_from_callback(shape, self._placed, lambda index: shards[self._spans(index)], self.dtype)

@@ -126,20 +126,25 @@ class OursSource:
       directory: the checkpoint.
       meta: its metadata.
       leaves: the table.
+      exact: refuse arrays that are not in the table; otherwise they are ignored.
 
     Raises:
-      ValueError: when its arrays are not exactly those of the table and its adapters, in name and shape.
+      ValueError: when its arrays are not those of the table and its adapters, in name and shape.
       DamagedError: when an array cannot be opened, or an adapter is not what was saved.
     """
 
     kind = "phivision_jax"
 
-    def __init__(self, directory: Location, meta: Mapping[str, Any], leaves: Sequence[Leaf]) -> None:
+    def __init__(
+        self, directory: Location, meta: Mapping[str, Any], leaves: Sequence[Leaf], *, exact: bool = True
+    ) -> None:
         self.leaves, self.meta, self._directory, self._params = leaves, meta, directory, directory / PARAMS
         self._saved, self._sums = layout.arrays_of(meta), StreamedChecksums()
         self.adapters = Adapters.find(directory, meta, self._saved)
         expected = {leaf.path: leaf.shape for leaf in leaves}
         adapters = {path: shape for leaf in leaves for path, shape in self.adapters.shapes(leaf).items()}
+        if not exact:
+            self._saved = {path: array for path, array in self._saved.items() if path in expected | adapters}
         check({path: array.shape for path, array in self._saved.items()}, expected | adapters, str(self._params))
         base = _kvstore(self._params)
         ocdbt = {"driver": "ocdbt", "base": base} if (self._params / "manifest.ocdbt").exists() else base

@@ -73,7 +73,7 @@ def copy(source: Source, sink: Sink, dtypes: Mapping[Leaf, np.dtype], advance: C
             sink.write(leaf, layer, rows.start, block.astype(dtypes[leaf], copy=False))
         return len(layers) * len(rows) * math.prod(leaf.row_shape) * dtypes[leaf].itemsize
 
-    for written in _in_parallel(move, source.leaves, lambda leaf: (dtypes[leaf].itemsize, source.grain(leaf))):
+    for written in in_parallel(move, source.leaves, lambda leaf: (dtypes[leaf].itemsize, source.grain(leaf))):
         advance(written)
 
 
@@ -106,7 +106,7 @@ def compare(a: Source, b: Source, advance: Callable[[int], Any]) -> dict[str, Di
         return len(layers) * len(rows) * math.prod(leaf.row_shape) * a.dtype(leaf).itemsize, found
 
     merged = defaultdict[str, Difference](Difference)
-    for size, found in _in_parallel(errors, a.leaves, lambda leaf: (4, a.grain(leaf), b.grain(leaf))):
+    for size, found in in_parallel(errors, a.leaves, lambda leaf: (4, a.grain(leaf), b.grain(leaf))):
         for name, difference in found.items():
             merged[name] += difference
         advance(size)
@@ -130,7 +130,7 @@ def _difference(x: np.ndarray, y: np.ndarray, start: int) -> Difference:
     return Difference(1, most, share, int(differ.sum()), (start + int(first[0]), *map(int, first[1:])))
 
 
-def _in_parallel[R](
+def in_parallel[R](
     work: Callable[[Leaf, range, range], R], leaves: Sequence[Leaf], sizes: Callable[[Leaf], tuple[Any, ...]]
 ) -> Iterator[R]:
     """Run ``work`` on every block of every leaf, a few at a time and none queued; the first error ends it.

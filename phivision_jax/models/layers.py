@@ -67,7 +67,8 @@ class Linear(nnx.Module):
     """A linear layer, declared by its contraction: ``Linear("BTD,DNH->BTNH", (D, N, H), ("embed", "heads", …))``.
 
     The kernel's contracted axes come first, and last in x; x may have other leading axes than those named. With
-    adapters (``adapt``) the result is x · W + alpha / rank · (x · A) · B; Hu et al. 2021, arXiv 2106.09685, §4.1.
+    adapters (``adapt``) the result is x · W + alpha / rank · (x · A) · B; Hu et al. 2021, arXiv 2106.09685, §4.1. A
+    kernel in int8 has a scale per output channel (``models/int8.py``).
 
     Args:
       equation: "x,kernel->y", as for einsum.
@@ -81,6 +82,7 @@ class Linear(nnx.Module):
     lora_a: nnx.Param | None = None
     lora_b: nnx.Param | None = None
     lora_scale: float = 0.0
+    scale: nnx.Param | None = None
 
     def __init__(
         self,
@@ -103,6 +105,8 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         n = self.num_inputs
         y = project(x, self.kernel[...].astype(x.dtype), n)
+        if self.scale is not None:
+            y = y * self.scale[...].astype(x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             # A · B is never formed: it would be as large as the kernel.
             narrow = project(x, self.lora_a[...].astype(x.dtype), n)

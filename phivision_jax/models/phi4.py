@@ -91,17 +91,22 @@ class DecoderLayer(nnx.Module):
 
 
 class Embed(nnx.Module):
+    scale: nnx.Param | None = None
+
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         init = truncated_normal(0.02)
         self.embedding = param(rngs, (cfg.vocab_size, cfg.hidden_size), ("vocab", "embed"), init)
 
     @jax.named_scope("embed")
     def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T D"]:
-        return lookup(self.embedding[...], tokens)
+        found = lookup(self.embedding[...], tokens)
+        return found if self.scale is None else found * self.scale[...][tokens][..., None]
 
 
 class Head(nnx.Module):
     """fp32 logits. The kernel is [V, D], as the embedding table and the file have it."""
+
+    scale: nnx.Param | None = None
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         init = truncated_normal(cfg.hidden_size**-0.5)
@@ -110,7 +115,8 @@ class Head(nnx.Module):
     @jax.named_scope("head")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         kernel = self.kernel[...].astype(x.dtype)
-        return jnp.einsum("BTD,VD->BTV", x, kernel, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("BTD,VD->BTV", x, kernel, preferred_element_type=jnp.float32)
+        return logits if self.scale is None else logits * self.scale[...].astype(jnp.float32)
 
 
 class Phi4Decoder(nnx.Module):

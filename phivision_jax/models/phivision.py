@@ -19,11 +19,15 @@ from jaxtyping import Array, Float, Int32
 
 from phivision_jax.batch import Batch
 from phivision_jax.config import LoraConfig, ModelConfig
+from phivision_jax.models import int8
 from phivision_jax.models import lora as adapters
 from phivision_jax.models.layers import Linear
 from phivision_jax.models.phi4 import Phi4Decoder
 from phivision_jax.models.siglip2 import Siglip2Encoder
 from phivision_jax.sharding import constrain
+
+WEIGHTS = ("int8",)
+"""Forms of the matrices other than floating point (``models/int8.py``)."""
 
 Params = dict[str, Any]
 """Parameters as nested plain dicts, the form at every jit boundary."""
@@ -72,9 +76,11 @@ class PhiVision(nnx.Module):
       dtype: of the computation; parameters are fp32, and so are norms, softmax, angles and logits.
       remat: rematerialisation policy of decoder layers (``models/remat.py``), ``vision_remat`` that of vision blocks.
       lora: adapters to add, which change nothing until they are trained; None or rank 0 for none.
+      weights: form of the matrices, "int8" for a model that is not trained; None for floating point.
 
     Raises:
-      ValueError: for an unknown encoder or policy, or ``lora.targets`` that match nothing.
+      ValueError: for an unknown encoder, policy or form of weights, ``lora.targets`` that match nothing, or adapters
+        on int8.
     """
 
     def __init__(
@@ -86,7 +92,11 @@ class PhiVision(nnx.Module):
         remat: str = "none",
         vision_remat: str = "none",
         lora: LoraConfig | None = None,
+        weights: str | None = None,
     ) -> None:
+        if weights not in (None, *WEIGHTS) or (weights and lora is not None and lora.rank):
+            problem = "does not exist; choose int8 or None" if weights not in WEIGHTS else "cannot have adapters"
+            raise ValueError(f"weights {weights!r} {problem}")
         self.config = config
         name = config.vision.encoder
         if name not in VISION_SIDES:
@@ -97,6 +107,8 @@ class PhiVision(nnx.Module):
         self.decoder = Phi4Decoder(config.decoder, rngs=rngs, dtype=dtype, remat=remat)
         if lora is not None and lora.rank:
             adapters.add(self, lora, rngs)  # last, so that the other weights do not depend on them
+        if weights:
+            int8.quantize_model(self)
 
     def __call__(self, batch: Batch) -> Float[Array, "B T V"]:
         return self.decoder.lm_head(self.hidden(batch))

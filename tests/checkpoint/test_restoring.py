@@ -16,6 +16,7 @@ from phivision_jax.checkpoint import arrays, layout
 from phivision_jax.checkpoint.layout import CHECKPOINTS, Array
 from phivision_jax.checkpoint.manager import CheckpointError, RunCheckpoints
 from tests.support import damage
+from tests.support.checkpoints import edit_meta
 from tests.support.damage import NEW, OLD, abstract, make_run, make_state, make_tail, restore, same, save
 from tests.support.paths import ROOT, SUPPORT
 
@@ -167,17 +168,16 @@ def two_processes(run, action) -> list[str]:
 
 
 def test_two_processes_agree_on_damage(empty_run):
-    """Both fall back from 30, which only one of them cannot read, and from 20, in which a bit has changed; one process
-    restores what two have saved.
+    """Both fall back from 30, which only one of them cannot read, and from 20, in which an array is not what was saved;
+    one process restores what two have saved.
     """
     two_processes(empty_run, "save")
     assert steps(empty_run) == [10, 20, 30]
     assert same(restore(empty_run)[0], make_state(30))
     checkpoint = empty_run / CHECKPOINTS / "20"
-    data = max((checkpoint / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 1
-    data.write_bytes(content)
+    saved = layout.read_meta(checkpoint)["arrays"]
+    name = "params/decoder/lm_head/kernel"
+    edit_meta(checkpoint, arrays=saved | {name: [*saved[name][:2], "0123456789abcdef"]})
     first, second = two_processes(empty_run, "restore")
     assert all(f"refused: {checkpoint} is damaged: its array params/" in output for output in (first, second))
     assert "restored 10 10" in first and "restored 10 10" in second

@@ -77,7 +77,7 @@ def test_kind_is_named(hf: Path, tmp_path: Path, run: Run, kind: str) -> None:
         refused(run(*command), str(hf), sentence)
     with pytest.raises(ValueError, match="hf") as error:
         path = loading.locate(hf)
-        loading.read_hf_params(path, loading.config_of(path), {})
+        loading.read_params(path, loading.config_of(path), {})
     assert sentence in str(error.value)
 
 

@@ -187,11 +187,6 @@ def test_read_params_merges_onto_shardings(step: Path, params_of_step: Any) -> N
         np.testing.assert_allclose(leaf.astype(np.float32), want[path], 1.001 * 2**-8, atol=1e-6)
 
 
-def test_restore_params_keeps_requested_adapters(step: Path, model: Any) -> None:
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model[1])
-    jax.tree.map(np.testing.assert_array_equal, loading.restore_params(step, target), model[1])
-
-
 def test_adapters_need_rank_and_alpha_in_metadata(checkpoint: Path, tmp_path: Path, run: Run) -> None:
     for run_meta in ({}, {"lora": None}):
         edit_meta(checkpoint, run=run_meta)
@@ -202,7 +197,7 @@ def test_adapters_need_rank_and_alpha_in_metadata(checkpoint: Path, tmp_path: Pa
     edit_meta(checkpoint, run={"lora": {**dataclasses.asdict(LORA), "rank": 2}})
     code, text = run("inspect", checkpoint)
     assert code == 2 and "30 mis-shaped: " in text and "lora_a [" in text
-    with pytest.raises(ValueError, match=r"lora_a has rank 3, lora\.rank is 2"):
+    with pytest.raises(ValueError, match=r" mis-shaped: .*lora_a \["):
         phivision_jax.load(checkpoint)
 
 

@@ -18,9 +18,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from phivision_jax.checkpoint import loading
 from phivision_jax.checkpoint.layout import CHECKPOINTS
 from phivision_jax.checkpoint.manager import RunCheckpoints
+from phivision_jax.config import ModelConfig
+from phivision_jax.convert import ours
+from phivision_jax.convert.mapping import Leaf
 from tests.support.damage import make_state, make_tail
 
 STEPS = (10, 20, 30)
+SIZES = {"D": 16, "F": 40, "V": 64}
+LEAVES = [
+    Leaf("decoder/layers/up_proj/kernel", ("0", "1", "2"), "F D -> D F", SIZES, stacked=True),
+    Leaf("decoder/layers/norm/scale", ("0", "1", "2"), "D -> D", SIZES, stacked=True),
+    Leaf("decoder/lm_head/kernel", ("head",), "V D -> V D", SIZES),
+]
+"""The arrays of ``make_state`` as rows of tensors; no process has all rows of one on its devices."""
 restore = ocp.PyTreeCheckpointHandler.restore
 
 
@@ -36,7 +46,8 @@ def main(address: str, number: str, folder: str, action: str) -> None:
     mesh = jax.make_mesh((4,), ("fsdp",), devices=jax.devices())
 
     def placement(x):
-        return NamedSharding(mesh, PartitionSpec(None, "fsdp") if np.ndim(x) > 1 else PartitionSpec())
+        largest = max(np.shape(x), default=0)
+        return NamedSharding(mesh, PartitionSpec(*["fsdp" if size == largest else None for size in np.shape(x)]))
 
     def place(tree):
         return jax.tree.map(
@@ -54,8 +65,9 @@ def main(address: str, number: str, folder: str, action: str) -> None:
         tail = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x)), make_tail())
         if number == "1":
             ocp.PyTreeCheckpointHandler.restore = fail_at_30
+        loading.model_leaves, ours.BLOCK_BYTES = lambda config: LEAVES, 1
         try:
-            loading.restore_params(run / CHECKPOINTS / "20", target["params"])
+            loading.read_params(run / CHECKPOINTS / "20", ModelConfig(), target["params"])
         except ValueError as error:
             print("refused:", error)
         state, _, meta = checkpoints.restore(target, tail)
