@@ -217,7 +217,7 @@ def _read_leaf(source: Source, leaf: Leaf, wanted: Mapping[str, Any], *, everyth
             return
         for layer, block in zip(layers, source.read(leaf, layers, rows), strict=True):
             if scale:
-                block, per_row = _quantize_rows(block)
+                block, per_row = _quantise_rows(block)
                 scale.fill(layer, rows, per_row)
             kernel.fill(layer, rows, block)
 
@@ -226,11 +226,11 @@ def _read_leaf(source: Source, leaf: Leaf, wanted: Mapping[str, Any], *, everyth
     return {shards.leaf.path: shards.array() for shards in (kernel, scale) if shards}
 
 
-def _quantize_rows(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _quantise_rows(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows in int8, and the scale of each: what one output sums over is a row of Hugging Face's."""
     pieces = np.array_split(block, 1 + block.size // _PIECE)
-    quantized, scales = zip(*(int8.quantize(piece, (1,), np) for piece in pieces), strict=True)
-    return np.concatenate(quantized), np.concatenate(scales)
+    quantised, scales = zip(*(int8.quantise(piece, (1,), np) for piece in pieces), strict=True)
+    return np.concatenate(quantised), np.concatenate(scales)
 
 
 class _Shards:

@@ -20,7 +20,7 @@ SCALE = "scale"
 """Name of the parameter beside ``kernel`` or ``embedding``."""
 
 
-def quantize(weights: Any, axes: tuple[int, ...], xp: Any = jnp) -> tuple[Any, Any]:
+def quantise(weights: Any, axes: tuple[int, ...], xp: Any = jnp) -> tuple[Any, Any]:
     """Weights in int8, and their scales in fp32.
 
     Args:
@@ -32,7 +32,7 @@ def quantize(weights: Any, axes: tuple[int, ...], xp: Any = jnp) -> tuple[Any, A
     return xp.rint(weights / xp.where(scale == 0, 1, scale)).astype(xp.int8), scale.squeeze(axes)
 
 
-def quantize_model(model: nnx.Module) -> None:
+def quantise_model(model: nnx.Module) -> None:
     """Replace every matrix of ``model`` by its int8 form; only abstract and randomly initialised models need this."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear | Embed | Head):
@@ -41,5 +41,5 @@ def quantize_model(model: nnx.Module) -> None:
             layers = names.count("layer")
             axes = tuple(range(layers, layers + module.num_inputs)) if isinstance(module, Linear) else (1,)
             rest = tuple(axis for i, axis in enumerate(names) if i not in axes)
-            for field, value, kept in zip((name, SCALE), quantize(weights, axes), (names, rest), strict=True):
+            for field, value, kept in zip((name, SCALE), quantise(weights, axes), (names, rest), strict=True):
                 setattr(module, field, nnx.Param(value, out_sharding=kept, eager_sharding=False))

@@ -108,7 +108,7 @@ class PhiVision(nnx.Module):
         if lora is not None and lora.rank:
             adapters.add(self, lora, rngs)  # last, so that the other weights do not depend on them
         if weights:
-            int8.quantize_model(self)
+            int8.quantise_model(self)
 
     def __call__(self, batch: Batch) -> Float[Array, "B T V"]:
         return self.decoder.lm_head(self.hidden(batch))

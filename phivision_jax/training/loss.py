@@ -56,7 +56,12 @@ def batch_loss(
     Returns:
       The scalar loss, and sums to log: ``weight`` (), ``correct`` (), ``group_loss`` and ``group_weight``
       [num_groups] by ``batch.group_ids``.
+
+    Raises:
+      ValueError: for a model with int8 weights.
     """
+    if model.decoder.lm_head.scale is not None:
+        raise ValueError("a model with int8 weights has no loss and cannot be trained: load it without weights='int8'")
     kernel, counted, hidden = model.decoder.lm_head.kernel[...], batch.loss_weights != 0, model.hidden(batch)
     with jax.named_scope("loss"):
         losses, hits = cross_entropy(hidden, kernel, batch.targets, counted)

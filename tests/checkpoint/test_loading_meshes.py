@@ -58,7 +58,7 @@ def test_load_takes_sizes_of_the_axes(checkpoint):
         ({"fsdp": 0}, "mesh axis fsdp is 0; sizes are at least 1"),
         ({"data": -1}, "mesh axis data is -1; sizes are at least 1"),
         ({"rows": 8}, "mesh axis 'rows' does not exist"),
-        ({"tensor": 8}, "does not divide over mesh axes"),
+        ({"tensor": 5}, "does not divide over mesh axes"),
     ],
 )
 def test_load_rejects_sizes(checkpoint, sizes, message):

@@ -1,0 +1,71 @@
+"""Matrices in int8: their values by hand, and what a model with them refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from phivision_jax.config import LoraConfig
+from phivision_jax.models import phivision
+from phivision_jax.models.int8 import quantise
+from phivision_jax.models.phivision import PhiVision
+from phivision_jax.rows import batch_from_ids
+from phivision_jax.training.loss import batch_loss
+from tests.support.batches import QUICK, TINY
+from tests.support.parameter_trees import flatten
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_scale_is_largest_magnitude_over_127(xp):
+    # Columns are outputs: 127 / 127 = 1 and 254 / 127 = 2 are exact in bf16, and a column of zeros stays zero.
+    weights = xp.array([[127.0, -254.0, 0.0], [0.4, 2.9, 0.0], [-63.6, 1.1, 0.0]])
+    quantised, scale = quantise(weights, (0,), xp)
+    assert quantised.dtype == np.int8 and scale.dtype == np.float32
+    assert quantised.tolist() == [[127, -127, 0], [0, 1, 0], [-64, 1, 0]] and scale.tolist() == [1.0, 2.0, 0.0]
+    _, (rounded,) = quantise(xp.array([[1.0], [0.0]]), (0,), xp)
+    assert float(rounded) == 129 * 2.0**-14  # of 1 / 127 = 129.008 · 2⁻¹⁴, the 8 digits that bf16 has
+
+
+def test_errors_are_at_most_half_a_scale_in_every_channel():
+    weights = np.random.default_rng(0).normal(size=(3, 50, 4, 7)).astype(np.float32) * np.logspace(-3, 3, 7)
+    quantised, scale = quantise(weights, (1,), np)
+    assert scale.shape == (3, 4, 7)
+    error = np.abs(quantised * scale[:, None] - weights)
+    assert (error <= 0.5 * scale[:, None] * (1 + 1e-5)).all() and (np.abs(quantised).max(1) >= 126).all()
+
+
+def test_abstract_model_has_int8_matrices_and_scales_of_their_outputs():
+    _, state = phivision.abstract(TINY, weights="int8")
+    axes = {"/".join(map(str, path)): v.get_metadata()["out_sharding"] for path, v in nnx.to_flat_state(state)}
+    leaves = dict(flatten(nnx.to_pure_dict(state)))
+    narrow = {path for path, leaf in leaves.items() if leaf.dtype == jnp.int8}
+    assert narrow == {path for path in leaves if path.endswith("/kernel")} | {"decoder/embed_tokens/embedding"}
+    for module, shape, names in [
+        ("decoder/layers/self_attn/q_proj", (2, 4, 8), ("layer", "heads", "head_dim")),
+        ("decoder/layers/self_attn/o_proj", (2, 32), ("layer", "embed")),
+        ("decoder/embed_tokens", (64,), ("vocab",)),
+        ("vision/patch_embedding", (24,), ("patch_embed",)),
+    ]:
+        assert leaves[f"{module}/scale"].shape == shape and axes[f"{module}/scale"] == names
+
+
+def test_int8_weights_are_not_trained():
+    graphdef, state = phivision.abstract(TINY, weights="int8")
+    model = phivision.merge(graphdef, nnx.to_pure_dict(state))
+    with pytest.raises(ValueError, match="int8 weights has no loss and cannot be trained"):
+        batch_loss(model, batch_from_ids([[1, 2, 3]], config=TINY))
+    with pytest.raises(ValueError, match="'int8' cannot have adapters"):
+        phivision.abstract(TINY, weights="int8", lora=LoraConfig(rank=2))
+    with pytest.raises(ValueError, match="'int4' does not exist; choose int8 or None"):
+        phivision.abstract(TINY, weights="int4")
+
+
+def test_random_model_is_near_its_int8_form():
+    batch = batch_from_ids([[1, 2, 3, 4, 5, 6]], config=TINY)
+
+    def logits(weights: str | None) -> jax.Array:
+        return jax.jit(lambda: PhiVision(TINY, rngs=nnx.Rngs(0), weights=weights)(batch), compiler_options=QUICK)()
+
+    exact, narrow = logits(None), logits("int8")
+    assert 1e-4 < float(jnp.abs(exact - narrow).max()) < 0.05 * float(jnp.abs(exact).max())
