@@ -160,7 +160,9 @@ def test_abstract_carries_shardings_and_dtype():
     assert found["a"] == jax.ShapeDtypeStruct((8, 2), np.float32, sharding=rows)
     assert found["b"] == jax.ShapeDtypeStruct((3,), np.int32, sharding=everywhere)
     same = sharding.abstract(tree, everywhere, np.float16)
-    assert {(x.sharding, x.dtype) for x in same.values()} == {(everywhere, np.dtype("float16"))}
+    assert {(name, x.sharding, x.dtype.name) for name, x in same.items()} == {
+        ("a", everywhere, "float16"), ("b", everywhere, "int32")
+    }  # fmt: skip
 
 
 def test_param_shardings_rejects_wrong_number_of_axes():

@@ -269,8 +269,8 @@ class _Shards:
         for shard, part, inside in self._overlaps(range(layer, layer + 1), rows):
             source = [slice(span.start, span.stop) for span in inside]
             source[axis] = slice(part.start - first, part.stop - first)
-            at = slice(part.start - inside[axis].start, part.stop - inside[axis].start)
-            shard[(slice(None),) * axis + (at,)] = ours[tuple(source)]
+            within = slice(part.start - inside[axis].start, part.stop - inside[axis].start)
+            shard[(slice(None),) * axis + (within,)] = ours[tuple(source)]
 
     def array(self) -> jax.Array:
         """The leaf on the devices; this object is not used again."""
