@@ -17,7 +17,7 @@ COMMANDS = {
     "train": "Train a model, or continue a run.",
     "eval": "Score a checkpoint on a dataset.",
     "convert": "Convert weights between Hugging Face and this project.",
-    "chat": "Ask a checkpoint one question, with or without images.",
+    "chat": "Ask a checkpoint a question, with or without images, or talk to it.",
     "preflight": "Compile training or generation for TPUs that are not attached: memory, collectives, time.",
     "goodput": "Report how the wall time of runs was spent: steps, compiling, saving, lost work.",
 }
