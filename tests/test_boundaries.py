@@ -50,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "distributed": {"io"},
     "inference.grounding": {"images"},
     "inference": {*DEVICE, *HOST, "rows", "processor", "models", "models.attention", "inference.grounding"},
+    "serving": {*HOST, "inference"},
     "evaluation": {*DEVICE, *DATA, "data.store", "models", "inference", "inference.grounding"},
     "training": {
         *DEVICE,

@@ -18,6 +18,7 @@ COMMANDS = {
     "eval": "Score a checkpoint on a dataset.",
     "convert": "Convert weights between Hugging Face and this project.",
     "chat": "Ask a checkpoint a question, with or without images, or talk to it.",
+    "serve": "Serve a checkpoint: OpenAI's chat API, and a page for people.",
     "preflight": "Compile training or generation for TPUs that are not attached: memory, collectives, time.",
     "goodput": "Report how the wall time of runs was spent: steps, compiling, saving, lost work.",
 }
