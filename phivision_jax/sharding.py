@@ -178,9 +178,11 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh of several devices that these arrays are on; None on one device."""
-    mesh = getattr(getattr(jax.tree.leaves(params)[0], "sharding", None), "mesh", None)
-    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+    """The mesh of several devices, or of absent ones, that these arrays are on; None on one device."""
+    leaf = jax.tree.leaves(params)[0]
+    mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+    absent = isinstance(leaf, jax.ShapeDtypeStruct)
+    return mesh if isinstance(mesh, Mesh) and (mesh.size > 1 or absent) else None
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int | None:

@@ -6,6 +6,7 @@ It places what the host made on the devices and nothing more; ``scheduler.py`` d
 import contextlib
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
@@ -45,7 +47,7 @@ class Engine:
     """A model with slots for sequences.
 
     Args:
-      model: its parameters may be on a mesh.
+      model: its parameters may be on a mesh; of abstract ones on absent devices, the programs can be compiled only.
       slots: B, sequences that are generated at the same time; more if the mesh's "batch" does not divide them.
       length: tokens of a slot, prompt and answer together.
       chunk: T, most tokens of prompts per row.
@@ -76,8 +78,10 @@ class Engine:
         self.config, self.length, self.steps = model.config, length, steps
         graphdef, params = model.split()
         self.mesh = sharding.mesh_of(params)
-        device = jax.tree.leaves(params)[0].sharding.device_set
-        separate = next(iter(device)).platform == "cpu"
+        leaf = jax.tree.leaves(params)[0]
+        self.absent = isinstance(leaf, jax.ShapeDtypeStruct)
+        self.platform = next(iter(leaf.sharding.device_set)).platform
+        separate = self.platform == "cpu"
         layer = nnx.split(model.decoder.layers, nnx.Param)[0] if separate else None
         self.program = Program(graphdef, layer, jnp.dtype(cache_dtype), stop_ids, think_id, end_think_id)
         self.dtype = model.decoder.dtype
@@ -95,7 +99,7 @@ class Engine:
         self.ends = min(ENDS, slots // self.shards)
         self.pool = pool
         self._compiled: dict[Shape, Any] = {}
-        self.weights = self._weights(params, separate)
+        self.weights = self._weights(params)
         self.state: State = self._empty()
 
     # -- placing ------------------------------------------------------------------------------------------------------
@@ -108,9 +112,9 @@ class Engine:
             stack.enter_context(sharding.generation_rules(self.config, self.mesh))
         return stack
 
-    def _weights(self, params: Any, separate: bool) -> Weights:
-        if not separate:
-            return Weights(params, None)
+    def _weights(self, params: Any) -> Weights:
+        if self.platform != "cpu":
+            return Weights(jax.tree.map_with_path(self._laid_out, params), None)
         layers = params["decoder"]["layers"]
 
         def layer(i: int) -> Any:
@@ -118,9 +122,18 @@ class Engine:
 
         return Weights(params, [layer(i) for i in range(self.config.decoder.num_layers)])
 
+    def _laid_out(self, path: tuple, x: Any) -> Any:
+        """The parameter in the order in which programs read it."""
+        name = "/".join(key.key for key in path)
+        if self.platform != "tpu" or not re.fullmatch(r"decoder/layers/self_attn/[qkv]_proj/kernel", name):
+            return x
+        # [L, D, N, H] as L · N matrices D × H, which every call of ``decode`` would otherwise copy it to.
+        order = Format(Layout((0, 2, 1, 3)), x.sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=order) if self.absent else jax.device_put(x, order)
+
     def update(self, model: PhiVision) -> None:
         """Generate with other weights of the same model; slots must be idle, and what they hold is forgotten."""
-        self.weights = self._weights(model.split()[1], self.weights.layers is not None)
+        self.weights = self._weights(model.split()[1])
 
     def _abstract_state(self) -> State:
         cfg, B, D = self.config.decoder, self.slots, self.config.decoder.hidden_size
@@ -153,6 +166,8 @@ class Engine:
     def _empty(self) -> State:
         abstract = self._abstract_state()
         shardings = None if self.mesh is None else self.state_shardings(abstract, self.mesh)
+        if self.absent:
+            return sharding.abstract(abstract, shardings)
         zeros = jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract), out_shardings=shardings)
         return zeros()
 
@@ -162,6 +177,8 @@ class Engine:
             return tree
         with self.in_force():
             spec = sharding.row_sharding(self.mesh) if split else sharding.replicated(self.mesh)
+        if self.absent:
+            return sharding.abstract(tree, spec)
         return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, spec, x.__getitem__), tree)
 
     # -- running ------------------------------------------------------------------------------------------------------
@@ -188,7 +205,7 @@ class Engine:
             self._compile(shape, arguments)
         return self._compiled[shape](self.weights, self.state, *arguments)
 
-    def lower(self, shape: Shape, arguments: tuple, weights: Any = None, state: Any = None) -> Any:
+    def lower(self, shape: Shape, arguments: tuple) -> Any:
         """The program of a shape, lowered for these arguments."""
         function = getattr(programs, shape.program)
         static: dict[str, Any] = {"steps": self.steps, "read": shape.sizes[0]} if shape.program == "decode" else {}
@@ -198,7 +215,7 @@ class Engine:
 
         run.__name__ = shape.program
         with self.in_force():
-            return jax.jit(run, donate_argnums=1).lower(weights or self.weights, state or self.state, *arguments)
+            return jax.jit(run, donate_argnums=1, keep_unused=True).lower(self.weights, self.state, *arguments)
 
     def _compile(self, shape: Shape, arguments: tuple) -> None:
         self._compiled[shape] = self.lower(shape, arguments).compile()
