@@ -69,9 +69,8 @@ class Conversation:
 
     def _command(self, name: str = "", *words: str) -> None:
         value = " ".join(words)
-        path = Path(value).expanduser()
         if name == "image":
-            content = path.read_bytes()
+            content = Path(value).expanduser().read_bytes()
             width, height = open_image(content, value).size
             self._waiting.append(content)
             _note(f"{width}x{height} pixels, to be sent with the next question")
@@ -80,7 +79,7 @@ class Conversation:
             self._settings["mode"] = value
         elif name == "save":
             images = ["data:;base64," + base64.b64encode(image).decode() for image in self._images]
-            with path.open("x") as file:
+            with Path(value).expanduser().open("x") as file:
                 file.write(json.dumps({"messages": self._messages, "images": images}) + "\n")
         elif name == "new":
             self._messages, self._images, self._waiting = [], [], []

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from einops import rearrange
-from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 from PIL import Image
 
 from phivision_jax import sharding
@@ -70,26 +69,22 @@ def capture(model: PhiVision, batch: Batch, layers: Sequence[int], queries: Any 
             raise ValueError(f"queries must be positions from 0 to {T - 1}, not {queries.tolist()}")
         queries = np.broadcast_to(queries, (B, queries.shape[-1])).astype(np.int32)
     graphdef, params = model.split()
-    in_force: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if mesh := sharding.mesh_of(params):
-        in_force, on = jax.set_mesh(mesh), sharding.row_sharding(mesh)
+    mesh = sharding.mesh_of(params)
+    if mesh is not None:
         order = np.arange(B + -B % sharding.num_shards(mesh, "batch")) % B  # rows must divide: the first are repeated
-        batch, queries = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[order], on), (batch, queries))
-    with in_force:
+        rows = sharding.row_sharding(mesh)
+        batch, queries = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[order], rows), (batch, queries))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         found = _captured(graphdef, len(layers), params, batch, slots, queries)
     return jax.tree.map(lambda x: x[:, :B], found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _captured(
-    graphdef: nnx.GraphDef,
-    num_slots: int,
-    params: phivision.Params,
-    batch: Batch,
-    slots: Int32[Array, " L"],
-    queries: Int32[Array, "B q"] | None,
-) -> Captured:
-    """``slots`` has the place of each layer in the result, ``num_slots`` for those that are not kept."""
+def _captured(graphdef, num_slots: int, params, batch: Batch, slots, queries) -> Captured:
+    """``slots`` [L] has the place of each layer in the result, ``num_slots`` for those that are not kept.
+
+    ``queries`` are [B, q] or None.
+    """
     model = phivision.merge(graphdef, params)
     decoder = model.decoder
     rope, segments = rope_angles(batch.positions, decoder.head_dim, decoder.rope_theta), batch.segment_ids
@@ -106,8 +101,7 @@ def _captured(
         out, _ = attend_in_row(segments, batch.span_end)(q, k, v, None)
         if queries is None:
             return out, None
-        nothing = jnp.zeros((B, q.shape[2], queries.shape[1], T), jnp.float32)
-        return out, jax.lax.cond(slot < num_slots, weights, lambda: nothing)
+        return out, jax.lax.cond(slot < num_slots, weights, lambda: jnp.zeros(shape, jnp.float32))
 
     def body(carry: tuple[jax.Array, Captured], layer_and_slot: tuple[DecoderLayer, jax.Array]) -> tuple[Any, None]:
         (x, kept), (layer, slot) = carry, layer_and_slot
@@ -118,8 +112,8 @@ def _captured(
 
     x = sharding.constrain(model.embeds(batch).astype(decoder.dtype), "batch", "length", None)
     hidden = jnp.zeros((num_slots, *at_queries(x).shape), x.dtype)
-    shape = (num_slots, B, model.config.decoder.num_heads, hidden.shape[2], T)
-    kept = Captured(hidden, None if queries is None else jnp.zeros(shape, jnp.float32))
+    shape = B, model.config.decoder.num_heads, hidden.shape[2], T
+    kept = Captured(hidden, None if queries is None else jnp.zeros((num_slots, *shape), jnp.float32))
     return jax.lax.scan(body, (x, kept), (decoder.layers, slots))[0][1]
 
 

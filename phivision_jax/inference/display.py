@@ -38,17 +38,13 @@ class Answer(str):
         return self.reply, self.images
 
     def _repr_html_(self) -> str:
-        reply, parts, shown = self.reply, min(len(self.images), 2), []
+        parts, shown = min(len(self.images), 2), []
         for i, image in enumerate(self.images, 1):
-            marked = reply.answer if i == len(self.images) else ""
+            marked = self.reply.answer if i == len(self.images) else ""
             with contextlib.suppress(ValueError, OSError):
                 file = io.BytesIO()
                 fit(pixels(image), marked, WIDTH // parts, HEIGHT // parts).save(
                     file, "JPEG", quality=90, subsampling=0
                 )
                 shown.append("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode())
-        tokens, times = len(reply.ids), reply.timings
-        notes = [f"{reply.prompt_tokens:,} + {tokens:,} tokens", f"{times.queue + times.prefill + times.decode:.1f} s"]
-        notes += [f"{1 / seconds:.1f} tokens/s"] if (seconds := times.per_token(tokens)) else []
-        notes += [reply.mode or "no mode"] + [reply.finish_reason] * (reply.finish_reason != "stop")
-        return render("answer.html.jinja", images=shown, reply=reply, note=" · ".join(notes))
+        return render("answer.html.jinja", images=shown, reply=self.reply)

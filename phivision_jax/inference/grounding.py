@@ -21,7 +21,6 @@ COLOURS = ("#e0322f", "#1769e0", "#1a9641", "#e8850c", "#8e3fbf", "#00a5b5", "#d
 _LIST = re.compile(r"\[([^][]*)\]")
 _TAG = re.compile(r"</?[\w|]+>")
 _BESIDE_LABEL = re.compile(r"^(?:[\W_]|\d+[.)]|(?:and|or)\b)+|[\W_]+$")
-_LABEL_WORDS, _LABEL_LENGTH = 6, 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +33,6 @@ class Mark:
     """The words before it on its line, if they are few; else empty."""
     span: tuple[int, int]
     """First character of its list in the text, and the one after the last."""
-
-    @property
-    def is_point(self) -> bool:
-        return len(self.xy) == 2
 
 
 def find(text: str, size: tuple[int, int]) -> list[Mark]:
@@ -68,7 +63,7 @@ def find(text: str, size: tuple[int, int]) -> list[Mark]:
 def _label(before: str) -> str:
     """The text between the previous mark, or the line's beginning, and a mark, if it looks like a name."""
     label = _BESIDE_LABEL.sub("", _TAG.sub("", before))
-    return label if len(label) <= _LABEL_LENGTH and len(label.split()) <= _LABEL_WORDS and "{" not in before else ""
+    return label if len(label) <= 40 and len(label.split()) <= 6 and "{" not in before else ""
 
 
 def draw(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
@@ -90,7 +85,7 @@ def draw(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
         corners = [min(max(round(x), 0), image.size[k % 2] - 1) for k, x in enumerate(mark.xy)]
         x, y, *_ = corners
         shape, box = canvas.rectangle, corners
-        if mark.is_point:
+        if len(corners) == 2:
             shape, box = canvas.ellipse, [x - radius, y - radius, x + radius, y + radius]
         if line > 1:  # a white rim, for images of the same colour
             shape(

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import phivision_jax
+from phivision_jax.cli import conversation
 from phivision_jax.cli.conversation import Conversation, show
 from phivision_jax.cli.main import main
 from phivision_jax.data.store.dataset import Dataset
@@ -27,11 +28,17 @@ class Echo:
 
     def stream(self, request):
         self.requests.append(request)
+        self.answers = self.answer(request)  # not closed by the garbage collector
+        return self.answers
+
+    def answer(self, request):
         question = request.messages[-1]["content"].removeprefix("<image>\n")
         if "too long" in question:
             raise ValueError("the prompt has 9,000 tokens")
         thought = "hm\x07m" if request.mode == "think" else ""
         try:
+            if "stop me at once" in question:
+                signal.raise_signal(signal.SIGINT)
             if thought:
                 yield Delta(0, "thought", "hm")
                 yield Delta(0, "thought", "\x07m")
@@ -112,6 +119,12 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_shown(talk):
     assert echo.requests[1].messages[1] == {"role": "assistant", "content": "PL"}
 
 
+def test_a_question_without_an_answer_is_left_out(talk, photo):
+    echo, _, err = talk([f"/image '{photo}'", "stop me at once", "go on"], terminal=True)
+    assert "(stopped)" in err and echo.requests[1].messages == [{"role": "user", "content": "<image>\ngo on"}]
+    assert len(echo.requests[1].images) == 1
+
+
 def test_ctrl_c_at_the_prompt_ends_nothing(talk, monkeypatch):
     lines = iter([KeyboardInterrupt, "hello", KeyboardInterrupt, EOFError])
 
@@ -154,11 +167,16 @@ def test_saved_conversation_can_be_imported(talk, photo, tmp_path):
     assert contents == ["<image>\nwhat is this?", "<think>hm\x07m</think>WHAT IS THIS?", "why?", "WHY?"]
 
 
-def test_interrupted_single_answer_ends_the_program(monkeypatch, capsys):
-    request = SimpleNamespace(messages=[{"content": "stop me"}], mode="nothink")
+def test_interrupted_single_answer_is_closed_and_ends_the_program(monkeypatch):
+    def press(text):
+        raise KeyboardInterrupt
+
+    echo, request = Echo(), SimpleNamespace(messages=[{"content": "what?"}], mode="nothink")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(conversation, "printable", press)
     with pytest.raises(KeyboardInterrupt):
-        show(Echo().stream(request))
+        show(echo.stream(request))
+    assert echo.closed == 1
 
 
 @pytest.mark.parametrize("words", [["what?"], []])
