@@ -82,7 +82,7 @@ class Request:
         images = listed(self.images)
         if isinstance(given, str):
             given = {"role": "user", "content": given}
-        messages = [given] if isinstance(given, Mapping) else list(given)
+        messages = list(given) if isinstance(given, Sequence) else [given]
         content = messages[0].get("content") if len(messages) == 1 and isinstance(messages[0], Mapping) else None
         if isinstance(content, str) and IMAGE_MARKER not in content:
             messages = [{**messages[0], "content": (IMAGE_MARKER + "\n") * len(images) + content}]

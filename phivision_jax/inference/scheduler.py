@@ -221,6 +221,7 @@ class Scheduler:
         """The pieces of one shard's next row."""
         engine = self.engine
         pieces: list[Piece] = []
+        after: dict[int, np.ndarray] = {}
         room, blocks = engine.chunks[-1], engine.contexts[-1] // BLOCK
         unfinished = [s for i in slots if (s := self.owners[i]) and not s.finished and s.cached < len(s.prompt)]
         candidates = collections.deque([*unfinished, *self.waiting])
@@ -248,9 +249,13 @@ class Scheduler:
                 free.remove(sample.slot)
                 self.counts["shared_tokens"] += start
             sample.cached = end
-            self._held[sample.slot] = sample.prompt.identity[:end]
+            # Pieces of one row are computed together: none can be the prefix of another.
+            self._held[sample.slot] = sample.prompt.identity[: start if source == sample.slot else 0]
+            after[sample.slot] = sample.prompt.identity[:end]
             pieces.append(piece)
             room, blocks = room - (end - start), blocks - piece.blocks
+        for i, identity in after.items():
+            self._held[i] = identity
         return pieces
 
     def _prefix(self, sample: Sample, slots: range) -> tuple[int, int]:
