@@ -186,6 +186,7 @@ def test_packed_equals_one_by_one(dataset, processor):
 
 def test_evaluation_in_batches_equals_one_by_one(dataset, processor):
     """The answers that are generated for 6 records at a time are those for each alone."""
-    model = phivision.merge(*random_model(processor.config))
+    graphdef, params = random_model(processor.config)
+    model = phivision.merge(graphdef, jax.tree.map(jnp.asarray, params))
     batched, alone = (Evaluator(dataset, processor, rows=rows, max_new_tokens=3)(model) for rows in (6, 1))
     assert batched == alone and len({answer.prediction for answer in batched}) > 1

@@ -7,13 +7,11 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
 import phivision_jax
-from phivision_jax.inference.generate import generate_ids
-from phivision_jax.rows import batch_from_ids
 from tests.support.batches import TINY
 from tests.support.checkpoints import save_checkpoint
+from tests.support.generation import encoded, generator_of, random_image, request_of
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +34,16 @@ def test_model_larger_than_a_device_is_sharded_and_answers_the_same(checkpoint):
     limit, held = total // 4, bytes_by_device(sharded)
     assert len(held) == 8 and max(held.values()) <= limit
 
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8))
-    ids, images = [[1, 2, 3], [4, -200, 5, 6], [7, 8, 9, 10, 11, 12]], [[], [image], []]
-    settings = {"max_new_tokens": 5, "eos_id": None, "temperature": 0.7}
-    batch = batch_from_ids(ids, images, config=TINY, length=16, num_patches=16)
-    want = generate_ids(alone, batch, **settings)
-    np.testing.assert_array_equal(generate_ids(sharded, batch, **settings), want)  # three rows on four groups
-    first = jax.tree.map(lambda x: x[:1], batch)
-    np.testing.assert_array_equal(generate_ids(sharded, first, **settings), want[:1])
+    images = [[], encoded(TINY, [random_image((6, 8), 0)]), []]
+    ids = [[1, 2, 3], [4, -200, 5, 6], [7, 8, 9, 10, 11, 12]]
+    requests = [
+        request_of(i, p, max_new_tokens=5, temperature=0.7, logprobs=0) for i, p in zip(ids, images, strict=True)
+    ]
+    small = {"slots": 1, "length": 128}
+    (want, got) = (generator_of(model, **small).generate(requests) for model in (alone, sharded))
+    for (a,), (b,) in zip(want, got, strict=True):  # three prompts on four groups
+        assert a.ids == b.ids and len(a.ids) == 5
+        np.testing.assert_allclose([t.logprob for t in a.logprobs], [t.logprob for t in b.logprobs], atol=1e-5)
 
 
 def test_load_takes_sizes_of_the_axes(checkpoint):

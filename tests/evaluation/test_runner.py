@@ -1,6 +1,7 @@
 """Tests of the evaluator, with fixed answers in place of a model."""
 
 import io
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from phivision_jax.evaluation.runner import Evaluator
 from phivision_jax.evaluation.scoring import accuracy
 from phivision_jax.processor import Processor
 from tests.support.datasets import write_dataset
+from tests.support.generation import reply
 
 CONFIG = ModelConfig(
     vision=VisionConfig(patch_size=8),
@@ -60,19 +62,42 @@ def record(i: int, missing_bytes: int = 0) -> Record:
     return Record(id=str(i), source="made", images=(image,), messages=messages, mode="nothink")
 
 
+class Yes:
+    """A replacement of ``LocalGenerator`` that answers "yes" and records how it is used."""
+
+    instances: ClassVar[list["Yes"]] = []
+
+    def __init__(self, model, processor, *, slots, length):
+        self.models, self.slots, self.length, self.requests = [model], slots, length, []
+        self.instances.append(self)
+
+    def update(self, model):
+        self.models.append(model)
+
+    def generate(self, requests, advance):
+        replies = []
+        for request in requests:
+            self.requests.append(request)
+            replies.append([reply([1], "yes")])
+            advance(1)
+        return replies
+
+
 def test_evaluator_counts_broken_records_as_wrong(tmp_path, monkeypatch):
-    """Five questions in batches of two; the third image is truncated, which its header does not show."""
+    """Five questions; the third image is truncated, which its header does not show."""
+    monkeypatch.setattr(runner, "LocalGenerator", Yes)
+    monkeypatch.setattr(Yes, "instances", [])
     processor = Processor.small(CONFIG)
     records = [record(i, missing_bytes=60 if i == 2 else 0) for i in range(5)]
     dataset = write_dataset(tmp_path / "set", records, processor)
-    yes = [processor.tokenizer.nothink_id, *processor.tokenizer.encode("yes"), processor.tokenizer.eos_id]
-    shapes = set()
-
-    def answer(model, batch, **settings):
-        shapes.add(batch.tokens.shape + batch.patches.shape)
-        return np.array([yes] * len(batch.tokens))
-
-    monkeypatch.setattr(runner, "generate_ids", answer)
-    answers = Evaluator(dataset, processor, rows=2, max_new_tokens=4)(None)
+    evaluator = Evaluator(dataset, processor, rows=2, max_new_tokens=4, mode="think")
+    answers = evaluator("first")
     assert [a.correct for a in answers] == [True, True, False, True, True]
-    assert answers[2].prediction == "" and accuracy(answers) == 0.8 and len(shapes) == 1
+    assert answers[2].prediction == "" and accuracy(answers) == 0.8
+    assert evaluator("second") == answers
+    (generator,) = Yes.instances
+    assert generator.models == ["first", "second"] and generator.slots == 2 and len(generator.requests) == 8
+    for request in generator.requests:
+        tokens = request.messages.tokens
+        assert tokens[-1] == processor.tokenizer.think_id and len(request.messages.images) == 1
+        assert request.mode == "think" and request.max_new_tokens == 4 and len(tokens) + 4 <= generator.length
