@@ -33,7 +33,7 @@ GOOD = {"lines": 54, "array": 12, "parquet": 6, "payloads": 6}
 
 @pytest.mark.slow
 def test_import_of_bombs_keeps_good_records(tmp_path):
-    """Each in at most 1.5 GB and one minute of a processor's time."""
+    """Each in at most 1.5 GB, parquet 1 GB, and one minute of a processor's time."""
     run = {"cwd": ROOT, "capture_output": True, "text": True}
     builder = subprocess.run([sys.executable, "-m", "tests.support.bombs", str(tmp_path / "bombs")], **run)
     assert builder.returncode == 0, builder.stderr
@@ -48,5 +48,5 @@ def test_import_of_bombs_keeps_good_records(tmp_path):
         good = [id for id in kept if id.startswith("good")]
         assert not [one for one in bad if one["id"].startswith("good")] and len(good) == GOOD[kind], bad
         assert not [id for id in kept if id.startswith("bomb")], "no bomb is imported"
-        assert peak <= 1.5e9, f"{kind}: {peak:,} bytes"
+        assert peak <= (1e9 if kind == "parquet" else 1.5e9), f"{kind}: {peak:,} bytes"
         assert took <= 60, f"{kind}: {took:.0f} s"

@@ -10,3 +10,8 @@
 ``open_source`` chooses the reader; ``items`` turns an item of any format into a record, and ``keys`` knows the keys of
 other trainers.
 """
+
+import os
+
+# Before Arrow is imported: its own allocator reserves a gigabyte first, which no limit on memory counts.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")

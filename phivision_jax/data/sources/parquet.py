@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 
 from phivision_jax.data.quarantine import Quarantined, describe_failure
 from phivision_jax.data.sources.files import FileSource
-from phivision_jax.data.sources.items import IDS
 from phivision_jax.data.sources.source import Read
 from phivision_jax.io.memory import LIMIT, limited_memory
 
@@ -27,17 +26,7 @@ _ROWS = 64  # decoded at once, at most
 
 
 type _Row = tuple[dict[str, Any], Exception | None]
-"""The fields of a row; or, with the error of decoding it, those that may be its id, as far as they can be read."""
-
-
-class _Undecoded:
-    """A value that Python cannot represent, such as nanoseconds; only a field that is read needs its value."""
-
-    def __init__(self, type: pa.DataType) -> None:
-        self._type = type
-
-    def __repr__(self) -> str:
-        return f"<{self._type}>"
+"""The fields of a row; and the error of one of them that cannot be decoded, whose value it is too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +72,10 @@ class ParquetSource(FileSource[_Group]):
         # Taken away while in use, so that it is kept only after its range has been read to the end.
         cursor, self._cursor = self._cursor, None
         if cursor is None or cursor[0] != part or cursor[1] > start:
-            cursor = part, 0, _rows(part, {*IDS, *self._options.renames})
+            cursor = part, 0, _rows(part)
         _, position, rows = cursor
         try:
             for item, failed in itertools.islice(rows, start - position, stop - position):
-                if isinstance(failed, MemoryError) and part.at_once > 1:
-                    raise failed
                 if failed:
                     yield self._reader.undecoded(failed, "the row cannot be read", *place(row), item)
                 else:
@@ -97,13 +84,9 @@ class ParquetSource(FileSource[_Group]):
             if row == stop:
                 self._cursor = part, stop, rows
                 return
-        except Exception as error:  # of Arrow, or UnicodeDecodeError for names of columns
-            if isinstance(error, MemoryError) and part.at_once > 1:  # one row alone may be within the limit
-                yield from self._read_part(dataclasses.replace(part, at_once=1), row, stop)
-                return
-            reason, problem = "failed" if isinstance(error, MemoryError) else "syntax", describe_failure(error)
-        else:
             reason, problem = "syntax", f"row group {part.number} has fewer rows than its footer counts"
+        except Exception as error:  # of Arrow, or UnicodeDecodeError for names of columns
+            reason, problem = "failed" if isinstance(error, MemoryError) else "syntax", describe_failure(error)
         for bad in range(row, stop):
             yield self._reader.bad(reason, f"the row group cannot be read: {problem}", *place(bad))
 
@@ -122,35 +105,47 @@ def _groups(file: Path) -> Iterator[tuple[_Group, int]]:
         first += rows
 
 
-def _rows(group: _Group, ids: set[str]) -> Iterator[_Row]:
+def _rows(group: _Group) -> Iterator[_Row]:
+    """The rows of a group; from a batch that exceeds the limit on memory on, one by one: one alone may be within it."""
+    done = 0
+    with contextlib.suppress(*[MemoryError] * (group.at_once > 1)):
+        for row in _decoded(group, group.at_once):
+            if group.at_once > 1 and isinstance(row[1], MemoryError):
+                break
+            yield row
+            done += 1
+        else:
+            return
+    # Here all that the first attempt took is free again, as no error refers to it.
+    yield from itertools.islice(_decoded(group, 1), done, None)
+
+
+def _decoded(group: _Group, at_once: int) -> Iterator[_Row]:
     # Through a small buffer: a row group may be larger than memory.
     with pq.ParquetFile(group.file, buffer_size=2**20, pre_buffer=False) as file:
-        batches = file.iter_batches(group.at_once, row_groups=[group.number])
+        batches = file.iter_batches(at_once, row_groups=[group.number])
         while True:
             with limited_memory(group.memory):
                 if (batch := next(batches, None)) is None:
                     return
-                rows = [_decode(batch.slice(k, 1), ids) for k in range(len(batch))]
-            yield from rows
+                rows = [_decode(batch.slice(k, 1)) for k in range(len(batch))]
+            del batch  # before the next one is decoded
+            while rows:
+                yield rows.pop(0)
 
 
-def _decode(row: pa.RecordBatch, ids: set[str]) -> _Row:
-    try:
-        with contextlib.suppress(pa.ArrowException, ValueError, OverflowError):
-            return row.to_pylist()[0], None
-        return {name: _value(row.column(name)) for name in row.schema.names}, None
-    except (UnicodeDecodeError, MemoryError) as error:
-        found = {}
-        for name in ids & set(row.schema.names):
-            with contextlib.suppress(Exception):
-                found[name] = row.column(name)[0].as_py()
-        return found, error
+def _decode(row: pa.RecordBatch) -> _Row:
+    with contextlib.suppress(pa.ArrowException, ValueError, OverflowError, MemoryError):
+        return row.to_pylist()[0], None
+    values = {name: _value(row.column(name)) for name in row.schema.names}
+    return values, next((value for value in values.values() if isinstance(value, Exception)), None)
 
 
 def _value(cell: pa.Array) -> Any:
+    """The value; its type where Python cannot represent it, such as nanoseconds: only a field that is read needs it."""
     try:
-        return cell[0].as_py()
-    except (pa.ArrowException, ValueError, OverflowError) as error:
-        if isinstance(error, UnicodeDecodeError):
-            raise
-        return _Undecoded(cell.type)
+        return cell.to_pylist()[0]  # cell[0].as_py() aborts the process where its copy exceeds the limit
+    except (UnicodeDecodeError, MemoryError) as error:
+        return error.with_traceback(None)  # which would keep the batch in memory
+    except (pa.ArrowException, ValueError, OverflowError):
+        return cell.type

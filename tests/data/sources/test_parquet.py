@@ -18,6 +18,7 @@ from phivision_jax.data.sources import parquet
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.parquet import ParquetSource
 from phivision_jax.data.sources.source import Read
+from phivision_jax.io.memory import limited_memory
 from tests.support.records import png
 
 PNG = [png(24, 16, seed) for seed in range(3)]
@@ -218,7 +219,7 @@ def test_parquet_values_that_python_cannot_hold(tmp_path):
     results = read(open_(tmp_path / "made.parquet"))
     assert ids(results) == ["r0", "r1"]
     assert [(name, repr(value)) for name, value in results[0].unread] == [
-        ("t", "<timestamp[ns]>"), ("lists", "<list<element: timestamp[ns]>>"),
+        ("t", "TimestampType(timestamp[ns])"), ("lists", "ListType(list<element: timestamp[ns]>)"),
     ]  # fmt: skip
     pq.write_table(questions(0, 2).drop_columns(["answer"]).append_column("answer", times), tmp_path / "made.parquet")
     assert {one.reason for one in read(open_(tmp_path / "made.parquet"))} == {"fields"}
@@ -237,3 +238,11 @@ def test_parquet_bombs_cost_their_own_rows(tmp_path, monkeypatch):
     results = read(ParquetSource(tmp_path, OPTIONS))
     assert ids(results)[:-1] == [f"r{i}" for i in range(10)]
     assert results[-1].reason == "failed" and "limit on memory" in results[-1].detail
+
+
+def test_parquet_value_beyond_the_limit():
+    """Arrow's scalar of it would abort the process."""
+    row = pa.record_batch({"id": ["r0"], "x": [bytes(50 * 2**20)]})
+    with limited_memory(20 * 2**20):
+        fields, error = parquet._decode(row)
+    assert fields["id"] == "r0" and isinstance(error, MemoryError)
