@@ -5,17 +5,20 @@ weight:decoder  the last parameter of this module is inf from the start
 term:3          SIGTERM while step 3 is computed, and again while it is saved
 
 SLOW: seconds that every save takes longer (default 0).
-IMPATIENT: seconds after which an unresponsive bucket is given up, and between two pushes of the log.
+IMPATIENT: seconds after which an unresponsive bucket is given up, and between two pushes of the log; requests of the
+main thread to the bucket that fail are printed.
 """
 
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import fsspec.asyn
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -26,7 +29,7 @@ from phivision_jax.training.train_data import Feed
 
 kind, _, what = os.environ.get("TROUBLE", "").partition(":")
 sound_batches, sound_start, finalize = Feed.batches, setup.start, ocp.CheckpointManager._finalize
-terminated = False
+sound_sync, terminated = fsspec.asyn.sync, False
 
 
 def poisoned_batches(feed, first, last, **more):
@@ -54,6 +57,15 @@ def terminating_batches(feed, first, last, **more):
         yield batch, info
 
 
+def sync_and_report(*args, **more):
+    try:
+        return sound_sync(*args, **more)
+    except Exception as error:
+        if threading.current_thread() is threading.main_thread() and not isinstance(error, FileNotFoundError):
+            print(f"trouble: a request of the main thread failed: {error!r:.200}", file=sys.stderr)
+        raise
+
+
 def finalize_slowly(*args):
     if terminated:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -70,4 +82,5 @@ elif kind == "weight":
     setup.start = broken_start
 if patience := os.environ.get("IMPATIENT"):
     run_directory.PATIENCE_S = run_directory.PUSH_S = float(patience)
+    fsspec.asyn.sync = sync_and_report
 main(["train", *sys.argv[1:]])

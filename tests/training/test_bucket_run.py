@@ -7,6 +7,9 @@ import subprocess
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from phivision_jax.checkpoint.layout import CHECKPOINTS
@@ -42,6 +45,14 @@ def fetch(run: str, to: Path) -> Path:
 def on(machine: Path) -> dict[str, str]:
     """The environment of a process on a machine of its own, as far as local copies matter."""
     return environment() | {"PHIVISION_SCRATCH": str(machine)}
+
+
+def values(item: storage.Location) -> list[bytes] | None:
+    """All bytes of the arrays in a part of a checkpoint, as Orbax reads them; None where it cannot."""
+    try:
+        return [np.asarray(array).tobytes() for array in jax.tree.leaves(ocp.PyTreeCheckpointer().restore(item))]
+    except ValueError:
+        return None
 
 
 def reached(machine: Path) -> int:
@@ -109,9 +120,15 @@ def test_flipped_byte_and_replay(undisturbed, data, bucket, tmp_path, monkeypatc
     finish(words, on(tmp_path / "one"))
     assert_equal(undisturbed, bucket, tmp_path / "run")
     newest = storage.location(bucket) / CHECKPOINTS / str(STEPS)
-    listed = storage.files(newest)
+    listed, rng = storage.files(newest), random.Random(0)
     largest = max((name for name in listed if "/d/" in name), key=lambda name: listed[name])
-    flip(newest / largest, random.Random(0))
+    saved, content = values(newest / largest.split("/")[0]), (newest / largest).read_bytes()
+    for _ in range(100):  # a file also holds bytes that mean nothing, and some whose change makes it unreadable
+        flip(newest / largest, rng)
+        if values(newest / largest.split("/")[0]) not in (saved, None):
+            break
+        (newest / largest).write_bytes(content)
+    assert (newest / largest).read_bytes() != content
     output = finish(words, on(tmp_path / "two"))
     assert f"checkpoint {STEPS} is damaged: its array " in output
     assert f"continuing from step {STEPS - EVERY}" in output
@@ -153,7 +170,10 @@ def test_missing_bucket_is_a_message(data, bucket, tmp_path):
 
 @pytest.mark.slow
 def test_server_that_goes_away_while_training(data, tmp_path):
-    """Reported once while training continues, and the end at the next checkpoint."""
+    """Reported once while training continues, and the end at the next checkpoint.
+
+    The end comes after few requests of the main thread that fail, however long each takes on this machine.
+    """
     with Emulator() as emulator:
         words = command(data, "gs://bucket/run", "--config.data.eval_path=", "--config.checkpoint_every=30")
         words[1] = "tests/support/trouble.py"
@@ -162,10 +182,9 @@ def test_server_that_goes_away_while_training(data, tmp_path):
         env = on(machine) | emulator.environment | {"IMPATIENT": "1"}
         process = run_until(words, env, lambda: reached(machine) >= 5, tmp_path / "log")
         emulator.stop()
-        began = time.monotonic()
-        assert process.wait(300) == 1
-        assert time.monotonic() - began < 150
+        assert process.wait(1800) == 1
     output = (tmp_path / "log").read_text()
+    assert 1 <= output.count("a request of the main thread failed") <= 3, output[-3000:]
     assert output.count("training continues, and its logs are sent") == 1, output[-3000:]
     assert re.search(
         r"phivision: checkpoint 30 could not be written to gs://bucket/run/checkpoints: .*does not answer", output
