@@ -80,7 +80,7 @@ class Engine:
         self.mesh = sharding.mesh_of(params)
         leaf = jax.tree.leaves(params)[0]
         self.absent = isinstance(leaf, jax.ShapeDtypeStruct)
-        self.platform = next(iter(leaf.sharding.device_set)).platform
+        self.platform = platform_of(leaf)
         separate = self.platform == "cpu"
         layer = nnx.split(model.decoder.layers, nnx.Param)[0] if separate else None
         self.program = Program(graphdef, layer, jnp.dtype(cache_dtype), stop_ids, think_id, end_think_id)
@@ -278,6 +278,11 @@ class Engine:
             lengths=full(E),
             answering=jax.tree.map(np.array, idle((R, E))),  # arrays of their own
         )
+
+
+def platform_of(x: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """The platform of the devices that an array is on, or will be."""
+    return next(iter(x.sharding.device_set)).platform  # type: ignore[union-attr]
 
 
 def idle(shape: tuple[int, ...]) -> Answering:

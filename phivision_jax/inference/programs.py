@@ -139,7 +139,7 @@ def encode(program: Program, weights: Weights, state: State, batch: Batch, place
 
 
 def prefill(program: Program, weights: Weights, state: State, row: Row) -> tuple[Float[Array, "R E D"], Any]:
-    """Last hidden states of complete prompts, and ``KV`` [R, K, T, H] of the row's tokens in every layer."""
+    """Last hidden states of complete prompts, and ``KV`` [L, R, K, T, H] of the row's tokens."""
     model = phivision.merge(program.graphdef, weights.model)
     decoder = model.decoder
     embeds = decoder.embed_tokens(row.tokens).astype(decoder.dtype)
@@ -156,9 +156,11 @@ def prefill(program: Program, weights: Weights, state: State, row: Row) -> tuple
         span_end = row.span_end + C
         return attend(q, k, v, segment_ids=row.segment_ids, kv_segment_ids=segments, span_end=span_end), stored
 
-    layers = _layers(program, weights)
-    context = _context(state, row) if C else None if layers is None else [None] * len(layers)
-    hidden, stored = decoder.run(embeds, row.positions, attention, context, layers)
+    # Always scanned: that compiles faster, and copying a layer takes little time beside computing many tokens.
+    context = _context(state, row) if C else None
+    if isinstance(context, list):
+        context = jax.tree.map(lambda *layers: jnp.stack(layers), *context)
+    hidden, stored = decoder.run(embeds, row.positions, attention, context)
     return jnp.take_along_axis(hidden, row.ends[..., None], axis=1), stored
 
 
@@ -301,6 +303,8 @@ def _context(state: State, row: Row) -> Any:
 def _cached(cache: Any, stored: Any, row: Row) -> Any:
     """The cache with the prefixes that rows share with other slots, and with the rows' own keys and values."""
     stored = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, BLOCK), (0, 0)]), stored)
+    if isinstance(cache, list):
+        stored = [jax.tree.map(lambda x, i=i: x[i], stored) for i in range(len(cache))]
 
     def local(
         cache: Any, stored: Any, context: jax.Array, num: jax.Array, copies: jax.Array, num_copies: jax.Array
