@@ -13,6 +13,7 @@ Everything that is read of a checkpoint is verified (``layout.py``); the optimiz
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from phivision_jax.convert.hf_config import is_hf, model_config
 from phivision_jax.convert.jobs import copy_file
 from phivision_jax.convert.mapping import Leaf, model_leaves
 from phivision_jax.convert.ours import OursSource
-from phivision_jax.convert.stream import Source, in_parallel
+from phivision_jax.convert.stream import WORKERS, Source, in_parallel
 from phivision_jax.distributed.processes import first_error
 from phivision_jax.io import storage
 from phivision_jax.io.storage import Location
@@ -189,9 +190,10 @@ def read_params(path: Location, config: ModelConfig, target: Mapping[str, Any]) 
         else:
             read = [leaf for leaf in leaves if leaf.path in wanted]
             source = OursSource(path, layout.read_meta(path), read, exact=False)
-        for number, leaf in enumerate(leaf for leaf in source.leaves if leaf.path in wanted):
-            verified_here = isinstance(source, OursSource) and number % jax.process_count() == jax.process_index()
-            params |= _read_leaf(source, leaf, wanted, everything=verified_here)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for number, leaf in enumerate(leaf for leaf in source.leaves if leaf.path in wanted):
+                verified_here = isinstance(source, OursSource) and number % jax.process_count() == jax.process_index()
+                params |= _read_leaf(pool, source, leaf, wanted, everything=verified_here)
     except DamagedError as error:
         problem = error.problem
     if problem := first_error(problem):
@@ -199,7 +201,9 @@ def read_params(path: Location, config: ModelConfig, target: Mapping[str, Any]) 
     return nnx.traversals.unflatten_mapping({tuple(path.split("/")): leaf for path, leaf in params.items()})
 
 
-def _read_leaf(source: Source, leaf: Leaf, wanted: Mapping[str, Any], *, everything: bool) -> dict[str, jax.Array]:
+def _read_leaf(
+    pool: ThreadPoolExecutor, source: Source, leaf: Leaf, wanted: Mapping[str, Any], *, everything: bool
+) -> dict[str, jax.Array]:
     """A leaf, and its scales if they are wanted, by path.
 
     Args:
@@ -221,7 +225,7 @@ def _read_leaf(source: Source, leaf: Leaf, wanted: Mapping[str, Any], *, everyth
                 scale.fill(layer, rows, per_row)
             kernel.fill(layer, rows, block)
 
-    for _ in in_parallel(read, [leaf], lambda leaf: (4, source.grain(leaf))):
+    for _ in in_parallel(pool, read, [leaf], lambda leaf: (4, source.grain(leaf))):
         pass
     return {shards.leaf.path: shards.array() for shards in (kernel, scale) if shards}
 

@@ -73,8 +73,9 @@ def copy(source: Source, sink: Sink, dtypes: Mapping[Leaf, np.dtype], advance: C
             sink.write(leaf, layer, rows.start, block.astype(dtypes[leaf], copy=False))
         return len(layers) * len(rows) * math.prod(leaf.row_shape) * dtypes[leaf].itemsize
 
-    for written in in_parallel(move, source.leaves, lambda leaf: (dtypes[leaf].itemsize, source.grain(leaf))):
-        advance(written)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for written in in_parallel(pool, move, source.leaves, lambda leaf: (dtypes[leaf].itemsize, source.grain(leaf))):
+            advance(written)
 
 
 class Difference(NamedTuple):
@@ -106,10 +107,11 @@ def compare(a: Source, b: Source, advance: Callable[[int], Any]) -> dict[str, Di
         return len(layers) * len(rows) * math.prod(leaf.row_shape) * a.dtype(leaf).itemsize, found
 
     merged = defaultdict[str, Difference](Difference)
-    for size, found in in_parallel(errors, a.leaves, lambda leaf: (4, a.grain(leaf), b.grain(leaf))):
-        for name, difference in found.items():
-            merged[name] += difference
-        advance(size)
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for size, found in in_parallel(pool, errors, a.leaves, lambda leaf: (4, a.grain(leaf), b.grain(leaf))):
+            for name, difference in found.items():
+                merged[name] += difference
+            advance(size)
     return merged
 
 
@@ -131,24 +133,27 @@ def _difference(x: np.ndarray, y: np.ndarray, start: int) -> Difference:
 
 
 def in_parallel[R](
-    work: Callable[[Leaf, range, range], R], leaves: Sequence[Leaf], sizes: Callable[[Leaf], tuple[Any, ...]]
+    pool: ThreadPoolExecutor,
+    work: Callable[[Leaf, range, range], R],
+    leaves: Sequence[Leaf],
+    sizes: Callable[[Leaf], tuple[Any, ...]],
 ) -> Iterator[R]:
     """Run ``work`` on every block of every leaf, a few at a time and none queued; the first error ends it.
 
     Stored chunks that are larger than a block are processed one at a time, which bounds the memory in flight.
 
     Args:
+      pool: of ``WORKERS`` threads. New ones for each call would each keep memory that they have freed.
       sizes: for a leaf, the bytes of an element and the grains that blocks must respect.
     """
     running: dict[Future[R], int] = {}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        todo = ((leaf, *block) for leaf in leaves for block in blocks(leaf, *sizes(leaf)))
-        for leaf, layers, rows in todo:
-            size = len(layers) * len(rows) * math.prod(leaf.row_shape) * sizes(leaf)[0]
-            while running and (len(running) >= WORKERS or sum(running.values()) + size > WORKERS * BLOCK_BYTES):
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[future]
-                    yield future.result()
-            running[pool.submit(work, leaf, layers, rows)] = size
-        for future in wait(running).done:
-            yield future.result()
+    todo = ((leaf, *block) for leaf in leaves for block in blocks(leaf, *sizes(leaf)))
+    for leaf, layers, rows in todo:
+        size = len(layers) * len(rows) * math.prod(leaf.row_shape) * sizes(leaf)[0]
+        while running and (len(running) >= WORKERS or sum(running.values()) + size > WORKERS * BLOCK_BYTES):
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                yield future.result()
+        running[pool.submit(work, leaf, layers, rows)] = size
+    for future in wait(running).done:
+        yield future.result()
