@@ -1,9 +1,12 @@
 """Every test sees eight CPU devices: sharded code runs the same on them as on a mesh of accelerators."""
 
 import os
+import tempfile
 
 # Before JAX is imported. A machine with an accelerator must give the same numbers, so only the CPU is asked for.
 os.environ["JAX_PLATFORMS"] = "cpu"
+_CACHES = tempfile.TemporaryDirectory()  # nothing of the user's is read or written
+os.environ["XDG_CACHE_HOME"] = _CACHES.name
 # Tests compile far more than they compute, so LLVM's costly passes are left out.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")

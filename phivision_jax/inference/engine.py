@@ -6,8 +6,10 @@ It places what the host made on the devices and nothing more; ``scheduler.py`` d
 import contextlib
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -43,6 +45,13 @@ class Shape:
         return f"{self.program} {' + '.join(f'{size:,}' for size in self.sizes)}"
 
 
+def keep_compiled_programs() -> None:
+    """Keep compiled programs in the user's cache directory, unless JAX has a directory already or keeps none."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(root / "phivision_jax" / "compiled"))
+
+
 class Engine:
     """A model with slots for sequences.
 
@@ -75,6 +84,7 @@ class Engine:
         end_think_id: int = -1,
         steps: int = 8,
     ) -> None:
+        keep_compiled_programs()
         self.config, self.length, self.steps = model.config, length, steps
         graphdef, params = model.split()
         self.mesh = sharding.mesh_of(params)
