@@ -82,7 +82,7 @@ class Engine:
         stop_ids: tuple[int, ...] = (),
         think_id: int = -1,
         end_think_id: int = -1,
-        steps: int = 8,
+        steps: int = 4,
     ) -> None:
         keep_compiled_programs()
         self.config, self.length, self.steps = model.config, length, steps

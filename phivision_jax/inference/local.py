@@ -13,6 +13,7 @@ from typing import Any, cast
 import jax.numpy as jnp
 
 from phivision_jax.inference.engine import Engine
+from phivision_jax.inference.programs import BLOCK
 from phivision_jax.inference.prompts import Prompt
 from phivision_jax.inference.requests import Event, Reply, Request
 from phivision_jax.inference.scheduler import Sample, Scheduler
@@ -26,8 +27,8 @@ MAX_NEW_TOKENS = 4096
 """Default limit of thought and answer, as in the published evaluations."""
 SLOTS, LENGTH, CHUNK = 8, 8192, 2048
 """Default sizes: sequences at the same time, tokens of each, and most tokens of prompts per row."""
-IMAGE_BYTES = 512 << 20
-"""Default memory for vision tokens of images that may be asked about again."""
+IMAGE_BYTES, MOST_IMAGES = 512 << 20, 64
+"""Default memory for vision tokens of images that may be asked about again, and most images of the largest size."""
 type OnEvent = Callable[[Event | Exception], None]
 type Events = queue.SimpleQueue[tuple[int, Event | Exception]]
 
@@ -82,14 +83,16 @@ class LocalGenerator:
         decoder, dtype = config.decoder, model.decoder.dtype
         self.length = min(length or LENGTH, decoder.max_positions)
         tokenizer = processor.find_tokenizer()
-        largest = processor.layout.max_tokens(config.max_patches) if config.image_attention == "bidirectional" else 1
-        chunk = -(-max(min(chunk, self.length), largest) // 128) * 128
+        largest = processor.layout.max_tokens(config.max_patches)
+        if config.image_attention == "bidirectional":
+            chunk = max(chunk, largest)
+        chunk = -(-min(chunk, self.length) // BLOCK) * BLOCK
         self.engine = Engine(
             model,
             slots=slots,
             length=self.length,
             chunk=chunk,
-            pool=max(image_bytes // (decoder.hidden_size * dtype.itemsize), chunk),
+            pool=max(min(image_bytes // (decoder.hidden_size * dtype.itemsize), MOST_IMAGES * largest), chunk),
             cache_dtype=jnp.dtype(cache_dtype or dtype),
             stop_ids=decoder.stop_ids if stop_ids is None else stop_ids,
             think_id=tokenizer.think_id if tokenizer else -1,
