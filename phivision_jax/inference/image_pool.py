@@ -14,7 +14,7 @@ from phivision_jax.text.constants import IMAGE_TOKEN
 
 
 class ImagePool:
-    """Which images are encoded, and where; the images used least recently make room for others.
+    """The encoded images and their places; those used least recently make room for others.
 
     Attributes:
       places: by key, the places in ``State.pool`` of an image's vision tokens, [tokens] i32.

@@ -1,6 +1,6 @@
 """The local generator: requests answered by a model in this process.
 
-Without a thread, whoever waits for a result drives the engine: ``generate`` until all replies are there, ``stream``
+Without a thread, waiting for a result drives the engine: ``generate`` until all replies have come, ``stream``
 while it is iterated. Servers start a thread (``start``), which then drives it for all.
 """
 
@@ -152,7 +152,7 @@ class LocalGenerator:
                 f"the prompt has {len(example.tokens):,} tokens, images included{wanted}, but a slot has "
                 f"{self.length:,}; shorten it, ask for fewer, or give the generator a larger length"
             )
-        return Prompt.of(example, self.processor.config), limit
+        return Prompt.from_example(example, self.processor.config), limit
 
     def generate(
         self, requests: Iterable[Request], advance: Callable[[int], None] = lambda _: None

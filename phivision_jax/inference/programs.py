@@ -40,11 +40,11 @@ BLOCK = 128
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the programs of one generator have in common; static, so part of what is compiled."""
+    """Facts that all programs of one generator share; static, so part of what is compiled."""
 
     graphdef: nnx.GraphDef
     layer: nnx.GraphDef | None
-    """The structure of one layer, where layers are separate arrays (``Engine`` says when)."""
+    """The structure of one layer, where layers are separate arrays (see ``Engine``)."""
     cache_dtype: Any
     stop_ids: tuple[int, ...]
     think_id: int
@@ -61,7 +61,7 @@ class Weights(NamedTuple):
 
 
 class Answering(NamedTuple):
-    """Of each of B sequences: how its answer is chosen, and how far it is."""
+    """The settings of B answers, and how far each is."""
 
     sampling: Sampling
     count: Int32[Array, " B"]
@@ -74,7 +74,7 @@ class Answering(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the device remembers between two programs, for B slots of S entries."""
+    """Everything on the devices that lasts from one program to the next, for B slots of S entries."""
 
     cache: Any
     """``KV`` [L, B, K, S, H], or a list of L of them where layers are separate arrays."""
@@ -95,7 +95,7 @@ class Row(NamedTuple):
     segment_ids: Int32[Array, "R T"]
     span_end: Int32[Array, "R T"]
     vision_index: Int32[Array, "R T"]
-    """Where in ``state.pool`` this position's vision token is; −1 for text."""
+    """The place in ``state.pool`` of this position's vision token; −1 for text."""
     context_segments: Int32[Array, "R C"]
     context: Int32[Array, "R c 3"]
     """Slot to read, slot to write, and first entry, for each block of context."""
@@ -113,7 +113,7 @@ class Row(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What ``decode`` chose in n steps."""
+    """The tokens that ``decode`` chose in n steps."""
 
     chosen: Chosen
     """[n, B, …]."""
@@ -273,13 +273,15 @@ def _starts(x: jax.Array, slot: jax.Array | int, entry: jax.Array | int) -> tupl
     return (0,) * (x.ndim - 4) + (slot, 0, entry, 0)
 
 
-def _copy(to: Any, source: Any, size: int, at: tuple, origin: tuple) -> Any:
-    """Copy ``size`` entries of one sequence, from (slot, entry) ``origin`` to ``at``."""
+def _copy(to: Any, source: Any, size: int, target: tuple, origin: tuple) -> Any:
+    """Copy ``size`` entries of one sequence, from (slot, entry) ``origin`` to ``target``."""
 
     def one(x: jax.Array, y: jax.Array) -> jax.Array:
         sizes = list(y.shape)
         sizes[-4], sizes[-2] = 1, size
-        return jax.lax.dynamic_update_slice(x, jax.lax.dynamic_slice(y, _starts(y, *origin), sizes), _starts(x, *at))
+        return jax.lax.dynamic_update_slice(
+            x, jax.lax.dynamic_slice(y, _starts(y, *origin), sizes), _starts(x, *target)
+        )
 
     return jax.tree.map(one, to, source)
 

@@ -40,7 +40,7 @@ class Prompt:
     """True if images attend bidirectionally, so that no piece may end inside of one."""
 
     @classmethod
-    def of(cls, example: Example, config: ModelConfig) -> "Prompt":
+    def from_example(cls, example: Example, config: ModelConfig) -> "Prompt":
         """The prompt of an encoded conversation."""
         identity = example.tokens.astype(np.int64)
         images = []
@@ -57,7 +57,7 @@ class Prompt:
     def image_tokens(self) -> int:
         return sum(image.tokens for image in self.images)
 
-    def cut(self, end: int) -> int:
+    def cut_before(self, end: int) -> int:
         """The last position up to ``end`` at which the prompt may be cut."""
         inside = [image.start for image in self.images if self.whole_images and image.start < end < image.end]
         return min(inside, default=end)
@@ -66,10 +66,10 @@ class Prompt:
         """Tokens of the prefix that another sequence shares, of those that may be cut off; never the last token."""
         n = min(len(self) - 1, len(identity))
         differs = np.flatnonzero(self.identity[:n] != identity[:n])
-        return self.cut(int(differs[0]) if len(differs) else n)
+        return self.cut_before(int(differs[0]) if len(differs) else n)
 
     def span_end(self, start: int, end: int) -> np.ndarray:
-        """Of the positions in [start, end): the last position that each sees, in this prompt."""
+        """The last position of this prompt that each position in [start, end) sees."""
         spans = np.arange(start, end, dtype=np.int32)
         for image in self.images if self.whole_images else ():
             spans[max(image.start - start, 0) : max(image.end - start, 0)] = image.end - 1

@@ -1,4 +1,4 @@
-"""What a generator is asked and what it replies, the same for the local engine and for an OpenAI endpoint.
+"""Requests to a generator and its replies, the same for the local engine and for an OpenAI endpoint.
 
 request = Request("What is this?", images=["cat.jpg"], mode="think", n=2)
 first, second = generator.generate([request])[0]         # a Reply per sample
@@ -167,14 +167,14 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """A piece of text of a reply that is being generated, whole characters only."""
+    """A piece of text of a reply that is being generated, complete characters only."""
 
     index: int
     """Number of the sample."""
     kind: Literal["thought", "answer"]
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens since the last delta, if the request asked for them."""
+    """One per token since the last delta, if the request asked for them."""
 
 
 type Event = Delta | Reply

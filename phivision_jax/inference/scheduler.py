@@ -77,7 +77,7 @@ class Sample:
             self._give(final=False)
 
     def _give(self, *, final: bool) -> None:
-        pieces = self.transcript.take(final=final)
+        pieces = self.transcript.new_text(final=final)
         for i, (kind, text) in enumerate(pieces):
             new = tuple(self.logprobs[self._given :]) if i == len(pieces) - 1 else ()
             self._given += len(new)
@@ -87,24 +87,24 @@ class Sample:
         """Give out the rest of the text, and the reply."""
         self.finished = True
         self._give(final=True)
-        now, said, prompt = time.monotonic(), self.transcript, self.prompt
+        now, transcript, prompt = time.monotonic(), self.transcript, self.prompt
         started, first = self.started or now, self.first or now
         last = self.last or now
         timings = Timings(started - self.submitted, first - started, max(last - first, 0.0))
-        thought = said.thought_tokens
+        thought = transcript.thought_tokens
         self.on_event(
             Reply(
-                thought=said.thought.text,
-                answer=said.answer.text,
-                mode=said.mode,
+                thought=transcript.thought.text,
+                answer=transcript.answer.text,
+                mode=transcript.mode,
                 finish_reason=reason,
-                ids=tuple(said.ids),
+                ids=tuple(transcript.ids),
                 prompt_tokens=len(prompt),
                 image_tokens=prompt.image_tokens,
                 thought_tokens=thought,
-                answer_tokens=len(said.ids) - thought,
+                answer_tokens=len(transcript.ids) - thought,
                 timings=timings,
-                thought_closed=not said.in_thought,
+                thought_closed=not transcript.in_thought,
                 index=self.index,
                 logprobs=tuple(self.logprobs),
             )
@@ -236,7 +236,7 @@ class Scheduler:
                 coming = max((sample.prompt.shared(p.sample.prompt.identity[: p.end]) for p in pieces), default=0)
                 if self.share_prefixes and coming > start:
                     continue  # the next row can share what this one computes
-            end = sample.prompt.cut(min(len(sample.prompt), start + room))
+            end = sample.prompt.cut_before(min(len(sample.prompt), start + room))
             piece = Piece(sample, start, end, source)
             if end <= start or piece.blocks > blocks:
                 if not pieces:
@@ -347,13 +347,13 @@ def _images(piece: Piece) -> list[Any]:
     return [image for image in piece.sample.prompt.images if image.start < piece.end and image.end > piece.start]
 
 
-def _settings(row: Row, at: tuple[int, int], sample: Sample) -> None:
+def _settings(row: Row, end: tuple[int, int], sample: Sample) -> None:
     """Write what decides a sample's answer."""
     request, now = sample.request, row.answering
-    now.sampling.temperature[at], now.sampling.top_p[at] = request.temperature, request.top_p
-    now.sampling.top_k[at], now.sampling.top[at] = request.top_k, bool(request.logprobs)
+    now.sampling.temperature[end], now.sampling.top_p[end] = request.temperature, request.top_p
+    now.sampling.top_k[end], now.sampling.top[end] = request.top_k, bool(request.logprobs)
     seed = np.random.SeedSequence([request.seed % 2**64, sample.index])
-    now.sampling.key[at] = seed.generate_state(2, np.uint32)
-    now.limit[at] = sample.limit
-    now.in_thought[at] = sample.transcript.mode == "think"
-    now.budget[at] = -1 if request.thinking_budget is None else request.thinking_budget
+    now.sampling.key[end] = seed.generate_state(2, np.uint32)
+    now.limit[end] = sample.limit
+    now.in_thought[end] = sample.transcript.mode == "think"
+    now.budget[end] = -1 if request.thinking_budget is None else request.thinking_budget

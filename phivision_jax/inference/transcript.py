@@ -1,4 +1,4 @@
-"""The text of a reply as its tokens arrive: thought and answer apart, whole characters only, stop texts left out.
+"""The text of a reply as its tokens arrive: thought and answer apart, complete characters only, stop texts left out.
 
 What has been given out never changes: characters that the next token may still change are held back, and so are white
 space that may turn out to be the end of a text, and the beginning of a stop text.
@@ -14,7 +14,7 @@ type Kind = Literal["thought", "answer"]
 REPLACEMENT = "\ufffd"
 """Ends the decoded text of a character whose last bytes are missing."""
 MOST_BYTES = 4
-"""Of a character in UTF-8, and so the most tokens that it can be split into."""
+"""The most bytes of a character in UTF-8, and so the most tokens that it can be split into."""
 
 
 class Section:
@@ -48,7 +48,7 @@ class Section:
         if found:
             self._text, self.stopped = self._text[: min(found)], True
 
-    def take(self, *, final: bool = False) -> str:
+    def new_text(self, *, final: bool = False) -> str:
         """The text that is new and certain; all that is left if it is ``final``."""
         if final and not self.stopped:
             self._decode(final=True)
@@ -110,10 +110,10 @@ class Transcript:
         """True once the answer has a stop text."""
         return self.answer.stopped
 
-    def take(self, *, final: bool = False) -> list[tuple[Kind, str]]:
+    def new_text(self, *, final: bool = False) -> list[tuple[Kind, str]]:
         """New pieces of text."""
         pieces: list[tuple[Kind, str]] = [
-            ("thought", self.thought.take(final=final or not self.in_thought)),
-            ("answer", self.answer.take(final=final)),
+            ("thought", self.thought.new_text(final=final or not self.in_thought)),
+            ("answer", self.answer.new_text(final=final)),
         ]
         return [(kind, text) for kind, text in pieces if text]

@@ -24,8 +24,8 @@ from phivision_jax.models.remat import INPUT, QKV, checkpoint
 from phivision_jax.sharding import constrain
 
 type AttentionFn = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-"""How a layer attends: (q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], its inputs) → (out [B, T, N, H], its outputs).
-Training attends within the row; generation also reads and returns keys and values (``inference/engine.py``)."""
+"""The attention of a layer: (q [B, T, N, H], k [B, T, K, H], v [B, T, K, H], inputs) → (out [B, T, N, H], outputs).
+Training attends within the row; generation also reads and returns keys and values (``inference/programs.py``)."""
 
 
 def attend_in_row(segment_ids: Int32[Array, "B T"], span_end: Int32[Array, "B T"]) -> AttentionFn:
