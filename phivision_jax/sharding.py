@@ -34,7 +34,9 @@ RULES: Mapping[str, MeshAxes] = {
     # activations
     "batch": ("slice", "data", "fsdp"),
     "replica": ("slice", "data"),  # the rows of all devices that share one replica of the parameters
+    "slots": ("slice", "data", "fsdp"),  # sequences that are generated: their part of the cache
     "length": "context",
+    "width": None,  # of hidden states
     "vision_rows": "context",
     # parameters: fsdp along the widths, tensor along what a layer fans out to
     "embed": "fsdp",

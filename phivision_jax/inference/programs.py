@@ -32,7 +32,7 @@ from phivision_jax.models.attention.attend import attend
 from phivision_jax.models.attention.cached import KV, attend_cached, store
 from phivision_jax.models.phi4 import DecoderLayer
 from phivision_jax.models.phivision import Params
-from phivision_jax.sharding import axis_size, constrain, rule
+from phivision_jax.sharding import axis_size, constrain, override_rules, rule
 
 BLOCK = 128
 """Tokens that are copied at a time between a row and the cache."""
@@ -251,7 +251,10 @@ def decode(
 
     answers = Answers(nothing, jnp.zeros((steps, B), bool))
     carry = (jnp.int32(0), recent, state.token, active, state.lengths, state.answering, answers)
-    _, recent, token, active, lengths, answering, answers = jax.lax.while_loop(more, step, carry)
+    # Tokens are few and weights large: every device multiplies its shard of the weights with all tokens, and sums are
+    # exchanged, not weights.
+    with override_rules({"batch": rule("replica"), "width": rule("embed")}):
+        _, recent, token, active, lengths, answering, answers = jax.lax.while_loop(more, step, carry)
     # What other slots computed goes to their last entries, which are never used (``Engine``).
     last = jax.tree.leaves(state.cache)[0].shape[-2] - steps
     cache = _flushed(state.cache, recent, jnp.where(active_before, state.lengths, last))
@@ -341,11 +344,11 @@ def _flushed(cache: Any, recent: Any, places: jax.Array) -> Any:
 
 
 def cache_spec(cache: Any) -> Any:
-    """The PartitionSpec of every array of a cache: slots over "batch", heads over "kv_heads" if they divide."""
+    """The PartitionSpec of every array of a cache: slots over "slots", heads over "kv_heads" if they divide."""
 
     def spec(x: jax.Array) -> PartitionSpec:
         heads = rule("kv_heads") if x.shape[-3] % axis_size("kv_heads") == 0 else None
-        return PartitionSpec(*[None] * (x.ndim - 4), rule("batch"), heads)
+        return PartitionSpec(*[None] * (x.ndim - 4), rule("slots"), heads)
 
     return jax.tree.map(spec, cache)
 
@@ -355,7 +358,7 @@ def _on_shards(local: Any, cache: Any, arguments: tuple, stored: Any = None) -> 
     trees = (cache,) if stored is None else (cache, stored)
     if jax.sharding.get_abstract_mesh().empty:
         return local(*trees, *arguments)
-    specs = *map(cache_spec, trees), *(PartitionSpec(rule("batch")) for _ in arguments)
+    specs = *map(cache_spec, trees), *(PartitionSpec(rule("slots")) for _ in arguments)
     # check_vma: loops over a device's own slots have constant carries.
     return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(*trees, *arguments)
 

@@ -42,7 +42,7 @@ def lookup(table: Float[Array, "V D"], tokens: Int32[Array, "B T"]) -> Float[Arr
         in_specs=(PartitionSpec(vocab, embed), PartitionSpec(rows, length)),
         out_specs=PartitionSpec(rows, length, embed),
     )
-    return constrain(run(table, tokens), "batch", "length", None)
+    return constrain(run(table, tokens), "batch", "length", "width")
 
 
 @jax.custom_vjp

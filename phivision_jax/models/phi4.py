@@ -87,7 +87,7 @@ class DecoderLayer(nnx.Module):
         out, outputs = self.self_attn(self.input_layernorm(x), rope, attention, inputs)
         x = x + out
         x = x + self.mlp(self.post_attention_layernorm(x))
-        return constrain(x, "batch", "length", None), outputs
+        return constrain(x, "batch", "length", "width"), outputs
 
 
 class Embed(nnx.Module):
@@ -164,7 +164,7 @@ class Phi4Decoder(nnx.Module):
             layer, layer_inputs = layer_and_inputs
             return layer(x, rope, attention, layer_inputs)
 
-        x = constrain(embeds.astype(self.dtype), "batch", "length", None)
+        x = constrain(embeds.astype(self.dtype), "batch", "length", "width")
         if layers is None:
             x, outputs = jax.lax.scan(checkpoint(body, self.remat), x, (self.layers, inputs))
         else:

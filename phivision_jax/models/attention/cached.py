@@ -82,7 +82,7 @@ def attend_cached(
         return _local(q, cache, lengths, recent, column, read=read)
     # Each device needs complete groups of heads; heads that do not divide are replicated.
     heads = rule("kv_heads") if K % axis_size("kv_heads") == 0 else None
-    (rows,) = dividing_rules(("batch",), q.shape[:1])
+    (rows,) = dividing_rules(("slots",), q.shape[:1])
     keys, column_spec = PartitionSpec(rows, heads), PartitionSpec()
     run = jax.shard_map(
         functools.partial(_local, read=read),
