@@ -200,7 +200,7 @@ def _next(
     token, first = chosen.token, now.count == 0
     opened = first & (token == program.think_id) & (program.think_id >= 0)
     in_thought = (now.in_thought | opened) & (token != program.end_think_id)
-    budget = jnp.where(now.in_thought & (now.budget > 0), now.budget - 1, now.budget)
+    budget = now.budget - ((now.in_thought | opened) & (now.budget > 0))
     count = now.count + needed
     ended = jnp.isin(token, jnp.array(program.stop_ids, jnp.int32)) if program.stop_ids else jnp.zeros_like(opened)
     after = now._replace(count=count, in_thought=in_thought, budget=budget)

@@ -39,7 +39,8 @@ class Request:
     max_new_tokens: int | None = None
     """Limit of thought and answer together; default: 4,096, or what the length of the engine's slots leaves."""
     thinking_budget: int | None = None
-    """Limit of the thought in tokens: it is then closed by ``</think>``, and the answer follows. None: no limit."""
+    """Limit of the thought in tokens: it is then closed by ``</think>``, and the answer follows. 0 in mode "auto" is
+    mode "nothink". None: no limit."""
     temperature: float = 0.0
     """0 always takes the most likely token."""
     top_p: float = 1.0
