@@ -17,6 +17,7 @@ def chat(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    weights: Literal["int8"] | None = None,
     mesh: Annotated[dict[str, int], arg(metavar="AXIS SIZE ...")] = {},  # noqa: B006
     save_image: Annotated[Path | None, arg(metavar="FILE")] = None,
 ) -> None:
@@ -34,6 +35,7 @@ def chat(
         temperature: Sampling temperature; 0 always takes the most likely token.
         top_p: Sample from the most likely tokens whose probabilities add up to this (with a temperature above 0).
         seed: Seed for sampling.
+        weights: int8: the matrices in 8 bits, half the memory of bfloat16.
         mesh: Sizes of the mesh axes to shard over, as fsdp 4 tensor 2; default: all devices of this machine.
         save_image: Also save the images with question and answer as this PNG file.
     """
@@ -48,7 +50,7 @@ def chat(
         raise ValueError("--save-image needs a question and an image: give one with --image")
     settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     settings |= {"mode": mode, "max_new_tokens": max_new_tokens}
-    model, processor = phivision_jax.load(checkpoint, mesh=mesh)
+    model, processor = phivision_jax.load(checkpoint, mesh=mesh, weights=weights)
     if prompt is None:
         with contextlib.closing(LocalGenerator(model, processor, slots=1)) as generator:
             generator.start()  # on a thread of its own, which Ctrl-C does not interrupt

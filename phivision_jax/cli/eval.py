@@ -17,6 +17,7 @@ def eval(  # the name of the subcommand
     examples: int = 0,
     batch: int = 0,
     max_new_tokens: int = 0,
+    weights: Literal["int8"] | None = None,
     mesh: Annotated[dict[str, int], arg(metavar="AXIS SIZE ...")] = {},  # noqa: B006
     config: Annotated[str, arg(metavar="FILE[:VARIANT]")] = "",
     set: Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE")] = (),
@@ -31,6 +32,7 @@ def eval(  # the name of the subcommand
         examples: Number of examples to score, sampled evenly; 0 for all.
         batch: Number of questions answered at a time; 0: eval_batch of the configuration (8 without one).
         max_new_tokens: Maximum length of an answer in tokens; 0: that of the configuration (4096 without one).
+        weights: int8: the matrices in 8 bits, half the memory of bfloat16.
         mesh: Sizes of the mesh axes to shard over, as fsdp 4 tensor 2; default: all devices of this machine.
         config: Configuration file with the evaluation settings.
         set: Change fields of the configuration, as in max_new_tokens=64.
@@ -48,7 +50,7 @@ def eval(  # the name of the subcommand
     directory = storage.location(out) if out else None
     if directory:
         storage.check(directory)  # before hours of work whose result could not be written
-    model, processor = phivision_jax.load(checkpoint, mesh=mesh)
+    model, processor = phivision_jax.load(checkpoint, mesh=mesh, weights=weights)
     # Without a configuration the model may think, and each question takes the memory of an answer of full length.
     defaults = (cfg.eval_batch, cfg.max_new_tokens) if config else (8, MAX_NEW_TOKENS)
     rows, limit = batch or defaults[0], max_new_tokens or defaults[1]

@@ -205,7 +205,7 @@ def test_chat_asks_one_question_or_talks(monkeypatch, capsys, photo, words):
             received.update(images=request.images)
             return super().stream(request)
 
-    monkeypatch.setattr(phivision_jax, "load", lambda checkpoint, mesh: (None, None), raising=False)
+    monkeypatch.setattr(phivision_jax, "load", lambda checkpoint, **settings: (None, None), raising=False)
     monkeypatch.setattr(phivision_jax, "generate", generate, raising=False)
     monkeypatch.setattr("phivision_jax.inference.local.LocalGenerator", Local)
     monkeypatch.setattr(sys, "stdin", io.StringIO("piped?\n"))

@@ -43,7 +43,8 @@ def received(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         ([], {"max_new_tokens": 4096, "rows": 8, "mesh": {}}),
         (["--config=configs/tiny.py"], {"max_new_tokens": 8, "rows": 64, "mesh": {}}),
         (["--max-new-tokens=3", "--batch=2"], {"max_new_tokens": 3, "rows": 2}),
-        (["--mesh", "fsdp", "4", "tensor", "2"], {"mesh": {"fsdp": 4, "tensor": 2}}),
+        (["--mesh", "fsdp", "4", "tensor", "2"], {"mesh": {"fsdp": 4, "tensor": 2}, "weights": None}),
+        (["--weights", "int8"], {"weights": "int8"}),
     ],
 )
 def test_eval_settings(received: dict[str, Any], words: list[str], expected: dict[str, Any]) -> None:
@@ -57,6 +58,7 @@ def test_eval_settings(received: dict[str, Any], words: list[str], expected: dic
     [
         ([], {"max_new_tokens": None, "mesh": {}}),
         (["--max-new-tokens=3", "--mesh", "data", "1"], {"max_new_tokens": 3, "mesh": {"data": 1}}),
+        (["--weights=int8"], {"weights": "int8"}),
     ],
 )
 def test_chat_settings(received: dict[str, Any], words: list[str], expected: dict[str, Any], tmp_path: Path) -> None:
