@@ -67,7 +67,7 @@ def test_page_shows_thought_answer_and_numbers():
     assert lines == ["Thought, 5 tokens", "It is red.", "a cup [0.5, 0.5, 1.0, 1.0]",
                      "1,200 + 11 tokens · 2.5 s · 5.0 tokens/s · think"]  # fmt: skip
     limited = dataclasses.replace(REPLY, thought_closed=False, answer="", finish_reason="length")
-    assert "5 tokens, cut off" in Answer(limited)._repr_html_() and "think · length" in Answer(limited)._repr_html_()
+    assert "5 tokens, not closed" in Answer(limited)._repr_html_() and "think · length" in Answer(limited)._repr_html_()
     plain = dataclasses.replace(REPLY, thought="", mode=None, ids=(1,), timings=Timings(0, 0.1, 0))
     page = Page(Answer(plain)._repr_html_())
     assert "details" not in page.tags and page.text.strip().endswith("1,200 + 1 tokens · 0.1 s · no mode")
