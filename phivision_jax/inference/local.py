@@ -92,7 +92,10 @@ class LocalGenerator:
             slots=slots,
             length=self.length,
             chunk=chunk,
-            pool=max(min(image_bytes // (decoder.hidden_size * dtype.itemsize), MOST_IMAGES * largest), chunk),
+            # A piece of a prompt can begin and end within an image.
+            pool=max(
+                min(image_bytes // (decoder.hidden_size * dtype.itemsize), MOST_IMAGES * largest), chunk + 2 * largest
+            ),
             cache_dtype=jnp.dtype(cache_dtype or dtype),
             stop_ids=decoder.stop_ids if stop_ids is None else stop_ids,
             think_id=tokenizer.think_id if tokenizer else -1,

@@ -201,7 +201,8 @@ class Scheduler:
     def _admit(self) -> bool:
         """Admit one row per shard; False if there is nothing to admit."""
         per_shard = self.engine.slots // self.engine.shards
-        plans = [self._plan(range(r * per_shard, (r + 1) * per_shard)) for r in range(self.engine.shards)]
+        images: dict[int, int] = {}
+        plans = [self._plan(range(r * per_shard, (r + 1) * per_shard), images) for r in range(self.engine.shards)]
         pieces = list(itertools.chain(*plans))
         if not pieces:
             return False
@@ -217,8 +218,8 @@ class Scheduler:
             self._pending.append((ends, jax.tree.map(lambda x: x[None], chosen), None))
         return True
 
-    def _plan(self, slots: range) -> list[Piece]:
-        """The pieces of one shard's next row."""
+    def _plan(self, slots: range, images: dict[int, int]) -> list[Piece]:
+        """The pieces of one shard's next row; their images are added to the vision tokens by key of all shards."""
         engine = self.engine
         pieces: list[Piece] = []
         after: dict[int, np.ndarray] = {}
@@ -242,6 +243,10 @@ class Scheduler:
                 if not pieces:
                     raise AssertionError(f"an empty row has no room for tokens {start} to {end} of a prompt")
                 break
+            needed = images | {image.key: image.tokens for image in _images(piece)}
+            if images and sum(needed.values()) > engine.pool:
+                break
+            images.update(needed)
             if sample.slot is None:
                 sample.slot = source if source in free else min(free, key=self._freed.__getitem__)
                 self.owners[sample.slot] = sample
