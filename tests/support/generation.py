@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -21,10 +22,24 @@ LENGTH, CHUNK, PATCHES = 512, 128, 256
 """Sizes that tests share, so that few programs are compiled."""
 
 
+_compiled: dict[tuple, dict] = {}
+
+
 def generator_of(model: PhiVision, processor: Processor | None = None, **settings) -> LocalGenerator:
-    """A generator with small slots, and without stop tokens unless they are given."""
+    """A generator with small slots, and without stop tokens unless they are given.
+
+    Generators whose programs are the same share what is compiled.
+    """
     settings = {"slots": 4, "length": LENGTH, "chunk": CHUNK, "stop_ids": ()} | settings
-    return LocalGenerator(model, processor or Processor(None, None, model.config), **settings)
+    generator = LocalGenerator(model, processor or Processor(None, None, model.config), **settings)
+    engine = generator.engine
+    if engine.mesh is None:
+        # The mask in images is an array of the programs, not a part of them.
+        config = dataclasses.replace(model.config, image_attention="causal")
+        program = dataclasses.replace(engine.program, graphdef=None, layer=None)
+        key = (config, program, str(engine.dtype), engine.slots, engine.entries, engine.pool, engine.ends)
+        engine._compiled = _compiled.setdefault(key, engine._compiled)
+    return generator
 
 
 def random_image(size: tuple[int, int], seed: int) -> Image.Image:
