@@ -1,0 +1,225 @@
+"""Continuous batching by an engine that records what each entry of its cache was computed from."""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phivision_jax.images.layout import PatchedImage
+from phivision_jax.inference.prompts import Prompt
+from phivision_jax.inference.requests import Delta, Reply, Request
+from phivision_jax.inference.scheduler import Sample, Scheduler
+from phivision_jax.inference.transcript import Transcript
+from phivision_jax.rows import expand
+from tests.support.generation import generator_of
+from tests.support.symbolic_engine import SymbolicEngine, answer_of
+
+LENGTH, CHUNK = 512, 256
+
+
+@pytest.fixture(scope="module")
+def engine(tiny):
+    return generator_of(tiny, length=LENGTH, chunk=CHUNK).engine
+
+
+def random_patches(rng, config, most=64) -> PatchedImage:
+    grid = tuple(rng.integers(1, 1 + int(most**0.5), 2).tolist())
+    return PatchedImage(rng.integers(0, 256, (grid[0] * grid[1], config.vision.patch_dim), np.uint8), (grid,))
+
+
+class Asked:
+    """A sample, what it is asked for, and its events."""
+
+    def __init__(self, ids, images, config, index=0, **settings) -> None:
+        self.ids, self.images = ids, images
+        self.request = Request(expand(ids, images), **settings)
+        self.prompt = Prompt.of(self.request.messages, config)
+        self.limit = self.request.max_new_tokens
+        self.events: list = []
+        transcript = Transcript(None, None, ())
+        self.sample = Sample(self.request, index, self.prompt, self.limit, transcript, self.events.append)
+
+    @property
+    def reply(self) -> Reply:
+        *deltas, reply = self.events
+        assert all(isinstance(delta, Delta) for delta in deltas) and isinstance(reply, Reply)
+        return reply
+
+    def expected(self) -> list[int]:
+        seed = np.random.SeedSequence([self.request.seed % 2**64, self.sample.index]).generate_state(2, np.uint32)
+        return answer_of(self.prompt, (int(seed[0]), int(seed[1])), self.limit)
+
+
+def random_requests(rng, config, count) -> list[Asked]:
+    """Prompts of which many begin as others do: with the same text and images, or with their answers."""
+    pool = [random_patches(rng, config) for _ in range(rng.integers(2, 20))]
+    asked: list[Asked] = []
+    for _ in range(count):
+        ids, images = [], []
+        kind = rng.integers(5)
+        if asked and kind < 4:
+            other = asked[rng.integers(len(asked))]
+            ids, images = list(other.ids), list(other.images)
+            if kind == 0:  # the next turn
+                ids += other.expected()
+            elif kind == 1:  # an earlier turn
+                del ids[rng.integers(1, len(ids) + 1) :]
+                images = images[: ids.count(-200)]
+        if kind != 1:
+            for _ in range(rng.integers(0, 4)):
+                if rng.random() < 0.4 and len(images) < 3:
+                    ids, images = [*ids, -200], [*images, pool[rng.integers(len(pool))]]
+                ids += rng.integers(6, 60, rng.integers(0, 90)).tolist()
+        if ids and len(expand(ids, images).tokens) < 450:
+            settings = {"max_new_tokens": int(rng.integers(1, 40)), "seed": int(rng.integers(3))}
+            asked.append(Asked(ids, images, config, **settings))
+    return asked
+
+
+def run(scheduler, asked, rng, cancelled=()) -> None:
+    """Submit a few at a time, between steps; cancel some at random times."""
+    waiting = collections.deque(asked)
+    cancel_at = {int(rng.integers(1, 40)): a for a in cancelled}
+    step = 0
+    while waiting or not scheduler.idle:
+        for _ in range(rng.integers(0, 4)):
+            if waiting:
+                scheduler.submit([waiting.popleft().sample])
+        if step in cancel_at:
+            cancel_at[step].sample.cancelled = True
+        scheduler.step()
+        step += 1
+        assert step < 5000
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 2**32 - 1))
+def test_every_answer_is_computed_from_its_own_prompt(engine, seed):
+    rng = np.random.default_rng(seed)
+    mode = ("causal", "bidirectional")[rng.integers(2)]
+    config = dataclasses.replace(engine.config, image_attention=mode)
+    shards = int(rng.integers(1, 3))
+    slots, pool = shards * int(rng.integers(1, 4)), CHUNK + 2 * 64
+    symbolic = SymbolicEngine(engine, slots=slots, shards=shards, pool=pool, ahead=bool(rng.integers(2)))
+    scheduler = Scheduler(symbolic, share_prefixes=rng.random() < 0.8)
+    asked = random_requests(rng, config, int(rng.integers(1, 24)))
+    cancelled = [a for a in asked if rng.random() < 0.15]
+    run(scheduler, asked, rng, cancelled)
+    for a in asked:
+        want = a.expected()
+        if a.reply.finish_reason == "cancelled":
+            assert a in cancelled and list(a.reply.ids) == want[: len(a.reply.ids)]
+        else:
+            assert list(a.reply.ids) == want
+            assert a.reply.finish_reason == ("length" if len(want) == a.limit else "stop")
+    if not cancelled:
+        total = sum(len(a.prompt) for a in asked)
+        assert scheduler.counts["prefilled_tokens"] + scheduler.counts["shared_tokens"] == total
+        assert scheduler.share_prefixes or not scheduler.counts["shared_tokens"]
+    assert all(owner is None for owner in scheduler.owners) and not scheduler.waiting
+
+
+def served(engine, requests, config, **settings):
+    """A scheduler that has answered requests, all waiting from the beginning."""
+    sizes = {"slots": 4, "shards": 1, "pool": 1000, "ahead": False} | settings
+    scheduler = Scheduler(SymbolicEngine(engine, **sizes))
+    asked = [Asked(ids, images, config, index, max_new_tokens=5) for index, (ids, images) in enumerate(requests)]
+    scheduler.submit([a.sample for a in asked])
+    while not scheduler.idle:
+        scheduler.step()
+    assert all(list(a.reply.ids) == a.expected() for a in asked)
+    return scheduler
+
+
+def test_common_beginnings_are_prefilled_once(engine):
+    """A system prompt of 400 tokens before ten questions, in four slots."""
+    rng = np.random.default_rng(0)
+    system = rng.integers(6, 60, 400).tolist()
+    questions = [[i + 6, *rng.integers(6, 60, 10 + i).tolist()] for i in range(10)]
+    scheduler = served(engine, [([*system, *question], []) for question in questions], engine.config)
+    assert scheduler.counts["prefilled_tokens"] == 400 + sum(map(len, questions))
+    assert scheduler.counts["shared_tokens"] == 9 * 400
+
+
+@pytest.mark.parametrize("mode", ["causal", "bidirectional"])
+def test_samples_of_one_prompt_prefill_its_last_token_each(engine, mode):
+    """And an image is encoded once, though every sample attends to it."""
+    config = dataclasses.replace(engine.config, image_attention=mode)
+    image = random_patches(np.random.default_rng(0), config)
+    ids = [7, -200, *range(6, 40)]
+    length = len(expand(ids, [image]).tokens)
+    scheduler = served(engine, [(ids, [image])] * 6, config)
+    assert scheduler.counts["prefilled_tokens"] == length + 5
+    assert scheduler.images.encoded == 1
+
+
+def test_image_at_the_end_of_a_prompt_is_not_cut_for_its_last_token(engine):
+    """Where it sees itself all of it is prefilled again; where it does not, its last token."""
+    image = random_patches(np.random.default_rng(0), engine.config)
+    for mode, again in (("causal", 1), ("bidirectional", len(image.patches))):
+        config = dataclasses.replace(engine.config, image_attention=mode)
+        scheduler = served(engine, [([7, 8, -200], [image])] * 2, config)
+        assert scheduler.counts["prefilled_tokens"] == 2 + len(image.patches) + again
+
+
+def test_rows_need_no_more_images_than_the_pool_holds(engine):
+    """Four shards with a prompt each, and a pool for the images of two."""
+    rng = np.random.default_rng(0)
+    images = [PatchedImage(rng.integers(0, 256, (64, 12), np.uint8), ((8, 8),)) for _ in range(8)]
+    scheduler = served(engine, [([7, -200, 9], [image]) for image in images], engine.config, shards=4, pool=130)
+    assert scheduler.images.encoded == 8 and len(scheduler.images.places) == 2
+
+
+def test_images_used_least_recently_make_room(engine):
+    rng = np.random.default_rng(0)
+    a, b, c = (PatchedImage(rng.integers(0, 256, (16, 12), np.uint8), ((4, 4),)) for _ in range(3))
+    order = [a, b, a, c, a, b]  # c takes the place of b
+    scheduler = served(engine, [([6 + i, -200, 9], [image]) for i, image in enumerate(order)], engine.config,
+                       slots=1, pool=32)  # fmt: skip
+    assert scheduler.images.encoded == 4 and scheduler.images.found == 3
+
+
+def test_waiting_images_fill_a_row_of_patches(engine):
+    """Eight images of 16 patches are encoded in one row of 128, and taken from the pool later."""
+    rng = np.random.default_rng(0)
+    images = [PatchedImage(rng.integers(0, 256, (16, 12), np.uint8), ((4, 4),)) for _ in range(8)]
+    calls = []
+    symbolic = SymbolicEngine(engine, slots=1, shards=1, pool=1000, ahead=False)
+    encode = symbolic.encode
+    symbolic.encode = lambda batch, places: (calls.append(int((places < 1000).sum())), encode(batch, places))
+    scheduler = Scheduler(symbolic)
+    asked = [Asked([6 + i, -200, 9], [image], engine.config, max_new_tokens=2) for i, image in enumerate(images)]
+    scheduler.submit([a.sample for a in asked])
+    while not scheduler.idle:
+        scheduler.step()
+    assert calls == [128] and scheduler.images.encoded == 8
+    assert all(list(a.reply.ids) == a.expected() for a in asked)
+
+
+def test_images_of_one_prompt_that_exceed_a_row_of_patches(engine):
+    """Five images of 64 patches, encoded in rows of two."""
+    rng = np.random.default_rng(0)
+    images = [PatchedImage(rng.integers(0, 256, (64, 12), np.uint8), ((8, 8),)) for _ in range(3)]
+    scheduler = served(engine, [([-200, -200, -200, 9], images)], engine.config)
+    assert engine.patches[-1] == 128 and scheduler.images.encoded == 3
+
+
+def test_new_requests_do_not_stop_active_slots(engine):
+    """A prompt of many chunks enters between the tokens of an answer."""
+    symbolic = SymbolicEngine(engine, slots=2, shards=1, pool=1000, ahead=False)
+    scheduler = Scheduler(symbolic)
+    first = Asked([7, 8], [], engine.config, max_new_tokens=500)
+    while len(first.expected()) < 30:
+        first.ids[0] += 1
+        first = Asked(first.ids, [], engine.config, max_new_tokens=500)
+    scheduler.submit([first.sample])
+    scheduler.step()
+    before = len(first.sample.transcript.ids)
+    rows, admit = [], symbolic.admit
+    symbolic.admit = lambda row: (rows.append(1), admit(row))[1]
+    scheduler.submit([Asked(list(range(6, 60)) * 8, [], engine.config, max_new_tokens=5).sample])
+    scheduler.step()
+    assert len(rows) <= 2 and len(first.sample.transcript.ids) > before
