@@ -175,13 +175,12 @@ def main(
                 version = json.load(reply)["version"]
         built, processor = phivision_jax.load(model)
     generator = LocalGenerator(built, processor, stop_ids=())
-    replies = generator.generate(Request(one, max_new_tokens=tokens) for one in messages)
-    ours = np.array([reply.ids for (reply,) in replies])
+    replies = generator.generate([Request(one, max_new_tokens=tokens) for one in messages])
     compared = equal = 0
-    for (text, images), reply, ids in zip(asked, theirs, ours.tolist(), strict=True):
+    for (text, images), reply, (own,) in zip(asked, theirs, replies, strict=True):
         close = np.flatnonzero(np.array(reply["margins"]) <= MARGIN)
         steps = int(close[0]) if len(close) else tokens
-        same = sum(a == b for a, b in zip(reply["ids"][:steps], ids[:steps], strict=True))
+        same = sum(a == b for a, b in zip(reply["ids"][:steps], own.ids[:steps], strict=True))
         compared, equal = compared + steps, equal + same
         print(f"{len(images)} images, {len(reply['prompt'])} tokens: {same} of {steps} ids equal  ({text[:40]})")
     print(f"vLLM {version}: {equal} of {compared} greedy ids equal, {prompts * tokens - compared} too close to compare")
