@@ -15,8 +15,8 @@ from phivision_jax.inference import capture as capturing
 from phivision_jax.inference.capture import capture, overlay, patch_maps
 from phivision_jax.models import phivision
 from phivision_jax.rows import batch_from_ids, expand
-from tests.support import image_layouts  # noqa: F401  registers layouts
-from tests.support.batches import EXAMPLES, TINY, random_rows
+from tests.support import forward, image_layouts  # noqa: F401  registers layouts
+from tests.support.batches import EXAMPLES, QUICK, TINY, random_rows
 
 MESH = {"fsdp": 2, "tensor": 2, "context": 2}
 QUERIES = np.array([[0, 7, 20], [31, 3, 12], [5, 5, 39]])
@@ -31,7 +31,10 @@ def by_hand(model, batch):
     """Outputs [B, T, D] and weights [B, N, T, T] of each layer, in fp64 and loops over layers, rows and heads."""
     cfg = model.config.decoder
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), model.split()[1]["decoder"]["layers"])
-    x = np.asarray(model.embeds(batch), np.float64)
+    embeds = jax.jit(
+        lambda params, batch: phivision.merge(model.split()[0], params).embeds(batch), compiler_options=QUICK
+    )
+    x = np.asarray(embeds(model.split()[1], batch), np.float64)
     B, T, _ = x.shape
     keys = np.arange(T)
     visible = batch.segment_ids[:, :, None] == batch.segment_ids[:, None]
@@ -82,19 +85,23 @@ def test_capture_equals_attention_by_hand(tiny, image_attention):
         np.testing.assert_allclose(found.attention[got], want, atol=1e-5)
     assert found.attention.dtype == np.float32
     np.testing.assert_allclose(found.attention.sum(-1), 1, atol=1e-6)
-    everything = capture(tiny, batch, [-1])
-    assert everything.attention is None and everything.hidden.shape == (1, 3, 48, 32)
-    np.testing.assert_allclose(tiny.decoder.norm(everything.hidden[0]), tiny.hidden(batch), atol=1e-4)
-    shared = capture(tiny, batch, [0], [7]).attention
-    np.testing.assert_allclose(shared[0, 0, :, 0], found.attention[1, 0, :, 1], atol=1e-6)
+
+
+def test_hidden_states_of_all_positions_equal_the_forward_pass(tiny):
+    batch = batch_of("causal")
+    found = capture(tiny, batch, [-1])
+    assert found.attention is None and found.hidden.shape == (1, 3, 48, 32)
+    logits = jax.jit(lambda x: tiny.decoder.lm_head(tiny.decoder.norm(x)), compiler_options=QUICK)(found.hidden[0])
+    np.testing.assert_allclose(logits, forward.logits(*tiny.split(), batch), atol=1e-4)
 
 
 def test_mask_modes_differ_in_what_image_tokens_see(tiny):
     causal, bidirectional = (batch_of(mode) for mode in ("causal", "bidirectional"))
     row, query = np.argwhere(causal.span_end < bidirectional.span_end)[0]
-    later = [
-        capture(tiny, batch, [0], [query]).attention[0, row, :, 0, query + 1 :] for batch in (causal, bidirectional)
-    ]
+    later = []
+    for batch in (causal, bidirectional):
+        weights = capture(tiny, batch, [1, 0], np.full_like(QUERIES, query)).attention
+        later.append(weights[1, row, :, 0, query + 1 :])
     assert (later[0] == 0).all() and (later[1].sum(-1) > 0).all()
 
 
