@@ -44,12 +44,14 @@ def chat(
     from phivision_jax.evaluation.answer_images import answer_image
     from phivision_jax.images.decode import open_image
     from phivision_jax.inference.local import LocalGenerator
+    from phivision_jax.inference.requests import Request
 
     images = [open_image(path) for path in image]
     if save_image and not (images and prompt):
         raise ValueError("--save-image needs a question and an image: give one with --image")
     settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "seed": seed}
     settings |= {"mode": mode, "max_new_tokens": max_new_tokens}
+    Request("", **settings)  # refuses settings before the weights are read
     model, processor = phivision_jax.load(checkpoint, mesh=mesh, weights=weights)
     if prompt is None:
         with contextlib.closing(LocalGenerator(model, processor, slots=1)) as generator:

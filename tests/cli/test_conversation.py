@@ -215,3 +215,11 @@ def test_chat_asks_one_question_or_talks(monkeypatch, capsys, photo, words):
     signal.signal(signal.SIGTERM, term)
     assert capsys.readouterr().out == f"<think>hm\\x07m</think>{'WHAT?' if words else 'PIPED?'}\n"
     assert len(received["images"]) == 1 and out.exists() == bool(words) and ("closed" in received) != bool(words)
+
+
+@pytest.mark.parametrize("words", [["what?"], []])
+def test_chat_refuses_settings_before_it_loads(monkeypatch, capsys, words):
+    monkeypatch.setattr(phivision_jax, "load", lambda *args, **settings: pytest.fail("loaded"), raising=False)
+    with pytest.raises(SystemExit):
+        main(["chat", "run", *words, "--temperature", "-1"])
+    assert capsys.readouterr().err == "phivision: temperature must be a number from 0 to 100, not -1.0\n"
