@@ -32,7 +32,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import decode_work as work
 import tyro
@@ -46,6 +46,8 @@ from phivision_jax.processor import Processor
 _OURS, _PEER = (Path(__file__).with_name(name) for name in ("decode_ours.py", "decode_peer.py"))
 PROPORTIONS, SMOLLM2 = "180 M, released proportions", "SmolLM2-135M-Instruct"
 DTYPES = ("float32", "bfloat16")
+type Work = Literal["batch 1", "first token", "batch", "refilling"]
+WORKS: tuple[Work, ...] = ("batch 1", "first token", "batch", "refilling")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,7 @@ def compare(model: str, name: str, dtype: str, ours: Peer, other: Peer, turns: i
 
 
 def against_peer(
-    model: str, directory: Path, ours: Peer, peer: Peer, sizes: Sizes, turns: int, cores: int
+    model: str, directory: Path, ours: Peer, peer: Peer, sizes: Sizes, turns: int, cores: int, only: Sequence[str]
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """All comparisons of one model, and what compiling took."""
     processor, rows, compiled = work.processor_of(directory), [], []
@@ -143,16 +145,22 @@ def against_peer(
     def mixed(turn: int) -> list[Item]:
         return work.items(processor, sizes.mixed, sizes.mixed_prompts, sizes.mixed_answers, turn)
 
+    kinds: dict[str, tuple[int, Turn]] = {
+        "batch 1": (1, one(prompt, answer)),
+        "first token": (1, one(sizes.first, 1)),
+        "batch": (sizes.batch, same(mixed, sizes.mixed, sizes.batch)),
+    }
     for dtype in DTYPES:
-        loaded = {"directory": str(directory), "dtype": dtype}
+        loaded, slots_now = {"directory": str(directory), "dtype": dtype}, 0
         peer.ask("load", **loaded, threads=cores)
-        for slots in (1, sizes.batch):
-            compiled.append({"model": model, "slots": slots} | ours.ask("load", **loaded, slots=slots, length=most))
-            kinds = {f"batch {sizes.batch}": same(mixed, sizes.mixed, sizes.batch)}
-            if slots == 1:
-                kinds = {"batch 1": one(prompt, answer), "first token": one(sizes.first, 1)}
-            for name, turn_of in kinds.items():
-                rows.append(compare(model, name, dtype, ours, peer, turns, turn_of))
+        for kind, (slots, turn_of) in kinds.items():
+            if kind not in only:
+                continue
+            if slots != slots_now:
+                slots_now = slots
+                compiled.append({"model": model, "slots": slots} | ours.ask("load", **loaded, slots=slots, length=most))
+            name = f"batch {slots}" if kind == "batch" else kind
+            rows.append(compare(model, name, dtype, ours, peer, turns, turn_of))
     return rows, compiled
 
 
@@ -184,6 +192,7 @@ def main(
     smollm2: Path | None = None,
     cores: int = 2,
     turns: int = 5,
+    only: tuple[Work, ...] = WORKS,
     quick: bool = False,
     out: Path | None = None,
 ) -> None:
@@ -194,6 +203,7 @@ def main(
         smollm2: Directory written by ``smollm2.py``; without it only the random model is compared.
         cores: Number of cores that both sides share.
         turns: Timed turns of each side, after one to warm up.
+        only: Comparisons to make.
         quick: Do hardly any work, to try the benchmark.
         out: Write the numbers to this JSON file as well.
     """
@@ -212,13 +222,14 @@ def main(
             for owner, values in versions.items():
                 print(f"{owner}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
             models = {PROPORTIONS: Path(folder) / "proportions"} | ({SMOLLM2: smollm2} if smollm2 else {})
-            work.write_random(models[PROPORTIONS], work.PROPORTIONS)
-            for model, directory in models.items():
-                more = against_peer(model, directory, ours, peer, sizes, turns, cores)
+            work.write_random(models[PROPORTIONS], work.SMALL if quick else work.PROPORTIONS)
+            for model, directory in models.items() if {*only} - {"refilling"} else ():
+                more = against_peer(model, directory, ours, peer, sizes, turns, cores, only)
                 rows, compiled = rows + more[0], compiled + more[1]
-            work.write_random(Path(folder) / "small", work.SMALL)
-            peer.ask("unload")
-            rows.append(refilling(Path(folder) / "small", ours, sizes, max(1, turns // 2)))
+            if "refilling" in only:
+                peer.ask("unload")
+                work.write_random(Path(folder) / "small", work.SMALL)
+                rows.append(refilling(Path(folder) / "small", ours, sizes, max(1, turns // 2)))
     print_rows(rows)
     for one in compiled:
         print("compiled {programs} programs in {compile_seconds:.0f} s ({model}, {dtype}, {slots} slots)".format(**one))

@@ -63,7 +63,7 @@ class Peer:
         return {"parameters": sum(p.numel() for p in model.parameters())}
 
     def unload(self) -> dict[str, Any]:
-        del self.model
+        self.model = None
         return {}
 
     @torch.inference_mode()

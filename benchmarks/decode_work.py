@@ -62,7 +62,7 @@ class Sizes:
 
     single: tuple[int, int] = (64, 128)
     """Prompt and answer at batch 1."""
-    first: int = 512
+    first: int = 500
     """Prompt of the time to the first token."""
     batch: int = 16
     """Rows of the peer's batches, and slots of our engine."""

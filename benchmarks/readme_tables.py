@@ -19,7 +19,7 @@ from benchmarks.tables import fill, markdown
 from phivision_jax.hardware.topology import GIB, parse_topology
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "docs/results", ROOT / "README.md"
+RESULTS, PAGE, GENERATION = ROOT / "docs/results", ROOT / "README.md", ROOT / "docs/generation.md"
 FINETUNE = "configs/finetune.py"
 LORA, RECOMPUTE = ("lora.rank=16",), ("remat=full", "vision_remat=full")
 
@@ -109,7 +109,28 @@ def measured_table() -> str:
         ),
         (f"{damage['flips']} flipped bits in the newest checkpoint", _damage(newest["flip"])),
     ]
+    if (RESULTS / "decode.json").exists():
+        rows.insert(1, ("Generation on CPU, at most 16 sequences at a time", _generation(_read("decode"))))
     return markdown(("what", "result"), rows)
+
+
+def _generation(decode: dict[str, Any]) -> str:
+    ratios = [row["ratio"] for row in decode["rows"] if row["work"].startswith("batch") and row["work"] != "batch 1"]
+    return f"{min(ratios):.1f}–{max(ratios):.1f}× the tokens per second of transformers' `generate`"
+
+
+def decode_table() -> str:
+    """Every comparison of ``decode.py``."""
+    rows = []
+    for row in _read("decode")["rows"]:
+        speeds = row["tokens_per_s"]
+        if row["work"] == "first token":
+            shown = [f"{1 / speeds[side]:.2f} s" for side in ("ours", "other")]
+        else:
+            shown = [f"{speeds[side]:,.1f} tokens/s" for side in ("ours", "other")]
+        low, high = row["ratio_range"]
+        rows.append((row["model"], row["work"], row["dtype"], *shown, f"{row['ratio']:.2f} ({low:.2f}–{high:.2f})"))
+    return markdown(("model", "work", "dtype", "ours", "other", "ratio (range)"), rows)
 
 
 def _mix(step: dict[str, Any]) -> float:
@@ -133,7 +154,7 @@ def _read(name: str) -> Any:
 
 
 def main(tables: bool = False) -> None:
-    """Compile the cases of the hardware table and write both tables into README.md.
+    """Compile the cases of the hardware table; write both tables into README.md, and one into docs/generation.md.
 
     Args:
         tables: Only write the tables.
@@ -142,6 +163,8 @@ def main(tables: bool = False) -> None:
         compile_case(case)
     page = fill(PAGE.read_text(), "hardware", hardware_table())
     PAGE.write_text(fill(page, "measured", measured_table()))
+    if (RESULTS / "decode.json").exists():
+        GENERATION.write_text(fill(GENERATION.read_text(), "decode", decode_table()))
 
 
 if __name__ == "__main__":
