@@ -72,6 +72,8 @@ class Request:
             object.__setattr__(self, name, number)
         if self.mode not in get_args(PromptMode):
             raise ValueError(f"mode must be one of {', '.join(get_args(PromptMode))}, not {shorten(self.mode)}")
+        if self.mode == "auto" and self.thinking_budget == 0:
+            object.__setattr__(self, "mode", "nothink")
         stops = tuple(self.stop) if isinstance(self.stop, list | tuple) else (self.stop,)
         if len(stops) > MAX_STOPS or not all(isinstance(text, str) and text for text in stops):
             raise ValueError(f"stop must be at most {MAX_STOPS} non-empty texts, not {shorten(self.stop)}")

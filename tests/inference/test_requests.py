@@ -35,6 +35,12 @@ def test_request_rejects_other_modes():
         Request("what?", mode="thinking")
 
 
+def test_request_without_thoughts_is_in_mode_nothink():
+    assert Request("what?", thinking_budget=0).mode == "nothink"
+    assert Request("what?", thinking_budget=0, mode="think").mode == "think"
+    assert Request("what?", thinking_budget=1).mode == Request("what?").mode == "auto"
+
+
 def test_request_takes_numbers_of_other_types():
     given = Request(
         "what?", max_new_tokens=np.int32(3), temperature=np.float32(0.5), seed=np.int64(7), top_p=1, stop="a"
