@@ -87,7 +87,9 @@ class Evaluator:
             for i in self.records:
                 asked.append(self.dataset[int(i)])
                 prompts.append(self._prompt(asked[-1]))
-                if prompts[-1] is not None:
+                if prompts[-1] is None:
+                    advance(1)
+                else:
                     yield Request(prompts[-1], mode=self.mode, max_new_tokens=self.max_new_tokens)
 
         replies = iter(self._generator.generate(requests(), advance))

@@ -91,7 +91,9 @@ def test_evaluator_counts_broken_records_as_wrong(tmp_path, monkeypatch):
     records = [record(i, missing_bytes=60 if i == 2 else 0) for i in range(5)]
     dataset = write_dataset(tmp_path / "set", records, processor)
     evaluator = Evaluator(dataset, processor, rows=2, max_new_tokens=4, mode="think")
-    answers = evaluator("first")
+    steps: list[int] = []
+    answers = evaluator("first", steps.append)
+    assert steps == [1] * 5
     assert [a.correct for a in answers] == [True, True, False, True, True]
     assert answers[2].prediction == "" and accuracy(answers) == 0.8
     assert evaluator("second") == answers
