@@ -145,6 +145,11 @@ class Engine:
         """Generate with other weights of the same model; slots must be idle, and what they hold is forgotten."""
         self.weights = self._weights(model.split()[1])
 
+    def reset(self) -> None:
+        """Begin with an empty state, for example after an error while one state was being replaced by the next."""
+        del self.state  # there may be no room for two
+        self.state = self._empty()
+
     def _abstract_state(self) -> State:
         cfg, B, D = self.config.decoder, self.slots, self.config.decoder.hidden_size
         dtype, H = self.program.cache_dtype, cfg.head_dim

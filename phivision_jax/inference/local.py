@@ -5,6 +5,7 @@ while it is iterated. Servers start a thread (``start``), which then drives it f
 """
 
 import functools
+import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
 from phivision_jax.rows import Example
 
+_log = logging.getLogger(__name__)
 MAX_NEW_TOKENS = 4096
 """Default limit of thought and answer, as in the published evaluations."""
 SLOTS, LENGTH, CHUNK = 8, 8192, 2048
@@ -103,7 +105,7 @@ class LocalGenerator:
         )
         self.scheduler = Scheduler(self.engine, share_prefixes=share_prefixes)
         self._inbox: queue.SimpleQueue[list[Sample]] = queue.SimpleQueue()
-        self._lock, self._wake = threading.Lock(), threading.Event()
+        self._lock, self._wake, self._door = threading.Lock(), threading.Event(), threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -114,6 +116,7 @@ class LocalGenerator:
           RuntimeError: while requests are being answered.
         """
         with self._lock:
+            self._take_in()
             self.scheduler.forget()
             self.engine.update(model)
 
@@ -124,10 +127,11 @@ class LocalGenerator:
 
         Args:
           on_event: called on the thread that drives the engine, with each ``Delta`` and ``Reply``, or with the
-            exception that ended the engine; it must return quickly.
+            exception that ended the request; it must return quickly.
 
         Raises:
           ValueError: for a request that cannot be answered, such as a prompt that is too long.
+          RuntimeError: after ``close``.
         """
         prompt, limit = self._prompt(request)
         samples = []
@@ -136,7 +140,10 @@ class LocalGenerator:
             transcript = Transcript(self.processor.find_tokenizer(), forced, request.stop)
             samples.append(Sample(request, index, prompt, limit, transcript, on_event))
         ticket = Ticket(samples, self._wake.set)
-        self._inbox.put(samples)
+        with self._door:  # after ``close`` nobody looks into the inbox
+            if self._closed:
+                raise RuntimeError("the generator is closed and answers no more requests; make another one")
+            self._inbox.put(samples)
         self._wake.set()
         return ticket
 
@@ -226,7 +233,18 @@ class LocalGenerator:
     def _step(self) -> None:
         self._take_in()
         if not self.scheduler.idle:
-            self.scheduler.step()
+            try:
+                self.scheduler.step()
+            except BaseException as error:
+                self._recover(error)
+                raise
+
+    def _recover(self, error: BaseException) -> None:
+        """Tell everybody who waits, and begin again: slots may not hold what was planned for them."""
+        reported = error if isinstance(error, Exception) else RuntimeError(f"interrupted by {type(error).__name__}")
+        for sample in self.scheduler.reset():
+            cast(OnEvent, sample.on_event)(reported)
+        self.engine.reset()
 
     def start(self) -> None:
         """Drive the engine on a thread from now on."""
@@ -240,21 +258,15 @@ class LocalGenerator:
             try:
                 with self._lock:
                     self._step()
-            except Exception as error:
-                self._fail(error)
-                return
+            except Exception:
+                _log.exception("requests have failed")
             if self.scheduler.idle and self._inbox.empty():
                 self._wake.wait()
 
-    def _fail(self, error: Exception) -> None:
-        """Tell everybody who waits."""
-        self._take_in()
-        for sample in {*self.scheduler.waiting, *filter(None, self.scheduler.owners)}:
-            cast(OnEvent, sample.on_event)(error)
-
     def close(self) -> None:
         """End the thread; requests in flight end with "cancelled"."""
-        self._closed = True
+        with self._door:
+            self._closed = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join()

@@ -159,10 +159,22 @@ class Scheduler:
         Raises:
           RuntimeError: while requests are being answered.
         """
-        if not self.idle:
+        self._drop_cancelled()
+        if self.waiting or any(self.owners):
             raise RuntimeError("the weights cannot change while requests are being answered; wait for their replies")
+        self._pending.clear()
         self._held = [np.zeros(0, np.int64) for _ in self._held]
         self.images = ImagePool(self.engine)
+
+    def reset(self) -> list[Sample]:
+        """Forget everything; returns the samples that will have no reply."""
+        lost = list(dict.fromkeys([*self.waiting, *filter(None, self.owners)]))
+        for sample in lost:
+            sample.finished = True
+        self.waiting.clear()
+        self.owners = [None] * len(self.owners)
+        self.forget()
+        return lost
 
     def step(self) -> None:
         """Admit waiting prompts, run one call of ``decode``, and deal with what an earlier call chose."""
