@@ -28,7 +28,7 @@ LETTERS = {i: dict.fromkeys([*range(64, 90)], 1 / 26) for i in [SEP, *range(64, 
 
 @pytest.fixture(scope="module")
 def generator():
-    return generator_of(markov_model({}), processor(), stop_ids=CONFIG.decoder.stop_ids)
+    return generator_of(markov_model({}), processor(), stop_ids=(EOS, T.pad_id))
 
 
 @pytest.fixture
@@ -46,19 +46,27 @@ def ask(generator):
 # Modes and thoughts.
 
 
-@pytest.mark.parametrize("budget", [0, 1, 2, 7, 8, 9, 20])
-@pytest.mark.parametrize("mode", ["think", "auto"])
+@pytest.mark.parametrize(
+    ("mode", "budget"), [*(("think", n) for n in (0, 1, 2, 3, 4, 5, 20)), *(("auto", n) for n in (1, 2, 3, 4, 5, 20))]
+)
 def test_thought_is_closed_after_its_budget(ask, mode, budget):
     """The thought has as many tokens as the budget, then the closing tag is chosen, and the answer follows."""
     (reply,) = ask(THINKS_ON, mode=mode, thinking_budget=budget, logprobs=0)
     opened = [T.think_id] * (mode == "auto")
-    assert list(reply.ids) == [*opened, *([A, B] * budget)[:budget], T.end_think_id, YES]
-    assert reply.thought == ("ab" * budget)[:budget] and reply.answer == "yes"
+    thought = ([*opened, *[A, B] * budget])[:budget]
+    assert list(reply.ids) == [*thought, T.end_think_id, YES]
+    assert reply.thought == ("ab" * budget)[: budget - len(opened)] and reply.answer == "yes"
     assert reply.mode == "think" and reply.thought_closed and reply.finish_reason == "stop"
-    assert (reply.thought_tokens, reply.answer_tokens) == (len(opened) + budget + 1, 1)
+    assert (reply.thought_tokens, reply.answer_tokens) == (budget + 1, 1)
     assert reply.text == f"<think>{reply.thought}</think>yes"
-    forced = reply.logprobs[reply.ids.index(T.end_think_id)]
-    assert forced.logprob < -50 and reply.logprobs[-1].logprob == pytest.approx(0, abs=1e-4)
+    forced = reply.logprobs[budget]
+    assert forced.id == T.end_think_id and forced.logprob < -50
+    assert reply.logprobs[-1].logprob == pytest.approx(0, abs=1e-4)
+
+
+def test_budget_of_nothing_is_mode_nothink(ask):
+    (reply,) = ask(THINKS_ON | chain([T.nothink_id, YES]), thinking_budget=0)
+    assert (reply.mode, reply.text, reply.thought_tokens, len(reply.ids)) == ("nothink", "yes", 0, 1)
 
 
 def test_budget_counts_sampled_thoughts(ask):
@@ -72,10 +80,10 @@ def test_budget_counts_sampled_thoughts(ask):
 
 
 def test_budget_leaves_thoughts_that_end_earlier(ask):
-    for budget in (None, 3, 50):
+    for budget in (None, 4, 50):
         (reply,) = ask(CLOSES, mode="auto", thinking_budget=budget)
         assert (reply.thought, reply.answer) == ("is it red", "yes circle")
-    (reply,) = ask(CLOSES, thinking_budget=2)
+    (reply,) = ask(CLOSES, thinking_budget=3)
     assert reply.thought == "is it" and reply.thought_tokens == 4
 
 
@@ -168,12 +176,9 @@ def test_answer_that_ends_at_once(ask):
     assert (reply.ids, reply.answer, reply.finish_reason, reply.logprobs) == ((), "", "stop", ())
 
 
-def test_every_stop_token_ends_an_answer():
-    follows = chain([SEP, "what color is the circle", EOS])
-    stop_ids = (EOS, T.encode(" is")[0])
-    generator = generator_of(markov_model(follows), processor(), stop_ids=stop_ids)
-    ((reply,),) = generator.generate([Request("what?")])
-    assert reply.answer == "what color" and reply.finish_reason == "stop"
+def test_every_stop_token_ends_an_answer(ask):
+    (reply,) = ask(chain([SEP, "what color", T.pad_id]))
+    assert reply.answer == "what color" and reply.finish_reason == "stop" and T.pad_id not in reply.ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,20 +225,13 @@ def test_logprobs_are_those_of_the_model(ask):
 def test_counts_and_timings(ask):
     """An image of 8 × 8 pixels is 16 vision tokens."""
     photo = random_image((8, 8), 0)
+    conversations = [[{"role": "user", "content": "<image>" * n + "what?"}] for n in (0, 1, 2)]
     start = time.monotonic()
-    asked = [Request("what?", [photo] * n, mode="think") for n in (0, 1, 2)]
-    replies = ask(CLOSES, *asked)
+    replies = ask(CLOSES, *(Request(c, [photo] * n, mode="think") for n, c in enumerate(conversations)))
     elapsed = time.monotonic() - start
-    assert [reply.image_tokens for reply in replies] == [0, 16, 32]
-    plain = replies[0].prompt_tokens
-    newline = len(T.encode("\nwhat?")) - len(T.encode("what?"))
-    assert plain == len(
-        processor()
-        .encode("what?" and [{"role": "user", "content": "what?"}], mode="think", generation_prompt=True)
-        .tokens
-    )
-    assert replies[1].prompt_tokens > plain + 16 and newline >= 0
-    for reply in replies:
+    prompt = T.encode("<|im_start|>user<|im_sep|>what?<|im_end|><|im_start|>assistant<|im_sep|><think>")
+    for n, reply in enumerate(replies):
+        assert (reply.image_tokens, reply.prompt_tokens) == (16 * n, len(prompt) + 16 * n)
         assert (reply.thought_tokens, reply.answer_tokens, len(reply.ids)) == (4, 2, 6)
         times = reply.timings
         assert min(times.queue, times.prefill, times.decode) >= 0 < times.prefill

@@ -27,7 +27,7 @@ def example_of(parts):
 
 
 def prompt_of(parts, mode) -> Prompt:
-    return Prompt.of(example_of(parts), config_of(mode))
+    return Prompt.from_example(example_of(parts), config_of(mode))
 
 
 def config_of(mode):
@@ -49,7 +49,7 @@ def test_a_prompt_is_cut_anywhere_but_in_an_image_that_sees_itself(given_parts, 
     starts = [i for i, label in enumerate(known) if not (isinstance(label, tuple) and label[1] > 0)]
     for end in range(len(prompt) + 1):
         allowed = range(end + 1) if mode == "causal" else [i for i in [*starts, len(known)] if i <= end]
-        assert prompt.cut(end) == max(allowed)
+        assert prompt.cut_before(end) == max(allowed)
 
 
 @given(parts, parts, modes)
@@ -58,7 +58,7 @@ def test_shared_prefix(first, second, mode):
     prompt, other = prompt_of(first, mode), prompt_of(second, mode)
     a, b = labels(first), labels(second)
     common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    assert prompt.shared(other.identity) == prompt.cut(min(common, len(a) - 1))
+    assert prompt.shared(other.identity) == prompt.cut_before(min(common, len(a) - 1))
     assert prompt.shared(np.zeros(0, np.int64)) == 0
 
 
@@ -67,7 +67,7 @@ def test_span_ends_of_pieces_are_those_of_rows(given_parts, mode, data):
     """For pieces that end where a prompt may be cut, as in the rows that models are trained on."""
     prompt = prompt_of(given_parts, mode)
     want = one_per_row([example_of(given_parts)], config_of(mode)).span_end[0]
-    cuts = {prompt.cut(data.draw(st.integers(0, len(prompt)))) for _ in range(3)} | {0, len(prompt)}
+    cuts = {prompt.cut_before(data.draw(st.integers(0, len(prompt)))) for _ in range(3)} | {0, len(prompt)}
     ordered = sorted(cuts)
     found = [prompt.span_end(start, end) for start, end in itertools.pairwise(ordered)]
     np.testing.assert_array_equal(np.concatenate(found), want)

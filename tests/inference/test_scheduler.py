@@ -36,7 +36,7 @@ class Asked:
     def __init__(self, ids, images, config, index=0, **settings) -> None:
         self.ids, self.images = ids, images
         self.request = Request(expand(ids, images), **settings)
-        self.prompt = Prompt.of(self.request.messages, config)
+        self.prompt = Prompt.from_example(self.request.messages, config)
         self.limit = self.request.max_new_tokens
         self.events: list = []
         transcript = Transcript(None, None, ())

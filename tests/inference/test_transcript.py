@@ -19,15 +19,15 @@ def spoken(transcript, ids):
     pieces = {"thought": [], "answer": []}
     for token in ids:
         transcript.add(token)
-        for kind, text in transcript.take(final=transcript.stopped):
+        for kind, text in transcript.new_text(final=transcript.stopped):
             assert text
             pieces[kind].append(text)
         if transcript.stopped:
             break
     else:
-        for kind, text in transcript.take(final=True):
+        for kind, text in transcript.new_text(final=True):
             pieces[kind].append(text)
-    assert transcript.take(final=True) == []
+    assert transcript.new_text(final=True) == []
     assert "".join(pieces["thought"]) == transcript.thought.text
     assert "".join(pieces["answer"]) == transcript.answer.text
     return pieces
@@ -82,7 +82,7 @@ def test_characters_appear_when_their_last_byte_does():
     found = []
     for token in T.encode("x😀é"):
         transcript.add(token)
-        found.append("".join(text for _, text in transcript.take()))
+        found.append("".join(text for _, text in transcript.new_text()))
     assert found == ["x", "", "", "", "😀", "", "é"]
 
 
@@ -91,7 +91,7 @@ def test_white_space_waits_for_what_follows():
     found = []
     for token in (T.encode(c)[0] for c in " a \nb "):
         transcript.add(token)
-        found.append("".join(text for _, text in transcript.take()))
+        found.append("".join(text for _, text in transcript.new_text()))
     assert found == ["", "a", "", "", " \nb", ""]
 
 
@@ -100,7 +100,7 @@ def test_stop_texts_are_held_back_while_they_may_come():
     found = []
     for token in (T.encode(c)[0] for c in "xababx"):
         transcript.add(token)
-        found.append("".join(text for _, text in transcript.take()))
+        found.append("".join(text for _, text in transcript.new_text()))
     assert found == ["x", "", "", "ab", "", "abx"]
 
 
@@ -121,4 +121,4 @@ def test_without_a_tokenizer_there_is_no_text(mode):
     transcript = Transcript(None, mode, ("a",))
     for token in range(5):
         transcript.add(token)
-    assert transcript.take(final=True) == [] and transcript.ids == list(range(5)) and not transcript.stopped
+    assert transcript.new_text(final=True) == [] and transcript.ids == list(range(5)) and not transcript.stopped
