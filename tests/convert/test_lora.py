@@ -187,6 +187,14 @@ def test_read_params_merges_onto_shardings(step: Path, params_of_step: Any) -> N
         np.testing.assert_allclose(leaf.astype(np.float32), want[path], 1.001 * 2**-8, atol=1e-6)
 
 
+def test_int8_is_that_of_merged_kernels(step: Path, params_of_step: Any) -> None:
+    module = phivision_jax.load(step, weights="int8")[0].split()[1]["decoder"]["layers"]["mlp"]["up_proj"]
+    want = lora.merge(params_of_step, LORA)["decoder"]["layers"]["mlp"]["up_proj"]["kernel"]
+    scale = np.asarray(module["scale"])[:, None]
+    assert module["kernel"].dtype == np.int8
+    assert (np.abs(module["kernel"] * scale - want) <= 0.51 * scale).all()
+
+
 def test_adapters_need_rank_and_alpha_in_metadata(checkpoint: Path, tmp_path: Path, run: Run) -> None:
     for run_meta in ({}, {"lora": None}):
         edit_meta(checkpoint, run=run_meta)

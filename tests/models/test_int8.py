@@ -1,5 +1,10 @@
 """Matrices in int8: their values by hand, and what a model with them refuses."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +17,9 @@ from phivision_jax.models.layers import Linear
 from phivision_jax.rows import batch_from_ids
 from phivision_jax.training.loss import batch_loss
 from tests.support.batches import TINY
+from tests.support.int8_decode import MATRIX
 from tests.support.parameter_trees import flatten
+from tests.support.paths import ROOT
 
 
 @pytest.mark.parametrize("xp", [np, jnp])
@@ -68,3 +75,12 @@ def test_quantised_layer_is_near_the_layer():
     largest = 0.5 * layer.scale[...] * jnp.abs(x).sum(-1)[..., None, None]
     error = jnp.abs(layer(x) - exact)
     assert (error <= largest * 1.001 + 1e-6).all() and float(error.max()) > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu exists for Linux on x86-64")
+def test_tpu_program_holds_no_matrix_in_bf16():
+    settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.support.int8_decode"]
+    run = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 2 * MATRIX

@@ -1,0 +1,37 @@
+"""Bytes of temporaries of a decoding program with int8 weights, compiled for a TPU that is not attached.
+
+``python -m tests.support.int8_decode``: a process of its own, as the TPU compiler may abort it.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+
+from phivision_jax import sharding
+from phivision_jax.inference.engine import Engine
+from phivision_jax.models import phivision
+from tests.support.batches import TINY
+
+WIDE = dataclasses.replace(
+    TINY.decoder, vocab_size=32_768, hidden_size=4096, intermediate_size=20_480, num_heads=32, num_kv_heads=2
+)
+CONFIG = dataclasses.replace(TINY, decoder=WIDE)
+MATRIX = 4096 * 20_480
+"""Numbers in a matrix of the MLP: in bf16 they do not fit into the chip's vector memory, which is no temporary."""
+
+
+def temporaries() -> int:
+    mesh = sharding.make_mesh({}, topologies.get_topology_desc("v5e:2x2", "tpu").devices[:1])
+    graphdef, state = phivision.abstract(CONFIG, dtype=jnp.bfloat16, weights="int8")
+    params = sharding.abstract(nnx.to_pure_dict(state), sharding.param_shardings(state, mesh), jnp.bfloat16)
+    model = phivision.merge(graphdef, params)
+    engine = Engine(model, slots=8, length=256, chunk=128, pool=64, cache_dtype=jnp.bfloat16)
+    shape = next(shape for shape in engine.shapes() if shape.program == "decode")
+    compiled = engine.lower(shape, engine.example_arguments(shape)).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    print(temporaries())
