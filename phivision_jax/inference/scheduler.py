@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
 from phivision_jax.inference.engine import Engine, smallest
@@ -227,7 +226,7 @@ class Scheduler:
         chosen = self.engine.admit(row)
         self.counts["prefilled_tokens"] += sum(piece.end - piece.start for piece in pieces)
         if any(ends):
-            self._pending.append((ends, jax.tree.map(lambda x: x[None], chosen), None))
+            self._pending.append((ends, chosen, None))
         return True
 
     def _plan(self, slots: range, images: dict[int, int]) -> list[Piece]:
@@ -325,16 +324,21 @@ class Scheduler:
     # -- results ------------------------------------------------------------------------------------------------------
 
     def _process(self, owners: list[Sample | None], chosen: Any, valid: Any) -> None:
-        """Give chosen tokens [n, B] to the samples that they belong to."""
+        """Give chosen tokens [n, B] to the samples that they belong to; [B] without ``valid``, after a prefill."""
+
+        def fetch(x: Any) -> np.ndarray:
+            # On the host, as every shape of an operation on device arrays would compile a program.
+            return np.asarray(x) if valid is not None else np.asarray(x)[None]
+
         waiting_for = [(b, sample) for b, sample in enumerate(owners) if sample and not sample.finished]
         if not waiting_for:
             return
-        tokens, logprobs = np.asarray(chosen.token), np.asarray(chosen.logprob)
-        valid = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid)
+        tokens, logprobs = fetch(chosen.token), fetch(chosen.logprob)
+        used = np.ones(tokens.shape, bool) if valid is None else np.asarray(valid)
         wanted = any(sample.request.logprobs for _, sample in waiting_for)
-        top = (np.asarray(chosen.top_ids), np.asarray(chosen.top_logprobs)) if wanted else None
+        top = (fetch(chosen.top_ids), fetch(chosen.top_logprobs)) if wanted else None
         for b, sample in waiting_for:
-            for i in np.flatnonzero(valid[:, b]):
+            for i in np.flatnonzero(used[:, b]):
                 likely: tuple[tuple[int, float], ...] = ()
                 if top and sample.request.logprobs:
                     likely = tuple(zip(top[0][i, b].tolist(), top[1][i, b].tolist(), strict=True))
