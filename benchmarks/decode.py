@@ -18,8 +18,8 @@ refilling       What continuous batching alone brings: a smaller model on our en
                 once with 16 at a time. Lengths of answers are log-uniform.
 
 Compilation is not part of these times. Its seconds are reported: of all programs that requests can need, without a
-cache. When the peer's slowest turn takes ``MOST_SPREAD`` of its fastest or more, other work used the cores; a message
-reports it, and ``at_rest`` is false.
+cache. When the other side's slowest turn takes ``MOST_SPREAD`` of its fastest or more, other work used the cores; a
+message reports it, and ``at_rest`` is false.
 """
 
 from __future__ import annotations
@@ -234,9 +234,9 @@ def main(
     for one in compiled:
         print("compiled {programs} programs in {compile_seconds:.0f} s ({model}, {dtype}, {slots} slots)".format(**one))
     load["after"] = os.getloadavg()  # includes this benchmark
-    spread = max(max(row.other) / min(row.other) for row in rows if row.work.startswith("batch"))
+    spread = max((max(row.other) / min(row.other) for row in rows), default=1.0)
     if spread >= MOST_SPREAD:
-        print(f"the peer's slowest turn took {spread:.2f} of its fastest: run again on a machine at rest")
+        print(f"the other side's slowest turn took {spread:.2f} of its fastest: run again on a machine at rest")
     if out:
         written = {
             "cpu": cpu_name(),

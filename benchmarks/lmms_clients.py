@@ -46,10 +46,10 @@ def write_records(directory: Path, count: int) -> list[dict[str, Any]]:
 
     def image() -> tuple[str, str]:
         width, height, colour = rng.randrange(40, 200), rng.randrange(40, 200), rng.choice(COLOURS)
-        drawn = Image.new("RGB", (width, height), "white")
-        ImageDraw.Draw(drawn).ellipse((width // 8, height // 8, width * 7 // 8, height * 7 // 8), colour)
+        canvas = Image.new("RGB", (width, height), "white")
+        ImageDraw.Draw(canvas).ellipse((width // 8, height // 8, width * 7 // 8, height * 7 // 8), colour)
         path = directory / f"{len(list(directory.glob('*.png')))}.png"
-        drawn.save(path)
+        canvas.save(path)
         return str(path), colour
 
     first, second = image(), image()
