@@ -28,6 +28,7 @@ from phivision_jax.serving.protocol import ApiError
 _log = logging.getLogger("phivision.serve")
 _PAGE = Path(__file__).parent / "page"
 _HEADERS = {
+    "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Cross-Origin-Resource-Policy": "same-origin",

@@ -29,6 +29,7 @@ from phivision_jax.serving.protocol import ApiError, Chat, Limits, read_chat
 
 _log = logging.getLogger("phivision.serve")
 _WORKERS = 2  # threads that decode images: each may need the memory of one
+_POLL_S = 0.25  # between two looks at a connection
 _MAX_WARNINGS = 100  # names of ignored fields that are remembered
 DETAILS = "phivision.details"
 """Key of an ASGI scope: a list of texts for the log line of the request."""
@@ -50,7 +51,7 @@ class Exchange:
         self._cancelled = False
 
     def submit(self, generator: LocalGenerator, request: Request) -> None:
-        """Hand the request to the engine; called on a worker thread, since images are decoded here."""
+        """Hand the request to the engine; called on a worker thread."""
         if not self._cancelled:
             self._ticket = generator.submit(request, self._put)
         if self._cancelled:  # meanwhile, when there was no ticket yet
@@ -67,29 +68,23 @@ class Exchange:
             self._loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 
-async def while_connected[T](receive: Receive, work: Awaitable[T]) -> T:
-    """The result of work, which is cancelled as soon as the client disconnects.
+async def while_connected[T](http: HTTPRequest, work: Awaitable[T]) -> T:
+    """The result of work, which is cancelled when the client disconnects.
 
     Args:
-      receive: ASGI's, after the body has been read.
+      http: a request whose body has been read.
 
     Raises:
       ClientDisconnect: if it did.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
+        while not (await asyncio.wait({task}, timeout=_POLL_S))[0]:
+            if await http.is_disconnected():
+                raise ClientDisconnect
         return task.result()
     finally:
         task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 @dataclasses.dataclass
@@ -115,13 +110,15 @@ class Chats:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         metrics, samples, exchange, begun = self.metrics, 1, Exchange(), time.monotonic()
+        http, loop = HTTPRequest(scope, receive), asyncio.get_running_loop()
         if metrics.in_flight >= self._capacity:
             raise ApiError(429, "the queue is full: try again later", "queue_full")
         metrics.in_flight += samples
-        timer = asyncio.get_running_loop().call_later(self.limits.max_seconds, exchange.cancel)
+        timer = loop.call_later(self.limits.max_seconds, exchange.cancel)
         try:
-            body = await self._body(HTTPRequest(scope, receive))
-            chat = await while_connected(receive, self._submit(body, exchange))
+            body = await self._body(http)
+            prepared = loop.run_in_executor(self._workers, self._prepare, body, exchange)
+            chat = await while_connected(http, prepared)
             metrics.in_flight += chat.request.n - samples
             samples = chat.request.n
             scope[DETAILS].append(chat)
@@ -129,7 +126,7 @@ class Chats:
             if chat.stream:
                 response: Response = StreamingResponse(_pieces(chat, events), media_type="text/event-stream")
             else:
-                response = JSONResponse(await while_connected(receive, _completion(chat, events)))
+                response = JSONResponse(await while_connected(http, _completion(chat, events)))
             await response(scope, receive, send)
         finally:
             timer.cancel()
@@ -152,16 +149,14 @@ class Chats:
             raise ApiError(408, f"the request did not arrive within {seconds:g} seconds") from None
         return bytes(body)
 
-    async def _submit(self, body: bytes, exchange: Exchange) -> Chat:
-        def work() -> Chat:
+    def _prepare(self, body: bytes, exchange: Exchange) -> Chat:
+        """Read the request and submit it; on a worker thread, since JSON and images take a while."""
+        try:
             chat = read_chat(body, self.name, self.limits, self.token_text, self._warn)
             exchange.submit(self.generator, chat.request)
-            return chat
-
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._workers, work)
         except ValueError as error:  # also of the engine: the prompt is too long, or an image is damaged
             raise ApiError(400, str(error)) from None
+        return chat
 
     def _warn(self, field: str) -> None:
         if field not in self._warned and len(self._warned) < _MAX_WARNINGS:

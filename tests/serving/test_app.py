@@ -24,7 +24,7 @@ ASK = {"model": "tiny", "messages": [{"role": "user", "content": "What colour is
 
 
 def client(address: str, **settings) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, **settings)
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60, **settings)
 
 
 def with_images(*contents: bytes):
@@ -307,7 +307,7 @@ def test_full_queue(slow):
 def test_samples_count_for_the_queue(slow):
     with served(slow, Limits(max_queue=2)) as address, client(address) as api:
         connection = post(address, json.dumps({**ASK, "n": 3}).encode())
-        wait_until(lambda: len(slow.submitted) == 1)
+        wait_until(lambda: "phivision_samples_in_flight 3" in get(address, "/metrics")[2])
         with pytest.raises(openai.RateLimitError):
             api.chat.completions.create(**ASK)
         connection.close()
