@@ -56,9 +56,6 @@ def serve(
     from phivision_jax.serving.app import create_app
     from phivision_jax.serving.chats import Chats
 
-    def fail() -> None:
-        server.should_exit = True
-
     def token_text(index: int) -> str:
         # A vocabulary padded beyond its tokenizer has ids without a text.
         known = index < processor.tokenizer.vocab_size
@@ -72,7 +69,7 @@ def serve(
             with progress.bar("compile", len(generator.engine.shapes())) as advance:
                 generator.warm_up(advance)
         generator.start()
-        chats = Chats(generator, name or checkpoint.rstrip("/").rpartition("/")[2], token_text, limits, fail)
+        chats = Chats(generator, name or checkpoint.rstrip("/").rpartition("/")[2], token_text, limits)
         settings: dict[str, Any] = {"loop": "asyncio", "http": "h11", "ws": "none", "lifespan": "off"}
         settings |= {"log_config": None, "log_level": "critical", "timeout_graceful_shutdown": shutdown_seconds}
         server = uvicorn.Server(uvicorn.Config(create_app(chats, hosts), **settings))
@@ -81,5 +78,3 @@ def serve(
         print(f"{chats.name}: a page at {address}, the API at {address}/v1; Ctrl-C ends the server", flush=True)
         with contextlib.closing(generator), contextlib.suppress(KeyboardInterrupt):
             server.run([listening])  # after its shutdown it raises the signal again
-    if chats.failure:
-        raise chats.failure

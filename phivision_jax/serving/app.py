@@ -45,7 +45,7 @@ def create_app(chats: Chats, hosts: Collection[str] = ()) -> ASGIApp:
     """
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"status": "failed" if chats.failure else "ok"}, 503 if chats.failure else 200)
+        return JSONResponse({"status": "failed" if chats.failed else "ok"}, 503 if chats.failed else 200)
 
     async def metrics(_: Request) -> Response:
         return PlainTextResponse(chats.metrics.text(chats.generator.stats()))

@@ -97,10 +97,8 @@ class Chats:
     token_text: Callable[[int], str]
     """Text of a token id, for log-probabilities."""
     limits: Limits = Limits()
-    on_failure: Callable[[], None] = lambda: None
-    """Called when the engine has failed, after which nothing can be answered."""
-    failure: Exception | None = None
-    """The error that ended the engine."""
+    failed: bool = False
+    """The engine's last request ended with an error."""
 
     def __post_init__(self) -> None:
         self.metrics = Metrics()
@@ -167,15 +165,14 @@ class Chats:
         """Events until all samples have ended.
 
         Raises:
-          ApiError: when the engine has failed, or a sample was cancelled before its first token.
+          ApiError: when the engine failed, or a sample was cancelled before its first token.
         """
         while len(chat.replies) < chat.request.n:
             event = await exchange.events.get()
+            self.failed = isinstance(event, Exception)
             if isinstance(event, Exception):
-                _log.error("the engine has failed: %s", event)
-                self.failure = event
-                self.on_failure()
-                raise ApiError(500, "the engine of this server has failed")
+                _log.error("the engine failed", exc_info=event)
+                raise ApiError(500, "the engine of this server failed; its log has the details")
             if isinstance(event, Reply):
                 chat.replies.append(event)
                 self.metrics.observe(event)

@@ -314,7 +314,7 @@ def test_samples_count_for_the_queue(slow):
 
 
 def test_time_limit_returns_what_there_is(slow):
-    with served(slow, Limits(max_seconds=0.2)) as address, client(address) as api:
+    with served(slow, Limits(max_seconds=1)) as address, client(address) as api:
         reply = api.chat.completions.create(**ASK)
         assert reply.choices[0].finish_reason == "length" and reply.choices[0].message.content.startswith("word word")
         *_, last = api.chat.completions.create(**ASK, stream=True)
@@ -346,13 +346,16 @@ def test_reader_that_stops_is_disconnected_and_others_are_not():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_failure_of_the_engine(stream, caplog):
-    failed = FakeGenerator(fails=True)
-    failures: list[int] = []
-    with served(failed, on_failure=lambda: failures.append(1)) as address, client(address) as api:
+    """It ends the requests that it has; health is restored by the next answer."""
+    engine = FakeGenerator(fails=True)
+    with served(engine) as address, client(address) as api:
         with pytest.raises(openai.APIError, match="engine") as caught:
             list(api.chat.completions.create(**ASK, stream=stream))
-        assert "device" not in str(caught.value) and failures and "the device is gone" in caplog.text
+        assert "device" not in str(caught.value) and "the device is gone" in caplog.text
         assert get(address, "/health")[0] == 503
+        engine.fails = False
+        assert api.chat.completions.create(**ASK).choices
+        assert get(address, "/health")[0] == 200
 
 
 def test_fault_of_the_server_is_an_error_of_the_api(fake, monkeypatch, caplog):

@@ -31,10 +31,9 @@ def served(
     generator: LocalGenerator,
     limits: Limits = Limits(),  # noqa: B008
     hosts: Collection[str] = (),
-    on_failure: Callable[[], None] = lambda: None,
 ) -> Iterator[str]:
     """The address of a server with the model "tiny"; token i has the text "<i>"."""
-    app = create_app(Chats(generator, "tiny", lambda i: f"<{i}>", limits, on_failure), hosts)
+    app = create_app(Chats(generator, "tiny", lambda i: f"<{i}>", limits), hosts)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         config = uvicorn.Config(app, loop="asyncio", http="h11", ws="none", log_config=None, log_level="critical")
         server = uvicorn.Server(config)
