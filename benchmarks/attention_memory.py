@@ -120,7 +120,7 @@ def compile_layer(form: Loss, mesh: Any, batch: int, length: int, extra: list) -
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "Mosaic" not in str(error):
                 raise
-            needed = memory.needed(str(error), held=0)
+            needed = memory.needed(str(error))
             return None, needed / MIB if needed else None
     assert sums is not None
     return sums.temp_size_in_bytes / MIB, None

@@ -6,7 +6,7 @@ import json as json_library
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -27,8 +27,10 @@ def preflight(
     generate: bool = False,
     search: bool = False,
     low_effort: bool = False,
-    prompt: int = 4096,
-    new_tokens: int = 1024,
+    length: int = 4096,
+    slots: int | None = None,
+    weights: Literal["int8"] | None = None,
+    cache: Literal["bfloat16", "int8"] = "bfloat16",
     json: Annotated[Path | None, arg(metavar="FILE")] = None,
     plot: Annotated[Path | None, arg(metavar="FILE")] = None,
     set: Annotated[tuple[str, ...], arg(metavar="FIELD=VALUE")] = (),
@@ -45,13 +47,16 @@ def preflight(
         topology: TPU slice, by its XLA name (v5p:4x4x8, v5e:16x16, v6e:16x16) or Cloud name (v5p-256, v5e-8, v6e-8;
             v4, v5p and tpu7x count TensorCores, two per chip).
         slices: Number of such slices.
-        generate: Compile generation instead of training; report weights, KV cache, a batch that fits, time per token.
+        generate: Compile the programs of generation instead of training; report the most slots that fit, copies of the
+            KV cache, bytes that each token reads, and modelled times.
         search: Try several meshes, remat policies and microbatches, and report the fastest that fits. With --json, the
             file has what was tried and the best so far at any time.
         low_effort: Compile quickly; the program overlaps less communication or none, and may need a tenth more or less
             memory.
-        prompt: Length of a prompt in tokens, image included, with --generate.
-        new_tokens: Length of an answer in tokens, with --generate.
+        length: Tokens of a slot, prompt and answer together, with --generate.
+        slots: Sequences at the same time, with --generate; default: the most that fit.
+        weights: Form of the weights, with --generate; default: bfloat16.
+        cache: Dtype of keys and values, with --generate.
         json: File to which the report is also written, as JSON, with configuration, changes and versions.
         plot: PNG file for a figure of memory and step time; default: next to the file of --json, if there is one.
         set: Change fields of the configuration, as in data.batch_rows=512 remat=full.
@@ -85,7 +90,7 @@ def preflight(
             atomic.write(json, json_library.dumps(given_as | found, indent=1) + "\n", durable=False)
 
     if generate:
-        found = _generate(cfg, where, prompt, new_tokens)
+        found = _generate(cfg, where, low_effort, (length, slots, weights, cache))
     else:
         found = _search(cfg, where, record) if search else _train(cfg, where, low_effort)
         print(step_report.text(found))
@@ -136,19 +141,29 @@ def _flags(report: Mapping[str, Any]) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in best.items())
 
 
-def _generate(cfg: ResolvedConfig, where: Topology, prompt: int, new_tokens: int) -> dict[str, Any]:
+def _generate(
+    cfg: ResolvedConfig, where: Topology, low_effort: bool, sizes: tuple[int, int | None, str | None, str]
+) -> dict[str, Any]:
     from phivision_jax.preflight import compiling, generation
 
     if where.slices > 1:
         raise ValueError("--generate takes one slice: further slices are replicas of it")
 
-    def attempt(planned: Mapping[str, Any]) -> dict[str, Any]:
-        title = f"compiling for {planned['batch_rows']:,} prompts"
-        return compiling.run_worker(title, compiling.generate_facts, cfg, where, planned)
+    def attempt(planned: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        facts = dict[str, dict[str, Any]]()
+        for program in ("admit", "decode"):
+            title = f"compiling {program} for {planned['slots']:,} slots"
+            facts[program] = compiling.run_worker(
+                title, compiling.generate_facts, cfg, where, planned, program, low_effort
+            )
+            if not facts[program]["fits"]:
+                break
+        return facts
 
-    found = generation.confirm(generation.plan(cfg, where, prompt, new_tokens), where, attempt)
+    chosen = generation.plan(cfg, where, *sizes)
+    found = (generation.largest if sizes[1] is None else generation.checked)(chosen, where, attempt)
     try:
-        found |= generation.times(cfg, where, found)
+        found |= generation.times(cfg, where, found) if found["fits"] else {}
     except ValueError as error:
         found["not_modelled"] = str(error)
     print(generation.text(found))

@@ -84,12 +84,13 @@ class Engine:
         end_think_id: int = -1,
         steps: int = 4,
     ) -> None:
-        keep_compiled_programs()
         self.config, self.length, self.steps = model.config, length, steps
         graphdef, params = model.split()
         self.mesh = sharding.mesh_of(params)
         leaf = jax.tree.leaves(params)[0]
         self.absent = isinstance(leaf, jax.ShapeDtypeStruct)
+        if not self.absent:
+            keep_compiled_programs()
         self.platform = platform_of(leaf)
         separate = self.platform == "cpu"
         layer = nnx.split(model.decoder.layers, nnx.Param)[0] if separate else None

@@ -27,14 +27,14 @@ from phivision_jax import sharding
 from phivision_jax.batch import batch_spec
 from phivision_jax.hardware.compiler_options import LOW_EFFORT, compiler_options
 from phivision_jax.hardware.topology import Topology
-from phivision_jax.inference.generate import generate_tokens
+from phivision_jax.inference.engine import Engine
+from phivision_jax.inference.local import CHUNK, IMAGE_BYTES
 from phivision_jax.io.messages import shorten
 from phivision_jax.io.progress import bar
 from phivision_jax.models import phivision
-from phivision_jax.preflight import hlo, memory
+from phivision_jax.preflight import hlo, memory, traffic
 from phivision_jax.preflight.collectives import axes_of, collectives, wire_bytes
 from phivision_jax.preflight.matmuls import matmul_flops
-from phivision_jax.rows import row_shape
 from phivision_jax.training.run_config import ResolvedConfig
 from phivision_jax.training.step import make_train_step
 
@@ -139,27 +139,48 @@ def train_facts(advance: Advance, cfg: ResolvedConfig, where: Topology, low_effo
     return facts | {"matmul_flops": matmul_flops(module), "collectives": found}
 
 
-def generate_facts(advance: Advance, cfg: ResolvedConfig, where: Topology, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Compile prefill and decoding of a batch of prompts, weights in bf16.
+def generate_facts(
+    advance: Advance, cfg: ResolvedConfig, where: Topology, plan: Mapping[str, Any], program: str, low_effort: bool
+) -> dict[str, Any]:
+    """Compile a program of the engine in its largest shape.
 
     Args:
-      plan: ``mesh``, ``batch_rows``, ``prompt`` and ``new_tokens`` (``generation.plan``).
+      plan: ``mesh``, ``slots``, ``length``, ``weights`` and ``cache`` (``generation.plan``).
+      program: "admit", which prefills, or "decode".
 
     Returns:
-      ``fits``, ``compile_seconds``, ``memory``, ``buffers`` and ``peak_bytes``, as in ``train_facts``. Products and
-      collectives are not counted: the number of new tokens, and so of trips, depends on the data.
+      ``fits``, ``compile_seconds``, ``memory``, ``buffers`` and ``peak_bytes``, as in ``train_facts``. Of a program
+      that fits also ``temporary_bytes``; of "decode" ``moved_bytes`` and ``wire_bytes`` per token of each slot, and
+      ``copies``, the instructions that write as much as the keys of a layer of the cache.
     """
-    mesh = sharding.make_mesh(plan["mesh"], devices_of(where))
-    graphdef, state = phivision.abstract(cfg.model, dtype=jnp.bfloat16)
-    shape = row_shape(cfg.model, plan["prompt"], num_patches=min(cfg.model.max_patches, plan["prompt"]))
-    batch = batch_spec(plan["batch_rows"], shape, cfg.model.vision.patch_dim)
-    batch = sharding.abstract(batch, sharding.row_sharding(mesh))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    with jax.set_mesh(mesh), sharding.override_rules(cfg.rules):
-        params = sharding.abstract(nnx.to_pure_dict(state), sharding.param_shardings(state, mesh), jnp.bfloat16)
-        lowered = generate_tokens.lower(graphdef, params, batch, key, plan["new_tokens"], (-1,), 0.0, 1.0)
-    facts, _ = _compile(advance, lowered, {"parameters": params, "batch": batch}, LOW_EFFORT)
-    return facts
+    mesh = sharding.make_mesh(plan["mesh"], devices_of(where)[: math.prod(plan["mesh"].values())])
+    graphdef, params = phivision.abstract(cfg.model, dtype=jnp.bfloat16, weights=plan["weights"])
+    with sharding.override_rules(cfg.rules), sharding.generation_rules(cfg.model, mesh):
+        placed = sharding.abstract(nnx.to_pure_dict(params), sharding.param_shardings(params, mesh), jnp.bfloat16)
+    engine = Engine(
+        phivision.merge(graphdef, placed),
+        slots=plan["slots"],
+        length=plan["length"],
+        chunk=CHUNK,
+        pool=IMAGE_BYTES // (cfg.model.decoder.hidden_size * 2),
+        cache_dtype=jnp.dtype(plan["cache"]),
+        stop_ids=cfg.model.decoder.stop_ids,
+    )
+    shape = [shape for shape in engine.shapes() if shape.program == program][-1]
+    lowered = engine.lower(shape, engine.example_arguments(shape))
+    cache, *rest = engine.state
+    arguments = {"weights": engine.weights, "cache": cache, "vision tokens": rest}
+    # Of "admit" only the memory is of interest, for which low effort gives an upper bound.
+    options = LOW_EFFORT if low_effort or program == "admit" else {}
+    facts, module = _compile(advance, lowered, arguments, options)
+    if module is None or program == "admit":  # how often its loops run depends on the prompts
+        return facts
+    layer = _bytes(cache.k, per_device=True) // cfg.model.decoder.num_layers
+    return facts | {
+        "moved_bytes": traffic.moved_bytes(module) / engine.steps,
+        "wire_bytes": sum(wire_bytes(one) * one.times for one in collectives(module)) / engine.steps,
+        "copies": traffic.large_results(module, layer),
+    }
 
 
 def devices_of(where: Topology) -> Sequence[Any]:
@@ -194,12 +215,12 @@ def _compile(
                 raise
         facts |= {"compile_seconds": time.monotonic() - start, "fits": compiled is not None}
         if compiled is None:
-            needed = memory.needed(failure, sum(facts["memory"].values()))
-            return facts | {"peak_bytes": needed, "buffers": memory.allocations(failure)[:12]}, None
+            return facts | {"peak_bytes": memory.needed(failure), "buffers": memory.allocations(failure)[:12]}, None
         advance()
         module = hlo.parse(compiled.as_text())
         buffers = memory.peak_buffers(*memory.dumped(Path(tables), module.name), memory.op_names(module))
     sums = compiled.memory_analysis()
+    facts["temporary_bytes"] = sums.temp_size_in_bytes
     held = sums.argument_size_in_bytes + sums.output_size_in_bytes - sums.alias_size_in_bytes
     on_device = held + sums.temp_size_in_bytes + sums.generated_code_size_in_bytes
     # The peak includes what is offloaded to the host; the device never holds more than its own sums.

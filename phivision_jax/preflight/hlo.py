@@ -75,7 +75,8 @@ class Module:
         """Number of times a ``while`` runs its body.
 
         XLA:CPU prints the trips beside the loop. For TPUs they follow from the single constant in the loop's condition,
-        since the counter of a scan starts at 0, and from the body's increment (2 for a loop unrolled by two).
+        or the one that something is less than, since the counter of a scan starts at 0, and from the body's increment
+        (2 for a loop unrolled by two).
 
         Raises:
           ValueError: when the condition does not have exactly one constant.
@@ -83,8 +84,10 @@ class Module:
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return int(match[1])
         condition = self.computations[loop.attribute("condition")]
-        called = [x for one in condition for name in one.called for x in self.computations.get(name, [])]
-        texts = [x.rest for x in (*condition, *called) if x.opcode == "constant"]
+        every = [x for one in condition for name in one.called for x in self.computations.get(name, [])] + condition
+        limits = {name for x in every if x.opcode == "compare" and "direction=LT" in x.rest for name in x.operands}
+        found = [x for x in every if x.opcode == "constant"]
+        texts = [x.rest for x in [x for x in found if x.name in limits] or found]
         constants = {int(match[1]) for match in map(re.compile(r"(\d+)\)").match, texts) if match}
         if len(constants) != 1:
             raise ValueError(

@@ -143,12 +143,10 @@ def allocations(error: str) -> list[Buffer]:
     return sorted(table, key=lambda buffer: -buffer.bytes)
 
 
-def needed(error: str, held: int) -> int | None:
+def needed(error: str) -> int | None:
     """Bytes that a program would have needed, from an out-of-memory message; None where it has no sum.
 
-    Args:
-      held: bytes of the program's arguments, for the early message, which counts only temporaries.
+    The early message calls the sum one of temporaries, but arguments are in it.
     """
-    late = re.search(r"Used ([\d.]+[BKMG]) of [\d.]+[BKMG] hbm", error)
-    match = late or re.search(r"temporaries \(([\d.]+[BKMG])\) exceeds", error)
-    return _bytes(match[1]) + (0 if late else held) if match else None
+    match = re.search(r"Used ([\d.]+[BKMG]) of [\d.]+[BKMG] hbm|temporaries \(([\d.]+[BKMG])\) exceeds", error)
+    return _bytes(match[1] or match[2]) if match else None

@@ -134,7 +134,7 @@ def verdict(r: Mapping[str, Any]) -> str:
         return "DOES NOT FIT: offloads more than the chip's share of its host's memory; choose a remat without offload"
     if not r["fits"]:
         over = f"peak {_gib(peak)} of {_gib(hbm)} a chip, {_gib(max(peak - hbm, 0))} too much"
-        remedy = "fewer tokens" if "new_tokens" in r else "microbatches or recompute, or try --search"
+        remedy = "int8, fewer slots or fewer tokens" if "slots" in r else "microbatches or recompute, or try --search"
         return f"DOES NOT FIT: {over}; use more chips, {remedy}"
     free = r.get("free_share", 1 - peak / hbm)
     few = "" if free >= MARGIN else f"; less than {MARGIN:.0%}, which the runtime may need"

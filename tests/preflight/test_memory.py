@@ -177,7 +177,7 @@ def test_allocations():
 
 def test_needed_from_either_message():
     late = "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
-    assert needed(late, held=7) == 20.5 * 2**30
+    assert needed(late) == 20.5 * 2**30
     early = "RESOURCE_EXHAUSTED: the program's temporaries (512.0M) exceeds"
-    assert needed(early, held=7) == 7 + 512 * 2**20
-    assert needed("RESOURCE_EXHAUSTED: something else", held=7) is None
+    assert needed(early) == 512 * 2**20
+    assert needed("RESOURCE_EXHAUSTED: something else") is None

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
@@ -142,4 +143,8 @@ def _attend(q: Float[Array, "*B K G H"], keys: KV, visible: jax.Array, state: tu
 
 
 def _per_key(scale: Float[Array, "*B K S 1"]) -> Float[Array, "*B K 1 S"]:
+    if target_device().platform == "tpu":
+        # Of one layer, in the order of the cache: TPUs multiply in another one, to which the compiler would otherwise
+        # copy the scales of all layers at each call.
+        scale = with_layout_constraint(scale, Layout((0, 1, 3, 2)))
     return jnp.swapaxes(scale, -1, -2)
