@@ -213,16 +213,15 @@ def demo(run: Path, data: Path, examples: int) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The table of the documentation."""
+    """The table of the documentation: at the tokens of answers."""
     rows = []
-    for title, kinds in (("demo", ("answers",)), ("SmolLM2-135M", ("answers", "text"))):
-        for name, found in results.get(title, {}).items():
-            for kind in kinds if name != "fp32" else ():
-                one = found[kind]
-                where = f"{title}, {kind} ({one['tokens']:,} tokens)"
-                answer = f"{found['same_answer']:.1%}" if kind == "answers" and "same_answer" in found else ""
-                numbers = f"{one['kl_mean']:.1e}", f"{one['kl_99']:.1e}", f"{one['same_top']:.2%}"
-                rows.append((where, name, *numbers, answer))
+    for title, forms in results.items():
+        for name, found in forms.items():
+            one = found["answers"]
+            numbers = f"{one['kl_mean']:.1e}", f"{one['kl_99']:.1e}", f"{one['same_top']:.1%}"
+            answer = f"{found['same_answer']:.0%} of {found['questions']}" if "same_answer" in found else ""
+            if name != "fp32":
+                rows.append((f"{title}, {one['tokens']:,} tokens", name, *numbers, answer))
     return markdown(("", "weights", "mean KL", "99 % below", "same top", "same answer"), rows)
 
 
