@@ -13,8 +13,9 @@ from phivision_jax.text.tokenizer import Tokenizer
 type Kind = Literal["thought", "answer"]
 REPLACEMENT = "\ufffd"
 """Ends the decoded text of a character whose last bytes are missing."""
-MOST_BYTES = 4
-"""The most bytes of a character in UTF-8, and so the most tokens that it can be split into."""
+MOST_HELD = 32
+"""Most tokens that wait for the end of a character. It has at most four, but before it there may be bytes of no
+character, and how many replacements these are depends on what follows."""
 
 
 class Section:
@@ -39,7 +40,7 @@ class Section:
             return
         before = self._tokenizer.decode(self._ids[self._start : self._read])
         after = self._tokenizer.decode(self._ids[self._start :])
-        if after.endswith(REPLACEMENT) and not final and len(self._ids) - self._read < MOST_BYTES:
+        if after.endswith(REPLACEMENT) and not final and len(self._ids) - self._read < MOST_HELD:
             return
         looked = max(len(self._text) - self._longest, 0)
         self._text += after[len(before) :]
@@ -52,10 +53,10 @@ class Section:
         """The text that is new and certain; all that is left if it is ``final``."""
         if final and not self.stopped:
             self._decode(final=True)
-        text = self._text.lstrip()
+        text = self._text
         if not final and not self.stopped:
             text = text[: len(text) - self._held(text)]
-        text = text.rstrip()
+        text = text.strip()
         new, self._given = text[self._given :], max(len(text), self._given)
         return new
 

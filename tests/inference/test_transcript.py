@@ -86,6 +86,21 @@ def test_characters_appear_when_their_last_byte_does():
     assert found == ["x", "", "", "", "😀", "", "é"]
 
 
+def test_bytes_of_no_character_do_not_change_the_next_one():
+    """Continuation bytes alone, and beginnings without an end, in one run."""
+    first, *rest = T.encode("€")
+    ids = [*rest, first, first, *rest[:1], *T.encode("€x"), *rest]
+    transcript = Transcript(T, "nothink", ())
+    spoken(transcript, ids)
+    assert transcript.answer.text == T.decode(ids) and "€x" in transcript.answer.text
+
+
+def test_stop_text_that_begins_with_white_space():
+    transcript = Transcript(T, "nothink", (" aa",))
+    assert spoken(transcript, [*T.encode(" "), *T.encode("a") * 3])["answer"] == []
+    assert transcript.stopped and transcript.answer.text == ""
+
+
 def test_white_space_waits_for_what_follows():
     transcript = Transcript(T, "nothink", ())
     found = []
