@@ -259,7 +259,9 @@ class Scheduler:
                 break
             images.update(needed)
             if sample.slot is None:
-                sample.slot = source if source in free else min(free, key=self._freed.__getitem__)
+                # A slot of which little would be used keeps what it holds, for prompts that begin with more of it.
+                here = source in free and 2 * start > len(self._held[source])
+                sample.slot = source if here else min(free, key=self._freed.__getitem__)
                 self.owners[sample.slot] = sample
                 self.waiting.remove(sample)
                 free.remove(sample.slot)

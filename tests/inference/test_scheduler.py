@@ -79,20 +79,22 @@ def random_requests(rng, config, count) -> list[Asked]:
     return asked
 
 
-def run(scheduler, asked, rng, cancelled=()) -> None:
-    """Submit a few at a time, between steps; cancel some at random times."""
-    waiting = collections.deque(asked)
-    cancel_at = {int(rng.integers(1, 40)): a for a in cancelled}
-    step = 0
-    while waiting or not scheduler.idle:
-        for _ in range(rng.integers(0, 4)):
-            if waiting:
-                scheduler.submit([waiting.popleft().sample])
-        if step in cancel_at:
-            cancel_at[step].sample.cancelled = True
+def run(scheduler, asked, rng, cancelling) -> set[Asked]:
+    """Submit a few at a time, between steps, and cancel some; returns those."""
+    waiting, submitted, cancelled = collections.deque(asked), [], set()
+    for _ in range(5000):
+        if not waiting and scheduler.idle:
+            return cancelled
+        for _ in range(min(rng.integers(0, 4), len(waiting))):
+            submitted.append(waiting.popleft())
+            scheduler.submit([submitted[-1].sample])
+        running = [a for a in submitted if not a.sample.finished]
+        if running and rng.random() < cancelling:
+            cancelled.add(running[rng.integers(len(running))])
+            for a in cancelled:
+                a.sample.cancelled = True
         scheduler.step()
-        step += 1
-        assert step < 5000
+    raise AssertionError("the scheduler does not come to an end")
 
 
 @settings(max_examples=100)
@@ -104,10 +106,10 @@ def test_every_answer_is_computed_from_its_own_prompt(engine, seed):
     shards = int(rng.integers(1, 3))
     slots, pool = shards * int(rng.integers(1, 4)), CHUNK + 2 * 64
     symbolic = SymbolicEngine(engine, slots=slots, shards=shards, pool=pool, ahead=bool(rng.integers(2)))
+    symbolic.chunks = engine.chunks[: rng.integers(1, 3)]
     scheduler = Scheduler(symbolic, share_prefixes=rng.random() < 0.8)
     asked = random_requests(rng, config, int(rng.integers(1, 24)))
-    cancelled = [a for a in asked if rng.random() < 0.15]
-    run(scheduler, asked, rng, cancelled)
+    cancelled = run(scheduler, asked, rng, cancelling=rng.choice([0, 0, 0.1, 0.3]))
     for a in asked:
         want = a.expected()
         if a.reply.finish_reason == "cancelled":
@@ -207,14 +209,61 @@ def test_images_of_one_prompt_that_exceed_a_row_of_patches(engine):
     assert engine.patches[-1] == 128 and scheduler.images.encoded == 3
 
 
-def test_new_requests_do_not_stop_active_slots(engine):
-    """A prompt of many chunks enters between the tokens of an answer."""
-    symbolic = SymbolicEngine(engine, slots=2, shards=1, pool=1000, ahead=False)
+def test_a_prompt_takes_the_slot_that_holds_its_beginning(engine):
+    """So the beginning of another prompt stays in its own slot."""
+    scheduler = Scheduler(SymbolicEngine(engine, slots=2, shards=1, pool=1000, ahead=False))
+    first, second = (np.random.default_rng(i).integers(6, 60, 200).tolist() for i in range(2))
+    for ids in (first, second, [*second, 7, 8], [*first, 7, 8]):
+        asked = Asked(ids, [], engine.config, max_new_tokens=1)
+        scheduler.submit([asked.sample])
+        while not scheduler.idle:
+            scheduler.step()
+        assert list(asked.reply.ids) == asked.expected()
+    assert scheduler.counts["prefilled_tokens"] == 2 * 200 + 2 * 2
+
+
+def endless(engine, first: int) -> Asked:
+    """A short prompt with an answer of at least 25 tokens."""
+    for token in range(first, 1000):
+        asked = Asked([token, 8], [], engine.config, max_new_tokens=400)
+        if len(asked.expected()) >= 25:
+            return asked
+    raise AssertionError("no prompt has a long answer")
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_cancelled_prompts_leave_nothing_that_is_wrong(engine, ahead):
+    """A slot whose answer is cancelled takes a prompt of four rows, which is cancelled after two and asked again."""
+    symbolic = SymbolicEngine(engine, slots=2, shards=1, pool=1000, ahead=ahead)
+    symbolic.chunks = engine.chunks[:1]
     scheduler = Scheduler(symbolic)
-    first = Asked([7, 8], [], engine.config, max_new_tokens=500)
-    while len(first.expected()) < 30:
-        first.ids[0] += 1
-        first = Asked(first.ids, [], engine.config, max_new_tokens=500)
+    first, second = endless(engine, 10), endless(engine, 200)
+    scheduler.submit([first.sample, second.sample])
+    scheduler.step()
+    long = np.random.default_rng(0).integers(6, 60, 450).tolist()
+    asked = [Asked(long, [], engine.config, max_new_tokens=9) for _ in range(2)]
+    scheduler.submit([a.sample for a in asked])
+    second.sample.cancelled = True
+    scheduler.step()
+    assert second.reply.finish_reason == "cancelled" and asked[0].sample.cached == 256
+    asked[0].sample.cancelled = True
+    while not scheduler.idle:
+        scheduler.step()
+    assert list(asked[1].reply.ids) == asked[1].expected() and list(first.reply.ids) == first.expected()
+    assert asked[0].reply.finish_reason == "cancelled" and asked[0].reply.ids == ()
+    again = Asked(long, [], engine.config, max_new_tokens=9)
+    scheduler.submit([again.sample])
+    while not scheduler.idle:
+        scheduler.step()
+    assert list(again.reply.ids) == again.expected()
+
+
+def test_new_requests_do_not_stop_active_slots(engine):
+    """A prompt of many rows enters between the tokens of an answer."""
+    symbolic = SymbolicEngine(engine, slots=2, shards=1, pool=1000, ahead=False)
+    symbolic.chunks = engine.chunks[:1]
+    scheduler = Scheduler(symbolic)
+    first = endless(engine, 10)
     scheduler.submit([first.sample])
     scheduler.step()
     before = len(first.sample.transcript.ids)
@@ -222,4 +271,4 @@ def test_new_requests_do_not_stop_active_slots(engine):
     symbolic.admit = lambda row: (rows.append(1), admit(row))[1]
     scheduler.submit([Asked(list(range(6, 60)) * 8, [], engine.config, max_new_tokens=5).sample])
     scheduler.step()
-    assert len(rows) <= 2 and len(first.sample.transcript.ids) > before
+    assert len(rows) == 2 and len(first.sample.transcript.ids) > before
