@@ -9,7 +9,6 @@ all seconds of the request count as decoding. On the way, an image is always fol
 """
 
 import base64
-import collections
 import dataclasses
 import http.client
 import io
@@ -32,7 +31,6 @@ from phivision_jax.text.constants import IMAGE_MARKER
 
 _OPTIONAL = ("mode", "thinking_budget", "top_k", "top_p", "n", "stop")  # sent if set: some endpoints refuse the first
 _FIRST_WAIT_S, _SILENCE_S = 0.5, 600.0
-_LATER = (408, 409, 429, 500, 502, 503, 504)  # statuses of requests that may succeed later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +69,27 @@ class Endpoint:
         yield from self._events(self._retry(lambda: self._open(request)))
 
     def _retry[T](self, function: Callable[[], T]) -> T:
-        return retry(function, self.attempts, _FIRST_WAIT_S, self.log, self.url)
+        def attempt() -> T:
+            try:
+                return function()
+            except http.client.HTTPException as error:  # of a reply that is cut short
+                raise OSError(f"{self.url}: {error!r}") from None
 
-    def _open(self, request: Request) -> http.client.HTTPResponse:
+        return retry(attempt, self.attempts, _FIRST_WAIT_S, self.log, self.model)
+
+    def _open(self, request: Request) -> Any:
         content = json.dumps({"model": self.model, **_body(request), **self.fields}).encode()
         headers = {"Content-Type": "application/json", **self.headers}
-        call = urllib.request.Request(f"{self.url}/chat/completions", content, headers)
         try:
-            response: http.client.HTTPResponse = urllib.request.urlopen(call, timeout=_SILENCE_S)
+            call = urllib.request.Request(f"{self.url}/chat/completions", content, headers)
+            return urllib.request.urlopen(call, timeout=_SILENCE_S)
         except urllib.error.HTTPError as error:
             problem = f"{self.url}: status {error.code}, {shorten(error.read(2000).decode(errors='replace'), 500)}"
-            raise (OSError if error.code in _LATER else ValueError)(problem) from None
-        return response
+            may_succeed_later = error.code >= 500 or error.code in (408, 409, 429)
+            raise (OSError if may_succeed_later else ValueError)(problem) from None
 
-    def _events(self, response: http.client.HTTPResponse) -> Iterator[Event]:
-        begun, usage, received = time.monotonic(), dict[str, Any](), collections.defaultdict[int, list[Any]](list)
+    def _events(self, response: Any) -> Iterator[Event]:
+        begun, usage, received = time.monotonic(), dict[str, Any](), dict[int, list[Any]]()
         with response:
             for line in response:
                 kind, _, data = line.partition(b":")
@@ -96,7 +100,7 @@ class Endpoint:
                     raise OSError(f"{self.url}: {shorten(piece['error'])}")
                 usage = piece.get("usage") or usage
                 for choice in piece.get("choices", ()):
-                    received[choice["index"]].append(choice)
+                    received.setdefault(choice["index"], []).append(choice)
                     yield from _deltas(choice)
             else:
                 raise OSError(f"{self.url}: the connection ended before the answer")

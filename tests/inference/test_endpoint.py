@@ -114,6 +114,9 @@ def scripted(*replies: tuple[int, str]) -> Iterator[tuple[str, list[tuple[dict, 
             received.append((dict(self.headers), body))
             status, text = left.pop(0)
             self.send_response(status)
+            if text.endswith("…"):  # cut short
+                self.send_header("Transfer-Encoding", "chunked")
+                text = f"ff\r\n{text}"
             self.end_headers()
             self.wfile.write(text.encode())
 
@@ -162,6 +165,7 @@ def test_foreign_endpoint():
         ((200, sse(piece(content="a"), {"error": {"message": "gone"}})), "gone"),
         ((200, sse(piece(content="a"))), "ended before the answer"),
         ((200, ""), "ended before the answer"),
+        ((200, sse(piece(content="a")) + "…"), "IncompleteRead"),
     ],
 )
 def test_failure_is_tried_again(failure, reported, monkeypatch):

@@ -11,6 +11,7 @@ import json
 import logging
 import socket
 import threading
+import urllib.parse
 
 import openai
 import pytest
@@ -38,7 +39,7 @@ def data_uri(content: bytes) -> str:
 
 def get(address: str, path: str, method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
     connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
-    connection.request(method, path, headers=headers)
+    connection.request(method, urllib.parse.quote(path), headers=headers)
     reply = connection.getresponse()
     text = reply.read().decode()
     connection.close()
@@ -222,12 +223,16 @@ def test_ignored_field_is_warned_about_once(api, caplog):
     assert len(warnings) == 1 and "mystery\\n" in warnings[0]
 
 
-def test_log_has_one_line_per_request(api, caplog):
+def test_log_has_one_line_per_request(api, address, caplog):
+    """Reads that succeed, as of metrics every few seconds, have none."""
     with caplog.at_level(logging.INFO, "phivision.serve"):
+        get(address, "/health")
         api.chat.completions.create(**with_images(png(1, 1)))
         list(api.chat.completions.create(**ASK, stream=True))
-        wait_until(lambda: len(caplog.records) == 2)
-    lines = [record.getMessage() for record in caplog.records]
+        get(address, "/nothing\x1b")
+        wait_until(lambda: len(caplog.records) == 3)
+    *lines, missing = [record.getMessage() for record in caplog.records]
+    assert missing.startswith("GET /nothing\\x1b 404 ")
     assert all(line.startswith("POST /v1/chat/completions 200 ") for line in lines)
     assert "1 images, 1 of 1 samples, 21 + 3 tokens, queue 0.0" in lines[0] and "0 images" in lines[1]
 
