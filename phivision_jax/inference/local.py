@@ -17,7 +17,8 @@ from phivision_jax.inference.engine import Engine
 from phivision_jax.inference.programs import BLOCK
 from phivision_jax.inference.prompts import Prompt
 from phivision_jax.inference.requests import Event, Reply, Request
-from phivision_jax.inference.scheduler import Sample, Scheduler
+from phivision_jax.inference.sample import Sample
+from phivision_jax.inference.scheduler import Scheduler
 from phivision_jax.inference.transcript import Transcript
 from phivision_jax.io.messages import prefix_errors
 from phivision_jax.models.phivision import PhiVision

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from phivision_jax.images.layout import PatchedImage
 from phivision_jax.inference.prompts import Prompt
 from phivision_jax.inference.requests import Delta, Reply, Request
-from phivision_jax.inference.scheduler import Sample, Scheduler
+from phivision_jax.inference.sample import Sample
+from phivision_jax.inference.scheduler import Scheduler
 from phivision_jax.inference.transcript import Transcript
 from phivision_jax.rows import expand
 from tests.support.generation import generator_of
