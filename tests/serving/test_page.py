@@ -195,6 +195,8 @@ def test_error_is_shown_and_the_question_can_be_asked_again(page, fake):
     finished_error = "document.querySelector('.error')?.textContent"
     assert "10001 tokens" in page.wait(finished_error)
     assert page.evaluate("document.querySelector('#question').value.length") == 10_001
+    above_the_form = "document.querySelector('.error').getBoundingClientRect().bottom"
+    page.wait(f"{above_the_form} <= document.querySelector('#ask').getBoundingClientRect().top")
     page.errors[:] = [error for error in page.errors if "status of 400" not in error]  # the browser's own line
     screenshot(page, "error")
 

@@ -109,6 +109,7 @@ async function ask(question) {
   images = [];
   showImages();
   $("#question").value = "";
+  scrollTo(0, document.body.scrollHeight);
   const body = { messages, mode, stream: true, stream_options: { include_usage: true } };
   for (const name of ["temperature", "max_tokens", "thinking_budget"]) {
     if ($(`#${name}`).value !== "") body[name] = Number($(`#${name}`).value);
@@ -188,6 +189,7 @@ class Answer {
   fail(message) {
     $(".error", this.turn).textContent = message;
     $(".error", this.turn).hidden = false;
+    requestAnimationFrame(() => scrollTo(0, document.body.scrollHeight));
   }
 
   end() {
