@@ -7,6 +7,7 @@ Guard: Host, headers, time to send, log line
 import asyncio
 import ipaddress
 import logging
+import mimetypes
 import time
 import urllib.parse
 from collections.abc import Collection
@@ -17,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,9 +52,10 @@ def create_app(chats: Chats, hosts: Collection[str] = ()) -> ASGIApp:
         return PlainTextResponse(chats.metrics.text(chats.generator.stats()))
 
     model = {"id": chats.name, "object": "model", "created": int(time.time()), "owned_by": "phivision_jax"}
-    fixed: dict[str, ASGIApp] = {
-        "/" + file.name.replace("index.html", ""): FileResponse(file) for file in _PAGE.iterdir()
-    }
+    fixed: dict[str, ASGIApp] = {}
+    for file in _PAGE.iterdir():
+        content = Response(file.read_bytes(), media_type=mimetypes.guess_type(file.name)[0])
+        fixed["/" + file.name.replace("index.html", "")] = content
     fixed |= {"/v1/models": JSONResponse({"object": "list", "data": [model]})}
     routes = [Route(path, content, methods=["GET"]) for path, content in fixed.items()]
     routes += [Route("/health", health), Route("/metrics", metrics)]
