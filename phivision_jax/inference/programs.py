@@ -228,6 +228,9 @@ def decode(
         ((), jnp.int32), ((), jnp.float32), ((k,), jnp.int32), ((k,), jnp.float32))))  # fmt: skip
     recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], steps, x.shape[-1]), x.dtype), state.cache)
 
+    def put(recent: Any, new: Any, i: jax.Array) -> Any:
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i, axis=x.ndim - 2), recent, new)
+
     def more(carry: tuple) -> jax.Array:
         return (carry[0] < steps) & carry[3].any()
 
@@ -237,13 +240,14 @@ def decode(
         def attention(q: jax.Array, k: jax.Array, v: jax.Array, inputs: tuple[KV, KV]) -> tuple[jax.Array, KV]:
             cache, recent = inputs
             new = store(k, v, program.cache_dtype)
-            recent = jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i, axis=2), recent, new)
+            recent = put(recent, new, i)
             seen = jnp.where(active, state.lengths, 0)
-            return attend_cached(q[:, 0], cache, seen, recent, i, read=read)[:, None], recent
+            return attend_cached(q[:, 0], cache, seen, recent, i, read=read)[:, None], new
 
         embeds = decoder.embed_tokens(token[:, None])
         inputs = (state.cache, recent) if layers is None else list(zip(state.cache, recent, strict=True))
-        hidden, recent = decoder.run(embeds, lengths[:, None], attention, inputs, layers)
+        hidden, new = decoder.run(embeds, lengths[:, None], attention, inputs, layers)
+        recent = put(recent, new, i)  # once: as outputs of the layers, all buffers would be moved at each layer
         logits = decoder.lm_head(hidden)[:, 0]
         chosen, answering, ended = _next(program, logits, answering, active)
         answers = jax.tree.map(lambda x, y: x.at[i].set(y), answers, Answers(_replicated(chosen), active))

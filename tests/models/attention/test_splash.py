@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from phivision_jax.models.attention.attend import attend, backend
+from phivision_jax.models.attention.blockwise import plain
 from phivision_jax.sharding import MESH_AXES, make_mesh
 from tests.support.attention import arrays, by_plain
 
@@ -115,8 +116,27 @@ def test_splash_skips_blocks_of_other_segments():
     assert np.isfinite(dq[0, 128:]).all() and np.isfinite(dq[1]).all()
 
 
+@pytest.mark.parametrize("C", [128, pytest.param(384, marks=pytest.mark.slow)])
+def test_splash_with_context(C):
+    """Keys of prefixes before the row's own: segments with a context, without one, and blocks that end in padding."""
+    rng, T = np.random.default_rng(C), 256
+    segments, span = packing(rng, 2, T, 3)
+    context = np.zeros((2, C), np.int32)
+    context[0, :50], context[0, 64:120], context[1, 100:128] = 1, 3, 2
+    segments = segments.at[:, -20:].set(0)
+    keys = jnp.concatenate([jnp.asarray(context), segments], axis=1)
+    q, k, v = arrays(rng, 2, T, 4, 2, 8, C + T)
+    form = functools.partial(splash, blocks=SMALL, interpret=True)
+    got = jax.jit(form)(q, k, v, segment_ids=segments, kv_segment_ids=keys, span_end=span + C)
+    want = plain(q, k, v, segments, keys, span + C)
+    real = np.asarray(segments) > 0
+    alone = by_plain(q, k[:, C:], v[:, C:], segments, span)
+    assert np.isfinite(got).all() and not np.allclose(alone[real], want[real])
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=1e-5)
+
+
 def test_attend_chooses_splash():
-    """For self-attention of rows that fill a block, on a TPU or by ``backend``; traced only."""
+    """For rows that fill a block, on a TPU or by ``backend``; traced only."""
 
     def kernel_in(T, **options):
         shapes = [jax.ShapeDtypeStruct((1, T, 2, 8), jnp.float32)] * 3
@@ -127,7 +147,7 @@ def test_attend_chooses_splash():
     with backend("tpu"):
         assert kernel_in(256)
         assert not kernel_in(64)
-        assert not kernel_in(256, kv_segment_ids=np.ones((1, 256), np.int32))  # a cache
+        assert kernel_in(256, kv_segment_ids=np.ones((1, 256), np.int32))  # a context, of no length here
     device, auto = AbstractDevice("TPU v5", 1, "tpu"), (AxisType.Auto,) * len(MESH_AXES)
     mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, auto, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
