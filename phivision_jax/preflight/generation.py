@@ -1,8 +1,8 @@
 """Generation on a slice: how many slots fit, and the modelled time of a token, from the engine's compiled programs.
 
 Weights are on the mesh that ``load`` chooses for such devices (``sharding.generation_sizes``). The number of slots is
-computed, and changed until it fits and one more per device would not. Decoding reads all weights and the cache for each
-token; the bound of its time is what it must read over the bandwidth of the HBM.
+computed, and changed until one more per device would not leave a margin. Decoding reads all weights and the cache for
+each token; the bound of its time is what it must read over the bandwidth of the HBM.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from phivision_jax.hardware.topology import GIB, Topology
 from phivision_jax.inference.local import CHUNK, IMAGE_BYTES
 from phivision_jax.models import phivision
 from phivision_jax.preflight.model import roofline
-from phivision_jax.preflight.step_report import memory_facts, verdict
+from phivision_jax.preflight.step_report import MARGIN, memory_facts, verdict
 from phivision_jax.sharding import generation_sizes
 from phivision_jax.training.run_config import ResolvedConfig
 
@@ -49,8 +49,14 @@ def plan(
     per_head = decoder.head_dim * dtype.itemsize + (4 if dtype == jnp.int8 else 0)  # with its scale
     heads = decoder.num_kv_heads / (tensor if decoder.num_kv_heads % tensor == 0 else 1)
     token = int(2 * decoder.num_layers * heads * per_head)
-    room = hbm - held - IMAGE_BYTES - CHUNK * 2 * (4 * decoder.hidden_size + 2 * decoder.intermediate_size / tensor)
-    per_device = int(room // (token * (length + 256))) if slots is None else -(-slots // (replicas * fsdp))
+    room = (
+        (1 - MARGIN) * hbm
+        - held
+        - IMAGE_BYTES
+        - CHUNK * 2 * (4 * decoder.hidden_size + 2 * decoder.intermediate_size / tensor)
+    )
+    fitting = max(int(room // (token * (length + 256))), int(held < hbm))  # the compiler decides about the first slot
+    per_device = fitting if slots is None else -(-slots // (replicas * fsdp))
     if per_device < 1:
         raise ValueError(
             f"{where}: weights of {held / GIB:.1f} GiB a device leave no room for a slot of {length:,} tokens; take "
@@ -76,17 +82,20 @@ def _weights(params: Any) -> int:
 
 
 def largest(chosen: dict[str, Any], where: Topology, attempt: Attempt) -> dict[str, Any]:
-    """The plan with the most slots whose programs compile, and their facts; with one per device if none fits."""
-    shards, hbm = chosen["slots"] // chosen["slots_per_device"], where.chip.hbm_bytes // where.chip.devices
+    """The plan with the most slots that leave ``MARGIN`` free, and the facts of its programs; else with one per device.
+
+    Without that margin the compiler saves memory by computing scores twice, so that a token reads the keys twice.
+    """
+    shards, limit = chosen["slots"] // chosen["slots_per_device"], (1 - MARGIN) * where.chip.hbm_bytes
     fitting, too_many, n = dict[str, Any](), 2**30, chosen["slots_per_device"]
     for _ in range(TRIES):
         found = checked(chosen | {"slots_per_device": n, "slots": n * shards}, where, attempt)
-        per_slot = found["cache_bytes_per_device"] / n
-        over = (found["peak_bytes_per_chip"] or 0) // where.chip.devices - hbm
-        if found["fits"]:
-            fitting, n = found, min(n + int(-over // per_slot), too_many - 1)
+        free = (limit - (found["peak_bytes_per_chip"] or limit)) / where.chip.devices
+        more = int(free // (found["cache_bytes_per_device"] / n))
+        if found["fits"] and free >= 0:
+            fitting, n = found, min(n + more, too_many - 1)
         else:
-            too_many, n = n, max(n - max(-int(-over // per_slot), 1), fitting.get("slots_per_device", 0) + 1)
+            too_many, n = n, max(n + min(more, -1), fitting.get("slots_per_device", 0) + 1)
         if n in (fitting.get("slots_per_device"), too_many):
             break
     return fitting or found

@@ -1,6 +1,7 @@
 """Preflight of generation: arithmetic by hand, and the search for the most slots, without a compiler."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -16,6 +17,7 @@ LAYERS = 40 * (5120 * (5120 * 2 + 2 * 1280) + 3 * 5120 * 17_920)
 TABLE = 100_352 * 5120
 
 
+@functools.cache
 def planned(where=WHERE, length=4096, slots=None, weights=None, cache="bfloat16", cfg=CFG):
     return generation.plan(cfg, where, length, slots, weights, cache)
 
@@ -31,8 +33,8 @@ def test_plan():
     norms = 81 * 5120
     assert found["read_weights_bytes_per_device"] == LAYERS + TABLE + norms  # two bytes, two devices
     working = 2 * 2048 * (4 * 5120 + 2 * 17_920 / 2)
-    room = 31.25 * GIB - weights / 2 - 512 * 2**20 - working
-    assert found["slots_per_device"] == room // (102_400 * 4096) and found["slots"] == 4 * found["slots_per_device"]
+    room = 0.9 * 31.25 * GIB - weights / 2 - 512 * 2**20 - working
+    assert found["slots_per_device"] == room // (102_400 * 4352) and found["slots"] == 4 * found["slots_per_device"]
 
 
 def test_plan_int8_and_given_slots():
@@ -57,7 +59,7 @@ def test_largest_number_of_slots(start, extra):
     """Whatever the estimate was, and if a slot needs a little more or less than its part of the cache."""
     chosen, hbm, tried = planned(), 31.25 * GIB, []
     per_slot = chosen["cache_bytes_per_token"] * 4096 * (1 + extra)
-    base = hbm - 37.5 * per_slot
+    base = 0.9 * hbm - 37.5 * per_slot
 
     def attempt(plan):
         tried.append(plan["slots_per_device"])
