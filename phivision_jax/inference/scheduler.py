@@ -23,6 +23,8 @@ from phivision_jax.inference.programs import BLOCK, Row
 from phivision_jax.inference.requests import FinishReason
 from phivision_jax.inference.sample import Sample
 
+LEAST_SHARED = 16
+"""Fewest tokens of a prefix that is shared: nearly all prompts begin with the same few, which are computed at once."""
 ROWS_BETWEEN = 2
 """Rows that are admitted between two calls of ``decode``, so that active slots do not wait for all new prompts."""
 
@@ -163,7 +165,7 @@ class Scheduler:
                     break
                 start, source = self._prefix(sample, slots)
                 coming = max((sample.prompt.shared(p.sample.prompt.identity[: p.end]) for p in pieces), default=0)
-                if self.share_prefixes and coming > start:
+                if self.share_prefixes and coming >= start + LEAST_SHARED:
                     continue  # the next row can share what this one computes
             end = sample.prompt.cut_before(min(len(sample.prompt), start + room))
             piece = Piece(sample, start, end, source)
@@ -199,7 +201,7 @@ class Scheduler:
             return 0, slots[0]
         found = ((sample.prompt.shared(self._held[i]), self.owners[i] is None, -i) for i in slots)
         shared, _, i = max(found)
-        return shared, -i
+        return (shared if shared >= LEAST_SHARED else 0), -i
 
     def _row(self, plans: list[list[Piece]]) -> tuple[Row, list[Sample | None]]:
         """The pieces as arrays, and the sample of each end."""

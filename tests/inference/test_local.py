@@ -213,7 +213,8 @@ def broken(times):
 @pytest.mark.parametrize("threaded", [False, True])
 def test_errors_of_the_engine_reach_all_who_wait(generator, threaded):
     """Requests in slots and waiting ones; later requests are answered, and by nothing that was left behind."""
-    want = answers(generator, [SHORT])
+    asked = dataclasses.replace(SHORT, messages="what is the colour of the shape in the image? " * 2)
+    want = answers(generator, [asked])
     generator.engine.decode = broken(1)(generator.engine.decode)
     events: list[list] = [[] for _ in range(7)]
     tickets = [generator.submit(Request("what?"), each.append) for each in events]
@@ -227,8 +228,8 @@ def test_errors_of_the_engine_reach_all_who_wait(generator, threaded):
         assert isinstance(each[-1], MemoryError) and not any(isinstance(event, Reply) for event in each)
     assert generator.stats()["active"] == generator.stats()["waiting"] == 0
     before = generator.stats()["prefilled_tokens"]
-    assert answers(generator, [SHORT]) == want
-    (reply,) = generator.generate([SHORT])[0]
+    assert answers(generator, [asked]) == want
+    (reply,) = generator.generate([asked])[0]
     assert generator.stats()["prefilled_tokens"] == before + reply.prompt_tokens + 1  # nothing was shared, then all
 
 

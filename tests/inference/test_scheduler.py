@@ -147,6 +147,12 @@ def test_common_beginnings_are_prefilled_once(engine):
     assert scheduler.counts["shared_tokens"] == 9 * 400
 
 
+def test_beginnings_of_a_few_tokens_are_computed_in_the_same_row(engine):
+    """Waiting for another prompt's row would take longer than computing them."""
+    scheduler = served(engine, [([7, 8, 9, 10 + i], []) for i in range(4)], engine.config)
+    assert scheduler.counts["shared_tokens"] == 0 and scheduler.counts["prefilled_tokens"] == 16
+
+
 @pytest.mark.parametrize("mode", ["causal", "bidirectional"])
 def test_samples_of_one_prompt_prefill_its_last_token_each(engine, mode):
     """And an image is encoded once, though every sample attends to it."""
@@ -164,8 +170,8 @@ def test_image_at_the_end_of_a_prompt_is_not_cut_for_its_last_token(engine):
     image = random_patches(np.random.default_rng(0), engine.config)
     for mode, again in (("causal", 1), ("bidirectional", len(image.patches))):
         config = dataclasses.replace(engine.config, image_attention=mode)
-        scheduler = served(engine, [([7, 8, -200], [image])] * 2, config)
-        assert scheduler.counts["prefilled_tokens"] == 2 + len(image.patches) + again
+        scheduler = served(engine, [([*range(6, 30), -200], [image])] * 2, config)
+        assert scheduler.counts["prefilled_tokens"] == 24 + len(image.patches) + again
 
 
 def test_rows_need_no_more_images_than_the_pool_holds(engine):
