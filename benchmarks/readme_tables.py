@@ -1,6 +1,6 @@
 """The README's tables: hardware and memory, compiled by ``phivision preflight``, and what the benchmarks measured.
 
-python benchmarks/readme_tables.py              # compiles ten programs, about ten minutes on two cores
+python benchmarks/readme_tables.py              # compiles about forty programs, half an hour on two cores
 python benchmarks/readme_tables.py --tables     # only writes the tables, from docs/results
 """
 
@@ -39,15 +39,21 @@ class Case:
     @property
     def command(self) -> list[str]:
         words = [f"--config={FINETUNE}", f"--topology={self.topology}"]
-        words += ["--generate"] if self.task == "Inference" else ["--low-effort"]
+        words += ["--generate"] if self.task.startswith("Inference") else ["--low-effort"]
+        words += ["--weights=int8", "--cache=int8"] if self.task.endswith("int8") else []
         return words + (["--set", *self.changes] if self.changes else [])
 
 
 CASES = (
     Case("Inference", "v5litepod-4"),
     Case("Inference", "v5litepod-8"),
+    Case("Inference", "v6e-1"),
     Case("Inference", "v6e-4"),
     Case("Inference", "v5p-8"),
+    Case("Inference in int8", "v5litepod-1"),
+    Case("Inference in int8", "v5litepod-4"),
+    Case("Inference in int8", "v6e-1"),
+    Case("Inference in int8", "v5p-8"),
     Case("LoRA, rank 16", "v5litepod-16", LORA),
     Case("LoRA, rank 16", "v6e-8", LORA),
     Case("LoRA, rank 16", "v5p-8", LORA),
@@ -80,13 +86,21 @@ def hardware_table() -> str:
         chips = parse_topology(topology).chips
         hbm, peak = found["hbm_bytes_per_chip"] / GIB, found["peak_bytes_per_chip"]
         needs = f"{peak / GIB:.1f} of {hbm:.1f} GiB" if peak else f"more than {hbm:.1f} GiB"
-        rows.append((task, f"{topology} ({chips} chips)", needs, "yes" if found["fits"] else "no", _size(found)))
+        rows.append(
+            (
+                task,
+                f"{topology} ({chips} chip{'s' * (chips > 1)})",
+                needs,
+                "yes" if found["fits"] else "no",
+                _size(found),
+            )
+        )
     return markdown(("", "slice", "needed per chip", "fits", "batch"), rows)
 
 
 def _size(found: dict[str, Any]) -> str:
-    if "new_tokens" in found:
-        return f"{found['batch_rows']} prompts of {found['prompt']:,} + {found['new_tokens']:,} tokens"
+    if "slots" in found:
+        return f"{found['slots']} × {found['length']:,} tokens"
     return f"{found['batch_rows']} rows of {found['length']:,} tokens, remat {found['remat']}"
 
 

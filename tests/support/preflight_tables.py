@@ -53,6 +53,27 @@ def _line(stage: str, r: dict[str, Any]) -> str:
     )
 
 
+def generation_table() -> str:
+    """Markdown table with a line per form of the weights and slice."""
+    lines = [
+        "| weights, cache | slice | mesh | most sequences | peak of HBM, GiB | temporaries of decoding, of the cache | "
+        "large copies | bytes per token, of the bound | modelled time per token | of the bound | tokens/s |",
+        "| --- " * 11 + "|",
+    ]
+    for path in sorted((RESULTS / "hardware").glob("inference*.json")):
+        r = json.loads(path.read_text())
+        mesh = " × ".join(f"{axis} {size}" for axis, size in r["mesh"].items() if size > 1)
+        lines.append(
+            f"| {r['weights'] or 'bfloat16'}, {r['cache']} | {r['topology']} | {mesh or 'one chip'} | "
+            f"{r['slots']} × {r['length']:,} | "
+            f"{r['peak_bytes_per_chip'] / GIB:.2f} of {r['hbm_bytes_per_chip'] / GIB:.2f} | "
+            f"{r['decode_temporary_share']:.1%} | {len(r['decode_copies']) or 'none'} | "
+            f"{r['decode_bytes_over_bound']:.2f} | {r['modelled_decode_step_seconds'] * 1000:.1f} ms | "
+            f"{r['modelled_decode_time_over_bound']:.2f} | {r['modelled_decode_tokens_per_second']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
 FORMS = {"causal": "causal", "bidirectional": "bidirectional", "dense_mask": "dense mask", "plain": "plain"}
 
 
@@ -95,6 +116,7 @@ def update_tables(page: str) -> str:
     """Replace the tables of docs/preflight.md with those of the committed results."""
     for name, table in (
         ("stages", stages_table()),
+        ("generation", generation_table()),
         ("attention", attention_table()),
         ("attention on a GPU", gpu_table()),
     ):
