@@ -108,13 +108,14 @@ def test_large_results():
     assert "copy kept f32[5,100]{1,0}" in traffic.large_results(hlo.parse(copied), 2_000)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu exists for Linux on x86-64")
 @pytest.mark.parametrize(
     ("topology", "slots", "weights", "cache"),
     [
         ("v5e:2x2", 64, None, "bfloat16"),
-        pytest.param("v6e:1x1", 64, "int8", "int8", marks=pytest.mark.slow),
-        pytest.param("v5p:2x2x1", 64, None, "bfloat16", marks=pytest.mark.slow),
+        ("v6e:1x1", 64, "int8", "int8"),
+        ("v5p:2x2x1", 64, None, "bfloat16"),
     ],
 )
 def test_decoding_copies_nothing_and_reads_everything_once(topology, slots, weights, cache):
