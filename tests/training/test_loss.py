@@ -64,7 +64,7 @@ def test_cross_entropy_equals_plain(tile, scale):
 def test_batch_loss_depends_on_ratios_of_weights(factor):
     x, kernel, targets = inputs()
     weights = jnp.asarray(np.random.default_rng(2).integers(0, 3, (B, T)), jnp.float32)
-    head = types.SimpleNamespace(kernel=np.asarray(kernel))
+    head = types.SimpleNamespace(kernel=np.asarray(kernel), scale=None)
     model = types.SimpleNamespace(hidden=lambda _: x, decoder=types.SimpleNamespace(lm_head=head))
     groups = jnp.zeros((B, T), jnp.int32)
     batch = types.SimpleNamespace(targets=targets, loss_weights=factor * weights, group_ids=groups)
