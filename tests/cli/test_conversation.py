@@ -58,10 +58,19 @@ class Lines(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Ctrl-C raises KeyboardInterrupt, whatever this process and other tests have set."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def talk(monkeypatch, capsys):
     """``talk(lines, images, terminal)`` → (generator, standard output, standard error)."""
-    term = signal.getsignal(signal.SIGTERM)
 
     def run(lines, images=(), terminal=False, **settings):
         monkeypatch.setattr(sys, "stdin", (Lines if terminal else io.StringIO)("\n".join(lines) + "\n"))
@@ -70,8 +79,7 @@ def talk(monkeypatch, capsys):
         Conversation(echo, {"mode": "nothink", **settings}, images).run()
         return echo, *capsys.readouterr()
 
-    yield run
-    signal.signal(signal.SIGTERM, term)
+    return run
 
 
 @pytest.fixture
@@ -209,10 +217,8 @@ def test_chat_asks_one_question_or_talks(monkeypatch, capsys, photo, words):
     monkeypatch.setattr(phivision_jax, "generate", generate, raising=False)
     monkeypatch.setattr("phivision_jax.inference.local.LocalGenerator", Local)
     monkeypatch.setattr(sys, "stdin", io.StringIO("piped?\n"))
-    term = signal.getsignal(signal.SIGTERM)
     save = ["--save-image", str(out)] if words else []
     main(["chat", "run", *words, "--image", str(photo), "--mode", "think", *save])
-    signal.signal(signal.SIGTERM, term)
     assert capsys.readouterr().out == f"<think>hm\\x07m</think>{'WHAT?' if words else 'PIPED?'}\n"
     assert len(received["images"]) == 1 and out.exists() == bool(words) and ("closed" in received) != bool(words)
 

@@ -12,7 +12,7 @@ from phivision_jax.config import DecoderConfig, VisionConfig
 from phivision_jax.models import remat
 from phivision_jax.models.attention.attend import backend
 from phivision_jax.models.layers import Linear, rope_angles
-from phivision_jax.models.phi4 import DecoderLayer
+from phivision_jax.models.phi4 import DecoderLayer, attend_in_row
 from phivision_jax.models.siglip2 import EncoderLayer
 
 T, D, F, N, K, H = 512, 384, 512, 3, 1, 128
@@ -43,7 +43,7 @@ def test_policy_keeps_documented_values(policy, platform, capsys):
     rope, segments = rope_angles(positions, H, 10_000.0), jnp.ones((1, T), jnp.int32)
 
     def run(x, layer):
-        return layer(x, rope, positions, segments, None, None, 0)[0]
+        return layer(x, rope, attend_in_row(segments, positions), None)[0]
 
     with backend(platform):
         assert kept(remat.checkpoint(run, policy), jnp.ones((1, T, D)), layer, capsys) == T * KEPT[policy]
