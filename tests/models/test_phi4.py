@@ -72,7 +72,7 @@ def logits() -> dict[str, np.ndarray]:
     def forward(params):
         decoder = nnx.merge(graphdef, params)
         span_end = jnp.broadcast_to(jnp.arange(golden.LENGTH), ids.shape)
-        hidden, _ = decoder(decoder.embed_tokens(ids), positions, span_end, jnp.ones_like(ids))
+        hidden = decoder(decoder.embed_tokens(ids), positions, span_end, jnp.ones_like(ids))
         return decoder.lm_head(hidden[:, golden.SHOWN])
 
     return dict(zip(rows, np.asarray(forward(parameters())), strict=True))
