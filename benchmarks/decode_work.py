@@ -34,15 +34,14 @@ PROPORTIONS = ModelConfig(
 """Heads of 128, four per KV head, and an MLP of 3.5 widths, as in the released model."""
 SMALL = ModelConfig(
     vision=_VISION,
-    decoder=DecoderConfig(
+    decoder=dataclasses.replace(
+        PROPORTIONS.decoder,
         vocab_size=1024,
         hidden_size=256,
         intermediate_size=896,
         num_layers=4,
         num_heads=4,
         num_kv_heads=1,
-        max_positions=4096,
-        **_IDS,
     ),
 )
 """For long runs of one engine against itself."""

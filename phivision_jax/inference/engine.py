@@ -21,8 +21,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
 from phivision_jax.batch import Batch, RowShape
-from phivision_jax.inference import programs
-from phivision_jax.inference.programs import BLOCK, Answering, Answers, Program, Row, State, Weights
+from phivision_jax.inference import kv_cache, programs
+from phivision_jax.inference.kv_cache import BLOCK
+from phivision_jax.inference.programs import Answering, Answers, Program, Row, State, Weights
 from phivision_jax.inference.sampling import Chosen, Sampling
 from phivision_jax.models.attention.cached import KV
 from phivision_jax.models.phivision import PhiVision
@@ -173,7 +174,7 @@ class Engine:
     def state_shardings(self, state: State, mesh: Mesh) -> State:
         """The sharding of every array of the state."""
         with self.in_force():
-            cache = programs.cache_spec(state.cache)
+            cache = kv_cache.partition_specs(state.cache)
         specs = State(cache, *jax.tree.map(lambda x: PartitionSpec(), state[1:]))
         return jax.tree.map(
             lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)

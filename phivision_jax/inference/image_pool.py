@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from phivision_jax.batch import Batch
 from phivision_jax.inference.engine import Engine, smallest
 from phivision_jax.inference.prompts import PromptImage
 from phivision_jax.rows import expand, fill_rows
@@ -24,7 +23,12 @@ class ImagePool:
         self.engine = engine
         self.places: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self.encoded = self.found = 0
-        self._free = np.arange(engine.pool, dtype=np.int32)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all images."""
+        self.places.clear()
+        self._free = np.arange(self.engine.pool, dtype=np.int32)
 
     def encode(self, needed: Sequence[PromptImage], soon: Iterable[PromptImage]) -> None:
         """Encode the needed images that are not in the pool, and others where patches would be padding.
@@ -73,7 +77,7 @@ class ImagePool:
     def _run(self, rows: list[list[PromptImage]], size: int, kept: set[int]) -> None:
         shape = self.engine.encode_shape(size)
         examples = [[expand([IMAGE_TOKEN], [image.image]) for image in row] for row in rows]
-        batch = Batch(*(x for x in fill_rows(examples, shape, self.engine.config)))
+        batch = fill_rows(examples, shape, self.engine.config)
         places = np.full((len(rows), shape.length), self.engine.pool, np.int32)
         for r, row in enumerate(rows):
             position = 0

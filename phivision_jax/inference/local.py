@@ -14,7 +14,7 @@ from typing import Any, cast
 import jax.numpy as jnp
 
 from phivision_jax.inference.engine import Engine
-from phivision_jax.inference.programs import BLOCK
+from phivision_jax.inference.kv_cache import BLOCK
 from phivision_jax.inference.prompts import Prompt
 from phivision_jax.inference.requests import Event, Reply, Request
 from phivision_jax.inference.sample import Sample
@@ -272,9 +272,6 @@ class LocalGenerator:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self._step_cancelled()
-
-    def _step_cancelled(self) -> None:
         self._take_in()
         for sample in {*self.scheduler.waiting, *filter(None, self.scheduler.owners)}:
             sample.cancelled = True

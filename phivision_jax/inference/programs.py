@@ -22,20 +22,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int32
 
 from phivision_jax.batch import Array, Batch
+from phivision_jax.inference import kv_cache
+from phivision_jax.inference.requests import MAX_TOP_LOGPROBS
 from phivision_jax.inference.sampling import Chosen, Sampling, choose
 from phivision_jax.models import phivision
 from phivision_jax.models.attention.attend import attend
 from phivision_jax.models.attention.cached import KV, attend_cached, store
 from phivision_jax.models.phi4 import DecoderLayer
 from phivision_jax.models.phivision import Params
-from phivision_jax.sharding import axis_size, constrain, override_rules, rule
-
-BLOCK = 128
-"""Tokens that are copied at a time between a row and the cache."""
+from phivision_jax.sharding import constrain, override_rules, rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +155,7 @@ def prefill(program: Program, weights: Weights, state: State, row: Row) -> tuple
         return attend(q, k, v, segment_ids=row.segment_ids, kv_segment_ids=segments, span_end=span_end), stored
 
     # Always scanned: that compiles faster, and copying a layer takes little time beside computing many tokens.
-    context = _context(state, row) if C else None
+    context = kv_cache.gather(state.cache, row.context, row.num_context) if C else None
     if isinstance(context, list):
         context = jax.tree.map(lambda *layers: jnp.stack(layers), *context)
     hidden, stored = decoder.run(embeds, row.positions, attention, context)
@@ -171,7 +169,7 @@ def insert(program: Program, weights: Weights, state: State, row: Row, hidden: j
       The state, and ``Chosen`` [R · E, …].
     """
     model = phivision.merge(program.graphdef, weights.model)
-    cache = _cached(state.cache, stored, row)
+    cache = kv_cache.insert(state.cache, stored, row.context, row.num_context, row.copies, row.num_copies)
     slots, B = row.end_slots.reshape(-1), len(state.lengths)
     started = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), row.answering)
     logits = model.decoder.lm_head(hidden).reshape(len(slots), -1)
@@ -223,7 +221,7 @@ def decode(
     model = phivision.merge(program.graphdef, weights.model)
     layers, decoder = _layers(program, weights), model.decoder
     active = active_before = state.active & keep
-    B, k = len(active), min(20, model.config.decoder.vocab_size)
+    B, k = len(active), min(MAX_TOP_LOGPROBS, model.config.decoder.vocab_size)
     nothing = Chosen(*(jnp.zeros((steps, B, *more), dtype) for more, dtype in (
         ((), jnp.int32), ((), jnp.float32), ((k,), jnp.int32), ((k,), jnp.float32))))  # fmt: skip
     recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], steps, x.shape[-1]), x.dtype), state.cache)
@@ -261,12 +259,8 @@ def decode(
         _, recent, token, active, lengths, answering, answers = jax.lax.while_loop(more, step, carry)
     # What other slots computed goes to their last entries, which are never used (``Engine``).
     last = jax.tree.leaves(state.cache)[0].shape[-2] - steps
-    cache = _flushed(state.cache, recent, jnp.where(active_before, state.lengths, last))
+    cache = kv_cache.append(state.cache, recent, jnp.where(active_before, state.lengths, last))
     return _pinned(State(cache, state.pool, lengths, token, active, answering)), _replicated(answers)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache: arrays [(L,) B, K, S, H], so axes are counted from the end.
 
 
 def _layers(program: Program, weights: Weights) -> list[DecoderLayer] | None:
@@ -274,97 +268,6 @@ def _layers(program: Program, weights: Weights) -> list[DecoderLayer] | None:
     if weights.layers is None or program.layer is None:
         return None
     return [nnx.merge(program.layer, dict(layer)) for layer in weights.layers]
-
-
-def _starts(x: jax.Array, slot: jax.Array | int, entry: jax.Array | int) -> tuple:
-    return (0,) * (x.ndim - 4) + (slot, 0, entry, 0)
-
-
-def _copy(to: Any, source: Any, size: int, target: tuple, origin: tuple) -> Any:
-    """Copy ``size`` entries of one sequence, from (slot, entry) ``origin`` to ``target``."""
-
-    def one(x: jax.Array, y: jax.Array) -> jax.Array:
-        sizes = list(y.shape)
-        sizes[-4], sizes[-2] = 1, size
-        return jax.lax.dynamic_update_slice(
-            x, jax.lax.dynamic_slice(y, _starts(y, *origin), sizes), _starts(x, *target)
-        )
-
-    return jax.tree.map(one, to, source)
-
-
-def _context(state: State, row: Row) -> Any:
-    """``KV`` [(L,) R, K, C, H] of the prefixes that a row's pieces attend to."""
-
-    def local(cache: Any, context: jax.Array, count: jax.Array) -> Any:
-        size = context.shape[1] * BLOCK
-        empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-4], 1, x.shape[-3], size, x.shape[-1]), x.dtype), cache)
-
-        def copy(i: jax.Array, out: Any) -> Any:
-            source, _, entry = context[0, i]
-            return _copy(out, cache, BLOCK, (0, i * BLOCK), (source, entry))
-
-        return jax.lax.fori_loop(0, count[0], copy, empty)
-
-    return _on_shards(local, state.cache, (row.context, row.num_context))
-
-
-def _cached(cache: Any, stored: Any, row: Row) -> Any:
-    """The cache with the prefixes that rows share with other slots, and with the rows' own keys and values."""
-    stored = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, BLOCK), (0, 0)]), stored)
-    if isinstance(cache, list):
-        stored = [jax.tree.map(lambda x, i=i: x[i], stored) for i in range(len(cache))]
-
-    def local(
-        cache: Any, stored: Any, context: jax.Array, num: jax.Array, copies: jax.Array, num_copies: jax.Array
-    ) -> Any:
-        def share(i: jax.Array, cache: Any) -> Any:
-            source, slot, entry = context[0, i]
-            return _copy(cache, cache, BLOCK, (slot, entry), (source, entry))
-
-        def copy(i: jax.Array, cache: Any) -> Any:
-            position, slot, entry = copies[0, i]
-            return _copy(cache, stored, BLOCK, (slot, entry), (0, position))
-
-        if context.shape[1]:
-            cache = jax.lax.fori_loop(0, num[0], share, cache)
-        return jax.lax.fori_loop(0, num_copies[0], copy, cache)
-
-    return _on_shards(local, cache, (row.context, row.num_context, row.copies, row.num_copies), stored)
-
-
-def _flushed(cache: Any, recent: Any, places: jax.Array) -> Any:
-    """The cache with the tokens of one call of ``decode``, from entry ``places[b]`` of slot b on."""
-
-    def local(cache: Any, recent: Any, places: jax.Array) -> Any:
-        steps = jax.tree.leaves(recent)[0].shape[-2]
-
-        def one(b: jax.Array, cache: Any) -> Any:
-            return _copy(cache, recent, steps, (b, places[b]), (b, 0))
-
-        return jax.lax.fori_loop(0, len(places), one, cache)
-
-    return _on_shards(local, cache, (places,), recent)
-
-
-def cache_spec(cache: Any) -> Any:
-    """The PartitionSpec of every array of a cache: slots over "slots", heads over "kv_heads" if they divide."""
-
-    def spec(x: jax.Array) -> PartitionSpec:
-        heads = rule("kv_heads") if x.shape[-3] % axis_size("kv_heads") == 0 else None
-        return PartitionSpec(*[None] * (x.ndim - 4), rule("slots"), heads)
-
-    return jax.tree.map(spec, cache)
-
-
-def _on_shards(local: Any, cache: Any, arguments: tuple, stored: Any = None) -> Any:
-    """``local(cache, stored, *arguments)`` on each device's slots and heads; arguments are split by their rows."""
-    trees = (cache,) if stored is None else (cache, stored)
-    if jax.sharding.get_abstract_mesh().empty:
-        return local(*trees, *arguments)
-    specs = *map(cache_spec, trees), *(PartitionSpec(rule("slots")) for _ in arguments)
-    # check_vma: loops over a device's own slots have constant carries.
-    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(*trees, *arguments)
 
 
 def _replicated[T](tree: T) -> T:
@@ -375,5 +278,5 @@ def _pinned(state: State) -> State:
     """The state with the shardings that it always has, so that every program takes what another returned."""
     if jax.sharding.get_abstract_mesh().empty:
         return state
-    cache = jax.tree.map(jax.lax.with_sharding_constraint, state.cache, cache_spec(state.cache))
+    cache = jax.tree.map(jax.lax.with_sharding_constraint, state.cache, kv_cache.partition_specs(state.cache))
     return State(cache, *_replicated(state[1:]))

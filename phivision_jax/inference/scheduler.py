@@ -19,7 +19,8 @@ import numpy as np
 
 from phivision_jax.inference.engine import Engine, smallest
 from phivision_jax.inference.image_pool import ImagePool
-from phivision_jax.inference.programs import BLOCK, Row
+from phivision_jax.inference.kv_cache import BLOCK
+from phivision_jax.inference.programs import Row
 from phivision_jax.inference.requests import FinishReason
 from phivision_jax.inference.sample import Sample
 
@@ -82,7 +83,7 @@ class Scheduler:
             raise RuntimeError("the weights cannot change while requests are being answered; wait for their replies")
         self._pending.clear()
         self._held = [np.zeros(0, np.int64) for _ in self._held]
-        self.images = ImagePool(self.engine)
+        self.images.clear()
 
     def reset(self) -> list[Sample]:
         """Forget everything; returns the samples that will have no reply."""

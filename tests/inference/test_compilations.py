@@ -1,4 +1,4 @@
-"""What is compiled: the listed programs, and nothing once they are."""
+"""Only the listed programs are compiled, and nothing once they are."""
 
 import contextlib
 

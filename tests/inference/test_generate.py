@@ -1,4 +1,4 @@
-"""What ``generate`` asks its generator, and what it returns of the replies."""
+"""``generate`` asks its generator for what its arguments say, and returns the texts of the replies."""
 
 import dataclasses
 import io

@@ -87,7 +87,7 @@ def test_choose_has_settings_for_each_sequence():
 
 
 def test_choose_keeps_equal_tokens_at_the_border():
-    """Of tokens that are equally likely none is preferred."""
+    """No token is preferred to another that is equally likely."""
     logits = np.tile([2.0, 1.0, 1.0, 0.0], (1000, 1))
     assert set(chosen(logits, temperature=1.0, top_k=2).token.tolist()) == {0, 1, 2}
 

@@ -166,7 +166,7 @@ def test_samples_of_one_prompt_prefill_its_last_token_each(engine, mode):
 
 
 def test_image_at_the_end_of_a_prompt_is_not_cut_for_its_last_token(engine):
-    """Where it sees itself all of it is prefilled again; where it does not, its last token."""
+    """An image that sees all of itself is prefilled again; of any other, only the last token is."""
     image = random_patches(np.random.default_rng(0), engine.config)
     for mode, again in (("causal", 1), ("bidirectional", len(image.patches))):
         config = dataclasses.replace(engine.config, image_attention=mode)

@@ -131,8 +131,8 @@ def texts() -> Iterator[bytes]:
     yield json.dumps(item("bomb-spaces", question=" " * 10_000_001 + "what?")).encode()
     yield json.dumps(item("bomb-escapes", question="\\" * 2**24 + "😀")).encode()
     yield json.dumps(item("bomb-text", question="x" * 2**25)).encode()
-    inner = base64.b64encode(png(13_000, 13_000)).decode()
-    yield json.dumps(with_image("bomb-base64", f"data:image/png;base64,{inner}")).encode()
+    content = base64.b64encode(png(13_000, 13_000)).decode()
+    yield json.dumps(with_image("bomb-base64", f"data:image/png;base64,{content}")).encode()
     yield json.dumps(with_image("bomb-uri", "data:," + "%00" * 2**24)).encode()
 
 

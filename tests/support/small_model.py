@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -18,7 +19,7 @@ from phivision_jax.processor import Processor
 from tests.support.batches import QUICK, TINY
 from tests.support.checkpoints import save_checkpoint
 
-_TOKENS = {"vocab_size": 512, "bos_token_id": 507, "eos_token_id": 508, "pad_token_id": 509}
+_TOKENS: dict[str, Any] = {"vocab_size": 512, "bos_token_id": 507, "eos_token_id": 508, "pad_token_id": 509}
 CONFIG = dataclasses.replace(TINY, decoder=dataclasses.replace(TINY.decoder, max_positions=1024, **_TOKENS))
 
 

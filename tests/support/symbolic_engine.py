@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from phivision_jax.inference.engine import Engine
-from phivision_jax.inference.programs import BLOCK, Answers, Row
+from phivision_jax.inference.kv_cache import BLOCK
+from phivision_jax.inference.programs import Answers, Row
 from phivision_jax.inference.prompts import Prompt
 from phivision_jax.inference.sampling import Chosen
 
 STOP = 5
 type Entry = tuple[int, int] | None
-"""What the token is and where, and everything that it has seen; None for what must not be read."""
+"""A token, its place, and everything that it has seen; None for an entry that must not be read."""
 
 
 class SymbolicEngine(Engine):

@@ -1,0 +1,125 @@
+"""The cache of keys and values: blocks of it are copied to rows, from rows, and between slots.
+
+A cache is a ``KV`` of arrays [L, B, K, S, H], or a list of L of them [B, K, S, H] where layers are separate arrays, so
+axes are counted from the end. On a mesh each device copies between its own slots, of its own heads.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Int32
+
+from phivision_jax.batch import Array
+from phivision_jax.sharding import axis_size, rule
+
+BLOCK = 128
+"""Tokens that are copied at a time between a row and the cache."""
+
+
+def _starts(x: jax.Array, slot: jax.Array | int, entry: jax.Array | int) -> tuple:
+    return (0,) * (x.ndim - 4) + (slot, 0, entry, 0)
+
+
+def _copy(to: Any, source: Any, size: int, target: tuple, origin: tuple) -> Any:
+    """Copy ``size`` entries of one sequence, from (slot, entry) ``origin`` to ``target``."""
+
+    def one(x: jax.Array, y: jax.Array) -> jax.Array:
+        sizes = list(y.shape)
+        sizes[-4], sizes[-2] = 1, size
+        return jax.lax.dynamic_update_slice(
+            x, jax.lax.dynamic_slice(y, _starts(y, *origin), sizes), _starts(x, *target)
+        )
+
+    return jax.tree.map(one, to, source)
+
+
+def gather(cache: Any, context: Int32[Array, "R c 3"], num_context: Int32[Array, " R"]) -> Any:
+    """``KV`` [(L,) R, K, C, H] of the prefixes that the pieces of rows attend to; see ``programs.Row``."""
+
+    def local(cache: Any, context: jax.Array, count: jax.Array) -> Any:
+        size = context.shape[1] * BLOCK
+        empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-4], 1, x.shape[-3], size, x.shape[-1]), x.dtype), cache)
+
+        def copy(i: jax.Array, out: Any) -> Any:
+            source, _, entry = context[0, i]
+            return _copy(out, cache, BLOCK, (0, i * BLOCK), (source, entry))
+
+        return jax.lax.fori_loop(0, count[0], copy, empty)
+
+    return _on_shards(local, cache, (context, num_context))
+
+
+def insert(
+    cache: Any,
+    stored: Any,
+    context: Int32[Array, "R c 3"],
+    num_context: Int32[Array, " R"],
+    copies: Int32[Array, "R w 3"],
+    num_copies: Int32[Array, " R"],
+) -> Any:
+    """The cache with the prefixes that rows share with other slots, and with the rows' own keys and values.
+
+    Args:
+      stored: ``KV`` [L, R, K, T, H] of the rows' tokens.
+      context, num_context, copies, num_copies: as in ``programs.Row``.
+    """
+    stored = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, BLOCK), (0, 0)]), stored)
+    if isinstance(cache, list):
+        stored = [jax.tree.map(lambda x, i=i: x[i], stored) for i in range(len(cache))]
+
+    def local(
+        cache: Any, stored: Any, context: jax.Array, num: jax.Array, copies: jax.Array, num_copies: jax.Array
+    ) -> Any:
+        def share(i: jax.Array, cache: Any) -> Any:
+            source, slot, entry = context[0, i]
+            return _copy(cache, cache, BLOCK, (slot, entry), (source, entry))
+
+        def copy(i: jax.Array, cache: Any) -> Any:
+            position, slot, entry = copies[0, i]
+            return _copy(cache, stored, BLOCK, (slot, entry), (0, position))
+
+        if context.shape[1]:
+            cache = jax.lax.fori_loop(0, num[0], share, cache)
+        return jax.lax.fori_loop(0, num_copies[0], copy, cache)
+
+    return _on_shards(local, cache, (context, num_context, copies, num_copies), stored)
+
+
+def append(cache: Any, recent: Any, places: jax.Array) -> Any:
+    """The cache with the tokens of one call of ``decode``, from entry ``places[b]`` of slot b on.
+
+    Args:
+      recent: as the cache, with n entries.
+    """
+
+    def local(cache: Any, recent: Any, places: jax.Array) -> Any:
+        steps = jax.tree.leaves(recent)[0].shape[-2]
+
+        def one(b: jax.Array, cache: Any) -> Any:
+            return _copy(cache, recent, steps, (b, places[b]), (b, 0))
+
+        return jax.lax.fori_loop(0, len(places), one, cache)
+
+    return _on_shards(local, cache, (places,), recent)
+
+
+def partition_specs(cache: Any) -> Any:
+    """The PartitionSpec of every array of a cache: slots over "slots", heads over "kv_heads" if they divide."""
+
+    def spec(x: jax.Array) -> PartitionSpec:
+        heads = rule("kv_heads") if x.shape[-3] % axis_size("kv_heads") == 0 else None
+        return PartitionSpec(*[None] * (x.ndim - 4), rule("slots"), heads)
+
+    return jax.tree.map(spec, cache)
+
+
+def _on_shards(local: Any, cache: Any, arguments: tuple, stored: Any = None) -> Any:
+    """``local(cache, stored, *arguments)`` on each device's slots and heads; arguments are split by their rows."""
+    trees = (cache,) if stored is None else (cache, stored)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(*trees, *arguments)
+    specs = *map(partition_specs, trees), *(PartitionSpec(rule("slots")) for _ in arguments)
+    # check_vma: loops over a device's own slots have constant carries.
+    return jax.shard_map(local, in_specs=specs, out_specs=specs[0], check_vma=False)(*trees, *arguments)
