@@ -1,6 +1,7 @@
 """Every test sees eight CPU devices: sharded code runs the same on them as on a mesh of accelerators."""
 
 import os
+import signal
 import tempfile
 
 # Before JAX is imported. A machine with an accelerator must give the same numbers, so only the CPU is asked for.
@@ -31,6 +32,17 @@ from tests.support.bucket_emulator import Emulator
 # No test judges time: another machine, or a busy one, is slower.
 hypothesis.settings.register_profile("project", deadline=None)
 hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Commands that run in this process install handlers of signals; no later test has them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    wakeup = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(wakeup)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -59,13 +59,9 @@ class Lines(io.StringIO):
 
 
 @pytest.fixture(autouse=True)
-def interrupts():
-    """Ctrl-C raises KeyboardInterrupt, whatever this process and other tests have set."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def interrupts(signals):
+    """Ctrl-C raises KeyboardInterrupt, also if this process was started in the background of a shell."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture

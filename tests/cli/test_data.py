@@ -48,13 +48,11 @@ def phivision(monkeypatch, capsys) -> Callable[..., Done]:
     def call(*words: str | Path, code: int = 0) -> Done:
         monkeypatch.setattr(sys, "argv", ["phivision", "data", *map(str, words)])
         monkeypatch.setenv("COLUMNS", "200")
-        handler, found = signal.getsignal(signal.SIGTERM), 0
+        found = 0
         try:
             main()
         except SystemExit as ended:
             found = ended.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
         printed = capsys.readouterr()
         assert found == code, printed
         return Done(found, printed.out, printed.err)

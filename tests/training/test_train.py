@@ -17,7 +17,6 @@ import pytest
 from phivision_jax.checkpoint.layout import CHECKPOINTS
 from phivision_jax.cli.load_config import load_config
 from phivision_jax.cli.main import main
-from phivision_jax.distributed import processes
 from phivision_jax.training import setup
 from phivision_jax.training.telemetry.metrics import read_metrics
 from tests.support.batches import QUICK
@@ -50,8 +49,6 @@ def phivision(monkeypatch, capsys):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
     for module in ("step", "validation"):
         monkeypatch.setattr(f"phivision_jax.training.{module}.compiler_options", lambda mesh: QUICK)
-    monkeypatch.setattr(processes, "exit_on_signal", lambda: None)
-    handler = signal.getsignal(signal.SIGTERM)
 
     def run(*words: str) -> tuple[int, str]:
         code = 0
@@ -62,8 +59,7 @@ def phivision(monkeypatch, capsys):
         printed = capsys.readouterr()
         return code, printed.out + printed.err
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 def test_train_compiles_once(undisturbed):
