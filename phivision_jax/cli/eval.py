@@ -39,7 +39,7 @@ def eval(  # the name of the subcommand
     """
     import phivision_jax
     from phivision_jax.data.store.dataset import Dataset
-    from phivision_jax.evaluation import runner, scoring
+    from phivision_jax.evaluation import accuracy, runner
     from phivision_jax.inference.local import MAX_NEW_TOKENS
     from phivision_jax.io import html, progress, storage
 
@@ -58,7 +58,7 @@ def eval(  # the name of the subcommand
     evaluator = runner.Evaluator(dataset, processor, rows=rows, max_new_tokens=limit, num_examples=examples, mode=mode)
     with progress.bar("evaluate", len(evaluator.records)) as advance:
         answers = evaluator(model, advance)
-    html.print_sections([scoring.accuracy_section(f"{checkpoint} on {data}, mode {mode}", answers)])
+    html.print_sections([accuracy.accuracy_section(f"{checkpoint} on {data}, mode {mode}", answers)])
     if directory:
-        scoring.write_report(directory, answers, checkpoint=checkpoint, data=data, mode=mode)
+        accuracy.write_report(directory, answers, checkpoint=checkpoint, data=data, mode=mode)
         print(f"written: {out}/report.json, answers.jsonl")

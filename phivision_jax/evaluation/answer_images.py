@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from phivision_jax.data.records import Record
-from phivision_jax.evaluation.scoring import Answer
+from phivision_jax.evaluation.accuracy import Answer
 from phivision_jax.images.decode import open_image, to_rgb
 from phivision_jax.inference.grounding import fit
 from phivision_jax.io.html import text_image

@@ -7,7 +7,8 @@ import numpy as np
 
 from phivision_jax.data.records import Record, mode_of
 from phivision_jax.data.store.dataset import Dataset, check_processor
-from phivision_jax.evaluation.scoring import Answer, exact_match
+from phivision_jax.evaluation.accuracy import Answer
+from phivision_jax.evaluation.scoring import exact_match
 from phivision_jax.inference.local import LocalGenerator
 from phivision_jax.inference.requests import Request
 from phivision_jax.io.messages import shorten

@@ -23,9 +23,9 @@ from phivision_jax.data import quarantine
 from phivision_jax.data.feed.pipeline import BatchInfo
 from phivision_jax.distributed.heartbeat import LONG_S, PREEMPTED, Watchdog
 from phivision_jax.distributed.processes import Preemption, on_process_zero
+from phivision_jax.evaluation.accuracy import accuracy
 from phivision_jax.evaluation.answer_images import answer_images
 from phivision_jax.evaluation.runner import Evaluator
-from phivision_jax.evaluation.scoring import accuracy
 from phivision_jax.io import atomic, jsonl, progress
 from phivision_jax.models import phivision
 from phivision_jax.training import guard, optim, setup

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image, ImageColor
 
+from phivision_jax.evaluation.accuracy import Answer
 from phivision_jax.evaluation.answer_images import (
     CORRECT,
     IMAGE_HEIGHT,
@@ -16,7 +17,6 @@ from phivision_jax.evaluation.answer_images import (
     answer_image,
     answer_images,
 )
-from phivision_jax.evaluation.scoring import Answer
 
 
 def colours(image):

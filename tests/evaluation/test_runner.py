@@ -10,8 +10,8 @@ from PIL import Image
 from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.data.records import Record
 from phivision_jax.evaluation import runner
+from phivision_jax.evaluation.accuracy import accuracy
 from phivision_jax.evaluation.runner import Evaluator
-from phivision_jax.evaluation.scoring import accuracy
 from phivision_jax.processor import Processor
 from tests.support.datasets import write_dataset
 from tests.support.generation import reply

@@ -1,15 +1,6 @@
-import json
-
 import pytest
 
-from phivision_jax.evaluation.scoring import (
-    Answer,
-    accuracy,
-    accuracy_by_task,
-    accuracy_section,
-    exact_match,
-    write_report,
-)
+from phivision_jax.evaluation.scoring import exact_match
 
 
 @pytest.mark.parametrize(
@@ -55,16 +46,3 @@ def test_mark_alone_is_not_an_empty_answer(mark):
 
 def test_quotation_marks_inside_an_answer_count():
     assert not exact_match("'a' or 'b'", "a' or 'b")
-
-
-def test_report_counts_by_mode_and_task(tmp_path):
-    answers = [Answer(str(i), "general", "nothink", "q", "a", "a" if i else "b", bool(i)) for i in range(4)]
-    assert accuracy(answers) == 0.75 and accuracy_by_task(answers) == {"nothink/general": (0.75, 4)}
-    assert accuracy_section("c on d", answers).table.rows == [("nothink/general", "75.0%", "4"), ("all", "75.0%", "4")]
-    write_report(tmp_path / "out", answers, checkpoint="c", data="d", mode="auto")
-    lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == ["0", "1", "2", "3"]
-    assert json.loads((tmp_path / "out" / "report.json").read_text()) == {
-        "checkpoint": "c", "data": "d", "mode": "auto",
-        "accuracy": 0.75, "count": 4, "by_task": {"nothink/general": [0.75, 4]},
-    }  # fmt: skip
