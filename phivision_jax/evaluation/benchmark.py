@@ -59,6 +59,8 @@ class Benchmark(abc.ABC):
     published: ClassVar[Published | None] = None
     max_new_tokens: ClassVar[int] = 4096
     """Limit of thought and answer."""
+    judged: ClassVar[bool] = False
+    """True where the published score depends on a judge, another model; without one ``score`` is the rule's alone."""
 
     @abc.abstractmethod
     def items(self, path: str) -> Sequence[Item]:
@@ -76,6 +78,17 @@ class Benchmark(abc.ABC):
     @abc.abstractmethod
     def score(self, prediction: str, item: Item) -> Score:
         """The score of a reply's answer, without its thought."""
+
+    def judge_prompt(self, prediction: str, item: Item) -> str | None:
+        """The question to a judge about a reply's answer; None where ``score`` decides without one."""
+        return None
+
+    def judge_score(self, judge_reply: str, item: Item) -> Score:
+        """The score of an answer from the judge's reply to its ``judge_prompt``.
+
+        A reply that does not have the form that the prompt asks for scores 0 with nothing extracted.
+        """
+        raise NotImplementedError(f"{type(self).__name__} asks no judge")
 
     def summary(self, scored: Sequence[Scored]) -> dict[str, float]:
         """The figures of a benchmark; "score" is the one that is published, in the same unit."""
