@@ -1,7 +1,7 @@
 """Readers of data sets, one per format, all of one protocol (``source.Source``).
 
     json_files    .json (an array, or one object per line), .jsonl, .ndjson
-    parquet       .parquet, as the Hugging Face hub stores it
+    parquet       .parquet, as the Hugging Face hub stores it; row_groups limits the memory of its rows
     tfds          TensorFlow Datasets prepared as ArrayRecord or parquet, without TensorFlow
     array_record  payloads that are our records, JSON objects or msgpack maps
     source        records that are in memory already, and the protocol

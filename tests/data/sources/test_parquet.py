@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phivision_jax.data.quarantine import Quarantined
-from phivision_jax.data.sources import parquet
+from phivision_jax.data.sources import parquet, row_groups
 from phivision_jax.data.sources.item_options import ItemOptions
 from phivision_jax.data.sources.parquet import ParquetSource
 from phivision_jax.data.sources.source import Read
@@ -160,14 +160,14 @@ def test_parquet_unreadable_row_group(tmp_path):
 def test_parquet_chunks_read_row_group_once(tmp_path, monkeypatch):
     """Reading consecutive chunks decodes each row once, also with another worker's chunks between them."""
     decoded = []
-    rows_of = parquet._rows
+    rows_of = parquet.rows_of
 
     def count(*args: Any) -> Any:
         for row in rows_of(*args):
             decoded.append(row)
             yield row
 
-    monkeypatch.setattr(parquet, "_rows", count)
+    monkeypatch.setattr(parquet, "rows_of", count)
     pq.write_table(questions(0, 1000), tmp_path / "made.parquet")
     source = ParquetSource(tmp_path / "made.parquet", OPTIONS)
     for step in (100, 200):
@@ -182,7 +182,7 @@ def test_parquet_chunks_read_row_group_once(tmp_path, monkeypatch):
 
 
 def test_parquet_large_rows_decoded_in_small_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "BATCH_BYTES", 50_000)
+    monkeypatch.setattr(row_groups, "BATCH_BYTES", 50_000)
     asked = []
     iter_batches = pq.ParquetFile.iter_batches
     monkeypatch.setattr(
@@ -226,7 +226,7 @@ def test_parquet_values_that_python_cannot_hold(tmp_path):
 
 
 def test_parquet_bombs_cost_their_own_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "LIMIT", 64 * 2**20)
+    monkeypatch.setattr(row_groups, "LIMIT", 64 * 2**20)
     once = pa.array(["", "y" * (12 * 2**20)])
     many = pa.DictionaryArray.from_arrays(pa.array([0, 1, 1, 0, 1, 1, 1, 1, 1], pa.int32()), once)
     pq.write_table(questions(0, 9).append_column("x", many), tmp_path / "a.parquet", store_schema=False)
@@ -244,5 +244,5 @@ def test_parquet_value_beyond_the_limit():
     """Arrow's scalar of it would abort the process."""
     row = pa.record_batch({"id": ["r0"], "x": [bytes(50 * 2**20)]})
     with limited_memory(20 * 2**20):
-        fields, error = parquet._decode(row)
+        fields, error = row_groups._decode(row)
     assert fields["id"] == "r0" and isinstance(error, MemoryError)
