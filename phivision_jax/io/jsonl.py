@@ -7,24 +7,53 @@ removes them.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from phivision_jax.io import atomic
 from phivision_jax.io.storage import Location, wrap_storage_errors
 
 
-def append(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one line; when this returns, it survives the end of the process.
+class Writer:
+    """A log that is open for appending lines, for one process at a time; also a context manager.
+
+    Args:
+      path: created if need be; a last line that is cut short is removed.
 
     Raises:
       OSError: when it cannot be written; the error names the file.
     """
-    line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-    with atomic.with_filename(path), path.open("a+b") as file:
-        if file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n":
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(line)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with atomic.with_filename(path):
+            self._file = path.open("a+b")
+            if self._file.tell() and (self._file.seek(-1, 2), self._file.read(1))[1] != b"\n":
+                self._file.seek(0)
+                self._file.truncate(self._file.read().rfind(b"\n") + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one line; when this returns, it survives the end of the process. Errors as the constructor."""
+        line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        with atomic.with_filename(self._path):
+            self._file.write(line)
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        with atomic.with_filename(self._path):
+            self._file.close()
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one line to a log that is not kept open; as ``Writer.write``."""
+    with Writer(path) as log:
+        log.write(row)
 
 
 def read(path: Location, **kinds: type) -> list[dict[str, Any]]:
