@@ -17,20 +17,20 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from phivision_jax.images.decode import to_rgb
 from phivision_jax.images.sources import ImageSource, pixels
-from phivision_jax.inference.requests import Delta, Event, Reply, Request, Timings, TokenLogprob
-from phivision_jax.io.messages import Log, prefix_errors, shorten
+from phivision_jax.inference.requests import Delta, Event, Finished, Reply, Request, Timings, TokenLogprob, in_order
+from phivision_jax.io.messages import Log, shorten
 from phivision_jax.io.retry import retry
 from phivision_jax.text.chat import ESCAPE, flatten
 from phivision_jax.text.constants import IMAGE_MARKER
 
 _OPTIONAL = ("mode", "thinking_budget", "top_k", "top_p", "n", "stop")  # sent if set: some endpoints refuse the first
-_FIRST_WAIT_S, _SILENCE_S = 0.5, 600.0
+_FIRST_WAIT_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,21 +49,32 @@ class Endpoint:
     """Requests of ``generate`` in flight."""
     attempts: int = 6
     """Attempts at a request that fails without being at fault: no connection, a full queue, an error of the server."""
+    timeout: float = 600.0
+    """Seconds without a byte after which an attempt has failed."""
     log: Log = print
 
     def generate(
-        self, requests: Sequence[Request], advance: Callable[[int], None] = lambda _: None
+        self, requests: Iterable[Request], advance: Callable[[int], None] = lambda _: None
     ) -> list[list[Reply]]:
-        def answer(i: int) -> list[Reply]:
-            with prefix_errors(f"request {i}"):
-                return self._retry(lambda: [e for e in self._events(self._open(requests[i])) if isinstance(e, Reply)])
+        return in_order(self.as_finished(requests), advance)
 
-        replies = []
+    def as_finished(self, requests: Iterable[Request]) -> Finished:
+        def answer(request: Request) -> list[Reply]:
+            return self._retry(lambda: [e for e in self._events(self._open(request)) if isinstance(e, Reply)])
+
+        coming, more = enumerate(requests), True
+        sent: dict[Future[list[Reply]], int] = {}
         with ThreadPoolExecutor(self.parallel) as pool:
-            for samples in pool.map(answer, range(len(requests))):
-                replies.append(samples)
-                advance(1)
-        return replies
+            while more or sent:
+                while more and len(sent) < self.parallel:
+                    i, request = next(coming, (-1, None))
+                    if request is None:
+                        more = False
+                    else:
+                        sent[pool.submit(answer, request)] = i
+                for future in wait(sent, return_when=FIRST_COMPLETED).done:
+                    i, error = sent.pop(future), future.exception()
+                    yield i, error if isinstance(error, ValueError | OSError) else future.result()
 
     def stream(self, request: Request) -> Iterator[Event]:
         yield from self._events(self._retry(lambda: self._open(request)))
@@ -82,13 +93,20 @@ class Endpoint:
         headers = {"Content-Type": "application/json", **self.headers}
         try:
             call = urllib.request.Request(f"{self.url}/chat/completions", content, headers)
-            return urllib.request.urlopen(call, timeout=_SILENCE_S)
+            return urllib.request.urlopen(call, timeout=self.timeout)
         except urllib.error.HTTPError as error:
             problem = f"{self.url}: status {error.code}, {shorten(error.read(2000).decode(errors='replace'), 500)}"
             may_succeed_later = error.code >= 500 or error.code in (408, 409, 429)
             raise (OSError if may_succeed_later else ValueError)(problem) from None
 
     def _events(self, response: Any) -> Iterator[Event]:
+        try:
+            yield from self._parse(response)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            problem = f"{self.url}: the answer does not have the form of OpenAI's API"
+            raise OSError(f"{problem}: {type(error).__name__} {shorten(str(error))}") from None
+
+    def _parse(self, response: Any) -> Iterator[Event]:
         begun, usage, received = time.monotonic(), dict[str, Any](), dict[int, list[Any]]()
         with response:
             for line in response:
@@ -104,6 +122,8 @@ class Endpoint:
                     yield from _deltas(choice)
             else:
                 raise OSError(f"{self.url}: the connection ended before the answer")
+        if not received:
+            raise OSError(f"{self.url}: there is no sample in the answer")
         for index in sorted(received):
             yield _reply(received[index], usage, len(received), time.monotonic() - begun)
 

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 from phivision_jax.inference.engine import Engine
 from phivision_jax.inference.kv_cache import BLOCK
 from phivision_jax.inference.prompts import Prompt
-from phivision_jax.inference.requests import Event, Reply, Request
+from phivision_jax.inference.requests import Event, Finished, Reply, Request, in_order
 from phivision_jax.inference.sample import Sample
 from phivision_jax.inference.scheduler import Scheduler
 from phivision_jax.inference.transcript import Transcript
-from phivision_jax.io.messages import prefix_errors
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
 from phivision_jax.rows import Example
@@ -169,8 +168,11 @@ class LocalGenerator:
         self, requests: Iterable[Request], advance: Callable[[int], None] = lambda _: None
     ) -> list[list[Reply]]:
         """As ``requests.Generator``; prompts are encoded while others are generated."""
-        replies: list[list[Reply]] = []
-        tickets: list[Ticket] = []
+        return in_order(self.as_finished(requests), advance)
+
+    def as_finished(self, requests: Iterable[Request]) -> Finished:
+        """As ``requests.Generator``."""
+        submitted: dict[int, tuple[Ticket, int, list[Reply]]] = {}
         events: Events = queue.SimpleQueue()
         coming = enumerate(requests)
         more, queued = True, 0
@@ -182,21 +184,22 @@ class LocalGenerator:
                     if request is None:
                         more = False
                         break
-                    with prefix_errors(f"request {i}"):
-                        tickets.append(self.submit(request, functools.partial(_put, events, i)))
-                    replies.append([])
-                    queued += request.n
-                for i, event in self._drive(events):
+                    try:
+                        submitted[i] = self.submit(request, functools.partial(_put, events, i)), request.n, []
+                        queued += request.n
+                    except ValueError as error:
+                        yield i, error
+                for i, event in self._drive(events) if queued else ():
                     if isinstance(event, Reply):
-                        replies[i].append(event)
                         queued -= 1
-                        if tickets[i].finished:
-                            advance(1)
+                        _, n, replies = submitted[i]
+                        replies.append(event)
+                        if len(replies) == n:
+                            del submitted[i]
+                            yield i, sorted(replies, key=lambda reply: reply.index)
         finally:
-            for ticket in tickets:
-                if not ticket.finished:
-                    ticket.cancel()
-        return [sorted(each, key=lambda reply: reply.index) for each in replies]
+            for ticket, _, _ in submitted.values():
+                ticket.cancel()
 
     def stream(self, request: Request) -> Iterator[Event]:
         """As ``requests.Generator``."""

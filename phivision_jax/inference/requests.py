@@ -6,13 +6,15 @@ for event in generator.stream(request):                  # a Delta per piece of 
     ...
 """
 
+import collections.abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 from phivision_jax.config import typed
 from phivision_jax.images.sources import ImageSource, listed
-from phivision_jax.io.messages import shorten
+from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.rows import Example
 from phivision_jax.text.chat import Message
 from phivision_jax.text.constants import IMAGE_MARKER, Mode, PromptMode
@@ -181,6 +183,9 @@ class Delta:
 
 
 type Event = Delta | Reply
+type Outcome = list[Reply] | ValueError | OSError
+"""The replies to a request, one per sample in their order, or why there are none."""
+type Finished = collections.abc.Generator[tuple[int, Outcome]]
 
 
 class Generator(Protocol):
@@ -195,6 +200,15 @@ class Generator(Protocol):
 
         Raises:
           ValueError: for a request that cannot be answered, such as a prompt that is too long, naming it by its number.
+          OSError: for an endpoint that does not answer.
+        """
+        ...
+
+    def as_finished(self, requests: Iterable[Request]) -> Finished:
+        """Answer requests as ``generate`` does; yield each one's number and its replies as soon as it is finished.
+
+        The order is that of finishing. A request that fails has its error in place of replies, and does not stop the
+        others. Closing the iterator cancels what is not finished.
         """
         ...
 
@@ -204,3 +218,16 @@ class Generator(Protocol):
         Closing the iterator cancels the request.
         """
         ...
+
+
+def in_order(finished: Finished, advance: Callable[[int], None]) -> list[list[Reply]]:
+    """The result of ``Generator.generate`` from ``Generator.as_finished``; errors as the former."""
+    replies: dict[int, list[Reply]] = {}
+    with contextlib.closing(finished):
+        for number, outcome in finished:
+            with prefix_errors(f"request {number}"):
+                if isinstance(outcome, Exception):
+                    raise outcome
+            replies[number] = outcome
+            advance(1)
+    return [replies[number] for number in sorted(replies)]
