@@ -35,25 +35,31 @@ def _copy(to: Any, source: Any, size: int, target: tuple, origin: tuple) -> Any:
     return jax.tree.map(one, to, source)
 
 
-def gather(cache: Any, context: Int32[Array, "R c 3"], num_context: Int32[Array, " R"]) -> Any:
+def gather(cache: Any, context: Int32[Array, "R c 3"]) -> Any:
     """``KV`` [(L,) R, K, C, H] of the prefixes that the pieces of rows attend to; see ``programs.Row``."""
 
-    def local(cache: Any, context: jax.Array, count: jax.Array) -> Any:
-        size = context.shape[1] * BLOCK
-        empty = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-4], 1, x.shape[-3], size, x.shape[-1]), x.dtype), cache)
+    def local(cache: Any, context: jax.Array) -> Any:
+        def one(x: jax.Array) -> jax.Array:
+            sizes = (*x.shape[:-4], 1, x.shape[-3], BLOCK, x.shape[-1])
 
-        def copy(i: jax.Array, out: Any) -> Any:
-            source, _, entry = context[0, i]
-            return _copy(out, cache, BLOCK, (0, i * BLOCK), (source, entry))
+            def block(place: jax.Array) -> jax.Array:
+                source, _, entry = place
+                return jax.lax.dynamic_slice(x, _starts(x, source, entry), sizes)
 
-        return jax.lax.fori_loop(0, count[0], copy, empty)
+            blocks = jnp.moveaxis(jax.vmap(block)(context[0]), 0, -3)
+            return blocks.reshape(*sizes[:-2], -1, sizes[-1])
 
-    return _on_shards(local, cache, (context, num_context))
+        # A loop that copies blocks one by one would carry the cache, and XLA for CPUs copies what loops carry.
+        return jax.tree.map(one, cache)
+
+    # Read once, before anything is written: XLA would otherwise read again later, and keep a copy of the cache for it.
+    return jax.lax.optimization_barrier(_on_shards(local, cache, (context,)))
 
 
 def insert(
     cache: Any,
     stored: Any,
+    shared: Any,
     context: Int32[Array, "R c 3"],
     num_context: Int32[Array, " R"],
     copies: Int32[Array, "R w 3"],
@@ -63,28 +69,27 @@ def insert(
 
     Args:
       stored: ``KV`` [L, R, K, T, H] of the rows' tokens.
+      shared: what ``gather`` returned; None for rows without context.
       context, num_context, copies, num_copies: as in ``programs.Row``.
     """
     stored = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, BLOCK), (0, 0)]), stored)
     if isinstance(cache, list):
         stored = [jax.tree.map(lambda x, i=i: x[i], stored) for i in range(len(cache))]
 
-    def local(
-        cache: Any, stored: Any, context: jax.Array, num: jax.Array, copies: jax.Array, num_copies: jax.Array
-    ) -> Any:
-        def share(i: jax.Array, cache: Any) -> Any:
-            source, slot, entry = context[0, i]
-            return _copy(cache, cache, BLOCK, (slot, entry), (source, entry))
-
+    def copy_blocks(cache: Any, rows: Any, places: jax.Array, count: jax.Array) -> Any:
         def copy(i: jax.Array, cache: Any) -> Any:
-            position, slot, entry = copies[0, i]
-            return _copy(cache, stored, BLOCK, (slot, entry), (0, position))
+            position, slot, entry = places[0, i]
+            return _copy(cache, rows, BLOCK, (slot, entry), (0, position))
 
-        if context.shape[1]:
-            cache = jax.lax.fori_loop(0, num[0], share, cache)
-        return jax.lax.fori_loop(0, num_copies[0], copy, cache)
+        return jax.lax.fori_loop(0, count[0], copy, cache)
 
-    return _on_shards(local, cache, (context, num_context, copies, num_copies), stored)
+    # Prefixes are written from what was gathered of them: a loop that also read the cache would not be ordered behind
+    # the gathering, and XLA would copy the cache to keep what that reads.
+    if shared is not None:
+        positions = jnp.broadcast_to(jnp.arange(context.shape[1]) * BLOCK, context.shape[:2])
+        places = context.at[..., 0].set(positions)
+        cache = _on_shards(copy_blocks, cache, (places, num_context), shared)
+    return _on_shards(copy_blocks, cache, (copies, num_copies), stored)
 
 
 def append(cache: Any, recent: Any, places: jax.Array) -> Any:

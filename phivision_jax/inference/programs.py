@@ -136,8 +136,8 @@ def encode(program: Program, weights: Weights, state: State, batch: Batch, place
 # Admit: prefill and insert.
 
 
-def prefill(program: Program, weights: Weights, state: State, row: Row) -> tuple[Float[Array, "R E D"], Any]:
-    """Last hidden states of complete prompts, and ``KV`` [L, R, K, T, H] of the row's tokens."""
+def prefill(program: Program, weights: Weights, state: State, row: Row) -> tuple[Float[Array, "R E D"], Any, Any]:
+    """Last hidden states of complete prompts, ``KV`` [L, R, K, T, H] of the row's tokens, and that of its context."""
     model = phivision.merge(program.graphdef, weights.model)
     decoder = model.decoder
     embeds = decoder.embed_tokens(row.tokens).astype(decoder.dtype)
@@ -155,21 +155,22 @@ def prefill(program: Program, weights: Weights, state: State, row: Row) -> tuple
         return attend(q, k, v, segment_ids=row.segment_ids, kv_segment_ids=segments, span_end=span_end), stored
 
     # Always scanned: that compiles faster, and copying a layer takes little time beside computing many tokens.
-    context = kv_cache.gather(state.cache, row.context, row.num_context) if C else None
-    if isinstance(context, list):
-        context = jax.tree.map(lambda *layers: jnp.stack(layers), *context)
+    shared = kv_cache.gather(state.cache, row.context) if C else None
+    context = jax.tree.map(lambda *layers: jnp.stack(layers), *shared) if isinstance(shared, list) else shared
     hidden, stored = decoder.run(embeds, row.positions, attention, context)
-    return jnp.take_along_axis(hidden, row.ends[..., None], axis=1), stored
+    return jnp.take_along_axis(hidden, row.ends[..., None], axis=1), stored, shared
 
 
-def insert(program: Program, weights: Weights, state: State, row: Row, hidden: jax.Array, stored: Any) -> tuple:
+def insert(
+    program: Program, weights: Weights, state: State, row: Row, hidden: jax.Array, stored: Any, shared: Any
+) -> tuple[State, Chosen]:
     """Cache a row's keys and values, and choose the first token of each complete prompt.
 
     Returns:
       The state, and ``Chosen`` [R · E, …].
     """
     model = phivision.merge(program.graphdef, weights.model)
-    cache = kv_cache.insert(state.cache, stored, row.context, row.num_context, row.copies, row.num_copies)
+    cache = kv_cache.insert(state.cache, stored, shared, row.context, row.num_context, row.copies, row.num_copies)
     slots, B = row.end_slots.reshape(-1), len(state.lengths)
     started = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), row.answering)
     logits = model.decoder.lm_head(hidden).reshape(len(slots), -1)

@@ -80,3 +80,12 @@ def test_nothing_is_compiled_after_warm_up(count, slots, length, chunk):
     assert compiled[0] == 0 and generator.engine.compiled == len(shapes)
     assert {reply.finish_reason for samples in replies for reply in samples} == {"stop", "length"}
     assert {reply.mode for samples in replies + more for reply in samples} == {None, "think", "nothink"}
+
+
+def test_programs_hold_no_copy_of_the_cache():
+    """Above all those that read prefixes from the cache that they then write."""
+    engine = LocalGenerator(random_model(), processor(), slots=256, length=128, chunk=128, image_bytes=2**20).engine
+    cache = sum(x.nbytes for x in jax.tree.leaves(engine.state.cache))
+    for shape in engine.shapes():
+        program = engine.lower(shape, engine.example_arguments(shape)).compile()
+        assert program.memory_analysis().temp_size_in_bytes < cache / 4, str(shape)
