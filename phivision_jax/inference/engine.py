@@ -29,7 +29,7 @@ from phivision_jax.models.attention.cached import KV
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.rows import row_shape
 
-ENDS = 8
+ENDS = 32
 """Most pieces of prompts in a row."""
 GROWTH = 4
 """Each shape of a program is this many times larger than the one before."""

@@ -24,10 +24,11 @@ from phivision_jax.inference.programs import Row
 from phivision_jax.inference.requests import FinishReason
 from phivision_jax.inference.sample import Sample
 
-LEAST_SHARED = 16
+LEAST_SHARED = 64
 """Fewest tokens of a prefix that is shared: nearly all prompts begin with the same few, which are computed at once."""
 ROWS_BETWEEN = 2
-"""Rows that are admitted between two calls of ``decode``, so that active slots do not wait for all new prompts."""
+"""Rows that are admitted between two calls of ``decode`` while half of the slots or more are decoding, so that these do
+not wait for all new prompts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +99,8 @@ class Scheduler:
     def step(self) -> None:
         """Admit waiting prompts, run one call of ``decode``, and deal with what an earlier call chose."""
         self._drop_cancelled()
-        decoding = any(self._decoding())
         rows = 0
-        while (not decoding or rows < ROWS_BETWEEN) and self._admit():
+        while (rows < ROWS_BETWEEN or 2 * sum(self._decoding()) < self.engine.slots) and self._admit():
             rows += 1
         keep = np.array(self._decoding())
         if keep.any():

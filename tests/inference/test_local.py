@@ -213,7 +213,7 @@ def broken(times):
 @pytest.mark.parametrize("threaded", [False, True])
 def test_errors_of_the_engine_reach_all_who_wait(generator, threaded):
     """Requests in slots and waiting ones; later requests are answered, and by nothing that was left behind."""
-    asked = dataclasses.replace(SHORT, messages="what is the colour of the shape in the image? " * 2)
+    asked = dataclasses.replace(SHORT, messages="what is the colour of the shape in the image? " * 4)
     want = answers(generator, [asked])
     generator.engine.decode = broken(1)(generator.engine.decode)
     events: list[list] = [[] for _ in range(7)]

@@ -170,8 +170,8 @@ def test_image_at_the_end_of_a_prompt_is_not_cut_for_its_last_token(engine):
     image = random_patches(np.random.default_rng(0), engine.config)
     for mode, again in (("causal", 1), ("bidirectional", len(image.patches))):
         config = dataclasses.replace(engine.config, image_attention=mode)
-        scheduler = served(engine, [([*range(6, 30), -200], [image])] * 2, config)
-        assert scheduler.counts["prefilled_tokens"] == 24 + len(image.patches) + again
+        scheduler = served(engine, [([*range(6, 60), *range(6, 60), -200], [image])] * 2, config)
+        assert scheduler.counts["prefilled_tokens"] == 108 + len(image.patches) + again
 
 
 def test_rows_need_no_more_images_than_the_pool_holds(engine):
