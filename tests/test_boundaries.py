@@ -51,7 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference.grounding": {"images"},
     "inference": {*DEVICE, *HOST, "rows", "processor", "models", "models.attention", "inference.grounding"},
     "serving": {*HOST, "inference"},
-    "evaluation": {*DEVICE, *DATA, "data.store", "models", "inference", "inference.grounding"},
+    "evaluation.scoring": set(),
+    "evaluation": {*DEVICE, *DATA, "data.store", "models", "inference", "inference.grounding", "evaluation.scoring"},
     "training": {
         *DEVICE,
         *DATA,
@@ -66,6 +67,7 @@ FREE = {"cli", "phivision_jax"}
 """The command line and the package's own names import what they need, lazily."""
 WITHOUT_JAX = [
     *("text", "images", "rows", "io", "data.sources", "data.store", "convert", "inference.grounding"),
+    "evaluation.scoring",
     *sorted(CHECKPOINT_FORMAT),
 ]
 

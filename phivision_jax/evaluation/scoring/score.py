@@ -11,6 +11,15 @@ class Score:
     value: float
     """From 0 (wrong) to 1 (right)."""
     extracted: Any
-    """What was understood of the prediction: a letter, a number, a text, a box as a list; None for nothing."""
+    """The answer that was understood: a letter, a number, a text, a box as a list; None for nothing."""
     reason: str
     """One phrase that explains the value."""
+
+
+UNPARSED = Score(0.0, None, "unparsed")
+"""The score of a prediction without an answer; no rule guesses."""
+
+
+def compared(right: bool, extracted: Any, relation: str = "equal to the answer") -> Score:
+    """The score of an answer that was understood: 1 if the relation holds, 0 if not."""
+    return Score(float(right), extracted, relation if right else f"not {relation}")
