@@ -52,7 +52,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "inference": {*DEVICE, *HOST, "rows", "processor", "models", "models.attention", "inference.grounding"},
     "serving": {*HOST, "inference"},
     "evaluation.scoring": set(),
-    "evaluation": {*DEVICE, *DATA, "data.store", "models", "inference", "inference.grounding", "evaluation.scoring"},
+    "evaluation": {
+        *DEVICE,
+        *DATA,
+        *("data.sources", "data.store", "models", "inference", "inference.grounding", "evaluation.scoring"),
+    },
     "training": {
         *DEVICE,
         *DATA,
