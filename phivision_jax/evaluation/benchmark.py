@@ -55,8 +55,10 @@ class Benchmark(abc.ABC):
     title: ClassVar[str]
     """As in reports."""
     download: ClassVar[str] = ""
-    """The Hugging Face dataset that ``items`` reads, as "owner/name"; "" for none."""
+    """The Hugging Face dataset that ``items`` reads, as "owner/name", or the URL of a git repository; "" for none."""
     published: ClassVar[Published | None] = None
+    published_groups: ClassVar[Mapping[str, Published]] = {}
+    """Further published figures, by their names in ``summary``."""
     max_new_tokens: ClassVar[int] = 4096
     """Limit of thought and answer."""
     judged: ClassVar[bool] = False

@@ -1,0 +1,55 @@
+"""MathVista (testmini): mathematics in images (arXiv 2310.02255), scored by VLMEvalKit's rules."""
+
+from typing import Any
+
+from phivision_jax.evaluation import scoring
+from phivision_jax.evaluation.benchmark import Item, Published
+from phivision_jax.evaluation.benchmarks import judging
+from phivision_jax.evaluation.benchmarks.prompts import plain
+from phivision_jax.evaluation.scoring import Score
+from phivision_jax.evaluation.tables.benchmark import TableBenchmark
+from phivision_jax.evaluation.tables.locate import Files
+from phivision_jax.evaluation.tables.row import Row, lettered
+
+_CHOICE = "multi_choice"
+
+
+class MathVista(TableBenchmark):
+    """1,000 questions: a choice, an integer, a decimal number, or a list."""
+
+    name, title, download = "mathvista", "MathVista (testmini)", "AI4Math/MathVista"
+    files = Files(split="testmini", tsv=("MathVista_MINI.tsv",))
+    images = ("decoded_image", "image")
+    published = Published(75.2, "README of the released code", "a judge extracts answers; without one the rule does")
+    judged = True
+
+    def item(self, row: Row) -> Item:
+        kind, choices, answer = row.text("question_type"), list[str](), row.text("answer")
+        option = row.optional("answer_option")
+        if kind == _CHOICE:
+            choices = row.strings("choices")
+            letters = [letter for letter, choice in lettered(choices).items() if choice == answer]
+            option = str(option or (letters or [""])[0])
+            if not option:
+                raise row.error("answer", "is none of the choices")
+        # The column is a float, which Python's round refuses as a number of digits.
+        needs_precision = row.text("answer_type") == "float" and kind != _CHOICE
+        precision = row.integer("precision") if needs_precision or row.optional("precision") is not None else None
+        record: dict[str, Any] = {
+            "question_type": kind, "answer_type": row.text("answer_type"), "choices": choices, "precision": precision,
+            "answer": answer, "answer_option": option or "",
+        }  # fmt: skip
+        groups = {"question_type": kind, "answer_type": str(record["answer_type"])}
+        id = row.optional("pid", "index")
+        return Item(str(id or row.id), plain(row.text("query", "question")), (), record, groups)
+
+    def score(self, prediction: str, item: Item) -> Score:
+        inferred = scoring.mathvista_prefetch(prediction, item.record)
+        return inferred if inferred.extracted is not None else scoring.mathvista_normalize(prediction, item.record)
+
+    def judge_prompt(self, prediction: str, item: Item) -> str | None:
+        inferred = scoring.mathvista_prefetch(prediction, item.record)
+        return judging.extraction(item.question, prediction) if inferred.extracted is None else None
+
+    def judge_score(self, judge_reply: str, item: Item) -> Score:
+        return scoring.mathvista_prefetch(judging.extracted(judge_reply), item.record)
