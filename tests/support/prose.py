@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tests.support.paths import ROOT
 
 HEADLESS = re.compile(r"(What|Of|Whether|How|Where|Who|Which|That)\b")
-SEARCHED = ("phivision_jax", "convert", "configs", "benchmarks", "docs", "tests")
+SEARCHED = ("phivision_jax", "convert", "configs", "benchmarks", "docs", "examples", "tests")
 
 # Pattern → the term to use. Patterns match whole words, in any case.
 WORDS = {
