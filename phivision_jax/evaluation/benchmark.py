@@ -68,6 +68,9 @@ class Benchmark(abc.ABC):
     def items(self, path: str) -> Sequence[Item]:
         """The items in a directory or file of the benchmark; reads an item's images when it is indexed.
 
+        Args:
+          path: the directory or file; "" to download the data, or where none are needed.
+
         Raises:
           FileNotFoundError: where there is no data, saying what was expected.
           ValueError: for data of another schema, naming file and column.

@@ -13,7 +13,7 @@ class AI2D(TableBenchmark):
     """The test split: 3,088 questions."""
 
     name, title, download = "ai2d", "AI2D", "lmms-lab/ai2d"
-    files = Files(split="test", tsv=("AI2D_TEST.tsv",))
+    files = Files(parquet=("test",), tsv=("AI2D_TEST.tsv",))
     published = Published(84.8, "README of the released code", "VLMEvalKit asks a judge where its rule finds no letter")
 
     def item(self, row: Row) -> Item:
@@ -25,7 +25,8 @@ class AI2D(TableBenchmark):
         if answer not in options:
             raise row.error("answer", f"is {answer!r}, none of {len(options)} options")
         record = {"options": options, "answer": answer}
-        return Item(row.id, multiple_choice(plain(row.text("question")), options), (), record)
+        question = multiple_choice(plain(row.text("question")), options, hint=row.hint)
+        return Item(row.id, question, (), record)
 
     def score(self, prediction: str, item: Item) -> Score:
         return scoring.mcq(prediction, item.record)

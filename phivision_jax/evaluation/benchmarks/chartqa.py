@@ -18,7 +18,7 @@ class ChartQA(TableBenchmark):
     """The test split: 1,250 questions of people and 1,250 that were generated."""
 
     name, title, download = "chartqa", "ChartQA", "HuggingFaceM4/ChartQA"
-    files = Files(split="test", tsv=("ChartQA_TEST.tsv",))
+    files = Files(parquet=("test",), tsv=("ChartQA_TEST.tsv",))
     published = Published(83.3, "model card", "the harness and its prompt are not stated")
 
     def item(self, row: Row) -> Item:

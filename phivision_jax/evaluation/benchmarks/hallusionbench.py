@@ -17,7 +17,7 @@ class HallusionBench(TableBenchmark):
     """The 951 questions with an image; those without one are not part of the published score."""
 
     name, title, download = "hallusionbench", "HallusionBench", "lmms-lab/HallusionBench"
-    files = Files(split="image", tsv=("HallusionBench.tsv",))
+    files = Files(parquet=("image",), tsv=("HallusionBench.tsv",))
     published = Published(
         64.4, "README of the released code", "it is not stated which of aAcc, fAcc and qAcc, or a mean"
     )

@@ -16,7 +16,7 @@ class MathVerse(TableBenchmark):
     """788 problems in five versions that have an image."""
 
     name, title, download = "mathverse", "MathVerse (testmini)", "AI4Math/MathVerse"
-    files = Files(split="testmini", tsv=("MathVerse_MINI.tsv",))
+    files = Files(parquet=("testmini",), tsv=("MathVerse_MINI.tsv",))
     published = Published(44.9, "README of the released code", "a judge compares answers; the rule alone is stricter")
     judged = True
 

@@ -18,7 +18,7 @@ class MathVision(TableBenchmark):
     """304 problems."""
 
     name, title, download = "mathvision", "MathVision (testmini)", "MathLLMs/MathVision"
-    files = Files(split="testmini", tsv=("MathVision_MINI.tsv",))
+    files = Files(parquet=("testmini",), tsv=("MathVision_MINI.tsv",))
     images = ("decoded_image", "image")
     published = Published(36.2, "README of the released code", "a judge extracts answers; without one the rule does")
     judged = True

@@ -18,7 +18,7 @@ class MathVista(TableBenchmark):
     """1,000 questions: a choice, an integer, a decimal number, or a list."""
 
     name, title, download = "mathvista", "MathVista (testmini)", "AI4Math/MathVista"
-    files = Files(split="testmini", tsv=("MathVista_MINI.tsv",))
+    files = Files(parquet=("testmini",), tsv=("MathVista_MINI.tsv",))
     images = ("decoded_image", "image")
     published = Published(75.2, "README of the released code", "a judge extracts answers; without one the rule does")
     judged = True
@@ -40,16 +40,27 @@ class MathVista(TableBenchmark):
             "answer": answer, "answer_option": option or "",
         }  # fmt: skip
         groups = {"question_type": kind, "answer_type": str(record["answer_type"])}
-        id = row.optional("pid", "index")
-        return Item(str(id or row.id), plain(row.text("query", "question")), (), record, groups)
+        return Item(row.text("pid", "index"), plain(row.text("query", "question")), (), record, groups)
 
     def score(self, prediction: str, item: Item) -> Score:
-        inferred = scoring.mathvista_prefetch(prediction, item.record)
-        return inferred if inferred.extracted is not None else scoring.mathvista_normalize(prediction, item.record)
+        """VLMEvalKit's inference; of questions without choices, MathVista's normalisation where it infers nothing.
+
+        The nearest choice by edit distance, which MathVista takes of an extracted answer, would be a guess of a reply.
+        """
+        rule = scoring.mathvista_prefetch if item.record["choices"] else scoring.mathvista_normalize
+        return _inferred(prediction, item) or rule(prediction, item.record)
 
     def judge_prompt(self, prediction: str, item: Item) -> str | None:
-        inferred = scoring.mathvista_prefetch(prediction, item.record)
-        return judging.extraction(item.question, prediction) if inferred.extracted is None else None
+        """The request to extract the answer: of a choice where no letter is inferred, else of all but right answers."""
+        return None if _inferred(prediction, item) else judging.extraction(item.question, prediction)
 
     def judge_score(self, judge_reply: str, item: Item) -> Score:
-        return scoring.mathvista_prefetch(judging.extracted(judge_reply), item.record)
+        if not (answer := judging.extracted(judge_reply)):
+            return Score(0.0, None, "the judge found no answer")
+        return _inferred(answer, item) or scoring.mathvista_normalize(answer, item.record)
+
+
+def _inferred(answer: str, item: Item) -> Score | None:
+    """VLMEvalKit's inference where it is final: a letter, or the right number."""
+    inferred = scoring.mathvista_prefetch(answer, item.record)
+    return inferred if inferred.value == 1 or (item.record["choices"] and inferred.extracted is not None) else None

@@ -20,7 +20,7 @@ class MMMU(TableBenchmark):
     """900 questions, of which about one in twenty is open."""
 
     name, title, download = "mmmu", "MMMU (val)", "MMMU/MMMU"
-    files = Files(split="validation", tsv=("MMMU_DEV_VAL.tsv",))
+    files = Files(parquet=("validation",), tsv=("MMMU_DEV_VAL.tsv",))
     images = (*(f"image_{k}" for k in range(1, 8)), "image")
     published = Published(54.3, "README of the released code", "VLMEvalKit asks a judge where its rule finds no letter")
 
@@ -32,7 +32,8 @@ class MMMU(TableBenchmark):
         is_list = answer.startswith("[") and not options
         record = {"options": list(options.values()), "answer": row.strings("answer") if is_list else answer}
         subject = str(row.optional("category") or id.removeprefix("validation_").rpartition("_")[0])
-        question = multiple_choice(plain(row.text("question")), {k: plain(v) for k, v in options.items()})
+        shown = {letter: plain(option) for letter, option in options.items()}
+        question = multiple_choice(plain(row.text("question")), shown, hint=row.hint)
         return Item(id, question, (), record, {"subject": subject} if subject else {})
 
     def complete(self, item: Item, row: Row, images: tuple[bytes, ...]) -> Item:

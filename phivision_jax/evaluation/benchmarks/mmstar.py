@@ -15,12 +15,12 @@ class MMStar(TableBenchmark):
     """1,500 questions."""
 
     name, title, download = "mmstar", "MMStar", "Lin-Chen/MMStar"
-    files = Files(split="val", tsv=("MMStar.tsv",))
+    files = Files(parquet=("val", "mmstar"), tsv=("MMStar.tsv",))
     published = Published(64.5, "README of the released code", "VLMEvalKit asks a judge where its rule finds no letter")
 
     def item(self, row: Row) -> Item:
         text, options = plain(row.text("question")), row.options()
-        prompt = multiple_choice(text, options) if options else f"{text.strip()}\n{LETTER_ONLY}"
+        prompt = multiple_choice(text, options, hint=row.hint) if options else f"{text.strip()}\n{LETTER_ONLY}"
         # Without options that can be found, only a letter is understood.
         options = options or split_options(text) or {letter: letter for letter in "ABCD"}
         record = {"options": options, "answer": row.text("answer").strip()}

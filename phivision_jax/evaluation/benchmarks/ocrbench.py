@@ -17,7 +17,7 @@ class OCRBench(TableBenchmark):
     """1,000 questions of ten types."""
 
     name, title, download = "ocrbench", "OCRBench", "echo840/OCRBench"
-    files = Files(split="test", tsv=("OCRBench.tsv",))
+    files = Files(parquet=("test",), tsv=("OCRBench.tsv",))
     published = Published(76.0, "model card", "published of 1,000 points as per cent")
 
     def item(self, row: Row) -> Item:

@@ -15,7 +15,7 @@ class VStar(TableBenchmark):
     """191 questions about an attribute or a position."""
 
     name, title, download = "vstar", "V*Bench", "craigwu/vstar_bench"
-    files = Files(split="test", tsv=("VStarBench.tsv",), json=("test_questions.jsonl",))
+    files = Files(parquet=("test",), tsv=("VStarBench.tsv",), json=("test_questions.jsonl",))
 
     def item(self, row: Row) -> Item:
         text, options = plain(row.text("text", "question")), row.options()
@@ -26,7 +26,7 @@ class VStar(TableBenchmark):
             raise row.error("label", f"is {answer!r}, none of the options {', '.join(options)}")
         category = row.text("category")
         record = {"options": options, "answer": answer}
-        return Item(row.id, multiple_choice(text, options), (), record, {"category": category})
+        return Item(row.id, multiple_choice(text, options, hint=row.hint), (), record, {"category": category})
 
     def score(self, prediction: str, item: Item) -> Score:
         return scoring.mcq(prediction, item.record)

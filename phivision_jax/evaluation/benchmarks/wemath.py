@@ -18,7 +18,7 @@ class WeMath(TableBenchmark):
     """1,740 questions of 525 problems."""
 
     name, title, download = "wemath", "We-Math", "We-Math/We-Math"
-    files = Files(split="testmini", tsv=("WeMath.tsv",))
+    files = Files(parquet=("testmini",), tsv=("WeMath.tsv",))
     images = ("image_path", "image")
     published = Published(50.1, "README of the released code", "it is not stated whether strict or loose")
 
@@ -30,7 +30,7 @@ class WeMath(TableBenchmark):
         if (answer := row.text("answer").strip()) not in options:
             raise row.error("answer", f"is {answer!r:.60}, none of the options {', '.join(options)}")
         id = row.text("ID", "id")
-        question = multiple_choice(plain(row.text("question")), options, closing=False)
+        question = multiple_choice(plain(row.text("question")), options, hint=row.hint, closing=False)
         record = {"answer": answer, "key": key}
         return Item(f"{id}/{key}", question, (), record, {"steps": steps}, f"{id}/{steps}")
 

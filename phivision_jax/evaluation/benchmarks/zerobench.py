@@ -16,7 +16,7 @@ class ZeroBench(TableBenchmark):
     """334 subquestions, some with several images."""
 
     name, title, download = "zerobench", "ZEROBench (sub)", "jonathan-roberts1/zerobench"
-    files = Files(split="zerobench_subquestions", tsv=("ZEROBench_sub.tsv", "zerobench_sub.tsv"))
+    files = Files(parquet=("zerobench_subquestions",), tsv=("ZEROBench_sub.tsv", "zerobench_sub.tsv"))
     images = ("question_images_decoded", "image")
     published = Published(17.7, "README of the released code")
 

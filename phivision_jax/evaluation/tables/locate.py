@@ -19,8 +19,8 @@ DEEPEST = 3
 class Files:
     """Names of a benchmark's files, by form; of several forms in a folder, the first counts."""
 
-    split: str = ""
-    """Parquet: the beginning of the files' names, or the name of their folder; "" for none."""
+    parquet: tuple[str, ...] = ()
+    """Beginnings of names of parquet files, or names of their folders, mostly the split."""
     tsv: tuple[str, ...] = ()
     """Names of VLMEvalKit's tables, of which any number may be present."""
     json: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class Files:
     """Further instructions after the command of the download."""
 
     def __str__(self) -> str:
-        expected = [f"{self.split}*.parquet"] * bool(self.split) + [*self.tsv, *self.json]
+        expected = [*(f"{name}*.parquet" for name in self.parquet), *self.tsv, *self.json]
         return f"{', '.join(expected[:-1])} or {expected[-1]}" if expected[1:] else expected[0]
 
 
@@ -73,7 +73,7 @@ def fetch_folder(download: str, files: Files, title: str) -> Path:
     except ImportError:
         needed = "pip install 'phivision_jax[hub]' to download it, or give a folder"
         raise FileNotFoundError(f"{title} needs data: {needed}; to get one: {command(download)}") from None
-    patterns = [f"*{files.split}*"] if files.split else ["*"]
+    patterns = [f"*{name}*" for name in files.parquet] or ["*"]
     try:
         return Path(snapshot_download(download, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # many types: no network, no such data set, no permission
@@ -92,14 +92,14 @@ def _named(folder: Path, files: Files) -> list[Path]:
     """The files of the first form that is present, sorted."""
     tsv = [folder / name for name in files.tsv if (folder / name).is_file()]
     json = (file for pattern in files.json for file in folder.glob(pattern))
-    return _parquet(folder, files.split) or tsv or sorted(set(json))
+    return _parquet(folder, files.parquet) or tsv or sorted(set(json))
 
 
-def _parquet(folder: Path, split: str) -> list[Path]:
+def _parquet(folder: Path, names: tuple[str, ...]) -> list[Path]:
     """The parquet files of a split, by their names ("test-00000-of-00001.parquet") or their folder's."""
-    begins = re.compile(rf"{re.escape(split)}(?![A-Za-z_])")
+    begins = re.compile(rf"({'|'.join(map(re.escape, names))})(?![A-Za-z_])")
     found = (file for depth in range(DEEPEST + 1) for file in folder.glob("*/" * depth + "*.parquet"))
-    return sorted(file for file in found if split and (begins.match(file.name) or file.parent.name == split))
+    return sorted(file for file in found if names and (begins.match(file.name) or file.parent.name in names))
 
 
 def _open(file: Path, folder: Path, files: Files) -> Table:

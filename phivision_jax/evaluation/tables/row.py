@@ -90,6 +90,11 @@ class Row:
         """The options in columns A, B, …, as VLMEvalKit writes them; empty where there are none."""
         return {letter: str(value) for letter in LETTERS if (value := self.optional(letter)) is not None}
 
+    @property
+    def hint(self) -> str:
+        """VLMEvalKit's hint, which it puts in front of a question; "" for none."""
+        return self.text("hint") if self.optional("hint") is not None else ""
+
     def box(self, column: str) -> list[float]:
         """Four finite numbers, also written as a list in a text."""
         value = self.value(column)

@@ -21,7 +21,7 @@ LARGEST = 256 * 2**20
 REFERENCE = 64
 """Characters: a shorter value of the column ``image`` is the index of another row."""
 _QUOTED = re.compile(rb'"([^"]*(?:""[^"]*)*)"(?=\t|\r?\n|\Z)')
-_PLAIN = re.compile(rb"[^\t\r\n]*")
+_PLAIN = re.compile(rb"[^\t\n]*?(?=\t|\r?\n|\Z)")
 _IMAGES = re.compile(rb"""['"]([^'"]*)['"]""")
 
 

@@ -161,6 +161,14 @@ def test_judge_is_asked_where_the_rule_does_not_decide(tmp_path, name):
     assert benchmark.judge_score("I would have to see it", free).value == 0
 
 
+def test_mathvista_does_not_guess_a_choice(tmp_path):
+    benchmark = registry.find("mathvista")
+    items = benchmark.items(str(SETS["mathvista", "hub"](tmp_path).path))
+    assert benchmark.score("It looks bluish to me, I would say.", items[0]).extracted is None
+    assert benchmark.judge_score("blu", items[0]).value == 1
+    assert benchmark.score("1.23", items[2]).value == 1
+
+
 def test_benchmark_without_a_judge_asks_none(tmp_path):
     benchmark = registry.find("ai2d")
     item = benchmark.items(str(SETS["ai2d", "hub"](tmp_path).path))[0]

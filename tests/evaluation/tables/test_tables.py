@@ -10,6 +10,8 @@ import types
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from phivision_jax.evaluation.benchmarks import registry
 from phivision_jax.evaluation.tables import benchmark as table_benchmark
@@ -217,6 +219,19 @@ def test_tsv_quotes_inside_of_values(tmp_path):
     first, second = items("ai2d", tmp_path)
     assert first.record == {"options": {"A": '"', "B": "b\n\tb"}, "answer": "A"}
     assert second.question.startswith('Question: b 6" pipe\n') and second.images == first.images
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.text('a"\t\n,é', max_size=6), min_size=2, max_size=2), min_size=1, max_size=6))
+def test_tsv_as_pythons_csv_writes_it(tmp_path_factory, texts):
+    """Values with quotes, tabs and line breaks come back, record by record, also from the middle of a file."""
+    file = tmp_path_factory.mktemp("tsv") / "x.tsv"
+    rows = [{"index": k, "image": "x" * 99, "question": a, "answer": b} for k, (a, b) in enumerate(texts)]
+    sets.tsv(file, rows)
+    table = tsv_file.TsvFile(file, file.parent)
+    read = list(table)
+    assert [[row.values["question"], row.values["answer"]] for row in read] == texts
+    assert [table._cell(str(k), "question").decode() for k in range(len(rows))] == [text for text, _ in texts]
 
 
 @pytest.mark.parametrize("content", ["{", "[1, 2]", '["x"]', "[" * 100_000, "null", '{"a": 1} {"b": 2}'])
