@@ -69,3 +69,14 @@ def test_easy_vqa_example_has_all_questions():
     assert all(item.question.startswith("<image>\n") and len(item.images) == 1 for item in items)
     assert benchmark.score(f"{items[0].record['answer']}.", items[0]).value == 1
     assert benchmark.score("a dragon", items[0]).value == 0
+
+
+def test_documentation_has_the_data_and_figures_of_every_benchmark():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    for name in registry.NAMES:
+        benchmark = registry.find(name)
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` |") and line.count("|") == 8]
+        assert benchmark.download.removeprefix("https://") in line
+        figures = [*filter(None, [benchmark.published]), *benchmark.published_groups.values()]
+        assert all(str(figure.value) in line for figure in figures) and (figures or line.count("–") >= 3)
+        assert ("–" not in line.split("|")[5]) == benchmark.judged
