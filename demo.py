@@ -50,7 +50,7 @@ def main(variant: Literal["", "long"] = "", steps: int = 0) -> None:
         phivision("data", "import", "easy-vqa", DATA, "--questions-per-record", "3")
     shorter = [f"--config.optim.steps={steps}"] if steps else []
     seconds = phivision("train", f"--config={config}", f"--run={run}", *shorter)
-    phivision("eval", f"--checkpoint={run}", f"--config={config}", f"--data={DATA}/test", f"--out={run}/eval")
+    phivision("eval", run, f"--config={config}", f"--data={DATA}/test", f"--out={run}/eval", "--restart")
     phivision("convert", "to-hf", run, hf, "--overwrite")
     phivision("convert", "verify", run, hf)
 
@@ -60,12 +60,14 @@ def main(variant: Literal["", "long"] = "", steps: int = 0) -> None:
     open_image(record.images[0]).save(image)
     phivision("chat", hf, question, "--image", image, "--save-image", answer)
 
-    report = json.loads((run / "eval" / "report.json").read_text())
+    (scores,) = json.loads((run / "eval" / "report.json").read_text())["summaries"]
     baseline = question_only_baseline(easy_vqa("train"), easy_vqa("test"))
     console.rule("[bold]summary", align="left")
     table = Table(show_header=False)
     table.add_row("accuracy from the question alone", f"{baseline:.1%}")
-    table.add_row("accuracy of the trained model", f"[bold]{report['accuracy']:.1%}[/bold] of {report['count']:,}")
+    table.add_row(
+        "accuracy of the trained model", f"[bold]{scores['figures']['score']:.1f}%[/bold] of {scores['items']:,}"
+    )
     table.add_row("training", f"{read_metrics(run)[-1]['step']:,} steps in {seconds / 60:.1f} min")
     table.add_row("Hugging Face directory", str(hf))
     table.add_row(f"question: {question}", f"image, question and answer: {answer}")

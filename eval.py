@@ -1,6 +1,6 @@
-"""Score a checkpoint on a dataset; the same as ``phivision eval``.
+"""Score a model on benchmarks or on a dataset; the same as ``phivision eval``.
 
-python eval.py --checkpoint=runs/tiny --data=data/easy_vqa/test --out=runs/tiny/eval
+python eval.py runs/tiny --data=data/easy_vqa/test --out=runs/tiny/eval
 """
 
 import sys

@@ -118,7 +118,7 @@ class Processor:
     def encode(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageSource] | ImageSource | None = None,
+        images: Sequence[ImageSource | PatchedImage] | ImageSource | None = None,
         *,
         mode: PromptMode = "auto",
         generation_prompt: bool = False,
@@ -129,8 +129,8 @@ class Processor:
 
         Args:
           messages: as described in ``text.chat``.
-          images: one for each ``<image>`` without an inline image, in order, each as ``images.sources`` takes it; or a
-            single image.
+          images: one for each ``<image>`` without an inline image, in order, each as ``images.sources`` takes it, or
+            laid out by ``patch``; or a single image.
           mode, generation_prompt: as in ``text.chat.encode``; for a training example, "auto" infers the mode of each
             answer as an import does: thoughts, or else the no-think token.
           group: mode × task, for metrics.
@@ -154,12 +154,16 @@ class Processor:
         patched = [self.patch(source, f"image {i}", max_patches) for i, source in enumerate(sources)]
         return expand(ids, patched, labels, group)
 
-    def patch(self, source: ImageSource, name: str = "image", max_patches: int | None = None) -> PatchedImage:
-        """Lay out one image, with at most ``max_patches`` patches where given.
+    def patch(
+        self, source: ImageSource | PatchedImage, name: str = "image", max_patches: int | None = None
+    ) -> PatchedImage:
+        """Lay out one image, with at most ``max_patches`` patches where given; one that is laid out stays as it is.
 
         Raises:
           ValueError: for an image that cannot be decoded or converted, with ``name`` and the reason.
         """
+        if isinstance(source, PatchedImage):
+            return source
         image = pixels(source, name)
         with prefix_errors(name):
             return self.layout.encode(image, max_patches)

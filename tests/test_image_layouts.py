@@ -21,7 +21,9 @@ from phivision_jax.data.feed.pipeline import batches
 from phivision_jax.data.plan.mixture import Mixture
 from phivision_jax.data.plan.plan import make_plan
 from phivision_jax.data.plan.record_sizes import lengths_of
-from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.evaluation.dataset import DatasetBenchmark
+from phivision_jax.evaluation.periodic import Evaluator
+from phivision_jax.evaluation.task import Sampling
 from phivision_jax.images.layout import make_layout
 from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
@@ -188,5 +190,12 @@ def test_evaluation_in_batches_equals_one_by_one(dataset, processor):
     """The answers that are generated for 6 records at a time are those for each alone."""
     graphdef, params = random_model(processor.config)
     model = phivision.merge(graphdef, jax.tree.map(jnp.asarray, params))
-    batched, alone = (Evaluator(dataset, processor, rows=rows, max_new_tokens=3)(model) for rows in (6, 1))
-    assert batched == alone and len({answer.prediction for answer in batched}) > 1
+    benchmark = DatasetBenchmark()
+    asked = [(benchmark, benchmark.items(str(dataset.directory)), 0)]
+
+    def answers(slots):
+        evaluator = Evaluator(asked, processor, sampling=Sampling(max_new_tokens=3), slots=slots)
+        return {result.item: (result.answer, result.error) for result in evaluator(model)}
+
+    batched = answers(6)
+    assert batched == answers(1) and len(batched) == 12 and len(set(batched.values())) > 2

@@ -64,6 +64,6 @@ def check_keep_best(keep_best: str, *, validates: bool, evaluates: bool) -> None
       ValueError: naming ``keep_best`` and the missing data.
     """
     validation = (_VALIDATION, validates, "data.validation_path is empty and data.validation_share is 0")
-    for kind, measured, missing in (validation, (_EVAL, evaluates, "data.eval_path is empty")):
+    for kind, measured, missing in (validation, (_EVAL, evaluates, "data.eval_path and eval_benchmarks are empty")):
         if keep_best.removeprefix("-").startswith(kind) and not measured:
             raise ValueError(f"keep_best={keep_best} is never measured: {missing}; set one of them, or clear keep_best")

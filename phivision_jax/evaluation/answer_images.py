@@ -1,14 +1,14 @@
 """A question's images with the question, the answer and the reference below them, as one image to look at."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from phivision_jax.data.records import Record
-from phivision_jax.evaluation.accuracy import Answer
+from phivision_jax.evaluation.benchmark import Item
+from phivision_jax.evaluation.results import Result
 from phivision_jax.images.decode import open_image, to_rgb
 from phivision_jax.inference.grounding import fit
 from phivision_jax.io.html import text_image
@@ -51,15 +51,17 @@ def answer_image(
     return canvas
 
 
-def answer_images(records: Sequence[Record], answers: Sequence[Answer]) -> list[Image.Image]:
-    """``answer_image`` of each record and the answer to it; images that cannot be decoded are left out."""
+def answer_images(examples: Iterable[tuple[Item, Result]]) -> list[Image.Image]:
+    """``answer_image`` of items and the results of them; images that cannot be decoded are left out."""
     shown = []
-    for record, answer in zip(records, answers, strict=False):
+    for item, result in examples:
         images = []
-        for image in record.images:
+        for image in item.images:
             with contextlib.suppress(ValueError, OSError):
                 images.append(to_rgb(open_image(image)))
-        shown.append(answer_image(images, answer.question, answer.prediction, answer.reference, answer.correct))
+        answer = f"<think>{result.thought}</think>{result.answer}" if result.thought else result.answer
+        reference = str(item.record.get("answer", ""))
+        shown.append(answer_image(images, item.question, answer, reference, result.value == 1))
     return shown
 
 

@@ -24,14 +24,21 @@ _FORMATS = {
 
 
 @contextlib.contextmanager
-def bar(description: str, total: int, *, in_bytes: bool = False, shown: bool = True) -> Iterator[Callable[[int], None]]:
-    """Show a bar over ``total`` items or bytes; yield a function that takes how many more are done."""
+def bar(
+    description: str, total: int, *, done: int = 0, in_bytes: bool = False, shown: bool = True
+) -> Iterator[Callable[..., None]]:
+    """Show a bar over ``total`` items or bytes; yield a function that takes how many more are done, and perhaps a note.
+
+    Args:
+      done: items that an earlier start has done; the time left is that of the others.
+    """
     sizes = (progress.DownloadColumn, progress.TransferSpeedColumn) if in_bytes else (progress.MofNCompleteColumn,)
     columns = [progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), *(c() for c in sizes)]
     times = [progress.TimeElapsedColumn(), progress.TextColumn("left"), progress.TimeRemainingColumn()]
-    with progress.Progress(*columns, *times, disable=not shown) as display:
-        task = display.add_task(printable(description), total=total)
-        yield lambda n: display.advance(task, n)
+    note_column = progress.TextColumn("{task.fields[note]}", markup=False)
+    with progress.Progress(*columns, *times, note_column, disable=not shown) as display:
+        task = display.add_task(printable(description), total=total, completed=done, note="")
+        yield lambda n, **fields: display.update(task, advance=n, **fields)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,8 @@ from phivision_jax.data import quarantine
 from phivision_jax.data.feed.pipeline import BatchInfo
 from phivision_jax.distributed.heartbeat import LONG_S, PREEMPTED, Watchdog
 from phivision_jax.distributed.processes import Preemption, on_process_zero
-from phivision_jax.evaluation.accuracy import accuracy
 from phivision_jax.evaluation.answer_images import answer_images
-from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.evaluation.periodic import Evaluator
 from phivision_jax.io import atomic, jsonl, progress
 from phivision_jax.models import phivision
 from phivision_jax.training import guard, optim, setup
@@ -234,10 +233,9 @@ class Run:
                 row |= self._validator(state["params"])
         if self._evaluator and (is_due(step, cfg.eval_every) or last):
             with self.phase("evaluate", LONG_S), self.prepared.step.in_force():
-                answers = self._evaluator(phivision.merge(self.prepared.step.graphdef, state["params"]))
-            shown = [self._evaluator.dataset[int(i)] for i in self._evaluator.records[: cfg.samples]]
-            self._metrics.write_images(step, "samples", answer_images(shown, answers))
-            row |= {"eval/accuracy": accuracy(answers), "eval/examples": len(answers)}
+                results = self._evaluator(phivision.merge(self.prepared.step.graphdef, state["params"]))
+            self._metrics.write_images(step, "samples", answer_images(self._evaluator.examples))
+            row |= self._evaluator.metrics(results)
         return row
 
     def save(self, state: State, vision_tail: Any, row: dict[str, float]) -> None:

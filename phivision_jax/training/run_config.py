@@ -217,9 +217,16 @@ class RunConfig:
     """Also keep the checkpoint with the highest value of this metric ("eval/accuracy"), or with a leading minus the
     lowest ("-validation/loss"); empty for none. Checkpoints that lack the metric are not compared."""
     eval_every: int = 0
-    """Steps between evaluations on ``data.eval_path``; 0 for none. The last step always has one."""
+    """Steps between evaluations on ``data.eval_path`` and ``eval_benchmarks``; 0 for none. The last step always has
+    one."""
     eval_examples: int = 1000
-    """Number of examples that an evaluation scores, sampled evenly; 0 for all."""
+    """Number of examples of ``data.eval_path`` that an evaluation scores, a random sample; 0 for all."""
+    eval_benchmarks: str = ""
+    """Benchmarks that an evaluation asks, separated by commas, as ``phivision eval --benchmarks`` takes them."""
+    eval_benchmark_data: str = ""
+    """Directories of their data, separated by commas, as ``phivision eval --benchmark-data`` takes them."""
+    eval_benchmark_examples: int = 100
+    """Number of items of each benchmark that an evaluation scores, a random sample; 0 for all."""
     eval_batch: int = 64
     """Number of questions that an evaluation answers at a time."""
     max_new_tokens: int = 8
@@ -247,6 +254,11 @@ class RunConfig:
           ValueError: for an unknown field or a wrong value, as ``config.dataclass_from_dict``.
         """
         return config.dataclass_from_dict(cls, values).in_steps()
+
+    @property
+    def evaluates(self) -> bool:
+        """True if generated answers are scored."""
+        return bool(self.data.eval_path or self.eval_benchmarks)
 
     @property
     def rules(self) -> dict[str, MeshAxes]:

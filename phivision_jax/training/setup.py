@@ -24,7 +24,11 @@ from phivision_jax.data.feed import encode
 from phivision_jax.data.plan.plan import Plan, make_plan, plan_inputs
 from phivision_jax.data.store.dataset import Dataset
 from phivision_jax.distributed.processes import on_process_zero
-from phivision_jax.evaluation.runner import Evaluator
+from phivision_jax.evaluation.benchmark import Benchmark, Item
+from phivision_jax.evaluation.choice import choose
+from phivision_jax.evaluation.dataset import DatasetBenchmark
+from phivision_jax.evaluation.periodic import Evaluator
+from phivision_jax.evaluation.task import Sampling
 from phivision_jax.io import atomic, storage
 from phivision_jax.io.messages import Log, first_difference
 from phivision_jax.models import lora, remat, siglip2
@@ -97,7 +101,7 @@ def check(cfg: RunConfig, run: str) -> Checked:
     mesh, data = sharding.make_mesh(dataclasses.asdict(resolved.mesh)), resolved.data
     check_rows(resolved, mesh)
     validates = bool(data.validation_path or data.validation_share)
-    retention.check_keep_best(resolved.keep_best, validates=validates, evaluates=bool(data.eval_path))
+    retention.check_keep_best(resolved.keep_best, validates=validates, evaluates=resolved.evaluates)
     for policy in (resolved.remat, resolved.vision_remat):
         remat.check(policy)
     profiling.Profiler(Path(), resolved.profile, resolved.slow_step)
@@ -106,8 +110,7 @@ def check(cfg: RunConfig, run: str) -> Checked:
     datasets = [Dataset.open(path) for _, path in train_data.training_mixture(data).sources]
     groups = encode.group_names([*datasets, *train_data.validation_datasets(data)])
     encode.group_weights(data.loss_weights, groups)
-    if data.eval_path:
-        Dataset.open(data.eval_path)
+    eval_benchmarks(resolved)
     make_train_step(resolved, mesh, 1)  # for the errors of its optimizer, guard and adapters
     return resolved, mesh, datasets, groups
 
@@ -163,7 +166,7 @@ def make_assets(cfg: ResolvedConfig, directory: RunDirectory) -> None:
 def check_rows(cfg: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """``check_divisible`` of the rows in training and, if there is one, in evaluation."""
     check_divisible("data.batch_rows", cfg.data.batch_rows, mesh, cfg.rules, max(cfg.microbatches, 1))
-    if cfg.data.eval_path:
+    if cfg.evaluates:
         check_divisible("eval_batch", cfg.eval_batch, mesh, cfg.rules)
 
 
@@ -196,12 +199,29 @@ def make_or_load_plan(checked: Checked, processor: Processor, directory: RunDire
     return plan
 
 
+def eval_benchmarks(cfg: RunConfig) -> list[tuple[Benchmark, Sequence[Item], int]]:
+    """The benchmarks of a run's evaluations with their items, and how many of them are asked; 0 for all.
+
+    Raises:
+      ValueError: for an unknown benchmark, or data of another schema.
+      FileNotFoundError: when data are missing.
+    """
+    found: list[tuple[Benchmark, Sequence[Item], int]] = []
+    if cfg.data.eval_path:
+        dataset = DatasetBenchmark(cfg.eval_examples)
+        found.append((dataset, dataset.items(cfg.data.eval_path), 0))
+    names, places = (list(filter(None, text.split(","))) for text in (cfg.eval_benchmarks, cfg.eval_benchmark_data))
+    found += [(b, b.items(path), cfg.eval_benchmark_examples) for b, path in choose(names, places)]
+    return found
+
+
 def make_evaluator(prepared: Prepared) -> Evaluator | None:
     cfg = prepared.cfg
-    if not cfg.data.eval_path:
+    if not cfg.evaluates:
         return None
-    dataset, rows, limit = Dataset.open(cfg.data.eval_path), cfg.eval_batch, cfg.max_new_tokens
-    return Evaluator(dataset, prepared.processor, rows=rows, max_new_tokens=limit, num_examples=cfg.eval_examples)
+    sampling = Sampling(max_new_tokens=cfg.max_new_tokens)
+    settings: dict[str, Any] = {"sampling": sampling, "slots": cfg.eval_batch, "shown": cfg.samples}
+    return Evaluator(eval_benchmarks(cfg), prepared.processor, **settings)
 
 
 def make_validator(prepared: Prepared) -> Validator | None:

@@ -58,7 +58,8 @@ def test_steps_without_validation_are_not_reported():
     assert not log
 
 
-VALIDATION, EVAL = "data.validation_path is empty and data.validation_share is 0", "data.eval_path is empty"
+VALIDATION = "data.validation_path is empty and data.validation_share is 0"
+EVAL = "data.eval_path and eval_benchmarks are empty"
 
 
 @pytest.mark.parametrize(

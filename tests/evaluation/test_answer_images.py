@@ -1,12 +1,12 @@
 """Tests of images with the question and the answer below them."""
 
+import dataclasses
 import io
 from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageColor
 
-from phivision_jax.evaluation.accuracy import Answer
 from phivision_jax.evaluation.answer_images import (
     CORRECT,
     IMAGE_HEIGHT,
@@ -17,6 +17,7 @@ from phivision_jax.evaluation.answer_images import (
     answer_image,
     answer_images,
 )
+from phivision_jax.evaluation.benchmark import Item
 
 
 def colours(image):
@@ -57,19 +58,17 @@ def test_answer_image_replaces_an_empty_answer():
     assert answer_image([], "", "").size == answer_image([], "", "It costs $5 and $6_x$.").size
 
 
-def test_answer_images_pairs_records_with_their_answers():
+def test_answer_images_pairs_items_with_their_results():
     def png(blue):
         file = io.BytesIO()
         Image.new("RGB", (8, 8), (0, 0, blue)).save(file, "PNG")
         return file.getvalue()
 
-    records = [SimpleNamespace(images=(png(100 + i),)) for i in range(3)]
-    records[1].images += (b"broken",)
-    answers = [Answer(str(i), "general", "nothink", "which?", "a", "b", False) for i in range(5)]
-    shown = answer_images(records, answers)
+    items = [Item(str(i), "which?", (png(100 + i),), {"answer": "b"}) for i in range(3)]
+    items[1] = dataclasses.replace(items[1], images=(*items[1].images, b"broken"))
+    shown = answer_images([(item, SimpleNamespace(thought="", answer="a", value=0.0)) for item in items])
     assert [max(b for r, g, b in colours(image) if r == g == 0) for image in shown] == [100, 101, 102]
     assert len({image.size for image in shown}) == 1  # the broken one is left out
-    assert answer_images([], answers) == []
 
 
 def test_answer_image_shows_boxes_of_the_answer_on_the_last_image():

@@ -120,7 +120,7 @@ def checked(folder, run, **settings):
         ({"remat": "half"}, "half"),
         ({"microbatches": 3}, "data.batch_rows is 8, which does not divide over"),
         ({"profile": "3"}, "profile is '3'"),
-        ({"keep_best": "eval/accuracy"}, "data.eval_path is empty"),
+        ({"keep_best": "eval/accuracy"}, "data.eval_path and eval_benchmarks are empty"),
         ({"wandb": "mine"}, "wandb is 'mine', but the package is not installed"),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 from phivision_jax.checkpoint.layout import CHECKPOINTS
 from phivision_jax.cli.load_config import load_config
 from phivision_jax.cli.main import main
+from phivision_jax.evaluation.results import load_results
 from phivision_jax.training import setup
 from phivision_jax.training.telemetry.metrics import read_metrics
 from tests.support.batches import QUICK
@@ -110,21 +111,22 @@ def test_train_finished_run_changes_nothing(undisturbed, data, phivision):
 
 
 def test_eval_scores_a_run(undisturbed, data, tmp_path, phivision):
-    words = [f"--data={data}/test", f"--out={tmp_path}", "--batch=16", "--max-new-tokens=8"]
-    code, output = phivision("eval", f"--checkpoint={undisturbed[0]}", *words)
+    words = [f"--data={data}/test", f"--out={tmp_path}", "--slots=16", "--max-new-tokens=8", "--no-cache"]
+    code, output = phivision("eval", str(undisturbed[0]), *words)
     assert code == 0, output
-    report = json.loads((tmp_path / "report.json").read_text())
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert report["count"] == len(answers) == 60
-    assert report["accuracy"] == np.mean([a["prediction"] == a["reference"] for a in answers])
+    (summary,) = json.loads((tmp_path / "report.json").read_text())["summaries"]
+    _, results = load_results(tmp_path)
+    assert summary["items"] == len(results) == 60
+    accuracy = np.mean([result.answer == result.record["answer"] for result in results])
+    assert summary["figures"] == pytest.approx({"score": 100 * accuracy, "nothink/general": 100 * accuracy})
 
 
 def test_eval_takes_settings_from_a_configuration(undisturbed, data, phivision):
     words = ["--config=configs/tiny.py", f"--config.data.eval_path={data}/test", "--set", "max_new_tokens=2"]
-    code, output = phivision("eval", f"--checkpoint={undisturbed[0]}", "--examples=8", *words)
+    code, output = phivision("eval", str(undisturbed[0]), "--limit=8", "--no-cache", *words)
     assert code == 0 and "8" in output
-    code, output = phivision("eval", f"--checkpoint={undisturbed[0]}")
-    assert code == 1 and "no dataset to score: give --data" in output
+    code, output = phivision("eval", str(undisturbed[0]))
+    assert code == 1 and "nothing to score: give --benchmarks or --data" in output
 
 
 def test_train_from_an_export_on_eight_devices_as_on_one(undisturbed, data, tmp_path, phivision):

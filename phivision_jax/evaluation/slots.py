@@ -1,0 +1,69 @@
+"""A local generator of the size that an evaluation needs: slots as long as its longest prompt and answer."""
+
+import functools
+import json
+from typing import Any, cast
+
+from phivision_jax.images.decode import image_size
+from phivision_jax.inference.local import MAX_NEW_TOKENS, SLOTS, LocalGenerator
+from phivision_jax.inference.requests import Request
+from phivision_jax.models.phivision import PhiVision
+from phivision_jax.processor import Processor
+from phivision_jax.text import chat
+
+_MULTIPLE = 128
+"""The length of slots is rounded up to a multiple of this."""
+_MOST_SLOTS, _CACHE_BYTES = 64, 2 << 30
+"""Small models have more slots than ``SLOTS``: as many as this memory holds."""
+
+
+class LongestRequest:
+    """The most tokens of prompt and answer among requests, from headers of images alone.
+
+    Attributes:
+      tokens: the most so far.
+    """
+
+    def __init__(self, processor: Processor) -> None:
+        self._processor, self.tokens = processor, 1
+        # Neighbouring items often share an image, and benchmarks their texts.
+        self._image_tokens = functools.lru_cache(16)(self._measure_image)
+        self._text_tokens = functools.lru_cache(4096)(self._measure_text)
+
+    def __call__(self, request: Request) -> None:
+        """Measure a request; one that cannot be encoded counts nothing."""
+        messages, images = request.conversation()
+        try:
+            tokens = self._text_tokens(json.dumps(messages, default=repr)) - len(images)
+            for image in images:
+                tokens += self._image_tokens(cast(bytes, image))
+        except (ValueError, OSError):
+            return
+        self.tokens = max(self.tokens, tokens + (request.max_new_tokens or MAX_NEW_TOKENS))
+
+    def _measure_image(self, image: bytes) -> int:
+        return self._processor.layout.measure(*image_size(image)).tokens
+
+    def _measure_text(self, messages: str) -> int:
+        """Tokens of a conversation, one for each image."""
+        tokenizer, template = self._processor.tokenizer, self._processor.template
+        # A forced mode is one token more than "auto".
+        return len(chat.encode(tokenizer, template, json.loads(messages), mode="think", generation_prompt=True)[0])
+
+
+def make_generator(
+    model: PhiVision, processor: Processor, longest: int, *, slots: int = 0, **settings: Any
+) -> LocalGenerator:
+    """A local generator.
+
+    Args:
+      longest: tokens of prompt and answer; more than the model's positions are cut to these.
+      slots: sequences that are generated at the same time; 0: ``SLOTS``, or more for a small model.
+      settings: further ones of ``LocalGenerator``.
+    """
+    decoder = processor.config.decoder
+    length = -(-longest // _MULTIPLE) * _MULTIPLE
+    values = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * min(length, decoder.max_positions)
+    fitting = _CACHE_BYTES // (values * model.decoder.dtype.itemsize)
+    slots = slots or min(max(SLOTS, fitting), _MOST_SLOTS)
+    return LocalGenerator(model, processor, slots=slots, length=length, **settings)

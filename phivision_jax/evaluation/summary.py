@@ -1,0 +1,132 @@
+"""Figures of an evaluation per benchmark and mode: report.json, report.md, and a table for the terminal."""
+
+import collections
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from phivision_jax.evaluation.benchmark import Benchmark, Item, Published, Scored
+from phivision_jax.evaluation.results import Result
+from phivision_jax.evaluation.scoring import Score
+from phivision_jax.io import atomic
+from phivision_jax.io.messages import shorten
+
+RULE_ONLY = "rule only"
+"""The judge of a score that is published with one, but was measured without."""
+_HEADER = ("benchmark", "mode", "score", "published", "items", "failed", "thinks", "seconds", "output tokens")
+_NAMED = 5
+"""Failures that are named."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The figures of one benchmark in one mode."""
+
+    benchmark: str
+    title: str
+    mode: str
+    items: int
+    failed: int
+    """Items without a reply, which count as wrong."""
+    figures: Mapping[str, float]
+    """Those of ``Benchmark.summary``."""
+    published: Published | None
+    judge: str
+    """The judge of the score, ``RULE_ONLY``, or "" for a benchmark that needs none."""
+    thinks: float
+    """Share of replies with a thought."""
+    seconds: float
+    """Mean time of a reply, from the beginning of the prefill to the last token."""
+    output_tokens: float
+    """Mean number of generated tokens."""
+
+
+def summarize(results: Sequence[Result], benchmarks: Mapping[str, Benchmark]) -> list[Summary]:
+    """The summaries of all benchmarks and modes, in the order of ``benchmarks``."""
+    groups = collections.defaultdict[tuple[str, str], list[Result]](list)
+    for result in results:
+        groups[result.benchmark, result.mode].append(result)
+    order = list(benchmarks)
+    keys = sorted(groups, key=lambda key: (order.index(key[0]), ("auto", "think", "nothink").index(key[1])))
+    return [_summary(benchmarks[name], mode, groups[name, mode]) for name, mode in keys]
+
+
+def _summary(benchmark: Benchmark, mode: str, results: Sequence[Result]) -> Summary:
+    replies = [result for result in results if not result.failed] or [*results]
+    judges = sorted({result.judge for result in results} - {""})
+    return Summary(
+        benchmark=benchmark.name,
+        title=benchmark.title,
+        mode=mode,
+        items=len(results),
+        failed=sum(result.failed for result in results),
+        figures=benchmark.summary([scored(result) for result in results]),
+        published=benchmark.published,
+        judge=", ".join(judges) or (RULE_ONLY if benchmark.judged else ""),
+        thinks=fmean(result.taken == "think" for result in replies),
+        seconds=fmean(result.seconds for result in replies),
+        output_tokens=fmean(result.output_tokens for result in replies),
+    )
+
+
+def scored(result: Result) -> Scored:
+    """A result as ``Benchmark.summary`` reads it, without the bytes of images."""
+    item = Item(result.item, result.question, (), result.record, result.groups, result.cluster)
+    return Scored(item, Score(result.value, result.extracted, result.reason))
+
+
+def failures(results: Sequence[Result]) -> list[str]:
+    """One line per benchmark with requests or judgements that failed: their number, and the first of them."""
+    lines = []
+    groups = collections.defaultdict[str, list[Result]](list)
+    for result in results:
+        groups[result.benchmark].append(result)
+    for name, group in groups.items():
+        if failed := [result for result in group if result.error]:
+            named = [f"{shorten(each.item)} ({each.mode}): {shorten(each.error, 200)}" for each in failed[:_NAMED]]
+            lines.append(f"{name}: {len(failed):,} of {len(group):,} failed, as {'; '.join(named)}")
+    return lines
+
+
+def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
+    """The cells of a table below ``_HEADER``."""
+    return [
+        (
+            each.title,
+            each.mode,
+            f"{each.figures['score']:.1f}" + f" ({each.judge})" * bool(each.judge),
+            f"{each.published.value:.1f}" if each.published else "–",
+            f"{each.items:,}",
+            f"{each.failed:,}",
+            f"{each.thinks:.0%}",
+            f"{each.seconds:.3g}",
+            f"{each.output_tokens:,.1f}",
+        )
+        for each in summaries
+    ]
+
+
+def print_summaries(title: str, summaries: Sequence[Summary]) -> None:
+    """Print the table, a line per benchmark and mode."""
+    from phivision_jax.io import html  # with matplotlib, which training need not load
+
+    html.print_sections([html.Section(title, table=html.Table(_HEADER, rows(summaries), names=2))])
+
+
+def write_summaries(directory: Path, settings: Mapping[str, Any], summaries: Sequence[Summary]) -> None:
+    """Write report.json (the settings and all figures) and report.md (the table, and the sources of published values).
+
+    Raises:
+      OSError: when they cannot be written.
+    """
+    report = {"settings": settings, "summaries": [dataclasses.asdict(each) for each in summaries]}
+    atomic.write(directory / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, ["---"] * len(_HEADER), *rows(summaries))]
+    sources = {each.title: each.published for each in summaries if each.published}
+    for title, published in sources.items():
+        differs = f" Known to differ: {published.differs}" if published.differs else ""
+        lines += ["", f"{title}: published value from {published.source}.{differs}"]
+    atomic.write(directory / "report.md", "\n".join(lines) + "\n")
