@@ -35,7 +35,7 @@ class Grounding(TableBenchmark):
 
     def item(self, row: Row) -> Item:
         left, top, right, bottom = self.corners(row)
-        if not (0 <= left <= right and 0 <= top <= bottom):
+        if not (left <= right and top <= bottom):
             raise row.error("bbox", f"is {row.value('bbox')}, not a box with its corners in order")
         instruction = plain(row.text("instruction", "question"))
         question = f"Locate the element in the screenshot for this instruction: {instruction}\n{RELATIVE_BOX}"
@@ -46,9 +46,9 @@ class Grounding(TableBenchmark):
             raise ValueError(f"the row has {len(images)} images, not one")
         width, height = image_size(images[0])
         left, top, right, bottom = self.corners(row)
-        if right > width or bottom > height:
-            raise ValueError(f"column 'bbox' leaves the image of {width}x{height} pixels")
-        box = [left / width, top / height, right / width, bottom / height]
+        if max(left, 0) > min(right, width) or max(top, 0) > min(bottom, height):
+            raise ValueError(f"column 'bbox' is {row.value('bbox')}, outside of the image of {width}x{height} pixels")
+        box = [max(left, 0) / width, max(top, 0) / height, min(right / width, 1), min(bottom / height, 1)]
         return dataclasses.replace(item, images=images, record={"bbox_xyxy_norm": box, "image_size": [width, height]})
 
     def score(self, prediction: str, item: Item) -> Score:

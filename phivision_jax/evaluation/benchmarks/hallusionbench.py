@@ -40,9 +40,7 @@ class HallusionBench(TableBenchmark):
         fine = fine if fine.startswith(record["category"]) else f"{record['category']}_{fine}"
         record |= {"l2_category": fine, **ids}
         groups = {"category": record["category"], "l2_category": record["l2_category"]}
-        cluster = f"{fine}_{ids['set_id']}"
-        id = "_".join([fine, *ids.values()])
-        return Item(id, plain(row.text("question")), (), record, groups, cluster)
+        return Item(row.id, plain(row.text("question")), (), record, groups, f"{fine}_{ids['set_id']}")
 
     def score(self, prediction: str, item: Item) -> Score:
         return scoring.hallusion_yesno(prediction, item.record)

@@ -26,8 +26,8 @@ class MathVerse(TableBenchmark):
         asked = row.text("question_for_eval", "question")
         options, answer = split_options(asked.partition("Choices:")[2]), row.text("answer").strip()
         record = {"answer": answer, "options": [*options.values()] if answer in options else [], "question": asked}
-        groups = {"version": version, "question_type": row.text("question_type")}
-        problem = row.text("problem_index")
+        groups = {"version": version} | row.groups("question_type")
+        problem = str(row.optional("problem_index") or "")
         return Item(row.text("sample_index", "index"), plain(row.text("question")), (), record, groups, problem)
 
     def score(self, prediction: str, item: Item) -> Score:

@@ -32,9 +32,9 @@ class MathVista(TableBenchmark):
             option = str(option or (letters or [""])[0])
             if not option:
                 raise row.error("answer", "is none of the choices")
-        # The column is a float, which Python's round refuses as a number of digits.
-        needs_precision = row.text("answer_type") == "float" and kind != _CHOICE
-        precision = row.integer("precision") if needs_precision or row.optional("precision") is not None else None
+        # The column is a float, which Python's round refuses as a number of digits; VLMEvalKit does not need it.
+        has_precision = row.optional("precision") is not None
+        precision = row.integer("precision") if has_precision else len(answer.partition(".")[2])
         record: dict[str, Any] = {
             "question_type": kind, "answer_type": row.text("answer_type"), "choices": choices, "precision": precision,
             "answer": answer, "answer_option": option or "",

@@ -24,8 +24,8 @@ class MMStar(TableBenchmark):
         # Without options that can be found, only a letter is understood.
         options = options or split_options(text) or {letter: letter for letter in "ABCD"}
         record = {"options": options, "answer": row.text("answer").strip()}
-        groups = {"category": row.text("category"), "l2_category": row.text("l2_category", "l2-category")}
-        return Item(row.id, prompt, (), record, groups)
+        groups = row.groups("category", "l2_category", "l2-category")
+        return Item(row.id, prompt, (), record, {name.replace("-", "_"): value for name, value in groups.items()})
 
     def score(self, prediction: str, item: Item) -> Score:
         return scoring.mcq(prediction, item.record)

@@ -23,10 +23,10 @@ class VStar(TableBenchmark):
             options = split_options(text.replace(LETTER_ONLY, ""))
             text = text.partition("(A)")[0].strip()
         if (answer := row.text("label", "answer").strip()) not in options:
-            raise row.error("label", f"is {answer!r}, none of the options {', '.join(options)}")
-        category = row.text("category")
+            raise row.error("label", f"is {answer!r:.60}, none of the options {', '.join(options) or 'in the text'}")
         record = {"options": options, "answer": answer}
-        return Item(row.id, multiple_choice(text, options, hint=row.hint), (), record, {"category": category})
+        question = multiple_choice(text, options, hint=row.hint)
+        return Item(row.id, question, (), record, row.groups("category"))
 
     def score(self, prediction: str, item: Item) -> Score:
         return scoring.mcq(prediction, item.record)

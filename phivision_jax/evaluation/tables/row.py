@@ -90,6 +90,10 @@ class Row:
         """The options in columns A, B, …, as VLMEvalKit writes them; empty where there are none."""
         return {letter: str(value) for letter in LETTERS if (value := self.optional(letter)) is not None}
 
+    def groups(self, *columns: str) -> dict[str, str]:
+        """Groups of the names of these columns, of those with a value: a figure apart is not worth an error."""
+        return {name: str(value) for name in columns if (value := self.optional(name)) is not None}
+
     @property
     def hint(self) -> str:
         """VLMEvalKit's hint, which it puts in front of a question; "" for none."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from phivision_jax.evaluation.benchmark import Benchmark, Item, Scored
@@ -159,6 +161,16 @@ def test_judge_is_asked_where_the_rule_does_not_decide(tmp_path, name):
     assert benchmark.judge_score(right, free).value == 1
     assert benchmark.judge_score(wrong, free).value == 0
     assert benchmark.judge_score("I would have to see it", free).value == 0
+
+
+def test_wemath_keeps_options_in_another_form(tmp_path):
+    path = SETS["wemath", "hub"](tmp_path).path / "data/testmini-00000-of-00001.parquet"
+    table = pq.read_table(path)
+    column = table.column_names.index("option")
+    pq.write_table(table.set_column(column, "option", pa.array(["red / blue / green / white"] * 7)), path)
+    items = registry.find("wemath").items(str(path))
+    assert items[0].question.endswith("?\nOptions:\nred / blue / green / white\n")
+    assert items[0].record == {"answer": "A", "key": "2steps_1"}
 
 
 def test_mathvista_does_not_guess_a_choice(tmp_path):

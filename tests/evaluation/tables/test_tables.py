@@ -175,13 +175,15 @@ def test_hostile_path_of_annotations(tmp_path, path):
         _ = items("screenspot_pro", folder)[3]
 
 
-def test_box_that_leaves_its_image(tmp_path):
+def test_box_outside_of_its_image(tmp_path):
     folder = SETS["screenspot_pro", "json"](tmp_path).path
     file = folder / "annotations/excel_macos.json"
-    file.write_text(file.read_text().replace("[10, 10, 20, 18]", "[10, 10, 20, 99]", 1))
-    with pytest.raises(ValueError, match="row 1: column 'bbox' leaves the image of 40x20 pixels"):
+    file.write_text(file.read_text().replace("[10, 10, 20, 18]", "[10, -1, 20, 99]", 1))
+    assert items("screenspot_pro", folder)[3].record["bbox_xyxy_norm"] == [0.25, 0, 0.5, 1]
+    file.write_text(file.read_text().replace("[10, -1, 20, 99]", "[10, 30, 20, 99]", 1))
+    with pytest.raises(ValueError, match=r"row 1: column 'bbox' is \[10, 30, 20, 99\], outside of the image of 40x20"):
         _ = items("screenspot_pro", folder)[3]
-    file.write_text(file.read_text().replace("[10, 10, 20, 99]", '["import os", 1, 2, 3]', 1))
+    file.write_text(file.read_text().replace("[10, 30, 20, 99]", '["import os", 1, 2, 3]', 1))
     with pytest.raises(ValueError, match=r"row 1: column 'bbox' is .*, not four coordinates"):
         items("screenspot_pro", folder)
 
