@@ -21,7 +21,7 @@ LARGEST = 256 * 2**20
 REFERENCE = 64
 """Characters: a shorter value of the column ``image`` is the index of another row."""
 _QUOTED = re.compile(rb'"([^"]*(?:""[^"]*)*)"(?=\t|\r?\n|\Z)')
-_PLAIN = re.compile(rb"[^\t\n]*?(?=\t|\r?\n|\Z)")
+_PLAIN = re.compile(rb"[^\t\n]*")
 _IMAGES = re.compile(rb"""['"]([^'"]*)['"]""")
 
 
@@ -111,11 +111,12 @@ def _records(file: BinaryIO, path: Path) -> Iterator[tuple[int, list[bytes]]]:
                 if field is None:
                     _to_closing_quote(file, path, record, offset)
                     continue
-                fields.append(bytes(field[1]).replace(b'""', b'"'))
+                fields.append(field[1].replace(b'""', b'"'))
             else:
                 field = _PLAIN.match(record, start)
                 assert field is not None  # it matches nothing
-                fields.append(bytes(field[0]))
+                is_last = record[field.end() : field.end() + 1] != b"\t"
+                fields.append(field[0].removesuffix(b"\r") if is_last else field[0])
             start = field.end() + 1
             if record[field.end() : start] != b"\t":
                 break
