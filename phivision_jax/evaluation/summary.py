@@ -16,7 +16,9 @@ from phivision_jax.io.messages import shorten
 
 RULE_ONLY = "rule only"
 """The judge of a score that is published with one, but was measured without."""
-_HEADER = ("benchmark", "mode", "score", "published", "items", "failed", "thinks", "seconds", "output tokens")
+_HEADER = ("benchmark", "mode", "score", "published", "items", "seconds", "tokens", "thinks", "failed")
+_SHOWN = 7
+"""Columns that fit a terminal."""
 _NAMED = 5
 """Failures that are named."""
 
@@ -100,10 +102,10 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
             f"{each.figures['score']:.1f}" + f" ({each.judge})" * bool(each.judge),
             f"{each.published.value:.1f}" if each.published else "–",
             f"{each.items:,}",
-            f"{each.failed:,}",
-            f"{each.thinks:.0%}",
             f"{each.seconds:.3g}",
             f"{each.output_tokens:,.1f}",
+            f"{each.thinks:.0%}",
+            f"{each.failed:,}",
         )
         for each in summaries
     ]
@@ -113,7 +115,8 @@ def print_summaries(title: str, summaries: Sequence[Summary]) -> None:
     """Print the table, a line per benchmark and mode."""
     from phivision_jax.io import html  # with matplotlib, which training need not load
 
-    html.print_sections([html.Section(title, table=html.Table(_HEADER, rows(summaries), names=2))])
+    shown = html.Table(_HEADER[:_SHOWN], [row[:_SHOWN] for row in rows(summaries)], names=2)
+    html.print_sections([html.Section(title, table=shown)])
 
 
 def write_summaries(directory: Path, settings: Mapping[str, Any], summaries: Sequence[Summary]) -> None:
