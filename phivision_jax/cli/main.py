@@ -15,7 +15,8 @@ from phivision_jax.io.messages import did_you_mean, printable, shorten
 COMMANDS = {
     "data": "Import, check, plan, view and export datasets.",
     "train": "Train a model, or continue a run.",
-    "eval": "Score a checkpoint on a dataset.",
+    "eval": "Score a model on benchmarks or on a dataset: scores, seconds and tokens.",
+    "score": "Score predictions that another program has made.",
     "convert": "Convert weights between Hugging Face and this project.",
     "chat": "Ask a checkpoint a question, with or without images, or talk to it.",
     "serve": "Serve a checkpoint: OpenAI's chat API, and a page for people.",

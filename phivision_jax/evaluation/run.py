@@ -13,7 +13,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 from phivision_jax.evaluation.benchmark import Item
 from phivision_jax.evaluation.judge import Judge
@@ -21,7 +21,7 @@ from phivision_jax.evaluation.reply_cache import ReplyCache, cache_key
 from phivision_jax.evaluation.results import Result
 from phivision_jax.evaluation.scoring import Score
 from phivision_jax.evaluation.task import Sampling, Task, fingerprint
-from phivision_jax.inference.requests import Generator, Outcome, Reply, Request, Timings
+from phivision_jax.inference.requests import Finished, Outcome, Reply, Request, Timings
 from phivision_jax.io.messages import first_line
 from phivision_jax.text.constants import PromptMode
 from phivision_jax.text.tokenizer import END_THINK, THINK
@@ -51,11 +51,17 @@ type Receive = Callable[[Result, Item], None]
 type Patch = Callable[[bytes], Any]
 
 
+class Answering(Protocol):
+    """The part of a ``Generator`` that is used."""
+
+    def as_finished(self, requests: Iterable[Request]) -> Finished: ...
+
+
 @dataclasses.dataclass
 class Runner:
     """Asks the items of tasks, and scores the replies."""
 
-    generator: Generator
+    generator: Answering
     receive: Receive
     """Called with each result and its item, one call at a time, on any thread."""
     modes: Sequence[PromptMode] = ("auto",)
