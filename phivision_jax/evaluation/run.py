@@ -9,7 +9,9 @@ The modes of an item are submitted together: their prompts differ in the last to
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +28,11 @@ from phivision_jax.io.messages import first_line
 from phivision_jax.text.constants import PromptMode
 from phivision_jax.text.tokenizer import END_THINK, THINK
 
-_AHEAD = 4
-"""Items that are read before their turn."""
+_BLOCK, _AHEAD = 4, 2
+"""Items that are read together, and blocks of them that are read before their turn: a switch of threads per item would
+cost more than the item."""
+_LAID_OUT = 8
+"""Images that are kept, as neighbouring items often share one."""
 _JUDGED_AT_ONCE = 8
 _SUFFIXES = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}
 _NO_REPLY = Reply("", "", None, "stop", (), 0, 0, 0, 0, Timings(0, 0, 0))
@@ -77,6 +82,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._lay_out = functools.lru_cache(_LAID_OUT)(self.patch)
         self._judging: collections.deque[Future[None]] = collections.deque()
 
     def run(self, tasks: Sequence[Task], skip: Collection[tuple[str, str, str]] = ()) -> None:
@@ -123,8 +129,14 @@ class Runner:
     def _questions(self, tasks: Sequence[Task], skip: Collection[tuple[str, str, str]]) -> Iterator[Question]:
         orders = [(mode,) for mode in self.modes] if self.by_mode else [tuple(self.modes)]
         numbers = ((task, i, modes) for modes in orders for task in tasks for i in task.chosen)
-        for questions in _read_ahead(lambda given: self._of_item(*given, skip), numbers):
+        read = functools.partial(self._of_items, skip=skip)
+        for questions in _read_ahead(read, itertools.batched(numbers, _BLOCK)):
             yield from questions
+
+    def _of_items(
+        self, given: Iterable[tuple[Task, int, Sequence[PromptMode]]], skip: Collection[tuple[str, str, str]]
+    ) -> list[Question]:
+        return [question for each in given for question in self._of_item(*each, skip)]
 
     def _of_item(
         self, task: Task, number: int, modes: Sequence[PromptMode], skip: Collection[tuple[str, str, str]]
@@ -138,7 +150,7 @@ class Runner:
         names = tuple(f"{hashlib.sha256(image).hexdigest()}.{_suffix(image)}" for image in item.images)
         found, patched = fingerprint(plain), list[Any]()
         try:
-            patched += [self.patch(image) if isinstance(image, bytes) else image for image in plain.images]
+            patched += [self._lay_out(image) for image in plain.images]
         except ValueError as error:
             return [Question(task, item, mode, found, names, error) for mode in modes]
         asked = [dataclasses.replace(plain, images=patched, mode=mode) for mode in modes]
@@ -218,7 +230,7 @@ def separate_thought(reply: Reply) -> Reply:
 
 
 def _read_ahead[A, B](function: Callable[[A], B], arguments: Iterable[A]) -> Iterator[B]:
-    """The results of a function, in order, computed on a thread a few before their turn."""
+    """The results of a function, in order, computed on a thread before their turn."""
     with ThreadPoolExecutor(1) as pool:
         coming: collections.deque[Future[B]] = collections.deque()
         try:

@@ -74,7 +74,7 @@ def test_modes_of_an_item_are_submitted_together_and_its_image_is_laid_out_once(
     run(task, generator := Answers(), patch=patch)
     asked = [(request.messages, request.mode) for request in generator.asked]
     assert asked == [(task.items[i].question, mode) for i in range(20) for mode in MODES]
-    assert len(laid_out) == 20 and len({id(request.images[0]) for request in generator.asked}) == 20
+    assert len(laid_out) == 5 == len({id(request.images[0]) for request in generator.asked})
 
 
 def test_cost_asks_all_items_in_a_mode_before_the_next(task):
