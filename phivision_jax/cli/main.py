@@ -17,6 +17,7 @@ COMMANDS = {
     "train": "Train a model, or continue a run.",
     "eval": "Score a model on benchmarks or on a dataset: scores, seconds and tokens.",
     "score": "Score predictions that another program has made.",
+    "report": "Report an evaluation: scores, costs, answers to browse, and the comparison with another.",
     "convert": "Convert weights between Hugging Face and this project.",
     "chat": "Ask a checkpoint a question, with or without images, or talk to it.",
     "serve": "Serve a checkpoint: OpenAI's chat API, and a page for people.",

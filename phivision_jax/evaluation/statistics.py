@@ -26,8 +26,8 @@ EXACT_CLUSTERS = 13
 """Up to so many clusters with a difference, all 2ᴳ sign flips are enumerated; beyond, ``FLIPS`` are sampled."""
 FLIPS = 9_999
 """Sampled sign flips: p values below 1/10,000 cannot be resolved."""
-RESAMPLES = 400
-"""Number of resamples of the cluster bootstrap."""
+JACKKNIFE = 100
+"""Most groups of clusters that the jackknife deletes in turn."""
 _MOST_SIGNS = 2_000_000
 """Random numbers in memory at a time."""
 
@@ -103,7 +103,8 @@ def proportion_estimate(values: ArrayLike, clusters: Sequence[Hashable]) -> Esti
     t = float(stdtrit(groups - 1, (1 + CONFIDENCE) / 2))
     centre = (mean + t**2 / (2 * effective)) / (1 + t**2 / effective)
     half = t / (1 + t**2 / effective) * (mean * (1 - mean) / effective + t**2 / (4 * effective**2)) ** 0.5
-    return Estimate(mean, max(centre - half, 0.0), min(centre + half, 1.0), se, n, groups)
+    low, high = max(min(centre - half, mean), 0.0), min(max(centre + half, mean), 1.0)  # where rounding errs
+    return Estimate(mean, low, high, se, n, groups)
 
 
 def _standard_error(sample: np.ndarray, number: np.ndarray) -> tuple[int, int, float, float]:
@@ -117,15 +118,19 @@ def _standard_error(sample: np.ndarray, number: np.ndarray) -> tuple[int, int, f
     return len(sample), groups, mean, se
 
 
-def bootstrap_estimate(
+def jackknife_estimate(
     statistic: Callable[[np.ndarray], float], clusters: Sequence[Hashable], seed: int = 0
 ) -> Estimate:
-    """A statistic that is no mean of the items, with the percentile interval of a bootstrap of complete clusters.
+    """A statistic that is no mean of the items, with the t interval of a jackknife that deletes clusters.
+
+    Clusters are distributed over K ≤ ``JACKKNIFE`` groups at random, and θ_k is the statistic without group k:
+    se² = (K−1)/K · Σ_k (θ_k − θ̄)² (Kott, "The Delete-a-Group Jackknife", 2001). A bootstrap would repeat items, which
+    statistics of groups of items do not expect.
 
     Args:
-      statistic: maps positions of items, repeated as they were resampled, to a number.
+      statistic: maps positions of items to a number.
       clusters: [n] names.
-      seed: of the resamples.
+      seed: of the distribution.
 
     Raises:
       ValueError: without items.
@@ -133,16 +138,15 @@ def bootstrap_estimate(
     number = cluster_numbers(clusters)
     if not len(number):
         raise ValueError("a statistic needs at least one item")
-    members = np.split(np.argsort(number, kind="stable"), np.cumsum(np.bincount(number))[:-1])
-    value, random = statistic(np.arange(len(number))), np.random.default_rng(seed)
-    if len(members) < 2:
-        return Estimate(value, float("-inf"), float("inf"), float("inf"), len(number), len(members))
-    resampled = [
-        statistic(np.concatenate([members[g] for g in random.integers(len(members), size=len(members))]))
-        for _ in range(RESAMPLES)
-    ]
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(value, float(low), float(high), float(np.std(resampled, ddof=1)), len(number), len(members))
+    value, count = statistic(np.arange(len(number))), int(number.max()) + 1
+    if count < 2:
+        return Estimate(value, float("-inf"), float("inf"), float("inf"), len(number), count)
+    groups = min(count, JACKKNIFE)
+    group_of = np.random.default_rng(seed).permutation(count) % groups
+    without = [statistic(np.flatnonzero(group_of[number] != k)) for k in range(groups)]
+    se = ((groups - 1) ** 2 / groups * float(np.var(without, ddof=1))) ** 0.5
+    half = float(stdtrit(groups - 1, (1 + CONFIDENCE) / 2)) * se
+    return Estimate(value, value - half, value + half, se, len(number), count)
 
 
 def smallest_difference(se: float, clusters: int) -> float:

@@ -31,7 +31,6 @@ _HERE = Path(__file__).parent
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-_ENVIRONMENT.filters["data_uri"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
 RED = "#e0322f"
 """Marks limits in figures."""
 
@@ -72,6 +71,8 @@ class Section(NamedTuple):
     figures: Sequence[Figure] = ()
     table: Table | None = None
     text: Sequence[Span] = ()
+    id: str = ""
+    """Of an element at the end of the section that a script fills; "" for none."""
 
 
 def plot(draw: Callable[[Canvas], None], caption: str, height: float) -> Figure:
@@ -151,9 +152,30 @@ def print_sections(sections: Sequence[Section], console: Console | None = None) 
         console.print(RichText(title, "bold"), shown, RichText(note, "dim"), sep="\n")
 
 
-def page(title: str, sections: Sequence[Section]) -> str:
-    """One HTML page: a title, and the sections in order."""
-    return render("page.html.jinja", title=title, sections=sections)
+def data_uri(png: bytes) -> str:
+    """The address of an image that is part of the page."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def page(
+    title: str,
+    sections: Sequence[Section],
+    *,
+    scripts: Sequence[str] = (),
+    stylesheets: Sequence[str] = (),
+    address: Callable[[bytes], str] = data_uri,
+) -> str:
+    """One HTML page: a title, and the sections in order.
+
+    Its Content-Security-Policy allows nothing but files beside the page, whether it is opened as a file or served.
+
+    Args:
+      scripts: relative addresses of files that run in this order once the page is read.
+      stylesheets: relative addresses of style sheets.
+      address: maps the PNG of a figure to its address; default: figures are part of the page.
+    """
+    files = {"scripts": scripts, "stylesheets": stylesheets}
+    return render("page.html.jinja", title=title, sections=sections, address=address, **files)
 
 
 def render(template: str, **values: Any) -> str:

@@ -70,12 +70,18 @@ def test_interval_covers_the_true_share_of_correlated_items():
     assert covered >= 279 and naive < 240, (covered, naive)
 
 
-def test_bootstrap_agrees_with_the_interval_of_a_mean():
+def test_jackknife_of_a_mean_is_its_cluster_robust_error():
     random = np.random.default_rng(3)
-    values, clusters = random.random(300), np.repeat(np.arange(100), 3).tolist()
+    values, clusters = random.random(240), np.repeat(np.arange(80), 3).tolist()
     ours = statistics.mean_estimate(values, clusters)
-    found = statistics.bootstrap_estimate(lambda chosen: float(values[chosen].mean()), clusters)
-    assert found.mean == pytest.approx(ours.mean) and found.se == pytest.approx(ours.se, rel=0.15)
+    found = statistics.jackknife_estimate(lambda chosen: float(values[chosen].mean()), clusters)
+    assert (found.low, found.se, found.high) == pytest.approx((ours.low, ours.se, ours.high))
+
+
+def test_jackknife_of_many_clusters_deletes_groups():
+    values, calls = np.random.default_rng(4).random(3000), []
+    found = statistics.jackknife_estimate(lambda chosen: calls.append(1) or float(values[chosen].mean()), range(3000))
+    assert found.se == pytest.approx(statistics.mean_estimate(values, range(3000)).se, rel=0.2) and len(calls) == 101
 
 
 def test_smallest_difference_by_hand():

@@ -141,3 +141,13 @@ def test_figures_use_any_font_that_has_the_characters(tmp_path, monkeypatch) -> 
     red = (np.asarray(answer) != 255).any(-1)
     assert red[20:, 20:].sum() == 0 and red[:20, 20:].sum() > 50 and red[20:].sum() > 50
     html._families.cache_clear()
+
+
+def test_page_may_load_files_beside_it_and_nothing_else():
+    chart = html.Figure(b"png", "a figure")
+    sections = [html.Section("s", figures=[chart], id='x"y')]
+    text = html.page("t", sections, scripts=["a.js"], stylesheets=["a.css"], address=lambda png: f"{png.decode()}.png")
+    assert '<script src="a.js" defer></script>' in text and '<link rel="stylesheet" href="a.css">' in text
+    assert '<img src="png.png"' in text and '<div id="x&#34;y"></div>' in text and "data:image" not in text
+    assert "default-src 'none'; script-src &#39;self&#39; file:;" in text
+    assert "script-src &#39;none&#39;" in html.page("t", [])

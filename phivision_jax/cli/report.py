@@ -1,0 +1,24 @@
+"""``phivision report``: the report of an evaluation, from its rows."""
+
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+
+def report(
+    out: Annotated[Positional[str], arg(metavar="OUT")],
+    /,
+    compare: Annotated[str, arg(metavar="OTHER")] = "",
+) -> None:
+    """Write the report of an evaluation: report.html with its data beside it, report.md and report.json.
+
+    Args:
+        out: Directory of an evaluation, as given to phivision eval --out; it may still be running.
+        compare: Directory of another evaluation, to compare with item by item.
+    """
+    from phivision_jax.evaluation.report import write_report
+    from phivision_jax.io import html, storage
+
+    sections = write_report(storage.location(out), storage.location(compare) if compare else None)
+    html.print_sections(sections[: 2 if compare else 1])
+    print(f"written: {out}/report.html, report.md, report.json")
