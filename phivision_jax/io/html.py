@@ -72,7 +72,7 @@ class Section(NamedTuple):
     table: Table | None = None
     text: Sequence[Span] = ()
     id: str = ""
-    """Of an element at the end of the section that a script fills; "" for none."""
+    """Id of an element at the end of the section, which a script fills; "" for none."""
 
 
 def plot(draw: Callable[[Canvas], None], caption: str, height: float) -> Figure:

@@ -70,7 +70,7 @@ BENCHMARKS = {kind.name: kind() for kind in (Charts, Screens, Pairs)}
 
 def row(**changes: Any) -> Result:
     """A row with a correct answer, with changes."""
-    fields = {
+    fields: dict[str, Any] = {
         "benchmark": "chartqa", "item": "1", "mode": "nothink", "taken": "nothink", "fingerprint": "f",
         "question": "How many?", "images": (), "record": {"answer": "4"}, "groups": {}, "cluster": "", "thought": "",
         "answer": "4", "finish_reason": "stop", "error": "", "value": 1.0, "extracted": "4", "reason": "equal",
@@ -83,7 +83,7 @@ def row(**changes: Any) -> Result:
 def write_run(directory: Path, rows: Sequence[Result], **settings: Any) -> Path:
     """Write rows as an evaluation in two shards."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "run.json").write_text(json.dumps({"model": "phi-4-rv"} | settings))
+    (directory / "run.json").write_text(json.dumps({"about": {"model": "phi-4-rv"}} | settings))
     for shard in range(2):
         lines = [json.dumps(dataclasses.asdict(each)) + "\n" for each in rows[shard::2]]
         (directory / f"results-{shard}.jsonl").write_text("".join(lines))

@@ -8,11 +8,11 @@ from typing import get_args
 import numpy as np
 
 from phivision_jax.evaluation import statistics
-from phivision_jax.evaluation.benchmark import Benchmark, Item, Scored
+from phivision_jax.evaluation.benchmark import Benchmark
 from phivision_jax.evaluation.report.published import Point, published_score
 from phivision_jax.evaluation.results import Result
-from phivision_jax.evaluation.scoring import Score
 from phivision_jax.evaluation.statistics import Estimate, Paired
+from phivision_jax.evaluation.summary import scored
 from phivision_jax.text.constants import Mode, PromptMode
 
 MODES: tuple[PromptMode, ...] = get_args(PromptMode)
@@ -31,7 +31,7 @@ class Counts:
 
     items: int
     errors: int
-    """Requests that failed."""
+    """Requests or judgements that failed."""
     unparsed: int
     """Replies in which the rule found nothing to score."""
     length: int
@@ -76,7 +76,7 @@ class ModeScore:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """How well mode "auto" chose between thinking and not thinking, on items that were answered in all three modes.
+    """The choices of mode "auto" between thinking and not thinking, on items that were answered in all three modes.
 
     The chosen mode is better on an item if its forced answer has the higher score of the two forced answers.
     """
@@ -147,12 +147,12 @@ def mode_score(results: Sequence[Result], benchmarks: Mapping[str, Benchmark], p
     score, method, figures = _scaled(share, 100), "mean", {}
     paired: float | None = 100 * statistics.paired_difference(share, DISCORDANT)
     if benchmark is not None:
-        scored = [_scored(result) for result in results]
-        figures = dict(benchmark.summary(scored))
+        items = [scored(result) for result in results]
+        figures = dict(benchmark.summary(items))
         if abs(figures.pop("score") - score.mean) > 1e-6:
             method, paired = "jackknife", None
             score = statistics.jackknife_estimate(
-                lambda chosen: benchmark.summary([scored[i] for i in chosen])["score"], clusters(results)
+                lambda chosen: benchmark.summary([items[i] for i in chosen])["score"], clusters(results)
             )
     replies = [result for result in results if not result.failed]
     seconds, output, thought = (
@@ -184,15 +184,10 @@ def _scaled(estimate: Estimate, factor: float) -> Estimate:
     return dataclasses.replace(estimate, **scaled)
 
 
-def _scored(result: Result) -> Scored:
-    item = Item(result.item, result.question, (), result.record, result.groups, result.cluster)
-    return Scored(item, Score(result.value, result.extracted, result.reason))
-
-
 def _counts(results: Sequence[Result]) -> Counts:
     return Counts(
         items=len(results),
-        errors=sum(result.failed for result in results),
+        errors=sum(bool(result.error) for result in results),
         unparsed=sum(is_unparsed(result) for result in results),
         length=sum(result.finish_reason == "length" for result in results),
         judged=sum(bool(result.judge) for result in results),
@@ -202,7 +197,7 @@ def _counts(results: Sequence[Result]) -> Counts:
 
 def is_unparsed(result: Result) -> bool:
     """True for a reply in which the rule found nothing to score."""
-    return result.extracted is None and not result.failed
+    return result.extracted is None and not result.error
 
 
 def choice(groups: Groups, name: str, benchmarks: Mapping[str, Benchmark]) -> Choice | None:

@@ -105,7 +105,7 @@ def _index(
 
 
 def _flags(row: Result) -> int:
-    bits = (ERROR, row.failed), (UNPARSED, is_unparsed(row)), (LENGTH, row.finish_reason == "length")
+    bits = (ERROR, bool(row.error)), (UNPARSED, is_unparsed(row)), (LENGTH, row.finish_reason == "length")
     return sum(bit for bit, is_set in (*bits, (JUDGED, bool(row.judge))) if is_set)
 
 

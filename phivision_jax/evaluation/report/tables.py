@@ -75,14 +75,16 @@ def _scoring(score: ModeScore) -> str:
     return "rule only (published with a judge)" if score.needs_judge else "rule"
 
 
-def figures(found: Sequence[ModeScore]) -> Section | None:
-    """Further figures of the benchmarks; None without any."""
-    rows = [(s.title, s.mode, name, number(value, 2)) for s in found for name, value in s.figures.items()]
-    return (
-        Section("Further figures", table=Table(("benchmark", "mode", "figure", "value"), rows, names=3))
-        if rows
-        else None
-    )
+def figures(found: Sequence[ModeScore], benchmarks: Mapping[str, Benchmark]) -> Section | None:
+    """Further figures of the benchmarks, beside the published ones; None without any."""
+    rows = []
+    for score in found:
+        groups = benchmarks[score.benchmark].published_groups if score.benchmark in benchmarks else {}
+        for name, value in score.figures.items():
+            published = groups[name].value if name in groups else None
+            rows.append((score.title, score.mode, name, number(value, 2), number(published)))
+    table = Table(("benchmark", "mode", "figure", "value", "published"), rows, names=3)
+    return Section("Further figures", table=table) if rows else None
 
 
 def sources(found: Sequence[ModeScore], points: Sequence[Point], benchmarks: Mapping[str, Benchmark]) -> Section | None:
@@ -93,12 +95,14 @@ def sources(found: Sequence[ModeScore], points: Sequence[Point], benchmarks: Map
         if published and all(point.accuracy != published.value for point in others):
             rows.append((title, "this model", published.source, number(published.value)))
         rows += [(title, point.model, point.source, number(point.accuracy)) for point in others]
+        groups = benchmarks[name].published_groups if name in benchmarks else {}
+        rows += [(f"{title}, {group}", "this model", p.source, number(p.value)) for group, p in groups.items()]
     table = Table(("benchmark", "model", "source", "published"), rows, names=3)
     return Section("Published figures", table=table) if rows else None
 
 
 def gaps(found: Sequence[ModeScore]) -> Section | None:
-    """What separates each score from the published one; None without published figures."""
+    """Known and possible causes of each difference from a published score; None without published figures."""
     rows = []
     for score in found:
         if score.published is None:
@@ -117,7 +121,7 @@ def gaps(found: Sequence[ModeScore]) -> Section | None:
         ))  # fmt: skip
     header = ("benchmark", "mode", "known differences", "ours − published", "published in interval")
     note = "In parentheses: points that the score would gain at most if these items were all correct."
-    table = Table((*header, "unparsed", "cut off at the limit", "failed requests"), rows, names=3)
+    table = Table((*header, "unparsed", "cut off at the limit", "failed"), rows, names=3)
     return Section("Differences from the published figures", note, table=table) if rows else None
 
 
@@ -143,7 +147,7 @@ def costs(found: Sequence[ModeScore]) -> Section:
 
 
 def choices(found: Sequence[Choice]) -> Section | None:
-    """How often "auto" chose to think, and how often that was the better choice; None without all three modes."""
+    """Shares of items on which "auto" chose to think, and on which it chose the better mode; None without all three modes."""
     rows = []
     for choice in found:
         better = choice.better

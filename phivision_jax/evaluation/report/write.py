@@ -2,7 +2,7 @@
 
 OUT/report.html       the page; opens as a file or over HTTP, and loads nothing from elsewhere
 OUT/report.md         its tables
-OUT/report.json       all numbers
+OUT/report.json       all numbers; "settings" and "summaries" are those that the evaluation has written
 OUT/data/             rows of the page (``rows``), its script and style
 OUT/plots/            its figures
 OUT/images/           images of the items, written by the evaluation
@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from phivision_jax.evaluation.benchmark import Benchmark
+from phivision_jax.evaluation.benchmarks.registry import NAMES, find
+from phivision_jax.evaluation.output import ABOUT
 from phivision_jax.evaluation.report import comparison, figures, numbers, tables
 from phivision_jax.evaluation.report.markdown import markdown
 from phivision_jax.evaluation.report.published import Point, published_points
 from phivision_jax.evaluation.report.rows import write_rows
 from phivision_jax.evaluation.results import Result, load_results
+from phivision_jax.evaluation.summary import summarize
 from phivision_jax.io import atomic
 from phivision_jax.io.html import Figure, Section, page
 from phivision_jax.io.messages import shorten
@@ -37,19 +40,21 @@ def write_report(
     Args:
       directory: has the rows of an evaluation (``evaluation.results``).
       compare: directory of another evaluation, to compare with item by item.
-      benchmarks: by name, for titles, published figures and statistics other than the mean; rows of others are
-        reported as the mean of their scores.
+      benchmarks: by name, beside those that are built in, for titles, published figures and statistics other than the
+        mean; rows of others are reported as the mean of their scores.
 
     Raises:
       ValueError: when there is no evaluation, it has no rows yet, or the two have no item in common.
     """
-    benchmarks, (settings, results) = benchmarks or {}, load_results(directory)
+    settings, results = load_results(directory)
     if not results:
         raise ValueError(f"{directory} has no results yet")
+    names = dict.fromkeys(result.benchmark for result in results)
+    benchmarks = {name: find(name) for name in names if name in NAMES} | dict(benchmarks or {})
     groups = numbers.group(results)
     points = published_points()
     scores = [numbers.mode_score(rows, benchmarks, points) for rows in groups.values()]
-    chosen = [numbers.choice(groups, name, benchmarks) for name in dict.fromkeys(name for name, _ in groups)]
+    chosen = [numbers.choice(groups, name, benchmarks) for name in names]
     choices = [choice for choice in chosen if choice is not None]
     bins, compared, other = numbers.thought_bins(results), [], None
     if compare is not None:
@@ -61,11 +66,20 @@ def write_report(
     if compare is not None:
         sections.insert(1, tables.comparison(compared, str(compare)))
     sections.append(tables.settings_table(settings, _setting))
-    title = f"Evaluation of {shorten(settings.get('model') or settings.get('checkpoint') or directory.name)}"
-    found = {"scores": scores, "choices": choices, "thought_bins": bins, "comparison": compared}
+    title = f"Evaluation of {shorten(settings.get(ABOUT, {}).get('model', directory.name))}"
+    known = {name: benchmarks[name] for name in names if name in benchmarks}
+    summaries = summarize([result for result in results if result.benchmark in known], known)
+    found = {
+        "settings": settings,
+        "summaries": summaries,
+        "scores": scores,
+        "choices": choices,
+        "thought_bins": bins,
+        "comparison": compared,
+    }
     _write_page(directory, title, sections, results, benchmarks, other)
     atomic.write(directory / "report.md", markdown(title, sections))
-    atomic.write(directory / "report.json", json.dumps(_plain(found | {"settings": settings}), indent=1) + "\n")
+    atomic.write(directory / "report.json", json.dumps(_plain(found), indent=1) + "\n")
     return sections
 
 
@@ -89,7 +103,7 @@ def _sections(
         tables.choices(choices),
         thoughts,
         tables.gaps(scores),
-        tables.figures(scores),
+        tables.figures(scores, benchmarks),
         tables.sources(scores, points, benchmarks),
     ]
     return [section for section in found if section is not None]

@@ -82,7 +82,7 @@ def test_filters_count_the_rows(page, tmp_path):
     choose(page, "mode", "all")
     choose(page, "taken", "all")
     for label, wanted in {
-        "failed requests": lambda r: r.failed,
+        "failed": lambda r: r.failed,
         "cut off at the limit": lambda r: r.finish_reason == "length",
         "unparsed": lambda r: r.extracted is None and not r.failed,
         "scored by a judge": lambda r: r.judge,

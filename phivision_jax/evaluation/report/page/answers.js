@@ -18,7 +18,7 @@
     wrong: ["incorrect", (i) => column.value[i] === 0 && !(column.flags[i] & ERROR)],
     unparsed: ["unparsed", (i) => column.flags[i] & UNPARSED],
     length: ["cut off at the limit", (i) => column.flags[i] & LENGTH],
-    error: ["failed requests", (i) => column.flags[i] & ERROR],
+    error: ["failed", (i) => column.flags[i] & ERROR],
     judged: ["scored by a judge", (i) => column.flags[i] & JUDGED],
   };
   const CHANGES = {
@@ -199,7 +199,7 @@
   }
 
   function verdict(value, flags = 0) {
-    if (flags & ERROR) return element("span", { className: "verdict bad", title: "the request failed" }, "!");
+    if (flags & ERROR) return element("span", { className: "verdict bad", title: "the request or its judge failed" }, "!");
     const text = value === 1 ? "✓" : value === 0 ? "✗" : value.toFixed(2);
     return element("span", { className: `verdict ${value === 1 ? "right" : value === 0 ? "bad" : "half"}`, title: `score ${value}` }, text);
   }
@@ -235,7 +235,7 @@
       const heading = `Thought, ${all.tokens[2].toLocaleString("en")} tokens`;
       texts.append(element("details", { className: "thought" }, element("summary", {}, heading), element("p", { className: "long", dir: "auto" }, all.thought)));
     }
-    texts.append(...part("Answer", all.error ? "" : all.answer || "(no answer)"), ...part("The request failed", all.error, { className: "long bad" }));
+    texts.append(...part("Answer", all.finish === "error" ? "" : all.answer || "(no answer)"), ...part("Failure", all.error, { className: "long bad" }));
     texts.append(...part("Reference", all.reference));
     const understood = all.extracted === null ? "nothing understood" : `understood: ${all.extracted}`;
     const judged = all.judge ? `judge: ${all.judge}` : "rule only, no judge";
