@@ -147,7 +147,7 @@ def costs(found: Sequence[ModeScore]) -> Section:
 
 
 def choices(found: Sequence[Choice]) -> Section | None:
-    """Shares of items on which "auto" chose to think, and on which it chose the better mode; None without all three modes."""
+    """Shares of items on which "auto" chose to think, and chose the better mode; None without all three modes."""
     rows = []
     for choice in found:
         better = choice.better
