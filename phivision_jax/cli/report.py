@@ -20,11 +20,14 @@ def report(
     """
     from phivision_jax.evaluation.benchmarks.registry import find
     from phivision_jax.evaluation.dataset import DatasetBenchmark
-    from phivision_jax.evaluation.report import write_report
+    from phivision_jax.evaluation.report import tables, write_report
     from phivision_jax.io import html, storage
 
     own = [DatasetBenchmark(), *map(find, filter(None, benchmarks.split(",")))]
     other = storage.location(compare) if compare else None
     sections = write_report(storage.location(out), other, {benchmark.name: benchmark for benchmark in own})
-    html.print_sections(sections[: 2 if compare else 1])
+    shown = [tables.brief(sections[0], "benchmark", "mode", "score", "95 % interval", "published", "items")]
+    if compare:
+        shown += [tables.brief(sections[1], "benchmark", "mode", "difference", "95 % interval", "p", "gained", "lost")]
+    html.print_sections(shown)
     print(f"written: {out}/report.html, report.md, report.json")

@@ -26,6 +26,13 @@ def number(value: float | None, digits: int = 1, sign: str = "") -> str:
     return f"{value:{sign},.{digits}f}" if value is not None and math.isfinite(value) else NONE
 
 
+def smallest(points: float | None) -> str:
+    """A smallest detectable difference; a dash where it is unknown, as for scores that do not vary."""
+    if points is None or points == 0 or not math.isfinite(points):
+        return NONE
+    return number(points) if points <= 100 else "> 100"
+
+
 def probability(p: float) -> str:
     """A p value with two significant digits, down to 0.0001."""
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
@@ -46,8 +53,8 @@ def scores(found: Sequence[ModeScore]) -> Section:
             number(difference, sign="+"),
             f"{score.score.n:,}",
             f"{score.score.clusters:,}",
-            number(score.paired),
-            number(score.unpaired),
+            smallest(score.paired),
+            smallest(score.unpaired),
         ))  # fmt: skip
     header = (
         "benchmark",
@@ -60,13 +67,13 @@ def scores(found: Sequence[ModeScore]) -> Section:
         "items",
         "clusters",
     )
-    smallest = ("smallest Δ, same items", "smallest Δ, other items")
+    more = ("smallest Δ, same items", "smallest Δ, other items")
     note = (
         "Intervals respect clusters: items on the same image are not independent. Smallest Δ: the smallest true "
         f"difference to another run that a test at α = {ALPHA} finds with probability {POWER}, on the same items if "
         f"the runs differ on {DISCORDANT:.0%} of them, or on as many other items."
     )
-    return Section("Scores", note, table=Table((*header, *smallest), rows, names=3))
+    return Section("Scores", note, table=Table((*header, *more), rows, names=3))
 
 
 def _scoring(score: ModeScore) -> str:
@@ -198,7 +205,7 @@ def comparison(found: Sequence[Compared], other: str) -> Section:
             f"{c.paired.only_b:,}",
             f"{c.paired.only_a:,}",
             f"{c.paired.equal:,}",
-            number(100 * c.smallest),
+            smallest(100 * c.smallest),
             probability(c.paired.mcnemar_p),
             f"{c.changed:,}",
             f"{c.unmatched:,}",
@@ -227,6 +234,14 @@ def comparison(found: Sequence[Compared], other: str) -> Section:
 def _difference(paired: Paired) -> tuple[str, str, str]:
     difference = paired.difference
     return number(100 * difference.mean, sign="+"), interval(difference, 100), probability(paired.p)
+
+
+def brief(section: Section, *columns: str) -> Section:
+    """A section whose table has these columns only, for terminals."""
+    assert section.table is not None
+    chosen = [section.table.header.index(column) for column in columns]
+    rows = [[row[i] for i in chosen] for row in section.table.rows]
+    return Section(section.title, table=Table(columns, rows, names=2))
 
 
 def settings_table(settings: Mapping[str, Any], text: Callable[[Any], str]) -> Section:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from phivision_jax.evaluation.report import numbers
+from phivision_jax.evaluation.report import numbers, tables
 from phivision_jax.evaluation.report.comparison import compare
 from phivision_jax.evaluation.report.figures import Candidate, mean_candidates, pareto
 from phivision_jax.evaluation.report.published import MODEL, Point, published_points, published_score
@@ -88,6 +88,11 @@ def test_thoughts_are_binned_by_length_and_mode():
         (4097, None, 1, 0),
     ]
     assert numbers.mean_thought(rows, correct=True) == 86 and numbers.mean_thought([row()], correct=True) is None
+
+
+@pytest.mark.parametrize("points, text", [(3.14, "3.1"), (0.0, "–"), (None, "–"), (math.inf, "–"), (371.0, "> 100")])
+def test_smallest_difference_is_shown_where_it_is_known(points, text):
+    assert tables.smallest(points) == text
 
 
 def test_pareto_frontier_by_hand():
