@@ -125,7 +125,8 @@ def jackknife_estimate(
 
     Clusters are distributed over K ≤ ``JACKKNIFE`` groups at random, and θ_k is the statistic without group k:
     se² = (K−1)/K · Σ_k (θ_k − θ̄)² (Kott, "The Delete-a-Group Jackknife", 2001). A bootstrap would repeat items, which
-    statistics of groups of items do not expect.
+    statistics of groups of items do not expect. The spread of a statistic that is the same without any group, as of
+    items that are all wrong, is unknown: its interval and se are infinite, as those of fewer than two clusters.
 
     Args:
       statistic: maps positions of items to a number.
@@ -139,14 +140,15 @@ def jackknife_estimate(
     if not len(number):
         raise ValueError("a statistic needs at least one item")
     value, count = statistic(np.arange(len(number))), int(number.max()) + 1
+    unknown = Estimate(value, float("-inf"), float("inf"), float("inf"), len(number), count)
     if count < 2:
-        return Estimate(value, float("-inf"), float("inf"), float("inf"), len(number), count)
+        return unknown
     groups = min(count, JACKKNIFE)
     group_of = np.random.default_rng(seed).permutation(count) % groups
     without = [statistic(np.flatnonzero(group_of[number] != k)) for k in range(groups)]
     se = ((groups - 1) ** 2 / groups * float(np.var(without, ddof=1))) ** 0.5
     half = float(stdtrit(groups - 1, (1 + CONFIDENCE) / 2)) * se
-    return Estimate(value, value - half, value + half, se, len(number), count)
+    return Estimate(value, value - half, value + half, se, len(number), count) if se > 1e-12 else unknown
 
 
 def smallest_difference(se: float, clusters: int) -> float:

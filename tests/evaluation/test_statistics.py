@@ -84,6 +84,12 @@ def test_jackknife_of_many_clusters_deletes_groups():
     assert found.se == pytest.approx(statistics.mean_estimate(values, range(3000)).se, rel=0.2) and len(calls) == 101
 
 
+@pytest.mark.parametrize("clusters", ["aaaa", "abcd"])
+def test_jackknife_of_a_statistic_without_spread_is_unknown(clusters):
+    found = statistics.jackknife_estimate(lambda chosen: 5.0, clusters)
+    assert (found.mean, found.low, found.high, found.se) == (5, -math.inf, math.inf, math.inf)
+
+
 def test_smallest_difference_by_hand():
     """1,000 items of which the runs differ on 16 %: (1.962 + 0.842) · √(0.16 / 1000) = 3.55 points."""
     assert statistics.smallest_difference((0.16 / 1000) ** 0.5, 1000) == pytest.approx(0.03547, abs=1e-5)

@@ -95,7 +95,7 @@ def cost_figure(scores: Sequence[ModeScore], points: Sequence[Point], cost: str)
 
     caption = f"Score against {_COSTS[cost]} · bars: 95 % intervals · line: Pareto frontier\n"
     caption += "Dashed: published scores of this model in the colour of their mode, and of other models in grey"
-    return plot(draw, caption, 0.4 + 2.5 * rows)
+    return plot(draw, caption, 0.4 + 2.7 * rows)
 
 
 def _panel(axes: Axes, scores: Sequence[ModeScore], published: Sequence[Point], cost: str) -> None:
@@ -137,7 +137,7 @@ def _margins(axes: Axes, costs: Sequence[float]) -> None:
     axes.set_xlim(0, 1.15 * max(costs, default=1) or 1)
     axes.margins(y=0.2)
     axes.grid()
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter(EngFormatter(sep="") if axes.get_xlim()[1] > 1000 else "{x:g}")
 
 
 def thought_figure(bins: Sequence[ThoughtBin]) -> Figure:
