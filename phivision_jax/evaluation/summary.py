@@ -18,7 +18,7 @@ RULE_ONLY = "rule only"
 """The judge of a score that is published with one, but was measured without."""
 _HEADER = ("benchmark", "mode", "score", "published", "items", "seconds", "tokens", "thinks", "failed")
 _SHOWN = 7
-"""The number of columns that fit a terminal."""
+"""Table cells per line in a terminal; the files have all."""
 _NAMED = 5
 """Failures that are named."""
 
