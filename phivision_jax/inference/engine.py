@@ -95,12 +95,15 @@ class Engine:
         self.platform = platform_of(leaf)
         separate = self.platform == "cpu"
         layer = nnx.split(model.decoder.layers, nnx.Param)[0] if separate else None
-        self.program = Program(graphdef, layer, jnp.dtype(cache_dtype), stop_ids, think_id, end_think_id)
         self.dtype = model.decoder.dtype
+        # CPUs multiply a row by a matrix of fp32 as fast as two rows by one of bf16, and one row of bf16 takes them five
+        # to ten times as long. Int8 stays in memory as it is.
+        widened = separate and not any(x.dtype == jnp.int8 for x in jax.tree.leaves(params))
+        decode_dtype = jnp.dtype(jnp.float32) if widened else self.dtype
+        self.program = Program(graphdef, layer, decode_dtype, jnp.dtype(cache_dtype), stop_ids, think_id, end_think_id)
         with self.in_force():
             self.shards = sharding.axis_size("batch")
-        # One row of bf16 takes CPUs five to ten times as long as two.
-        least = 2 if separate and self.dtype == jnp.bfloat16 else 1
+        least = 2 if separate and decode_dtype == jnp.bfloat16 else 1
         self.slots = slots = -(-max(slots, least) // self.shards) * self.shards
         # Blocks may end behind the last token in use, and tokens of slots that are not active go to the last entries.
         self.entries = -(-(length + max(BLOCK, steps) + steps) // BLOCK) * BLOCK
@@ -127,12 +130,16 @@ class Engine:
     def _weights(self, params: Any) -> Weights:
         if self.platform != "cpu":
             return Weights(jax.tree.map_with_path(self._laid_out, params), None)
-        layers = params["decoder"]["layers"]
+
+        def for_decoding(x: jax.Array) -> jax.Array:
+            return x if x.dtype == jnp.int8 else x.astype(self.program.decode_dtype)
 
         def layer(i: int) -> Any:
-            return jax.tree.map(lambda x: x[i], layers)
+            return jax.tree.map(lambda x: for_decoding(x[i]), params["decoder"]["layers"])
 
-        return Weights(params, [layer(i) for i in range(self.config.decoder.num_layers)])
+        head = jax.tree.map(for_decoding, params["decoder"]["lm_head"])
+        layers = [layer(i) for i in range(self.config.decoder.num_layers)]
+        return Weights(params | {"decoder": params["decoder"] | {"lm_head": head}}, layers)
 
     def _laid_out(self, path: tuple, x: Any) -> Any:
         """The parameter in the order in which programs read it."""

@@ -43,6 +43,8 @@ class Program:
     graphdef: nnx.GraphDef
     layer: nnx.GraphDef | None
     """The structure of one layer, where layers are separate arrays (see ``Engine``)."""
+    decode_dtype: Any
+    """Of the activations of ``decode``, and of what the head multiplies."""
     cache_dtype: Any
     stop_ids: tuple[int, ...]
     think_id: int
@@ -173,7 +175,7 @@ def insert(
     cache = kv_cache.insert(state.cache, stored, shared, row.context, row.num_context, row.copies, row.num_copies)
     slots, B = row.end_slots.reshape(-1), len(state.lengths)
     started = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), row.answering)
-    logits = model.decoder.lm_head(hidden).reshape(len(slots), -1)
+    logits = model.decoder.lm_head(hidden.astype(program.decode_dtype)).reshape(len(slots), -1)
     chosen, started, ended = _next(program, logits, started, slots < B)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -221,6 +223,7 @@ def decode(
     """
     model = phivision.merge(program.graphdef, weights.model)
     layers, decoder = _layers(program, weights), model.decoder
+    decoder.dtype = program.decode_dtype
     active = active_before = state.active & keep
     B, k = len(active), min(MAX_TOP_LOGPROBS, model.config.decoder.vocab_size)
     nothing = Chosen(*(jnp.zeros((steps, B, *more), dtype) for more, dtype in (
