@@ -19,7 +19,7 @@ from rich.console import Console
 from phivision_jax.io import html
 from phivision_jax.io.html import Figure, Section, Span, Table, image_figure, page, plot, print_sections, text_image
 
-VOID = {"meta", "img", "source", "br"}
+VOID = {"link", "meta", "img", "source", "br"}
 
 
 class Checker(HTMLParser):

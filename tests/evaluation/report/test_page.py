@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import os
+import threading
 import urllib.parse
 from pathlib import Path
 
@@ -29,6 +32,17 @@ def report(tmp_path_factory):
 def browser():
     with Browser() as browser:
         yield browser
+
+
+@pytest.fixture(scope="module")
+def served(report):
+    """The same over HTTP."""
+    folder = urllib.parse.unquote(report.removeprefix("file://").removesuffix("/report.html"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/report.html"
+        server.shutdown()
 
 
 @pytest.fixture
@@ -65,6 +79,15 @@ def test_plots_are_drawn(page):
     sizes = page.evaluate("[...document.querySelectorAll('figure.plot img')].map(i => [i.complete, i.naturalWidth])")
     assert sizes == [[True, 1496]] * 4
     screenshot(page, "report")
+
+
+def test_page_is_the_same_over_http(browser, served):
+    browser.errors.clear()
+    browser.open(served)
+    browser.wait("document.querySelectorAll('.rows li').length")
+    browser.click(".rows a.row")
+    browser.wait("document.querySelector('.detail img')?.naturalWidth")
+    assert browser.evaluate("[...document.images].every(image => image.naturalWidth)") and browser.errors == []
 
 
 def test_filters_count_the_rows(page, tmp_path):
