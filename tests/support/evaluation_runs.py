@@ -29,7 +29,7 @@ class Charts(Benchmark):
 
     name = "chartqa"
     title = "ChartQA"
-    published: ClassVar = Published(83.3, "Microsoft Research's article", "images of a lower resolution")
+    published: ClassVar[Published | None] = Published(83.3, "Microsoft Research's article", "images of a lower resolution")
 
     def items(self, path: str) -> Sequence[Item]:
         raise NotImplementedError
@@ -43,7 +43,7 @@ class Screens(Charts):
 
     name = "screenspot_v2"
     title = "ScreenSpot-v2"
-    published: ClassVar = None
+    published: ClassVar[Published | None] = None
 
 
 class Pairs(Charts):
@@ -51,7 +51,7 @@ class Pairs(Charts):
 
     name = "hallusion"
     title = "HallusionBench"
-    published: ClassVar = Published(64.4, "README")
+    published: ClassVar[Published | None] = Published(64.4, "README")
     judged: ClassVar = True
 
     def summary(self, scored: Sequence[Scored]) -> dict[str, float]:
