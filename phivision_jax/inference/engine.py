@@ -96,8 +96,8 @@ class Engine:
         separate = self.platform == "cpu"
         layer = nnx.split(model.decoder.layers, nnx.Param)[0] if separate else None
         self.dtype = model.decoder.dtype
-        # CPUs multiply a row by a matrix of fp32 as fast as two rows by one of bf16, and one row of bf16 takes them five
-        # to ten times as long. Int8 stays in memory as it is.
+        # CPUs multiply a row by a matrix of fp32 as fast as two rows by one of bf16; one row of bf16 takes five to ten
+        # times as long. Int8 stays in memory as it is.
         widened = separate and not any(x.dtype == jnp.int8 for x in jax.tree.leaves(params))
         decode_dtype = jnp.dtype(jnp.float32) if widened else self.dtype
         self.program = Program(graphdef, layer, decode_dtype, jnp.dtype(cache_dtype), stop_ids, think_id, end_think_id)
