@@ -20,6 +20,7 @@ from phivision_jax.io.messages import did_you_mean
 from phivision_jax.text.constants import PromptMode
 
 if TYPE_CHECKING:
+    from phivision_jax.evaluation.mirror import Mirror
     from phivision_jax.evaluation.output import Output
     from phivision_jax.evaluation.results import Result
     from phivision_jax.evaluation.run import Receive
@@ -60,7 +61,7 @@ def eval(  # the name of the subcommand
             downloaded, with [hub].
         data: Dataset directory made by phivision data import, scored by equality with its last answers; default
             without benchmarks: data.eval_path of the configuration.
-        out: Directory for results, images and reports; default: only print the scores.
+        out: Directory (or gs://…) for results, images and reports; default: only print the scores.
         limit: Size of a random sample of each benchmark; 0 for all items.
         cost: Measure seconds and tokens as published: 100 items of four benchmarks, one at a time, without caches.
         restart: Remove the results of an earlier start in --out.
@@ -79,6 +80,7 @@ def eval(  # the name of the subcommand
     from phivision_jax.evaluation import cost as protocol
     from phivision_jax.evaluation.choice import choose
     from phivision_jax.evaluation.dataset import DatasetBenchmark
+    from phivision_jax.evaluation.mirror import Mirror
     from phivision_jax.evaluation.output import ABOUT, Output
     from phivision_jax.evaluation.reply_cache import ReplyCache, default_directory
     from phivision_jax.evaluation.run import Runner
@@ -122,9 +124,10 @@ def eval(  # the name of the subcommand
         ABOUT: {"model": model.name, "code": code_version(), "data": {b.name: path for b, path in chosen}},
     }
     with contextlib.ExitStack() as stack:
-        directory = Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
+        place = out or stack.enter_context(tempfile.TemporaryDirectory())
+        mirror = stack.enter_context(Mirror(place, index, restart=restart))
         with contextlib.ExitStack() as files:
-            output = files.enter_context(Output(directory, settings, shard=index, restart=restart))
+            output = files.enter_context(Output(mirror.directory, settings, shard=index, restart=restart))
             replies = None
             if not (no_cache or cost):
                 replies = ReplyCache(Path(cache) if cache else default_directory())
@@ -135,7 +138,7 @@ def eval(  # the name of the subcommand
                 protocol.warm_up(generator, mine, asked_modes, sampling)
             runner = Runner(
                 generator,
-                files.enter_context(shown(output, total)),
+                files.enter_context(shown(output, mirror, total)),
                 modes=asked_modes,
                 sampling=sampling,
                 cache=replies,
@@ -145,13 +148,14 @@ def eval(  # the name of the subcommand
                 by_mode=cost,
             )
             runner.run(mine, skip={result.key for result in output.results})
-        report(directory, {benchmark.name: benchmark for benchmark, _ in chosen}, model.name)
+        mirror.pull()
+        report(mirror.directory, {benchmark.name: benchmark for benchmark, _ in chosen}, model.name)
         if out:
             print(f"written: {out}/report.md, report.json, results")
 
 
 @contextlib.contextmanager
-def shown(output: Output, total: int) -> Iterator[Receive]:
+def shown(output: Output, mirror: Mirror, total: int) -> Iterator[Receive]:
     """Write results, and show a bar with the accuracy so far and the time left."""
     from phivision_jax.io import progress
 
@@ -161,6 +165,7 @@ def shown(output: Output, total: int) -> Iterator[Receive]:
         def receive(result: Result, item: Item) -> None:
             nonlocal value
             output.write(result, item)
+            mirror.push(due=True)
             value += result.value
             advance(1, note=f"accuracy {value / len(output.results):.1%}")
 
