@@ -32,7 +32,7 @@ class Sampling:
         Raises:
           ValueError: for settings that ``Request`` refuses.
         """
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value != getattr(Request, name)}
         return dataclasses.replace(benchmark.request(item), mode=mode, **given)
 
 

@@ -62,8 +62,8 @@ class Request:
     def __post_init__(self) -> None:
         for name, (wanted, least, most) in _RANGES.items():
             value = getattr(self, name)
-            if value is None and name in _OPTIONAL:
-                continue
+            if value is getattr(type(self), name) or (value is None and name in _OPTIONAL):
+                continue  # most settings are defaults, and most requests are made several times on their way
             kind: type = int if "integer" in wanted else float
             try:
                 number = typed(value.item() if hasattr(value, "item") else value, kind, name)
@@ -72,8 +72,8 @@ class Request:
             if number is None or not least <= number <= most:
                 raise ValueError(f"{name} must be {wanted}, not {shorten(value)}")
             object.__setattr__(self, name, number)
-        if self.mode not in get_args(PromptMode):
-            raise ValueError(f"mode must be one of {', '.join(get_args(PromptMode))}, not {shorten(self.mode)}")
+        if self.mode not in _MODES:
+            raise ValueError(f"mode must be one of {', '.join(_MODES)}, not {shorten(self.mode)}")
         if self.mode == "auto" and self.thinking_budget == 0:
             object.__setattr__(self, "mode", "nothink")
         stops = tuple(self.stop) if isinstance(self.stop, list | tuple) else (self.stop,)
@@ -94,6 +94,7 @@ class Request:
         return messages, images
 
 
+_MODES = get_args(PromptMode)
 _OPTIONAL = ("max_new_tokens", "thinking_budget", "logprobs")
 _RANGES: Mapping[str, tuple[str, float, float]] = {
     "max_new_tokens": ("an integer of at least 1", 1, 2**31 - 1),
