@@ -151,7 +151,7 @@ def eval(  # the name of the subcommand
         mirror.pull()
         report(mirror.directory, {benchmark.name: benchmark for benchmark, _ in chosen}, model.name)
         if out:
-            print(f"written: {out}/report.md, report.json, results")
+            print(f"written: {out}/report.html, report.md, report.json, results")
 
 
 @contextlib.contextmanager
@@ -175,6 +175,7 @@ def shown(output: Output, mirror: Mirror, total: int) -> Iterator[Receive]:
 def report(directory: Path, benchmarks: Mapping[str, Benchmark], model: str) -> None:
     """Print the figures of an evaluation and write its reports; with several shards, of the results so far."""
     from phivision_jax.evaluation import cost, summary
+    from phivision_jax.evaluation.report import write_report
     from phivision_jax.evaluation.results import load_results
 
     settings, results = load_results(directory)
@@ -185,7 +186,7 @@ def report(directory: Path, benchmarks: Mapping[str, Benchmark], model: str) -> 
     expected = len(settings["modes"]) * sum(each["items"] for each in settings["benchmarks"].values())
     if len(results) < expected:
         print(f"{len(results):,} of {expected:,} results: other shards have not finished")
-    summary.write_summaries(directory, settings, summaries)
+    write_report(directory, benchmarks=benchmarks)
     if settings["cost"]:
         cost.write_cost(directory, summaries)
 

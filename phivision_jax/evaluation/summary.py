@@ -1,24 +1,17 @@
-"""Figures of an evaluation per benchmark and mode: report.json, report.md, and a table for the terminal."""
+"""Figures of an evaluation per benchmark and mode, and a table of them for the terminal."""
 
 import collections
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from phivision_jax.evaluation.benchmark import Benchmark, Item, Published, Scored
 from phivision_jax.evaluation.results import Result
 from phivision_jax.evaluation.scoring import Score
-from phivision_jax.io import atomic
 from phivision_jax.io.messages import shorten
 
 RULE_ONLY = "rule only"
 """The judge of a score that is published with one, but was measured without."""
-_HEADER = ("benchmark", "mode", "score", "published", "items", "seconds", "tokens", "thinks", "failed")
-_SHOWN = 7
-"""Table cells per line in a terminal; the files have all."""
 _NAMED = 5
 """Failures that are named."""
 
@@ -93,9 +86,11 @@ def failures(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
-    """The cells of a table below ``_HEADER``."""
-    return [
+def print_summaries(title: str, summaries: Sequence[Summary]) -> None:
+    """Print a table with a line per benchmark and mode."""
+    from phivision_jax.io import html  # with matplotlib, which training need not load
+
+    rows = [
         (
             each.title,
             each.mode,
@@ -104,32 +99,8 @@ def rows(summaries: Sequence[Summary]) -> list[tuple[str, ...]]:
             f"{each.items:,}",
             f"{each.seconds:.3g}",
             f"{each.output_tokens:,.1f}",
-            f"{each.thinks:.0%}",
-            f"{each.failed:,}",
         )
         for each in summaries
     ]
-
-
-def print_summaries(title: str, summaries: Sequence[Summary]) -> None:
-    """Print the table, a line per benchmark and mode."""
-    from phivision_jax.io import html  # with matplotlib, which training need not load
-
-    shown = html.Table(_HEADER[:_SHOWN], [row[:_SHOWN] for row in rows(summaries)], names=2)
-    html.print_sections([html.Section(title, table=shown)])
-
-
-def write_summaries(directory: Path, settings: Mapping[str, Any], summaries: Sequence[Summary]) -> None:
-    """Write report.json (the settings and all figures) and report.md (the table, and the sources of published values).
-
-    Raises:
-      OSError: when they cannot be written.
-    """
-    report = {"settings": settings, "summaries": [dataclasses.asdict(each) for each in summaries]}
-    atomic.write(directory / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    lines = ["| " + " | ".join(cells) + " |" for cells in (_HEADER, ["---"] * len(_HEADER), *rows(summaries))]
-    sources = {each.title: each.published for each in summaries if each.published}
-    for title, published in sources.items():
-        differs = f" Known to differ: {published.differs}" if published.differs else ""
-        lines += ["", f"{title}: published value from {published.source}.{differs}"]
-    atomic.write(directory / "report.md", "\n".join(lines) + "\n")
+    header = ("benchmark", "mode", "score", "published", "items", "seconds", "tokens")
+    html.print_sections([html.Section(title, table=html.Table(header, rows, names=2))])
