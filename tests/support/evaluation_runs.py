@@ -29,7 +29,7 @@ class Charts(Benchmark):
 
     name = "chartqa"
     title = "ChartQA"
-    published: ClassVar[Published | None] = Published(83.3, "Microsoft Research's article", "images of a lower resolution")
+    published: ClassVar[Published | None] = Published(83.3, "Microsoft Research's article", "smaller images")
 
     def items(self, path: str) -> Sequence[Item]:
         raise NotImplementedError
