@@ -26,7 +26,7 @@ DEEPEST_NESTING = 8
 _TOO_LARGE = re.compile(
     r"(?:\^|\*\*)(?:\{[^{}]*|[(-]*\d*)(?:\^|\*\*)"  # an exponent with an exponent
     r"|(?:\^|\*\*)[{(\s+-]*\d{4,}"
-    r"|\d{4,}\s*!|!\s*!|!\)*\s*\^"
+    r"|\d{4,}\s*!|![)}\s]*[!^]"
 )
 
 

@@ -1,10 +1,11 @@
 """MathVision: the answer in a reply, and mathematical equality."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from phivision_jax.evaluation.scoring.math_worker import expressions_equal
+from phivision_jax.evaluation.scoring.math_worker import LONGEST_EXPRESSION, expressions_equal
 from phivision_jax.evaluation.scoring.record import text_of, texts_of
 from phivision_jax.evaluation.scoring.score import Score
 from phivision_jax.evaluation.scoring.thoughts import answer_of
@@ -64,21 +65,42 @@ def mathvision_equal(prediction: str, record: Mapping[str, Any]) -> Score:
 
 
 def _equal(reference: str, answer: str) -> bool | None:
-    if not reference.strip() or not answer.strip():
+    reference, answer = reference.strip(), answer.strip()
+    if not reference or not answer:
         return False
-    if reference.strip() == answer.strip():
+    if reference == answer:
         return True
+    reference, answer = _without_brackets(reference), _without_brackets(answer)
     numbers = [_plain_number(each) for each in (reference, answer)]
     if None not in numbers:
         return numbers[0] == numbers[1]
     if not (_MATHEMATICS.search(reference) and _MATHEMATICS.search(answer)):
         return False  # words: math-verify reads them as products of letters, in any order
-    return expressions_equal(reference.strip().strip("$"), answer)
+    if _letters(reference) != _letters(answer):
+        return False  # a sentence or a unit on one side
+    return expressions_equal(reference, answer)
+
+
+def _letters(text: str) -> set[str]:
+    """The letters of a text that are not in LaTeX commands: its variables, or its words."""
+    return set(re.findall(r"[^\W\d_]", re.sub(r"\\[a-z]+", "", text)))
+
+
+def _without_brackets(text: str) -> str:
+    """Remove dollar signs, and brackets around one expression: parsers refuse "{12}", and are slow on "(12)"."""
+    text = text.strip("$ ")
+    while len(text) <= LONGEST_EXPRESSION:
+        if text[:1] + text[-1:] != "{}" and (text[:1] + text[-1:] != "()" or "," in text):
+            break
+        depths = list(itertools.accumulate((each in "{(") - (each in "})") for each in text))
+        if 0 in depths[:-1]:  # as in "(1)(2)"
+            break
+        text = text[1:-1]
+    return text
 
 
 def _plain_number(text: str) -> int | float | None:
     """The value of a number or a fraction of integers, up to two decimals; None for another text."""
-    text = text.strip()
     if _PLAIN_NUMBER.fullmatch(text):
         text = text.replace(",", "")
         return round(float(text), 2) if "." in text else int(text)

@@ -6,7 +6,7 @@ from typing import Any
 
 from phivision_jax.evaluation.scoring.choices import infer_option
 from phivision_jax.evaluation.scoring.edit_distance import EditDistance
-from phivision_jax.evaluation.scoring.record import options_of, text_of, texts_of
+from phivision_jax.evaluation.scoring.record import options_of, text_of
 from phivision_jax.evaluation.scoring.score import UNPARSED, Score, compared
 from phivision_jax.evaluation.scoring.thoughts import answer_of
 
@@ -33,16 +33,17 @@ def mathvista_normalize(prediction: str, record: Mapping[str, Any]) -> Score:
     extraction = answer_of(prediction)
     answer = text_of(record, "answer")
     if _has_choices(record):
-        normalized = _nearest(extraction, texts_of(record, "choices"))
+        normalized = _nearest(extraction, list(options_of(record, "choices").values()))
         return compared(normalized == answer, normalized)
     kind = text_of(record, "answer_type")
     if kind not in ("text", "integer", "float", "list"):
         raise ValueError(f'answer_type: expected "text", "integer", "float" or "list", found {kind!r}')
     if kind in ("text", "list"):
         return compared(extraction == answer, extraction)
+    digits = _precision(record) if kind == "float" else 0
     try:
         number = float(extraction)
-        normalized = str(int(number)) if kind == "integer" else str(round(number, _precision(record)))
+        normalized = str(int(number) if kind == "integer" else round(number, digits))
     except (ValueError, OverflowError):
         return UNPARSED
     return compared(normalized == answer, normalized)

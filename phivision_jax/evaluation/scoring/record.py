@@ -25,7 +25,7 @@ def texts_of(record: Mapping[str, Any], key: str) -> list[str]:
       ValueError: for an empty list, or a value that is no text and no number, naming the key.
     """
     value = record[key]
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         return [text_of(record, key)]
     if not value:
         raise ValueError(f"{key}: expected at least one text, found an empty list")
@@ -40,6 +40,8 @@ def options_of(record: Mapping[str, Any], key: str) -> dict[str, str]:
       ValueError: for no options, more than 26, or a letter that is not one of A to Z, naming the key.
     """
     value = record[key]
+    if isinstance(value, str):
+        raise ValueError(f"{key}: expected a mapping or a list of options, found a text")
     if not isinstance(value, Mapping):
         texts = texts_of(record, key)
         value = {chr(ord("A") + index): each for index, each in enumerate(texts)}

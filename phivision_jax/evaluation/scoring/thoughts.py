@@ -4,7 +4,7 @@ import io
 
 TAGS = (("<think>", "</think>"), ("<analysis>", "</analysis>"))
 """Pairs of tags around a thought, in the order in which they are removed."""
-LONGEST_ANSWER = 200_000
+LONGEST_ANSWER = 100_000
 """Characters of an answer that rules read, from its end, so that every rule is fast on any text. Replies that fit into
 the context of the model are shorter."""
 
@@ -16,6 +16,8 @@ def think_strip(text: str) -> str:
     text before the last one. A thought that is not closed stays. White space around the rest is removed.
     """
     for opening, closing in TAGS:
+        if closing not in text:
+            continue
         text = _without_blocks(text, opening, closing)
         if closing in text and opening not in text:
             text = text.rpartition(closing)[2]
