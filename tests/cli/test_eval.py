@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from phivision_jax.cli import eval as eval_command
 from phivision_jax.cli.main import main
 from phivision_jax.evaluation.results import Result, load_results
 from phivision_jax.inference import endpoint as endpoint_module
@@ -243,6 +244,38 @@ def test_cost_is_measured_one_at_a_time_after_warming_up(phivision, sums, tmp_pa
         (mode, 9, 2.0) for mode in ("auto", "think", "nothink")
     ]
     assert not any(result.cached for result in results(out)) and "Sums" in text
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("given", "slots", "limit"),
+    [
+        ([], 0, None),
+        (["--config=configs/tiny.py"], 64, 8),
+        (["--config=configs/tiny.py", "--set", "max_new_tokens=2", "eval_batch=4"], 4, 2),
+        (["--config=configs/tiny.py", "--max-new-tokens=3", "--slots=5"], 5, 3),
+    ],
+)
+def test_settings_of_a_configuration(sums, monkeypatch, given, slots, limit):
+    received = {}
+
+    class Model(eval_command.LocalModel):
+        def __init__(self, checkpoint, local, slots):
+            received.update(checkpoint=checkpoint, slots=local.slots or slots, weights=local.weights, mesh=local.mesh)
+
+        def measure(self, request):
+            received.update(limit=request.max_new_tokens)
+            raise Stop
+
+    monkeypatch.setattr(eval_command, "LocalModel", Model)
+    words = ["eval", "run", f"--benchmarks={SUMS}", f"--benchmark-data={sums}", "--weights=int8", "--mesh", "fsdp", "4"]
+    with pytest.raises(Stop):
+        main([*words, *given])
+    assert received.pop("limit") == (limit or 8)  # of the benchmark
+    assert received == {"checkpoint": "run", "slots": slots, "weights": "int8", "mesh": {"fsdp": 4}}
 
 
 @pytest.mark.parametrize(
