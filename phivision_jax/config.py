@@ -161,8 +161,9 @@ class ModelConfig:
     ``"causal"``         what the released code computes (parity);
     ``"bidirectional"``  what the model card describes. Hugging Face's ``config.json`` cannot express it.
 
-    ``min_patches`` and ``max_patches`` bound the NaFlex resize; they belong to the image processor but stand in the
-    released ``config.json``, and a model trained at one range is not the same model at another.
+    ``min_patches`` and ``max_patches`` bound the NaFlex resize; they belong to the image processor but are part of the
+    released ``config.json``, and a model trained at one range is not the same model at another. ``tile_size`` and
+    ``max_image_tokens`` are settings of the tiled layouts (``images/tiles.py``).
     """
 
     vision: VisionConfig = VisionConfig()
@@ -172,7 +173,13 @@ class ModelConfig:
     image_layout: str = "naflex"
     """Name of the layout that turns images into patches and vision tokens (``images/layout.py``)."""
     min_patches: int = 256
+    """Patches to which NaFlex enlarges smaller images; tiled layouts ignore it."""
     max_patches: int = 3600
+    """Most patches of an image, over all of its tiles."""
+    tile_size: int = 384
+    """Side of a tile in pixels, a multiple of ``vision.patch_size``."""
+    max_image_tokens: int | None = None
+    """Most vision tokens of an image of a tiled layout; None: the report's cap for that strategy."""
 
     def __post_init__(self) -> None:
         _check_sizes(self)

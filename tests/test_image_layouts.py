@@ -83,8 +83,8 @@ def test_measure_matches_encode(name, sizes):
 def test_make_layout_rejects_unknown_and_unfit():
     with pytest.raises(ValueError, match=r"image_layout 'thumbnial' is not registered .*did you mean 'thumbnail'"):
         Processor.small(dataclasses.replace(CONFIG, image_layout="thumbnial"))
-    with pytest.raises(ValueError, match=r"put it in phivision_jax\.images\.s2"):
-        make_layout(dataclasses.replace(CONFIG, image_layout="s2"))
+    with pytest.raises(ValueError, match=r"put it in phivision_jax\.images\.fovea"):
+        make_layout(dataclasses.replace(CONFIG, image_layout="fovea"))
     with pytest.raises(ValueError, match=r"concatenates 2 features into a token, but projector\.merge_size is 1"):
         make_layout(dataclasses.replace(CONFIG, image_layout="overview_and_detail"))
 

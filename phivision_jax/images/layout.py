@@ -7,9 +7,10 @@
 A tile is a grid of patches that attend to each other; an image has one or several. The tokens of an image are its
 features, or weighted sums and concatenations of them, as rows of merge tables (``batch.Batch``).
 
-``ModelConfig.image_layout`` names the layout. NaFlex, the released one, has one tile and a token per patch. To add
-another, subclass ``ImageLayout`` and register it, in a module ``phivision_jax/images/<name>.py`` or in any other that
-is imported before the model's processor is made, such as the file of a run's configuration:
+``ModelConfig.image_layout`` names the layout. NaFlex, the released one, has one tile and a token per patch; the other
+strategies of the report are built on ``images/tiles.py`` (docs/image_strategies.md compares them). To add another,
+subclass ``ImageLayout`` and register it, in a module ``phivision_jax/images/<name>.py`` or any other that is imported
+before the model's processor is made, such as the file of a run's configuration:
 
     @register_layout("thumbnail")
     class Thumbnail(ImageLayout):
@@ -29,6 +30,12 @@ from PIL.Image import Image
 
 from phivision_jax.config import ModelConfig
 from phivision_jax.io.messages import did_you_mean
+
+type Box = tuple[float, float, float, float]
+"""Left, top, right and bottom edge of a part of an image, in pixels of the image as given."""
+
+STRATEGIES = ("naflex", "multicrop", "s2", "multicrop_s2", "dynamic_s2")
+"""Layouts in this folder."""
 
 
 class ImageSize(NamedTuple):
@@ -88,6 +95,11 @@ class ImageLayout(abc.ABC):
     """(n, k) of the merge tables: a token is the concatenation of n weighted sums of k features, where n is
     ``projector.merge_size``. None where every patch is a token."""
 
+    @classmethod
+    def configure(cls, config: ModelConfig, cap: int | None = None) -> ModelConfig:
+        """A model's configuration for this layout, as ``with_layout`` returns it; ``cap``: most tokens of an image."""
+        return dataclasses.replace(config, max_patches=cap or config.max_patches, max_image_tokens=None)
+
     def __init__(self, config: ModelConfig) -> None:
         self.name, self.patch_size = config.image_layout, config.vision.patch_size
         self.min_patches, self.max_patches = config.min_patches, config.max_patches
@@ -115,6 +127,15 @@ class ImageLayout(abc.ABC):
         """The most tokens that images of this many patches in total can have: bounds the merge tables of a row."""
         return num_patches
 
+    def boxes(self, width: int, height: int) -> list[Box]:
+        """The part of an image that each tile shows; default: all of it."""
+        return [(0.0, 0.0, float(width), float(height))] * len(self.measure(width, height).grids)
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height in pixels after resizing, at the finest scale; default: those of the last tile."""
+        rows, columns = self.measure(width, height).grids[-1]
+        return columns * self.patch_size, rows * self.patch_size
+
     @property
     def fingerprint(self) -> dict[str, Any]:
         """JSON values that tell two layouts apart: equal ones give equal patches and tokens for every image."""
@@ -129,10 +150,10 @@ class ImageLayout(abc.ABC):
         return PatchedImage(patches, size.grids, np.full(table, -1, np.int32), np.zeros(table, np.float32))
 
 
-_LAYOUTS: dict[str, Callable[[ModelConfig], ImageLayout]] = {}
+_LAYOUTS: dict[str, type[ImageLayout]] = {}
 
 
-def register_layout[L: Callable[[ModelConfig], ImageLayout]](name: str) -> Callable[[L], L]:
+def register_layout[L: type[ImageLayout]](name: str) -> Callable[[L], L]:
     """A decorator for layout classes, which ``ModelConfig.image_layout`` then selects by ``name``."""
 
     def register(layout: L) -> L:
@@ -146,18 +167,42 @@ def make_layout(config: ModelConfig) -> ImageLayout:
     """The layout that a model is configured with.
 
     Raises:
-      ValueError: when none of that name is registered, or its merge tables do not fit the projector.
+      ValueError: when none of that name is registered, its merge tables do not fit the projector, or it does not fit
+        the sizes of patches, tiles and images.
     """
     name = config.image_layout
-    module = f"{__package__}.{name}"
-    if name not in _LAYOUTS and name.isidentifier() and importlib.util.find_spec(module):
-        importlib.import_module(module)
-    if name not in _LAYOUTS:
-        hint = did_you_mean(name, sorted({"naflex", *_LAYOUTS}))
-        raise ValueError(f"image_layout {name!r} is not registered (to add it, put it in {module}): {hint}")
-    layout = _LAYOUTS[name](config)
+    layout = _registered(name)(config)
     merged = layout.merge[0] if layout.merge else 1
     if merged != config.projector.merge_size:
         problem = f"but projector.merge_size is {config.projector.merge_size}; make them equal"
         raise ValueError(f"image_layout {name!r} concatenates {merged} features into a token, {problem}")
     return layout
+
+
+def with_layout(config: ModelConfig, strategy: str) -> ModelConfig:
+    """A model's configuration with another layout, and the projector's width and the limits that follow from it.
+
+    Args:
+      config: of any layout.
+      strategy: name of a layout, or ``NAME:CAP`` with the most tokens of an image, like ``"naflex:2048"``.
+
+    Raises:
+      ValueError: for a name that is not registered, or a cap that the layout cannot keep.
+    """
+    name, _, cap = strategy.partition(":")
+    if cap and not cap.isdecimal():
+        raise ValueError(f"strategy {strategy!r}: the cap after the colon is a number of tokens, not {cap!r}")
+    layout = _registered(name)
+    projector = dataclasses.replace(config.projector, merge_size=layout.merge[0] if layout.merge else 1)
+    config = dataclasses.replace(config, image_layout=name, projector=projector)
+    return layout.configure(config, int(cap) if cap else None)
+
+
+def _registered(name: str) -> type[ImageLayout]:
+    module = f"{__package__}.{name}"
+    if name not in _LAYOUTS and name.isidentifier() and importlib.util.find_spec(module):
+        importlib.import_module(module)
+    if name not in _LAYOUTS:
+        hint = did_you_mean(name, sorted({*STRATEGIES, *_LAYOUTS}))
+        raise ValueError(f"image_layout {name!r} is not registered (to add it, put it in {module}): {hint}")
+    return _LAYOUTS[name]

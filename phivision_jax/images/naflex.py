@@ -17,6 +17,7 @@ import einops
 import numpy as np
 from PIL import Image
 
+from phivision_jax.config import ModelConfig
 from phivision_jax.images.decode import to_rgb
 from phivision_jax.images.layout import ImageLayout, ImageSize, PatchedImage, register_layout
 
@@ -28,6 +29,11 @@ _HALVINGS = 24
 @register_layout("naflex")
 class NaFlex(ImageLayout):
     """One tile of the image's own aspect ratio, one token per patch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if config.max_image_tokens is not None:
+            raise ValueError("image_layout 'naflex' has a token per patch: set max_patches, not max_image_tokens")
 
     def measure(self, width: int, height: int, max_patches: int | None = None) -> ImageSize:
         rows, columns = grid_of(width, height, self.patch_size, *self._range(max_patches))

@@ -41,6 +41,10 @@ class ModelSettings:
     """Images are resized to at least this many patches."""
     max_patches: int | None = None
     """Images are resized to at most this many patches."""
+    tile_size: int | None = None
+    """Side of a tile in pixels, for tiled image layouts."""
+    max_image_tokens: int | None = None
+    """Most vision tokens of an image, for tiled image layouts; None: the report's cap for that strategy."""
 
 
 @dataclasses.dataclass(frozen=True)
