@@ -62,11 +62,18 @@ class Prompt:
         inside = [image.start for image in self.images if self.whole_images and image.start < end < image.end]
         return min(inside, default=end)
 
-    def shared(self, identity: np.ndarray) -> int:
-        """Tokens of the prefix that another sequence shares, of those that may be cut off; never the last token."""
+    def shared(self, identity: np.ndarray, least: int = 1) -> int:
+        """Tokens of the prefix that another sequence shares, of those that may be cut off; never the last token.
+
+        Args:
+          least: fewer are none.
+        """
         n = min(len(self) - 1, len(identity))
+        if n < least or self.identity[least - 1] != identity[least - 1]:
+            return 0  # as for most sequences: comparing one token takes the least time
         differs = np.flatnonzero(self.identity[:n] != identity[:n])
-        return self.cut_before(int(differs[0]) if len(differs) else n)
+        found = self.cut_before(int(differs[0]) if len(differs) else n)
+        return found if found >= least else 0
 
     def span_end(self, start: int, end: int) -> np.ndarray:
         """The last position of this prompt that each position in [start, end) sees."""

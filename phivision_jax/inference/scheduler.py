@@ -165,7 +165,8 @@ class Scheduler:
                 if not free:
                     break
                 start, source = self._prefix(sample, slots)
-                coming = max((sample.prompt.shared(p.sample.prompt.identity[: p.end]) for p in pieces), default=0)
+                others = (p.sample.prompt.identity[: p.end] for p in pieces)
+                coming = max((sample.prompt.shared(other, LEAST_SHARED) for other in others), default=0)
                 if self.share_prefixes and coming >= start + LEAST_SHARED:
                     continue  # the next row can share what this one computes
             end = sample.prompt.cut_before(min(len(sample.prompt), start + room))
@@ -200,9 +201,9 @@ class Scheduler:
         """The longest prefix of a prompt that a slot holds, and the slot: a free one if there are several."""
         if not self.share_prefixes:
             return 0, slots[0]
-        found = ((sample.prompt.shared(self._held[i]), self.owners[i] is None, -i) for i in slots)
+        found = ((sample.prompt.shared(self._held[i], LEAST_SHARED), self.owners[i] is None, -i) for i in slots)
         shared, _, i = max(found)
-        return (shared if shared >= LEAST_SHARED else 0), -i
+        return shared, -i
 
     def _row(self, plans: list[list[Piece]]) -> tuple[Row, list[Sample | None]]:
         """The pieces as arrays, and the sample of each end."""
