@@ -142,7 +142,7 @@ def eval(  # the name of the subcommand
                 modes=asked_modes,
                 sampling=sampling,
                 cache=replies,
-                model=f"{model.identity} {code_version()}",
+                model=model.key,
                 judge=judging.open(replies),
                 patch=model.patch,
                 by_mode=cost,

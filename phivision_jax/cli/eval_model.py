@@ -83,7 +83,8 @@ class RemoteModel:
 
     Attributes:
       name: in reports.
-      identity: in run.json and in keys of the cache of replies.
+      identity: in run.json.
+      key: in keys of the cache of replies.
     """
 
     patch = bytes
@@ -92,7 +93,7 @@ class RemoteModel:
         if not remote.model:
             raise ValueError(f"--endpoint={remote.endpoint} needs the name of the model there: give --model=NAME")
         self._remote, self.name = remote, remote.model
-        self.identity = f"{remote.model} at {remote.endpoint}"
+        self.identity = self.key = f"{remote.model} at {remote.endpoint}"
 
     def measure(self, request: Request) -> None:
         """Nothing: the endpoint refuses what is too long."""
@@ -115,19 +116,22 @@ class LocalModel:
       ValueError: as ``checkpoint.loading.load``.
 
     Attributes:
-      name, identity: as of ``RemoteModel``.
+      name, identity, key: as of ``RemoteModel``; the key also has what may change an answer of the same weights.
       patch: lays out an image.
       measure: receives every request, for the length of slots.
     """
 
     def __init__(self, checkpoint: str, local: Local, slots: int) -> None:
+        import jax
+
         import phivision_jax
-        from phivision_jax.checkpoint import identity, loading
+        from phivision_jax.checkpoint import identity, layout, loading
         from phivision_jax.evaluation.slots import LongestRequest
 
         path = loading.locate(checkpoint)
         self.name, self._local, self._slots = checkpoint, local, local.slots or slots
         self.identity = " ".join(filter(None, (identity.fingerprint(path), local.weights)))
+        self.key = f"{self.identity} {layout.code_version()} {jax.default_backend()}"
         self._model, self._processor = phivision_jax.load(str(path), mesh=local.mesh, weights=local.weights)
         self.patch, self.measure = self._processor.patch, LongestRequest(self._processor)
 

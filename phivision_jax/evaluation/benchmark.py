@@ -20,7 +20,7 @@ class Item:
     images: tuple[bytes, ...]
     """Encoded image files, in order."""
     record: Mapping[str, Any]
-    """What the scoring rule reads: answers, options, boxes."""
+    """Input of the scoring rule: answers, options, boxes."""
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Groups that are reported apart, as {"split": "human"}."""
     cluster: str = ""
@@ -42,9 +42,9 @@ class Published:
     value: float
     """In the benchmark's unit, mostly per cent."""
     source: str
-    """Where it is published."""
+    """Publication that has it."""
     differs: str = ""
-    """What is known to differ between that measurement and ours."""
+    """Known differences between that measurement and ours."""
 
 
 class Benchmark(abc.ABC):

@@ -37,7 +37,7 @@ class Result:
     images: tuple[str, ...]
     """Names of files in OUT/images."""
     record: Mapping[str, Any]
-    """What the scoring rule read, as the reference answer."""
+    """Input of the scoring rule, such as the reference answer."""
     groups: Mapping[str, str]
     cluster: str
     """Items of one cluster are not independent."""

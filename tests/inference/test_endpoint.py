@@ -80,6 +80,25 @@ def test_answers_are_in_order_and_counted(endpoint):
     assert done == [1] * 20
 
 
+def test_errors_take_the_place_of_replies(endpoint):
+    asked = [Request("x"), Request("x" * 20_000), Request("y")]
+    outcomes = dict(endpoint.as_finished(iter(asked)))
+    assert sorted(outcomes) == [0, 1, 2] and "20000 tokens" in str(outcomes[1])
+    assert [outcomes[i][0].answer for i in (0, 2)] == ["a red car"] * 2
+
+
+def test_requests_are_taken_a_few_before_their_turn(endpoint):
+    taken: list[int] = []
+
+    def requests():
+        for i in range(50):
+            taken.append(i)
+            yield Request("x")
+
+    for done, _ in enumerate(endpoint.as_finished(requests())):
+        assert len(taken) <= done + 1 + endpoint.parallel
+
+
 def test_stream(endpoint):
     *deltas, reply = endpoint.stream(Request("What colour?", mode="think"))
     assert all(isinstance(delta, Delta) for delta in deltas) and isinstance(reply, Reply)
@@ -165,6 +184,10 @@ def test_foreign_endpoint():
         ((200, sse(piece(content="a"), {"error": {"message": "gone"}})), "gone"),
         ((200, sse(piece(content="a"))), "ended before the answer"),
         ((200, ""), "ended before the answer"),
+        ((200, "data: [DONE]\n\n"), "there is no sample in the answer"),
+        ((200, 'data: {"choices": 5}\n\n'), "does not have the form of OpenAI's API"),
+        ((200, "data: <html>\n\n"), "does not have the form of OpenAI's API"),
+        ((200, sse({"choices": [{"index": 0}]}) + "data: [DONE]\n\n"), "does not have the form of OpenAI's API"),
         ((200, sse(piece(content="a")) + "…"), "IncompleteRead"),
     ],
 )

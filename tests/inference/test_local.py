@@ -134,6 +134,27 @@ def test_requests_are_taken_a_few_before_their_turn(generator):
     assert done == [1] * 40
 
 
+@pytest.mark.parametrize("threaded", [False, True])
+def test_replies_come_as_they_are_finished_and_errors_in_their_place(generator, threaded):
+    if threaded:
+        generator.start()
+    asked = [Request("what?", max_new_tokens=60), SHORT, Request("what? " * 600), dataclasses.replace(SHORT, n=3)]
+    outcomes = list(generator.as_finished(iter(asked)))
+    found = dict(outcomes)
+    assert len(outcomes) == 4 and outcomes[-1][0] == 0  # the longest
+    assert isinstance(found[2], ValueError) and "tokens" in str(found[2])
+    assert [reply.answer for reply in found[3]] == ["no"] * 3 and [reply.index for reply in found[3]] == [0, 1, 2]
+    assert list(generator.as_finished(iter(()))) == []
+
+
+def test_closing_the_iterator_cancels_what_is_not_finished(generator):
+    finished = generator.as_finished(iter([SHORT, Request("what?", max_new_tokens=400)]))
+    assert next(finished)[0] == 0
+    finished.close()
+    generator.generate([SHORT])
+    assert generator.stats()["active"] == 0
+
+
 def test_request_that_cannot_be_answered_is_named(generator):
     with pytest.raises(ValueError, match=r"request 2: the prompt has .* tokens.*but a slot has 512; shorten it"):
         generator.generate([SHORT, SHORT, Request("what? " * 600)])
