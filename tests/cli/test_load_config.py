@@ -179,7 +179,7 @@ def test_numbers_out_of_range_and_long_values_are_refused_in_short(tmp_path):
 
 @pytest.mark.parametrize("name", ["train", "preflight", "eval"])
 def test_value_of_the_wrong_kind_is_the_same_sentence_in_every_command(name, capsys):
-    words = {"train": ["--run=nowhere"], "preflight": ["--topology=v5e:2x2"], "eval": ["--checkpoint=nowhere"]}[name]
+    words = {"train": ["--run=nowhere"], "preflight": ["--topology=v5e:2x2"], "eval": ["nowhere"]}[name]
     with pytest.raises(SystemExit) as ended:
         main([name, f"--config={TINY}", *words, "--set", "data.batch_rows=abc"])
     sentence = "phivision: --set data.batch_rows=abc: data.batch_rows must be an integer, not 'abc'\n"
