@@ -14,9 +14,9 @@ from pathlib import Path
 
 from phivision_jax.evaluation.scoring.math_server import DIFFERENT, EQUAL, LATE, READY
 
-COMPUTING = 0.06
+COMPUTING = 0.05
 """Seconds of computation after which the server gives up a comparison. Ordinary ones take 0.003."""
-WAITING = 0.085
+WAITING = 0.075
 """Seconds that a comparison may take in all, once the server has started."""
 STARTING = 60.0
 """Seconds in which the server must have started."""

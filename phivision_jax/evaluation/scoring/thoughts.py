@@ -4,9 +4,9 @@ import io
 
 TAGS = (("<think>", "</think>"), ("<analysis>", "</analysis>"))
 """Pairs of tags around a thought, in the order in which they are removed."""
-LONGEST_ANSWER = 100_000
-"""Characters of an answer that rules read, from its end, so that every rule is fast on any text. Replies that fit into
-the context of the model are shorter."""
+LONGEST_REPLY, LONGEST_ANSWER = 400_000, 100_000
+"""Characters of a reply and of its answer that rules read, from the end, so that every rule is fast on any text. Those
+that fit into the context of the model are shorter."""
 
 
 def think_strip(text: str) -> str:
@@ -26,31 +26,32 @@ def think_strip(text: str) -> str:
 
 def answer_of(prediction: str) -> str:
     """The answer of a reply: without thoughts, and no longer than rules can read in bounded time."""
-    return think_strip(prediction)[-LONGEST_ANSWER:]
+    return think_strip(prediction[-LONGEST_REPLY:])[-LONGEST_ANSWER:]
 
 
 def _without_blocks(text: str, opening: str, closing: str) -> str:
     """Remove blocks from the first opening tag to the next closing tag until none is left, in linear time."""
     kept = io.StringIO()
+    reach = len(opening) - 1
+    tail = ""  # the end of what is kept: a removal can join the halves of an opening tag
     position = 0
     while True:
-        # A removal can join the halves of an opening tag, so the end of what is kept is searched as well.
-        end = kept.tell()
-        overlap = min(end, len(opening) - 1)
-        kept.seek(end - overlap)
-        joined = kept.read(overlap) + text[position : position + len(opening) - 1]
-        found = joined.find(opening)
-        if found >= 0:
-            start, inside = end - overlap + found, position + found + len(opening) - overlap
+        joined = (tail + text[position : position + reach]).find(opening) if "<" in tail else -1
+        if joined >= 0:
+            first, inside = position, position + joined + len(opening) - len(tail)
         else:
             first = text.find(opening, position)
-            start, inside = end + first - position, first + len(opening)
-        close = text.find(closing, inside) if found >= 0 or first >= 0 else -1
+            inside = first + len(opening)
+        close = text.find(closing, inside) if first >= 0 else -1
         if close < 0:
             kept.write(text[position:])
             return kept.getvalue()
-        if found < 0:
-            kept.write(text[position:first])
-        kept.seek(start)
-        kept.truncate()
+        kept.write(text[position:first])
+        tail = (tail + text[position:first])[-reach:]
+        if joined >= 0:
+            kept.seek(kept.tell() - len(tail) + joined)
+            kept.truncate()
+            overlap = min(kept.tell(), reach)
+            kept.seek(kept.tell() - overlap)
+            tail = kept.read()
         position = close + len(closing)
