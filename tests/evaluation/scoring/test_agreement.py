@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from phivision_jax.evaluation import scoring
-from phivision_jax.evaluation.scoring import math_worker
 from tests.evaluation.scoring.decisions import DECISIONS, decision
 
 CASES = Path(__file__).with_name("cases")
@@ -22,12 +21,6 @@ NAMES = {
     "RM": "RoteMemorization",
     "score": "Score",
 }
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """On a busy machine, a comparison may wait longer than in use."""
-    monkeypatch.setattr(math_worker, "WAITING", 5.0)
 
 
 def cases(rule: str) -> list[dict[str, Any]]:

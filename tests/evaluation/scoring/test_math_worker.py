@@ -16,12 +16,6 @@ SLOW = ("x^{999}+(x+1)^{999}(x+2)^{999}", "x+\\sqrt{3}")
 """Expressions whose comparison takes seconds."""
 
 
-@pytest.fixture(autouse=True)
-def patient(monkeypatch):
-    """On a busy machine, a comparison may wait longer than in use."""
-    monkeypatch.setattr(math_worker, "WAITING", 10.0)
-
-
 @pytest.fixture(scope="module")
 def worker():
     worker = MathWorker()
@@ -85,7 +79,7 @@ def test_reply_that_comes_too_late_is_not_taken_for_the_next(worker, monkeypatch
     assert worker.equal("2\\sqrt{2}", "\\sqrt{8}") is True
     monkeypatch.setattr(math_worker, "WAITING", 0.0)
     assert False not in [worker.equal("2\\sqrt{2}", "\\sqrt{8}") for _ in range(5)]
-    monkeypatch.setattr(math_worker, "WAITING", 10.0)
+    monkeypatch.undo()
     for _ in range(3):
         assert worker.equal("2\\sqrt{2}", "\\sqrt{7}") is False
         assert worker.equal("2\\sqrt{2}", "\\sqrt{8}") is True
