@@ -23,6 +23,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from phivision_jax.io.messages import did_you_mean, shorten
 
 ImageAttention = Literal["causal", "bidirectional"]
+NAFLEX, FIXED, EARLY_FUSION = "siglip2", "siglip2_fixed", "early_fusion"  # VisionConfig.encoder
 MOST_LAYERS, LARGEST_SIZE = 10_000, 2**24
 """Limits of the number of layers and of any other size: larger numbers are mistakes, and must not be built from."""
 
@@ -38,7 +39,13 @@ def _check_sizes(config: Any, where: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP-2 NaFlex encoder (So400m/16 by default).
+    """The vision side: a SigLIP-2 encoder (NaFlex, So400m/16 by default), or none.
+
+    ``"siglip2"``        NaFlex: grids of any size, for which the position table is resized
+    ``"siglip2_fixed"``  one resolution: every tile is a grid of the table's own size, 27x27 patches of 14 pixels
+                         (``tile_size`` 378) or 24x24 of 16 (384). The network is the same; checkpoints differ.
+    ``"early_fusion"``   no encoder and no projector: one linear layer from pixels to the decoder's width, which
+                         ``hidden_size`` must be. Blocks and their sizes do not exist.
 
     ``num_layers`` counts the blocks in the checkpoint. The model's features are the output of the block before the
     last (``hidden_states[-2]``), so ``num_layers - 1`` blocks run; the last one, the post-norm and the pooling head
@@ -64,7 +71,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "vision.")
-        if self.hidden_size % self.num_heads:
+        if self.has_blocks and self.hidden_size % self.num_heads:
             raise ValueError(f"vision.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.position_side**2 != self.num_positions:
             raise ValueError(f"vision.num_positions must be a square (rows x columns), not {self.num_positions}")
@@ -77,7 +84,12 @@ class VisionConfig:
 
     @property
     def num_active_layers(self) -> int:
-        return self.num_layers - 1
+        return self.num_layers - 1 if self.has_blocks else 0
+
+    @property
+    def has_blocks(self) -> bool:
+        """True for an encoder, which has blocks, a vision tail and a projector behind it."""
+        return self.encoder != EARLY_FUSION
 
     @property
     def patch_dim(self) -> int:
@@ -88,16 +100,18 @@ class VisionConfig:
     def position_side(self) -> int:
         return round(self.num_positions**0.5)
 
+    @property
+    def tile_pixels(self) -> int:
+        """Side in pixels of the tile whose grid of patches has the position table's size."""
+        return self.position_side * self.patch_size
+
 
 @dataclasses.dataclass(frozen=True)
 class ProjectorConfig:
-    """Two linear layers with an exact (erf) GELU between them.
-
-    ``merge_size`` is n of ``Batch.merge_index``: how many vision features one vision token is concatenated from.
-    """
+    """Two linear layers with an exact (erf) GELU between them."""
 
     merge_size: int = 1
-    """Vision features concatenated into one vision token."""
+    """Vision features concatenated into one vision token: n of ``Batch.merge_index``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +202,16 @@ class ModelConfig:
             raise ValueError(f"image_attention must be one of {get_args(ImageAttention)}, not {self.image_attention!r}")
         if not 0 < self.min_patches <= self.max_patches:
             raise ValueError(f"need 0 < min_patches <= max_patches, not {self.min_patches}, {self.max_patches}")
+        width, pixels = self.decoder.hidden_size, self.vision.tile_pixels
+        tiles = f"encodes tiles {pixels} pixels wide"
+        self._refuse(FIXED, self.image_layout == "naflex", f"{tiles}: choose a layout of tiles, like 'multicrop'")
+        self._refuse(FIXED, self.tile_size != pixels, f"{tiles}: set tile_size={pixels}")
+        self._refuse(EARLY_FUSION, self.vision.hidden_size != width, f"needs the decoder's width, hidden_size={width}")
+        self._refuse(EARLY_FUSION, self.projector.merge_size != 1, "has no projector: set projector.merge_size=1")
+
+    def _refuse(self, encoder: str, found: bool, problem: str) -> None:
+        if self.vision.encoder == encoder and found:
+            raise ValueError(f"vision.encoder {encoder!r} {problem}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelConfig:

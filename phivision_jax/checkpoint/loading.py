@@ -233,7 +233,8 @@ def _read_leaf(
 def _quantise_rows(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows in int8, and the scale of each: what one output sums over is a row of Hugging Face's."""
     pieces = np.array_split(block, 1 + block.size // _PIECE)
-    quantised, scales = zip(*(int8.quantise(piece, (1,), np) for piece in pieces), strict=True)
+    summed = tuple(range(1, block.ndim))
+    quantised, scales = zip(*(int8.quantise(piece, summed, np) for piece in pieces), strict=True)
     return np.concatenate(quantised), np.concatenate(scales)
 
 

@@ -22,6 +22,8 @@ def to_jax(
     vision: Annotated[str | None, tyro.conf.arg(metavar="SIGLIP2_DIR")] = None,
     dtype: Dtype = "keep",
     seed: int = 0,
+    layout: str = "naflex",
+    merge_size: int = 1,
     overwrite: bool = False,
 ) -> None:
     """Convert a Hugging Face directory to a checkpoint of this project: `to-jax HF_DIR OUT`.
@@ -38,6 +40,8 @@ def to_jax(
         vision: Hugging Face directory of a SigLIP-2 model.
         dtype: Dtype in which weights are stored; keep: each tensor's own, bit for bit.
         seed: Seed of the random projector, with --decoder and --vision.
+        layout: Image layout, with --decoder and --vision: naflex, or a layout of tiles for a fixed-resolution encoder.
+        merge_size: Number of features that the layout joins to one vision token, with --decoder and --vision.
         overwrite: Replace OUT if it exists, once the new checkpoint is complete.
     """
     from phivision_jax.convert import jobs
@@ -51,7 +55,7 @@ def to_jax(
     if decoder is None or vision is None:
         jobs.to_jax(source[0], out, dtype, overwrite)
     else:
-        jobs.compose(location(decoder), location(vision), out, dtype, overwrite, seed)
+        jobs.compose(location(decoder), location(vision), out, dtype, overwrite, seed, (layout, merge_size))
 
 
 def to_hf(

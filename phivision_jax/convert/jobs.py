@@ -19,7 +19,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from phivision_jax.checkpoint import layout
-from phivision_jax.config import ModelConfig
+from phivision_jax.config import FIXED, ModelConfig, ProjectorConfig
 from phivision_jax.convert import adapters, hf_config, mapping, ours, output, stream
 from phivision_jax.convert.hf import INDEX, HFDirectory, HFSink, HFSource, find_ours, is_asset, plan_shards
 from phivision_jax.io import storage
@@ -121,11 +121,30 @@ def to_jax(hf_dir: Location, out: Location, dtype: str, overwrite: bool) -> None
     _convert("to-jax", sources, dtypes, ([hf_dir], out, overwrite), _assets(hf), open_sink)
 
 
-def compose(decoder_dir: Location, vision_dir: Location, out: Location, dtype: str, overwrite: bool, seed: int) -> None:
-    """Compose a checkpoint to train from: a text-only Phi-4, a SigLIP-2, and a fresh projector."""
+def compose(
+    decoder_dir: Location,
+    vision_dir: Location,
+    out: Location,
+    dtype: str,
+    overwrite: bool,
+    seed: int,
+    tiles: tuple[str, int],
+) -> None:
+    """Compose a checkpoint to train from: a text-only Phi-4, a SigLIP-2, and a fresh projector.
+
+    Args:
+      tiles: the image layout, and how many features a vision token joins.
+    """
     text, siglip = HFDirectory(decoder_dir), HFDirectory(vision_dir)
     phi4, siglip2 = map(hf_config.read_config, (decoder_dir, vision_dir))
-    config = ModelConfig(decoder=hf_config.decoder_config(*phi4), vision=hf_config.vision_config(*siglip2))
+    encoder = hf_config.vision_config(*siglip2)
+    config = ModelConfig(
+        vision=encoder,
+        decoder=hf_config.decoder_config(*phi4),
+        image_layout=tiles[0],
+        projector=ProjectorConfig(tiles[1]),
+        tile_size=encoder.tile_pixels if encoder.encoder == FIXED else ModelConfig.tile_size,
+    )
     decoder = HFSource(text, mapping.decoder_leaves(config.decoder))
     vision = HFSource(siglip, mapping.vision_leaves(config.vision, mapping.SIGLIP2_PREFIX), mapping.SIGLIP2_UNUSED)
     projector_dtype = CASTS.get(dtype) or decoder.dtype(decoder.leaves[0])
@@ -213,7 +232,7 @@ def to_hf(
     """
     found, config, source = open_ours(checkpoint, assets=like is None)
     if force:
-        config = dataclasses.replace(config, **hf_config.EXPRESSIBLE)
+        config = dataclasses.replace(config, **hf_config.expressible(config.vision))
     hf_config.config_json(config)  # raises for what it cannot express
     dtypes = dtypes_of([source], dtype)
     tensors = tensors_of(dtypes)

@@ -9,8 +9,8 @@ one Hugging Face tensor, and runs of rows are the unit of all reading, rearrangi
       rows    N·H … (N+K)·H   ──────── "(K H) D -> D K H" ────────►   k_proj/kernel [L, D, K, H]  at layer 3
       rows (N+K)·H … (N+2K)·H ──────── "(K H) D -> D K H" ────────►   v_proj/kernel [L, D, K, H]  at layer 3
 
-Axis letters are those of ``models/layers.py``, and E numbers of a patch, S entries of the position table, J 3·C, O C as
-outputs, M inputs of the projector.
+Axis letters are those of ``models/layers.py``, and E numbers of a patch (y rows, x columns, c colors), S entries of the
+position table, J 3·C, O C as outputs, M inputs of the projector.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from einops import rearrange
 
-from phivision_jax.config import DecoderConfig, ModelConfig, VisionConfig
+from phivision_jax.config import FIXED, DecoderConfig, ModelConfig, VisionConfig
 from phivision_jax.io.messages import shorten
 
 type Shape = tuple[int, ...]
@@ -39,7 +39,8 @@ class Leaf:
     names: tuple[str, ...]
     """Names of the Hugging Face tensors: one per layer, or a single one when the leaf is not stacked."""
     axes: str
-    """Axes of a tensor's rows, and of one layer of ours: "(N H) D -> D N H"."""
+    """Axes of a tensor's rows, and of one layer of ours: "(N H) D -> D N H". Both sides may merge axes; the one of ours
+    that holds the rows is single."""
     sizes: Sizes = dataclasses.field(repr=False)
     """Sizes of these axes, and possibly of others."""
     start: int = 0
@@ -49,12 +50,13 @@ class Leaf:
 
     @functools.cached_property
     def their_axes(self) -> list[list[str]]:
-        """Each axis of theirs as the axes of ours that it merges: [["N", "H"], ["D"]]."""
-        return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", self.axes.split(" -> ")[0])]
+        """Each axis of theirs as the letters that it merges: [["N", "H"], ["D"]]."""
+        return _groups(self.axes.split(" -> ")[0])
 
     @functools.cached_property
-    def our_axes(self) -> list[str]:
-        return self.axes.split(" -> ")[1].split()
+    def our_axes(self) -> list[list[str]]:
+        """The same for one layer of ours: [["D"], ["N"], ["H"]]."""
+        return _groups(self.axes.split(" -> ")[1])
 
     def _size(self, axes: Iterable[str]) -> int:
         return math.prod(self.sizes[axis] for axis in axes)
@@ -62,7 +64,7 @@ class Leaf:
     @property
     def layer_shape(self) -> Shape:
         """The shape of ours without the layer axis."""
-        return tuple(self.sizes[axis] for axis in self.our_axes)
+        return tuple(map(self._size, self.our_axes))
 
     @property
     def shape(self) -> Shape:
@@ -80,7 +82,7 @@ class Leaf:
     @property
     def row_axis(self) -> int:
         """The axis of ``layer_shape`` along which a run of rows is a slice; 0 unless it is a kernel [in…, out…]."""
-        return self.our_axes.index(self.their_axes[0][0])
+        return self.our_axes.index(self.their_axes[0][:1])
 
     @property
     def rows_per_index(self) -> int:
@@ -95,12 +97,20 @@ class Leaf:
 
     def to_ours(self, block: np.ndarray) -> np.ndarray:
         """Rearrange rows of theirs [n, …] into our axes (a view): a layer, or a part of it along ``row_axis``."""
-        sizes = {axis: self.sizes[axis] for i, axis in enumerate(self.our_axes) if i != self.row_axis}
-        return rearrange(block, self.axes, **sizes)
+        return rearrange(block, self.axes, **self._sizes_in_rows)
 
     def to_theirs(self, block: np.ndarray) -> np.ndarray:
         """The inverse of ``to_ours``."""
-        return rearrange(block, " -> ".join(reversed(self.axes.split(" -> "))))
+        return rearrange(block, " -> ".join(reversed(self.axes.split(" -> "))), **self._sizes_in_rows)
+
+    @functools.cached_property
+    def _sizes_in_rows(self) -> dict[str, int]:
+        """Sizes of all axes but the one along which a run of rows is cut."""
+        return {axis: self.sizes[axis] for group in self.our_axes for axis in group if axis != self.their_axes[0][0]}
+
+
+def _groups(axes: str) -> list[list[str]]:
+    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\S+", axes)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,10 +133,10 @@ _DECODER_LAYER: _Rows = (
 _EMBED: _Rows = (("model.embed_tokens.weight", "embed_tokens/embedding", "V D -> V D"),)
 _HEAD: _Rows = (("model.norm.weight", "norm/scale", "D -> D"), ("lm_head.weight", "lm_head/kernel", "V D -> V D"))
 
-_VISION_EMBEDDINGS: _Rows = (
-    ("patch_embedding.*", "patch_embedding/*", "C E -> E C"),
-    ("position_embedding.weight", "position_embedding/embedding", "S C -> S C"),
-)
+_PATCH_LINEAR: _Rows = (("patch_embedding.*", "patch_embedding/*", "C E -> E C"),)
+# Of a fixed-resolution encoder it is a convolution without overlap: the same product, with the colors outermost.
+_PATCH_CONVOLUTION: _Rows = (("patch_embedding.*", "patch_embedding/*", "C c y x -> (y x c) C"),)
+_POSITIONS: _Rows = (("position_embedding.weight", "position_embedding/embedding", "S C -> S C"),)
 _VISION_LAYER: _Rows = (
     ("layer_norm1.*", "layer_norm1/*", "C -> C"),
     ("self_attn.q_proj.*", "self_attn/q_proj/*", "(N H) C -> C N H"),
@@ -181,12 +191,20 @@ def decoder_leaves(c: DecoderConfig) -> list[Leaf]:
 
 
 def vision_leaves(c: VisionConfig, prefix: str = "model.vision_tower.vision_tower.vision_model") -> list[Leaf]:
-    """The encoder, 448 tensors in the released model: the blocks that run, then ``vision_tail``, which never does."""
+    """The encoder, 448 tensors in the released model: the blocks that run, then ``vision_tail``, which never does.
+
+    Early fusion has only the embeddings; their names are ours, since no Hugging Face model has such a part.
+    """
     C, blocks = c.hidden_size, f"{prefix}.encoder.layers."
     sizes = {"C": C, "F": c.intermediate_size, "N": c.num_heads, "H": c.head_dim}
     sizes |= {"E": c.patch_dim, "S": c.num_positions, "J": 3 * C, "O": C, "I": 1, "T": 1}
+    sizes |= {"y": c.patch_size, "x": c.patch_size, "c": 3}
+    patches = _PATCH_CONVOLUTION if c.encoder == FIXED else _PATCH_LINEAR
+    embeddings = _leaves(patches + _POSITIONS, sizes, f"{prefix}.embeddings.", "vision/")
+    if not c.has_blocks:
+        return embeddings
     return [
-        *_leaves(_VISION_EMBEDDINGS, sizes, f"{prefix}.embeddings.", "vision/"),
+        *embeddings,
         *_leaves(_VISION_LAYER, sizes, blocks + "{}.", "vision/layers/", c.num_active_layers),
         *_leaves(_VISION_LAYER, sizes, f"{blocks}{c.num_layers - 1}.", "vision_tail/layer/"),
         *_leaves(_VISION_HEAD, sizes, f"{prefix}.", "vision_tail/"),
@@ -194,7 +212,9 @@ def vision_leaves(c: VisionConfig, prefix: str = "model.vision_tower.vision_towe
 
 
 def projector_leaves(c: ModelConfig) -> list[Leaf]:
-    """The projector: 4 tensors."""
+    """The projector: 4 tensors, or none in early fusion."""
+    if not c.vision.has_blocks:
+        return []
     D = c.decoder.hidden_size
     sizes = {"M": c.projector.merge_size * c.vision.hidden_size, "F": D, "D": D}
     return _leaves(_PROJECTOR, sizes, "model.mm_projector.", "projector/")

@@ -189,14 +189,14 @@ class OursSource:
         block = self._read(leaf.path, region)
         self._verify(leaf.path, region, block)
         pairs = zip(layers, block if leaf.stacked else [block], strict=True)
-        return [self._merge_adapter(leaf.to_theirs(kernel), leaf, layer, rows) for layer, kernel in pairs]
+        return [leaf.to_theirs(self._merge_adapter(kernel, leaf, layer, rows)) for layer, kernel in pairs]
 
     def _merge_adapter(self, kernel: np.ndarray, leaf: Leaf, layer: int, rows: range) -> np.ndarray:
-        """Add the adapter of ``leaf``, if there is one, to rows [n, in] of its kernel."""
+        """Add the adapter of ``leaf``, if there is one, to rows of its kernel, [in…, part of out…]."""
         if leaf.path not in self.adapters.kernels:
             return kernel
         a, b = self.adapter(leaf, layer, rows)
-        merged = b @ a
+        merged = (b @ a).T.reshape(kernel.shape)
         merged *= np.float32(self.adapters.alpha / self.adapters.rank)
         merged += kernel
         return merged.astype(kernel.dtype, copy=False)

@@ -6,7 +6,7 @@ scores and recompute for work. Here a step costs what the model's definition req
     matrix products    2 · tokens · inputs · outputs, without padding
     attention          2 · 2 · N · H FLOPs per (query, key) pair that the mask admits: scores, then values
         decoder        Σ over examples n(n + 1)/2, and with image_attention="bidirectional" n(n − 1)/2 more per image
-        vision tower   Σ over images n²
+        vision tower   Σ over tiles n²; an image is one tile unless its layout cuts it
     backward           of y = x · W: once more for W if W trains, once more for x if x depends on a trained parameter;
                        of attention: the same for q, k and v, and for the scores if q or k needs a gradient
 
@@ -22,6 +22,8 @@ The released model, fully trained, in GFLOP (``tests/hardware/test_flops.py`` de
     patch            2.4     6 · (26 · (4 · 1152² + 2 · 1152 · 4304) + 768 · 1152)
       attention      1.3     at 3,600 patches per image
     vision token     0.2     6 · (1152 · 5120 + 5120²)
+
+Early fusion (``models/early_fusion.py``) has the product of its patches alone: no layers, no projector.
 
 With LoRA the kernels are frozen, and x · A · B counts as two more products, forward and backward.
 
@@ -134,12 +136,13 @@ def step_flops(
     x = count.linear("vision", "vision/patch_embedding", False, work.patches, vision.patch_dim, vision.hidden_size)
     x |= count.trains("vision/position_embedding", "embedding")
     # Only the input of the first layer may need no gradient, so that layer is counted apart.
-    for layers in (1, vision.num_active_layers - 1):
+    for layers in (1, vision.num_active_layers - 1) if vision.has_blocks else ():
         x = _layers(count, "vision", vision, layers * work.patches, layers * work.patch_pairs, x)
 
-    width = config.projector.merge_size * vision.hidden_size
-    x = count.linear("projector", "projector/fc1", x, work.vision_tokens, width, decoder.hidden_size)
-    x = count.linear("projector", "projector/fc2", x, work.vision_tokens, decoder.hidden_size, decoder.hidden_size)
+    if vision.has_blocks:
+        width = config.projector.merge_size * vision.hidden_size
+        x = count.linear("projector", "projector/fc1", x, work.vision_tokens, width, decoder.hidden_size)
+        x = count.linear("projector", "projector/fc2", x, work.vision_tokens, decoder.hidden_size, decoder.hidden_size)
 
     x = x and work.vision_tokens > 0
     x |= count.trains("decoder/embed_tokens", "embedding")

@@ -18,9 +18,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.batch import Batch
-from phivision_jax.config import LoraConfig, ModelConfig
+from phivision_jax.config import EARLY_FUSION, FIXED, NAFLEX, LoraConfig, ModelConfig
 from phivision_jax.models import int8
 from phivision_jax.models import lora as adapters
+from phivision_jax.models.early_fusion import EarlyFusion
 from phivision_jax.models.layers import Linear
 from phivision_jax.models.phi4 import Phi4Decoder
 from phivision_jax.models.siglip2 import Siglip2Encoder
@@ -36,8 +37,8 @@ Params = dict[str, Any]
 class VisionSide(Protocol):
     """The vision side: an ``nnx.Module`` that turns a batch's patches into features.
 
-    Another encoder, or early fusion (no encoder: features made from the pixels themselves), implements this and gets a
-    name in ``VISION_SIDES``; the projector's input width, merging and splicing follow from it.
+    Another encoder implements this and gets a name in ``VISION_SIDES``; the projector's input width, merging and
+    splicing follow from it.
 
     It may read ``patches``, ``patch_segments``, ``patch_coords`` and ``patch_grid``. Features of one image must not
     depend on others; those of padding (segment 0) are finite and never used. P is at least 1.
@@ -49,7 +50,11 @@ class VisionSide(Protocol):
     def __call__(self, batch: Batch) -> Float[Array, "B R P C"]: ...
 
 
-VISION_SIDES: dict[str, Callable[..., VisionSide]] = {"siglip2": Siglip2Encoder}
+VISION_SIDES: dict[str, Callable[..., VisionSide]] = {
+    NAFLEX: Siglip2Encoder,
+    FIXED: Siglip2Encoder,
+    EARLY_FUSION: EarlyFusion,
+}
 """Implementations by ``VisionConfig.encoder``, constructed with a ``VisionConfig``, random state, the dtype of the
 computation and of the features, and the policy of rematerialisation (``models/remat.py``)."""
 
@@ -102,8 +107,8 @@ class PhiVision(nnx.Module):
         if name not in VISION_SIDES:
             raise ValueError(f"vision.encoder {name!r} does not exist; choose one of {', '.join(VISION_SIDES)}")
         self.vision = VISION_SIDES[name](config.vision, rngs=rngs, dtype=dtype, remat=vision_remat)
-        merged_width = config.projector.merge_size * self.vision.width
-        self.projector = Projector(merged_width, config.decoder.hidden_size, rngs=rngs)
+        merged_width, width = config.projector.merge_size * self.vision.width, config.decoder.hidden_size
+        self.projector = Projector(merged_width, width, rngs=rngs) if config.vision.has_blocks else None
         self.decoder = Phi4Decoder(config.decoder, rngs=rngs, dtype=dtype, remat=remat)
         if lora is not None and lora.rank:
             adapters.add(self, lora, rngs)  # last, so that the other weights do not depend on them
@@ -125,13 +130,22 @@ class PhiVision(nnx.Module):
         return splice(embeds, self.vision_tokens(batch), batch.vision_index)
 
     def vision_tokens(self, batch: Batch) -> Float[Array, "B M D"]:
-        """Projected features, merged first if the batch has a merge table."""
-        features = self.vision_features(batch)
+        """Projected features, merged first if the batch has a merge table.
+
+        Raises:
+          ValueError: when the merge table joins another number of features than the projector takes.
+        """
+        wanted = self.config.projector.merge_size
+        joined = 1 if batch.merge_index is None else batch.merge_index.shape[2]
+        if joined != wanted:
+            problem = f"the batch joins {joined} features to a vision token, but projector.merge_size is {wanted}"
+            raise ValueError(f"{problem}; make batches with the layout of this model ({self.config.image_layout!r})")
+        features, project = self.vision_features(batch), self.projector or (lambda features: features)
         if batch.merge_index is not None and batch.merge_weight is not None:
             features = constrain(rearrange(features, "B R P C -> B (R P) C"), "batch", None, None)
-            return self.projector(merge_features(features, batch.merge_index, batch.merge_weight))
+            return project(merge_features(features, batch.merge_index, batch.merge_weight))
         # Each shard of the row projects its own vision rows; the splice then needs the tokens of all.
-        tokens = constrain(self.projector(features), "batch", "vision_rows", None, None)
+        tokens = constrain(project(features), "batch", "vision_rows", None, None)
         return constrain(rearrange(tokens, "B R P D -> B (R P) D"), "batch", None, None)
 
     @jax.named_scope("vision")
@@ -139,6 +153,9 @@ class PhiVision(nnx.Module):
         """Features of every patch, before the projector (the released code's ``hidden_states[-2]``)."""
         if batch.patches.shape[2] == 0:
             return jnp.zeros((*batch.patch_segments.shape, self.vision.width), self.decoder.dtype)
+        if (found := batch.patches.shape[-1]) != (numbers := self.config.vision.patch_dim):
+            problem = f"patches of {found} numbers, but vision.patch_size {self.config.vision.patch_size} has {numbers}"
+            raise ValueError(f"the batch has {problem}; make batches with this model's configuration")
         return self.vision(batch)
 
     def split(self) -> tuple[nnx.GraphDef, Params]:

@@ -1,4 +1,7 @@
-"""The SigLIP-2 NaFlex vision encoder: any grid, many images packed in a row, attention inside each image only.
+"""The SigLIP-2 vision encoder: any grid, many tiles packed in a row, attention inside each tile only.
+
+NaFlex and fixed-resolution models are the same network. A fixed-resolution model, whose patch embedding transformers
+writes as a convolution, gets grids of its table's size only, for which resizing the table is the identity.
 
 Source: SigLIP 2 (arXiv 2502.14786, NaFlex) and transformers' ``modeling_siglip2.py``, whose submodule names it keeps.
 The features are ``hidden_states[-2]``: the last block, its post-norm and the pooling head never run (``VisionTail``).
@@ -39,22 +42,22 @@ def interpolation_weights(index: Int32[Array, ...], size: Int32[Array, ...], sid
 
 
 class PositionEmbedding(nnx.Module):
-    """A 16×16 table resized to each image's grid.
+    """A square table resized to each tile's grid, 16×16 in NaFlex; ``axis`` is the logical name of its channels.
 
     Bilinear resizing is separable, so a patch's embedding is (row weights ⊗ column weights) · table: one small matrix
     product with static shapes, for any grid from 1×188 to 214×16.
     """
 
-    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, cfg: VisionConfig, *, rngs: nnx.Rngs, axis: str = "patch_embed") -> None:
         self.side = cfg.position_side
         init = truncated_normal(cfg.hidden_size**-0.5)
-        self.embedding = param(rngs, (cfg.num_positions, cfg.hidden_size), (None, "patch_embed"), init)
+        self.embedding = param(rngs, (cfg.num_positions, cfg.hidden_size), (None, axis), init)
 
     def __call__(self, coords: Int32[Array, "*B P 2"], grid: Int32[Array, "*B P 2"]) -> Float[Array, "*B P C"]:
         rows = interpolation_weights(coords[..., 0], grid[..., 0], self.side)
         columns = interpolation_weights(coords[..., 1], grid[..., 1], self.side)
         weights = rearrange(rows[..., :, None] * columns[..., None, :], "... row column -> ... (row column)")
-        return weights @ self.embedding[...]  # [B, P, 256] · [256, C]
+        return weights @ self.embedding[...]  # [B, P, S] · [S, C]
 
 
 class Attention(nnx.Module):
@@ -100,6 +103,11 @@ class EncoderLayer(nnx.Module):
         return constrain(x, "batch", "vision_rows", None, None)
 
 
+def pixel_values(batch: Batch, dtype: DTypeLike) -> Float[Array, "B R P F"]:
+    """Patches normalised as released, (x/255 − 0.5) / 0.5, and cast to ``dtype``."""
+    return (batch.patches.astype(jnp.float32) / 127.5 - 1.0).astype(dtype)
+
+
 class Siglip2Encoder(nnx.Module):
     """The encoder as a ``models.phivision.VisionSide``: attention never leaves a vision row, nor an image within it."""
 
@@ -111,8 +119,7 @@ class Siglip2Encoder(nnx.Module):
         self.layers = stack(lambda r: EncoderLayer(cfg, rngs=r), cfg.num_active_layers, rngs)
 
     def __call__(self, batch: Batch) -> Float[Array, "B R P C"]:
-        pixels = batch.patches.astype(jnp.float32) / 127.5 - 1.0  # (x/255 - 0.5) / 0.5, the released normalisation
-        x = self.patch_embedding(pixels.astype(self.dtype))
+        x = self.patch_embedding(pixel_values(batch, self.dtype))
         x = x + self.position_embedding(batch.patch_coords, batch.patch_grid).astype(self.dtype)
         x = constrain(x, "batch", "vision_rows", None, None)
         body = checkpoint(lambda x, layer: (layer(x, batch.patch_segments), None), self.remat)

@@ -59,7 +59,9 @@ class Prepared:
     feed: train_data.Feed
 
     def make_vision_tail(self) -> dict[str, Any]:
-        """Random parameters of the part of a checkpoint that never runs."""
+        """Random parameters of the part of a checkpoint that never runs; empty without an encoder."""
+        if not self.cfg.model.vision.has_blocks:
+            return {}
         tail = siglip2.VisionTail(self.cfg.model.vision, rngs=nnx.Rngs(self.cfg.seed))
         return nnx.to_pure_dict(nnx.state(tail, nnx.Param))
 

@@ -26,6 +26,7 @@ try:
     import torch
     import transformers
     from checkpoint import CONFIG, SEED, weights, write_checkpoint
+    from fixed_resolution import fixed_resolution
     from random_answers import random_answers
     from reference import IGNORE, IMAGE_TOKEN, Reference, normalise, summed_loss
     from transformers import Phi3Config, Phi3ForCausalLM
@@ -229,6 +230,7 @@ def build() -> dict[str, dict[str, Any]]:
     files["random_prompts.npz"] = random_answers(model)
     model.load({name: t.bfloat16().float() for name, t in tensors.items()})
     files["bf16_weights.npz"] = numpy(forward(model, mixed)[0])  # with the inputs of mixed_batch.npz
+    files |= fixed_resolution()
     files["position_embedding.npz"] = position_embedding()
     files["long_positions.npz"] = long_rows()
     files["pixel_sizes.json"] = pixel_sizes()

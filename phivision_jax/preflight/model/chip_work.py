@@ -193,10 +193,11 @@ def executed_work(cfg: ResolvedConfig, generation: str, examples: Sequence[int],
     work += head(V, D, tokens / chips, mesh, backward("head"), trained["decoder/lm_head"])
     work += _weights_moved(V * D * WIRE / mesh.tensor, mesh, 1, trained["decoder/embed_tokens"])
     if patches:
-        in_row = visited_pairs(shape.num_patches, images, VISION_BLOCK, VISION_BLOCK, causal=False)
-        pairs = rows * shape.vision_rows * in_row
-        work += layers("vision", vision, vision.num_active_layers, vision.num_heads, patches, pairs, cfg.vision_remat)
-        work += Work(matmul_flops=parts["projector"].total / chips)
+        if vision.has_blocks:
+            in_row = visited_pairs(shape.num_patches, images, VISION_BLOCK, VISION_BLOCK, causal=False)
+            num, pairs = vision.num_active_layers, rows * shape.vision_rows * in_row
+            work += layers("vision", vision, num, vision.num_heads, patches, pairs, cfg.vision_remat)
+        work += Work(matmul_flops=parts["projector" if vision.has_blocks else "vision"].total / chips)
     moment_bytes = 2 if cfg.optim.moment_dtype == "bfloat16" else 4
     return work + optimizer(weights.total(), mesh, moment_bytes)
 
