@@ -11,8 +11,9 @@ from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
 from phivision_jax.text import chat
 
-_MULTIPLE = 128
-"""The length of slots is rounded up to a multiple of this."""
+_MULTIPLE = 512
+"""The length of slots is rounded up to a multiple of this. Prompts that are prefilled together have no more tokens than
+a slot, so that shorter slots would be filled by few prompts at a time."""
 _MOST_SLOTS, _CACHE_BYTES = 64, 2 << 30
 """Small models have more slots than ``SLOTS``: as many as this memory holds."""
 
