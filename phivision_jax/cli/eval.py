@@ -134,7 +134,7 @@ def eval(  # the name of the subcommand
                 files.enter_context(contextlib.closing(replies))
             generator, mine = model.generator(cost=cost), [task.shard(index, count) for task in tasks]
             total = len(asked_modes) * sum(len(task.chosen) for task in mine)
-            if cost and len(output.results) < total:
+            if cost and len(output.values) < total:
                 protocol.warm_up(generator, mine, asked_modes, sampling)
             runner = Runner(
                 generator,
@@ -147,7 +147,7 @@ def eval(  # the name of the subcommand
                 patch=model.patch,
                 by_mode=cost,
             )
-            runner.run(mine, skip={result.key for result in output.results})
+            runner.run(mine, skip=frozenset(output.values))
         mirror.pull()
         report(mirror.directory, {benchmark.name: benchmark for benchmark, _ in chosen}, model.name)
         if out:
@@ -159,15 +159,15 @@ def shown(output: Output, mirror: Mirror, total: int) -> Iterator[Receive]:
     """Write results, and show a bar with the accuracy so far and the time left."""
     from phivision_jax.io import progress
 
-    value = sum(result.value for result in output.results)
-    with progress.bar("evaluate", total, done=len(output.results)) as advance:
+    value = sum(output.values.values())
+    with progress.bar("evaluate", total, done=len(output.values)) as advance:
 
         def receive(result: Result, item: Item) -> None:
             nonlocal value
             output.write(result, item)
             mirror.push(due=True)
             value += result.value
-            advance(1, note=f"accuracy {value / len(output.results):.1%}")
+            advance(1, note=f"accuracy {value / len(output.values):.1%}")
 
         yield receive
 

@@ -38,7 +38,7 @@ class Output:
       OSError: when the directory cannot be written.
 
     Attributes:
-      results: of earlier starts and this one.
+      values: scores of earlier starts and of this one, by ``Result.key``.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], *, shard: int = 0, restart: bool = False) -> None:
@@ -55,9 +55,10 @@ class Output:
                 self._remove(path, everything=settings["shards"] == 1)
             self._check(settings)
             kept = read_results(path)
-            self.results = [result for result in kept if not result.error]
-            if len(self.results) < len(kept):
-                rows = [json.dumps(vars(result), ensure_ascii=False) + "\n" for result in self.results]
+            answered = [result for result in kept if not result.error]
+            self.values = {result.key: result.value for result in answered}
+            if len(answered) < len(kept):
+                rows = [json.dumps(vars(result), ensure_ascii=False) + "\n" for result in answered]
                 atomic.write(path, "".join(rows).encode(errors="backslashreplace"))
             self._log = jsonl.Writer(path)
         except BaseException:
@@ -100,7 +101,7 @@ class Output:
                 atomic.write(self._images / name, content, durable=False)
                 self._stored.add(name)
         self._log.write(vars(result))
-        self.results.append(result)
+        self.values[result.key] = result.value
 
     def close(self) -> None:
         """Close the files and release the lock."""
