@@ -13,8 +13,7 @@ to a grid of tiles; the features of all are resized to the grid by areas and con
               which matters for tiles of odd sides only (27x27 features, patch 14)
 """
 
-from collections.abc import Iterator
-from fractions import Fraction
+from collections.abc import Iterable, Iterator
 
 from phivision_jax.images.layout import register_layout
 from phivision_jax.images.pooling import Grid
@@ -36,26 +35,30 @@ class DynamicS2(TiledLayout):
         return min(4 * self.cap, max_patches - _FIXED_TILES * self.side**2) // self.side**2
 
     def divide(self, width: int, height: int, most: int) -> Tiling:
-        aspect = Fraction(width, height)
-
-        def badness(grid: Grid) -> tuple[Fraction, int, int]:
+        def badness(grid: Grid) -> tuple[float, int, int]:
             rows, columns = grid
-            stretch = aspect * Fraction(rows, columns)
-            return max(stretch, 1 / stretch), -rows * columns, rows
+            # Quotients of integers: equal ones are equal as floats.
+            stretch, squeeze = rows * width / (columns * height), columns * height / (rows * width)
+            return max(stretch, squeeze), -rows * columns, rows
 
-        rows, columns = min(self._grids(width, height, most), key=badness)
-        canvas = columns * self.tile_size, rows * self.tile_size
-        return Tiling(canvas, canvas, (1, 1), (*_FIXED, (rows, columns)))
+        within = (-(-height // self.tile_size), -(-width // self.tile_size))
+        return self._grid_tiling(min(self._grids(most, within), key=badness))
+
+    def tilings(self, most: int) -> Iterable[Tiling]:
+        return map(self._grid_tiling, self._grids(most, (most, most)))
 
     def token_grid(self, tiling: Tiling) -> Grid:
         rows, columns = tiling.scales[-1]
         return rows * self.side, columns * self.side
 
-    def _grids(self, width: int, height: int, most: int) -> Iterator[Grid]:
-        """Rows and columns of tiles that enlarge no side by a tile or more, and whose tokens fit the cap."""
+    def _grid_tiling(self, grid: Grid) -> Tiling:
+        canvas = grid[1] * self.tile_size, grid[0] * self.tile_size
+        return Tiling(canvas, canvas, (1, 1), (*_FIXED, grid))
+
+    def _grids(self, most: int, within: Grid) -> Iterator[Grid]:
+        """Rows and columns of at most ``most`` tiles whose tokens fit the cap, or one tile."""
         yield 1, 1
-        most_rows, most_columns = (-(-side // self.tile_size) for side in (height, width))
-        for rows in range(1, min(most_rows, most) + 1):
-            for columns in range(1, min(most_columns, most // rows) + 1):
+        for rows in range(1, min(within[0], most) + 1):
+            for columns in range(1, min(within[1], most // rows) + 1):
                 if -(-rows * self.side // 2) * -(-columns * self.side // 2) <= self.cap:
                     yield rows, columns

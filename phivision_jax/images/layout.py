@@ -98,7 +98,9 @@ class ImageLayout(abc.ABC):
     @classmethod
     def configure(cls, config: ModelConfig, cap: int | None = None) -> ModelConfig:
         """A model's configuration for this layout, as ``with_layout`` returns it; ``cap``: most tokens of an image."""
-        return dataclasses.replace(config, max_patches=cap or config.max_patches, max_image_tokens=None)
+        most = cap or config.max_patches
+        least = min(config.min_patches, most)
+        return dataclasses.replace(config, max_patches=most, min_patches=least, max_image_tokens=None)
 
     def __init__(self, config: ModelConfig) -> None:
         self.name, self.patch_size = config.image_layout, config.vision.patch_size

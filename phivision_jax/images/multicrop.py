@@ -10,6 +10,7 @@ The report cuts into potentially overlapping 384x384 squares and concatenates fe
 """
 
 import math
+from collections.abc import Iterable
 
 from phivision_jax.images.layout import register_layout
 from phivision_jax.images.pooling import Grid
@@ -29,6 +30,11 @@ class MultiCrop(TiledLayout):
 
     def divide(self, width: int, height: int, most: int) -> Tiling:
         return crop_tiling(crop_canvas(width, height, self.tile_size, most), self.tile_size, ((1, 1),))
+
+    def tilings(self, most: int) -> Iterable[Tiling]:
+        return (
+            crop_tiling((n * self.tile_size, self.tile_size), self.tile_size, ((1, 1),)) for n in range(1, most + 1)
+        )
 
     def token_grid(self, tiling: Tiling) -> Grid:
         v = min(self.side, max(self._least_side, math.isqrt(self.cap // tiling.num_crops)))

@@ -6,6 +6,7 @@ scale, and concatenated by channels: as many tokens as one tile has, three times
 square images; here others are stretched, as the fixed scales of Dynamic-S² are.
 """
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from phivision_jax.images.layout import register_layout
@@ -26,12 +27,20 @@ class SquaresS2(TiledLayout):
         return min(most, self.most_crops or most)
 
     def divide(self, width: int, height: int, most: int) -> Tiling:
-        square = self.sides[-1] * self.tile_size
-        canvas = crop_canvas(width, height, square, most)
-        return crop_tiling(canvas, square, tuple((side, side) for side in self.sides))
+        return self._crops(crop_canvas(width, height, self._square, most))
+
+    def tilings(self, most: int) -> Iterable[Tiling]:
+        return (self._crops((n * self._square, self._square)) for n in range(1, most + 1))
 
     def token_grid(self, tiling: Tiling) -> Grid:
         return self.side, self.side
+
+    @property
+    def _square(self) -> int:
+        return self.sides[-1] * self.tile_size
+
+    def _crops(self, canvas: tuple[int, int]) -> Tiling:
+        return crop_tiling(canvas, self._square, tuple((side, side) for side in self.sides))
 
 
 @register_layout("s2")

@@ -19,6 +19,7 @@ tiles it is stretched, because padding would spend tokens on nothing.
 import abc
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import einops
@@ -115,7 +116,8 @@ class TiledLayout(ImageLayout):
     @classmethod
     def configure(cls, config: ModelConfig, cap: int | None = None) -> ModelConfig:
         config = dataclasses.replace(config, max_image_tokens=cap, max_patches=LARGEST_SIZE)
-        return dataclasses.replace(config, max_patches=max(size.patches for size in cls(config)._sizes))
+        most = max(size.patches for size in cls(config)._sizes)
+        return dataclasses.replace(config, max_patches=most, min_patches=min(config.min_patches, most))
 
     @abc.abstractmethod
     def most_parts(self, max_patches: int) -> int:
@@ -124,6 +126,10 @@ class TiledLayout(ImageLayout):
     @abc.abstractmethod
     def divide(self, width: int, height: int, most: int) -> Tiling:
         """The tiles of an image of this many pixels, with at most ``most`` such parts."""
+
+    @abc.abstractmethod
+    def tilings(self, most: int) -> Iterable[Tiling]:
+        """At least one tiling of every size in patches and tokens."""
 
     @abc.abstractmethod
     def token_grid(self, tiling: Tiling) -> Grid:
@@ -137,13 +143,9 @@ class TiledLayout(ImageLayout):
         return self.divide(width, height, max(1, self.most_parts(limit)))
 
     def measure(self, width: int, height: int, max_patches: int | None = None) -> ImageSize:
-        tiling = self.tiling(width, height, max_patches)
-        rows, columns = (-(-count // self.block) for count in self.token_grid(tiling))
-        grids = ((self.side, self.side),) * (tiling.num_crops * tiling.tiles_per_crop)
-        return ImageSize(grids, tiling.num_crops * rows * columns)
+        return self._size(self.tiling(width, height, max_patches))
 
     def encode(self, image: Image.Image, max_patches: int | None = None) -> PatchedImage:
-        grids = self.measure(*image.size, max_patches).grids
         tiling, rgb, size = self.tiling(*image.size, max_patches), to_rgb(image), (self.tile_size, self.tile_size)
         tiles = [rgb.resize(size, Image.Resampling.BICUBIC, box) for box in tiling.boxes(*image.size)]
         patches = einops.rearrange(
@@ -152,7 +154,7 @@ class TiledLayout(ImageLayout):
             r=self.side,
             c=self.side,
         )
-        return PatchedImage(np.ascontiguousarray(patches), grids, *self._tables(tiling))
+        return PatchedImage(np.ascontiguousarray(patches), self._size(tiling).grids, *self._tables(tiling))
 
     def boxes(self, width: int, height: int) -> list[Box]:
         return self.tiling(width, height).boxes(width, height)
@@ -168,12 +170,14 @@ class TiledLayout(ImageLayout):
         return super().fingerprint | {"tile_size": self.tile_size, "max_image_tokens": self.cap}
 
     @functools.cached_property
-    def _sizes(self) -> set[ImageSize]:
+    def _sizes(self) -> list[ImageSize]:
         """Every size that an image can have."""
-        most = max(1, self.most_parts(self.max_patches))
-        grids = [(rows, columns) for rows in range(1, most + 1) for columns in range(1, most // rows + 1)]
-        unit = self.tiling(1, 1).square[0]
-        return {self.measure(columns * unit, rows * unit) for rows, columns in grids}
+        return [self._size(tiling) for tiling in self.tilings(max(1, self.most_parts(self.max_patches)))]
+
+    def _size(self, tiling: Tiling) -> ImageSize:
+        rows, columns = (-(-count // self.block) for count in self.token_grid(tiling))
+        grids = ((self.side, self.side),) * (tiling.num_crops * tiling.tiles_per_crop)
+        return ImageSize(grids, tiling.num_crops * rows * columns)
 
     def _tables(self, tiling: Tiling) -> Tables:
         """Merge tables of all crops; the features of a crop follow those of the one before."""
