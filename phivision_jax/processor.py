@@ -20,7 +20,7 @@ from pathlib import Path
 
 from phivision_jax.batch import Batch
 from phivision_jax.config import ModelConfig
-from phivision_jax.images.layout import PatchedImage, make_layout
+from phivision_jax.images.layout import PatchedImage, make_layout, with_layout
 from phivision_jax.images.sources import ImageSource, listed, pixels
 from phivision_jax.io import storage
 from phivision_jax.io.messages import prefix_errors, shorten
@@ -98,6 +98,10 @@ class Processor:
         least, most = min_patches or old.min_patches, max_patches or old.max_patches
         config = dataclasses.replace(old, vision=vision, min_patches=least, max_patches=most)
         return Processor(self._tokenizer, self._template, config)
+
+    def with_strategy(self, strategy: str) -> Processor:
+        """This processor with another image layout, named as ``images.layout.with_layout`` takes it."""
+        return Processor(self._tokenizer, self._template, with_layout(self.config, strategy))
 
     @property
     def tokenizer(self) -> Tokenizer:

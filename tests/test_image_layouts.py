@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from phivision_jax.config import ProjectorConfig
 from phivision_jax.convert.hf_config import config_json
 from phivision_jax.data.feed.encode import encode_record
 from phivision_jax.data.feed.pipeline import batches
@@ -24,7 +23,7 @@ from phivision_jax.data.plan.record_sizes import lengths_of
 from phivision_jax.evaluation.dataset import DatasetBenchmark
 from phivision_jax.evaluation.periodic import Evaluator
 from phivision_jax.evaluation.task import Sampling
-from phivision_jax.images.layout import make_layout
+from phivision_jax.images.layout import make_layout, with_layout
 from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
 from phivision_jax.rows import expand, fill_rows, row_shape
@@ -34,13 +33,22 @@ from tests.support.datasets import write_dataset
 from tests.support.records import CONFIG, mixed_records
 from tests.support.train_steps import QUICK
 
-MERGE_SIZES = {"naflex": 1, "thumbnail": 1, "overview_and_detail": 2}
-OTHERS = [name for name in MERGE_SIZES if name != "naflex"]
+MADE_UP = ("thumbnail", "overview_and_detail")
+# Tiles of 2x2 patches. The caps limit images to 16 crops, 2 crops, and 10 tiles of the image's own shape.
+TILED = {"multicrop": "multicrop:16", "s2": "s2", "multicrop_s2": "multicrop_s2:8", "dynamic_s2": "dynamic_s2:10"}
+ALL = ("naflex", *MADE_UP, *TILED)
 assert image_layouts  # imported for its registrations
 
 
 def config_of(name: str, **settings):
-    return dataclasses.replace(CONFIG, image_layout=name, projector=ProjectorConfig(MERGE_SIZES[name]), **settings)
+    return dataclasses.replace(
+        with_layout(dataclasses.replace(CONFIG, tile_size=16), TILED.get(name, name)), **settings
+    )
+
+
+def shape_of(config):
+    """Rows of two vision rows, each with at least one image."""
+    return row_shape(config, 128, 2, max(64, config.max_patches))
 
 
 def random_model(config) -> tuple[nnx.GraphDef, phivision.Params]:
@@ -50,7 +58,12 @@ def random_model(config) -> tuple[nnx.GraphDef, phivision.Params]:
     return graphdef, jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), nnx.to_pure_dict(state))
 
 
-@pytest.fixture(params=OTHERS)
+# Dynamic-S² has everything: several tiles and scales, sums, concatenation. The others take as long and fail alike.
+SLOW = ("overview_and_detail", "multicrop", "s2", "multicrop_s2")
+LAYOUTS = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in ALL[1:]]
+
+
+@pytest.fixture(params=LAYOUTS)
 def processor(request) -> Processor:
     return Processor.small(config_of(request.param))
 
@@ -67,7 +80,7 @@ def dataset(tmp_path, processor):
 # Layouts by themselves.
 
 
-@pytest.mark.parametrize("name", MERGE_SIZES)
+@pytest.mark.parametrize("name", ALL)
 @given(sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=4))
 def test_measure_matches_encode(name, sizes):
     layout = make_layout(config_of(name))
@@ -90,8 +103,8 @@ def test_make_layout_rejects_unknown_and_unfit():
 
 
 def test_fingerprints_name_layout():
-    processors = [Processor.small(config_of(name)) for name in MERGE_SIZES]
-    assert len({processor.fingerprint for processor in processors}) == len(MERGE_SIZES)
+    processors = [Processor.small(config_of(name)) for name in ALL]
+    assert len({processor.fingerprint for processor in processors}) == len(ALL)
     assert len({processor.text_fingerprint for processor in processors}) == 1
 
 
@@ -148,7 +161,7 @@ def test_lengths_count_tokens_and_patches(dataset, processor):
 
 def test_plan_needs_shape_of_layout(dataset, processor):
     mixture = Mixture.from_directories("set")
-    shape = row_shape(processor.config, 128, 2, 64)
+    shape = shape_of(processor.config)
     plan = make_plan([dataset], mixture, processor, shape)
     assert plan.inputs["image_layout"]["name"] == processor.config.image_layout and plan.row_shape == shape
     with pytest.raises(ValueError, match="merge tables"):
@@ -172,7 +185,7 @@ def test_packed_equals_one_by_one(dataset, processor):
         results = [loss_and_gradients(params, jax.tree.map(jnp.asarray, row)) for row in rows]
         return jax.tree.map(lambda *values: np.sum(values, axis=0), *results)
 
-    shape = row_shape(config, 128, 2, 64)
+    shape = shape_of(config)
     plan = make_plan([dataset], Mixture.from_directories("set"), processor, shape)
     packed = list(batches([dataset], plan, processor, batch_rows=1))
     failed = {bad.id for _, info in packed for bad in info.failed}

@@ -65,6 +65,7 @@ def show(
     plan: Annotated[Path | None, arg(metavar="DIR")] = None,
     rows: tuple[int, ...] = (),
     checkpoint: Annotated[Path | None, arg(metavar="CHECKPOINT")] = None,
+    strategy: Annotated[str, arg(metavar="NAME[:CAP]")] = "",
 ) -> None:
     """Show records as the model receives them, and the tokens with a loss; or with --plan, how examples fill rows.
 
@@ -78,6 +79,8 @@ def show(
         plan: Directory of a plan whose rows are shown, in place of records.
         rows: Numbers of the rows to show, with --plan; default: the first three.
         checkpoint: Checkpoint that the dataset was imported for; default: the small tokenizer of this project.
+        strategy: Image strategy in place of the checkpoint's: naflex, multicrop, s2, multicrop_s2, dynamic_s2 or
+            another registered layout, with the most tokens of an image after a colon. Shows tiles and numbers.
     """
     from phivision_jax.data.view import show as pages
     from phivision_jax.io import html
@@ -85,6 +88,8 @@ def show(
     if out.suffix != ".html":
         raise ValueError(f"--out {out}: show writes an HTML page; give a name that ends in .html")
     opened, processor = _open(datasets, checkpoint)
+    if strategy:
+        processor = processor.with_strategy(strategy)
     if plan is not None:
         from phivision_jax.data.plan.plan import Plan
 
@@ -105,7 +110,8 @@ def show(
         sampled = sorted(permutation(len(opened[0]), seed)[:sample].tolist())
         numbers = [*records, *_find(opened[0], ids)] or sampled
         title = f"Records of {opened[0].directory}"
-        sections = [pages.LEGEND, *(pages.record_section(opened[0], processor, i) for i in numbers)]
+        shown = [pages.record_section(opened[0], processor, i, bool(strategy)) for i in numbers]
+        sections = [pages.LEGEND, *shown]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html.page(title, sections), encoding="utf-8")
     print(f"wrote {out}")

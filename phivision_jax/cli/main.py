@@ -14,6 +14,7 @@ from phivision_jax.io.messages import did_you_mean, printable, shorten
 
 COMMANDS = {
     "data": "Import, check, plan, view and export datasets.",
+    "images": "Compare strategies that turn images into tokens, on an image.",
     "train": "Train a model, or continue a run.",
     "eval": "Score a model on benchmarks or on a dataset: scores, seconds and tokens.",
     "score": "Score predictions that another program has made.",

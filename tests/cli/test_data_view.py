@@ -89,6 +89,15 @@ def test_show_writes_html_only(run, dataset, tmp_path: Path) -> None:
     assert code == 1 and "ends in .html" in text
 
 
+def test_show_with_another_strategy(run, dataset, tmp_path: Path) -> None:
+    page = tmp_path / "show.html"
+    code, text = run("show", dataset.directory, "--records", 2, "--strategy", "dynamic_s2", "--out", page)
+    shown = page.read_text()
+    assert code == 0 and "144 tokens, 3,456 patches in 6 tiles" in shown and "384×384" in shown, text
+    code, text = run("show", dataset.directory, "--strategy", "dynamic", "--out", page)
+    assert code == 1 and "did you mean 'dynamic_s2'" in text
+
+
 def test_show_rows_of_a_plan(run, dataset, processor, tmp_path: Path) -> None:
     # The command's processor has the released patch settings, hence a plan of its own.
     plan = ("plan", dataset.directory, "--out", tmp_path / "plan", "--length", 800, "--num-patches", 700)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from benchmarks import strategy_tokens
+from benchmarks.tables import fill
 from phivision_jax.config import ModelConfig, ProjectorConfig, VisionConfig
 from phivision_jax.images.layout import ImageLayout, make_layout, with_layout
 
@@ -87,6 +90,14 @@ def test_tokens_per_tile_of_patch_14(name):
     layout = layout_of(name, patch=14, tile=378)
     expected = {"multicrop": 729, "s2": 729, "multicrop_s2": 729, "dynamic_s2": 14 * 14}
     assert layout.measure(300, 300).tokens == expected[name]
+
+
+def test_committed_tokens_are_current():
+    """The numbers of ``benchmarks/strategy_tokens.py``, and the table in the documentation that is made of them."""
+    committed = json.loads(strategy_tokens.RESULT.read_text())
+    assert committed == json.loads(json.dumps(strategy_tokens.measure()))
+    page = strategy_tokens.PAGE.read_text()
+    assert page == fill(page, "strategy tokens", strategy_tokens.table(committed))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ from phivision_jax.data.plan.plan import Plan
 from phivision_jax.data.quarantine import BadRecord
 from phivision_jax.data.records import MODES
 from phivision_jax.data.store.dataset import Dataset
+from phivision_jax.data.view.strategies import layout_figure
+from phivision_jax.images.decode import open_image
 from phivision_jax.inference.grounding import draw as draw_marks
 from phivision_jax.inference.grounding import find
 from phivision_jax.io.html import Figure, Section, Span, Style, Table, image_figure, plot
@@ -94,10 +96,11 @@ def pixels(tile: np.ndarray, patch_size: int) -> np.ndarray:
     return rearrange(tile, "h w (p q c) -> (h p) (w q) c", p=patch_size, q=patch_size)
 
 
-def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
+def record_section(dataset: Dataset, processor: Processor, i: int, strategy: bool = False) -> Section:
     """Record ``i``: its images with their patches, its numbers, and its text with the loss in colour.
 
-    A record that cannot be encoded shows the reason instead.
+    A record that cannot be encoded shows the reason instead. With ``strategy``, and for layouts of several tiles, an
+    image is shown as given, with the tiles over it and the numbers of the layout.
 
     Raises:
       IndexError: when the dataset has no such record.
@@ -116,9 +119,12 @@ def record_section(dataset: Dataset, processor: Processor, i: int) -> Section:
     content = "\n".join(message["content"] for message in record.messages) if alone else ""
     figures = []
     for k, (image, size) in enumerate(zip(example.images, dataset.index.sizes_of(i), strict=True), 1):
-        for t, tile in enumerate(image.tiles, 1):
-            name = f"image {k}, tile {t}" if t > 1 else f"image {k}"
-            figures.append(_tile_figure(tile, processor.config.vision.patch_size, size, name, content))
+        if strategy or len(image.tiles) > 1:
+            figures.append(layout_figure(open_image(record.images[k - 1]), processor.layout, f"image {k}"))
+        else:
+            figures.append(
+                _tile_figure(image.tiles[0], processor.config.vision.patch_size, size, f"image {k}", content)
+            )
     return Section(record.id, note, figures, text=spans(example, processor.tokenizer))
 
 
