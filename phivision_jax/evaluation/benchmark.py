@@ -59,8 +59,8 @@ class Benchmark(abc.ABC):
     published: ClassVar[Published | None] = None
     published_groups: ClassVar[Mapping[str, Published]] = {}
     """Further published figures, by their names in ``summary``."""
-    max_new_tokens: ClassVar[int] = 4096
-    """Limit of thought and answer."""
+    max_new_tokens: ClassVar[int | None] = None
+    """Limit of thought and answer; None: 4,096, or what the length of a local model leaves."""
     judged: ClassVar[bool] = False
     """True where the published score depends on a judge, another model; without one ``score`` is the rule's alone."""
 

@@ -5,8 +5,8 @@ import json
 from typing import Any, cast
 
 from phivision_jax.images.decode import image_size
-from phivision_jax.inference.local import MAX_NEW_TOKENS, SLOTS, LocalGenerator
-from phivision_jax.inference.requests import Request
+from phivision_jax.inference.local import SLOTS, LocalGenerator
+from phivision_jax.inference.requests import MAX_NEW_TOKENS, Request
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
 from phivision_jax.text import chat

@@ -12,8 +12,8 @@ from phivision_jax.io.messages import shorten
 
 RULE_ONLY = "rule only"
 """The judge of a score that is published with one, but was measured without."""
-_NAMED = 5
-"""Failures that are named."""
+_NAMED = 3
+"""Errors that are named."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +74,19 @@ def scored(result: Result) -> Scored:
 
 
 def failures(results: Sequence[Result]) -> list[str]:
-    """One line per benchmark with requests or judgements that failed: their number, and the first of them."""
+    """One line per benchmark with requests or judgements that failed: their number, and their most frequent errors."""
     lines = []
     groups = collections.defaultdict[str, list[Result]](list)
     for result in results:
         groups[result.benchmark].append(result)
     for name, group in groups.items():
         if failed := [result for result in group if result.error]:
-            named = [f"{shorten(each.item)} ({each.mode}): {shorten(each.error, 200)}" for each in failed[:_NAMED]]
+            counts = collections.Counter(result.error for result in failed)
+            first = {result.error: f"{shorten(result.item)} ({result.mode})" for result in reversed(failed)}
+            named = [
+                f"{first[error]}{f' and {n - 1:,} more' * (n > 1)}: {shorten(error, 200)}"
+                for error, n in counts.most_common(_NAMED)
+            ]
             lines.append(f"{name}: {len(failed):,} of {len(group):,} failed, as {'; '.join(named)}")
     return lines
 

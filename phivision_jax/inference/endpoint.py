@@ -23,7 +23,17 @@ from typing import Any
 
 from phivision_jax.images.decode import to_rgb
 from phivision_jax.images.sources import ImageSource, pixels
-from phivision_jax.inference.requests import Delta, Event, Finished, Reply, Request, Timings, TokenLogprob, in_order
+from phivision_jax.inference.requests import (
+    MAX_NEW_TOKENS,
+    Delta,
+    Event,
+    Finished,
+    Reply,
+    Request,
+    Timings,
+    TokenLogprob,
+    in_order,
+)
 from phivision_jax.io.messages import Log, shorten
 from phivision_jax.io.retry import retry
 from phivision_jax.text.chat import ESCAPE, flatten
@@ -179,7 +189,11 @@ def _body(request: Request) -> dict[str, Any]:
             if piece
         ]
     body = {"messages": plain, "stream": True, "stream_options": {"include_usage": True}}
-    body |= {"temperature": request.temperature, "seed": request.seed, "max_tokens": request.max_new_tokens}
+    body |= {
+        "temperature": request.temperature,
+        "seed": request.seed,
+        "max_tokens": request.max_new_tokens or MAX_NEW_TOKENS,
+    }
     body |= {name: getattr(request, name) for name in _OPTIONAL if getattr(request, name) != getattr(Request, name)}
     return body | ({} if request.logprobs is None else {"logprobs": True, "top_logprobs": request.logprobs})
 

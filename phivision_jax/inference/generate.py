@@ -14,8 +14,8 @@ import jax
 
 from phivision_jax.images.sources import listed
 from phivision_jax.inference.display import Answer
-from phivision_jax.inference.local import MAX_NEW_TOKENS, LocalGenerator
-from phivision_jax.inference.requests import Request
+from phivision_jax.inference.local import LocalGenerator
+from phivision_jax.inference.requests import MAX_NEW_TOKENS, Request
 from phivision_jax.io.messages import prefix_errors, shorten
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from phivision_jax.inference.engine import Engine
 from phivision_jax.inference.kv_cache import BLOCK
 from phivision_jax.inference.prompts import Prompt
-from phivision_jax.inference.requests import Event, Finished, Reply, Request, in_order
+from phivision_jax.inference.requests import MAX_NEW_TOKENS, Event, Finished, Reply, Request, in_order
 from phivision_jax.inference.sample import Sample
 from phivision_jax.inference.scheduler import Scheduler
 from phivision_jax.inference.transcript import Transcript
@@ -25,8 +25,6 @@ from phivision_jax.processor import Processor
 from phivision_jax.rows import Example
 
 _log = logging.getLogger(__name__)
-MAX_NEW_TOKENS = 4096
-"""Default limit of thought and answer, as in the published evaluations."""
 SLOTS, LENGTH, CHUNK = 8, 8192, 2048
 """Default sizes: sequences at the same time, tokens of each, and most tokens of prompts per row."""
 IMAGE_BYTES, MOST_IMAGES = 512 << 20, 64

@@ -20,6 +20,8 @@ from phivision_jax.text.chat import Message
 from phivision_jax.text.constants import IMAGE_MARKER, Mode, PromptMode
 
 FinishReason = Literal["stop", "length", "cancelled"]
+MAX_NEW_TOKENS = 4096
+"""Default limit of thought and answer, as in the published evaluations."""
 MAX_TOP_LOGPROBS, MAX_SAMPLES, MAX_STOPS = 20, 128, 16
 
 

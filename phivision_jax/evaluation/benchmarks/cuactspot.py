@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from phivision_jax.evaluation.benchmark import Item, Scored
-from phivision_jax.evaluation.benchmarks.grounding import MAX_NEW_TOKENS
 from phivision_jax.evaluation.benchmarks.prompts import plain
 from phivision_jax.evaluation.scoring import Score
 from phivision_jax.evaluation.tables.benchmark import TableBenchmark, means
@@ -33,7 +32,6 @@ class CUActSpot(TableBenchmark):
     _folders = ("", "data/ActSpot/", "benchmark/CUActSpot/data/ActSpot/")
     files = Files(json=tuple(f"{folder}*.json" for folder in _folders))
     images = ()
-    max_new_tokens = MAX_NEW_TOKENS
 
     def item(self, row: Row) -> Item:
         id, polygons = row.text("image_id"), row.value("polygons")

@@ -16,14 +16,11 @@ from phivision_jax.evaluation.tables.benchmark import TableBenchmark, means
 from phivision_jax.evaluation.tables.row import Row
 from phivision_jax.images.decode import image_size
 
-MAX_NEW_TOKENS = 2048
-
 
 class Grounding(TableBenchmark):
     """Find the element of an instruction."""
 
     images = ("img_filename", "image")
-    max_new_tokens = MAX_NEW_TOKENS
 
     @abc.abstractmethod
     def corners(self, row: Row) -> list[float]:

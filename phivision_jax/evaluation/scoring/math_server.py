@@ -26,7 +26,8 @@ _WARM_UP = r"""
 \sqrt[3]{2}  \frac{\sqrt{3}}{2}  3\frac{1}{2}  x^2+2x+1  (x+1)^2  0.5\pi  |-3|  \log{10}  \sin{30}  2:3  50%  1,000
 45^\circ  x=5  -\frac{a}{b}  \frac{x+y}{2}  \infty  (-\infty,3]  \pm2  1,2,3  x\le3  2\sqrt{3}+1  a^{2}b  n-1  12cm
 (16)  (3\sqrt{2})  (2^{10})  (\frac{\pi}{2})  ((1,2))  ([1,2])  5!{cm}  \frac  \sqrt  1/2%  (100  2}
-\begin{pmatrix}1\\2\end{pmatrix}
+\begin{pmatrix}1\\2\end{pmatrix}  (1,\frac{4}{2})  [1,\frac{4}{2})  (\sqrt{2},-1)  \{\frac{1}{2},3\}  (x-1)(x+1)
+\sin^2x+\cos^2x  \frac{1}{\sqrt{3}}  \frac{1+\sqrt{5}}{2}  x=\frac{1}{2}  (-\infty,-1)\cup(1,\infty)  y=2x+1
 """
 """Expressions that are compared before the first request, because parsers are slow on forms that are new to them."""
 

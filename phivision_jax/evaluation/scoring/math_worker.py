@@ -14,8 +14,9 @@ from pathlib import Path
 
 from phivision_jax.evaluation.scoring.math_server import DIFFERENT, EQUAL, LATE, READY
 
-COMPUTING = 0.05
-"""Seconds of computation after which the server gives up a comparison. Ordinary ones take 0.003."""
+COMPUTING = 0.08
+"""Seconds of computation after which the server gives up a comparison. Ordinary ones take 0.003, or 0.03 if the parser
+has not seen their form yet."""
 WAITING = 10.0
 """Seconds after which a server that does not answer is given up. Only a busy machine takes longer than ``COMPUTING``: a
 score must not depend on what else it does."""
