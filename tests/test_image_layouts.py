@@ -28,6 +28,10 @@ from phivision_jax.models import phivision
 from phivision_jax.processor import Processor
 from phivision_jax.rows import expand, fill_rows, row_shape
 from phivision_jax.training.loss import batch_loss
+from phivision_jax.training.run import train
+from phivision_jax.training.run_config import DataConfig, ModelSettings, OptimConfig, RunConfig
+from phivision_jax.training.step import TrainStep
+from phivision_jax.training.telemetry.metrics import read_metrics
 from tests.support import image_layouts
 from tests.support.datasets import write_dataset
 from tests.support.records import CONFIG, mixed_records
@@ -212,3 +216,25 @@ def test_evaluation_in_batches_equals_one_by_one(dataset, processor):
 
     batched = answers(6)
     assert batched == answers(1) and len(batched) == 12 and len(set(batched.values())) > 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TILED)
+def test_training_compiles_one_step(name, tmp_path, monkeypatch):
+    """The unchanged loop: plan, three steps, answers at the end; the step is compiled for one shape."""
+    config = config_of(name)
+    shape, dataset = shape_of(config), write_dataset(tmp_path / "set", mixed_records(12), Processor.small(config))
+    lowered = []
+    compile_step = TrainStep.compile
+    monkeypatch.setattr(TrainStep, "compile", lambda step, spec: lowered.append(spec) or compile_step(step, spec))
+    monkeypatch.setattr("phivision_jax.training.step.compiler_options", lambda mesh: QUICK)
+    model = ModelSettings(**{field.name: getattr(config, field.name) for field in dataclasses.fields(config)})
+    data = DataConfig(
+        path=str(dataset.directory), eval_path=str(dataset.directory), batch_rows=len(jax.devices()),
+        length=shape.length, vision_rows=2, num_patches=shape.num_patches, epochs=20,
+    )  # fmt: skip
+    cfg = RunConfig(model=model, data=data, optim=OptimConfig(steps=3), dtype="float32", max_new_tokens=2, log_every=1)
+    assert train(cfg, str(tmp_path / "run")) == 0
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3] and rows[-1]["eval/examples"] == 12
+    assert len(lowered) == 1 and lowered[0].merge_index.shape[1:] == shape.merge
