@@ -254,7 +254,7 @@ class RunCheckpoints:
         if at_most is None:
             self._set_aside(step)
         params = dict(restored[PARAMS])
-        tail = params.pop("vision_tail")
+        tail = params.pop("vision_tail", {})  # early fusion has none
         number = jax.device_put(jnp.int32(step), shapes["step"].sharding)
         return {"params": params, "opt_state": restored[OPT_STATE], "step": number}, tail, meta
 

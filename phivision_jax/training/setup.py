@@ -250,7 +250,7 @@ def start(prepared: Prepared, checkpoints: RunCheckpoints, log: Log, at_most: in
     if cfg.init_from:
         target = lora.without(step.abstract_state["params"]) | {"vision_tail": prepared.vision_tail}
         params = loading.read_params(loading.locate(cfg.init_from), cfg.model, target)
-        tail = params.pop("vision_tail")
+        tail = params.pop("vision_tail", {})  # early fusion has none
         return step.init(init_params(cfg, step, params)), tail
     make_tail = jax.jit(prepared.make_vision_tail, out_shardings=sharding.replicated(step.mesh))
     return step.init(init_params(cfg, step)), make_tail()

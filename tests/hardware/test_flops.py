@@ -116,6 +116,18 @@ def test_step_flops_knows_every_parameter():
     assert none.total == none.forward
 
 
+def test_step_flops_early_fusion():
+    """One product of 12 numbers and 32 outputs per patch, whose backward has the gradient of its kernel alone."""
+    vision = VisionConfig("early_fusion", hidden_size=32, patch_size=2, num_positions=16)
+    early = dataclasses.replace(TINY, vision=vision)
+    product = 2 * WORK.patches * 12 * 32
+    parts = counted(early, WORK)
+    assert parts["vision"] == (product, product)
+    assert parts["vision_attention"] == parts["projector"] == (0, 0)
+    assert parts["decoder"] == counted(TINY, WORK)["decoder"]
+    assert counted(early, WORK, only("position_embedding"))["decoder"][1] == 10 * TOKEN
+
+
 def test_step_flops_released_model():
     def giga(work, *names):
         parts = step_flops(ModelConfig(), work).parts
