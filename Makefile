@@ -22,7 +22,7 @@ demo: venv  ## train a small model on real images, score it, convert it and ask 
 	$(CPU) $(BIN)/python demo.py
 
 test: venv  ## run the tests, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadscope --max-worker-restart=0 -m "not slow"
 
 test-all: venv  ## run every test, slow ones included
 	$(BIN)/python -m pytest
