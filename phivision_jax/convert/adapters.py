@@ -18,10 +18,16 @@ from phivision_jax.io.messages import shorten
 
 
 def peft_files(source: OursSource) -> dict[str, bytes]:
-    """The contents of ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    """The contents of ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+      ValueError: for an adapter on a convolution, which PEFT would apply to pixels in another order.
+    """
     rank, alpha = source.adapters.rank, source.adapters.alpha
     shapes, parts = hf_shapes(source.leaves), dict[str, list[tuple[Leaf, int]]]()
     for leaf in source.leaves:
+        if leaf.path in source.adapters.kernels and len(leaf.row_shape) > 1:
+            raise ValueError(f"{leaf.path} has an adapter, but is a convolution to PEFT; export the merged model")
         for layer, name in enumerate(leaf.names if leaf.path in source.adapters.kernels else ()):
             parts.setdefault(name, []).append((leaf, layer))
     tensors, ranks = dict[str, np.ndarray](), dict[str, int]()
