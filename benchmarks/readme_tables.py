@@ -124,13 +124,16 @@ def measured_table() -> str:
         (f"{damage['flips']} flipped bits in the newest checkpoint", _damage(newest["flip"])),
     ]
     if (RESULTS / "decode.json").exists():
-        rows.insert(1, ("Generation on CPU, at most 16 sequences at a time", _generation(_read("decode"))))
+        rows.insert(1, ("Generation on CPU, 1 and 16 sequences at a time", _generation(_read("decode"))))
     return markdown(("what", "result"), rows)
 
 
 def _generation(decode: dict[str, Any]) -> str:
-    ratios = [row["ratio"] for row in decode["rows"] if row["work"].startswith("batch") and row["work"] != "batch 1"]
-    return f"{min(ratios):.1f}–{max(ratios):.1f}× the tokens per second of transformers' `generate`"
+    ranges = []
+    for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        ratios = [row["ratio"] for row in decode["rows"] if row["work"].startswith("batch") and row["dtype"] == dtype]
+        ranges.append(f"{min(ratios):.1f}–{max(ratios):.1f}× in {name}")
+    return f"{', '.join(ranges)}, the tokens per second of transformers' `generate`"
 
 
 def decode_table() -> str:
