@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -106,6 +106,7 @@ def test_committed_tokens_are_current():
 
 @pytest.mark.parametrize("patch, tile", [(16, 384), (14, 378)])
 @pytest.mark.parametrize("name", TILED)
+@example(size=(1, 1920))
 @given(size=SIZES)
 def test_every_pixel_is_covered_within_limits(name, patch, tile, size):
     layout = layout_of(name, patch, tile)
@@ -116,7 +117,8 @@ def test_every_pixel_is_covered_within_limits(name, patch, tile, size):
     first = 0
     for rows, columns in tiling.scales:
         # At each scale, the boxes of all crops together cover the image: in both directions, as crops form a grid.
-        scale = [box for crop in per_crop for box in crop[first : first + rows * columns]]
+        crops = [crop[first : first + rows * columns] for crop in per_crop]
+        scale = [box for crop in crops for box in crop]
         first += rows * columns
         for axis, side in enumerate(size):
             reached = 0.0
@@ -124,9 +126,10 @@ def test_every_pixel_is_covered_within_limits(name, patch, tile, size):
                 assert low <= reached
                 reached = max(reached, high)
             assert reached == side
-        assert len({box[:2] for box in scale}) == len(scale)
+        # Tiles of different crops may coincide where the crops overlap by a multiple of a tile.
+        assert all(len({box[:2] for box in crop}) == rows * columns for crop in crops)
     origins = [(crop[0][1], crop[0][0]) for crop in per_crop]
-    assert origins == sorted(origins)  # row by row
+    assert origins == sorted(set(origins))  # row by row
 
 
 @pytest.mark.parametrize("name", TILED)
