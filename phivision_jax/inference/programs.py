@@ -44,7 +44,7 @@ class Program:
     layer: nnx.GraphDef | None
     """The structure of one layer, where layers are separate arrays (see ``Engine``)."""
     decode_dtype: Any
-    """Of the activations of ``decode``, and of what the head multiplies."""
+    """Dtype of the activations in ``decode``, and of the hidden states that the head multiplies."""
     cache_dtype: Any
     stop_ids: tuple[int, ...]
     think_id: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from phivision_jax.cli.main import main
 from phivision_jax.evaluation.results import Result, load_results
 from phivision_jax.inference import endpoint as endpoint_module
 from tests.support.answers import serve_answers
-from tests.support.commands import refused, succeeded
+from tests.support.commands import refused, run_command, succeeded
 from tests.support.paths import ROOT
 from tests.support.sums_benchmark import write_sums
 
@@ -30,17 +31,7 @@ type Scores = dict[tuple[str, str, str], tuple[float, str]]
 @pytest.fixture
 def phivision(capsys):
     """Run a subcommand in this process; returns (exit code, output)."""
-
-    def run(*words: str) -> tuple[int, str]:
-        code = 0
-        try:
-            main(words)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
+    return functools.partial(run_command, capsys)
 
 
 @pytest.fixture

@@ -1,11 +1,26 @@
-"""Results of commands that tests run in this process: (exit code, everything printed)."""
+"""Commands that tests run in this process, and their results: (exit code, everything printed)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
+from phivision_jax.cli.main import main
+
 type Result = tuple[int, str]
 type Run = Callable[..., Result]
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *words: str) -> Result:
+    """Run a subcommand of ``phivision``."""
+    code = 0
+    try:
+        main(words)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
 
 
 def succeeded(result: Result) -> str:

@@ -1,5 +1,6 @@
 """Training and scoring as commands: compilations, restarts, exports, mixtures, and mistakes."""
 
+import functools
 import json
 import random
 import re
@@ -16,11 +17,11 @@ import pytest
 
 from phivision_jax.checkpoint.layout import CHECKPOINTS
 from phivision_jax.cli.load_config import load_config
-from phivision_jax.cli.main import main
 from phivision_jax.evaluation.results import load_results
 from phivision_jax.training import setup
 from phivision_jax.training.telemetry.metrics import read_metrics
 from tests.support.batches import QUICK
+from tests.support.commands import run_command
 from tests.support.paths import ROOT
 from tests.support.runs import (
     CHECKPOINT_EVERY,
@@ -51,16 +52,7 @@ def phivision(monkeypatch, capsys):
     for module in ("step", "validation"):
         monkeypatch.setattr(f"phivision_jax.training.{module}.compiler_options", lambda mesh: QUICK)
 
-    def run(*words: str) -> tuple[int, str]:
-        code = 0
-        try:
-            main(words)
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
+    return functools.partial(run_command, capsys)
 
 
 def test_train_compiles_once(undisturbed):
