@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +14,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from phivision_jax import sharding
 from phivision_jax.batch import Batch, RowShape
-from phivision_jax.inference import kv_cache, programs
+from phivision_jax.inference import kv_cache, programs, weights
 from phivision_jax.inference.kv_cache import BLOCK
 from phivision_jax.inference.programs import Answering, Answers, Program, Row, State, Weights
 from phivision_jax.inference.sampling import Chosen, Sampling
@@ -94,12 +91,8 @@ class Engine:
             keep_compiled_programs()
         self.platform = platform_of(leaf)
         separate = self.platform == "cpu"
-        layer = nnx.split(model.decoder.layers, nnx.Param)[0] if separate else None
         self.dtype = model.decoder.dtype
-        # CPUs multiply a row by a matrix of fp32 as fast as two rows by one of bf16; one row of bf16 takes five to ten
-        # times as long. Int8 stays in memory as it is.
-        widened = separate and not any(x.dtype == jnp.int8 for x in jax.tree.leaves(params))
-        decode_dtype = jnp.dtype(jnp.float32) if widened else self.dtype
+        self.weights, layer, decode_dtype = weights.place(model, self.platform)
         self.program = Program(graphdef, layer, decode_dtype, jnp.dtype(cache_dtype), stop_ids, think_id, end_think_id)
         with self.in_force():
             self.shards = sharding.axis_size("batch")
@@ -114,7 +107,6 @@ class Engine:
         self.ends = min(ENDS, slots // self.shards)
         self.pool = pool
         self._compiled: dict[Shape, Any] = {}
-        self.weights = self._weights(params)
         self.state: State = self._empty()
 
     # -- placing ------------------------------------------------------------------------------------------------------
@@ -127,32 +119,9 @@ class Engine:
             stack.enter_context(sharding.generation_rules(self.config, self.mesh))
         return stack
 
-    def _weights(self, params: Any) -> Weights:
-        if self.platform != "cpu":
-            return Weights(jax.tree.map_with_path(self._laid_out, params), None)
-
-        def for_decoding(x: jax.Array) -> jax.Array:
-            return x if x.dtype == jnp.int8 else x.astype(self.program.decode_dtype)
-
-        def layer(i: int) -> Any:
-            return jax.tree.map(lambda x: for_decoding(x[i]), params["decoder"]["layers"])
-
-        head = jax.tree.map(for_decoding, params["decoder"]["lm_head"])
-        layers = [layer(i) for i in range(self.config.decoder.num_layers)]
-        return Weights(params | {"decoder": params["decoder"] | {"lm_head": head}}, layers)
-
-    def _laid_out(self, path: tuple, x: Any) -> Any:
-        """The parameter in the order in which programs read it."""
-        name = "/".join(key.key for key in path)
-        if self.platform != "tpu" or not re.fullmatch(r"decoder/layers/self_attn/[qkv]_proj/kernel", name):
-            return x
-        # [L, D, N, H] as L · N matrices D × H, which every call of ``decode`` would otherwise copy it to.
-        order = Format(Layout((0, 2, 1, 3)), x.sharding)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=order) if self.absent else jax.device_put(x, order)
-
     def update(self, model: PhiVision) -> None:
         """Generate with other weights of the same model; slots must be idle, and what they hold is forgotten."""
-        self.weights = self._weights(model.split()[1])
+        self.weights = weights.place(model, self.platform)[0]
 
     def reset(self) -> None:
         """Begin with an empty state, for example after an error while one state was being replaced by the next."""
@@ -234,8 +203,8 @@ class Engine:
         function = getattr(programs, shape.program)
         static: dict[str, Any] = {"steps": self.steps, "read": shape.sizes[0]} if shape.program == "decode" else {}
 
-        def run(weights: Weights, state: State, *arguments: Any) -> Any:
-            return function(self.program, weights, state, *arguments, **static)
+        def run(parameters: Weights, state: State, *arguments: Any) -> Any:
+            return function(self.program, parameters, state, *arguments, **static)
 
         run.__name__ = shape.program
         with self.in_force():

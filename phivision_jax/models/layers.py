@@ -24,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, truncated_normal
 
 from phivision_jax.models.elementwise import layer_norm, rms_norm
+from phivision_jax.models.few_rows import project_few
 from phivision_jax.models.remat import PRODUCT
 
 ONES, ZEROS = jax.nn.initializers.ones, jax.nn.initializers.zeros
@@ -83,6 +84,8 @@ class Linear(nnx.Module):
     lora_b: nnx.Param | None = None
     lora_scale: float = 0.0
     scale: nnx.Param | None = None
+    outputs_first: bool = False
+    """True if the kernel is [*out, *in] (``put_outputs_first``)."""
 
     def __init__(
         self,
@@ -104,7 +107,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         n = self.num_inputs
-        y = project(x, self.kernel[...].astype(x.dtype), n)
+        multiply = project_few if self.outputs_first else project
+        y = multiply(x, self.kernel[...].astype(x.dtype), n)
         if self.scale is not None:
             y = y * self.scale[...].astype(x.dtype)
         if self.lora_a is not None and self.lora_b is not None:
@@ -112,6 +116,11 @@ class Linear(nnx.Module):
             narrow = project(x, self.lora_a[...].astype(x.dtype), n)
             y = y + self.lora_scale * project(narrow, self.lora_b[...].astype(x.dtype), 1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def put_outputs_first(self) -> None:
+        """Store the kernel as [*out, *in], for products of few rows on CPUs."""
+        self.kernel.set_value(jnp.moveaxis(self.kernel[...], range(self.num_inputs), range(-self.num_inputs, 0)))
+        self.outputs_first = True
 
     def adapt(self, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
         """Add a low-rank adapter that changes nothing yet: A [in…, rank] is random, B [rank, out…] zero.

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int32
 from phivision_jax.config import DecoderConfig
 from phivision_jax.models.attention.attend import attend
 from phivision_jax.models.elementwise import swiglu
+from phivision_jax.models.few_rows import are_few, project_few
 from phivision_jax.models.layers import Linear, RMSNorm, apply_rope, param, residual_scale, rope_angles, stack
 from phivision_jax.models.lookup import lookup
 from phivision_jax.models.remat import INPUT, QKV, checkpoint
@@ -115,7 +116,10 @@ class Head(nnx.Module):
     @jax.named_scope("head")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         kernel = self.kernel[...].astype(x.dtype)
-        logits = jnp.einsum("BTD,VD->BTV", x, kernel, preferred_element_type=jnp.float32)
+        if are_few(x):
+            logits = project_few(x, kernel, 1)
+        else:
+            logits = jnp.einsum("BTD,VD->BTV", x, kernel, preferred_element_type=jnp.float32)
         return logits if self.scale is None else logits * self.scale[...].astype(jnp.float32)
 
 

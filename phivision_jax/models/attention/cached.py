@@ -7,8 +7,8 @@ once per call.
     cache   [B, K, S, H]   a a a a a . . .    entries < length of the sequence are visible
     recent  [B, K, n, H]   b b .              columns <= column are visible; the query's own is the last of them
 
-On CPUs each sequence walks over the blocks of its own keys, so that time follows its own length; elsewhere all
-sequences are computed at once over the first ``read`` entries.
+On CPUs all sequences walk over blocks of their keys together, so that time follows the longest; elsewhere they are
+computed at once over the first ``read`` entries.
 """
 
 import functools
@@ -23,8 +23,10 @@ from jaxtyping import Array, Float, Int32
 from phivision_jax.models.attention.blockwise import MASKED
 from phivision_jax.sharding import axis_size, dividing_rules, rule, target_device
 
-BLOCK = 256
-"""Keys per block on CPUs."""
+BLOCKS = 64, 256
+"""Fewest and most keys of a sequence per block on CPUs."""
+BLOCK_KEYS = 2048
+"""Keys of all sequences per block on CPUs: few enough for the caches, and enough for the cost of a step of a loop."""
 
 
 class KV(NamedTuple):
@@ -100,7 +102,7 @@ def _local(q, cache, lengths, recent, column, *, read: int) -> Float[Array, "B N
     visible = jnp.arange(recent.k.shape[-2]) <= column
     state = _attend(grouped, recent, visible, None)
     if target_device().platform == "cpu":
-        state = jax.lax.map(lambda row: _walk(*row), (grouped, cache, lengths, state))
+        state = _walk(grouped, cache, lengths, state)
     else:
         used = jax.tree.map(lambda x: x[:, :, :read], cache)
         state = _attend(grouped, used, jnp.arange(read) < lengths[:, None, None, None], state)
@@ -108,18 +110,20 @@ def _local(q, cache, lengths, recent, column, *, read: int) -> Float[Array, "B N
     return (out / total[..., None]).astype(q.dtype).reshape(B, N, H)
 
 
-def _walk(q: Float[Array, "K G H"], cache: KV, length: Int32[Array, ""], state: tuple) -> tuple:
-    """One sequence over the blocks of its cache [K, S, H]."""
-    block = min(BLOCK, cache.k.shape[1])
+def _walk(q: Float[Array, "B K G H"], cache: KV, lengths: Int32[Array, " B"], state: tuple) -> tuple:
+    """All sequences over blocks of their caches [B, K, S, H], up to the end of the longest."""
+    B, _, S, _ = cache.k.shape
+    least, most = BLOCKS
+    block = min(max(least, min(most, BLOCK_KEYS // B)), S)
 
     def step(j: jax.Array, state: tuple) -> tuple:
         # The last block of a cache that is not a multiple of a block begins earlier; entries before it are masked.
-        start = jnp.minimum(j * block, cache.k.shape[1] - block)
-        keys = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, 1), cache)
+        start = jnp.minimum(j * block, S - block)
+        keys = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, 2), cache)
         entries = start + jnp.arange(block)
-        return _attend(q, keys, (entries >= j * block) & (entries < length), state)
+        return _attend(q, keys, (entries >= j * block) & (entries < lengths[:, None, None, None]), state)
 
-    return jax.lax.fori_loop(0, -(-length // block), step, state)
+    return jax.lax.fori_loop(0, -(-lengths.max() // block), step, state)
 
 
 def _attend(q: Float[Array, "*B K G H"], keys: KV, visible: jax.Array, state: tuple | None) -> tuple:
@@ -130,7 +134,7 @@ def _attend(q: Float[Array, "*B K G H"], keys: KV, visible: jax.Array, state: tu
       state: None if these are the first keys, of which at least one is visible.
     """
     # Scales are applied to scores and weights: int8 keys are converted where they are read, and nowhere else.
-    scores = jnp.einsum("...KGH,...KSH->...KGS", q, keys.k.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores = _scores(q, keys.k.astype(q.dtype))
     scores = jnp.where(visible, scores if keys.k_scale is None else scores * _per_key(keys.k_scale), MASKED)
     top = scores.max(-1) if state is None else jnp.maximum(state[0], scores.max(-1))
     weights = jnp.exp(scores - top[..., None])
@@ -140,6 +144,13 @@ def _attend(q: Float[Array, "*B K G H"], keys: KV, visible: jax.Array, state: tu
         return top, weights.sum(-1), out
     keep = jnp.exp(state[0] - top)
     return top, state[1] * keep + weights.sum(-1), state[2] * keep[..., None] + out
+
+
+def _scores(q: Float[Array, "*B K G H"], k: Float[Array, "*B K S H"]) -> Float[Array, "*B K G S"]:
+    if target_device().platform != "cpu":
+        return jnp.einsum("...KGH,...KSH->...KGS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("...KSH,...KGH->...KSG", k, q, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(jax.lax.optimization_barrier(scores), -1, -2)  # as in ``few_rows.project_few``
 
 
 def _per_key(scale: Float[Array, "*B K S 1"]) -> Float[Array, "*B K 1 S"]:
