@@ -102,7 +102,8 @@ class Engine:
         self.entries = -(-(length + max(BLOCK, steps) + steps) // BLOCK) * BLOCK
         self.chunks = _sizes(BLOCK, chunk)
         self.contexts = [0, *_sizes(4 * BLOCK, -(-length // BLOCK) * BLOCK)]
-        self.patches = _sizes(2 * BLOCK, -(-model.config.max_patches // BLOCK) * BLOCK)
+        # As many small images as a row of prompts asks about are encoded together.
+        self.patches = _sizes(2 * BLOCK, -(-max(model.config.max_patches, chunk) // BLOCK) * BLOCK)
         self.reads = [self.entries] if separate else [*_sizes(4 * BLOCK, self.entries)]
         self.ends = min(ENDS, slots // self.shards)
         self.pool = pool

@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import numpy as np
 
@@ -44,22 +44,22 @@ class ImagePool:
                 self.found += 1
             else:
                 missing[image.key] = image
-        kept = {image.key for image in needed}
+        kept, coming = {image.key for image in needed}, {image.key: image for image in soon}
         while missing:
             rows = self._pack(missing, self.engine.patches[-1])
             patches = max(sum(len(image.image.patches) for image in row) for row in rows)
             size = smallest(self.engine.patches, patches)
             batch_rows = [row[:] for row in rows]
-            others = {i.key: i for i in soon if i.key not in self.places and i.key not in kept}
-            free = len(self._free) - sum(image.tokens for row in rows for image in row)
-            for image in others.values():
+            idle = (len(x) for key, x in self.places.items() if key not in kept and key not in coming)
+            free = len(self._free) + sum(idle) - sum(image.tokens for row in rows for image in row)
+            for image in (i for i in coming.values() if i.key not in self.places and i.key not in kept):
                 room = [
                     r for r in batch_rows if sum(len(i.image.patches) for i in r) + len(image.image.patches) <= size
                 ]
                 if room and image.tokens <= free:
                     room[0].append(image)
                     free -= image.tokens
-            self._run(batch_rows, size, kept)
+            self._run(batch_rows, size, kept, coming.keys())
             for image in itertools.chain(*batch_rows):
                 missing.pop(image.key, None)
 
@@ -74,7 +74,7 @@ class ImagePool:
                 used[r] += len(image.image.patches)
         return rows
 
-    def _run(self, rows: list[list[PromptImage]], size: int, kept: set[int]) -> None:
+    def _run(self, rows: list[list[PromptImage]], size: int, kept: Set[int], coming: Set[int]) -> None:
         shape = self.engine.encode_shape(size)
         examples = [[expand([IMAGE_TOKEN], [image.image]) for image in row] for row in rows]
         batch = fill_rows(examples, shape, self.engine.config)
@@ -82,16 +82,19 @@ class ImagePool:
         for r, row in enumerate(rows):
             position = 0
             for image in row:
-                places[r, position : position + image.tokens] = self._allocate(image, kept)
+                places[r, position : position + image.tokens] = self._allocate(image, kept, coming)
                 position += image.tokens
         self.engine.encode(batch, places)
         self.encoded += sum(map(len, rows))
 
-    def _allocate(self, image: PromptImage, kept: set[int]) -> np.ndarray:
-        for key in [key for key in self.places if key not in kept]:
-            if len(self._free) >= image.tokens:
-                break
-            self._free = np.concatenate([self._free, self.places.pop(key)])
+    def _allocate(self, image: PromptImage, kept: Set[int], coming: Set[int]) -> np.ndarray:
+        """Places for an image: free ones, then those of images that no prompt waits for, those used least recently
+        first; then of any that are not kept."""
+        if len(self._free) < image.tokens:
+            for key in sorted((key for key in self.places if key not in kept), key=coming.__contains__):
+                if len(self._free) >= image.tokens:
+                    break
+                self._free = np.concatenate([self._free, self.places.pop(key)])
         if len(self._free) < image.tokens:
             raise AssertionError(f"{image.tokens} vision tokens do not fit the pool of {self.engine.pool}")
         self.places[image.key], self._free = self._free[: image.tokens], self._free[image.tokens :]

@@ -1,7 +1,6 @@
 """Prompts as the scheduler needs them: what each token is, where they may be cut, which prefixes they share."""
 
 import dataclasses
-import hashlib
 
 import numpy as np
 
@@ -18,7 +17,7 @@ class PromptImage:
     """Position of its first vision token."""
     tokens: int
     key: int
-    """Hash of its patches: equal images have equal vision tokens."""
+    """``PatchedImage.key``: equal images have equal vision tokens."""
     image: PatchedImage
 
     @property
@@ -45,7 +44,7 @@ class Prompt:
         identity = example.tokens.astype(np.int64)
         images = []
         for start, image in zip(example.image_starts, example.images, strict=True):
-            key, count = image_key(image), image.size.tokens
+            key, count = image.key, image.size.tokens
             identity[start : start + count] = -1 - (key + np.arange(count)) % 2**62
             images.append(PromptImage(start, count, key, image))
         return cls(example.tokens, identity, tuple(images), config.image_attention == "bidirectional")
@@ -81,11 +80,3 @@ class Prompt:
         for image in self.images if self.whole_images else ():
             spans[max(image.start - start, 0) : max(image.end - start, 0)] = image.end - 1
         return spans
-
-
-def image_key(image: PatchedImage) -> int:
-    """A hash of everything that decides an image's vision tokens."""
-    digest = hashlib.blake2b(repr(image.grids).encode(), digest_size=8)
-    for array in (image.patches, image.merge_index, image.merge_weight):
-        digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
-    return int.from_bytes(digest.digest(), "little") >> 2

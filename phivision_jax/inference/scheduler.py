@@ -26,6 +26,9 @@ from phivision_jax.inference.sample import Sample
 
 LEAST_SHARED = 64
 """Fewest tokens of a prefix that is shared: nearly all prompts begin with the same few, which are computed at once."""
+LEAST_REST = 8
+"""A rest of a row below one part of so many is not filled with a part of a prompt that fits the next row completely:
+the other part would have to read the first one as context."""
 ROWS_BETWEEN = 2
 """Rows that are admitted between two calls of ``decode`` while half of the slots or more are decoding, so that these do
 not wait for all new prompts."""
@@ -63,7 +66,7 @@ class Scheduler:
         self._freed = [0] * engine.slots  # when each slot was last used, for taking the one that rested longest
         self._clock = 0
         self._pending: collections.deque[tuple[list[Sample | None], Any, Any]] = collections.deque()
-        # On CPUs the host's work and the device's compete, and a call is long: nothing is gained by running ahead.
+        # On CPUs a call is long, so slots are filled again before the next one begins.
         self._ahead = 0 if engine.program.layer is not None else 1
 
     @property
@@ -97,8 +100,13 @@ class Scheduler:
         return lost
 
     def step(self) -> None:
-        """Admit waiting prompts, run one call of ``decode``, and deal with what an earlier call chose."""
+        """Deal with what an earlier call chose, admit waiting prompts, and begin one call of ``decode``.
+
+        The devices work on that call while the caller passes on what this step has finished.
+        """
         self._drop_cancelled()
+        while len(self._pending) > self._ahead:
+            self._process(*self._pending.popleft())
         rows = 0
         while (rows < ROWS_BETWEEN or 2 * sum(self._decoding()) < self.engine.slots) and self._admit():
             rows += 1
@@ -112,8 +120,9 @@ class Scheduler:
             self._pending.append(
                 ([s if k else None for s, k in zip(self.owners, keep, strict=True)], answers.chosen, answers.valid)
             )
-        while self._pending and (len(self._pending) > self._ahead or not keep.any()):
-            self._process(*self._pending.popleft())
+        else:
+            while self._pending:
+                self._process(*self._pending.popleft())
 
     def _decoding(self) -> list[bool]:
         """True for slots whose prompt is complete and whose answer is not."""
@@ -165,11 +174,15 @@ class Scheduler:
                 if not free:
                     break
                 start, source = self._prefix(sample, slots)
-                others = (p.sample.prompt.identity[: p.end] for p in pieces)
-                coming = max((sample.prompt.shared(other, LEAST_SHARED) for other in others), default=0)
-                if self.share_prefixes and coming >= start + LEAST_SHARED:
+                if self._coming(sample, pieces) >= start + LEAST_SHARED:
                     continue  # the next row can share what this one computes
             end = sample.prompt.cut_before(min(len(sample.prompt), start + room))
+            if (
+                pieces
+                and end < len(sample.prompt) <= start + engine.chunks[-1]
+                and room * LEAST_REST < engine.chunks[-1]
+            ):
+                break
             piece = Piece(sample, start, end, source)
             if end <= start or piece.blocks > blocks:
                 if not pieces:
@@ -199,11 +212,19 @@ class Scheduler:
 
     def _prefix(self, sample: Sample, slots: range) -> tuple[int, int]:
         """The longest prefix of a prompt that a slot holds, and the slot: a free one if there are several."""
-        if not self.share_prefixes:
+        if not self._may_share(sample):
             return 0, slots[0]
         found = ((sample.prompt.shared(self._held[i], LEAST_SHARED), self.owners[i] is None, -i) for i in slots)
         shared, _, i = max(found)
         return shared, -i
+
+    def _coming(self, sample: Sample, pieces: list[Piece]) -> int:
+        """The longest prefix of a prompt that the pieces of a row compute."""
+        others = (piece.sample.prompt.identity[: piece.end] for piece in (pieces if self._may_share(sample) else ()))
+        return max((sample.prompt.shared(other, LEAST_SHARED) for other in others), default=0)
+
+    def _may_share(self, sample: Sample) -> bool:
+        return self.share_prefixes and len(sample.prompt) > LEAST_SHARED
 
     def _row(self, plans: list[list[Piece]]) -> tuple[Row, list[Sample | None]]:
         """The pieces as arrays, and the sample of each end."""

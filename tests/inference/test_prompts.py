@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phivision_jax.images.layout import PatchedImage
-from phivision_jax.inference.prompts import Prompt, image_key
+from phivision_jax.inference.prompts import Prompt
 from phivision_jax.rows import expand, one_per_row
 from tests.support.batches import TINY
 
@@ -75,14 +75,14 @@ def test_span_ends_of_pieces_are_those_of_rows(given_parts, mode, data):
 
 def test_equal_images_have_equal_keys_and_others_do_not():
     first = image(1)
-    assert image_key(first) == image_key(image(1))
+    assert first.key == image(1).key
     changed = dataclasses.replace(first, patches=first.patches.copy())
     changed.patches[3, 5] ^= 1
     table = np.zeros((TOKENS, 1, 1), np.int32)
     merged = dataclasses.replace(first, merge_index=table, merge_weight=table.astype(np.float32))
     other = dataclasses.replace(merged, merge_weight=merged.merge_weight + 1)
     images = [first, changed, image(1, grid=(3, 2)), image(1, grid=(1, 6)), merged, other]
-    assert len({image_key(each) for each in images}) == len(images)
+    assert len({each.key for each in images}) == len(images)
 
 
 def test_image_tokens_are_counted():

@@ -209,11 +209,46 @@ def test_waiting_images_fill_a_row_of_patches(engine):
 
 
 def test_images_of_one_prompt_that_exceed_a_row_of_patches(engine):
-    """Five images of 64 patches, encoded in rows of two."""
+    """Five images of 64 patches, encoded in rows of four."""
     rng = np.random.default_rng(0)
-    images = [PatchedImage(rng.integers(0, 256, (64, 12), np.uint8), ((8, 8),)) for _ in range(3)]
-    scheduler = served(engine, [([-200, -200, -200, 9], images)], engine.config)
-    assert engine.patches[-1] == 128 and scheduler.images.encoded == 3
+    images = [PatchedImage(rng.integers(0, 256, (64, 12), np.uint8), ((8, 8),)) for _ in range(5)]
+    scheduler = served(engine, [([-200] * 5 + [9], images)], engine.config)
+    assert engine.patches[-1] == CHUNK == 256 and scheduler.images.encoded == 5
+
+
+def test_waiting_images_take_the_places_of_those_nobody_waits_for(engine):
+    """A pool of four images of 64 patches, and two questions about each of eight: four rows of two images."""
+    rng = np.random.default_rng(0)
+    images = [PatchedImage(rng.integers(0, 256, (64, 12), np.uint8), ((8, 8),)) for _ in range(8)]
+    calls = []
+    symbolic = SymbolicEngine(engine, slots=1, shards=1, pool=4 * 64, ahead=False)
+    encode = symbolic.encode
+    symbolic.patches = [128]
+    symbolic.encode = lambda batch, places: (calls.append(1), encode(batch, places))
+    scheduler = Scheduler(symbolic)
+    for pair in (images[i : i + 2] for i in range(0, 8, 2)):
+        asked = [Asked([6 + i, -200], [image], engine.config, max_new_tokens=1) for i in range(2) for image in pair]
+        scheduler.submit([a.sample for a in asked])
+        while not scheduler.idle:
+            scheduler.step()
+        assert all(list(a.reply.ids) == a.expected() for a in asked)
+    assert len(calls) == 4 and scheduler.images.encoded == 8
+
+
+def test_prompts_that_fit_the_next_row_are_not_cut_to_fill_one(engine):
+    """Rows of 256 tokens, prompts of 50: six would fit if the sixth were cut."""
+    rng = np.random.default_rng(0)
+    prompts = [([6 + i, *rng.integers(6, 60, 49).tolist()], []) for i in range(10)]
+    symbolic = SymbolicEngine(engine, slots=12, shards=1, pool=1000, ahead=False)
+    symbolic.ends = 12
+    rows, admit = [], symbolic.admit
+    symbolic.admit = lambda row: (rows.append((int(row.segment_ids.max()), int(row.num_context[0]))), admit(row))[1]
+    scheduler = Scheduler(symbolic)
+    asked = [Asked(ids, images, engine.config, max_new_tokens=2) for ids, images in prompts]
+    scheduler.submit([a.sample for a in asked])
+    while not scheduler.idle:
+        scheduler.step()
+    assert rows == [(5, 0), (5, 0)] and all(list(a.reply.ids) == a.expected() for a in asked)
 
 
 def test_a_prompt_takes_the_slot_that_holds_its_beginning(engine):

@@ -30,9 +30,9 @@ from phivision_jax.models.remat import ATTENTION
 
 MASKED = -1e30
 """Score of an invisible key. Large and finite: a difference of infinities would be NaN."""
-BLOCK = 256
-"""Most queries, and most keys, of a block: a row is divided into as few equal blocks as that allows. The scores of four
-heads' queries, 1024 × 256, fit a core's cache, and two cores can share a product of that size."""
+BLOCK = 128
+"""Most queries, and most keys, of a block: a row is divided into as few equal blocks as that allows. On CPUs twice as
+many take as long for a row of one segment, and nearly twice as long for a row of many short ones."""
 
 # Running maximum before the first key. Above MASKED, so that a masked score weighs exp(-1e30) = 0 from the start.
 _LOWEST = -1e20

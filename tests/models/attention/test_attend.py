@@ -94,9 +94,9 @@ def test_blockwise_equals_plain(T, ascending, heads, span_mode):
     assert_equals_plain(functools.partial(blockwise, block=128 if T > 256 else 16), rng, *args)
 
 
-@pytest.mark.parametrize("T, S, sizes", [(600, 600, (200, 200)), (256, 257, (256, 129)), (1, 300, (1, 150))])
+@pytest.mark.parametrize("T, S, sizes", [(300, 300, (100, 100)), (128, 129, (128, 65)), (1, 150, (1, 75))])
 def test_blockwise_uses_equal_blocks(T, S, sizes, monkeypatch):
-    """As few as hold at most 256 queries or keys each."""
+    """As few as hold at most 128 queries or keys each."""
     found = set()
 
     def walks(q_ids, k_ids, span_end):
