@@ -28,8 +28,6 @@ from phivision_jax.rows import row_shape
 
 ENDS = 32
 """Most pieces of prompts in a row."""
-GROWTH = 4
-"""Each shape of a program is this many times larger than the one before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,8 @@ class Engine:
         self.slots = slots = -(-max(slots, least) // self.shards) * self.shards
         # Blocks may end behind the last token in use, and tokens of slots that are not active go to the last entries.
         self.entries = -(-(length + max(BLOCK, steps) + steps) // BLOCK) * BLOCK
-        self.chunks = _sizes(BLOCK, chunk)
+        # CPUs take as long for padding as for tokens.
+        self.chunks = _sizes(BLOCK // 2, chunk, growth=2) if separate else _sizes(BLOCK, chunk)
         self.contexts = [0, *_sizes(4 * BLOCK, -(-length // BLOCK) * BLOCK)]
         # As many small images as a row of prompts asks about are encoded together.
         self.patches = _sizes(2 * BLOCK, -(-max(model.config.max_patches, chunk) // BLOCK) * BLOCK)
@@ -291,7 +290,7 @@ def smallest(sizes: list[int], needed: int) -> int:
     return next(size for size in sizes if size >= needed)
 
 
-def _sizes(least: int, most: int) -> list[int]:
-    """Sizes from ``least`` up to ``most``, each ``GROWTH`` times the one before."""
-    found: Iterator[int] = itertools.takewhile(lambda n: n < most, (least * GROWTH**i for i in itertools.count()))
+def _sizes(least: int, most: int, growth: int = 4) -> list[int]:
+    """Sizes from ``least`` up to ``most``, each ``growth`` times the one before."""
+    found: Iterator[int] = itertools.takewhile(lambda n: n < most, (least * growth**i for i in itertools.count()))
     return [*found, most]

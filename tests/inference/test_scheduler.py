@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phivision_jax.images.layout import PatchedImage
+from phivision_jax.inference.kv_cache import BLOCK
 from phivision_jax.inference.prompts import Prompt
 from phivision_jax.inference.requests import Delta, Reply, Request
 from phivision_jax.inference.sample import Sample
@@ -277,7 +278,7 @@ def endless(engine, first: int) -> Asked:
 def test_cancelled_prompts_leave_nothing_that_is_wrong(engine, ahead):
     """A slot whose answer is cancelled takes a prompt of four rows, which is cancelled after two and asked again."""
     symbolic = SymbolicEngine(engine, slots=2, shards=1, pool=1000, ahead=ahead)
-    symbolic.chunks = engine.chunks[:1]
+    symbolic.chunks = [BLOCK]
     scheduler = Scheduler(symbolic)
     first, second = endless(engine, 10), endless(engine, 200)
     scheduler.submit([first.sample, second.sample])
@@ -303,7 +304,7 @@ def test_cancelled_prompts_leave_nothing_that_is_wrong(engine, ahead):
 def test_new_requests_do_not_stop_active_slots(engine):
     """A prompt of many rows enters between the tokens of an answer."""
     symbolic = SymbolicEngine(engine, slots=2, shards=1, pool=1000, ahead=False)
-    symbolic.chunks = engine.chunks[:1]
+    symbolic.chunks = [BLOCK]
     scheduler = Scheduler(symbolic)
     first = endless(engine, 10)
     scheduler.submit([first.sample])
