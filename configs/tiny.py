@@ -1,6 +1,6 @@
 """A small model that learns easy-VQA from random weights on two CPU cores. The demo and tests use it.
 
-python train.py --config=configs/tiny.py --run=runs/tiny            # about 4 minutes
+python train.py --config=configs/tiny.py --run=runs/tiny            # 3 to 10 minutes
 python train.py --config=configs/tiny.py:long --run=runs/tiny-long  # within an hour
 """
 
