@@ -125,7 +125,15 @@ def compare(model: str, name: str, dtype: str, ours: Peer, other: Peer, turns: i
 
 
 def against_peer(
-    model: str, directory: Path, ours: Peer, peer: Peer, sizes: Sizes, turns: int, cores: int, only: Sequence[str]
+    model: str,
+    directory: Path,
+    ours: Peer,
+    peer: Peer,
+    sizes: Sizes,
+    turns: int,
+    cores: int,
+    only: Sequence[str],
+    bf16_batch: bool,
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """All comparisons of one model, and what compiling took."""
     processor, rows, compiled = work.processor_of(directory), [], []
@@ -154,7 +162,7 @@ def against_peer(
         loaded, slots_now = {"directory": str(directory), "dtype": dtype}, 0
         peer.ask("load", **loaded, threads=cores)
         for kind, (slots, turn_of) in kinds.items():
-            if kind not in only:
+            if kind not in only or (kind == "batch" and dtype == "bfloat16" and not bf16_batch):
                 continue
             if slots != slots_now:
                 slots_now = slots
@@ -193,6 +201,7 @@ def main(
     cores: int = 2,
     turns: int = 5,
     only: tuple[Work, ...] = WORKS,
+    bf16_batch: bool = True,
     quick: bool = False,
     out: Path | None = None,
 ) -> None:
@@ -204,6 +213,7 @@ def main(
         cores: Number of cores that both sides share.
         turns: Timed turns of each side, after one to warm up.
         only: Comparisons to make.
+        bf16_batch: Also the batch of 16 in bf16; the peer takes ten minutes a turn on a CPU without arithmetic in bf16.
         quick: Do hardly any work, to try the benchmark.
         out: Write the numbers to this JSON file as well.
     """
@@ -224,8 +234,9 @@ def main(
             models = {PROPORTIONS: Path(folder) / "proportions"} | ({SMOLLM2: smollm2} if smollm2 else {})
             work.write_random(models[PROPORTIONS], work.SMALL if quick else work.PROPORTIONS)
             for model, directory in models.items() if {*only} - {"refilling"} else ():
-                more = against_peer(model, directory, ours, peer, sizes, turns, cores, only)
+                more = against_peer(model, directory, ours, peer, sizes, turns, cores, only, bf16_batch)
                 rows, compiled = rows + more[0], compiled + more[1]
+                write(out, rows, compiled, cores, turns, load, versions, sizes)
             if "refilling" in only:
                 peer.ask("unload")
                 work.write_random(Path(folder) / "small", work.SMALL)
@@ -233,7 +244,20 @@ def main(
     print_rows(rows)
     for one in compiled:
         print("compiled {programs} programs in {compile_seconds:.0f} s ({model}, {dtype}, {slots} slots)".format(**one))
-    load["after"] = os.getloadavg()  # includes this benchmark
+    write(out, rows, compiled, cores, turns, load, versions, sizes)
+
+
+def write(
+    out: Path | None,
+    rows: Sequence[Row],
+    compiled: Sequence[dict[str, Any]],
+    cores: int,
+    turns: int,
+    load: dict[str, Any],
+    versions: dict[str, Any],
+    sizes: Sizes,
+) -> None:
+    """Write what has been measured so far; also say whether other work has used the cores."""
     spread = max((max(row.other) / min(row.other) for row in rows), default=1.0)
     if spread >= MOST_SPREAD:
         print(f"the other side's slowest turn took {spread:.2f} of its fastest: run again on a machine at rest")
@@ -242,7 +266,7 @@ def main(
             "cpu": cpu_name(),
             "cores": cores,
             "turns": turns,
-            "load": load,
+            "load": load | {"after": os.getloadavg()},  # includes this benchmark
             "at_rest": spread < MOST_SPREAD,
             "versions": versions,
             "sizes": dataclasses.asdict(sizes),
