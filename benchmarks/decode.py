@@ -185,6 +185,11 @@ def refilling(directory: Path, ours: Peer, sizes: Sizes, turns: int) -> Row:
     return compare("4 M, random", "refilling", "float32", ours, ours, turns, turn_of)
 
 
+def spread_of(rows: Sequence[Row]) -> float:
+    """The largest ratio of the other side's slowest turn to its fastest: above 1 where other work used the cores."""
+    return max((max(row.other) / min(row.other) for row in rows), default=1.0)
+
+
 def print_rows(rows: Sequence[Row]) -> None:
     print(f"\n{'':<58}{'ours':>10}{'other':>10}   ratio (range over turns), in CPU time, equal ids")
     for row in rows:
@@ -213,7 +218,7 @@ def main(
         cores: Number of cores that both sides share.
         turns: Timed turns of each side, after one to warm up.
         only: Comparisons to make.
-        bf16_batch: Also the batch of 16 in bf16; the peer takes ten minutes a turn on a CPU without arithmetic in bf16.
+        bf16_batch: Also the batch of 16 in bf16, in which the peer is slow on CPUs without arithmetic in bf16.
         quick: Do hardly any work, to try the benchmark.
         out: Write the numbers to this JSON file as well.
     """
@@ -224,19 +229,38 @@ def main(
     sizes, load = work.QUICK if quick else Sizes(), {"before": os.getloadavg()}
     rows: list[Row] = []
     compiled: list[dict[str, Any]] = []
+    versions: dict[str, Any] = {}
+
+    def save() -> None:
+        """Write what has been measured so far."""
+        written = {
+            "cpu": cpu_name(),
+            "cores": cores,
+            "turns": turns,
+            "load": load | {"after": os.getloadavg()},  # includes this benchmark
+            "at_rest": spread_of(rows) < MOST_SPREAD,
+            "versions": versions,
+            "sizes": dataclasses.asdict(sizes),
+            "rows": [row.numbers() for row in rows],
+            "compiled": compiled,
+        }
+        if out:
+            out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
     with tempfile.TemporaryDirectory() as folder:
         no_cache = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
         ours_process = peer_process(Path(sys.executable), _OURS, cores, no_cache | {"PYTHONPATH": os.getcwd()})
         with ours_process as ours, peer_process(peer_python, _PEER, cores) as peer:
-            versions = {"ours": ours.ask("versions"), "peer": peer.ask("versions")}
+            versions |= {"ours": ours.ask("versions"), "peer": peer.ask("versions")}
             for owner, values in versions.items():
                 print(f"{owner}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
             models = {PROPORTIONS: Path(folder) / "proportions"} | ({SMOLLM2: smollm2} if smollm2 else {})
             work.write_random(models[PROPORTIONS], work.SMALL if quick else work.PROPORTIONS)
             for model, directory in models.items() if {*only} - {"refilling"} else ():
                 more = against_peer(model, directory, ours, peer, sizes, turns, cores, only, bf16_batch)
-                rows, compiled = rows + more[0], compiled + more[1]
-                write(out, rows, compiled, cores, turns, load, versions, sizes)
+                rows += more[0]
+                compiled += more[1]
+                save()
             if "refilling" in only:
                 peer.ask("unload")
                 work.write_random(Path(folder) / "small", work.SMALL)
@@ -244,36 +268,10 @@ def main(
     print_rows(rows)
     for one in compiled:
         print("compiled {programs} programs in {compile_seconds:.0f} s ({model}, {dtype}, {slots} slots)".format(**one))
-    write(out, rows, compiled, cores, turns, load, versions, sizes)
-
-
-def write(
-    out: Path | None,
-    rows: Sequence[Row],
-    compiled: Sequence[dict[str, Any]],
-    cores: int,
-    turns: int,
-    load: dict[str, Any],
-    versions: dict[str, Any],
-    sizes: Sizes,
-) -> None:
-    """Write what has been measured so far; also say whether other work has used the cores."""
-    spread = max((max(row.other) / min(row.other) for row in rows), default=1.0)
+    save()
+    spread = spread_of(rows)
     if spread >= MOST_SPREAD:
         print(f"the other side's slowest turn took {spread:.2f} of its fastest: run again on a machine at rest")
-    if out:
-        written = {
-            "cpu": cpu_name(),
-            "cores": cores,
-            "turns": turns,
-            "load": load | {"after": os.getloadavg()},  # includes this benchmark
-            "at_rest": spread < MOST_SPREAD,
-            "versions": versions,
-            "sizes": dataclasses.asdict(sizes),
-            "rows": [row.numbers() for row in rows],
-            "compiled": compiled,
-        }
-        out.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

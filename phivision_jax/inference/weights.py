@@ -14,10 +14,11 @@ from phivision_jax.models.phivision import PhiVision
 
 
 def place(model: PhiVision, platform: str) -> tuple[Weights, nnx.GraphDef | None, Any]:
-    """The parameters for a platform.
+    """Arrange the parameters of a model for the programs of a platform.
 
     Returns:
-      Also the structure of one layer, where layers are separate arrays, and the dtype of the activations of decoding.
+      The parameters, the structure of one layer where layers are separate arrays, and the dtype in which decoding
+      computes.
     """
     params = model.split()[1]
     if platform == "cpu":

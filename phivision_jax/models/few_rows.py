@@ -1,7 +1,7 @@
 """Products of few rows with a large matrix on CPUs, as decoding needs them.
 
 XLA for CPUs copies the right side of a product to blocks before it multiplies. For many rows that pays; for a few it
-takes three times as long as the multiplication. With the matrix on the left, nothing of it is copied:
+takes longer than the multiplication. With the matrix on the left, nothing of it is copied:
 
     x [b, in] · W [in, out]            the right side is copied
     W [out, in] · xᵀ [in, b]           W is read once, at the bandwidth of the memory; the result is transposed

@@ -8,22 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from phivision_jax.config import DecoderConfig
 from phivision_jax.models.few_rows import MOST_ROWS, are_few, project_few
 from phivision_jax.models.layers import Linear
 from phivision_jax.models.phi4 import Head
+from tests.support.batches import TINY
 
-TINY = DecoderConfig(
-    vocab_size=16,
-    hidden_size=8,
-    intermediate_size=8,
-    num_layers=1,
-    num_heads=2,
-    num_kv_heads=1,
-    bos_token_id=13,
-    eos_token_id=14,
-    pad_token_id=15,
-)
 EQUATIONS = [
     ("BTD,DF->BTF", (8, 12), (2, 3, 8)),
     ("BTD,DNH->BTNH", (8, 4, 3), (1, 1, 8)),
@@ -45,8 +34,8 @@ def test_linear_with_outputs_first_is_the_same(equation: str, kernel: tuple[int,
 
 @pytest.mark.parametrize("rows", [1, MOST_ROWS, MOST_ROWS + 1])
 def test_head_of_few_rows_is_the_same(rows: int) -> None:
-    head = Head(TINY, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (1, rows, 8))
+    head = Head(TINY.decoder, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (1, rows, TINY.decoder.hidden_size))
     assert are_few(x) == (rows <= MOST_ROWS and jax.default_backend() == "cpu")
     np.testing.assert_allclose(head(x), np.asarray(x) @ np.asarray(head.kernel[...]).T, rtol=1e-5, atol=1e-6)
 
