@@ -90,12 +90,11 @@ class Engine:
         self.platform = platform_of(leaf)
         separate = self.platform == "cpu"
         self.dtype = model.decoder.dtype
-        self.weights, layer, decode_dtype = weights.place(model, self.platform)
-        self.program = Program(graphdef, layer, decode_dtype, jnp.dtype(cache_dtype), stop_ids, think_id, end_think_id)
         with self.in_force():
             self.shards = sharding.axis_size("batch")
-        least = 2 if separate and decode_dtype == jnp.bfloat16 else 1
-        self.slots = slots = -(-max(slots, least) // self.shards) * self.shards
+            self.slots = slots = -(-slots // self.shards) * self.shards
+            self.weights, layer, decode_dtype = weights.place(model, self.platform, slots)
+        self.program = Program(graphdef, layer, decode_dtype, jnp.dtype(cache_dtype), stop_ids, think_id, end_think_id)
         # Blocks may end behind the last token in use, and tokens of slots that are not active go to the last entries.
         self.entries = -(-(length + max(BLOCK, steps) + steps) // BLOCK) * BLOCK
         # CPUs take as long for padding as for tokens.
@@ -121,7 +120,8 @@ class Engine:
 
     def update(self, model: PhiVision) -> None:
         """Generate with other weights of the same model; slots must be idle, and what they hold is forgotten."""
-        self.weights = weights.place(model, self.platform)[0]
+        with self.in_force():
+            self.weights = weights.place(model, self.platform, self.slots)[0]
 
     def reset(self) -> None:
         """Begin with an empty state, for example after an error while one state was being replaced by the next."""

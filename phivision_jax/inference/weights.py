@@ -9,12 +9,13 @@ from flax import nnx
 from jax.experimental.layout import Format, Layout
 
 from phivision_jax.inference.programs import Weights
+from phivision_jax.models import few_rows
 from phivision_jax.models.layers import Linear
 from phivision_jax.models.phivision import PhiVision
 
 
-def place(model: PhiVision, platform: str) -> tuple[Weights, nnx.GraphDef | None, Any]:
-    """Arrange the parameters of a model for the programs of a platform.
+def place(model: PhiVision, platform: str, slots: int) -> tuple[Weights, nnx.GraphDef | None, Any]:
+    """Arrange the parameters of a model for the programs of a platform; the mesh must be in force.
 
     Returns:
       The parameters, the structure of one layer where layers are separate arrays, and the dtype in which decoding
@@ -22,18 +23,21 @@ def place(model: PhiVision, platform: str) -> tuple[Weights, nnx.GraphDef | None
     """
     params = model.split()[1]
     if platform == "cpu":
-        return _for_cpu(model, params)
+        return _for_cpu(model, params, slots)
     laid_out = jax.tree.map_with_path(_laid_out, params) if platform == "tpu" else params
     return Weights(laid_out, None), None, model.decoder.dtype
 
 
-def _for_cpu(model: PhiVision, params: Any) -> tuple[Weights, nnx.GraphDef, Any]:
-    """Layers as separate arrays, in fp32 and with ``put_outputs_first``; the head in fp32.
+def _for_cpu(model: PhiVision, params: Any, slots: int) -> tuple[Weights, nnx.GraphDef, Any]:
+    """Layers as separate arrays.
 
-    CPUs multiply a row by a matrix of fp32 as fast as two rows by one of bf16; one row of bf16 takes five to ten times
-    as long. Int8 stays in memory as it is.
+    Where rows are multiplied one by one, matrices stay as they are. Otherwise those of bf16 become fp32, and have
+    ``put_outputs_first``, as do those of fp32; with the matrix of the head, which has its outputs first already.
     """
-    widened = not any(x.dtype == jnp.int8 for x in jax.tree.leaves(params))
+    dtypes = {x.dtype for x in jax.tree.leaves(params)}
+    narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
+    single = few_rows.are_single(slots, narrowest, jnp.dtype(jnp.float32))
+    widened = not single and jnp.int8 not in dtypes
 
     def widen(x: jax.Array) -> jax.Array:
         return x.astype(jnp.float32) if widened else x
@@ -49,7 +53,7 @@ def _for_cpu(model: PhiVision, params: Any) -> tuple[Weights, nnx.GraphDef, Any]
         layers.append(nnx.to_pure_dict(kept))
     head = jax.tree.map(widen, params["decoder"]["lm_head"])
     weights = Weights(params | {"decoder": params["decoder"] | {"lm_head": head}}, layers)
-    return weights, structure, jnp.dtype(jnp.float32) if widened else model.decoder.dtype
+    return weights, structure, jnp.dtype(jnp.float32) if single or widened else model.decoder.dtype
 
 
 def _laid_out(path: tuple, x: Any) -> Any:

@@ -1,21 +1,29 @@
 """Products of few rows with a large matrix on CPUs, as decoding needs them.
 
-XLA for CPUs copies the right side of a product to blocks before it multiplies. For many rows that pays; for a few it
-takes longer than the multiplication. With the matrix on the left, nothing of it is copied:
+XLA for CPUs copies the right side of a product to blocks before it multiplies, and converts a narrow matrix to fp32 in
+memory. For many rows that pays; for a few it takes longer than the multiplication. There are two ways around it:
 
-    x [b, in] · W [in, out]            the right side is copied
-    W [out, in] · xᵀ [in, b]           W is read once, at the bandwidth of the memory; the result is transposed
+    W [out, in] · xᵀ [in, b]           the matrix on the left, which is not copied; for fp32
+    Σ_j W[j : j + s] · x[j : j + s]    element by element, which converts numbers as they are read; for single rows, in
+                                       any dtype: half the bytes take half the time
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from phivision_jax.sharding import target_device
 
 MOST_ROWS = 64
 """Beyond this, the order makes little difference."""
+PARTS = 8
+"""Slices [s, out] of a kernel that are added to one before the sum over s, which is then short."""
+LANES = 16
+"""Width s of slices [out, s]; as many fp32 numbers as a register holds."""
+MOST_TERMS = 64
+"""Slices that one loop adds; the compiler is slow, and its loops are, for many more."""
 
 
 def are_few(x: jax.Array) -> bool:
@@ -27,9 +35,48 @@ def are_few(x: jax.Array) -> bool:
     return few and target_device().platform == "cpu"
 
 
+def are_single(rows: int, kernel_dtype: jnp.dtype, dtype: jnp.dtype) -> bool:
+    """True if rows of this dtype are to be multiplied one by one, by ``project_single``."""
+    # Each row reads the matrix again, so it must be narrow if there are more than one.
+    few = 0 < rows * kernel_dtype.itemsize <= 4 and dtype == jnp.float32
+    return few and target_device().platform == "cpu" and jax.sharding.get_abstract_mesh().empty
+
+
 def project_few(x: jax.Array, kernel: jax.Array, n: int) -> jax.Array:
     """x [..., *in] · kernel [*out, *in] = [..., *out], contracting the last ``n`` axes of both."""
     inner, out = tuple(range(-n, 0)), kernel.ndim - n
     # Without the barrier, the compiler moves the transposition into the product, which undoes the order.
     y = jax.lax.optimization_barrier(jnp.tensordot(kernel, x, axes=(inner, inner)))
     return jnp.moveaxis(y, range(out), range(-out, 0))
+
+
+def project_single(x: jax.Array, kernel: jax.Array, n: int, *, outputs_first: bool = False) -> jax.Array:
+    """x [..., *in] · kernel = [..., *out], row by row, contracting the last ``n`` axes of x.
+
+    Args:
+      x: fp32, as the result is.
+      kernel: [*in, *out] in any dtype; with ``outputs_first`` [*out, *in].
+    """
+    *lead, size = *x.shape[: x.ndim - n], math.prod(x.shape[x.ndim - n :])
+    out = kernel.shape[:-n] if outputs_first else kernel.shape[n:]
+    matrix = kernel.reshape(*((-1, size) if outputs_first else (size, -1)))
+    rows = [_multiply(row, matrix, axis=int(outputs_first)) for row in x.reshape(-1, size)]
+    return jnp.stack(rows).reshape(*lead, *out)
+
+
+def _multiply(x: Float[Array, " in"], matrix: jax.Array, axis: int) -> Float[Array, " out"]:
+    """Contract x with this axis of a matrix."""
+    size = len(x)
+    width = math.gcd(size, LANES) if axis else size // math.gcd(size, PARTS)
+    # Depending on x, the matrix is not converted before a loop around this product, which would store it in fp32.
+    matrix, x = jax.lax.optimization_barrier((matrix, x))
+    x = jnp.expand_dims(x, 1 - axis)
+
+    def term(start: int) -> jax.Array:
+        part, factors = (jax.lax.slice_in_dim(y, start, start + width, axis=axis) for y in (matrix, x))
+        return part.astype(jnp.float32) * factors
+
+    starts = range(0, size, width)
+    groups = [starts[i : i + MOST_TERMS] for i in range(0, len(starts), MOST_TERMS)]
+    # Without the barriers, the compiler multiplies again for every element of the sum.
+    return sum(jax.lax.optimization_barrier(sum(map(term, group))) for group in groups).sum(axis)  # type: ignore[union-attr]

@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer, truncated_normal
 
 from phivision_jax.models.elementwise import layer_norm, rms_norm
-from phivision_jax.models.few_rows import project_few
+from phivision_jax.models.few_rows import are_single, project_few, project_single
 from phivision_jax.models.remat import PRODUCT
 
 ONES, ZEROS = jax.nn.initializers.ones, jax.nn.initializers.zeros
@@ -106,9 +106,13 @@ class Linear(nnx.Module):
         self.bias = param(rngs, shape[n:], axes[n:], ZEROS) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        n = self.num_inputs
-        multiply = project_few if self.outputs_first else project
-        y = multiply(x, self.kernel[...].astype(x.dtype), n)
+        n, kernel = self.num_inputs, self.kernel[...]
+        if self.outputs_first:
+            y = project_few(x, kernel.astype(x.dtype), n)
+        elif are_single(math.prod(x.shape[:-n]), kernel.dtype, x.dtype):
+            y = project_single(x, kernel, n)
+        else:
+            y = project(x, kernel.astype(x.dtype), n)
         if self.scale is not None:
             y = y * self.scale[...].astype(x.dtype)
         if self.lora_a is not None and self.lora_b is not None:

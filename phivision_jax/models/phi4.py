@@ -4,6 +4,7 @@ Source: Phi-4 (arXiv 2412.08905) and transformers' ``modeling_phi3.py``, whose s
 fused ``qkv_proj`` and ``gate_up_proj`` are separate layers here, so that each has axes a mesh can split.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Int32
 from phivision_jax.config import DecoderConfig
 from phivision_jax.models.attention.attend import attend
 from phivision_jax.models.elementwise import swiglu
-from phivision_jax.models.few_rows import are_few, project_few
+from phivision_jax.models.few_rows import are_few, are_single, project_few, project_single
 from phivision_jax.models.layers import Linear, RMSNorm, apply_rope, param, residual_scale, rope_angles, stack
 from phivision_jax.models.lookup import lookup
 from phivision_jax.models.remat import INPUT, QKV, checkpoint
@@ -115,11 +116,13 @@ class Head(nnx.Module):
 
     @jax.named_scope("head")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        kernel = self.kernel[...].astype(x.dtype)
-        if are_few(x):
-            logits = project_few(x, kernel, 1)
+        kernel = self.kernel[...]
+        if are_single(math.prod(x.shape[:-1]), kernel.dtype, x.dtype):
+            logits = project_single(x, kernel, 1, outputs_first=True)
+        elif are_few(x):
+            logits = project_few(x, kernel.astype(x.dtype), 1)
         else:
-            logits = jnp.einsum("BTD,VD->BTV", x, kernel, preferred_element_type=jnp.float32)
+            logits = jnp.einsum("BTD,VD->BTV", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
         return logits if self.scale is None else logits * self.scale[...].astype(jnp.float32)
 
 
