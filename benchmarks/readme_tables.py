@@ -132,7 +132,8 @@ def _generation(decode: dict[str, Any]) -> str:
     ranges = []
     for name, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
         ratios = [row["ratio"] for row in decode["rows"] if row["work"].startswith("batch") and row["dtype"] == dtype]
-        ranges.append(f"{min(ratios):.1f}–{max(ratios):.1f}× in {name}")
+        ends = dict.fromkeys(f"{ratio:.1f}" for ratio in (min(ratios), max(ratios)))  # one, if they are equal
+        ranges.append(f"{'–'.join(ends)}× in {name}")
     return f"{', '.join(ranges)}, the tokens per second of transformers' `generate`"
 
 
