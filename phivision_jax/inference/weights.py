@@ -31,8 +31,8 @@ def place(model: PhiVision, platform: str, slots: int) -> tuple[Weights, nnx.Gra
 def _for_cpu(model: PhiVision, params: Any, slots: int) -> tuple[Weights, nnx.GraphDef, Any]:
     """Layers as separate arrays.
 
-    Where rows are multiplied one by one, matrices stay as they are. Otherwise those of bf16 become fp32, and have
-    ``put_outputs_first``, as do those of fp32; with the matrix of the head, which has its outputs first already.
+    Where rows are multiplied one by one, and in int8, matrices stay as they are. Otherwise those of the layers and the
+    head are in fp32, and those of the layers have their outputs first, as the head's always has.
     """
     dtypes = {x.dtype for x in jax.tree.leaves(params)}
     narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)

@@ -29,7 +29,7 @@ MOST_TERMS = 64
 def are_few(x: jax.Array) -> bool:
     """True if a product of x [..., in] with a matrix [out, in] is to be computed by ``project_few``.
 
-    In bf16 the order does not help.
+    In bf16 the order helps only on CPUs with arithmetic in bf16.
     """
     few = math.prod(x.shape[:-1]) <= MOST_ROWS and x.dtype == jnp.float32
     return few and target_device().platform == "cpu"
