@@ -37,7 +37,7 @@ def _for_cpu(model: PhiVision, params: Any, slots: int) -> tuple[Weights, nnx.Gr
     dtypes = {x.dtype for x in jax.tree.leaves(params)}
     narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
     single = few_rows.are_single(slots, narrowest, jnp.dtype(jnp.float32))
-    widened = not single and jnp.int8 not in dtypes
+    widened = not single and jnp.dtype(jnp.int8) not in dtypes
 
     def widen(x: jax.Array) -> jax.Array:
         return x.astype(jnp.float32) if widened else x
