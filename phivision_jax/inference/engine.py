@@ -99,10 +99,11 @@ class Engine:
         self.entries = -(-(length + max(BLOCK, steps) + steps) // BLOCK) * BLOCK
         # CPUs take as long for padding as for tokens.
         self.chunks = _sizes(BLOCK // 2, chunk, growth=2) if separate else _sizes(BLOCK, chunk)
-        self.contexts = [0, *_sizes(4 * BLOCK, -(-length // BLOCK) * BLOCK)]
+        lengths = _sizes(4 * BLOCK, -(-length // BLOCK) * BLOCK)
+        self.contexts = [0, *lengths]
         # As many small images as a row of prompts asks about are encoded together.
         self.patches = _sizes(2 * BLOCK, -(-max(model.config.max_patches, chunk) // BLOCK) * BLOCK)
-        self.reads = [self.entries] if separate else [*_sizes(4 * BLOCK, self.entries)]
+        self.reads = lengths[-1:] if separate else lengths
         self.ends = min(ENDS, slots // self.shards)
         self.pool = pool
         self._compiled: dict[Shape, Any] = {}
@@ -188,8 +189,8 @@ class Engine:
         return chosen
 
     def decode(self, keep: np.ndarray, read: int) -> Answers:
-        """Choose tokens; ``programs.decode`` with the smallest shape that reads ``read`` entries."""
-        shape = Shape("decode", (smallest(self.reads, min(read, self.entries)),))
+        """Choose tokens; ``programs.decode`` with the smallest shape that reads ``read`` entries, or all in use."""
+        shape = Shape("decode", (smallest(self.reads, min(read, self.reads[-1])),))
         self.state, answers = self._run(shape, (self._place(keep, split=False),))
         return answers
 

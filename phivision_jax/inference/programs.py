@@ -239,15 +239,17 @@ def decode(
     def step(carry: tuple) -> tuple:
         i, recent, token, active, lengths, answering, answers = carry
 
-        def attention(q: jax.Array, k: jax.Array, v: jax.Array, inputs: tuple[KV, KV]) -> tuple[jax.Array, KV]:
-            cache, recent = inputs
+        def attention(q: jax.Array, k: jax.Array, v: jax.Array, inputs: tuple) -> tuple[jax.Array, KV]:
+            recent, which = inputs
+            cache, layer = (state.cache, which) if layers is None else (which, None)
             new = store(k, v, program.cache_dtype)
             recent = put(recent, new, i)
             seen = jnp.where(active, state.lengths, 0)
-            return attend_cached(q[:, 0], cache, seen, recent, i, read=read)[:, None], new
+            return attend_cached(q[:, 0], cache, seen, recent, i, layer=layer, read=read)[:, None], new
 
         embeds = decoder.embed_tokens(token[:, None])
-        inputs = (state.cache, recent) if layers is None else list(zip(state.cache, recent, strict=True))
+        numbers = jnp.arange(model.config.decoder.num_layers)
+        inputs = (recent, numbers) if layers is None else list(zip(recent, state.cache, strict=True))
         hidden, new = decoder.run(embeds, lengths[:, None], attention, inputs, layers)
         recent = put(recent, new, i)  # once: as outputs of the layers, all buffers would be moved at each layer
         logits = decoder.lm_head(hidden)[:, 0]

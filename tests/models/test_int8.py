@@ -1,6 +1,7 @@
 """Matrices in int8: their values by hand, and what a model with them refuses."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -77,10 +78,10 @@ def test_quantised_layer_is_near_the_layer():
     assert (error <= largest * 1.001 + 1e-6).all() and float(error.max()) > 1e-4
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu exists for Linux on x86-64")
-def test_tpu_program_holds_no_matrix_in_bf16():
+def test_tpu_program_holds_no_matrix_in_bf16_and_copies_no_layer_of_the_cache():
     settings = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.support.int8_decode"]
     run = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 2 * MATRIX
+    temporaries, copies = json.loads(run.stdout)
+    assert temporaries < 2 * MATRIX and copies == []

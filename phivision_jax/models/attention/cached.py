@@ -8,7 +8,8 @@ once per call.
     recent  [B, K, n, H]   b b .              columns <= column are visible; the query's own is the last of them
 
 On CPUs all sequences walk over blocks of their keys together, so that time follows the longest; elsewhere they are
-computed at once over the first ``read`` entries.
+computed at once over the first ``read`` entries. There the cache is that of all layers: these entries of one layer are
+one slice, which is read within the product. The compiler would store a slice of a slice, a layer in two steps.
 """
 
 import functools
@@ -69,45 +70,54 @@ def attend_cached(
     recent: KV,
     column: Int32[Array, ""],
     *,
-    read: int,
+    layer: Int32[Array, ""] | None = None,
+    read: int | None = None,
 ) -> Float[Array, "B N H"]:
     """Softmax attention of one query per sequence over its cache and the recent tokens.
 
     Args:
       q: unscaled; the softmax is fp32, the result has q's dtype.
-      cache: [B, K, S, H]; entries from ``lengths`` on are not seen.
+      cache: [B, K, S, H], or [L, B, K, S, H] with ``layer``; entries from ``lengths`` on are not seen.
       lengths: at most ``read``.
       recent: [B, K, n, H]; columns after ``column`` are not seen.
-      read: entries of the cache that any sequence may have in use; ignored on CPUs.
+      layer: the layer of the cache to attend to, at once; None to walk over blocks, as on CPUs.
+      read: entries of the cache that any sequence may have in use; for ``layer``.
     """
-    K = cache.k.shape[1]
+    K = recent.k.shape[1]
     if jax.sharding.get_abstract_mesh().empty:
-        return _local(q, cache, lengths, recent, column, read=read)
+        return _local(q, cache, lengths, recent, column, layer, read=read)
     # Each device needs complete groups of heads; heads that do not divide are replicated.
     heads = rule("kv_heads") if K % axis_size("kv_heads") == 0 else None
     (rows,) = dividing_rules(("slots",), q.shape[:1])
-    keys, column_spec = PartitionSpec(rows, heads), PartitionSpec()
+    keys, replicated = PartitionSpec(rows, heads), PartitionSpec()
+    stacked = keys if layer is None else PartitionSpec(None, *keys)
     run = jax.shard_map(
         functools.partial(_local, read=read),
-        in_specs=(keys, keys, PartitionSpec(rows), keys, column_spec),
+        in_specs=(keys, stacked, PartitionSpec(rows), keys, replicated, replicated),
         out_specs=keys,
         check_vma=False,
     )
-    return run(q, cache, lengths, recent, column)
+    return run(q, cache, lengths, recent, column, layer)
 
 
-def _local(q, cache, lengths, recent, column, *, read: int) -> Float[Array, "B N H"]:
+def _local(q, cache, lengths, recent, column, layer, *, read: int | None) -> Float[Array, "B N H"]:
     B, N, H = q.shape
-    grouped = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype).reshape(B, cache.k.shape[1], -1, H)
+    grouped = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype).reshape(B, recent.k.shape[1], -1, H)
     visible = jnp.arange(recent.k.shape[-2]) <= column
     state = _attend(grouped, recent, visible, None)
-    if target_device().platform == "cpu":
+    if layer is None or read is None:
         state = _walk(grouped, cache, lengths, state)
     else:
-        used = jax.tree.map(lambda x: x[:, :, :read], cache)
+        used = jax.tree.map(lambda x: _first_entries(x, layer, read), cache)
         state = _attend(grouped, used, jnp.arange(read) < lengths[:, None, None, None], state)
     _, total, out = state
     return (out / total[..., None]).astype(q.dtype).reshape(B, N, H)
+
+
+def _first_entries(x: Float[Array, "L B K S H"], layer: jax.Array, read: int) -> Float[Array, "B K s H"]:
+    """The first entries of a layer of a cache."""
+    _, B, K, _, H = x.shape
+    return jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), (1, B, K, read, H))[0]
 
 
 def _walk(q: Float[Array, "B K G H"], cache: KV, lengths: Int32[Array, " B"], state: tuple) -> tuple:
