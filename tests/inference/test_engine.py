@@ -8,8 +8,11 @@ import pytest
 from scipy.special import log_softmax
 
 from phivision_jax import sharding
+from phivision_jax.inference import engine
+from phivision_jax.inference.local import LocalGenerator
 from phivision_jax.inference.requests import Reply, Request
 from phivision_jax.models import phivision
+from phivision_jax.processor import Processor
 from tests.support.generation import encoded, generator_of, logits_after, random_image, request_of
 
 MODES = ("causal", "bidirectional")
@@ -127,6 +130,25 @@ def test_answers_on_a_mesh_equal_forward_passes(tiny):
         check(model, prompt, reply)
         assert same_ids(model, prompt, reply, want)
     assert generator.stats()["shared_tokens"] > 0
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_answers_of_scanned_layers_equal_forward_passes(tiny, monkeypatch, sizes):
+    """The form for accelerators: layers in one array, and the first entries of all slots read at once."""
+    monkeypatch.setattr(engine, "platform_of", lambda x: "gpu")
+    model = in_mode(tiny, "causal")
+    generator = LocalGenerator(
+        on_mesh(model, **sizes) if sizes else model,
+        Processor(None, None, model.config),
+        slots=4,
+        length=1024,
+        chunk=256,
+        stop_ids=(),
+    )
+    assert generator.engine.reads == [512, 1024] and generator.engine.program.layer is None
+    prompts = random_prompts(model.config, 6, seed=6)
+    for prompt, (reply,) in zip(prompts, generator.generate(p.request for p in prompts), strict=True):
+        check(model, prompt, reply)
 
 
 def test_int8_answers_do_not_depend_on_other_prompts(tiny):
