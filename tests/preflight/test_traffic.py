@@ -133,4 +133,4 @@ def test_decoding_copies_nothing_and_reads_everything_once(topology, slots, weig
     bound = plan["read_weights_bytes_per_device"] + plan["slots_per_device"] * 4096 * plan["cache_bytes_per_token"]
     assert facts["moved_bytes"] < 1.25 * bound
     assert facts["wire_bytes"] < 0.05 * bound
-    assert facts["temporary_bytes"] < 0.1 * facts["memory"]["cache"]
+    assert facts["temporary_bytes"] < facts["memory"]["cache"] / 4  # the keys of one of the two layers
