@@ -189,7 +189,7 @@ class Engine:
         return chosen
 
     def decode(self, keep: np.ndarray, read: int) -> Answers:
-        """Choose tokens; ``programs.decode`` with the smallest shape that reads ``read`` entries, or all in use."""
+        """Choose tokens; ``programs.decode`` with the smallest shape that reads ``read`` entries, or the largest."""
         shape = Shape("decode", (smallest(self.reads, min(read, self.reads[-1])),))
         self.state, answers = self._run(shape, (self._place(keep, split=False),))
         return answers

@@ -29,7 +29,7 @@ def place(model: PhiVision, platform: str, slots: int) -> tuple[Weights, nnx.Gra
 
 
 def _for_cpu(model: PhiVision, params: Any, slots: int) -> tuple[Weights, nnx.GraphDef, Any]:
-    """Layers as separate arrays.
+    """Arrange the parameters for CPUs: layers are separate arrays.
 
     Where rows are multiplied one by one, and in int8, matrices stay as they are. Otherwise those of the layers and the
     head are in fp32, and those of the layers have their outputs first, as the head's always has.

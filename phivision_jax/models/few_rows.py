@@ -19,11 +19,11 @@ from phivision_jax.sharding import target_device
 MOST_ROWS = 64
 """Beyond this, the order makes little difference."""
 PARTS = 8
-"""Slices [s, out] of a kernel that are added to one before the sum over s, which is then short."""
+"""Number of slices [s, out] of a kernel, which are added up before the sum over s."""
 LANES = 16
 """Width s of slices [out, s]; as many fp32 numbers as a register holds."""
 MOST_TERMS = 64
-"""Slices that one loop adds; the compiler is slow, and its loops are, for many more."""
+"""Most slices that one loop adds; with many more, the compiler is slow, and so are its loops."""
 
 
 def are_few(x: jax.Array) -> bool:
@@ -36,7 +36,7 @@ def are_few(x: jax.Array) -> bool:
 
 
 def are_single(rows: int, kernel_dtype: jnp.dtype, dtype: jnp.dtype) -> bool:
-    """True if rows of this dtype are to be multiplied one by one, by ``project_single``."""
+    """True if so many rows of ``dtype`` are to be multiplied one by one with a matrix of ``kernel_dtype``."""
     # Each row reads the matrix again, so it must be narrow if there are more than one.
     few = 0 < rows * kernel_dtype.itemsize <= 4 and dtype == jnp.float32
     return few and target_device().platform == "cpu" and jax.sharding.get_abstract_mesh().empty

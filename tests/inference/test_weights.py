@@ -1,4 +1,4 @@
-"""How the engine holds the matrices of a model on a CPU, and that answers do not depend on it."""
+"""The engine holds matrices on a CPU as the number of slots needs them, and answers do not depend on it."""
 
 import jax
 import jax.numpy as jnp

@@ -73,7 +73,7 @@ def test_single_rows_are_the_same(rows: int, size: int, out: list[int], outputs_
 
 
 def test_single_rows_of_a_wide_matrix_are_the_same() -> None:
-    """With more slices than one loop adds, and two contracted axes."""
+    """The matrix has more slices than one loop adds, and two contracted axes."""
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((5, 2, LANES * (MOST_TERMS // 2 + 1))).astype(np.float32)
     x = rng.standard_normal((3, 2, LANES * (MOST_TERMS // 2 + 1))).astype(np.float32)
@@ -82,7 +82,7 @@ def test_single_rows_of_a_wide_matrix_are_the_same() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1), (jnp.bfloat16, 2), (jnp.int8, 4)])
-def test_rows_are_single_while_all_their_bytes_are_fewer(dtype: jnp.dtype, most: int) -> None:
+def test_most_single_rows_depend_on_the_dtype_of_the_matrix(dtype: jnp.dtype, most: int) -> None:
     fp32, narrow = jnp.dtype(jnp.float32), jnp.dtype(dtype)
     assert [are_single(rows, narrow, fp32) for rows in (0, 1, most, most + 1)] == [False, True, True, False]
     assert not are_single(1, narrow, jnp.dtype(jnp.bfloat16))
@@ -90,7 +90,7 @@ def test_rows_are_single_while_all_their_bytes_are_fewer(dtype: jnp.dtype, most:
 
 @pytest.mark.parametrize("outputs_first", [False, True])
 def test_narrow_matrix_is_never_stored_in_fp32(outputs_first: bool) -> None:
-    """Not even before a loop, to which the compiler moves what does not depend on it."""
+    """It is not stored before a loop either, to which the compiler moves what does not depend on the loop."""
     shape = (1024, 320) if outputs_first else (320, 1024)
     kernel, x = jnp.ones(shape, jnp.bfloat16), jnp.ones((1, 320))
 

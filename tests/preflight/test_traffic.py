@@ -119,7 +119,7 @@ def test_large_results():
     ],
 )
 def test_decoding_copies_nothing_and_reads_everything_once(topology, slots, weights, cache):
-    """Two layers at full width, at low effort, which holds and moves more than the default: scores, for example."""
+    """Two layers at full width, compiled with the effort of real runs: at low effort, scores are held too."""
     where = parse_topology(topology)
     cfg = load_config("configs/finetune.py", ("model.decoder.num_layers=2", "model.vision.num_layers=3"))
     cfg = resolve_for(cfg, where.chip.device_kind, where.devices)
@@ -127,10 +127,10 @@ def test_decoding_copies_nothing_and_reads_everything_once(topology, slots, weig
     split = {"mesh": {"data": 1, "fsdp": 2, "tensor": 2}, "slots_per_device": 32}
     split["read_weights_bytes_per_device"] = plan["read_weights_bytes_per_device"] / 2
     plan |= split if where.devices == 4 else {}
-    facts = run_worker(topology, generate_facts, cfg, where, plan, "decode", True, shown=False)
+    facts = run_worker(topology, generate_facts, cfg, where, plan, "decode", False, shown=False)
     assert facts["fits"] and facts["copies"] == []
     # Weights that are gathered, read twice or converted in memory would show here, and so would slices of the cache.
     bound = plan["read_weights_bytes_per_device"] + plan["slots_per_device"] * 4096 * plan["cache_bytes_per_token"]
-    assert facts["moved_bytes"] < 1.25 * bound
+    assert facts["moved_bytes"] < 1.2 * bound
     assert facts["wire_bytes"] < 0.05 * bound
-    assert facts["temporary_bytes"] < facts["memory"]["cache"] / 4  # the keys of one of the two layers
+    assert facts["temporary_bytes"] < 0.1 * facts["memory"]["cache"]

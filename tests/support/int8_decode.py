@@ -1,4 +1,4 @@
-"""What a decoding program with int8 weights holds and copies, compiled for a TPU that is not attached.
+"""Compile a decoding program with int8 weights for a TPU that is not attached; print what it holds and copies.
 
 ``python -m tests.support.int8_decode``: a process of its own, as the TPU compiler may abort it.
 """
@@ -26,7 +26,7 @@ MATRIX = 4096 * 20_480
 
 
 def compiled() -> tuple[int, list[str]]:
-    """Bytes of temporaries, and results as large as the keys of a layer, of which a part is read."""
+    """Bytes of temporaries, and the instructions whose results are as large as the keys of a layer of the cache."""
     mesh = sharding.make_mesh({}, topologies.get_topology_desc("v5e:2x2", "tpu").devices[:1])
     graphdef, state = phivision.abstract(CONFIG, dtype=jnp.bfloat16, weights="int8")
     params = sharding.abstract(nnx.to_pure_dict(state), sharding.param_shardings(state, mesh), jnp.bfloat16)

@@ -9,7 +9,7 @@ once per call.
 
 On CPUs all sequences walk over blocks of their keys together, so that time follows the longest; elsewhere they are
 computed at once over the first ``read`` entries. There the cache is that of all layers: these entries of one layer are
-one slice, which is read within the product. The compiler would store a slice of a slice, a layer in two steps.
+one slice, which is read within the product. Were the layer sliced first and its entries then, it would be stored.
 """
 
 import functools
@@ -71,7 +71,7 @@ def attend_cached(
     column: Int32[Array, ""],
     *,
     layer: Int32[Array, ""] | None = None,
-    read: int | None = None,
+    read: int,
 ) -> Float[Array, "B N H"]:
     """Softmax attention of one query per sequence over its cache and the recent tokens.
 
@@ -80,8 +80,8 @@ def attend_cached(
       cache: [B, K, S, H], or [L, B, K, S, H] with ``layer``; entries from ``lengths`` on are not seen.
       lengths: at most ``read``.
       recent: [B, K, n, H]; columns after ``column`` are not seen.
-      layer: the layer of the cache to attend to, at once; None to walk over blocks, as on CPUs.
-      read: entries of the cache that any sequence may have in use; for ``layer``.
+      layer: the layer of the cache to read, all entries at once; None to walk over blocks, as on CPUs.
+      read: entries of the cache that any sequence may have in use; ignored without ``layer``.
     """
     K = recent.k.shape[1]
     if jax.sharding.get_abstract_mesh().empty:
@@ -100,12 +100,12 @@ def attend_cached(
     return run(q, cache, lengths, recent, column, layer)
 
 
-def _local(q, cache, lengths, recent, column, layer, *, read: int | None) -> Float[Array, "B N H"]:
+def _local(q, cache, lengths, recent, column, layer, *, read: int) -> Float[Array, "B N H"]:
     B, N, H = q.shape
     grouped = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype).reshape(B, recent.k.shape[1], -1, H)
     visible = jnp.arange(recent.k.shape[-2]) <= column
     state = _attend(grouped, recent, visible, None)
-    if layer is None or read is None:
+    if layer is None:
         state = _walk(grouped, cache, lengths, state)
     else:
         used = jax.tree.map(lambda x: _first_entries(x, layer, read), cache)

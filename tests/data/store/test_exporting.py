@@ -169,7 +169,7 @@ def records(draw) -> Record:
     )
 
 
-@settings(max_examples=50)
+@settings(max_examples=120)
 @given(st.lists(records(), min_size=1, max_size=3), st.sampled_from(["llava", "messages"]))
 @example([make_record(0, messages=({"role": "user", "content": "<image><image>\n"},), images=(b"a", b"b"))], "messages")
 @example(
