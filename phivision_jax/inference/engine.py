@@ -32,7 +32,7 @@ ENDS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A program and its sizes: (patches,) to encode; (tokens, context) to admit; (entries read,) to decode."""
+    """A program and its sizes: (patches,) to encode; (tokens, context) to admit; (rows, entries read) to decode."""
 
     program: Literal["encode", "admit", "decode"]
     sizes: tuple[int, ...]
@@ -103,7 +103,9 @@ class Engine:
         self.contexts = [0, *lengths]
         # As many small images as a row of prompts asks about are encoded together.
         self.patches = _sizes(2 * BLOCK, -(-max(model.config.max_patches, chunk) // BLOCK) * BLOCK)
+        # On accelerators time follows the entries that are read, on CPUs the sequences that are computed.
         self.reads = lengths[-1:] if separate else lengths
+        self.rows = _sizes(max(1, slots // 4), slots, growth=2) if separate and self.mesh is None else [slots]
         self.ends = min(ENDS, slots // self.shards)
         self.pool = pool
         self._compiled: dict[Shape, Any] = {}
@@ -189,8 +191,9 @@ class Engine:
         return chosen
 
     def decode(self, keep: np.ndarray, read: int) -> Answers:
-        """Choose tokens; ``programs.decode`` with the smallest shape that reads ``read`` entries, or the largest."""
-        shape = Shape("decode", (smallest(self.reads, min(read, self.reads[-1])),))
+        """Choose tokens; ``programs.decode`` with the smallest shape for the slots to keep and ``read`` entries."""
+        rows, entries = smallest(self.rows, int(keep.sum())), smallest(self.reads, min(read, self.reads[-1]))
+        shape = Shape("decode", (rows, entries))
         self.state, answers = self._run(shape, (self._place(keep, split=False),))
         return answers
 
@@ -202,7 +205,9 @@ class Engine:
     def lower(self, shape: Shape, arguments: tuple) -> Any:
         """The program of a shape, lowered for these arguments."""
         function = getattr(programs, shape.program)
-        static: dict[str, Any] = {"steps": self.steps, "read": shape.sizes[0]} if shape.program == "decode" else {}
+        static: dict[str, int] = {}
+        if shape.program == "decode":
+            static = {"steps": self.steps} | dict(zip(("rows", "read"), shape.sizes, strict=True))
 
         def run(parameters: Weights, state: State, *arguments: Any) -> Any:
             return function(self.program, parameters, state, *arguments, **static)
@@ -222,7 +227,8 @@ class Engine:
         """Every shape that can occur."""
         admit = [Shape("admit", sizes) for sizes in itertools.product(self.chunks, self.contexts)]
         encode = [Shape("encode", (size,)) for size in self.patches]
-        return [*admit, *(Shape("decode", (read,)) for read in self.reads), *encode]
+        decode = [Shape("decode", sizes) for sizes in itertools.product(self.rows, self.reads)]
+        return [*admit, *decode, *encode]
 
     def warm_up(self, advance: Callable[[int], None] = lambda _: None) -> None:
         """Compile every shape; ``advance`` receives 1 for each."""

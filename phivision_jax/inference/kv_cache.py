@@ -92,18 +92,19 @@ def insert(
     return _on_shards(copy_blocks, cache, (copies, num_copies), stored)
 
 
-def append(cache: Any, recent: Any, places: jax.Array) -> Any:
+def append(cache: Any, recent: Any, places: jax.Array, slots: jax.Array | None = None) -> Any:
     """The cache with the tokens of one call of ``decode``, from entry ``places[b]`` of slot b on.
 
     Args:
       recent: as the cache, with n entries.
+      slots: without a mesh, the slot of each b where ``recent`` has only some of the cache's.
     """
 
     def local(cache: Any, recent: Any, places: jax.Array) -> Any:
         steps = jax.tree.leaves(recent)[0].shape[-2]
 
         def one(b: jax.Array, cache: Any) -> Any:
-            return _copy(cache, recent, steps, (b, places[b]), (b, 0))
+            return _copy(cache, recent, steps, (b if slots is None else slots[b], places[b]), (b, 0))
 
         return jax.lax.fori_loop(0, len(places), one, cache)
 

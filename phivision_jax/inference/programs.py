@@ -213,60 +213,91 @@ def _next(
 
 
 def decode(
-    program: Program, weights: Weights, state: State, keep: Bool[Array, " B"], steps: int, read: int
+    program: Program, weights: Weights, state: State, keep: Bool[Array, " B"], steps: int, rows: int, read: int
 ) -> tuple[State, Answers]:
     """Choose up to ``steps`` tokens for every slot that is active and in ``keep``.
 
     Args:
       keep: False ends a slot's answer.
+      rows: sequences to compute, at least as many as in ``keep``; all slots where layers are not separate arrays.
       read: entries of the cache that slots may have in use.
+    """
+    slots = None if rows == len(keep) else jnp.argsort(~keep)[:rows]  # those to keep come first
+    now = state._replace(active=state.active & keep)[2:]
+    if slots is not None:
+        now = jax.tree.map(lambda x: x[slots], now)
+    recent, after, answers = _steps(program, weights, state.cache, slots, now, steps, read)
+    # What other slots computed goes to their last entries, which are never used (``Engine``).
+    last = jax.tree.leaves(state.cache)[0].shape[-2] - steps
+    lengths, _, active, _ = now
+    cache = kv_cache.append(state.cache, recent, jnp.where(active, lengths, last), slots)
+    if slots is not None:
+        others = state._replace(active=jnp.zeros_like(keep))[2:]
+        after = jax.tree.map(lambda x, y: x.at[slots].set(y), others, after)
+        nothing = jax.tree.map(lambda x: jnp.zeros((steps, len(keep), *x.shape[2:]), x.dtype), answers)
+        answers = jax.tree.map(lambda x, y: x.at[:, slots].set(y), nothing, answers)
+    return _pinned(State(cache, state.pool, *after)), _replicated(answers)
+
+
+def _steps(
+    program: Program, weights: Weights, cache: Any, slots: jax.Array | None, before: tuple, steps: int, read: int
+) -> tuple[Any, tuple, Answers]:
+    """Choose up to ``steps`` tokens for B sequences.
+
+    Args:
+      slots: those of the sequences; None for all of the cache.
+      before: lengths, tokens, active and answering, as in ``State``.
+
+    Returns:
+      ``KV`` [L, B, K, steps, H] of the tokens, or a list of L of them; ``before`` after the steps; the tokens.
     """
     model = phivision.merge(program.graphdef, weights.model)
     layers, decoder = _layers(program, weights), model.decoder
     decoder.dtype = program.decode_dtype
-    active = active_before = state.active & keep
-    B, k = len(active), min(MAX_TOP_LOGPROBS, model.config.decoder.vocab_size)
+    cached = before[0]
+    B, k = len(cached), min(MAX_TOP_LOGPROBS, model.config.decoder.vocab_size)
     nothing = Chosen(*(jnp.zeros((steps, B, *more), dtype) for more, dtype in (
         ((), jnp.int32), ((), jnp.float32), ((k,), jnp.int32), ((k,), jnp.float32))))  # fmt: skip
-    recent = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-2], steps, x.shape[-1]), x.dtype), state.cache)
+
+    def empty(x: jax.Array) -> jax.Array:
+        *lead, _, K, _, H = x.shape
+        return jnp.zeros((*lead, B, K, steps, H), x.dtype)
 
     def put(recent: Any, new: Any, i: jax.Array) -> Any:
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, i, axis=x.ndim - 2), recent, new)
 
     def more(carry: tuple) -> jax.Array:
-        return (carry[0] < steps) & carry[3].any()
+        i, _, (_, _, active, _), _ = carry
+        return (i < steps) & active.any()
 
     def step(carry: tuple) -> tuple:
-        i, recent, token, active, lengths, answering, answers = carry
+        i, recent, (lengths, token, active, answering), answers = carry
 
         def attention(q: jax.Array, k: jax.Array, v: jax.Array, inputs: tuple) -> tuple[jax.Array, KV]:
             recent, which = inputs
-            cache, layer = (state.cache, which) if layers is None else (which, None)
+            keys, layer = (cache, which) if layers is None else (which, None)
             new = store(k, v, program.cache_dtype)
             recent = put(recent, new, i)
-            seen = jnp.where(active, state.lengths, 0)
-            return attend_cached(q[:, 0], cache, seen, recent, i, layer=layer, read=read)[:, None], new
+            seen = jnp.where(active, cached, 0)
+            out = attend_cached(q[:, 0], keys, seen, recent, i, slots=slots, layer=layer, read=read)
+            return out[:, None], new
 
         embeds = decoder.embed_tokens(token[:, None])
         numbers = jnp.arange(model.config.decoder.num_layers)
-        inputs = (recent, numbers) if layers is None else list(zip(recent, state.cache, strict=True))
+        inputs = (recent, numbers) if layers is None else list(zip(recent, cache, strict=True))
         hidden, new = decoder.run(embeds, lengths[:, None], attention, inputs, layers)
         recent = put(recent, new, i)  # once: as outputs of the layers, all buffers would be moved at each layer
         logits = decoder.lm_head(hidden)[:, 0]
         chosen, answering, ended = _next(program, logits, answering, active)
         answers = jax.tree.map(lambda x, y: x.at[i].set(y), answers, Answers(_replicated(chosen), active))
-        return i + 1, recent, chosen.token, active & ~ended, lengths + active, answering, answers
+        return i + 1, recent, (lengths + active, chosen.token, active & ~ended, answering), answers
 
     answers = Answers(nothing, jnp.zeros((steps, B), bool))
-    carry = (jnp.int32(0), recent, state.token, active, state.lengths, state.answering, answers)
     # Tokens are few and weights large: every device multiplies its shard of the weights with all tokens, and sums are
     # exchanged, not weights.
     with override_rules({"batch": rule("replica"), "width": rule("embed")}):
-        _, recent, token, active, lengths, answering, answers = jax.lax.while_loop(more, step, carry)
-    # What other slots computed goes to their last entries, which are never used (``Engine``).
-    last = jax.tree.leaves(state.cache)[0].shape[-2] - steps
-    cache = kv_cache.append(state.cache, recent, jnp.where(active_before, state.lengths, last))
-    return _pinned(State(cache, state.pool, lengths, token, active, answering)), _replicated(answers)
+        carry = (jnp.int32(0), jax.tree.map(empty, cache), before, answers)
+        return jax.lax.while_loop(more, step, carry)[1:]
 
 
 def _layers(program: Program, weights: Weights) -> list[DecoderLayer] | None:

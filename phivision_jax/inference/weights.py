@@ -31,16 +31,17 @@ def place(model: PhiVision, platform: str, slots: int) -> tuple[Weights, nnx.Gra
 def _for_cpu(model: PhiVision, params: Any, slots: int) -> tuple[Weights, nnx.GraphDef, Any]:
     """Arrange the parameters for CPUs: layers are separate arrays.
 
-    Where rows are multiplied one by one, and in int8, matrices stay as they are. Otherwise those of the layers and the
-    head are in fp32, and those of the layers have their outputs first, as the head's always has.
+    Decoding computes in fp32. Where rows are multiplied one by one, and in int8, matrices stay as they are. Otherwise
+    those of the layers and the head are in fp32, and those of the layers have their outputs first, as the head's
+    always has.
     """
     dtypes = {x.dtype for x in jax.tree.leaves(params)}
     narrowest = min(dtypes, key=lambda dtype: dtype.itemsize)
-    single = few_rows.are_single(slots, narrowest, jnp.dtype(jnp.float32))
-    widened = not single and jnp.dtype(jnp.int8) not in dtypes
+    compute = jnp.dtype(jnp.float32)
+    widened = jnp.dtype(jnp.int8) not in dtypes and not few_rows.are_single(slots, narrowest, compute)
 
     def widen(x: jax.Array) -> jax.Array:
-        return x.astype(jnp.float32) if widened else x
+        return x.astype(compute) if widened else x
 
     stacked, state = nnx.split(model.decoder.layers, nnx.Param)
     layers = []
@@ -53,7 +54,7 @@ def _for_cpu(model: PhiVision, params: Any, slots: int) -> tuple[Weights, nnx.Gr
         layers.append(nnx.to_pure_dict(kept))
     head = jax.tree.map(widen, params["decoder"]["lm_head"])
     weights = Weights(params | {"decoder": params["decoder"] | {"lm_head": head}}, layers)
-    return weights, structure, jnp.dtype(jnp.float32) if single or widened else model.decoder.dtype
+    return weights, structure, compute
 
 
 def _laid_out(path: tuple, x: Any) -> Any:

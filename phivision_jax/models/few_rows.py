@@ -4,8 +4,8 @@ XLA for CPUs copies the right side of a product to blocks before it multiplies, 
 memory. For many rows that pays; for a few it takes longer than the multiplication. There are two ways around it:
 
     W [out, in] · xᵀ [in, b]           the matrix on the left, which is not copied; for fp32
-    Σ_j W[j : j + s] · x[j : j + s]    element by element, which converts numbers as they are read; for single rows, in
-                                       any dtype: half the bytes take half the time
+    Σ_j W[j : j + s] · x[j : j + s]    element by element, which converts numbers as they are read; row by row,
+                                       in any dtype: half the bytes take half the time
 """
 
 import math
@@ -22,6 +22,9 @@ PARTS = 8
 """Number of slices [s, out] of a kernel, which are added up before the sum over s."""
 LANES = 16
 """Width s of slices [out, s]; as many fp32 numbers as a register holds."""
+MOST_SINGLE = {1: 16, 2: 2, 4: 1}
+"""Most rows that are multiplied one by one, by the bytes of a number of the matrix: each row reads it again. Matrices
+in bf16 can be held in fp32 for more rows; those in int8 are not, and are converted at each step beyond."""
 MOST_TERMS = 64
 """Most slices that one loop adds; with many more, the compiler is slow, and so are its loops."""
 
@@ -37,8 +40,7 @@ def are_few(x: jax.Array) -> bool:
 
 def are_single(rows: int, kernel_dtype: jnp.dtype, dtype: jnp.dtype) -> bool:
     """True if so many rows of ``dtype`` are to be multiplied one by one with a matrix of ``kernel_dtype``."""
-    # Each row reads the matrix again, so it must be narrow if there are more than one.
-    few = 0 < rows * kernel_dtype.itemsize <= 4 and dtype == jnp.float32
+    few = 0 < rows <= MOST_SINGLE.get(kernel_dtype.itemsize, 0) and dtype == jnp.float32
     return few and target_device().platform == "cpu" and jax.sharding.get_abstract_mesh().empty
 
 
@@ -60,8 +62,8 @@ def project_single(x: jax.Array, kernel: jax.Array, n: int, *, outputs_first: bo
     *lead, size = *x.shape[: x.ndim - n], math.prod(x.shape[x.ndim - n :])
     out = kernel.shape[:-n] if outputs_first else kernel.shape[n:]
     matrix = kernel.reshape(*((-1, size) if outputs_first else (size, -1)))
-    rows = [_multiply(row, matrix, axis=int(outputs_first)) for row in x.reshape(-1, size)]
-    return jnp.stack(rows).reshape(*lead, *out)
+    rows = jax.lax.map(lambda row: _multiply(row, matrix, axis=int(outputs_first)), x.reshape(-1, size))
+    return rows.reshape(*lead, *out)
 
 
 def _multiply(x: Float[Array, " in"], matrix: jax.Array, axis: int) -> Float[Array, " out"]:

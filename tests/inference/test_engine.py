@@ -151,6 +151,30 @@ def test_answers_of_scanned_layers_equal_forward_passes(tiny, monkeypatch, sizes
         check(model, prompt, reply)
 
 
+def test_few_sequences_of_many_slots_are_computed_alone(tiny, monkeypatch):
+    """On CPUs, sequences in use are computed in few sizes, and other slots still hold the prefixes that they held."""
+    generator = generator_of(tiny, slots=8)
+    assert generator.engine.rows == [2, 4, 8]
+    computed: list[list[int]] = []
+    run = generator.engine._run
+
+    def record(shape, arguments):
+        if shape.program == "decode":
+            computed[-1].append(shape.sizes[0])
+        return run(shape, arguments)
+
+    monkeypatch.setattr(generator.engine, "_run", record)
+    prompts = [dataclasses.replace(p, settings=p.settings | {"max_new_tokens": 6 + 5 * i})
+               for i, p in enumerate(random_prompts(tiny.config, 9, seed=7))]  # fmt: skip
+    for group in ([prompts[0]], prompts[1:4], prompts, prompts):
+        computed.append([])
+        for prompt, (reply,) in zip(group, generator.generate(p.request for p in group), strict=True):
+            check(tiny, prompt, reply)
+    one, three, *all_of_them = map(set, computed)
+    assert one == {2} and three == {2, 4} and all_of_them == [{2, 4, 8}] * 2
+    assert generator.stats()["shared_tokens"] > 0
+
+
 def test_int8_answers_do_not_depend_on_other_prompts(tiny):
     """Rows see keys and values as they will be stored, so chunks and prefixes change them by rounding alone."""
     prompts = random_prompts(tiny.config, 8, seed=5)

@@ -81,18 +81,19 @@ def test_single_rows_of_a_wide_matrix_are_the_same() -> None:
     np.testing.assert_allclose(found, x.reshape(3, -1) @ kernel.reshape(5, -1).T, rtol=2e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1), (jnp.bfloat16, 2), (jnp.int8, 4)])
+@pytest.mark.parametrize(("dtype", "most"), [(jnp.float32, 1), (jnp.bfloat16, 2), (jnp.int8, 16)])
 def test_most_single_rows_depend_on_the_dtype_of_the_matrix(dtype: jnp.dtype, most: int) -> None:
     fp32, narrow = jnp.dtype(jnp.float32), jnp.dtype(dtype)
     assert [are_single(rows, narrow, fp32) for rows in (0, 1, most, most + 1)] == [False, True, True, False]
     assert not are_single(1, narrow, jnp.dtype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("outputs_first", [False, True])
-def test_narrow_matrix_is_never_stored_in_fp32(outputs_first: bool) -> None:
+def test_narrow_matrix_is_never_stored_in_fp32(outputs_first: bool, rows: int) -> None:
     """It is not stored before a loop either, to which the compiler moves what does not depend on the loop."""
     shape = (1024, 320) if outputs_first else (320, 1024)
-    kernel, x = jnp.ones(shape, jnp.bfloat16), jnp.ones((1, 320))
+    kernel, x = jnp.ones(shape, jnp.bfloat16), jnp.ones((rows, 320))
 
     def loop(kernel: jax.Array, x: jax.Array) -> jax.Array:
         def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:

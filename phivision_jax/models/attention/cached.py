@@ -7,9 +7,10 @@ once per call.
     cache   [B, K, S, H]   a a a a a . . .    entries < length of the sequence are visible
     recent  [B, K, n, H]   b b .              columns <= column are visible; the query's own is the last of them
 
-On CPUs all sequences walk over blocks of their keys together, so that time follows the longest; elsewhere they are
-computed at once over the first ``read`` entries. There the cache is that of all layers: these entries of one layer are
-one slice, which is read within the product. Were the layer sliced first and its entries then, it would be stored.
+On CPUs all sequences walk over blocks of their keys together, so that time follows the longest, and slots of the cache
+without a sequence are not read. Elsewhere sequences are computed at once over the first ``read`` entries. There the
+cache is that of all layers: these entries of one layer are one slice, which is read within the product. Were the layer
+sliced first and its entries then, it would be stored.
 """
 
 import functools
@@ -70,6 +71,7 @@ def attend_cached(
     recent: KV,
     column: Int32[Array, ""],
     *,
+    slots: Int32[Array, " B"] | None = None,
     layer: Int32[Array, ""] | None = None,
     read: int,
 ) -> Float[Array, "B N H"]:
@@ -80,12 +82,13 @@ def attend_cached(
       cache: [B, K, S, H], or [L, B, K, S, H] with ``layer``; entries from ``lengths`` on are not seen.
       lengths: at most ``read``.
       recent: [B, K, n, H]; columns after ``column`` are not seen.
+      slots: those of the sequences, where the cache has other slots as well; neither with ``layer`` nor on a mesh.
       layer: the layer of the cache to read, all entries at once; None to walk over blocks, as on CPUs.
       read: entries of the cache that any sequence may have in use; ignored without ``layer``.
     """
     K = recent.k.shape[1]
     if jax.sharding.get_abstract_mesh().empty:
-        return _local(q, cache, lengths, recent, column, layer, read=read)
+        return _local(q, cache, lengths, recent, column, layer, slots, read=read)
     # Each device needs complete groups of heads; heads that do not divide are replicated.
     heads = rule("kv_heads") if K % axis_size("kv_heads") == 0 else None
     (rows,) = dividing_rules(("slots",), q.shape[:1])
@@ -100,13 +103,13 @@ def attend_cached(
     return run(q, cache, lengths, recent, column, layer)
 
 
-def _local(q, cache, lengths, recent, column, layer, *, read: int) -> Float[Array, "B N H"]:
+def _local(q, cache, lengths, recent, column, layer, slots=None, *, read: int) -> Float[Array, "B N H"]:
     B, N, H = q.shape
     grouped = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype).reshape(B, recent.k.shape[1], -1, H)
     visible = jnp.arange(recent.k.shape[-2]) <= column
     state = _attend(grouped, recent, visible, None)
     if layer is None:
-        state = _walk(grouped, cache, lengths, state)
+        state = _walk(grouped, cache, slots, lengths, state)
     else:
         used = jax.tree.map(lambda x: _first_entries(x, layer, read), cache)
         state = _attend(grouped, used, jnp.arange(read) < lengths[:, None, None, None], state)
@@ -120,20 +123,30 @@ def _first_entries(x: Float[Array, "L B K S H"], layer: jax.Array, read: int) ->
     return jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), (1, B, K, read, H))[0]
 
 
-def _walk(q: Float[Array, "B K G H"], cache: KV, lengths: Int32[Array, " B"], state: tuple) -> tuple:
+def _walk(
+    q: Float[Array, "B K G H"], cache: KV, slots: jax.Array | None, lengths: Int32[Array, " B"], state: tuple
+) -> tuple:
     """All sequences over blocks of their caches [B, K, S, H], up to the end of the longest."""
-    B, _, S, _ = cache.k.shape
+    B, S = len(q), cache.k.shape[-2]
     least, most = BLOCKS
     block = min(max(least, min(most, BLOCK_KEYS // B)), S)
 
     def step(j: jax.Array, state: tuple) -> tuple:
         # The last block of a cache that is not a multiple of a block begins earlier; entries before it are masked.
         start = jnp.minimum(j * block, S - block)
-        keys = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, 2), cache)
+        keys = jax.tree.map(lambda x: _block(x, slots, start, block), cache)
         entries = start + jnp.arange(block)
         return _attend(q, keys, (entries >= j * block) & (entries < lengths[:, None, None, None]), state)
 
     return jax.lax.fori_loop(0, -(-lengths.max() // block), step, state)
+
+
+def _block(x: Float[Array, "b K S H"], slots: jax.Array | None, start: jax.Array, size: int) -> jax.Array:
+    """Entries of all slots, or of these."""
+    if slots is None:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, 2)
+    _, K, _, H = x.shape
+    return jax.vmap(lambda slot: jax.lax.dynamic_slice(x, (slot, 0, start, 0), (1, K, size, H))[0])(slots)
 
 
 def _attend(q: Float[Array, "*B K G H"], keys: KV, visible: jax.Array, state: tuple | None) -> tuple:

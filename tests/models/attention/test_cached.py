@@ -19,14 +19,11 @@ def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
-@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize("among", ["all sequences", "sequences of other slots", "layers"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 @pytest.mark.parametrize(("B", "S"), [(1, 40), (1, 700), (3, 513), (12, 300), (40, 200)])
-def test_equals_a_loop_over_sequences(B: int, S: int, dtype: jnp.dtype, layer: int | None) -> None:
-    """Lengths are 0 to S, in caches that are shorter than a block, longer, and no multiple of one.
-
-    With ``layer``, the keys are in the second of three layers of a cache that has more entries than are read.
-    """
+def test_equals_a_loop_over_sequences(B: int, S: int, dtype: jnp.dtype, among: str) -> None:
+    """Lengths are 0 to S, in caches that are shorter than a block, longer, and no multiple of one."""
     K, N, H, columns = 2, 6, 8, 3
     rng = np.random.default_rng(B + S)
 
@@ -37,10 +34,13 @@ def test_equals_a_loop_over_sequences(B: int, S: int, dtype: jnp.dtype, layer: i
     q, lengths = random(B, N, H), rng.integers(0, S + 1, B).astype(np.int32)
     lengths[0], column = S, 1
     given, settings = cache, {"read": S}
-    if layer is not None:
+    if among == "sequences of other slots":
+        settings["slots"] = jnp.asarray(rng.permutation(B + 3)[:B])
+        given = jax.tree.map(lambda x: jnp.full((B + 3, *x.shape[1:]), 5, x.dtype).at[settings["slots"]].set(x), cache)
+    if among == "layers":  # the second of three, in a cache that has more entries than are read
         padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 20), (0, 0)], constant_values=9), cache)
         given = jax.tree.map(lambda x: jnp.stack([x * 0 + 5, x, x * 0 + 7]), padded)
-        settings["layer"] = jnp.int32(layer)
+        settings["layer"] = jnp.int32(1)
     out = attend_cached(jnp.asarray(q), given, jnp.asarray(lengths), recent, jnp.int32(column), **settings)
     for b, length in enumerate(lengths):
 
