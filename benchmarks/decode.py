@@ -15,7 +15,8 @@ first token     Seconds from a prompt to its first token, in fp32 and bf16.
 batch 16        Requests whose lengths of prompt and answer are log-uniform. The peer takes 16 at a time, padded on the
                 left, and generates as long as the longest answer; our engine has 16 slots and refills them.
 refilling       What continuous batching alone brings: a smaller model on our engine, once with all requests at hand,
-                once with 16 at a time. Lengths of answers are log-uniform.
+                once in fixed batches of 16, which are computed until the longest answer is complete. Lengths of answers
+                are log-uniform.
 
 Compilation is not part of these times. Its seconds are reported: of all programs that requests can need, without a
 cache. When the other side's slowest turn takes ``MOST_SPREAD`` of its fastest or more, other work used the cores; a
@@ -173,14 +174,15 @@ def against_peer(
 
 
 def refilling(directory: Path, ours: Peer, sizes: Sizes, turns: int) -> Row:
-    """Our engine with and without refilling its slots."""
+    """Our engine with continuous batching and in fixed batches."""
     processor = work.processor_of(directory)
     most = sizes.mixed_prompts[1] + sizes.refilled_answers[1] + 64
     ours.ask("load", directory=str(directory), dtype="float32", slots=sizes.batch, length=most)
 
     def turn_of(turn: int) -> Any:
         items = work.items(processor, sizes.refilled, (16, 32), sizes.refilled_answers, turn)
-        return groups_of(processor, items, sizes.refilled), groups_of(processor, items, sizes.batch)
+        batches = [group | {"fixed": True} for group in groups_of(processor, items, sizes.batch)]
+        return groups_of(processor, items, sizes.refilled), batches
 
     return compare("4 M, random", "refilling", "float32", ours, ours, turns, turn_of)
 

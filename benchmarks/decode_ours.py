@@ -5,7 +5,8 @@
     {"do": "generate", "groups": [{"prompts": [[…]], "answers": […]}]}    seconds, CPU seconds, ids of every answer
 
 A group is one call of ``generate``. Its answers have the lengths asked for, without a stop token; slots that have
-finished are refilled within a group, not from the next one.
+finished are refilled within a group, not from the next one. With ``"fixed": true``, all slots are computed until the
+longest answer of the group is complete.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Ours:
         self.generator = LocalGenerator(model, processor, slots=slots, length=length, stop_ids=())
         loaded = time.perf_counter()
         self.generator.warm_up()
+        self.rows = self.generator.engine.rows
         compiled = time.perf_counter() - loaded
         return {
             "dtype": dtype,
@@ -46,6 +48,7 @@ class Ours:
         ids: list[list[int]] = []
         start, cpu = time.perf_counter(), time.process_time()
         for group in groups:
+            self.generator.engine.rows = self.rows[-1:] if group.get("fixed") else self.rows
             requests = [
                 Request(expand(prompt, []), max_new_tokens=answer)
                 for prompt, answer in zip(group["prompts"], group["answers"], strict=True)
