@@ -97,10 +97,10 @@ def append(cache: Any, recent: Any, places: jax.Array, slots: jax.Array | None =
 
     Args:
       recent: as the cache, with n entries.
-      slots: without a mesh, the slot of each b where ``recent`` has only some of the cache's.
+      slots: on one device, the slot of each b where ``recent`` has only some of the cache's.
     """
 
-    def local(cache: Any, recent: Any, places: jax.Array) -> Any:
+    def local(cache: Any, recent: Any, places: jax.Array, slots: jax.Array | None = None) -> Any:
         steps = jax.tree.leaves(recent)[0].shape[-2]
 
         def one(b: jax.Array, cache: Any) -> Any:
@@ -108,7 +108,7 @@ def append(cache: Any, recent: Any, places: jax.Array, slots: jax.Array | None =
 
         return jax.lax.fori_loop(0, len(places), one, cache)
 
-    return _on_shards(local, cache, (places,), recent)
+    return _on_shards(local, cache, (places,) if slots is None else (places, slots), recent)
 
 
 def partition_specs(cache: Any) -> Any:

@@ -56,14 +56,14 @@ def phivision(monkeypatch, capsys):
 
 
 def test_train_compiles_once(undisturbed):
-    """500 image sizes, the last partial step and every evaluation: step and evaluation compile once each."""
+    """500 image sizes, the last partial step and every evaluation: steps and each shape of evaluation compile once."""
     run, output = undisturbed
     rows = len(np.load(run / "plan" / "row_offsets.npy")) - 1
     assert max(losses(run)) == -(-rows // ROWS) and rows % ROWS  # to the end of the plan, whose last step is not full
     assert not len(np.load(run / "plan" / "rejected.npy"))
     assert compilations(output, "step") == 1
     assert sum("eval/accuracy" in row for row in read_metrics(run)) > 1
-    assert compilations(output, "decode") == 1
+    assert 1 <= compilations(output, "decode") <= 3  # a quarter, half and all of the slots
     assert 1 <= compilations(output, "admit") <= 4 and compilations(output, "encode") == 1
     assert {"eval/accuracy", "eval/examples"} <= read_metrics(run)[-1].keys()
 

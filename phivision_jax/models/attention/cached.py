@@ -82,7 +82,7 @@ def attend_cached(
       cache: [B, K, S, H], or [L, B, K, S, H] with ``layer``; entries from ``lengths`` on are not seen.
       lengths: at most ``read``.
       recent: [B, K, n, H]; columns after ``column`` are not seen.
-      slots: those of the sequences, where the cache has other slots as well; neither with ``layer`` nor on a mesh.
+      slots: those of the sequences, where the cache has other slots as well; on one device, and without ``layer``.
       layer: the layer of the cache to read, all entries at once; None to walk over blocks, as on CPUs.
       read: entries of the cache that any sequence may have in use; ignored without ``layer``.
     """
@@ -96,14 +96,14 @@ def attend_cached(
     stacked = keys if layer is None else PartitionSpec(None, *keys)
     run = jax.shard_map(
         functools.partial(_local, read=read),
-        in_specs=(keys, stacked, PartitionSpec(rows), keys, replicated, replicated),
+        in_specs=(keys, stacked, PartitionSpec(rows), keys, replicated, replicated, replicated),
         out_specs=keys,
         check_vma=False,
     )
-    return run(q, cache, lengths, recent, column, layer)
+    return run(q, cache, lengths, recent, column, layer, slots)
 
 
-def _local(q, cache, lengths, recent, column, layer, slots=None, *, read: int) -> Float[Array, "B N H"]:
+def _local(q, cache, lengths, recent, column, layer, slots, *, read: int) -> Float[Array, "B N H"]:
     B, N, H = q.shape
     grouped = (q.astype(jnp.float32) * H**-0.5).astype(q.dtype).reshape(B, recent.k.shape[1], -1, H)
     visible = jnp.arange(recent.k.shape[-2]) <= column

@@ -1,11 +1,14 @@
 """Attention over a cache equals a softmax over the visible keys, written as a loop over sequences."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from phivision_jax.models.attention.cached import KV, attend_cached, store
+from phivision_jax.sharding import make_mesh
 
 
 def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -19,7 +22,9 @@ def expected(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
-@pytest.mark.parametrize("among", ["all sequences", "sequences of other slots", "layers"])
+@pytest.mark.parametrize(
+    "among", ["all sequences", "sequences of other slots", "and on a mesh of one device", "layers"]
+)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 @pytest.mark.parametrize(("B", "S"), [(1, 40), (1, 700), (3, 513), (12, 300), (40, 200)])
 def test_equals_a_loop_over_sequences(B: int, S: int, dtype: jnp.dtype, among: str) -> None:
@@ -34,14 +39,16 @@ def test_equals_a_loop_over_sequences(B: int, S: int, dtype: jnp.dtype, among: s
     q, lengths = random(B, N, H), rng.integers(0, S + 1, B).astype(np.int32)
     lengths[0], column = S, 1
     given, settings = cache, {"read": S}
-    if among == "sequences of other slots":
+    if "other slots" in among or "mesh" in among:
         settings["slots"] = jnp.asarray(rng.permutation(B + 3)[:B])
         given = jax.tree.map(lambda x: jnp.full((B + 3, *x.shape[1:]), 5, x.dtype).at[settings["slots"]].set(x), cache)
     if among == "layers":  # the second of three, in a cache that has more entries than are read
         padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, 20), (0, 0)], constant_values=9), cache)
         given = jax.tree.map(lambda x: jnp.stack([x * 0 + 5, x, x * 0 + 7]), padded)
         settings["layer"] = jnp.int32(1)
-    out = attend_cached(jnp.asarray(q), given, jnp.asarray(lengths), recent, jnp.int32(column), **settings)
+    mesh = jax.set_mesh(make_mesh({}, jax.devices()[:1])) if "mesh" in among else contextlib.nullcontext()
+    with mesh:
+        out = attend_cached(jnp.asarray(q), given, jnp.asarray(lengths), recent, jnp.int32(column), **settings)
     for b, length in enumerate(lengths):
 
         def seen(kv: KV, count: int, b: int = b) -> list[np.ndarray]:
