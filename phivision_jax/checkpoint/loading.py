@@ -35,6 +35,7 @@ from phivision_jax.convert.ours import OursSource
 from phivision_jax.convert.stream import WORKERS, Source, in_parallel
 from phivision_jax.distributed.processes import first_error
 from phivision_jax.io import storage
+from phivision_jax.io.messages import first_line
 from phivision_jax.io.storage import Location
 from phivision_jax.models import int8, phivision
 from phivision_jax.models.phivision import PhiVision
@@ -123,7 +124,8 @@ def locate(path_or_hub_id: str | Location) -> Location:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # many types: no network, no such repository, no permission
-        raise ValueError(f"{name} could not be downloaded from the Hugging Face hub: {error}") from error
+        problem = f"{name} is not a directory here, and could not be downloaded from the Hugging Face hub"
+        raise ValueError(f"{problem}: {first_line(error)}") from error
 
 
 def config_of(path: Location) -> ModelConfig:

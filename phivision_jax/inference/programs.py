@@ -12,8 +12,9 @@ of another one that begins with the same tokens.
     row       a a a a b b c c c c c · · ·      segments 1 1 1 1 2 2 3 3 3 3 3 0 0 0
     context   B B B B B · · · C C C C · · ·    prefixes of b and c, each from a multiple of BLOCK on
 
-What depends on a request is an array here, so settings never compile a program; only the sizes of ``Row`` and the
-entries that decoding reads are static. On a mesh each shard of "batch" has one row, its own slots, and their prefixes.
+What depends on a request is an array here, so settings never compile a program; only the sizes of ``Row``, and the
+numbers of sequences and entries that decoding reads, are static. On a mesh each shard of "batch" has one row, its own
+slots, and their prefixes.
 """
 
 import dataclasses

@@ -4,8 +4,8 @@ XLA for CPUs copies the right side of a product to blocks before it multiplies, 
 memory. For many rows that pays; for a few it takes longer than the multiplication. There are two ways around it:
 
     W [out, in] · xᵀ [in, b]           the matrix on the left, which is not copied; for fp32
-    Σ_j W[j : j + s] · x[j : j + s]    element by element, which converts numbers as they are read; row by row,
-                                       in any dtype: half the bytes take half the time
+    Σ_j W[j : j + s] · x[j : j + s]    element by element, which converts numbers as they are read; row by row, in
+                                       any dtype: half the bytes take half the time
 """
 
 import math

@@ -45,7 +45,10 @@ def test_flipped_bit_is_refused_or_harmless(ours: Path, hf: Path, tmp_path: Path
     intact, rng, named = load(ours), random.Random(0), 0
     data = max((ours / "params" / "d").iterdir(), key=lambda path: path.stat().st_size)
     files = sorted(path for path in (ours / "params").rglob("*") if path.is_file() and path.stat().st_size)
-    for path in [*rng.sample(files, min(most, len(files))), *[data] * 12]:
+    flipped = rng.sample(files, min(most, len(files)))
+    for i, path in enumerate([*flipped, *[data] * 60]):  # of its bytes, a part belongs to arrays that are read
+        if i >= len(flipped) and named >= 6:
+            break
         content = path.read_bytes()
         flip(path, rng)
         try:
@@ -60,7 +63,7 @@ def test_flipped_bit_is_refused_or_harmless(ours: Path, hf: Path, tmp_path: Path
         else:
             refused((code, output), f"{ours} is damaged: its array params/")
         path.write_bytes(content)
-    assert named and not (tmp_path / "back").exists()
+    assert named >= 6 and not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("name", ["meta/metadata", "assets/tokenizer.json"])

@@ -142,7 +142,7 @@ def _walk(
 
 
 def _block(x: Float[Array, "b K S H"], slots: jax.Array | None, start: jax.Array, size: int) -> jax.Array:
-    """Entries of all slots, or of these."""
+    """The entries from ``start`` to ``start + size`` of all slots, or of those in ``slots``."""
     if slots is None:
         return jax.lax.dynamic_slice_in_dim(x, start, size, 2)
     _, K, _, H = x.shape
