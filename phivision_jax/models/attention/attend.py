@@ -1,10 +1,13 @@
 """Attention as one function, ``attend``, which both towers use.
 
-A query sees a key when both are in the same segment and the key's position is at most the query's ``span_end``:
+A query sees a key when both are in the same segment, the key's position is at most the query's ``span_end``, and the
+query's position is at most the key's ``last_query``:
 
     span_end = own position      causal
     span_end = end of the image  bidirectional inside an image, causal elsewhere
     span_end = None              the entire segment (the vision tower)
+    last_query = None            no limit
+    last_query = end of branch   sequences that begin alike: what they share is there once, and seen by all of them
 
     position      0  1  2  3  4  5           key  0 1 2 3 4 5
     token         a  ▢  ▢  b  c  ·     query a    x
@@ -13,6 +16,13 @@ A query sees a key when both are in the same segment and the key's position is a
                                              b    x x x x
                                              c            x        another example: sees nothing before it
                                              ·              x      padding sees padding, so no softmax is empty
+
+    position      0  1  2  3  4              key  0 1 2 3 4
+    token         a  b  c  d  e        query a    x                sequences a b c and a b d e
+    segment       1  1  1  1  1              b    x x
+    span_end      0  1  2  3  4              c    x x x            last_query 2: only c sees c
+    last_query    4  4  2  4  4              d    x x   x
+                                             e    x x   x x
 
 There are four implementations of this definition; the choice is made at trace time:
 
@@ -32,7 +42,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from phivision_jax.models.attention import flash
-from phivision_jax.models.attention.blockwise import blockwise, plain
+from phivision_jax.models.attention.blockwise import BLOCK, blockwise, plain
 from phivision_jax.models.remat import ATTENTION
 from phivision_jax.sharding import target_device
 
@@ -55,6 +65,7 @@ def attend(
     segment_ids: Int32[Array, "*B T"],
     kv_segment_ids: Int32[Array, "*B S"] | None = None,
     span_end: Int32[Array, "*B T"] | None = None,
+    last_query: Int32[Array, "*B S"] | None = None,
     axes: tuple[str | None, ...] = ("batch", "length", "heads"),
 ) -> Float[Array, "*B T N H"]:
     """Softmax attention with grouped heads: each of the K key heads serves N/K consecutive query heads.
@@ -65,6 +76,7 @@ def attend(
       kv_segment_ids: segment of each key; None for self-attention, where keys share the queries' segments. Otherwise
         the last T keys are the queries' own, and those before them are context.
       span_end: last key position that each query sees, at least the query's own; None for no limit.
+      last_query: number of the last of the T queries that sees each key; None for no limit, which the kernels need.
       axes: logical names of q's axes except the last: kernels and blocks run on each device's own shard.
 
     Raises:
@@ -72,7 +84,7 @@ def attend(
       ImportError: on TPUs, without the version of tokamax that ``models/attention/flash.py`` names.
     """
     T, S = q.shape[-3], k.shape[-3]
-    platform = _platform() if T >= KERNEL_QUERIES else None
+    platform = _platform() if T >= KERNEL_QUERIES and last_query is None else None
     if platform == "tpu":
         from phivision_jax.models.attention.splash import splash  # needs packages that only TPUs need
 
@@ -84,11 +96,13 @@ def attend(
     if span_end is None:
         span_end = jnp.full_like(segment_ids, S - 1)
     if T > PLAIN_QUERIES:
-        return blockwise(q, k, v, segment_ids, kv_segment_ids, span_end, axes=axes)
+        # Branches are short, and with them the part of a large block that is seen.
+        block = BLOCK // 2 if last_query is not None and T <= 4 * BLOCK else BLOCK
+        return blockwise(q, k, v, segment_ids, kv_segment_ids, span_end, last_query, axes=axes, block=block)
     form = plain
     for _ in range(q.ndim - 4):
         form = jax.vmap(form)
-    return checkpoint_name(form(q, k, v, segment_ids, kv_segment_ids, span_end), ATTENTION)
+    return checkpoint_name(form(q, k, v, segment_ids, kv_segment_ids, span_end, last_query), ATTENTION)
 
 
 def _platform() -> str:

@@ -10,14 +10,16 @@ may see to the last; in this example segment 2 begins at position 8:
             4-7  x     x
             8-11             x       no block without a segment between the queries' smallest and largest
 
-Every pair is also masked by its own segment and ``span_end``: the choice of blocks affects the time only, which is
-least where segments ascend along the row. On CPUs this is faster than all scores at once: a block stays in the cache.
+Every pair is also masked by its own segment, ``span_end`` and ``last_query``: the choice of blocks affects the time
+only, which is least where segments ascend along the row. On CPUs this is faster than all scores at once: a block stays
+in the cache.
 
 Axes beside the legend of ``models/layers.py``: a row is i blocks of t queries, and j blocks of s keys; r = G·t are the
 queries of one block that share a key head.
 """
 
 import functools
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,9 +49,10 @@ def plain(
     segment_ids: Int32[Array, "B T"],
     kv_segment_ids: Int32[Array, "B S"],
     span_end: Int32[Array, "B T"],
+    last_query: Int32[Array, "B S"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention as ``models.attention.attend`` defines it, with O(T·S) memory."""
-    weights = attention_weights(q, k, segment_ids, kv_segment_ids, span_end)
+    weights = attention_weights(q, k, segment_ids, kv_segment_ids, span_end, last_query)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
     return rearrange(out, "B T K G H -> B T (K G) H")
 
@@ -60,10 +63,13 @@ def attention_weights(
     segment_ids: Int32[Array, "B T"],
     kv_segment_ids: Int32[Array, "B S"],
     span_end: Int32[Array, "B T"],
+    last_query: Int32[Array, "B S"] | None = None,
 ) -> Float[Array, "B K G T S"]:
-    """The softmax of attention in fp32, for any T queries of a row."""
+    """The softmax of attention in fp32, for any T queries of a row; with ``last_query``, for all of them."""
     visible = segment_ids[:, :, None] == kv_segment_ids[:, None, :]  # [B, T, S]
     visible &= jnp.arange(k.shape[1]) <= span_end[:, :, None]
+    if last_query is not None:
+        visible &= jnp.arange(q.shape[1])[:, None] <= last_query[:, None, :]
     q = rearrange(q, "B T (K G) H -> B T K G H", K=k.shape[2])
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     return jax.nn.softmax(jnp.where(visible[:, None, None], scores, MASKED), axis=-1)
@@ -76,6 +82,7 @@ def blockwise(
     segment_ids: Int32[Array, "*B T"],
     kv_segment_ids: Int32[Array, "*B S"],
     span_end: Int32[Array, "*B T"],
+    last_query: Int32[Array, "*B S"] | None = None,
     *,
     axes: tuple[str | None, ...] = ("batch", "length", "heads"),
     block: int = BLOCK,
@@ -92,49 +99,69 @@ def blockwise(
     """
     lead = q.ndim - 3
     span_end = jnp.minimum(span_end, k.shape[-3] - 1)  # the last block of keys is padded with positions from S on
+    numbers = None if last_query is None else jnp.broadcast_to(jnp.arange(q.shape[-3]), q.shape[:-2])
 
-    def local(q, k, v, segments, span_end, kv_segments):
+    def local(q, k, v, segments, span_end, numbers, kv_segments, last_query):
         sizes = _block_size(q.shape[-3], block), _block_size(k.shape[-3], block)
-        rows = (x.reshape(-1, *x.shape[lead:]) for x in (q, k, v, segments, kv_segments, span_end))
-        return _attention(sizes, *rows).reshape(q.shape)
+        given = q, k, v, segments, kv_segments, span_end, numbers, last_query
+        return _attention(sizes, *(x if x is None else x.reshape(-1, *x.shape[lead:]) for x in given)).reshape(q.shape)
 
-    return shard_map_attention(local, q, k, v, (segment_ids, span_end), (kv_segment_ids,), axes=axes)
+    query_args, key_args = (segment_ids, span_end, numbers), (kv_segment_ids, last_query)
+    return shard_map_attention(local, q, k, v, query_args, key_args, axes=axes)
+
+
+class QueryMasks(NamedTuple):
+    """What decides which keys each query sees, in blocks [i, t]."""
+
+    segments: Int32[Array, "i t"]
+    span_end: Int32[Array, "i t"]
+    numbers: Int32[Array, "i t"] | None
+
+
+class KeyMasks(NamedTuple):
+    """What decides which queries see each key, in blocks [j, s]."""
+
+    segments: Int32[Array, "j s"]
+    last_query: Int32[Array, "j s"] | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(sizes: tuple[int, int], *inputs: jax.Array) -> Float[Array, "B T N H"]:
+def _attention(sizes: tuple[int, int], *inputs: jax.Array | None) -> Float[Array, "B T N H"]:
     """``inputs`` are those of ``_row``, each with a leading B."""
     return _forward(sizes, *inputs)[0]
 
 
-def _forward(sizes: tuple[int, int], *inputs: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _forward(sizes: tuple[int, int], *inputs: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array | None, ...]]:
     # One row at a time: under vmap every row would walk over the blocks of all rows.
     out, normaliser = jax.lax.map(lambda row: _row(sizes, *row), inputs)
     out, normaliser = checkpoint_name(out, ATTENTION), checkpoint_name(normaliser, ATTENTION)
     return out, (*inputs, out, normaliser)
 
 
-def _backward(sizes: tuple[int, int], saved: tuple[jax.Array, ...], d_out: jax.Array) -> tuple[jax.Array | None, ...]:
+def _backward(
+    sizes: tuple[int, int], saved: tuple[jax.Array | None, ...], d_out: jax.Array
+) -> tuple[jax.Array | None, ...]:
     d_q, d_k, d_v = jax.lax.map(lambda row: _row_backward(sizes, *row), (*saved, d_out))
-    return d_q, d_k, d_v, None, None, None
+    return d_q, d_k, d_v, None, None, None, None, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _row(sizes: tuple[int, int], *inputs: jax.Array) -> tuple[Float[Array, "T N H"], Float[Array, "i K r"]]:
+def _row(sizes: tuple[int, int], *inputs: jax.Array | None) -> tuple[Float[Array, "T N H"], Float[Array, "i K r"]]:
     """The result, and log Σ exp(score) of each query in blocks, for one row.
 
-    ``inputs`` are q [T, N, H], k and v [S, K, H], segments [T], kv_segments [S] and span_end [T]; ``sizes`` are (t, s).
+    ``inputs`` are q [T, N, H], k and v [S, K, H], segments [T], kv_segments [S], span_end [T], and either the numbers
+    of the queries [T] and last_query [S], or None twice; ``sizes`` are (t, s).
     """
-    (q, _, v, *_), (queries, keys, values, q_ids, k_ids, spans) = inputs, _blocks(sizes, *inputs)
+    (q, _, v, *_), (queries, keys, values, masks, k_masks, walks) = cast(Any, inputs), _blocks(sizes, *inputs)
 
-    def one(args: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q, q_ids, span_end, first, last = args
+    def one(args: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        q, masks, first, last = args
 
         def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             top, total, out = carry
-            scores = _scores(q, keys[j], q_ids, k_ids[j], span_end, j)
+            scores = _scores(q, keys[j], masks, k_masks, j)
             new_top = jnp.maximum(top, scores.max(-1))
             weights, keep = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
             seen = jnp.einsum("Krs,KsH->KrH", weights.astype(v.dtype), values[j], preferred_element_type=jnp.float32)
@@ -145,26 +172,26 @@ def _row(sizes: tuple[int, int], *inputs: jax.Array) -> tuple[Float[Array, "T N 
         total = jnp.where(total == 0, 1, total)
         return (out / total[..., None]).astype(q.dtype), top + jnp.log(total)
 
-    out, normaliser = jax.lax.map(one, (queries, q_ids, spans, *_walks(q_ids, k_ids, spans)))
+    out, normaliser = jax.lax.map(one, (queries, masks, *walks))
     return _from_query_blocks(out, q), normaliser
 
 
 def _row_backward(
-    sizes: tuple[int, int], *saved: jax.Array
+    sizes: tuple[int, int], *saved: jax.Array | None
 ) -> tuple[Float[Array, "T N H"], Float[Array, "S K H"], Float[Array, "S K H"]]:
     """Gradients of q, k and v, from the inputs and results of ``_row`` and the gradient of its first result."""
-    *inputs, out, normaliser, d_out = saved
-    (q, k, v, *_), (queries, keys, values, q_ids, k_ids, spans) = inputs, _blocks(sizes, *inputs)
+    *inputs, out, normaliser, d_out = cast(Any, saved)
+    (q, k, v, *_), (queries, keys, values, masks, k_masks, walks) = inputs, _blocks(sizes, *inputs)
     (S, K, H), (block, _) = k.shape, sizes
     # A term that all scores of a query share: the softmax's gradient is weights · (d_weights - common).
     common = (d_out.astype(jnp.float32) * out).sum(-1)
 
-    def one(carry: tuple[jax.Array, jax.Array], args: tuple[jax.Array, ...]) -> tuple[tuple, jax.Array]:
-        q, q_ids, span_end, first, last, d_out, common, normaliser = args
+    def one(carry: tuple[jax.Array, jax.Array], args: tuple[Any, ...]) -> tuple[tuple, jax.Array]:
+        q, masks, first, last, d_out, common, normaliser = args
 
         def step(j: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             d_q, d_k, d_v = carry
-            scores = _scores(q, keys[j], q_ids, k_ids[j], span_end, j)
+            scores = _scores(q, keys[j], masks, k_masks, j)
             weights = jnp.exp(scores - normaliser[..., None])
             d_weights = jnp.einsum("KrH,KsH->Krs", d_out, values[j], preferred_element_type=jnp.float32)
             d_scores = (weights * (d_weights - common[..., None])).astype(q.dtype)
@@ -177,24 +204,34 @@ def _row_backward(
         d_q, *carry = jax.lax.fori_loop(first, last, step, (jnp.zeros(q.shape, jnp.float32), *carry))
         return tuple(carry), (d_q * H**-0.5).astype(q.dtype)
 
-    blocks = queries, q_ids, spans, *_walks(q_ids, k_ids, spans), _query_blocks(d_out, K, block)
+    blocks = queries, masks, *walks, _query_blocks(d_out, K, block)
     zeros = jnp.zeros(keys.shape, jnp.float32)
     (d_k, d_v), d_q = jax.lax.scan(one, (zeros, zeros), (*blocks, _query_blocks(common, K, block), normaliser))
     d_k, d_v = (rearrange(x, "j K s H -> (j s) K H")[:S] for x in (d_k * H**-0.5, d_v))
     return _from_query_blocks(d_q, q), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
-def _scores(q, k, q_ids, k_ids, span_end, j) -> Float[Array, "K r s"]:
-    """fp32 scores of a block of queries q [K, r, H] and the j-th block of keys k [K, s, H]."""
+def _scores(
+    q: Float[Array, "K r H"], k: Float[Array, "K s H"], masks: QueryMasks, k_masks: KeyMasks, j: jax.Array
+) -> Float[Array, "K r s"]:
+    """fp32 scores of a block of queries and the j-th block of keys."""
     scores = jnp.einsum("KrH,KsH->Krs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    k_ids = k_masks.segments[j]
     positions = j * len(k_ids) + jnp.arange(len(k_ids))
-    visible = (q_ids[:, None] == k_ids) & (positions <= span_end[:, None])  # [t, s], the same for all heads
-    by_head = rearrange(scores, "K (G t) s -> K G t s", t=len(q_ids))
+    # [t, s], the same for all heads
+    visible = (masks.segments[:, None] == k_ids) & (positions <= masks.span_end[:, None])
+    if masks.numbers is not None and k_masks.last_query is not None:
+        visible &= masks.numbers[:, None] <= k_masks.last_query[j]
+    by_head = rearrange(scores, "K (G t) s -> K G t s", t=len(masks.segments))
     return jnp.where(visible, by_head, MASKED).reshape(scores.shape)
 
 
 def _walks(
-    q_ids: Int32[Array, "i t"], k_ids: Int32[Array, "j s"], span_end: Int32[Array, "i t"]
+    q_ids: Int32[Array, "i t"],
+    k_ids: Int32[Array, "j s"],
+    span_end: Int32[Array, "i t"],
+    numbers: Int32[Array, "i t"] | None = None,
+    last_query: Int32[Array, "j s"] | None = None,
 ) -> tuple[Int32[Array, " i"], Int32[Array, " i"]]:
     """The first block of keys that each block of queries may see, and the one after the last; equal if none."""
     q_first, k_first = (jnp.where(ids > 0, ids, _NO_SEGMENT).min(1) for ids in (q_ids, k_ids))
@@ -202,6 +239,8 @@ def _walks(
     j, s = k_ids.shape
     may = (q_first[:, None] <= k_last) & (q_last[:, None] >= k_first)
     may &= jnp.arange(0, j * s, s) <= span_end.max(1)[:, None]
+    if numbers is not None and last_query is not None:
+        may &= numbers.min(1)[:, None] <= last_query.max(1)
     first, last = may.argmax(1), j - may[:, ::-1].argmax(1)
     return first, jnp.where(may.any(1), last, first)
 
@@ -210,14 +249,20 @@ def _block_size(length: int, block: int) -> int:
     return -(-length // -(-length // block))
 
 
-def _blocks(sizes, q, k, v, segments, kv_segments, span_end) -> tuple[jax.Array, ...]:
-    """The arguments of ``_row`` as blocks."""
+def _blocks(sizes, q, k, v, segments, kv_segments, span_end, numbers, last_query) -> tuple[Any, ...]:
+    """The arguments of ``_row`` as blocks: queries, keys, values, masks of both, and which blocks to walk over."""
     t, s = sizes
     keys, values = (rearrange(_pad(x, s), "(j s) K H -> j K s H", s=s) for x in (k, v))
     q_segments = jnp.where(segments == 0, -1, segments)  # no key has the segment of padding's queries
-    # Repeating the last id lengthens no walk; padded keys are masked by their positions.
-    ids = ((q_segments, t), (kv_segments, s), (span_end, t))
-    return _query_blocks(q, k.shape[1], t), keys, values, *(_pad(x, n, mode="edge").reshape(-1, n) for x, n in ids)
+
+    def padded(x: jax.Array | None, size: int) -> jax.Array | None:
+        # Repeating the last id lengthens no walk; padded keys are masked by their positions.
+        return None if x is None else _pad(x, size, mode="edge").reshape(-1, size)
+
+    masks = QueryMasks(*(padded(x, t) for x in (q_segments, span_end, numbers)))  # type: ignore[arg-type]
+    k_masks = KeyMasks(*(padded(x, s) for x in (kv_segments, last_query)))  # type: ignore[arg-type]
+    walks = _walks(masks.segments, k_masks.segments, masks.span_end, masks.numbers, k_masks.last_query)
+    return _query_blocks(q, k.shape[1], t), keys, values, masks, k_masks, walks
 
 
 def _pad(x: Float[Array, "T ..."], block: int, mode: str = "constant") -> Float[Array, "it ..."]:

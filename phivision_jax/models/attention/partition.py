@@ -21,7 +21,7 @@ def shard_map_attention(
     k: Float[Array, "*B S K H"],
     v: Float[Array, "*B S K H"],
     query_args: tuple[Int32[Array, "*B T"] | None, ...],
-    key_args: tuple[Int32[Array, "*B S"], ...] = (),
+    key_args: tuple[Int32[Array, "*B S"] | None, ...] = (),
     *,
     axes: tuple[str | None, ...],
 ) -> Float[Array, "*B T N H"]:
@@ -43,7 +43,7 @@ def shard_map_attention(
     heads = rule(head_axis) if split_heads else None
     queries, keys = PartitionSpec(*lead, length, heads), PartitionSpec(*lead, None, heads)
     specs = [None if x is None else PartitionSpec(*lead, length) for x in query_args]
-    specs += [PartitionSpec(*lead)] * len(key_args)
+    specs += [None if x is None else PartitionSpec(*lead) for x in key_args]
     # check_vma: kernels do not declare over which mesh axes their results vary, and constant carries vary over none.
     run = jax.shard_map(fn, in_specs=(queries, keys, keys, *specs), out_specs=queries, check_vma=False)
     return run(q, k, v, *query_args, *key_args)

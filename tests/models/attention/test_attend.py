@@ -55,6 +55,36 @@ def test_attend_equals_loops_on_random_packings(seed, lengths, kv_heads, group, 
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+def random_trees(rng, B, T):
+    """``last_query`` [B, T] of rows in which each position may be the last of several branches that began before it."""
+    last = np.full((B, T), T)
+    for row in last:
+        open_ = []
+        for t in range(T):
+            if open_ and rng.random() < 0.3:  # the newest branches end before t
+                keep = rng.integers(len(open_))
+                row[open_[keep:]] = t - 1
+                del open_[keep:]
+            open_.append(t)
+    return last
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**16), context=st.integers(0, 5))
+def test_attend_equals_loops_on_random_trees(seed, context):
+    """Two segments, branches in each, and keys before the row that all of a segment see."""
+    rng, T = np.random.default_rng(seed), 12
+    segments = np.repeat([[1, 2, 0]], [6, 4, 2], 1)
+    keys = np.concatenate([rng.integers(0, 3, (1, context)), segments], 1)
+    last = np.concatenate([np.full((1, context), T), random_trees(rng, 1, T)], 1)
+    span = np.arange(context, context + T)[None]
+    q, k, v = arrays(rng, 1, T, 4, 2, 4, S=context + T)
+    ids = {"segment_ids": segments, "kv_segment_ids": keys, "span_end": span, "last_query": last}
+    got = attend(q, k, v, **{name: jnp.asarray(x) for name, x in ids.items()})
+    want = by_loops(q, k, v, lambda _, t, s: segments[0, t] == keys[0, s] and s <= span[0, t] and t <= last[0, s])
+    np.testing.assert_allclose(got[:, :10], want[:, :10], atol=1e-5)
+
+
 def test_attend_without_span_end_sees_entire_segment():
     rng = np.random.default_rng(0)
     segments = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 0, 0]])
@@ -94,14 +124,22 @@ def test_blockwise_equals_plain(T, ascending, heads, span_mode):
     assert_equals_plain(functools.partial(blockwise, block=128 if T > 256 else 16), rng, *args)
 
 
+@pytest.mark.parametrize("T", [300, 64, 45])
+def test_blockwise_equals_plain_on_trees(T):
+    rng = np.random.default_rng(T)
+    segments, span = packing(rng, 3, T, True, True)
+    args = *arrays(rng, 3, T, 4, 2, 8), segments, segments, span, jnp.asarray(random_trees(rng, 3, T))
+    assert_equals_plain(functools.partial(blockwise, block=64 if T > 256 else 16), rng, *args)
+
+
 @pytest.mark.parametrize("T, S, sizes", [(300, 300, (100, 100)), (128, 129, (128, 65)), (1, 150, (1, 75))])
 def test_blockwise_uses_equal_blocks(T, S, sizes, monkeypatch):
     """As few as hold at most 128 queries or keys each."""
     found = set()
 
-    def walks(q_ids, k_ids, span_end):
+    def walks(q_ids, k_ids, *others):
         found.add((q_ids.shape[1], k_ids.shape[1]))
-        return _walks(q_ids, k_ids, span_end)
+        return _walks(q_ids, k_ids, *others)
 
     monkeypatch.setattr("phivision_jax.models.attention.blockwise._walks", walks)
     rng = np.random.default_rng(8)
@@ -179,6 +217,21 @@ def test_attend_on_mesh(shape, kv_heads):
         assert_alike(with_gradients(form, weight, *jax.device_put(args, sharding)), want)
 
 
+def test_attend_to_trees_on_mesh():
+    """Queries are split over devices, and numbered over all of them."""
+    rng = np.random.default_rng(7)
+    segments, span = packing(rng, 4, 300, True)
+    last = jnp.asarray(random_trees(rng, 4, 300))
+    q, k, v = arrays(rng, 4, 300, 4, 2, 8)
+
+    def form(q, k, v):
+        return attend(q, k, v, segment_ids=segments, span_end=span, last_query=last)
+
+    want = plain(q, k, v, segments, segments, span, last) * (segments > 0)[..., None, None]
+    with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 2, "context": 2})):
+        np.testing.assert_allclose(jax.jit(form)(q, k, v), want, atol=1e-5)
+
+
 def test_attend_with_vision_rows():
     """Inputs [B, R, P, N, H]."""
     rng = np.random.default_rng(8)
@@ -210,6 +263,17 @@ def test_walks_cover_visible_blocks():
     visible = (visible & (positions <= spans[..., None, None])).any((2, 4))
     first, last = (np.asarray(x)[..., None] for x in jax.vmap(_walks)(q_ids, k_ids, spans))
     assert ((first <= np.arange(4)) & (np.arange(4) < last))[visible].all()
+
+
+def test_walks_skip_branches_that_have_ended():
+    """One segment of four blocks: a trunk of one, two branches of one each, and what follows the trunk alone."""
+    positions = jnp.arange(16).reshape(4, 4)
+    last_query = jnp.asarray([15] * 4 + [7] * 4 + [11] * 4 + [15] * 4).reshape(4, 4)
+    ones = jnp.ones((4, 4), int)
+    first, last = _walks(ones, ones, positions, positions, last_query.at[0].set(3))
+    assert (first.tolist(), last.tolist()) == ([0, 1, 2, 3], [1, 2, 3, 4])
+    first, last = _walks(ones, ones, positions, positions, last_query)
+    assert (first.tolist(), last.tolist()) == ([0, 0, 0, 0], [1, 2, 3, 4])
 
 
 def test_attention_policy_does_not_rerun_blockwise():
