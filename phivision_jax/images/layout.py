@@ -92,6 +92,11 @@ class PatchedImage:
             digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
         return int.from_bytes(digest.digest(), "little") >> 2
 
+    @functools.cached_property
+    def identity(self) -> np.ndarray:
+        """[tokens] i64: a negative number for each vision token, made of ``key`` and the token's number."""
+        return -1 - (self.key + np.arange(self.size.tokens)) % 2**62
+
 
 class ImageLayout(abc.ABC):
     """Base of all layouts: ``measure``, ``encode``, and what must be known to merge features.

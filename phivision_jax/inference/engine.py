@@ -46,6 +46,7 @@ def keep_compiled_programs() -> None:
     if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(root / "phivision_jax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # default 1: those of small models too
 
 
 class Engine:
@@ -64,6 +65,8 @@ class Engine:
     Attributes:
       shards: R, the number of rows that ``admit`` takes; slots r · B / R to (r + 1) · B / R - 1 are those of row r.
       compiled: how many programs have been compiled.
+      trees: True if pieces of a row that begin alike may share positions (``programs.Row.last_query``); kernels for
+        accelerators have no such mask.
     """
 
     def __init__(
@@ -88,13 +91,16 @@ class Engine:
         if not self.absent:
             keep_compiled_programs()
         self.platform = platform_of(leaf)
-        separate = self.platform == "cpu"
+        separate = self.trees = self.platform == "cpu"
         self.dtype = model.decoder.dtype
         with self.in_force():
             self.shards = sharding.axis_size("batch")
             self.slots = slots = -(-slots // self.shards) * self.shards
             self.weights, layer, decode_dtype = weights.place(model, self.platform, slots)
-        self.program = Program(graphdef, layer, decode_dtype, jnp.dtype(cache_dtype), stop_ids, think_id, end_think_id)
+        # The pieces of a tree are short.
+        copied = BLOCK // 4 if self.trees else BLOCK
+        ids = stop_ids, think_id, end_think_id
+        self.program = Program(graphdef, layer, decode_dtype, jnp.dtype(cache_dtype), copied, *ids)
         # Blocks may end behind the last token in use, and tokens of slots that are not active go to the last entries.
         self.entries = -(-(length + max(BLOCK, steps) + steps) // BLOCK) * BLOCK
         # CPUs take as long for padding as for tokens.
@@ -267,11 +273,13 @@ class Engine:
             positions=full(tokens),
             segment_ids=full(tokens),
             span_end=np.tile(np.arange(tokens, dtype=np.int32), (R, 1)),
+            last_query=full(tokens, value=tokens) if self.trees else None,
             vision_index=full(tokens, value=-1),
             context_segments=full(context),
             context=full(context // BLOCK, 3),
             num_context=full(),
-            copies=full(tokens // BLOCK + E, 3),
+            # A piece of a tree is at one more place for each ancestor.
+            copies=full((E if self.trees else 1) * (tokens // self.program.copied + E), 3),
             num_copies=full(),
             ends=full(E),
             end_slots=full(E, value=self.slots),

@@ -4,6 +4,7 @@ A cache is a ``KV`` of arrays [L, B, K, S, H], or a list of L of them [B, K, S, 
 axes are counted from the end. On a mesh each device copies between its own slots, of its own heads.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from phivision_jax.batch import Array
 from phivision_jax.sharding import axis_size, rule
 
 BLOCK = 128
-"""Tokens that are copied at a time between a row and the cache."""
+"""Tokens that are copied at a time from the cache to a row, and from a row to the cache on accelerators."""
 
 
 def _starts(x: jax.Array, slot: jax.Array | int, entry: jax.Array | int) -> tuple:
@@ -64,6 +65,7 @@ def insert(
     num_context: Int32[Array, " R"],
     copies: Int32[Array, "R w 3"],
     num_copies: Int32[Array, " R"],
+    size: int,
 ) -> Any:
     """The cache with the prefixes that rows share with other slots, and with the rows' own keys and values.
 
@@ -71,15 +73,16 @@ def insert(
       stored: ``KV`` [L, R, K, T, H] of the rows' tokens.
       shared: what ``gather`` returned; None for rows without context.
       context, num_context, copies, num_copies: as in ``programs.Row``.
+      size: tokens of each of ``copies``.
     """
-    stored = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, BLOCK), (0, 0)]), stored)
+    stored = jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size), (0, 0)]), stored)
     if isinstance(cache, list):
         stored = [jax.tree.map(lambda x, i=i: x[i], stored) for i in range(len(cache))]
 
-    def copy_blocks(cache: Any, rows: Any, places: jax.Array, count: jax.Array) -> Any:
+    def copy_blocks(size: int, cache: Any, rows: Any, places: jax.Array, count: jax.Array) -> Any:
         def copy(i: jax.Array, cache: Any) -> Any:
             position, slot, entry = places[0, i]
-            return _copy(cache, rows, BLOCK, (slot, entry), (0, position))
+            return _copy(cache, rows, size, (slot, entry), (0, position))
 
         return jax.lax.fori_loop(0, count[0], copy, cache)
 
@@ -88,8 +91,8 @@ def insert(
     if shared is not None:
         positions = jnp.broadcast_to(jnp.arange(context.shape[1]) * BLOCK, context.shape[:2])
         places = context.at[..., 0].set(positions)
-        cache = _on_shards(copy_blocks, cache, (places, num_context), shared)
-    return _on_shards(copy_blocks, cache, (copies, num_copies), stored)
+        cache = _on_shards(partial(copy_blocks, BLOCK), cache, (places, num_context), shared)
+    return _on_shards(partial(copy_blocks, size), cache, (copies, num_copies), stored)
 
 
 def append(cache: Any, recent: Any, places: jax.Array, slots: jax.Array | None = None) -> Any:

@@ -12,6 +12,11 @@ of another one that begins with the same tokens.
     row       a a a a b b c c c c c · · ·      segments 1 1 1 1 2 2 3 3 3 3 3 0 0 0
     context   B B B B B · · · C C C C · · ·    prefixes of b and c, each from a multiple of BLOCK on
 
+Where attention knows ``last_query``, pieces that begin with the same tokens are a tree, in which these are computed
+once:
+
+    row       p p p p d d e e e f f f g · ·    three prompts: p p p p d d, p p p p e e e f f f and p p p p e e e g
+
 What depends on a request is an array here, so settings never compile a program; only the sizes of ``Row``, and the
 numbers of sequences and entries that decoding reads, are static. On a mesh each shard of "batch" has one row, its own
 slots, and their prefixes.
@@ -47,6 +52,8 @@ class Program:
     decode_dtype: Any
     """Dtype of the activations in ``decode``, and of the hidden states that the head multiplies."""
     cache_dtype: Any
+    copied: int
+    """Tokens that are copied at a time from a row to the cache."""
     stop_ids: tuple[int, ...]
     think_id: int
     end_think_id: int
@@ -95,6 +102,8 @@ class Row(NamedTuple):
     positions: Int32[Array, "R T"]
     segment_ids: Int32[Array, "R T"]
     span_end: Int32[Array, "R T"]
+    last_query: Int32[Array, "R T"] | None
+    """The last position that sees each one; None where no two pieces share positions."""
     vision_index: Int32[Array, "R T"]
     """The place in ``state.pool`` of this position's vision token; −1 for text."""
     context_segments: Int32[Array, "R C"]
@@ -102,7 +111,8 @@ class Row(NamedTuple):
     """Slot to read, slot to write, and first entry, for each block of context."""
     num_context: Int32[Array, " R"]
     copies: Int32[Array, "R w 3"]
-    """First position in the row, slot, and first entry, for each block of the row to be cached."""
+    """First position in the row, slot, and first entry, for each ``Program.copied`` tokens of the row to be cached.
+    Where fewer belong together, what is behind them is copied too, and overwritten by the slot's next copy."""
     num_copies: Int32[Array, " R"]
     ends: Int32[Array, "R E"]
     """Positions of the last tokens of complete prompts."""
@@ -147,15 +157,19 @@ def prefill(program: Program, weights: Weights, state: State, row: Row) -> tuple
     seen = state.pool[jnp.maximum(row.vision_index, 0)].astype(decoder.dtype)
     embeds = jnp.where(row.vision_index[..., None] >= 0, seen, embeds)
     C = row.context_segments.shape[1]
-    segments = jnp.concatenate([row.context_segments, row.segment_ids], axis=1) if C else None
+    masks = {"segment_ids": row.segment_ids, "kv_segment_ids": None, "last_query": row.last_query}
+    if C:
+        masks["kv_segment_ids"] = jnp.concatenate([row.context_segments, row.segment_ids], axis=1)
+    if C and row.last_query is not None:
+        everybody = jnp.full_like(row.context_segments, row.tokens.shape[1])
+        masks["last_query"] = jnp.concatenate([everybody, row.last_query], axis=1)
 
     def attention(q: jax.Array, k: jax.Array, v: jax.Array, context: KV | None) -> tuple[jax.Array, KV]:
         stored = store(k, v, program.cache_dtype)
         k, v = stored.values(q.dtype)  # as later tokens will see them
         if context is not None:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(context.values(q.dtype), (k, v), strict=True))
-        span_end = row.span_end + C
-        return attend(q, k, v, segment_ids=row.segment_ids, kv_segment_ids=segments, span_end=span_end), stored
+        return attend(q, k, v, **masks, span_end=row.span_end + C), stored
 
     # Always scanned: that compiles faster, and copying a layer takes little time beside computing many tokens.
     shared = kv_cache.gather(state.cache, row.context) if C else None
@@ -173,7 +187,8 @@ def insert(
       The state, and ``Chosen`` [R · E, …].
     """
     model = phivision.merge(program.graphdef, weights.model)
-    cache = kv_cache.insert(state.cache, stored, shared, row.context, row.num_context, row.copies, row.num_copies)
+    places = row.context, row.num_context, row.copies, row.num_copies
+    cache = kv_cache.insert(state.cache, stored, shared, *places, size=program.copied)
     slots, B = row.end_slots.reshape(-1), len(state.lengths)
     started = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), row.answering)
     logits = model.decoder.lm_head(hidden.astype(program.decode_dtype)).reshape(len(slots), -1)

@@ -1,6 +1,7 @@
 """Prompts as the scheduler needs them: what each token is, where they may be cut, which prefixes they share."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -32,8 +33,8 @@ class Prompt:
     tokens: np.ndarray
     """[t] i32, as in ``Example``."""
     identity: np.ndarray
-    """[t] i64: equal prefixes of two prompts have equal keys and values. Token ids for text; for images, negative
-    numbers made of the image's key and the vision token's number in it."""
+    """[t] i64: equal prefixes of two prompts have equal keys and values. Token ids for text, and
+    ``PatchedImage.identity`` for images."""
     images: tuple[PromptImage, ...]
     whole_images: bool
     """True if images attend bidirectionally, so that no piece may end inside of one."""
@@ -44,9 +45,8 @@ class Prompt:
         identity = example.tokens.astype(np.int64)
         images = []
         for start, image in zip(example.image_starts, example.images, strict=True):
-            key, count = image.key, image.size.tokens
-            identity[start : start + count] = -1 - (key + np.arange(count)) % 2**62
-            images.append(PromptImage(start, count, key, image))
+            identity[start : start + image.size.tokens] = image.identity
+            images.append(PromptImage(start, image.size.tokens, image.key, image))
         return cls(example.tokens, identity, tuple(images), config.image_attention == "bidirectional")
 
     def __len__(self) -> int:
@@ -61,8 +61,23 @@ class Prompt:
         inside = [image.start for image in self.images if self.whole_images and image.start < end < image.end]
         return min(inside, default=end)
 
+    def key(self, end: int | None = None) -> bytes:
+        """``identity`` up to ``end`` as bytes: equal prefixes of prompts have equal prefixes of these."""
+        return self._bytes if end is None else self._bytes[: end * self.identity.itemsize]
+
+    @functools.cached_property
+    def _bytes(self) -> bytes:
+        return self.identity.tobytes()
+
+    def alike(self, identity: np.ndarray) -> int:
+        """Tokens with which both this prompt and another sequence begin, of those that may be cut off."""
+        n = min(len(self), len(identity))
+        differs = self.identity[:n] != identity[:n]
+        first = int(differs.argmax()) if n else 0
+        return self.cut_before(first if n and differs[first] else n)
+
     def shared(self, identity: np.ndarray, least: int = 1) -> int:
-        """Tokens of the prefix that another sequence shares, of those that may be cut off; never the last token.
+        """``alike``, but never the last token, which is computed to choose the answer's first.
 
         Args:
           least: fewer are none.
@@ -70,8 +85,7 @@ class Prompt:
         n = min(len(self) - 1, len(identity))
         if n < least or self.identity[least - 1] != identity[least - 1]:
             return 0  # as for most sequences: comparing one token takes the least time
-        differs = np.flatnonzero(self.identity[:n] != identity[:n])
-        found = self.cut_before(int(differs[0]) if len(differs) else n)
+        found = self.cut_before(min(n, self.alike(identity)))
         return found if found >= least else 0
 
     def span_end(self, start: int, end: int) -> np.ndarray:

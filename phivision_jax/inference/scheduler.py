@@ -9,7 +9,6 @@ the tokens, so that all processes of a job make the same ones.
 """
 
 import collections
-import dataclasses
 import itertools
 import time
 from collections.abc import Iterable
@@ -20,33 +19,20 @@ import numpy as np
 from phivision_jax.inference.engine import Engine, smallest
 from phivision_jax.inference.image_pool import ImagePool
 from phivision_jax.inference.kv_cache import BLOCK
+from phivision_jax.inference.pieces import LEAST_ALIKE, Piece, PlannedRow, arrange, lay_out, num_tokens
 from phivision_jax.inference.programs import Row
 from phivision_jax.inference.requests import FinishReason
 from phivision_jax.inference.sample import Sample
 
 LEAST_SHARED = 64
-"""Fewest tokens of a prefix that is shared: nearly all prompts begin with the same few, which are computed at once."""
+"""Fewest tokens of a prefix that is read from a slot: nearly all prompts begin with the same few, which are computed at
+once."""
 LEAST_REST = 8
 """A rest of a row below one part of so many is not filled with a part of a prompt that fits the next row completely:
 the other part would have to read the first one as context."""
 ROWS_BETWEEN = 2
 """Rows that are admitted between two calls of ``decode`` while half of the slots or more are decoding, so that these do
 not wait for all new prompts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Piece:
-    """Tokens [start, end) of a prompt for a row; those before are context, read from slot ``source``."""
-
-    sample: Sample
-    start: int
-    end: int
-    source: int
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of context."""
-        return -(-self.start // BLOCK)
 
 
 class Scheduler:
@@ -58,6 +44,7 @@ class Scheduler:
 
     def __init__(self, engine: Engine, *, share_prefixes: bool = True) -> None:
         self.engine, self.share_prefixes = engine, share_prefixes
+        self._trees = engine.trees and share_prefixes
         self.images = ImagePool(engine)
         self.waiting: collections.deque[Sample] = collections.deque()
         self.owners: list[Sample | None] = [None] * engine.slots
@@ -150,45 +137,51 @@ class Scheduler:
         for piece in pieces:
             piece.sample.started = piece.sample.started or now
         soon = [image for sample in self.waiting for image in sample.prompt.images]
-        self.images.encode([image for piece in pieces for image in _images(piece)], soon)
-        row, ends = self._row(plans)
+        self.images.encode([image for piece in pieces for image in piece.images], soon)
+        row, ends, computed = self._row(plans)
         chosen = self.engine.admit(row)
-        self.counts["prefilled_tokens"] += sum(piece.end - piece.start for piece in pieces)
+        self.counts["prefilled_tokens"] += computed
+        self.counts["shared_tokens"] += sum(piece.end - piece.start for piece in pieces) - computed
         if any(ends):
             self._pending.append((ends, chosen, None))
         return True
 
     def _plan(self, slots: range, images: dict[int, int]) -> list[Piece]:
         """The pieces of one shard's next row; their images are added to the vision tokens by key of all shards."""
-        engine = self.engine
-        pieces: list[Piece] = []
+        engine, planned = self.engine, PlannedRow()
         after: dict[int, np.ndarray] = {}
         room, blocks = engine.chunks[-1], engine.contexts[-1] // BLOCK
         unfinished = [s for i in slots if (s := self.owners[i]) and not s.finished and s.cached < len(s.prompt)]
         candidates = collections.deque([*unfinished, *self.waiting])
         free = [i for i in slots if self.owners[i] is None]
-        while candidates and len(pieces) < engine.ends:
+        while candidates and len(planned.pieces) < engine.ends:
             sample = candidates.popleft()
-            start, source = sample.cached, sample.slot
+            prompt, start, source = sample.prompt, sample.cached, sample.slot
+            known = start  # tokens that are computed already, or that another piece of this row computes
             if source is None:
                 if not free:
                     break
                 start, source = self._prefix(sample, slots)
-                if self._coming(sample, pieces) >= start + LEAST_SHARED:
+                known = start
+                alike, relative = planned.closest(sample) if self.share_prefixes else (0, None)
+                fits = len(prompt) - alike <= room
+                if self._trees and relative and fits and alike - max(start, relative.start) >= LEAST_ALIKE:
+                    start, source, known = relative.start, relative.source, alike
+                elif min(alike, len(prompt) - 1) >= start + LEAST_SHARED:
                     continue  # the next row can share what this one computes
-            end = sample.prompt.cut_before(min(len(sample.prompt), start + room))
+            end = prompt.cut_before(min(len(prompt), known + room))
             if (
-                pieces
-                and end < len(sample.prompt) <= start + engine.chunks[-1]
+                planned.pieces
+                and end < len(prompt) <= start + engine.chunks[-1]
                 and room * LEAST_REST < engine.chunks[-1]
             ):
                 break
             piece = Piece(sample, start, end, source)
             if end <= start or piece.blocks > blocks:
-                if not pieces:
+                if not planned.pieces:
                     raise AssertionError(f"an empty row has no room for tokens {start} to {end} of a prompt")
                 break
-            needed = images | {image.key: image.tokens for image in _images(piece)}
+            needed = images | {image.key: image.tokens for image in piece.images}
             if images and sum(needed.values()) > engine.pool:
                 break
             images.update(needed)
@@ -201,14 +194,14 @@ class Scheduler:
                 free.remove(sample.slot)
                 self.counts["shared_tokens"] += start
             sample.cached = end
-            # Pieces of one row are computed together: none can be the prefix of another.
-            self._held[sample.slot] = sample.prompt.identity[: start if source == sample.slot else 0]
-            after[sample.slot] = sample.prompt.identity[:end]
-            pieces.append(piece)
-            room, blocks = room - (end - start), blocks - piece.blocks
+            # Pieces of one row are computed together: none can be the prefix of another in the cache.
+            self._held[sample.slot] = prompt.identity[: start if source == sample.slot else 0]
+            after[sample.slot] = prompt.identity[:end]
+            planned.add(piece)
+            room, blocks = room - (end - known), blocks - piece.blocks
         for i, identity in after.items():
             self._held[i] = identity
-        return pieces
+        return planned.pieces
 
     def _prefix(self, sample: Sample, slots: range) -> tuple[int, int]:
         """The longest prefix of a prompt that a slot holds, and the slot: a free one if there are several."""
@@ -218,52 +211,21 @@ class Scheduler:
         shared, _, i = max(found)
         return shared, -i
 
-    def _coming(self, sample: Sample, pieces: list[Piece]) -> int:
-        """The longest prefix of a prompt that the pieces of a row compute."""
-        others = (piece.sample.prompt.identity[: piece.end] for piece in (pieces if self._may_share(sample) else ()))
-        return max((sample.prompt.shared(other, LEAST_SHARED) for other in others), default=0)
-
     def _may_share(self, sample: Sample) -> bool:
         return self.share_prefixes and len(sample.prompt) > LEAST_SHARED
 
-    def _row(self, plans: list[list[Piece]]) -> tuple[Row, list[Sample | None]]:
-        """The pieces as arrays, and the sample of each end."""
+    def _row(self, plans: list[list[Piece]]) -> tuple[Row, list[Sample | None], int]:
+        """The pieces as arrays, the sample of each end, and the tokens that are computed."""
         engine, per_shard = self.engine, self.engine.slots // self.engine.shards
-        tokens = max(sum(piece.end - piece.start for piece in pieces) for pieces in plans)
+        families = [arrange(pieces, trees=self._trees) for pieces in plans]
+        tokens = [num_tokens(each) for each in families]
         context = max(sum(piece.blocks for piece in pieces) for pieces in plans) * BLOCK
-        row = engine.empty_row(smallest(engine.chunks, tokens), smallest(engine.contexts, context))
-        ends: list[Sample | None] = [None] * (engine.shards * engine.ends)
-        for r, pieces in enumerate(plans):
-            position = blocks = copies = num_ends = 0
-            for segment, piece in enumerate(pieces, start=1):
-                sample, start, end = piece.sample, piece.start, piece.end
-                assert sample.slot is not None
-                slot, n = sample.slot - r * per_shard, end - start
-                span = slice(position, position + n)
-                row.tokens[r, span] = sample.prompt.tokens[start:end]
-                row.positions[r, span] = np.arange(start, end)
-                row.segment_ids[r, span] = segment
-                row.span_end[r, span] = sample.prompt.span_end(start, end) + (position - start)
-                for image in _images(piece):
-                    first, last = max(image.start, start), min(image.end, end)
-                    places = self.images.places[image.key][first - image.start : last - image.start]
-                    row.vision_index[r, position + first - start : position + last - start] = places
-                for i in range(piece.blocks):
-                    row.context[r, blocks] = piece.source - r * per_shard, slot, i * BLOCK
-                    row.context_segments[r, blocks * BLOCK : blocks * BLOCK + min(BLOCK, start - i * BLOCK)] = segment
-                    blocks += 1
-                for offset in range(0, n, BLOCK):
-                    row.copies[r, copies] = position + offset, slot, start + offset
-                    copies += 1
-                position += n
-                if end == len(sample.prompt):
-                    row.ends[r, num_ends], row.end_slots[r, num_ends] = position - 1, sample.slot
-                    row.lengths[r, num_ends] = end
-                    _settings(row, (r, num_ends), sample)
-                    ends[r * engine.ends + num_ends] = sample
-                    num_ends += 1
-            row.num_context[r], row.num_copies[r] = blocks, copies
-        return row, ends
+        row = engine.empty_row(smallest(engine.chunks, max(tokens)), smallest(engine.contexts, context))
+        ends: list[Sample | None] = []
+        for r, each in enumerate(families):
+            ended = lay_out(row, r, each, r * per_shard, self.images.places, engine.program.copied)
+            ends += [*ended, *[None] * (engine.ends - len(ended))]
+        return row, ends, sum(tokens)
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -305,20 +267,3 @@ class Scheduler:
         if sample.cached == len(sample.prompt):
             ids = np.array(sample.transcript.ids[:-1], np.int64)  # the last token was chosen, but never fed
             self._held[slot] = np.concatenate([sample.prompt.identity, ids])
-
-
-def _images(piece: Piece) -> list[Any]:
-    """The images with tokens in a piece."""
-    return [image for image in piece.sample.prompt.images if image.start < piece.end and image.end > piece.start]
-
-
-def _settings(row: Row, end: tuple[int, int], sample: Sample) -> None:
-    """Write what decides a sample's answer."""
-    request, now = sample.request, row.answering
-    now.sampling.temperature[end], now.sampling.top_p[end] = request.temperature, request.top_p
-    now.sampling.top_k[end], now.sampling.top[end] = request.top_k, bool(request.logprobs)
-    seed = np.random.SeedSequence([request.seed % 2**64, sample.index])
-    now.sampling.key[end] = seed.generate_state(2, np.uint32)
-    now.limit[end] = sample.limit
-    now.in_thought[end] = sample.transcript.mode == "think"
-    now.budget[end] = -1 if request.thinking_budget is None else request.thinking_budget

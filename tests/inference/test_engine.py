@@ -133,6 +133,24 @@ def test_answers_on_a_mesh_equal_forward_passes(tiny):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
+def test_questions_about_one_image_equal_forward_passes(tiny, sizes):
+    """Twelve questions behind the same text and image, some of which begin alike: both are in each row once."""
+    model, rng = in_mode(tiny, "bidirectional"), np.random.default_rng(5)
+    image, begin = encoded(model.config, [random_image((16, 14), 3)]), [*SYSTEM[:20], -200]
+    asked = [[*begin, *rng.integers(1, 60, 9).tolist()] for _ in range(6)]
+    asked += [[*ids, *rng.integers(1, 60, 1 + n).tolist()] for n, ids in enumerate(asked)]
+    prompts = [Prompt(ids, image, {"max_new_tokens": 4, "logprobs": 3}) for ids in asked]
+    generator = generator_of(on_mesh(model, **sizes) if sizes else model, slots=12, chunk=384)
+    replies = generator.generate(p.request for p in prompts)
+    for prompt, (reply,) in zip(prompts, replies, strict=True):
+        check(model, prompt, reply)
+    if generator.engine.shards == 1:  # one row for all
+        beginnings = {tuple(ids[:n]) for ids in asked for n in range(1, len(ids) + 1)}
+        assert generator.stats()["prefilled_tokens"] == len(beginnings) - 1 + replies[0][0].image_tokens
+    assert len({reply.ids for (reply,) in replies}) > 6
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "tensor": 2}], ids=str)
 def test_answers_of_scanned_layers_equal_forward_passes(tiny, monkeypatch, sizes):
     """The form for accelerators: layers in one array, and the first entries of all slots read at once."""
     monkeypatch.setattr(engine, "platform_of", lambda x: "gpu")

@@ -106,8 +106,9 @@ def test_every_answer_is_computed_from_its_own_prompt(engine, seed):
     mode = ("causal", "bidirectional")[rng.integers(2)]
     config = dataclasses.replace(engine.config, image_attention=mode)
     shards = int(rng.integers(1, 3))
-    slots, pool = shards * int(rng.integers(1, 4)), CHUNK + 2 * 64
-    symbolic = SymbolicEngine(engine, slots=slots, shards=shards, pool=pool, ahead=bool(rng.integers(2)))
+    slots, pool = shards * int(rng.integers(1, 7)), CHUNK + 2 * 64
+    ahead, trees = rng.integers(2, size=2).astype(bool).tolist()
+    symbolic = SymbolicEngine(engine, slots=slots, shards=shards, pool=pool, ahead=ahead, trees=trees)
     symbolic.chunks = engine.chunks[: rng.integers(1, 3)]
     scheduler = Scheduler(symbolic, share_prefixes=rng.random() < 0.8)
     asked = random_requests(rng, config, int(rng.integers(1, 24)))
@@ -148,21 +149,43 @@ def test_common_beginnings_are_prefilled_once(engine):
     assert scheduler.counts["shared_tokens"] == 9 * 400
 
 
+@pytest.mark.parametrize("mode", ["causal", "bidirectional"])
+def test_questions_about_an_image_are_a_tree_in_a_row(engine, mode):
+    """Two texts of 20 tokens before an image, three questions after each, the last two of which begin alike."""
+    rng = np.random.default_rng(0)
+    config, image = dataclasses.replace(engine.config, image_attention=mode), random_patches(rng, engine.config)
+    texts, begin = [[i, *rng.integers(6, 60, 19).tolist()] for i in (6, 7)], rng.integers(6, 60, 18).tolist()
+    questions = [[6, 9, 8], [7, *begin], [7, *begin, 7, 6], [7, *begin, 8]]
+    symbolic = SymbolicEngine(engine, slots=8, shards=1, pool=1000)
+    symbolic.ends, rows, admit = 8, [], symbolic.admit
+    symbolic.admit = lambda row: (rows.append(row), admit(row))[1]
+    scheduler = Scheduler(symbolic)
+    asked = [Asked([*text, -200, *q], [image], config, max_new_tokens=5) for q in questions for text in texts]
+    scheduler.submit([a.sample for a in asked])
+    while not scheduler.idle:
+        scheduler.step()
+    assert all(list(a.reply.ids) == a.expected() for a in asked)
+    assert len(rows) == 1 and rows[0].segment_ids.max() == 2
+    assert scheduler.counts["prefilled_tokens"] == 2 * (20 + len(image.patches) + 3 + 19 + 2 + 1)
+    assert scheduler.images.encoded == 1
+
+
 def test_beginnings_of_a_few_tokens_are_computed_in_the_same_row(engine):
     """Waiting for another prompt's row would take longer than computing them."""
     scheduler = served(engine, [([7, 8, 9, 10 + i], []) for i in range(4)], engine.config)
     assert scheduler.counts["shared_tokens"] == 0 and scheduler.counts["prefilled_tokens"] == 16
 
 
+@pytest.mark.parametrize("trees", [False, True])
 @pytest.mark.parametrize("mode", ["causal", "bidirectional"])
-def test_samples_of_one_prompt_prefill_its_last_token_each(engine, mode):
-    """And an image is encoded once, though every sample attends to it."""
+def test_samples_of_one_prompt_prefill_it_once(engine, mode, trees):
+    """Those behind the first row compute its last token again, and an image is encoded once."""
     config = dataclasses.replace(engine.config, image_attention=mode)
     image = random_patches(np.random.default_rng(0), config)
     ids = [7, -200, *range(6, 40)]
     length = len(expand(ids, [image]).tokens)
-    scheduler = served(engine, [(ids, [image])] * 6, config)
-    assert scheduler.counts["prefilled_tokens"] == length + 5
+    scheduler = served(engine, [(ids, [image])] * 6, config, trees=trees)
+    assert scheduler.counts["prefilled_tokens"] == length + (2 if trees else 5)
     assert scheduler.images.encoded == 1
 
 
@@ -171,7 +194,7 @@ def test_image_at_the_end_of_a_prompt_is_not_cut_for_its_last_token(engine):
     image = random_patches(np.random.default_rng(0), engine.config)
     for mode, again in (("causal", 1), ("bidirectional", len(image.patches))):
         config = dataclasses.replace(engine.config, image_attention=mode)
-        scheduler = served(engine, [([*range(6, 60), *range(6, 60), -200], [image])] * 2, config)
+        scheduler = served(engine, [([*range(6, 60), *range(6, 60), -200], [image])] * 2, config, trees=False)
         assert scheduler.counts["prefilled_tokens"] == 108 + len(image.patches) + again
 
 

@@ -28,8 +28,11 @@ class SymbolicEngine(Engine):
     def __new__(cls, *args, **kwargs) -> SymbolicEngine:
         return object.__new__(cls)
 
-    def __init__(self, like: Engine, *, slots: int, shards: int, pool: int, ahead: bool) -> None:
+    def __init__(
+        self, like: Engine, *, slots: int, shards: int, pool: int, ahead: bool = False, trees: bool = True
+    ) -> None:
         self.__dict__.update(copy.copy(like.__dict__))
+        self.trees = trees
         self.slots, self.shards, self.pool, self.ends = slots, shards, pool, min(like.ends, slots // shards)
         program = vars(self.program) | {"stop_ids": (STOP,)} | ({"layer": None} if ahead else {})
         self.program = type(self.program)(**program)
@@ -55,8 +58,8 @@ class SymbolicEngine(Engine):
             for source, slot, start in row.context[r, : row.num_context[r]]:
                 self._write(r * per_shard + slot, start, self.cache[r * per_shard + source][start : start + BLOCK])
             for position, slot, start in row.copies[r, : row.num_copies[r]]:
-                entries = computed[r][position : position + BLOCK]
-                self._write(r * per_shard + slot, start, entries + [None] * (BLOCK - len(entries)))
+                entries = computed[r][position : position + self.program.copied]
+                self._write(r * per_shard + slot, start, entries + [None] * (self.program.copied - len(entries)))
         tokens = []
         for (r, e), slot in np.ndenumerate(row.end_slots):
             if slot < self.slots:
@@ -72,20 +75,24 @@ class SymbolicEngine(Engine):
     def _prefill(self, row: Row, r: int, context: list[Entry]) -> list[Entry]:
         out: list[Entry] = [None] * row.tokens.shape[1]
         for segment in range(1, row.segment_ids[r].max() + 1):
-            seen = hash(())
+            before = hash(())
             for i in np.flatnonzero(row.context_segments[r] == segment):
                 entry = context[i]
                 assert entry is not None, "a row reads an entry that nothing wrote"
-                seen = hash((seen, entry[0]))
+                before = hash((before, entry[0]))
             places = np.flatnonzero(row.segment_ids[r] == segment)
-            contents, chain = {}, {}
+            last = places.max() if row.last_query is None else row.last_query[r, places]
+            contents, chains = {}, {(): before}
             for t in places.tolist():
                 place = int(row.vision_index[r, t])
                 what = self.vision[place] if place >= 0 else int(row.tokens[r, t])
                 contents[t] = hash((what, int(row.positions[r, t])))
-                chain[t] = seen = hash((seen, contents[t]))
             for t in places.tolist():
-                out[t] = contents[t], chain[int(row.span_end[r, t])]
+                seen = tuple(places[(places <= row.span_end[r, t]) & (t <= last)].tolist())
+                known = next(n for n in range(len(seen), -1, -1) if seen[:n] in chains)
+                for n in range(known, len(seen)):
+                    chains[seen[: n + 1]] = hash((chains[seen[:n]], contents[seen[n]]))
+                out[t] = contents[t], chains[seen]
         return out
 
     def _write(self, slot: int, start: int, entries: list[Entry]) -> None:
