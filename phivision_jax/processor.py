@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from phivision_jax.batch import Batch
 from phivision_jax.config import ModelConfig
@@ -34,6 +38,9 @@ from phivision_jax.text.template import TEMPLATE_FILE, TEMPLATE_JSON, ChatTempla
 from phivision_jax.text.tokenizer import TOKENIZER, TOKENIZER_CONFIG, Tokenizer
 
 _FILES = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE_FILE, TEMPLATE_JSON, "preprocessor_config.json")
+_SHORT, _KEPT = 2000, 4096
+"""Characters of a short prompt, and the number of these that are kept as ids: an evaluation measures each prompt before
+it asks it, and many benchmarks ask the same of many images."""
 
 
 class Processor:
@@ -49,12 +56,16 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None, config: ModelConfig) -> None:
         self._tokenizer, self._template, self.config = tokenizer, template, config
         self.layout = make_layout(config)
+        self._short_prompt = functools.lru_cache(_KEPT)(self._tokenize_turns)
         decoder = config.decoder
         if tokenizer and tokenizer.vocab_size > decoder.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.vocab_size}")
         if tokenizer and tokenizer.eos_id not in decoder.stop_ids:
             problem = f"config.decoder.eos_token_id is {decoder.eos_token_id}; give the model the tokenizer's"
             raise ValueError(f"the tokenizer ends a turn with token {tokenizer.eos_id}, {problem}")
+
+    def __reduce__(self) -> tuple[type[Processor], tuple[Any, ...]]:
+        return type(self), (self._tokenizer, self._template, self.config)  # without the prompts that are kept
 
     @classmethod
     def from_directory(cls, path: str | Location, config: ModelConfig) -> Processor:
@@ -148,15 +159,47 @@ class Processor:
         if generation_prompt and plain[-1]["role"] == "assistant":
             remedy = "end with a question, or give generation_prompt=False for a training example"
             raise ValueError(f"message {len(plain) - 1} is an answer, but the model is to answer next: {remedy}")
-        if mode == "auto" and not generation_prompt:
-            plain, mode = chat.with_modes(plain)
-        ids, labels = chat.encode(self.tokenizer, self.template, plain, mode=mode, generation_prompt=generation_prompt)
+        ids: list[int] | np.ndarray
+        labels: list[int] | None
+        if generation_prompt:
+            ids, labels = self._prompt_ids(plain, mode), None
+        else:
+            if mode == "auto":
+                plain, mode = chat.with_modes(plain)
+            ids, labels = chat.encode(self.tokenizer, self.template, plain, mode=mode)
         given = listed(images)
         if (missing := inline.count(None)) != len(given):
             raise ValueError(f"{missing} <image> markers without an image of their own, but {len(given)} images given")
         sources = [given.pop(0) if source is None else source for source in inline]
         patched = [self.patch(source, f"image {i}", max_patches) for i, source in enumerate(sources)]
         return expand(ids, patched, labels, group)
+
+    def tokenize_prompt(self, messages: Sequence[Message], mode: PromptMode = "auto") -> np.ndarray:
+        """The ids of a conversation that the model is to continue, [t] i32, −200 (``IMAGE_TOKEN``) for each image.
+
+        Args:
+          messages, mode: as in ``text.chat.encode``.
+
+        Raises:
+          ValueError: as ``text.chat.encode``.
+        """
+        return self._prompt_ids(chat.flatten(messages)[0], mode)
+
+    def _prompt_ids(self, plain: Sequence[Message], mode: PromptMode) -> np.ndarray:
+        is_short = sum(len(message["content"]) for message in plain) <= _SHORT
+        if is_short and all(message.keys() == {"role", "content"} for message in plain):
+            return self._short_prompt(tuple((message["role"], message["content"]) for message in plain), mode)
+        return self._tokenize(plain, mode)
+
+    def _tokenize_turns(self, turns: tuple[tuple[str, str], ...], mode: PromptMode) -> np.ndarray:
+        return self._tokenize([{"role": role, "content": content} for role, content in turns], mode)
+
+    def _tokenize(self, plain: Sequence[Message], mode: PromptMode) -> np.ndarray:
+        ids = np.array(
+            chat.encode(self.tokenizer, self.template, plain, mode=mode, generation_prompt=True)[0], np.int32
+        )
+        ids.setflags(write=False)  # it may be given out again
+        return ids
 
     def patch(
         self, source: ImageSource | PatchedImage, name: str = "image", max_patches: int | None = None

@@ -41,7 +41,10 @@ class Example:
 
 
 def expand(
-    ids: Sequence[int], images: Sequence[PatchedImage], labels: Sequence[int] | None = None, group: int = 0
+    ids: Sequence[int] | np.ndarray,
+    images: Sequence[PatchedImage],
+    labels: Sequence[int] | None = None,
+    group: int = 0,
 ) -> Example:
     """Replace each −200 in ``ids`` by the tokens of its image.
 
@@ -50,21 +53,27 @@ def expand(
         length.
     """
     given = np.asarray(ids, np.int32).reshape(-1)
-    given_labels = np.full_like(given, IGNORE) if labels is None else np.asarray(labels, np.int32).reshape(-1)
     if len(given) == 0:
         raise ValueError("an example needs at least one id")
-    if given.shape != given_labels.shape:
+    given_labels = None if labels is None else np.asarray(labels, np.int32).reshape(-1)
+    if given_labels is not None and given.shape != given_labels.shape:
         raise ValueError(f"{len(given)} ids but {len(given_labels)} labels")
-    markers = np.flatnonzero(given == IMAGE_TOKEN)
+    markers = np.flatnonzero(given == IMAGE_TOKEN).tolist()
     if len(markers) != len(images):
         raise ValueError(f"{len(markers)} image markers ({IMAGE_TOKEN}) but {len(images)} images")
-    repeats = np.ones(len(given), np.int64)
-    repeats[markers] = [image.size.tokens for image in images]
-    starts = np.concatenate([[0], np.cumsum(repeats)])[markers]
-    tokens, expanded_labels = np.repeat(given, repeats), np.repeat(given_labels, repeats)
-    is_image = tokens == IMAGE_TOKEN
-    tokens[is_image], expanded_labels[is_image] = PLACEHOLDER, IGNORE
-    return Example(tokens, expanded_labels, tuple(int(s) for s in starts), tuple(images), group)
+    sizes = [image.size.tokens for image in images]
+    length = len(given) - len(markers) + sum(sizes)
+    tokens, expanded_labels = np.full(length, PLACEHOLDER, np.int32), np.full(length, IGNORE, np.int32)
+    starts = []
+    first, position = 0, 0  # of the text before the next image, in ``given`` and in ``tokens``
+    for marker, size in zip([*markers, len(given)], [*sizes, 0], strict=True):
+        text = slice(position, position + marker - first)
+        tokens[text] = given[first:marker]
+        if given_labels is not None:
+            expanded_labels[text] = given_labels[first:marker]
+        starts.append(text.stop)
+        first, position = marker + 1, text.stop + size
+    return Example(tokens, expanded_labels, tuple(starts[:-1]), tuple(images), group)
 
 
 def fill_rows(rows: Sequence[Sequence[Example]], shape: RowShape, config: ModelConfig) -> Batch:

@@ -7,7 +7,7 @@ import io
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,7 +17,8 @@ from phivision_jax.config import DecoderConfig, ModelConfig
 from phivision_jax.images.naflex import preprocess
 from phivision_jax.processor import Processor
 from phivision_jax.rows import batch_from_ids
-from phivision_jax.text.constants import IGNORE
+from phivision_jax.text import chat
+from phivision_jax.text.constants import IGNORE, PromptMode
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import Tokenizer
 
@@ -150,6 +151,29 @@ def test_save_and_from_directory(tmp_path: Path) -> None:
     again = Processor.from_directory(tmp_path / "assets", CONFIG)
     assert again.fingerprint == PROCESSOR.fingerprint
     assert again.encode(ask(text="a")).tokens.tolist() == PROCESSOR.encode(ask(text="a")).tokens.tolist()
+
+
+def test_prompts_are_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short ones that are plain; each mode, and a message with another field, is another prompt."""
+    processor, encoded = Processor.small(CONFIG), []
+    encode = chat.encode
+    monkeypatch.setattr(chat, "encode", lambda *args, **kinds: (encoded.append(1), encode(*args, **kinds))[1])
+    parts = [{"type": "image"}, {"type": "text", "text": "what shape?"}]
+    for messages in ([{"role": "user", "content": parts}], [{"role": "user", "content": "<image>\nwhat shape?"}]):
+        for mode in get_args(PromptMode):
+            ids = processor.tokenize_prompt(messages, mode)
+            want = encode(processor.tokenizer, processor.template, messages, mode=mode, generation_prompt=True)[0]
+            assert ids.tolist() == want and ids.dtype == np.int32
+            with pytest.raises(ValueError, match="read-only"):
+                ids[0] = 0
+    assert len(encoded) == 3
+    for messages in (
+        [{"role": "user", "content": "what shape?", "weight": 1}],
+        [{"role": "user", "content": "a " * 1001}],
+    ):
+        for _ in range(2):
+            processor.tokenize_prompt(messages)
+    assert len(encoded) == 7
 
 
 def test_processor_pickles() -> None:

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from phivision_jax.evaluation.judge import Judge
 from phivision_jax.evaluation.reply_cache import ReplyCache, cache_key
 from phivision_jax.evaluation.results import Result
 from phivision_jax.evaluation.scoring import Score
-from phivision_jax.evaluation.task import Sampling, Task, fingerprint
+from phivision_jax.evaluation.task import Sampling, Task, digest, fingerprint
 from phivision_jax.inference.requests import Finished, Outcome, Reply, Request, Timings
 from phivision_jax.io.messages import first_line
 from phivision_jax.text.constants import PromptMode
@@ -147,7 +146,7 @@ class Runner:
         if not modes:
             return []
         plain = self.sampling.request(task.benchmark, item)
-        names = tuple(f"{hashlib.sha256(image).hexdigest()}.{_suffix(image)}" for image in item.images)
+        names = tuple(f"{digest(image)}.{_suffix(image)}" for image in item.images)
         found, patched = fingerprint(plain), list[Any]()
         try:
             patched += [self._lay_out(image) for image in plain.images]

@@ -1,7 +1,6 @@
 """A local generator of the size that an evaluation needs: slots as long as its longest prompt and answer."""
 
 import functools
-import json
 from typing import Any, cast
 
 from phivision_jax.images.decode import image_size
@@ -9,7 +8,6 @@ from phivision_jax.inference.local import SLOTS, LocalGenerator
 from phivision_jax.inference.requests import MAX_NEW_TOKENS, Request
 from phivision_jax.models.phivision import PhiVision
 from phivision_jax.processor import Processor
-from phivision_jax.text import chat
 
 _MULTIPLE = 512
 """The length of slots is rounded up to a multiple of this. Prompts that are prefilled together have no more tokens than
@@ -27,15 +25,14 @@ class LongestRequest:
 
     def __init__(self, processor: Processor) -> None:
         self._processor, self.tokens = processor, 1
-        # Neighbouring items often share an image, and benchmarks their texts.
+        # Neighbouring items often share an image.
         self._image_tokens = functools.lru_cache(16)(self._measure_image)
-        self._text_tokens = functools.lru_cache(4096)(self._measure_text)
 
     def __call__(self, request: Request) -> None:
         """Measure a request; one that cannot be encoded counts nothing."""
         messages, images = request.conversation()
         try:
-            tokens = self._text_tokens(json.dumps(messages, default=repr)) - len(images)
+            tokens = len(self._processor.tokenize_prompt(messages)) + 1 - len(images)  # one more in a forced mode
             for image in images:
                 tokens += self._image_tokens(cast(bytes, image))
         except (ValueError, OSError):
@@ -44,12 +41,6 @@ class LongestRequest:
 
     def _measure_image(self, image: bytes) -> int:
         return self._processor.layout.measure(*image_size(image)).tokens
-
-    def _measure_text(self, messages: str) -> int:
-        """Tokens of a conversation, one for each image."""
-        tokenizer, template = self._processor.tokenizer, self._processor.template
-        # A forced mode is one token more than "auto".
-        return len(chat.encode(tokenizer, template, json.loads(messages), mode="think", generation_prompt=True)[0])
 
 
 def make_generator(

@@ -1,6 +1,7 @@
 """The items of a benchmark that an evaluation asks, and their fingerprints: a changed data set is seen."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import random
@@ -33,7 +34,10 @@ class Sampling:
           ValueError: for settings that ``Request`` refuses.
         """
         given = {name: value for name, value in vars(self).items() if value != getattr(Request, name)}
-        return dataclasses.replace(benchmark.request(item), mode=mode, **given)
+        request = benchmark.request(item)
+        if not given and mode == request.mode:
+            return request
+        return dataclasses.replace(request, mode=mode, **given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,4 +112,10 @@ def fingerprint(request: Request) -> str:
 
 def _hashed(value: Any) -> str:
     """The place of bytes, such as images, in JSON; of other values that JSON has no form for, their representation."""
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else repr(value)
+    return digest(value) if isinstance(value, bytes) else repr(value)
+
+
+@functools.lru_cache(8)
+def digest(image: bytes) -> str:
+    """SHA-256 of an image; of one that neighbouring items share, computed once."""
+    return hashlib.sha256(image).hexdigest()

@@ -120,12 +120,13 @@ class LocalGenerator:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, on_event: OnEvent) -> Ticket:
+    def submit(self, request: Request, on_event: OnEvent, *, deltas: bool = True) -> Ticket:
         """Queue a request, from any thread.
 
         Args:
           on_event: called on the thread that drives the engine, with each ``Delta`` and ``Reply``, or with the
             exception that ended the request; it must return quickly.
+          deltas: False gives replies alone: text is not decoded token by token.
 
         Raises:
           ValueError: for a request that cannot be answered, such as a prompt that is too long.
@@ -136,7 +137,7 @@ class LocalGenerator:
         for index in range(request.n):
             forced = None if request.mode == "auto" else request.mode
             transcript = Transcript(self.processor.find_tokenizer(), forced, request.stop)
-            samples.append(Sample(request, index, prompt, limit, transcript, on_event))
+            samples.append(Sample(request, index, prompt, limit, transcript, on_event, deltas=deltas))
         ticket = Ticket(samples, self._wake.set)
         with self._door:  # after ``close`` nobody looks into the inbox
             if self._closed:
@@ -183,7 +184,8 @@ class LocalGenerator:
                         more = False
                         break
                     try:
-                        submitted[i] = self.submit(request, functools.partial(_put, events, i)), request.n, []
+                        ticket = self.submit(request, functools.partial(_put, events, i), deltas=False)
+                        submitted[i] = ticket, request.n, []
                         queued += request.n
                     except ValueError as error:
                         yield i, error

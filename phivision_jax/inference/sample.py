@@ -14,6 +14,7 @@ class Sample:
     Args:
       limit: most new tokens.
       on_event: receives each ``Delta`` and then the ``Reply``.
+      deltas: False gives the ``Reply`` alone.
     """
 
     def __init__(
@@ -24,9 +25,11 @@ class Sample:
         limit: int,
         transcript: Transcript,
         on_event: Callable[[Event], None],
+        *,
+        deltas: bool = True,
     ) -> None:
         self.request, self.index, self.prompt, self.limit = request, index, prompt, limit
-        self.transcript, self.on_event = transcript, on_event
+        self.transcript, self.on_event, self._deltas = transcript, on_event, deltas
         self.slot: int | None = None
         self.cached = 0
         """Tokens of the prompt that are in the slot, or will be after the rows that are planned."""
@@ -52,12 +55,12 @@ class Sample:
             self.finish("stop")
         elif count >= self.limit:
             self.finish("length")
-        else:
+        elif self._deltas:
             self._give(final=False)
 
     def _give(self, *, final: bool) -> None:
         pieces = self.transcript.new_text(final=final)
-        for i, (kind, text) in enumerate(pieces):
+        for i, (kind, text) in enumerate(pieces if self._deltas else ()):
             new = tuple(self.logprobs[self._given :]) if i == len(pieces) - 1 else ()
             self._given += len(new)
             self.on_event(Delta(self.index, kind, text, new))

@@ -33,7 +33,8 @@ class Section:
         # A vocabulary padded beyond its tokenizer can yield ids without a text.
         if self._tokenizer and token < self._tokenizer.vocab_size and not self.stopped:
             self._ids.append(token)
-            self._decode(final=False)
+            if self._stops:
+                self._decode(final=False)
 
     def _decode(self, *, final: bool) -> None:
         if self._tokenizer is None or self._read == len(self._ids):
@@ -51,8 +52,8 @@ class Section:
 
     def new_text(self, *, final: bool = False) -> str:
         """The text that is new and certain; all that is left if it is ``final``."""
-        if final and not self.stopped:
-            self._decode(final=True)
+        if not self.stopped:
+            self._decode(final=final)
         text = self._text
         if not final and not self.stopped:
             text = text[: len(text) - self._held(text)]

@@ -5,6 +5,8 @@ import re
 QUOTES = ('""', "''", "``", "“”", "‘’", "«»")
 """Pairs of quotation marks that ``exact_match`` removes around an answer."""
 
+_FULL_STOP = re.compile(r"(?<=[^.])\.\Z")
+
 
 def exact_match(prediction: str, reference: str) -> bool:
     """True for answers that are equal up to what carries no meaning.
@@ -20,7 +22,7 @@ def exact_match(prediction: str, reference: str) -> bool:
 def _plain(text: str) -> str:
     text = text.rsplit("</think>", 1)[-1].casefold()
     for _ in range(2):  # outside the quotation marks, then inside
-        text = re.sub(r"(?<=[^.])\.\Z", "", text.strip()).strip()
+        text = _FULL_STOP.sub("", text.strip()).strip()
         if len(text) > 2 and text[0] + text[-1] in QUOTES and not {text[0], text[-1]} & set(text[1:-1]):
             text = text[1:-1]
     return text.strip()
