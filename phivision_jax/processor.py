@@ -39,8 +39,8 @@ from phivision_jax.text.tokenizer import TOKENIZER, TOKENIZER_CONFIG, Tokenizer
 
 _FILES = (TOKENIZER, TOKENIZER_CONFIG, TEMPLATE_FILE, TEMPLATE_JSON, "preprocessor_config.json")
 _SHORT, _KEPT = 2000, 4096
-"""Characters of a short prompt, and the number of these that are kept as ids: an evaluation measures each prompt before
-it asks it, and many benchmarks ask the same of many images."""
+"""Characters of a short prompt, and the number of these that are kept as ids: an evaluation measures all prompts before
+it asks them, and many benchmarks ask the same of many images."""
 
 
 class Processor:
@@ -64,8 +64,12 @@ class Processor:
             problem = f"config.decoder.eos_token_id is {decoder.eos_token_id}; give the model the tokenizer's"
             raise ValueError(f"the tokenizer ends a turn with token {tokenizer.eos_id}, {problem}")
 
-    def __reduce__(self) -> tuple[type[Processor], tuple[Any, ...]]:
-        return type(self), (self._tokenizer, self._template, self.config)  # without the prompts that are kept
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_short_prompt"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._short_prompt = functools.lru_cache(_KEPT)(self._tokenize_turns)
 
     @classmethod
     def from_directory(cls, path: str | Location, config: ModelConfig) -> Processor:

@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +16,7 @@ import pytest
 from PIL import Image
 
 from phivision_jax.config import DecoderConfig, ModelConfig
+from phivision_jax.images.layout import with_layout
 from phivision_jax.images.naflex import preprocess
 from phivision_jax.processor import Processor
 from phivision_jax.rows import batch_from_ids
@@ -21,6 +24,7 @@ from phivision_jax.text import chat
 from phivision_jax.text.constants import IGNORE, PromptMode
 from phivision_jax.text.template import ChatTemplate
 from phivision_jax.text.tokenizer import Tokenizer
+from tests.support import image_layouts  # noqa: F401  registers layouts
 
 GOLDEN = Path(__file__).parent / "golden" / "pixels"
 PNG = GOLDEN / "noise_37x91.png"
@@ -180,6 +184,14 @@ def test_processor_pickles() -> None:
     again = pickle.loads(pickle.dumps(PROCESSOR))
     assert again.fingerprint == PROCESSOR.fingerprint
     assert again.encode(ask(text="a")).tokens.tolist() == PROCESSOR.encode(ask(text="a")).tokens.tolist()
+
+
+def test_processor_with_a_layout_of_ones_own_pickles_for_other_processes(tmp_path: Path) -> None:
+    """Where nothing has imported the layout, loading the processor does."""
+    (tmp_path / "processor").write_bytes(pickle.dumps(Processor.small(with_layout(CONFIG, "thumbnail"))))
+    load = f"import pickle; print(pickle.load(open({str(tmp_path / 'processor')!r}, 'rb')).layout.name)"
+    done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout == "thumbnail\n", done.stderr
 
 
 def test_fingerprint_covers_each_part() -> None:

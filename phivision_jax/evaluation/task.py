@@ -83,7 +83,7 @@ def survey(
     if not len(items):
         raise ValueError(f"{benchmark.name} has no items")
     chosen = sample(len(items), limit, seed)
-    digest, ids = hashlib.sha256(), set[str]()
+    content, ids = hashlib.sha256(), set[str]()
     for i in chosen:
         item = items[i]
         if item.id in ids:
@@ -92,8 +92,8 @@ def survey(
         request = sampling.request(benchmark, item)
         measure(request)
         about = [item.id, fingerprint(request), item.record, item.groups, item.cluster]
-        digest.update(json.dumps(about, sort_keys=True, default=_hashed).encode())
-    return Task(benchmark, items, chosen, digest.hexdigest())
+        content.update(json.dumps(about, sort_keys=True, default=_hashed).encode())
+    return Task(benchmark, items, chosen, content.hexdigest())
 
 
 def sample(count: int, limit: int, seed: int) -> tuple[int, ...]:

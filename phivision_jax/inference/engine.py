@@ -42,11 +42,13 @@ class Shape:
 
 
 def keep_compiled_programs() -> None:
-    """Keep compiled programs in the user's cache directory, unless JAX has a directory already or keeps none."""
+    """Keep compiled programs, small ones too, in the user's cache directory, unless JAX has one or keeps none."""
     if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
         root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(root / "phivision_jax" / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # default 1: those of small models too
+        least = "jax_persistent_cache_min_compile_time_secs"
+        if getattr(jax.config, least) == 1.0:  # JAX's default
+            jax.config.update(least, 0.2)
 
 
 class Engine:

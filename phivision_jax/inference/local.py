@@ -126,7 +126,7 @@ class LocalGenerator:
         Args:
           on_event: called on the thread that drives the engine, with each ``Delta`` and ``Reply``, or with the
             exception that ended the request; it must return quickly.
-          deltas: False gives replies alone: text is not decoded token by token.
+          deltas: False gives replies alone, which takes less time.
 
         Raises:
           ValueError: for a request that cannot be answered, such as a prompt that is too long.

@@ -112,7 +112,7 @@ class Row(NamedTuple):
     num_context: Int32[Array, " R"]
     copies: Int32[Array, "R w 3"]
     """First position in the row, slot, and first entry, for each ``Program.copied`` tokens of the row to be cached.
-    Where fewer belong together, what is behind them is copied too, and overwritten by the slot's next copy."""
+    Where fewer belong together, what is behind them is copied too, and overwritten by the slot's next tokens."""
     num_copies: Int32[Array, " R"]
     ends: Int32[Array, "R E"]
     """Positions of the last tokens of complete prompts."""

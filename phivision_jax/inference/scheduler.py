@@ -1,6 +1,7 @@
 """Continuous batching: which prompts enter which slots, in which pieces, and what becomes of the chosen tokens.
 
-    waiting ──► a slot, with the longest prefix that any slot of its shard holds ──► pieces of its prompt in rows
+    waiting ──► a slot, with the longest prefix that any slot of its shard holds ──► pieces of its prompt in rows,
+                                                                                     beside those that begin alike
             ──► decoding with all other active slots ──► finished: the slot is free, and still holds its tokens
 
 Every slot is also a cache of the prefix that it holds, until another sequence takes it: a system prompt, the samples of
@@ -164,10 +165,10 @@ class Scheduler:
                 start, source = self._prefix(sample, slots)
                 known = start
                 alike, relative = planned.closest(sample) if self.share_prefixes else (0, None)
-                fits = len(prompt) - alike <= room
-                if self._trees and relative and fits and alike - max(start, relative.start) >= LEAST_ALIKE:
+                gain = alike - max(start, relative.start) if self._trees and relative else 0
+                if relative and gain >= LEAST_ALIKE and len(prompt) - alike <= room and relative.blocks <= blocks:
                     start, source, known = relative.start, relative.source, alike
-                elif min(alike, len(prompt) - 1) >= start + LEAST_SHARED:
+                elif prompt.cut_before(min(alike, len(prompt) - 1)) >= start + LEAST_SHARED:
                     continue  # the next row can share what this one computes
             end = prompt.cut_before(min(len(prompt), known + room))
             if (

@@ -19,7 +19,7 @@ character, and how many replacements these are depends on what follows."""
 
 
 class Section:
-    """The text of one kind of tokens, as it grows."""
+    """The text of one kind of tokens, as it grows: decoded when it is asked for, or by token to look for stop texts."""
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops
@@ -68,6 +68,7 @@ class Section:
 
     @property
     def text(self) -> str:
+        """The text up to the last ``new_text``."""
         return self._text.strip()
 
 

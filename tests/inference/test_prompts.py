@@ -54,10 +54,12 @@ def test_a_prompt_is_cut_anywhere_but_in_an_image_that_sees_itself(given_parts, 
 
 @given(parts, parts, modes)
 def test_shared_prefix(first, second, mode):
-    """The longest common beginning that may be cut off, without the last token."""
+    """The longest common beginning that may be cut off, with the last token and without."""
     prompt, other = prompt_of(first, mode), prompt_of(second, mode)
     a, b = labels(first), labels(second)
     common = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    assert prompt.alike(other.identity) == prompt.cut_before(common)
+    assert prompt.key(common) == other.key(common) and len(prompt.key()) == 8 * len(prompt)
     assert prompt.shared(other.identity) == prompt.cut_before(min(common, len(a) - 1))
     assert prompt.shared(np.zeros(0, np.int64)) == 0
 

@@ -24,7 +24,7 @@ LENGTH, CHUNK = 512, 256
 
 @pytest.fixture(scope="module")
 def engine(tiny):
-    return generator_of(tiny, length=LENGTH, chunk=CHUNK).engine
+    return generator_of(tiny, slots=16, length=LENGTH, chunk=CHUNK).engine
 
 
 def random_patches(rng, config, most=64) -> PatchedImage:
@@ -82,12 +82,13 @@ def random_requests(rng, config, count) -> list[Asked]:
 
 
 def run(scheduler, asked, rng, cancelling) -> set[Asked]:
-    """Submit a few at a time, between steps, and cancel some; returns those."""
+    """Submit a few at a time or many, between steps, and cancel some; returns those."""
     waiting, submitted, cancelled = collections.deque(asked), [], set()
+    most = rng.choice([3, 20])
     for _ in range(5000):
         if not waiting and scheduler.idle:
             return cancelled
-        for _ in range(min(rng.integers(0, 4), len(waiting))):
+        for _ in range(min(rng.integers(0, most + 1), len(waiting))):
             submitted.append(waiting.popleft())
             scheduler.submit([submitted[-1].sample])
         running = [a for a in submitted if not a.sample.finished]
@@ -106,10 +107,10 @@ def test_every_answer_is_computed_from_its_own_prompt(engine, seed):
     mode = ("causal", "bidirectional")[rng.integers(2)]
     config = dataclasses.replace(engine.config, image_attention=mode)
     shards = int(rng.integers(1, 3))
-    slots, pool = shards * int(rng.integers(1, 7)), CHUNK + 2 * 64
-    ahead, trees = rng.integers(2, size=2).astype(bool).tolist()
-    symbolic = SymbolicEngine(engine, slots=slots, shards=shards, pool=pool, ahead=ahead, trees=trees)
-    symbolic.chunks = engine.chunks[: rng.integers(1, 3)]
+    slots, pool = shards * int(rng.integers(1, 13)), CHUNK + 2 * 64
+    ahead, trees, copied = bool(rng.integers(2)), rng.random() < 0.7, int(rng.choice([1, 32, BLOCK]))
+    symbolic = SymbolicEngine(engine, slots=slots, shards=shards, pool=pool, ahead=ahead, trees=trees, copied=copied)
+    symbolic.chunks = engine.chunks[: rng.integers(1, 4)]
     scheduler = Scheduler(symbolic, share_prefixes=rng.random() < 0.8)
     asked = random_requests(rng, config, int(rng.integers(1, 24)))
     cancelled = run(scheduler, asked, rng, cancelling=rng.choice([0, 0, 0.1, 0.3]))
@@ -196,6 +197,38 @@ def test_image_at_the_end_of_a_prompt_is_not_cut_for_its_last_token(engine):
         config = dataclasses.replace(engine.config, image_attention=mode)
         scheduler = served(engine, [([*range(6, 60), *range(6, 60), -200], [image])] * 2, config, trees=False)
         assert scheduler.counts["prefilled_tokens"] == 108 + len(image.patches) + again
+
+
+def test_prompts_that_the_next_row_cannot_share_are_computed_at_once(engine):
+    """Equal prompts that end with an image of 64 tokens that sees all of itself: three in a row of 256."""
+    config = dataclasses.replace(engine.config, image_attention="bidirectional")
+    image = PatchedImage(np.random.default_rng(0).integers(0, 256, (64, 12), np.uint8), ((8, 8),))
+    symbolic = SymbolicEngine(engine, slots=3, shards=1, pool=1000, trees=False)
+    rows, admit = [], symbolic.admit
+    symbolic.admit = lambda row: (rows.append(row), admit(row))[1]
+    scheduler = Scheduler(symbolic)
+    asked = [Asked([7, 8, -200], [image], config, max_new_tokens=2) for _ in range(3)]
+    scheduler.submit([a.sample for a in asked])
+    while not scheduler.idle:
+        scheduler.step()
+    assert [row.segment_ids.max() for row in rows] == [3] and all(list(a.reply.ids) == a.expected() for a in asked)
+
+
+def test_prompts_that_need_too_much_context_do_not_stop_others(engine):
+    """Four prompts that share 450 tokens: two fill the context of a row, and short ones behind them enter it."""
+    long = np.random.default_rng(0).integers(6, 60, 450).tolist()
+    symbolic = SymbolicEngine(engine, slots=8, shards=1, pool=1000)
+    rows, admit = [], symbolic.admit
+    symbolic.admit = lambda row: (rows.append(row), admit(row))[1]
+    scheduler = Scheduler(symbolic)
+    ids = [*([*long, 6 + i, 7] for i in range(4)), *([10 + i, 9, 8] for i in range(4))]
+    asked = [Asked(prompt, [], engine.config, max_new_tokens=2) for prompt in ids]
+    scheduler.submit([a.sample for a in asked])
+    while not scheduler.idle:
+        scheduler.step()
+    assert all(list(a.reply.ids) == a.expected() for a in asked)
+    ended = [int((row.end_slots < 8).sum()) for row in rows]
+    assert ended[:2] == [0, 6] and sum(ended) == 8
 
 
 def test_rows_need_no_more_images_than_the_pool_holds(engine):

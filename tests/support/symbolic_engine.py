@@ -29,13 +29,21 @@ class SymbolicEngine(Engine):
         return object.__new__(cls)
 
     def __init__(
-        self, like: Engine, *, slots: int, shards: int, pool: int, ahead: bool = False, trees: bool = True
+        self,
+        like: Engine,
+        *,
+        slots: int,
+        shards: int,
+        pool: int,
+        ahead: bool = False,
+        trees: bool = True,
+        copied: int = BLOCK // 4,
     ) -> None:
         self.__dict__.update(copy.copy(like.__dict__))
         self.trees = trees
         self.slots, self.shards, self.pool, self.ends = slots, shards, pool, min(like.ends, slots // shards)
         program = vars(self.program) | {"stop_ids": (STOP,)} | ({"layer": None} if ahead else {})
-        self.program = type(self.program)(**program)
+        self.program = type(self.program)(**program | {"copied": copied if trees else BLOCK})
         self.cache: list[list[Entry]] = [[None] * self.entries for _ in range(slots)]
         self.vision: dict[int, int] = {}
         self.lengths, self.tokens = [0] * slots, [0] * slots
@@ -56,7 +64,7 @@ class SymbolicEngine(Engine):
                 context += before[r * per_shard + source][start : start + BLOCK]
             computed.append(self._prefill(row, r, context))
             for source, slot, start in row.context[r, : row.num_context[r]]:
-                self._write(r * per_shard + slot, start, self.cache[r * per_shard + source][start : start + BLOCK])
+                self._write(r * per_shard + slot, start, before[r * per_shard + source][start : start + BLOCK])
             for position, slot, start in row.copies[r, : row.num_copies[r]]:
                 entries = computed[r][position : position + self.program.copied]
                 self._write(r * per_shard + slot, start, entries + [None] * (self.program.copied - len(entries)))

@@ -80,7 +80,7 @@ def attend(
       axes: logical names of q's axes except the last: kernels and blocks run on each device's own shard.
 
     Raises:
-      ValueError: for an unknown backend.
+      ValueError: for an unknown backend, where one is chosen.
       ImportError: on TPUs, without the version of tokamax that ``models/attention/flash.py`` names.
     """
     T, S = q.shape[-3], k.shape[-3]
@@ -96,7 +96,7 @@ def attend(
     if span_end is None:
         span_end = jnp.full_like(segment_ids, S - 1)
     if T > PLAIN_QUERIES:
-        # Branches are short, and with them the part of a large block that is seen.
+        # Rows of prompts: short rows hold short branches, of which large blocks would mostly be masked.
         block = BLOCK // 2 if last_query is not None and T <= 4 * BLOCK else BLOCK
         return blockwise(q, k, v, segment_ids, kv_segment_ids, span_end, last_query, axes=axes, block=block)
     form = plain
