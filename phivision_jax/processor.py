@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ class Processor:
     def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None, config: ModelConfig) -> None:
         self._tokenizer, self._template, self.config = tokenizer, template, config
         self.layout = make_layout(config)
-        self._short_prompt = functools.lru_cache(_KEPT)(self._tokenize_turns)
         decoder = config.decoder
         if tokenizer and tokenizer.vocab_size > decoder.vocab_size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {decoder.vocab_size}")
@@ -66,10 +65,6 @@ class Processor:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_short_prompt"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._short_prompt = functools.lru_cache(_KEPT)(self._tokenize_turns)
 
     @classmethod
     def from_directory(cls, path: str | Location, config: ModelConfig) -> Processor:
@@ -195,15 +190,18 @@ class Processor:
             return self._short_prompt(tuple((message["role"], message["content"]) for message in plain), mode)
         return self._tokenize(plain, mode)
 
+    @functools.cached_property
+    def _short_prompt(self) -> Callable[[tuple[tuple[str, str], ...], PromptMode], np.ndarray]:
+        return functools.lru_cache(_KEPT)(self._tokenize_turns)
+
     def _tokenize_turns(self, turns: tuple[tuple[str, str], ...], mode: PromptMode) -> np.ndarray:
         return self._tokenize([{"role": role, "content": content} for role, content in turns], mode)
 
     def _tokenize(self, plain: Sequence[Message], mode: PromptMode) -> np.ndarray:
-        ids = np.array(
-            chat.encode(self.tokenizer, self.template, plain, mode=mode, generation_prompt=True)[0], np.int32
-        )
-        ids.setflags(write=False)  # it may be given out again
-        return ids
+        ids, _ = chat.encode(self.tokenizer, self.template, plain, mode=mode, generation_prompt=True)
+        array = np.array(ids, np.int32)
+        array.setflags(write=False)  # it may be given out again
+        return array
 
     def patch(
         self, source: ImageSource | PatchedImage, name: str = "image", max_patches: int | None = None

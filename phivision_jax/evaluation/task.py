@@ -117,5 +117,5 @@ def _hashed(value: Any) -> str:
 
 @functools.lru_cache(8)
 def digest(image: bytes) -> str:
-    """SHA-256 of an image; of one that neighbouring items share, computed once."""
+    """SHA-256 of an image. The last few are kept, because neighbouring items often share an image."""
     return hashlib.sha256(image).hexdigest()

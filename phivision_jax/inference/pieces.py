@@ -33,12 +33,12 @@ class Piece:
 
     @property
     def context(self) -> tuple[int, int]:
-        """Equal for pieces with the same context."""
+        """A value that is the same for pieces with the same context."""
         return self.start, self.source if self.start else 0
 
     @property
     def key(self) -> bytes:
-        """In the order of keys, pieces that begin alike are neighbours, and those that end first come first."""
+        """Bytes by which pieces are sorted, so that those that begin alike are neighbours, the shorter one first."""
         return self.sample.prompt.key(self.end)
 
     @property
@@ -95,7 +95,7 @@ def arrange(pieces: Sequence[Piece], *, trees: bool) -> list[Family]:
     before = None
     for piece in sorted(pieces, key=lambda piece: (piece.context, piece.key)) if trees else pieces:
         alike = before.alike(piece.sample) if trees and before and before.context == piece.context else 0
-        if alike >= LEAST_ALIKE or alike > piece.start > 0:
+        if alike >= LEAST_ALIKE:
             families[-1].append((piece, alike))
         else:
             families.append([(piece, piece.start)])

@@ -206,14 +206,11 @@ class Scheduler:
 
     def _prefix(self, sample: Sample, slots: range) -> tuple[int, int]:
         """The longest prefix of a prompt that a slot holds, and the slot: a free one if there are several."""
-        if not self._may_share(sample):
+        if not self.share_prefixes or len(sample.prompt) <= LEAST_SHARED:
             return 0, slots[0]
         found = ((sample.prompt.shared(self._held[i], LEAST_SHARED), self.owners[i] is None, -i) for i in slots)
         shared, _, i = max(found)
         return shared, -i
-
-    def _may_share(self, sample: Sample) -> bool:
-        return self.share_prefixes and len(sample.prompt) > LEAST_SHARED
 
     def _row(self, plans: list[list[Piece]]) -> tuple[Row, list[Sample | None], int]:
         """The pieces as arrays, the sample of each end, and the tokens that are computed."""

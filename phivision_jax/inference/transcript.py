@@ -19,7 +19,10 @@ character, and how many replacements these are depends on what follows."""
 
 
 class Section:
-    """The text of one kind of tokens, as it grows: decoded when it is asked for, or by token to look for stop texts."""
+    """The text of one kind of tokens, as it grows.
+
+    It is decoded when it is asked for, and with each token where stop texts are looked for.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, stops

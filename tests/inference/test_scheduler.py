@@ -152,7 +152,7 @@ def test_common_beginnings_are_prefilled_once(engine):
 
 @pytest.mark.parametrize("mode", ["causal", "bidirectional"])
 def test_questions_about_an_image_are_a_tree_in_a_row(engine, mode):
-    """Two texts of 20 tokens before an image, three questions after each, the last two of which begin alike."""
+    """Two texts of 20 tokens before an image, four questions after each, the last three of which begin alike."""
     rng = np.random.default_rng(0)
     config, image = dataclasses.replace(engine.config, image_attention=mode), random_patches(rng, engine.config)
     texts, begin = [[i, *rng.integers(6, 60, 19).tolist()] for i in (6, 7)], rng.integers(6, 60, 18).tolist()

@@ -96,7 +96,7 @@ def attend(
     if span_end is None:
         span_end = jnp.full_like(segment_ids, S - 1)
     if T > PLAIN_QUERIES:
-        # Rows of prompts: short rows hold short branches, of which large blocks would mostly be masked.
+        # Branches of a short row are short, so that most pairs of a large block would be masked.
         block = BLOCK // 2 if last_query is not None and T <= 4 * BLOCK else BLOCK
         return blockwise(q, k, v, segment_ids, kv_segment_ids, span_end, last_query, axes=axes, block=block)
     form = plain

@@ -94,7 +94,7 @@ def blockwise(
 
     Args:
       segment_ids: from 0 to 2^30; fastest where they do not decrease along the row and padding comes last.
-      axes: as in ``attend``.
+      last_query, axes: as in ``attend``.
       block: largest size of a block; rows need not be multiples of it.
     """
     lead = q.ndim - 3
@@ -110,16 +110,16 @@ def blockwise(
     return shard_map_attention(local, q, k, v, query_args, key_args, axes=axes)
 
 
-class QueryMasks(NamedTuple):
-    """What decides which keys each query sees, in blocks [i, t]."""
+class _QueryMasks(NamedTuple):
+    """Arrays that decide which keys each query sees, in blocks [i, t]."""
 
     segments: Int32[Array, "i t"]
     span_end: Int32[Array, "i t"]
     numbers: Int32[Array, "i t"] | None
 
 
-class KeyMasks(NamedTuple):
-    """What decides which queries see each key, in blocks [j, s]."""
+class _KeyMasks(NamedTuple):
+    """Arrays that decide which queries see each key, in blocks [j, s]."""
 
     segments: Int32[Array, "j s"]
     last_query: Int32[Array, "j s"] | None
@@ -212,7 +212,7 @@ def _row_backward(
 
 
 def _scores(
-    q: Float[Array, "K r H"], k: Float[Array, "K s H"], masks: QueryMasks, k_masks: KeyMasks, j: jax.Array
+    q: Float[Array, "K r H"], k: Float[Array, "K s H"], masks: _QueryMasks, k_masks: _KeyMasks, j: jax.Array
 ) -> Float[Array, "K r s"]:
     """fp32 scores of a block of queries and the j-th block of keys."""
     scores = jnp.einsum("KrH,KsH->Krs", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
@@ -259,8 +259,8 @@ def _blocks(sizes, q, k, v, segments, kv_segments, span_end, numbers, last_query
         # Repeating the last id lengthens no walk; padded keys are masked by their positions.
         return None if x is None else _pad(x, size, mode="edge").reshape(-1, size)
 
-    masks = QueryMasks(*(padded(x, t) for x in (q_segments, span_end, numbers)))  # type: ignore[arg-type]
-    k_masks = KeyMasks(*(padded(x, s) for x in (kv_segments, last_query)))  # type: ignore[arg-type]
+    masks = _QueryMasks(*(padded(x, t) for x in (q_segments, span_end, numbers)))  # type: ignore[arg-type]
+    k_masks = _KeyMasks(*(padded(x, s) for x in (kv_segments, last_query)))  # type: ignore[arg-type]
     walks = _walks(masks.segments, k_masks.segments, masks.span_end, masks.numbers, k_masks.last_query)
     return _query_blocks(q, k.shape[1], t), keys, values, masks, k_masks, walks
 

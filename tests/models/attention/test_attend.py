@@ -266,14 +266,13 @@ def test_walks_cover_visible_blocks():
 
 
 def test_walks_skip_branches_that_have_ended():
-    """One segment of four blocks: a trunk of one, two branches of one each, and what follows the trunk alone."""
+    """One segment of four blocks: a trunk, three branches behind it, and the same where the trunk has ended, too."""
     positions = jnp.arange(16).reshape(4, 4)
     last_query = jnp.asarray([15] * 4 + [7] * 4 + [11] * 4 + [15] * 4).reshape(4, 4)
     ones = jnp.ones((4, 4), int)
-    first, last = _walks(ones, ones, positions, positions, last_query.at[0].set(3))
-    assert (first.tolist(), last.tolist()) == ([0, 1, 2, 3], [1, 2, 3, 4])
-    first, last = _walks(ones, ones, positions, positions, last_query)
-    assert (first.tolist(), last.tolist()) == ([0, 0, 0, 0], [1, 2, 3, 4])
+    for trunk, begins in ((15, [0, 0, 0, 0]), (3, [0, 1, 2, 3])):
+        first, last = _walks(ones, ones, positions, positions, last_query.at[0].set(trunk))
+        assert (first.tolist(), last.tolist()) == (begins, [1, 2, 3, 4])
 
 
 def test_attention_policy_does_not_rerun_blockwise():
